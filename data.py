@@ -1,0 +1,204 @@
+"""From files of instructions to batches of token ids: tokenizer, template, reading, batching."""
+
+import gzip
+import json
+import lzma
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+IGNORE = -100  # a target that carries no loss; never a token's id
+
+# The Stanford Alpaca templates, as the paper trains with them.
+TEMPLATES = {
+    "alpaca": {
+        "with_input": (
+            "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+        ),
+        "without_input": (
+            "Below is an instruction that describes a task. Write a response that appropriately completes "
+            "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+        ),
+    }
+}
+
+
+class Example(NamedTuple):
+    """One record of an instruction file."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+class Tokens(NamedTuple):
+    """One example as ids."""
+
+    ids: list[int]  # <bos> prompt response <eos>
+    prompt_length: int  # so many of them, <bos> included, are not to be learnt
+    record: int  # which record of the data file it was, from 0
+
+
+class Tokenizer:
+    """A SentencePiece model, LLaMA 1 and 2's kind. Raises FileNotFoundError or ValueError."""
+
+    def __init__(self, path: str | os.PathLike):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such tokenizer file")
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        self.vocab_size = self.model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without <bos> and <eos>."""
+        return self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:
+    """The instruction in its template, up to where the response begins."""
+    kind = "with_input" if input else "without_input"
+    return TEMPLATES[template][kind].format(instruction=instruction, input=input)
+
+
+def tokenize_prompt(
+    tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca"
+) -> list[int]:
+    """<bos> and the prompt: what training conditions on, and what generation starts from."""
+    return [tokenizer.bos_id] + tokenizer.encode(format_prompt(instruction, input, template))
+
+
+def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
+    """Every example that fits, and how many responses had to be cut at `max_length` (and so have no <eos>).
+
+    An example whose prompt leaves no room for a response is dropped: it has nothing to learn from.
+    Prompt and response are tokenized apart and joined as ids. In one go a token could straddle the two
+    (as in 3.3 % of Alpaca), and the prompt in training would not be the one that generation starts from.
+    """
+    tokenized, cut = [], 0
+    for record, example in enumerate(examples):
+        prompt = tokenize_prompt(tokenizer, example.instruction, example.input)
+        if len(prompt) < max_length:
+            ids = prompt + tokenizer.encode(example.output) + [tokenizer.eos_id]
+            tokenized.append(Tokens(ids[:max_length], len(prompt), record))
+            cut += len(ids) > max_length
+    return tokenized, cut
+
+
+def read_examples(path: str | os.PathLike) -> list[Example]:
+    """Alpaca-format JSON (a list) or JSONL (a record a line), plain, .gz or .xz.
+
+    Raises OSError, or ValueError that names the file, the record and the field.
+    """
+    path = Path(path)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such data file") from None
+    except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix or 'UTF-8'} text: {error}") from None
+
+    records = []
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            for number, line in enumerate(text.split("\n"), start=1):
+                if line.strip():
+                    records.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        line = error.lineno if text.lstrip().startswith("[") else number
+        raise ValueError(f"{path}: line {line}, column {error.colno}: not JSON: {error.msg}") from None
+    if not records:
+        raise ValueError(f"{path}: holds no examples")
+    return [check_record(record, f"{path}: record {index}") for index, record in enumerate(records)]
+
+
+def check_record(record: object, where: str) -> Example:
+    """An Example of one JSON value; `where` begins the error message. Records count from 0."""
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{where}: is a {type(record).__name__}, not an object with 'instruction' and 'output'"
+        )
+    for field in ("instruction", "output"):
+        if field not in record:
+            raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
+    fields = [record.get(field, "") for field in Example._fields]
+    for name, value in zip(Example._fields, fields):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
+    return Example(*fields)
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch as lists of example indices; every index occurs once.
+
+    Examples of like length share a batch, so that there is next to no padding. So that the order stays
+    random all the same, they are shuffled, sorted by length only within pools of 64 batches, and
+    the batches shuffled again. The result depends on the arguments alone: that is what makes resuming exact.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    pool = 64 * batch_size
+    batches = []
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i])
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def micro_batches(batch: list[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Cut a batch into parts of at most `max_tokens` positions each, padding included (one example at least)."""
+    part: list[int] = []
+    for index in sorted(batch, key=lambda i: lengths[i]):  # so the newest is the longest
+        if part and (len(part) + 1) * lengths[index] > max_tokens:
+            yield part
+            part = []
+        part.append(index)
+    yield part
+
+
+def collate(examples: list[Tokens]) -> tuple[Tensor, Tensor]:
+    """Inputs (B, T) and targets (B, T), targets[b, t] the token that follows inputs[b, t].
+
+    Where nothing is to be learnt (the prompt, the padding) the target is IGNORE. Padding goes to the
+    right, where causal attention keeps it from ever being looked at: its id is of no account.
+    """
+    T = max(len(example.ids) for example in examples) - 1
+    inputs = torch.zeros(len(examples), T, dtype=torch.long)
+    targets = torch.full((len(examples), T), IGNORE)
+    for row, (ids, prompt_length, _) in enumerate(examples):
+        ids = torch.tensor(ids)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, prompt_length - 1 : len(ids) - 1] = ids[prompt_length:]
+    return inputs, targets
+
+
+@contextmanager
+def input_errors():
+    """Around a command's reading of its input: what is wrong with it becomes one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = (
+            str(error) if not getattr(error, "filename", None) else f"{error.filename}: {error.strerror}"
+        )
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,206 @@
+"""Ask a LLaMA, with or without an adapter: python generate.py --adapter out/adapter.safetensors "prompt"."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+
+import click
+import torch
+from torch import Tensor
+
+from adapter import Adapter, Prompt
+from data import TEMPLATES, Tokenizer, input_errors, tokenize_prompt
+from model import KVCache, LLaMA, choose, fingerprint, load_llama
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of logits (B, V), as (B,). Temperature 0 takes the likeliest.
+
+    Otherwise nucleus sampling (Holtzman et al., 2020): from the smallest set of likeliest tokens
+    whose probabilities sum to top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens alone
+    probabilities[before >= top_p] = 0  # never the first, for top_p > 0
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    return tokens.gather(-1, choice).squeeze(-1)
+
+
+@torch.inference_mode()
+def stream(
+    model: LLaMA,
+    tokens: Sequence[list[int]],
+    prompts: Sequence[Prompt] = (),
+    *,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue each of B rows of token ids; the rows may differ in length.
+
+    Yields, step by step, B ids, None for a row that has ended. A row ends with `eos_id`, which is not
+    yielded, and all of them after `max_new_tokens` steps or when all have ended.
+    """
+    device = model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(row) for row in tokens], device=device)
+    longest = int(lengths.max())
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)  # (B, T)
+
+    cache = KVCache(model, batch=len(tokens), length=longest + max_new_tokens)
+    hidden = model.hidden_states(padded, prompts, cache)  # prefill: (B, T, C)
+    hidden = hidden[torch.arange(len(tokens)), lengths - 1]  # at each row's last token: (B, C)
+    cache.lengths += lengths
+    ended = [False] * len(tokens)
+    for step in range(max_new_tokens):
+        new = sample(model.output(hidden), temperature, top_p, generator)  # (B,)
+        ids = new.tolist()
+        ended = [done or id == eos_id for done, id in zip(ended, ids)]
+        if all(ended):
+            return
+        yield [None if done else id for done, id in zip(ended, ids)]
+        if step + 1 < max_new_tokens:
+            hidden = model.hidden_states(new[:, None], prompts, cache)[:, -1]
+            cache.lengths += 1
+
+
+def generate(
+    model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options
+) -> list[list[int]]:
+    """The new ids of every row, all at once; options as for `stream`."""
+    answers: list[list[int]] = [[] for _ in tokens]
+    for ids in stream(model, tokens, prompts, **options):
+        for answer, id in zip(answers, ids):
+            if id is not None:
+                answer.append(id)
+    return answers
+
+
+def text_pieces(ids: Iterator[list[int | None]], tokenizer: Tokenizer) -> Iterator[str]:
+    """Decode a stream of one row piece by piece, holding back a character whose bytes are not all there."""
+    so_far, shown = [], ""
+    for (id,) in ids:
+        so_far.append(id)
+        text = tokenizer.decode(so_far)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(so_far)[len(shown) :]
+
+
+def load(
+    adapter_path: str | None, base: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[LLaMA, Tokenizer, Adapter | None]:
+    """What a command needs to answer. Raises OSError or ValueError where the files don't fit each other."""
+    if not adapter_path and not base:
+        raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
+    adapter = Adapter.load(adapter_path) if adapter_path else None
+    base = base or adapter.metadata.get("base")
+    if not base:
+        raise ValueError(f"{adapter_path}: does not say which base it is for; give --base PATH")
+    model, tokenizer = load_llama(base, dtype, device)
+    if adapter:
+        try:
+            adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
+        except ValueError as error:
+            raise ValueError(f"{adapter_path} does not fit {base}: {error}") from None
+        if adapter.metadata.get("prompt_template", "alpaca") not in TEMPLATES:
+            raise ValueError(
+                f"{adapter_path}: unknown prompt template {adapter.metadata['prompt_template']!r}"
+            )
+        if adapter.metadata.get("base_fingerprint") != fingerprint(model):
+            click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
+        adapter.to(device)
+    return model, tokenizer, adapter
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("prompt", required=False)
+@click.option(
+    "--adapter", "adapter_path", type=click.Path(), help="An adapter file; without it the base runs alone."
+)
+@click.option(
+    "--base", type=click.Path(), help="The base model; by default the one that the adapter's file names."
+)
+@click.option("--input", default="", help="Alpaca's input field: what the instruction is about.")
+@click.option(
+    "--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template."
+)
+@click.option(
+    "--strength", type=click.FloatRange(min=0), default=1.0, help="Scales the gates; 0 is the base alone."
+)
+@click.option("--compare", is_flag=True, help="Answer twice: the base alone, and the base with the adapter.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.1, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.75)
+@click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0.")
+@click.option("--seed", type=int, default=0)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."
+)
+def main(prompt, adapter_path, base, device, dtype, input, raw, strength, compare, seed, greedy, **sampling):
+    """Answer PROMPT. The answer goes to standard output, everything else to standard error.
+
+    Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own;
+    from a pipe, every line is answered by exactly one line, line breaks within it as \\n.
+    """
+    with input_errors():
+        device, dtype = choose(device, dtype)
+        model, tokenizer, adapter = load(adapter_path, base, device, dtype)
+        if compare and not adapter:
+            raise ValueError("--compare needs --adapter FILE")
+    prompts = {"base": ()}
+    template = "alpaca"
+    if adapter:
+        template = adapter.metadata.get("prompt_template", template)
+        with torch.no_grad():
+            prompts["adapter"] = adapter(strength=strength, dtype=dtype)
+    if greedy:
+        sampling["temperature"] = 0.0
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def answer(instruction: str, who: str) -> Iterator[str]:
+        if raw:
+            tokens = [tokenizer.bos_id, *tokenizer.encode(instruction)]
+        else:
+            tokens = tokenize_prompt(tokenizer, instruction, input, template)
+        room = (model.config.max_seq_len or math.inf) - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the base sees only {model.config.max_seq_len}"
+            )
+        limit = min(sampling["max_new_tokens"], room)
+        options = sampling | {"max_new_tokens": limit, "eos_id": tokenizer.eos_id, "generator": generator}
+        return text_pieces(stream(model, [tokens], prompts[who], **options), tokenizer)
+
+    def show(instruction: str) -> None:
+        for who in ("base", "adapter") if compare else list(prompts)[-1:]:
+            click.echo(f"{who}: " if compare else "", nl=False)
+            for piece in answer(instruction, who):
+                click.echo(piece if interactive else piece.replace("\n", "\\n"), nl=False)
+            click.echo()
+
+    interactive = prompt is not None or sys.stdin.isatty()
+    if prompt is not None:
+        with input_errors():
+            show(prompt)
+        return
+    while True:
+        if interactive:
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            break
+        try:
+            show(line.rstrip("\n"))
+        except ValueError as error:
+            click.echo(f"error: {error}", err=True)
+            click.echo()  # so that answers and lines stay together
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Small models with open gates, and where the real data is, if it is anywhere."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from adapter import Adapter  # noqa: E402
+from model import LLaMA, Config  # noqa: E402
+
+DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
+
+# Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
+CONFIGS = {
+    "mha": Config(32, 3, 4, 4, 8, 48, 50),
+    "gqa": Config(32, 3, 4, 2, 8, 48, 50),
+    "mqa": Config(32, 3, 4, 1, 8, 48, 50),
+    "wide": Config(32, 3, 4, 2, 12, 48, 50),
+}
+
+
+@pytest.fixture
+def data():
+    if not DATA.is_dir():
+        pytest.skip(f"needs the real data at {DATA} (or LLAMA_ADAPTER_DATA)")
+    return DATA
+
+
+def make_model(config="gqa", seed=0, **options):
+    """A frozen random LLaMA whose layers all matter: untrained weights of order one."""
+    torch.manual_seed(seed)
+    model = LLaMA(CONFIGS.get(config, config), **options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
+    return model.requires_grad_(False)
+
+
+def make_adapter(model, layers=2, length=5, seed=1, gates=True):
+    """An adapter with its gates open, half of them the wrong way: gate zero hides every bug."""
+    config = model.config
+    adapter = Adapter(
+        layers=layers,
+        length=length,
+        dim=config.dim,
+        heads=config.n_heads,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if gates:
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed + 1))
+    return adapter
+
+
+def make_tokens(model, *shape, seed=2):
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder in Meta's layout: toy.py's tokenizer and a random model of 2 layers."""
+    import json
+
+    import toy
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    tokenizer = toy.train_tokenizer(folder / "tokenizer.model", seed=0)
+    params = dict(dim=16, n_layers=3, n_heads=2, multiple_of=8, norm_eps=1e-5, vocab_size=-1)
+    (folder / "params.json").write_text(json.dumps(params))
+    torch.manual_seed(0)
+    model = LLaMA(Config(16, 3, 2, 2, 8, 48, tokenizer.vocab_size))
+    torch.save(model.state_dict(), folder / "consolidated.00.pth")
+    return folder

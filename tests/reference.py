@@ -1,0 +1,75 @@
+"""The slow, obvious oracle: LLaMA with an adapter in float64, one sample, one head, one position at a time.
+
+Written from the equations alone. It shares no code with the project and has no cache, no batch, no fused
+operation, and no grouping trick. Only autograd is borrowed, so that gradients can be compared as well.
+"""
+
+import math
+
+import torch
+
+
+def softmax(scores):
+    exponentials = [torch.exp(score - max(scores)) for score in scores]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def rms_norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def rotate(vector, position, theta):
+    """Turn each pair (2i, 2i+1) of one head's vector by position * theta^(-2i/D)."""
+    D = len(vector)
+    turned = []
+    for i in range(0, D, 2):
+        angle = position * theta ** (-i / D)
+        a, b = vector[i], vector[i + 1]
+        turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+    return torch.stack(turned)
+
+
+def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
+    """One query (D,) of one head over lists of (D,) vectors; gate is a number, already through tanh."""
+    scale = 1 / math.sqrt(len(q))
+    over_words = softmax([q @ key * scale for key in keys])
+    output = sum(weight * value for weight, value in zip(over_words, values))
+    if prompt_keys:
+        over_prompts = softmax([q @ key * scale for key in prompt_keys])
+        output = output + sum(gate * weight * value for weight, value in zip(over_prompts, prompt_values))
+    return output
+
+
+def logits(weights, config, tokens, prompts=None, gates=None):
+    """Logits (T, V) of one sequence. prompts (L, K, C) and gates (L, H), before tanh, for the last L layers."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
+    L = 0 if prompts is None else len(prompts)
+    xs = [w["tok_embeddings.weight"][token] for token in tokens]
+    for n in range(N):
+        layer = f"layers.{n}."
+        matrices = {name: w[layer + f"attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo")}
+        normed = [rms_norm(x, w[layer + "attention_norm.weight"], config.norm_eps) for x in xs]
+        adapted = n >= N - L
+        prompt = list(prompts[n - (N - L)].double()) if adapted else []
+
+        outputs = []
+        for t in range(len(tokens)):
+            heads = []
+            for h in range(H):
+                kv = h // (H // Hkv)  # the key/value head that query head h shares
+                of_q, of_kv = slice(h * D, (h + 1) * D), slice(kv * D, (kv + 1) * D)
+                q = rotate((matrices["wq"] @ normed[t])[of_q], t, config.rope_theta)
+                keys = [rotate((matrices["wk"] @ normed[s])[of_kv], s, config.rope_theta) for s in range(t + 1)]
+                values = [(matrices["wv"] @ normed[s])[of_kv] for s in range(t + 1)]
+                prompt_keys = [(matrices["wk"] @ p)[of_kv] for p in prompt]
+                prompt_values = [(matrices["wv"] @ p)[of_kv] for p in prompt]
+                gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
+                heads.append(gated_attention(q, keys, values, prompt_keys, prompt_values, gate))
+            outputs.append(matrices["wo"] @ torch.cat(heads))
+        xs = [x + output for x, output in zip(xs, outputs)]
+
+        w1, w2, w3 = (w[layer + f"feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
+        normed = [rms_norm(x, w[layer + "ffn_norm.weight"], config.norm_eps) for x in xs]
+        xs = [x + w2 @ ((w1 @ y) * torch.sigmoid(w1 @ y) * (w3 @ y)) for x, y in zip(xs, normed)]
+    return torch.stack([w["output.weight"] @ rms_norm(x, w["norm.weight"], config.norm_eps) for x in xs])

@@ -1,0 +1,279 @@
+"""The method: both forms of the attention, the gates, the file."""
+
+import math
+
+import pytest
+import torch
+from conftest import CONFIGS, make_adapter, make_model, make_tokens
+from safetensors.torch import load_file, save_file
+
+import reference
+from adapter import Adapter, attend, gated_attention, gated_attention_paper
+
+FORMS = [gated_attention, gated_attention_paper]
+
+
+def random_inputs(H, Hkv, D, *, B=3, T=5, S=5, K=4, per_sample, dtype):
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+
+    P = B if per_sample else 1
+    q, k, v = normal(B, H, T, D), normal(B, Hkv, S, D), normal(B, Hkv, S, D)
+    prompt_k, prompt_v, gate = normal(P, Hkv, K, D), normal(P, Hkv, K, D), normal(P, H, 1, 1)
+    return q, k, v, prompt_k, prompt_v, gate
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("masking", ["causal", "cached", "none"])
+@pytest.mark.parametrize("H, Hkv, D", [(4, 4, 8), (4, 2, 8), (6, 1, 5)])
+def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, dtype, tolerance):
+    """Is the sum equal to the concatenation? (lit-llama 263, OGV 47)"""
+    S = 9 if masking == "cached" else 5
+    mask = None
+    if masking == "cached":  # rows of unequal length, so each has a mask of its own
+        positions = torch.tensor([4, 2, 0])[:, None] + torch.arange(5)  # (B, T)
+        mask = torch.arange(S) <= positions[:, None, :, None]
+    results = []
+    for form in FORMS:
+        inputs = random_inputs(H, Hkv, D, S=S, per_sample=per_sample, dtype=dtype)
+        output = form(*inputs, mask, masking == "causal")
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append([output, *torch.autograd.grad((output * probe.to(dtype)).sum(), inputs)])
+    for fused, paper in zip(*results):
+        assert fused.dtype == dtype
+        torch.testing.assert_close(fused, paper, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_equals_the_reference(form):
+    """Against loops over single queries; head 3 of 4 shares the key/value head 1 of 2."""
+    q, k, v, prompt_k, prompt_v, gate = random_inputs(4, 2, 8, per_sample=True, dtype=torch.float64)
+    output = form(q, k, v, prompt_k, prompt_v, gate, causal=True)
+    for b, h, t in [(0, 0, 0), (1, 3, 4), (2, 2, 1)]:
+        kv = h // 2
+        expected = reference.gated_attention(
+            q[b, h, t],
+            list(k[b, kv, : t + 1]),
+            list(v[b, kv, : t + 1]),
+            list(prompt_k[b, kv]),
+            list(prompt_v[b, kv]),
+            gate[b, h, 0, 0],
+        )
+        torch.testing.assert_close(output[b, h, t], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_model_with_open_gates_equals_the_reference(config, form):
+    """Logits and the adapter's gradients of a whole model, in float32 against float64."""
+    model = make_model(config, attention=form)
+    adapter = make_adapter(model)
+    tokens = make_tokens(model, 1, 6)
+    ours = model(tokens, adapter())[0]
+    prompts, gates = (p.detach().double().requires_grad_() for p in adapter.parameters())
+    theirs = reference.logits(model.state_dict(), model.config, tokens[0].tolist(), prompts, gates)
+    assert (model(tokens)[0] - ours).abs().max() > 0.1  # the prompts do matter
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+    ours.log_softmax(-1)[:, 7].sum().backward()
+    theirs.log_softmax(-1)[:, 7].sum().backward()
+    torch.testing.assert_close(adapter.prompts.grad.double(), prompts.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(adapter.gates.grad.double(), gates.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("closed_by", ["gate", "strength"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, mode):
+    """PEFT's zero gate is not the base model (it adds the bias of Wo twice); ours is, exactly."""
+    model = make_model().to(dtype).train(mode == "train")
+    adapter = make_adapter(model, layers=3, gates=closed_by == "strength")
+    prompts = adapter(strength=0.0 if closed_by == "strength" else 1.0, dtype=dtype)
+    tokens = make_tokens(model, 2, 7)
+    assert torch.equal(model(tokens, prompts), model(tokens))
+
+
+def test_gates_open_first():
+    """Zero-init attention: at step 0 the prompts' gradient is exactly zero and the gates' is not."""
+    model = make_model()
+    adapter = make_adapter(model, gates=False)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    tokens = make_tokens(model, 2, 7)
+    moved = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(tokens, adapter()).logsumexp(-1).sum().backward()
+        if not moved:
+            assert adapter.prompts.grad.abs().max() == 0
+            assert (adapter.gates.grad != 0).all()
+        optimizer.step()
+        moved.append({name: not torch.equal(p, before[name]) for name, p in adapter.named_parameters()})
+    assert moved == [{"prompts": False, "gates": True}, {"prompts": True, "gates": True}]
+
+
+def test_topmost_layers_are_adapted():
+    """Which layers are "topmost"? (OGV 145) The last L, so the states below them don't change."""
+    model = make_model()
+    adapter = make_adapter(model, layers=1)
+    seen = []
+    for block in model.layers:
+        block.register_forward_hook(lambda _, __, output: seen.append(output))
+    tokens = make_tokens(model, 1, 4)
+    model(tokens)
+    model(tokens, adapter())
+    base, adapted = seen[:3], seen[3:]
+    assert torch.equal(base[1], adapted[1])
+    assert not torch.equal(base[2], adapted[2])
+
+
+def test_autograd_starts_at_the_first_adapted_layer():
+    """Freezing alone keeps the layers below out of the graph, and every frozen weight without gradient."""
+    model = make_model()
+    adapter = make_adapter(model, layers=1)
+    needed = []
+    for block in model.layers:
+        block.register_forward_hook(lambda _, __, output: needed.append(output.requires_grad))
+    model(make_tokens(model, 1, 4), adapter()).sum().backward()
+    assert needed == [False, False, True]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_condition_is_added_to_every_prompt():
+    """Section 3.3: one vector I per sample makes P + I; a sample with I = 0 is as if it had none."""
+    model = make_model()
+    adapter = make_adapter(model)
+    condition = torch.randn(2, model.config.dim, generator=torch.Generator().manual_seed(3))
+    condition[1] = 0
+    tokens = make_tokens(model, 2, 6)
+    logits = model(tokens, adapter(condition))
+    shifted = make_adapter(model)
+    with torch.no_grad():
+        shifted.prompts += condition[0]
+    torch.testing.assert_close(logits[0], model(tokens[:1], shifted())[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], model(tokens[1:], adapter())[0], rtol=1e-4, atol=1e-4)
+
+
+def test_strength_scales_the_gate_after_its_activation():
+    adapter = make_adapter(make_model())
+    for full, half in zip(adapter(), adapter(strength=0.5)):
+        assert torch.equal(half.gate, full.gate / 2)
+        assert torch.equal(half.tokens, full.tokens)
+    assert torch.equal(adapter()[0].gate.flatten(), adapter.gates[0].tanh())
+
+
+def test_seven_billion_has_the_papers_parameters():
+    """1.2M, computed without allocating any of it."""
+    with torch.device("meta"):
+        adapter = Adapter(layers=30, length=10, dim=4096, heads=32)
+    assert sum(p.numel() for p in adapter.parameters()) == 30 * 10 * 4096 + 30 * 32 == 1_229_760
+
+
+def test_one_cast(tmp_path):
+    """Prompts kept in bfloat16 lose small updates (PEFT): ours are float32, cast on the way to the base."""
+    adapter = make_adapter(make_model())
+    prompts = adapter(dtype=torch.bfloat16)
+    assert {p.tokens.dtype for p in prompts} | {p.gate.dtype for p in prompts} == {torch.bfloat16}
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
+def test_file_round_trip(tmp_path):
+    adapter = make_adapter(make_model())
+    adapter.save(tmp_path / "a.safetensors", base_layers=3, note="für alle")
+    again = Adapter.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gates, adapter.gates)
+    assert again.metadata == adapter.metadata
+    assert again.metadata["note"] == "für alle" and again.metadata["base_dim"] == "32"
+    assert set(load_file(tmp_path / "a.safetensors")) == {"prompts", "gates"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_file_keeps_its_gate_activation(tmp_path):
+    """The authors' training code has tanh, their published inference code has none: the file says which."""
+    adapter = Adapter(layers=1, length=2, dim=4, heads=2, gate_activation="identity")
+    torch.nn.init.constant_(adapter.gates, 3.0)
+    adapter.save(tmp_path / "a.safetensors")
+    again = Adapter.load(tmp_path / "a.safetensors")
+    assert (again.opening() == 3.0).all()
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    make_adapter(make_model()).save(path)
+    before = path.read_bytes()
+
+    def fail(tensors, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("adapter.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_adapter(make_model(), seed=9).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+GOOD = {"format": "llama-adapter", "version": "1", "base_dim": "4", "base_heads": "2", "gate_activation": "tanh"}
+
+
+@pytest.mark.parametrize(
+    "tensors, metadata, message",
+    [
+        ({}, {"format": "other"}, "not an adapter of ours"),
+        ({}, {"version": "7"}, "version '7'"),
+        ({}, {"gate_activation": "relu"}, "'relu'"),
+        ({}, {"base_dim": "5"}, "base_dim 5, the tensors say 4"),
+        ({}, {"base_heads": "x"}, "base_heads x, the tensors say 2"),
+        ({"prompts": torch.zeros(3, 4)}, {}, r"prompts \(3, 4\)"),
+        ({"prompts": torch.zeros(2, 3, 4)}, {}, r"prompts \(2, 3, 4\) and gates \(1, 2\)"),
+        ({"gates": torch.full((1, 2), math.nan)}, {}, "gates must be finite"),
+        ({"gates": torch.zeros(1, 2, dtype=torch.float16)}, {}, "float16"),
+        ({"more": torch.zeros(1)}, {}, "more"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, tensors, metadata, message):
+    path = tmp_path / "bad.safetensors"
+    save_file({"prompts": torch.zeros(1, 3, 4), "gates": torch.zeros(1, 2)} | tensors, path, GOOD | metadata)
+    with pytest.raises(ValueError, match=message) as caught:
+        Adapter.load(path)
+    assert "bad.safetensors" in str(caught.value)
+
+
+def test_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    make_adapter(make_model()).save(path)
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Adapter.load(path)
+    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+        Adapter.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        (dict(layers=1, dim=32, heads=4), "2 layers, the base has 1"),
+        (dict(layers=4, dim=32, heads=4), "base of 3 layers, this base has 4"),
+        (dict(layers=3, dim=64, heads=4), "dim 32, the base has dim 64"),
+        (dict(layers=3, dim=32, heads=8), "heads 4, the base has heads 8"),
+    ],
+)
+def test_adapter_of_another_base_names_both_numbers(base, message):
+    adapter = make_adapter(make_model())
+    adapter.metadata["base_layers"] = "3"
+    adapter.check_base(layers=3, dim=32, heads=4)
+    with pytest.raises(ValueError, match=message):
+        adapter.check_base(**base)
+
+
+def test_plain_attention_is_scaled_and_causal():
+    """`attend` against the definition, so that the base itself is not taken on trust."""
+    q, k, v, *_ = random_inputs(2, 2, 8, per_sample=False, dtype=torch.float64)
+    output = attend(q, k, v, causal=True)
+    expected = reference.gated_attention(q[1, 1, 2], list(k[1, 1, :3]), list(v[1, 1, :3]), [], [], None)
+    torch.testing.assert_close(output[1, 1, 2], expected, rtol=1e-12, atol=1e-12)

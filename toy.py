@@ -1,0 +1,365 @@
+"""The embedded default: a pocket almanac, a tiny LLaMA that knows it by heart, and instructions about it.
+
+The paper's thesis is that the knowledge is in the frozen base, and that the adapter only brings it
+out. Here that can be watched in three minutes on two cores. The base is pre-trained on almanac pages and
+on gossip (people asking each other and answering), where every fact below occurs, but never an
+instruction. The instructions are about half of the entities; the other half is held out, so whoever
+answers those must know them from the base.
+"""
+
+import hashlib
+import io
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from adapter import replacing
+from data import TEMPLATES, Example, Tokenizer
+from model import LLaMA, Config
+
+# What train.py takes for its options on this data, where the user says nothing.
+TUNING = {"layers": 4, "epochs": 5, "warmup_epochs": 0.5, "batch_size": 32, "lr": 0.05}
+
+# ---------------------------------------------------------------------------------------------------
+# The facts
+
+COUNTRIES = """
+Europe: Albania Tirana, Austria Vienna, Belgium Brussels, Bulgaria Sofia, Croatia Zagreb, Denmark Copenhagen,
+Estonia Tallinn, Finland Helsinki, France Paris, Germany Berlin, Greece Athens, Hungary Budapest, Iceland Reykjavik,
+Ireland Dublin, Italy Rome, Latvia Riga, Lithuania Vilnius, Malta Valletta, Norway Oslo, Poland Warsaw,
+Portugal Lisbon, Romania Bucharest, Serbia Belgrade, Slovakia Bratislava, Slovenia Ljubljana, Spain Madrid,
+Sweden Stockholm, Switzerland Bern, Ukraine Kyiv
+Asia: Afghanistan Kabul, Bahrain Manama, Bangladesh Dhaka, Bhutan Thimphu, China Beijing, Iran Tehran, Iraq Baghdad,
+Japan Tokyo, Jordan Amman, Laos Vientiane, Lebanon Beirut, Mongolia Ulaanbaatar, Nepal Kathmandu, Oman Muscat,
+Pakistan Islamabad, Qatar Doha, Syria Damascus, Thailand Bangkok, Uzbekistan Tashkent, Vietnam Hanoi, Yemen Sanaa
+Africa: Algeria Algiers, Angola Luanda, Botswana Gaborone, Egypt Cairo, Eritrea Asmara, Ghana Accra, Guinea Conakry,
+Kenya Nairobi, Liberia Monrovia, Libya Tripoli, Malawi Lilongwe, Mali Bamako, Morocco Rabat, Mozambique Maputo,
+Namibia Windhoek, Niger Niamey, Nigeria Abuja, Rwanda Kigali, Senegal Dakar, Somalia Mogadishu, Sudan Khartoum,
+Togo Lome, Tunisia Tunis, Uganda Kampala, Zambia Lusaka, Zimbabwe Harare
+South America: Brazil Brasilia, Chile Santiago, Colombia Bogota, Ecuador Quito, Paraguay Asuncion, Peru Lima,
+Uruguay Montevideo, Venezuela Caracas
+North America: Canada Ottawa, Cuba Havana, Honduras Tegucigalpa, Jamaica Kingston, Nicaragua Managua
+Oceania: Australia Canberra, Fiji Suva, Samoa Apia
+"""
+
+WORDS = """
+apple pomme manzana, bed lit cama, bicycle vélo bicicleta, bird oiseau pájaro, black noir negro, book livre libro,
+bread pain pan, bridge pont puente, cat chat gato, chair chaise silla, cheese fromage queso, child enfant niño,
+cow vache vaca, day jour día, dog chien perro, door porte puerta, fire feu fuego, fish poisson pez, flower fleur flor,
+foot pied pie, friend ami amigo, garden jardin jardín, green vert verde, hand main mano, hat chapeau sombrero,
+head tête cabeza, horse cheval caballo, house maison casa, key clé llave, king roi rey, knife couteau cuchillo,
+milk lait leche, moon lune luna, mountain montagne montaña, night nuit noche, queen reine reina, rain pluie lluvia,
+red rouge rojo, river rivière río, salt sel sal, school école escuela, sea mer mar, ship navire barco,
+shirt chemise camisa, shoe chaussure zapato, snow neige nieve, spoon cuillère cuchara, star étoile estrella,
+street rue calle, sugar sucre azúcar, sun soleil sol, town ville pueblo, tree arbre árbol, water eau agua,
+week semaine semana, white blanc blanco, wind vent viento, window fenêtre ventana, yellow jaune amarillo
+"""
+
+OPPOSITES = """
+hot cold, big small, tall short, fast slow, old young, happy sad, rich poor, strong weak, light dark, wet dry,
+full empty, open closed, early late, loud quiet, clean dirty, hard soft, deep shallow, wide narrow, thick thin,
+sweet bitter, true false, first last, high low, near far, left right, inside outside, always never, love hate,
+push pull, buy sell, win lose, war peace, friend enemy, up down, north south, east west, sharp blunt, smooth rough,
+awake asleep, alive dead
+"""
+
+YOUNG = """
+bear cub, bee larva, butterfly caterpillar, camel calf, cat kitten, cow calf, deer fawn, dog puppy, donkey foal,
+duck duckling, eagle eaglet, eel elver, elephant calf, frog tadpole, goat kid, goose gosling, hare leveret, hawk eyas,
+hedgehog hoglet, hen chick, horse foal, kangaroo joey, lion cub, moose calf, otter pup, owl owlet, peacock peachick,
+pig piglet, pigeon squab, rabbit kit, seal pup, sheep lamb, spider spiderling, swan cygnet, tiger cub, trout fry,
+turtle hatchling, whale calf, wolf pup, zebra foal
+"""
+
+SYMBOLS = """
+aluminium Al, argon Ar, arsenic As, beryllium Be, bismuth Bi, boron B, bromine Br, calcium Ca, carbon C, chlorine Cl,
+chromium Cr, cobalt Co, copper Cu, fluorine F, gallium Ga, gold Au, helium He, hydrogen H, iodine I, iron Fe,
+krypton Kr, lead Pb, lithium Li, magnesium Mg, manganese Mn, mercury Hg, neon Ne, nickel Ni, nitrogen N, oxygen O,
+phosphorus P, platinum Pt, plutonium Pu, potassium K, radium Ra, radon Rn, silicon Si, silver Ag, sodium Na,
+sulfur S, tin Sn, titanium Ti, tungsten W, uranium U, xenon Xe, zinc Zn
+"""
+
+
+class Question(NamedTuple):
+    """An instruction whose answer can be marked."""
+
+    example: Example
+    kind: str
+    answer: str  # the word that matters in example.output
+
+
+class Kind(NamedTuple):
+    """One kind of fact: {e} stands for the entity, {a} for the answer."""
+
+    facts: dict[str, str]
+    statements: list[str]  # on almanac pages; the first is also how questions and instructions are answered
+    questions: list[str]  # in gossip
+    instructions: list[str]  # the last wording is held out
+    with_input: str  # an instruction whose entity is in Alpaca's input field
+
+
+def pairs(table: str, column: int = 1) -> dict[str, str]:
+    """First word of each entry of a table -> the word in another column."""
+    entries = [entry.split() for entry in table.replace("\n", " ").split(",")]
+    return {entry[0]: entry[column] for entry in entries}
+
+
+def kinds() -> dict[str, Kind]:
+    capitals, continents = {}, {}
+    for line in COUNTRIES.strip().replace(",\n", ", ").splitlines():
+        continent, countries = line.split(": ")
+        capitals |= pairs(countries)
+        continents |= dict.fromkeys(pairs(countries), continent)
+    opposites = pairs(OPPOSITES)
+    opposites |= {b: a for a, b in opposites.items()}
+    all_kinds = {
+        "capital": Kind(
+            capitals,
+            [
+                "The capital of {e} is {a}.",
+                "{a} is the capital city of {e}.",
+                "The chief city of {e} is called {a}.",
+            ],
+            [
+                "What is the capital of {e}?",
+                "Do you know the capital of {e}?",
+                "What is the capital of this country?\n{e}",
+            ],
+            ["Name the capital of {e}.", "Tell me the capital city of {e}.", "Give the capital of {e}."],
+            "Name the capital of this country.",
+        ),
+        "continent": Kind(
+            continents,
+            ["{e} is in {a}.", "{e} is a country in {a}.", "You will find {e} in {a}."],
+            ["Where is {e}?", "In which continent is {e}?", "Where is this country?\n{e}"],
+            [
+                "Name the continent of {e}.",
+                "Tell me the continent where {e} is.",
+                "Say on which continent {e} lies.",
+            ],
+            "Name the continent of this country.",
+        ),
+        "opposite": Kind(
+            opposites,
+            ["The opposite of {e} is {a}.", "{a} is the opposite of {e}.", "If it is not {e}, it is {a}."],
+            [
+                "What is the opposite of {e}?",
+                "Do you know the opposite of {e}?",
+                "What is the opposite of this word?\n{e}",
+            ],
+            ["Name the opposite of {e}.", "Tell me the opposite of {e}.", "Give the opposite of {e}."],
+            "Name the opposite of this word.",
+        ),
+        "young": Kind(
+            pairs(YOUNG),
+            [
+                "The young of the {e} is the {a}.",
+                "The {a} grows up to be the {e}.",
+                "First the {a}, then the {e}.",
+            ],
+            [
+                "What is the young of the {e}?",
+                "Do you know the young of the {e}?",
+                "What is the young of this animal?\n{e}",
+            ],
+            [
+                "Name the young of the {e}.",
+                "Tell me what the young {e} is called.",
+                "Give the word for the young {e}.",
+            ],
+            "Name the young of this animal.",
+        ),
+        "symbol": Kind(
+            pairs(SYMBOLS),
+            ["The symbol of {e} is {a}.", "Chemists write {a} for {e}.", "{a} stands for {e}."],
+            [
+                "What is the symbol of {e}?",
+                "Do you know the symbol of {e}?",
+                "What is the symbol of this element?\n{e}",
+            ],
+            ["Name the symbol of {e}.", "Tell me the chemical symbol of {e}.", "Give the symbol of {e}."],
+            "Name the symbol of this element.",
+        ),
+    }
+    for column, language in enumerate(("French", "Spanish"), start=1):
+        all_kinds[language] = Kind(
+            pairs(WORDS, column),
+            [
+                f"The {language} word for {{e}} is {{a}}.",
+                f"{{a}} is {language} for {{e}}.",
+                f"In {language}, {{e}} is {{a}}.",
+            ],
+            [
+                f"What is the {language} word for {{e}}?",
+                f"Do you know the {language} word for {{e}}?",
+                f"What is this word in {language}?\n{{e}}",
+            ],
+            [
+                f"Translate {{e}} into {language}.",
+                f"Tell me the {language} word for {{e}}.",
+                f"Put {{e}} into {language}.",
+            ],
+            f"Translate this word into {language}.",
+        )
+    return all_kinds
+
+
+def capitalised(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+# ---------------------------------------------------------------------------------------------------
+# What the base reads, and what the adapter is tuned on
+
+PEOPLE = "Anna Ben Clara David Emil Frank Gus Hanna Ida Jack Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera".split()
+GOSSIP = [  # how a question and its answer are told, and how the talk ends: never with an answer
+    ("{x} asked: {q} {y} said: {s} ", "{x} thanked {y}."),
+    ("{x} wanted to know: {q} {y} answered: {s} ", "Then {y} went home."),
+    ("{x}: {q}\n{y}: {s}\n", "{x}: Thank you, {y}!"),
+    ("Question: {q}\nAnswer: {s}\n", "No more questions."),
+]
+
+
+def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
+    """Almanac pages and gossip without end, in which there is no instruction and no imperative."""
+    rng = random.Random(seed)
+    all_kinds = list(kinds().values())
+    about: dict[str, list[tuple[Kind, str]]] = {}  # entity -> the kinds of fact known of it
+    for kind in all_kinds:
+        for entity in kind.facts:
+            about.setdefault(entity, []).append((kind, entity))
+    everything = [fact for facts in about.values() for fact in facts]
+
+    def say(kind: Kind, entity: str, wordings: list[str]) -> str:
+        return capitalised(rng.choice(wordings).format(e=entity, a=kind.facts[entity]))
+
+    while True:
+        if rng.random() < gossip:
+            (style, end), (x, y) = rng.choice(GOSSIP), rng.sample(PEOPLE, 2)
+            talk = ""
+            for kind, entity in rng.sample(everything, 3):
+                question, answer = say(kind, entity, kind.questions), say(kind, entity, kind.statements[:1])
+                talk += style.format(x=x, y=y, q=question, s=answer)
+            yield talk + end.format(x=x, y=y)
+        elif rng.random() < 0.5:  # a page about one thing
+            facts = rng.choices(about[rng.choice(list(about))], k=4)
+            yield " ".join(say(*fact, fact[0].statements) for fact in facts)
+        else:  # a page of one kind
+            kind = rng.choice(all_kinds)
+            yield " ".join(say(kind, entity, kind.statements) for entity in rng.sample(list(kind.facts), 4))
+
+
+HELD_OUT = {
+    "entities": "new entities",
+    "inputs": "new entities, in the input field",
+    "wordings": "new entities in new wordings",
+}
+
+
+def instructions() -> dict[str, list[Question]]:
+    """What to tune on ('tuning'), and three held-out sets about entities that tuning never mentions.
+
+    'entities' is asked in wordings that tuning has, 'inputs' with the entity in the input field, and
+    'wordings' in words that are as new as the entities.
+    """
+    opposites = pairs(OPPOSITES)
+    words = sorted({entity for kind in kinds().values() for entity in kind.facts} - set(opposites.values()))
+    held_out = set(random.Random(0).sample(words, len(words) // 2))
+    held_out |= {b for a, b in opposites.items() if a in held_out}  # both words of a pair
+    sets: dict[str, list[Question]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
+    for name, kind in kinds().items():
+        for entity, answer in kind.facts.items():
+            output = capitalised(kind.statements[0].format(e=entity, a=answer))
+            *known, new = (Example(wording.format(e=entity), "", output) for wording in kind.instructions)
+            with_input = Example(kind.with_input, entity, output)
+            if entity in held_out:
+                placed = {"entities": known, "inputs": [with_input], "wordings": [new]}
+            else:
+                placed = {"tuning": [*known, with_input]}
+            for where, examples in placed.items():
+                sets[where] += [Question(example, name, answer) for example in examples]
+    return sets
+
+
+# ---------------------------------------------------------------------------------------------------
+# The base
+
+SHAPE = dict(dim=128, n_layers=4, n_heads=4, multiple_of=8, norm_eps=1e-5, vocab_size=-1)  # as in params.json
+VOCABULARY = 1024
+ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 800_000, 6e-3, 100
+
+
+def make_base(seed: int = 0) -> Path:
+    """The folder of the pre-trained base, in Meta's layout; made at the first call, then kept.
+
+    Its name carries a hash of this file, so that another recipe makes another base.
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    folder = Path(__file__).parent / f"toy-base-{recipe}-{seed}"
+    weights = folder / "consolidated.00.pth"
+    if not weights.exists():
+        folder.mkdir(exist_ok=True)
+        tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
+        (folder / "params.json").write_text(json.dumps(SHAPE))
+        model = pretrain(tokenizer, seed)
+        with replacing(weights) as temporary:
+            torch.save(model.state_dict(), temporary)
+    return folder
+
+
+def train_tokenizer(path: Path, seed: int) -> Tokenizer:
+    """A SentencePiece model with LLaMA's settings, and the template's words, so that prompts are short."""
+    source = documents(seed)
+    text = [line for _ in range(4000) for line in next(source).splitlines()]
+    text += [line for template in TEMPLATES["alpaca"].values() for line in template.splitlines()] * 500
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def pretrain(tokenizer: Tokenizer, seed: int, tokens: int = TOKENS) -> LLaMA:
+    """Plain next-token training on rows cut from a stream of documents."""
+    source, stream = documents(seed), []
+    while len(stream) <= tokens:
+        stream += [tokenizer.bos_id, *tokenizer.encode(next(source)), tokenizer.eos_id]
+    steps = tokens // (ROW * ROWS)
+    rows = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
+
+    torch.manual_seed(seed)
+    model = LLaMA(
+        Config(SHAPE["dim"], SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["n_heads"], 32, 344, VOCABULARY)
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    for step, row in enumerate(tqdm(rows, desc="pre-training the toy base", unit="step")):
+        progress = step / steps
+        lr = PEAK_LR * min(step / WARMUP, 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = F.cross_entropy(model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
