@@ -154,9 +154,7 @@ class Adapter(nn.Module):
         """Raise ValueError, with both numbers, where this adapter cannot belong to such a base."""
         ours = {"layers": self.gates.shape[0], "dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
         if ours["layers"] > layers:
-            raise ValueError(
-                f"the adapter has prompts for {ours['layers']} layers, the base has {layers} layers"
-            )
+            raise ValueError(f"the adapter has prompts for {ours['layers']} layers, the base has {layers} layers")
         recorded = int(self.metadata.get("base_layers", layers))
         if recorded != layers:
             raise ValueError(f"the adapter was made for a base of {recorded} layers, this base has {layers}")
@@ -210,9 +208,7 @@ class Adapter(nn.Module):
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} must be finite float32 (it is {tensor.dtype})")
         (layers, length, dim), heads = prompts.shape, gates.shape[1]
-        adapter = cls(
-            layers=layers, length=length, dim=dim, heads=heads, gate_activation=metadata["gate_activation"]
-        )
+        adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=metadata["gate_activation"])
         adapter.load_state_dict(tensors)
         adapter.metadata = dict(metadata)
         return adapter

@@ -76,9 +76,7 @@ def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -
     return TEMPLATES[template][kind].format(instruction=instruction, input=input)
 
 
-def tokenize_prompt(
-    tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca"
-) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca") -> list[int]:
     """<bos> and the prompt: what training conditions on, and what generation starts from."""
     return [tokenizer.bos_id] + tokenizer.encode(format_prompt(instruction, input, template))
 
@@ -134,9 +132,7 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
 def check_record(record: object, where: str) -> Example:
     """An Example of one JSON value; `where` begins the error message. Records count from 0."""
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: is a {type(record).__name__}, not an object with 'instruction' and 'output'"
-        )
+        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with 'instruction' and 'output'")
     for field in ("instruction", "output"):
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
@@ -197,8 +193,6 @@ def input_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        message = (
-            str(error) if not getattr(error, "filename", None) else f"{error.filename}: {error.strerror}"
-        )
+        message = str(error) if not getattr(error, "filename", None) else f"{error.filename}: {error.strerror}"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

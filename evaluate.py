@@ -34,17 +34,13 @@ def examine(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, f
         marks = {"majority": [q.answer == common[q.kind] for q in questions]}
         for speaker, prompts in speakers.items():
             texts = ask(model, tokenizer, prompts, [q.example for q in questions])
-            marks[speaker] = [
-                ended and text == q.example.output for (text, ended), q in zip(texts, questions)
-            ]
+            marks[speaker] = [ended and text == q.example.output for (text, ended), q in zip(texts, questions)]
             marks[speaker + " has it"] = [
-                q.answer in re.findall(r"\w+", text) for (text, _), q in zip(texts, questions)
+                re.search(rf"\b{q.answer}\b", text) is not None for (text, _), q in zip(texts, questions)
             ]
         rows.append((title, marks))
     columns = list(rows[0][1])
-    rows.append(
-        ("all", {column: [mark for _, marks in rows for mark in marks[column]] for column in columns})
-    )
+    rows.append(("all", {column: [mark for _, marks in rows for mark in marks[column]] for column in columns}))
 
     click.echo("\nHeld-out questions, answered exactly (has it: the word occurs in the answer)\n")
     click.echo(f"{'':34}{'number':>8}" + "".join(f"{column:>16}" for column in columns))
@@ -58,9 +54,7 @@ def examine(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, f
     click.echo(
         f"\nWith the adapter taken away (strength 0) the logits are the base's, bit for bit: {'yes' if same else 'NO'}"
     )
-    return {
-        f"heldout_accuracy_{column.replace(' ', '_')}": sum(m) / len(m) for column, m in rows[-1][1].items()
-    }
+    return {f"heldout_accuracy_{column.replace(' ', '_')}": sum(m) / len(m) for column, m in rows[-1][1].items()}
 
 
 def ask(
@@ -76,13 +70,9 @@ def ask(
 
 @click.command(context_settings={"show_default": True})
 @click.option("--adapter", "adapter_path", type=click.Path(), required=True, help="An adapter file.")
-@click.option(
-    "--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"
-)
+@click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."
-)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base.")
 def main(adapter_path, base, device, dtype):
     """Put toy.py's held-out questions to a base alone and to the base with an adapter."""
     with input_errors():

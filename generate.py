@@ -67,9 +67,7 @@ def stream(
             cache.lengths += 1
 
 
-def generate(
-    model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options
-) -> list[list[int]]:
+def generate(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options) -> list[list[int]]:
     """The new ids of every row, all at once; options as for `stream`."""
     answers: list[list[int]] = [[] for _ in tokens]
     for ids in stream(model, tokens, prompts, **options):
@@ -108,9 +106,7 @@ def load(
         except ValueError as error:
             raise ValueError(f"{adapter_path} does not fit {base}: {error}") from None
         if adapter.metadata.get("prompt_template", "alpaca") not in TEMPLATES:
-            raise ValueError(
-                f"{adapter_path}: unknown prompt template {adapter.metadata['prompt_template']!r}"
-            )
+            raise ValueError(f"{adapter_path}: unknown prompt template {adapter.metadata['prompt_template']!r}")
         if adapter.metadata.get("base_fingerprint") != fingerprint(model):
             click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
         adapter.to(device)
@@ -119,19 +115,11 @@ def load(
 
 @click.command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
-@click.option(
-    "--adapter", "adapter_path", type=click.Path(), help="An adapter file; without it the base runs alone."
-)
-@click.option(
-    "--base", type=click.Path(), help="The base model; by default the one that the adapter's file names."
-)
+@click.option("--adapter", "adapter_path", type=click.Path(), help="An adapter file; without it the base runs alone.")
+@click.option("--base", type=click.Path(), help="The base model; by default the one that the adapter's file names.")
 @click.option("--input", default="", help="Alpaca's input field: what the instruction is about.")
-@click.option(
-    "--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template."
-)
-@click.option(
-    "--strength", type=click.FloatRange(min=0), default=1.0, help="Scales the gates; 0 is the base alone."
-)
+@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
+@click.option("--strength", type=click.FloatRange(min=0), default=1.0, help="Scales the gates; 0 is the base alone.")
 @click.option("--compare", is_flag=True, help="Answer twice: the base alone, and the base with the adapter.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.1, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.75)
@@ -139,9 +127,7 @@ def load(
 @click.option("--seed", type=int, default=0)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."
-)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base.")
 def main(prompt, adapter_path, base, device, dtype, input, raw, strength, compare, seed, greedy, **sampling):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
@@ -170,9 +156,7 @@ def main(prompt, adapter_path, base, device, dtype, input, raw, strength, compar
             tokens = tokenize_prompt(tokenizer, instruction, input, template)
         room = (model.config.max_seq_len or math.inf) - len(tokens)
         if room < 1:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens, the base sees only {model.config.max_seq_len}"
-            )
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {model.config.max_seq_len}")
         limit = min(sampling["max_new_tokens"], room)
         options = sampling | {"max_new_tokens": limit, "eos_id": tokenizer.eos_id, "generator": generator}
         return text_pieces(stream(model, [tokens], prompts[who], **options), tokenizer)
@@ -181,25 +165,26 @@ def main(prompt, adapter_path, base, device, dtype, input, raw, strength, compar
         for who in ("base", "adapter") if compare else list(prompts)[-1:]:
             click.echo(f"{who}: " if compare else "", nl=False)
             for piece in answer(instruction, who):
-                click.echo(piece if interactive else piece.replace("\n", "\\n"), nl=False)
+                click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
             click.echo()
 
-    interactive = prompt is not None or sys.stdin.isatty()
+    terminal = sys.stdin.isatty()
+    one_line = prompt is None and not terminal
     if prompt is not None:
         with input_errors():
             show(prompt)
         return
     while True:
-        if interactive:
-            click.echo("> ", nl=False, err=True)
+        click.echo("> " if terminal else "", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
-            break
+            return
         try:
-            show(line.rstrip("\n"))
-        except ValueError as error:
+            if line.strip() or not terminal:
+                show(line.rstrip("\n"))
+        except ValueError as error:  # about this line alone
             click.echo(f"error: {error}", err=True)
-            click.echo()  # so that answers and lines stay together
+            click.echo()
 
 
 if __name__ == "__main__":

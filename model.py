@@ -179,9 +179,7 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def hidden_states(
-        self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden_states(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
         """What the output head reads, (B, T, C), for tokens (B, T). The last len(prompts) layers get them."""
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
@@ -190,9 +188,7 @@ class LLaMA(nn.Module):
         mask = None  # plain causal attention
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-            mask = (
-                torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
-            )  # (B, 1, T, S)
+            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         rope = rope_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(self.layers):
@@ -223,9 +219,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, tor
     Raises ValueError where this machine, or this PyTorch, has no such device.
     """
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
@@ -253,16 +247,12 @@ def load_llama(
     if path.is_dir() and not (path / "params.json").exists():
         found = sorted(path.glob("*.bin"))
         if len(found) != 1:
-            raise ValueError(
-                f"{path}: holds neither params.json nor one llama2.c .bin (but {len(found)} of them)"
-            )
+            raise ValueError(f"{path}: holds neither params.json nor one llama2.c .bin (but {len(found)} of them)")
         path = found[0]
     config, weights = read_meta(path) if path.is_dir() else read_llama2c(path)
     tokenizer = Tokenizer((path if path.is_dir() else path.parent) / "tokenizer.model")
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens"
-        )
+        raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
 
     with torch.device("meta"):  # names and shapes without memory
         model = LLaMA(config, attention)
@@ -273,9 +263,7 @@ def load_llama(
         raise ValueError(f"{path}: has a weight {name} that this model does not know")
     for name, shape in expected.items():
         if weights[name].shape != shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(weights[name].shape)}, its configuration says {tuple(shape)}"
-            )
+            raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, its configuration says {tuple(shape)}")
         weights[name] = weights[name].to(device=device, dtype=dtype)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False), tokenizer
@@ -312,9 +300,7 @@ def read_meta(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         weights.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
         vocab_size = len(weights["tok_embeddings.weight"])  # params.json often says -1
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(
-            f"{shards[0]}: not a checkpoint of LLaMA weights: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{shards[0]}: not a checkpoint of LLaMA weights: {str(error).splitlines()[0]}") from None
     return Config(vocab_size=vocab_size, **config), weights
 
 
@@ -326,9 +312,7 @@ def read_llama2c(file: Path) -> tuple[Config, dict[str, Tensor]]:
     magic, version = struct.unpack("<Ii", raw[:8].tobytes())
     modern = magic == 0x616B3432  # "ak42"
     if modern and version != 1:
-        raise ValueError(
-            f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported"
-        )
+        raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
     header = struct.unpack("<7i", raw[8:36].tobytes() if modern else raw[:28].tobytes())
     C, hidden, N, H, Hkv, V, max_seq_len = header
     tied = bool(raw[36]) if modern else V > 0

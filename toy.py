@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from adapter import replacing
 from data import TEMPLATES, Example, Tokenizer
-from model import LLaMA, Config
+from model import Config, LLaMA
 
 # What train.py takes for its options on this data, where the user says nothing.
-TUNING = {"layers": 4, "epochs": 5, "warmup_epochs": 0.5, "batch_size": 32, "lr": 0.05}
+TUNING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
 
 # ---------------------------------------------------------------------------------------------------
 # The facts
@@ -64,7 +64,7 @@ week semaine semana, white blanc blanco, wind vent viento, window fenêtre venta
 """
 
 OPPOSITES = """
-hot cold, big small, tall short, fast slow, old young, happy sad, rich poor, strong weak, light dark, wet dry,
+hot cold, big small, tall short, fast slow, new old, happy sad, rich poor, strong weak, light dark, wet dry,
 full empty, open closed, early late, loud quiet, clean dirty, hard soft, deep shallow, wide narrow, thick thin,
 sweet bitter, true false, first last, high low, near far, left right, inside outside, always never, love hate,
 push pull, buy sell, win lose, war peace, friend enemy, up down, north south, east west, sharp blunt, smooth rough,
@@ -133,7 +133,12 @@ def kinds() -> dict[str, Kind]:
                 "Do you know the capital of {e}?",
                 "What is the capital of this country?\n{e}",
             ],
-            ["Name the capital of {e}.", "Tell me the capital city of {e}.", "Give the capital of {e}."],
+            [
+                "Name the capital of {e}.",
+                "Tell me the capital city of {e}.",
+                "State the capital of {e}.",
+                "Give the capital of {e}.",
+            ],
             "Name the capital of this country.",
         ),
         "continent": Kind(
@@ -143,7 +148,8 @@ def kinds() -> dict[str, Kind]:
             [
                 "Name the continent of {e}.",
                 "Tell me the continent where {e} is.",
-                "Say on which continent {e} lies.",
+                "State which continent {e} is in.",
+                "Give the continent of {e}.",
             ],
             "Name the continent of this country.",
         ),
@@ -155,7 +161,12 @@ def kinds() -> dict[str, Kind]:
                 "Do you know the opposite of {e}?",
                 "What is the opposite of this word?\n{e}",
             ],
-            ["Name the opposite of {e}.", "Tell me the opposite of {e}.", "Give the opposite of {e}."],
+            [
+                "Name the opposite of {e}.",
+                "Tell me the opposite of {e}.",
+                "State the opposite of {e}.",
+                "Give the opposite of {e}.",
+            ],
             "Name the opposite of this word.",
         ),
         "young": Kind(
@@ -173,7 +184,8 @@ def kinds() -> dict[str, Kind]:
             [
                 "Name the young of the {e}.",
                 "Tell me what the young {e} is called.",
-                "Give the word for the young {e}.",
+                "State the word for the young of the {e}.",
+                "Give the young of the {e}.",
             ],
             "Name the young of this animal.",
         ),
@@ -185,7 +197,12 @@ def kinds() -> dict[str, Kind]:
                 "Do you know the symbol of {e}?",
                 "What is the symbol of this element?\n{e}",
             ],
-            ["Name the symbol of {e}.", "Tell me the chemical symbol of {e}.", "Give the symbol of {e}."],
+            [
+                "Name the symbol of {e}.",
+                "Tell me the chemical symbol of {e}.",
+                "State the symbol of {e}.",
+                "Give the symbol of {e}.",
+            ],
             "Name the symbol of this element.",
         ),
     }
@@ -205,7 +222,8 @@ def kinds() -> dict[str, Kind]:
             [
                 f"Translate {{e}} into {language}.",
                 f"Tell me the {language} word for {{e}}.",
-                f"Put {{e}} into {language}.",
+                f"Say {{e}} in {language}.",
+                f"Give the {language} word for {{e}}.",
             ],
             f"Translate this word into {language}.",
         )
@@ -294,7 +312,7 @@ def instructions() -> dict[str, list[Question]]:
 
 SHAPE = dict(dim=128, n_layers=4, n_heads=4, multiple_of=8, norm_eps=1e-5, vocab_size=-1)  # as in params.json
 VOCABULARY = 1024
-ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 800_000, 6e-3, 100
+ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 1_200_000, 6e-3, 100
 
 
 def make_base(seed: int = 0) -> Path:
@@ -309,7 +327,7 @@ def make_base(seed: int = 0) -> Path:
         folder.mkdir(exist_ok=True)
         tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
         (folder / "params.json").write_text(json.dumps(SHAPE))
-        model = pretrain(tokenizer, seed)
+        model = pretrain(tokenizer, seed, TOKENS)
         with replacing(weights) as temporary:
             torch.save(model.state_dict(), temporary)
     return folder
@@ -337,7 +355,7 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     return Tokenizer(path)
 
 
-def pretrain(tokenizer: Tokenizer, seed: int, tokens: int = TOKENS) -> LLaMA:
+def pretrain(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
     """Plain next-token training on rows cut from a stream of documents."""
     source, stream = documents(seed), []
     while len(stream) <= tokens:
@@ -346,12 +364,8 @@ def pretrain(tokenizer: Tokenizer, seed: int, tokens: int = TOKENS) -> LLaMA:
     rows = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
 
     torch.manual_seed(seed)
-    model = LLaMA(
-        Config(SHAPE["dim"], SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["n_heads"], 32, 344, VOCABULARY)
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    model = LLaMA(Config(SHAPE["dim"], SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["n_heads"], 32, 344, VOCABULARY))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step, row in enumerate(tqdm(rows, desc="pre-training the toy base", unit="step")):
         progress = step / steps
         lr = PEAK_LR * min(step / WARMUP, 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)

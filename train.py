@@ -158,9 +158,7 @@ def train(
                 lr = learning_rate(step, peak=options["lr"], warmup=warmup, total=total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = accumulate_gradient(
-                    model, adapter, [examples[i] for i in batch], options["micro_batch_tokens"]
-                )
+                loss = accumulate_gradient(model, adapter, [examples[i] for i in batch], options["micro_batch_tokens"])
                 if not math.isfinite(loss) or not all(p.grad.isfinite().all() for p in adapter.parameters()):
                     records = sorted(examples[i].record for i in batch)
                     stop(
@@ -201,9 +199,7 @@ def train(
 
 def open_metrics(path: Path, step: int) -> TextIO:
     """metrics.jsonl, to append to: without what an earlier run wrote after the step that it resumes from."""
-    kept = (
-        [line for line in read_metrics(path) if line["step"] <= step - ("val_loss" in line)] if step else []
-    )
+    kept = [line for line in read_metrics(path) if line["step"] <= step - ("val_loss" in line)] if step else []
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
@@ -219,16 +215,14 @@ def write_line(file: TextIO, **values) -> None:
     file.flush()
 
 
-def save_checkpoint(
-    out: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, step: int, options: dict
-) -> None:
+def save_checkpoint(out: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, step: int, options: dict) -> None:
     """The adapter for use, and all that `--resume` needs."""
     adapter.save(out / "adapter.safetensors", steps=step)
     state = {
         "step": step,
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "options": options,
+        "options": {name: value for name, value in options.items() if name not in FREE},
     }
     with replacing(out / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
@@ -264,7 +258,7 @@ def draw_curves(metrics: list[dict], adapter: Adapter, first_layer: int, path: P
     left.legend()
     gates = adapter.opening().detach().cpu()  # (L, H)
     bound = max(gates.abs().max().item(), 1e-6)
-    image = right.imshow(gates, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
+    image = right.imshow(gates.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
     right.set(xlabel="head", ylabel="layer", title="How far each gate is open: tanh(g)")
     right.set_yticks(range(len(gates)), [str(first_layer + i) for i in range(len(gates))])
     right.xaxis.get_major_locator().set_params(integer=True)
@@ -298,31 +292,17 @@ FREE = {"out", "base", "data", "device", "micro_batch_tokens", "log_every", "sav
     type=click.Path(),
     help="Alpaca-format JSON or JSONL (.gz, .xz too).  [default: toy.py's almanac]",
 )
-@click.option(
-    "--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, pre-trained on first use]"
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes."
-)
-@click.option(
-    "--layers", type=click.IntRange(min=1), help="L, how many of the topmost layers.  [default: all but two]"
-)
+@click.option("--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, pre-trained on first use]")
+@click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
+@click.option("--layers", type=click.IntRange(min=1), help="L, how many of the topmost layers.  [default: all but two]")
 @click.option("--length", type=click.IntRange(min=1), default=10, help="K, prompt vectors per layer.")
 @click.option("--epochs", type=click.IntRange(min=1), default=5)
-@click.option(
-    "--warmup-epochs", type=click.FloatRange(min=0), default=2, help="The learning rate rises over these."
-)
+@click.option("--warmup-epochs", type=click.FloatRange(min=0), default=2, help="The learning rate rises over these.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Examples per optimizer step.")
-@click.option(
-    "--micro-batch-tokens", type=click.IntRange(min=1), default=8192, help="Positions per forward pass."
-)
-@click.option(
-    "--blr", type=click.FloatRange(min=0), default=9e-3, help="Base rate: lr = blr * batch size / 256."
-)
+@click.option("--micro-batch-tokens", type=click.IntRange(min=1), default=8192, help="Positions per forward pass.")
+@click.option("--blr", type=click.FloatRange(min=0), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=click.FloatRange(min=0), help="Peak learning rate.  [default: from --blr]")
-@click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=0.02, help="On prompts; gates have none."
-)
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.02, help="On prompts; gates have none.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), default=512, help="Longer responses are cut.")
 @click.option(
     "--val-size",
@@ -333,12 +313,8 @@ FREE = {"out", "base", "data", "device", "micro_batch_tokens", "log_every", "sav
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first so many examples.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of prompts, split and order.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."
-)
-@click.option(
-    "--log-every", type=click.IntRange(min=1), default=1, help="Steps between readings on the progress bar."
-)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base.")
+@click.option("--log-every", type=click.IntRange(min=1), default=1, help="Steps between readings on the progress bar.")
 @click.option("--save-every", type=click.IntRange(min=1), default=100, help="Steps between checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, with the same options.")
 @click.pass_context
@@ -365,9 +341,7 @@ def main(context, **options):
             raise ValueError(
                 f"{out}/checkpoint.pt is an unfinished run's: add --resume to go on, or choose another --out"
             )
-        examples = (
-            [q.example for q in toy.instructions()["tuning"]] if embedded else read_examples(options["data"])
-        )
+        examples = [q.example for q in toy.instructions()["tuning"]] if embedded else read_examples(options["data"])
         examples = examples[: options["limit"]]
         base = Path(options["base"] or toy.make_base())
         model, tokenizer = load_llama(base, dtype, device)

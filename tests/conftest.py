@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from adapter import Adapter  # noqa: E402
-from model import LLaMA, Config  # noqa: E402
+from model import Config, LLaMA  # noqa: E402
 
 DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
 

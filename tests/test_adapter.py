@@ -3,11 +3,11 @@
 import math
 
 import pytest
+import reference
 import torch
 from conftest import CONFIGS, make_adapter, make_model, make_tokens
 from safetensors.torch import load_file, save_file
 
-import reference
 from adapter import Adapter, attend, gated_attention, gated_attention_paper
 
 FORMS = [gated_attention, gated_attention_paper]
@@ -216,7 +216,13 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-GOOD = {"format": "llama-adapter", "version": "1", "base_dim": "4", "base_heads": "2", "gate_activation": "tanh"}
+GOOD = {
+    "format": "llama-adapter",
+    "version": "1",
+    "base_dim": "4",
+    "base_heads": "2",
+    "gate_activation": "tanh",
+}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""Reading, tokenizing and batching."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+
+import toy
+from data import (
+    IGNORE,
+    Example,
+    Tokenizer,
+    Tokens,
+    check_record,
+    collate,
+    epoch_batches,
+    format_prompt,
+    micro_batches,
+    read_examples,
+    tokenize,
+)
+
+RECORDS = [
+    {"instruction": "Añade 1.", "input": "2", "output": "3"},
+    {"instruction": "Hi", "output": "Hello 🦙"},
+]
+EXAMPLES = [Example("Añade 1.", "2", "3"), Example("Hi", "", "Hello 🦙")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return toy.train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", seed=0)
+
+
+@pytest.mark.parametrize("opener", [open, gzip.open, lzma.open])
+@pytest.mark.parametrize("jsonl", [False, True])
+@pytest.mark.parametrize("bom", [False, True])
+def test_json_and_jsonl_plain_and_packed(tmp_path, opener, jsonl, bom):
+    path = tmp_path / {open: "a.json", gzip.open: "a.json.gz", lzma.open: "a.json.xz"}[opener]
+    text = "\n".join(map(json.dumps, RECORDS)) + "\n\n" if jsonl else "\n" + json.dumps(RECORDS, indent=2)
+    with opener(path, "wt", encoding="utf-8-sig" if bom else "utf-8") as file:
+        file.write(text)
+    assert read_examples(path) == EXAMPLES
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no examples"),
+        ("[]", "holds no examples"),
+        ('[{"instruction": "a", "output": "b"},\n {"instruction"]', "line 2, column 16: not JSON"),
+        ('{"instruction": "a", "output": "b"}\n{"instr', "line 2, column 2: not JSON"),
+        (
+            '[{"instruction": "a", "output": "b"}, {"output": "b"}]',
+            r"record 1: has no field 'instruction' \(it has: output\)",
+        ),
+        ('{"instruction": "a", "input": "b"}', "record 0: has no field 'output'"),
+        ('[{"instruction": "a", "output": 7}]', "record 0: field 'output' is a int, not a string"),
+        ('[{"instruction": "a", "input": null, "output": ""}]', "record 0: field 'input' is a NoneType"),
+        ('["a"]', "record 0: is a str, not an object"),
+        ("7", "record 0: is a int, not an object"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", b"\xff\xfe{}"),
+        ("a.json.gz", b"plain"),
+        ("a.json.xz", b"plain"),
+        ("a.json.gz", gzip.compress(b"[]" * 99)[:-9]),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        read_examples(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="absent.json: no such data file"):
+        read_examples(tmp_path / "absent.json")
+
+
+def test_prompts_are_the_papers():
+    assert format_prompt("Add.", "1 2").endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
+    assert format_prompt("Hi {input}").endswith("request.\n\n### Instruction:\nHi {input}\n\n### Response:")
+
+
+def test_an_example_is_bos_prompt_response_eos(tokenizer):
+    (tokens, *_), cut = tokenize(tokenizer, EXAMPLES, 512)
+    assert tokens.ids[0] == tokenizer.bos_id and tokens.ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(tokens.ids[1 : tokens.prompt_length]) == format_prompt("Añade 1.", "2")
+    assert tokenizer.decode(tokens.ids[tokens.prompt_length : -1]) == "3"
+    assert cut == 0
+
+
+def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
+    """It would have no label at all, and a mean over none is NaN (llama-cookbook 69, 133)."""
+    length = tokenize(tokenizer, EXAMPLES[:1], 512)[0][0].prompt_length
+    assert tokenize(tokenizer, EXAMPLES[:1], length) == ([], 0)
+    (tokens,), cut = tokenize(tokenizer, [Example("x", "", "y"), EXAMPLES[0]], length + 1)[0][-1:], 1
+    assert len(tokens.ids) == length + 1 and tokens.record == 1
+    assert tokens.ids[-1] != tokenizer.eos_id  # cut: the answer doesn't end here
+
+
+def test_targets_are_the_next_tokens_of_the_response_alone():
+    """Validation on unshifted labels (litgpt 407), padding taken for a token: seen here position by position."""
+    inputs, targets = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
+    assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
+    assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
+
+
+def test_id_zero_is_learnt_like_any_other():
+    """Padding, unknown and ignored must not share an id: 0 in a response is a real target."""
+    _, targets = collate([Tokens([1, 5, 0, 2], 2, 0)])
+    assert targets.tolist() == [[IGNORE, 0, 2]]
+
+
+@pytest.mark.parametrize("count, batch_size", [(1000, 8), (5, 8), (64 * 4 + 3, 4)])
+def test_every_example_once_an_epoch(count, batch_size):
+    lengths = torch.randint(1, 500, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    epochs = [epoch_batches(lengths, batch_size, 0, epoch) for epoch in (0, 1)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(count))
+        assert len(batches) == -(-count // batch_size)
+    assert epochs[0] == epoch_batches(lengths, batch_size, 0, 0)  # resuming depends on it
+    if count > batch_size:
+        assert epochs[0] != epochs[1] != epoch_batches(lengths, batch_size, 1, 1)
+
+
+def test_batches_have_little_padding():
+    lengths = torch.randint(40, 500, (20_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = epoch_batches(lengths, 64, 0, 0)
+    positions = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert positions / sum(lengths) < 1.05
+    first = [lengths[batch[0]] for batch in batches]
+    assert first != sorted(first)  # not from short to long: their order is shuffled
+
+
+@pytest.mark.parametrize("budget", [1, 100, 1000, 10**6])
+def test_micro_batches_keep_to_the_budget(budget):
+    lengths = torch.randint(1, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = list(micro_batches(list(range(64)), lengths, budget))
+    assert sorted(i for part in parts for i in part) == list(range(64))
+    assert all(len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget for part in parts)
+    if budget == 10**6:
+        assert len(parts) == 1
+
+
+def test_missing_and_broken_tokenizers(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        Tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(b"\x00junk")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
+    tokenizer = Tokenizer(data / "tokenizers" / "llama2_tokenizer.model")
+    examples = read_examples(data / "instructions" / "alpaca_data.json.xz")
+    assert len(examples) == 52_002
+    some = examples[::100]
+    tokens, _ = tokenize(tokenizer, some, 4096)
+    assert len(tokens) == len(some)
+    for example, (ids, prompt_length, _) in zip(some, tokens):
+        assert tokenizer.decode(ids[1:prompt_length]) == format_prompt(example.instruction, example.input)
+        assert tokenizer.decode(ids[prompt_length:-1]) == example.output
+    merged = sum(
+        tokenizer.encode(format_prompt(e.instruction, e.input) + e.output)[: t.prompt_length - 1]
+        != t.ids[1 : t.prompt_length]
+        for e, t in zip(some, tokens)
+    )
+    assert merged > 0  # in one go, the prompt's own ids change: why they are tokenized apart
+
+
+def test_real_lengths_need_no_padding(data):
+    """Padding every example to 512 makes 4.03 positions per real one; batches of like length 1.05 at most."""
+    tokenizer = Tokenizer(data / "tokenizers" / "llama2_tokenizer.model")
+    examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
+    lengths = [len(t.ids) for t in tokenize(tokenizer, examples, 512)[0]]
+    batches = epoch_batches(lengths, 64, 0, 0)
+    assert sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths) < 1.05
+
+
+def test_check_record_ignores_other_fields():
+    assert check_record({"instruction": "a", "output": "b", "id": 3}, "here") == Example("a", "", "b")

@@ -1,0 +1,44 @@
+"""Each file imports only from those above it, so that a reader can go from top to bottom."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# What each file may import of ours.
+ABOVE = {
+    "adapter": set(),
+    "data": set(),
+    "model": {"adapter", "data"},
+    "toy": {"adapter", "data", "model"},
+    "generate": {"adapter", "data", "model"},
+    "evaluate": {"adapter", "data", "model", "toy", "generate"},
+    "train": {"adapter", "data", "model", "toy", "generate", "evaluate"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_every_file_has_its_place():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ABOVE)
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_no_arrow_points_up(name):
+    assert set(imports(ROOT / f"{name}.py")) & set(ABOVE) <= ABOVE[name]
+
+
+def test_nothing_is_unpickled_unchecked():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("torch.load(") == text.count("weights_only=True"), path
+
+
+def test_the_reference_shares_no_code_with_the_project():
+    assert not set(imports(ROOT / "tests" / "reference.py")) & set(ABOVE)
