@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -24,7 +23,18 @@ from tqdm import tqdm
 
 import toy
 from adapter import Adapter, Prompt, replacing
-from data import IGNORE, Tokens, collate, epoch_batches, input_errors, micro_batches, read_examples, tokenize
+from data import (
+    IGNORE,
+    Example,
+    Tokenizer,
+    Tokens,
+    collate,
+    epoch_batches,
+    input_errors,
+    micro_batches,
+    read_examples,
+    tokenize,
+)
 from evaluate import examine
 from model import LLaMA, choose, fingerprint, load_llama
 
@@ -83,6 +93,23 @@ def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens
     return loss / sum(len(example.ids) - example.prompt_length for example in examples)
 
 
+def update(
+    model: LLaMA, adapter: Adapter, optimizer: torch.optim.Optimizer, examples: list[Tokens], lr: float, max_tokens: int
+) -> float:
+    """One optimizer step; returns the loss before it. Raises FloatingPointError, and changes nothing, where
+    the loss or its gradient is not finite."""
+    loss = accumulate_gradient(model, adapter, examples, max_tokens)
+    finite = all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
+    if finite and math.isfinite(loss):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+    records = sorted(example.record for example in examples)
+    raise FloatingPointError(f"the loss ({loss}) or its gradient is not finite in the batch of records {records}")
+
+
 class Stopped(Exception):
     """Training ended early, with its state saved."""
 
@@ -137,15 +164,12 @@ def train(
     def validate() -> None:
         if validation:
             val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
-            write_line(metrics, step=step, val_loss=val_loss)
+            write_line(metrics, {"step": step, "val_loss": val_loss})
             progress.write(f"step {step}: validation loss {val_loss:.4f}", file=sys.stderr)
 
-    def stop(why: str, exit_code: int) -> None:
+    def stop(why: object, exit_code: int) -> None:
         save_checkpoint(out, adapter, optimizer, step, options)
-        raise Stopped(
-            f"{why}; {out}/adapter.safetensors and checkpoint.pt are those of step {step} of {total}",
-            exit_code,
-        )
+        raise Stopped(f"{why}; {out}/adapter.safetensors and checkpoint.pt are of step {step} of {total}", exit_code)
 
     progress = tqdm(total=total, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True)
     with progress, open_metrics(out / "metrics.jsonl", step) as metrics, interrupt() as asked:
@@ -156,31 +180,18 @@ def train(
             for batch in batches[step - epoch * steps_per_epoch :]:
                 start = time.perf_counter()
                 lr = learning_rate(step, peak=options["lr"], warmup=warmup, total=total)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss = accumulate_gradient(model, adapter, [examples[i] for i in batch], options["micro_batch_tokens"])
-                if not math.isfinite(loss) or not all(p.grad.isfinite().all() for p in adapter.parameters()):
-                    records = sorted(examples[i].record for i in batch)
-                    stop(
-                        f"error: loss {loss} or its gradient is not finite in step {step}, records {records}",
-                        2,
-                    )
-                optimizer.step()
-                optimizer.zero_grad()
+                try:
+                    part = [examples[i] for i in batch]
+                    loss = update(model, adapter, optimizer, part, lr, options["micro_batch_tokens"])
+                except FloatingPointError as error:
+                    stop(f"error: {error}", 2)
                 step += 1
 
                 step_tokens, step_seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
                 tokens, seconds = tokens + step_tokens, seconds + step_seconds
                 speed, gate = step_tokens / step_seconds, adapter.opening().abs().mean().item()
-                write_line(
-                    metrics,
-                    step=step,
-                    epoch=epoch,
-                    loss=loss,
-                    lr=lr,
-                    tokens_per_second=speed,
-                    gate_mean_abs=gate,
-                )
+                line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr}
+                write_line(metrics, line | {"tokens_per_second": speed, "gate_mean_abs": gate})
                 progress.update()
                 if step % options["log_every"] == 0:
                     progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
@@ -199,7 +210,9 @@ def train(
 
 def open_metrics(path: Path, step: int) -> TextIO:
     """metrics.jsonl, to append to: without what an earlier run wrote after the step that it resumes from."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step - ("val_loss" in line)] if step else []
+    kept = []
+    if step:  # an evaluation at the very step is made again
+        kept = [line for line in read_metrics(path) if line["step"] <= step - ("val_loss" in line)]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
@@ -210,8 +223,8 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
 
-def write_line(file: TextIO, **values) -> None:
-    file.write(json.dumps(values) + "\n")
+def write_line(file: TextIO, line: dict) -> None:
+    file.write(json.dumps(line) + "\n")
     file.flush()
 
 
@@ -325,36 +338,32 @@ def main(context, **options):
     shows what the adapter brought out of it.
     """
     start = time.perf_counter()
-    say = partial(click.echo, err=True)
-    out, embedded = options["out"], options["data"] is None
-    if embedded:
+    out = options["out"]
+    if options["data"] is None and options["base"] is None:
         for name, value in toy.TUNING.items():
             if context.get_parameter_source(name) == ParameterSource.DEFAULT:
                 options[name] = value
-    options["lr"] = options["lr"] or options["blr"] * options["batch_size"] / 256
+    if options["lr"] is None:
+        options["lr"] = options["blr"] * options["batch_size"] / 256
 
     with input_errors():
         device, dtype = choose(options.pop("device"), options["dtype"])
         options["dtype"] = str(dtype)
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists() and not options["resume"]:
-            raise ValueError(
-                f"{out}/checkpoint.pt is an unfinished run's: add --resume to go on, or choose another --out"
-            )
-        examples = [q.example for q in toy.instructions()["tuning"]] if embedded else read_examples(options["data"])
-        examples = examples[: options["limit"]]
+            raise ValueError(f"{out}/checkpoint.pt is of an unfinished run: go on with --resume, or use another --out")
+        examples = (
+            read_examples(options["data"]) if options["data"] else [q.example for q in toy.instructions()["tuning"]]
+        )
         base = Path(options["base"] or toy.make_base())
         model, tokenizer = load_llama(base, dtype, device)
         config = model.config
-        options["layers"] = options["layers"] or max(1, config.n_layers - 2)
-        if options["layers"] > config.n_layers:
-            raise ValueError(f"--layers {options['layers']}: {base} has only {config.n_layers} layers")
-        if options["max_seq_len"] > (config.max_seq_len or math.inf):
-            raise ValueError(
-                f"--max-seq-len {options['max_seq_len']}: {base} was trained on {config.max_seq_len} tokens"
-            )
-        tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
-        training, validation = split(tokens, options["val_size"], options["seed"])
+        if options["layers"] is None:
+            options["layers"] = max(1, config.n_layers - 2)
+        for name, limit in (("layers", config.n_layers), ("max_seq_len", config.max_seq_len or math.inf)):
+            if options[name] > limit:
+                raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+        training, validation, counts = prepare(tokenizer, examples[: options["limit"]], options)
         options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
         options["base_fingerprint"] = fingerprint(model)
         checkpoint = load_checkpoint(out / "checkpoint.pt", options) if options["resume"] else None
@@ -371,61 +380,58 @@ def main(context, **options):
         "base_layers": str(config.n_layers),
         "base_fingerprint": options["base_fingerprint"],
         "prompt_template": "alpaca",
-        "data": "toy.py" if embedded else Path(options["data"]).name,
+        "data": Path(options["data"] or "toy.py").name,
         "examples": str(len(training)),
     } | {name: str(options[name]) for name in ("epochs", "batch_size", "lr", "seed")}
-    counts = {
-        "trainable_parameters": sum(p.numel() for p in adapter.parameters()),
-        "examples": len(training),
-        "validation_examples": len(validation),
-        "dropped": len(examples) - len(tokens),
-        "cut": cut,
-    }
-    frozen = sum(p.numel() for p in model.parameters())
-    say(f"{counts['trainable_parameters']:,} parameters to train, {frozen:,} frozen, on {device} in {dtype}")
-    say(
-        f"{len(training):,} examples to train on and {len(validation):,} held out; of {len(examples):,}, "
-        f"{counts['dropped']} dropped, whose prompt alone fills {options['max_seq_len']} tokens, and {cut} cut to fit"
-    )
+    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
+    click.echo(f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {dtype}", err=True)
 
     try:
-        trained_tokens, seconds = train(model, adapter, training, validation, out, options, checkpoint)
+        tokens, seconds = train(model, adapter, training, validation, out, options, checkpoint)
     except Stopped as stopped:
-        say(f"{stopped}")
-        say("to go on, run the same command with --resume")
+        click.echo(f"{stopped}\nto go on: the same command with --resume", err=True)
         sys.exit(stopped.exit_code)
 
     metrics = read_metrics(out / "metrics.jsonl")
     losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
     adapter.save(out / "adapter.safetensors", val_loss_before=losses[0], val_loss_after=losses[-1])
     draw_curves(metrics, adapter, config.n_layers - options["layers"], out / "curves.png")
-    summary = counts | {
+    summary = {
+        "trainable_parameters": trainable,
         "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
         "val_loss_before": losses[0],
         "val_loss_after": losses[-1],
-        "tokens": trained_tokens,
-        "tokens_per_second": trained_tokens / seconds if seconds else None,
+        **counts,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
     }
-    if embedded:
+    if options["data"] is None:
         summary |= examine(model, tokenizer, adapter)
     summary |= {"wall_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(device)}
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (out / "checkpoint.pt").unlink()
-    say(
-        f"wrote {out}/adapter.safetensors ({summary['adapter_bytes']:,} bytes), summary.json, metrics.jsonl and curves.png"
+    click.echo(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}", err=True)
+
+
+def prepare(
+    tokenizer: Tokenizer, examples: list[Example], options: dict
+) -> tuple[list[Tokens], list[Tokens], dict[str, int]]:
+    """What to train on, what is held out, and the numbers of both and of what was dropped or cut."""
+    tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
+    size = options["val_size"]
+    held_out = round(size * len(tokens)) if size < 1 else round(size)
+    if held_out >= len(tokens):
+        raise ValueError(f"--val-size holds out {held_out} of the {len(tokens)} examples that fit: none is left")
+    order = np.random.default_rng(options["seed"]).permutation(len(tokens)).tolist()
+    training, validation = [tokens[i] for i in order[held_out:]], [tokens[i] for i in order[:held_out]]
+    dropped = len(examples) - len(tokens)
+    click.echo(
+        f"{len(training):,} examples to train on, {held_out:,} held out, {dropped:,} dropped (the prompt alone fills "
+        f"{options['max_seq_len']} tokens), {cut:,} cut to fit",
+        err=True,
     )
-
-
-def split(examples: list[Tokens], val_size: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
-    """To train on, and held out. Raises ValueError where nothing is left to train on."""
-    held_out = round(val_size * len(examples)) if val_size < 1 else round(val_size)
-    if held_out >= len(examples):
-        raise ValueError(
-            f"of {len(examples)} examples that fit, --val-size holds out {held_out}: none is left to train on"
-        )
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-    return [examples[i] for i in order[held_out:]], [examples[i] for i in order[:held_out]]
+    return training, validation, {"examples": len(training), "held_out": held_out, "dropped": dropped, "cut": cut}
 
 
 if __name__ == "__main__":

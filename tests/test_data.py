@@ -105,7 +105,9 @@ def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
     """It would have no label at all, and a mean over none is NaN (llama-cookbook 69, 133)."""
     length = tokenize(tokenizer, EXAMPLES[:1], 512)[0][0].prompt_length
     assert tokenize(tokenizer, EXAMPLES[:1], length) == ([], 0)
-    (tokens,), cut = tokenize(tokenizer, [Example("x", "", "y"), EXAMPLES[0]], length + 1)[0][-1:], 1
+    kept, cut = tokenize(tokenizer, [Example("", "", "x"), EXAMPLES[0]], length + 1)
+    tokens = kept[-1]
+    assert cut == 1
     assert len(tokens.ids) == length + 1 and tokens.record == 1
     assert tokens.ids[-1] != tokenizer.eos_id  # cut: the answer doesn't end here
 

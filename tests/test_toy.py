@@ -87,7 +87,9 @@ def test_make_base_writes_a_folder_that_load_llama_reads(tmp_path, monkeypatch):
 
 def few(count):
     """All to tune on, and so many of every held-out set."""
-    return {name: questions if name == "tuning" else questions[:count] for name, questions in toy.instructions().items()}
+    return {
+        name: questions if name == "tuning" else questions[:count] for name, questions in toy.instructions().items()
+    }
 
 
 def test_marks(monkeypatch, tiny_base, capsys):

@@ -144,13 +144,14 @@ def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
 def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
     import train
-    from data import read_examples, tokenize
+    from data import read_examples
 
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    _, held_out = train.split(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
+    options = dict(max_seq_len=512, val_size=4, seed=0)
+    _, held_out, _ = train.prepare(tokenizer, read_examples(args[3]), options)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_after"], rel=1e-5)
     torch.nn.init.zeros_(adapter.gates)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_before"], rel=1e-5)
@@ -295,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_adapter(args, tmp_pa
         (["--layers", 0], "--layers"),
         (["--length", 0], "--length"),
         (["--val-size", 40], "--val-size holds out 40"),
-        (["--max-seq-len", 8], "of 0 examples that fit"),
+        (["--max-seq-len", 8], "of the 0 examples that fit"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "nothing to resume"),
         (["--out", "FILE"], "file"),
@@ -332,7 +333,8 @@ def test_real_alpaca_on_a_real_model(data, tmp_path):
     """stories260K learns the form of real instructions within a few steps."""
     result = run(
         "--base", data / "stories260K", "--data", data / "instructions" / "alpaca_data.json.xz", "--limit", 400,
-        "--out", tmp_path / "run", "--epochs", 2, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-size", 40, "--max-seq-len", 256,
+        "--out", tmp_path / "run", "--epochs", 2, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-size", 40,
+        "--max-seq-len", 256,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
