@@ -197,13 +197,15 @@ class Adapter(nn.Module):
                 f"{path}: gate_activation {metadata.get('gate_activation')!r} is none of {list(cls.ACTIVATIONS)}"
             )
         prompts, gates = tensors["prompts"], tensors["gates"]
-        if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates):
+        if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
             raise ValueError(
                 f"{path}: prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)} are not (L, K, C) and (L, H)"
             )
         for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
             if metadata.get(name) != str(size):
                 raise ValueError(f"{path}: metadata says {name} {metadata.get(name)}, the tensors say {size}")
+        if not metadata.get("base_layers", "0").isdecimal():
+            raise ValueError(f"{path}: metadata says base_layers {metadata['base_layers']!r}, which is no number")
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} must be finite float32 (it is {tensor.dtype})")

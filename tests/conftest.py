@@ -24,6 +24,13 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return request.param
+
+
 @pytest.fixture
 def data():
     if not DATA.is_dir():

@@ -29,19 +29,20 @@ def random_inputs(H, Hkv, D, *, B=3, T=5, S=5, K=4, per_sample, dtype):
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("masking", ["causal", "cached", "none"])
 @pytest.mark.parametrize("H, Hkv, D", [(4, 4, 8), (4, 2, 8), (6, 1, 5)])
-def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, dtype, tolerance):
+def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, dtype, tolerance, device):
     """Is the sum equal to the concatenation? (lit-llama 263, OGV 47)"""
     S = 9 if masking == "cached" else 5
     mask = None
     if masking == "cached":  # rows of unequal length, so each has a mask of its own
         positions = torch.tensor([4, 2, 0])[:, None] + torch.arange(5)  # (B, T)
-        mask = torch.arange(S) <= positions[:, None, :, None]
+        mask = (torch.arange(S) <= positions[:, None, :, None]).to(device)
     results = []
     for form in FORMS:
         inputs = random_inputs(H, Hkv, D, S=S, per_sample=per_sample, dtype=dtype)
+        inputs = [x.detach().to(device).requires_grad_() for x in inputs]
         output = form(*inputs, mask, masking == "causal")
         probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        results.append([output, *torch.autograd.grad((output * probe.to(dtype)).sum(), inputs)])
+        results.append([output, *torch.autograd.grad((output * probe.to(device, dtype)).sum(), inputs)])
     for fused, paper in zip(*results):
         assert fused.dtype == dtype
         torch.testing.assert_close(fused, paper, rtol=tolerance, atol=tolerance)
@@ -87,12 +88,12 @@ def test_model_with_open_gates_equals_the_reference(config, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("closed_by", ["gate", "strength"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, mode):
+def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, mode, device):
     """PEFT's zero gate is not the base model (it adds the bias of Wo twice); ours is, exactly."""
-    model = make_model().to(dtype).train(mode == "train")
-    adapter = make_adapter(model, layers=3, gates=closed_by == "strength")
+    model = make_model().to(device, dtype).train(mode == "train")
+    adapter = make_adapter(model, layers=3, gates=closed_by == "strength").to(device)
     prompts = adapter(strength=0.0 if closed_by == "strength" else 1.0, dtype=dtype)
-    tokens = make_tokens(model, 2, 7)
+    tokens = make_tokens(model, 2, 7).to(device)
     assert torch.equal(model(tokens, prompts), model(tokens))
 
 
@@ -233,6 +234,8 @@ GOOD = {
         ({}, {"gate_activation": "relu"}, "'relu'"),
         ({}, {"base_dim": "5"}, "base_dim 5, the tensors say 4"),
         ({}, {"base_heads": "x"}, "base_heads x, the tensors say 2"),
+        ({}, {"base_layers": "many"}, "base_layers 'many'"),
+        ({"prompts": torch.zeros(1, 0, 4)}, {}, r"prompts \(1, 0, 4\)"),
         ({"prompts": torch.zeros(3, 4)}, {}, r"prompts \(3, 4\)"),
         ({"prompts": torch.zeros(2, 3, 4)}, {}, r"prompts \(2, 3, 4\) and gates \(1, 2\)"),
         ({"gates": torch.full((1, 2), math.nan)}, {}, "gates must be finite"),

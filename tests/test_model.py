@@ -67,12 +67,12 @@ def test_base_equals_transformers(config):
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
-def test_decoding_equals_rescoring(config, form):
+def test_decoding_equals_rescoring(config, form, device):
     """Cached output must equal uncached output (nanoGPT 613), rows of unequal length and open gates included."""
-    model = make_model(config, **form)
-    prompts = make_adapter(model)()
-    tokens = make_tokens(model, 3, 12)
-    lengths = torch.tensor([7, 4, 1])
+    model = make_model(config, **form).to(device)
+    prompts = make_adapter(model).to(device)()
+    tokens = make_tokens(model, 3, 12).to(device)
+    lengths = torch.tensor([7, 4, 1], device=device)
     whole = model(tokens, prompts)
 
     cache = KVCache(model, batch=3, length=16)
@@ -85,17 +85,17 @@ def test_decoding_equals_rescoring(config, form):
     for _ in range(5):
         step = tokens.gather(1, cache.lengths[:, None])
         logits = model(step, prompts, cache)[:, 0]
-        expected = whole[torch.arange(3), cache.lengths]
+        expected = whole[torch.arange(3, device=device), cache.lengths]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         cache.lengths += 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_closed_gates_are_the_base_in_cached_decoding_too(dtype):
-    model = make_model().to(dtype)
-    tokens = make_tokens(model, 2, 9)
+def test_closed_gates_are_the_base_in_cached_decoding_too(dtype, device):
+    model = make_model().to(device, dtype)
+    tokens = make_tokens(model, 2, 9).to(device)
     runs = []
-    for prompts in ((), make_adapter(model)(strength=0.0, dtype=dtype)):
+    for prompts in ((), make_adapter(model).to(device)(strength=0.0, dtype=dtype)):
         cache, logits = KVCache(model, batch=2, length=9), []
         for chunk in tokens.split([5, 1, 1, 1, 1], dim=1):
             logits.append(model(chunk, prompts, cache))

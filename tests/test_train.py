@@ -141,6 +141,18 @@ def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
     assert float(adapter.metadata["val_loss_after"]) == summary["val_loss_after"]
 
 
+def test_a_run_on_a_gpu_in_bfloat16(args, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    position = args.index("--device")
+    result = run(*args[:position], *args[position + 2 :])
+    assert result.exit_code == 0, result.output
+    assert "on cuda in torch.bfloat16" in result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val_loss_after"] < summary["val_loss_before"]
+    assert 0 < summary["peak_memory_bytes"] < 10**9
+
+
 def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
     import train
