@@ -343,10 +343,14 @@ def main(context, **options):
         for name, value in toy.TUNING.items():
             if context.get_parameter_source(name) == ParameterSource.DEFAULT:
                 options[name] = value
+                click.echo(f"--{name.replace('_', '-')} {value} (toy.py's default)", err=True)
     if options["lr"] is None:
         options["lr"] = options["blr"] * options["batch_size"] / 256
 
     with input_errors():
+        if options["warmup_epochs"] >= options["epochs"]:
+            warmup, epochs = options["warmup_epochs"], options["epochs"]
+            raise ValueError(f"--warmup-epochs {warmup:g} of --epochs {epochs}: the learning rate would never get to fall")
         device, dtype = choose(options.pop("device"), options["dtype"])
         options["dtype"] = str(dtype)
         out.mkdir(parents=True, exist_ok=True)

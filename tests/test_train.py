@@ -304,6 +304,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_adapter(args, tmp_pa
     [
         (["--base", "absent"], "absent: no such base model"),
         (["--data", "absent.json"], "absent.json: no such data file"),
+        (["--epochs", 2, "--warmup-epochs", 2], "--warmup-epochs 2 of --epochs 2"),
         (["--layers", 4], "--layers 4"),
         (["--layers", 0], "--layers"),
         (["--length", 0], "--length"),
