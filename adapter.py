@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -174,7 +174,7 @@ class Adapter(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=self.metadata)
+            temporary.write_bytes(save(tensors, metadata=self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Adapter":
@@ -207,8 +207,10 @@ class Adapter(nn.Module):
         if not metadata.get("base_layers", "0").isdecimal():
             raise ValueError(f"{path}: metadata says base_layers {metadata['base_layers']!r}, which is no number")
         for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} must be finite float32 (it is {tensor.dtype})")
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{path}: {name} is {tensor.dtype}, not torch.float32")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} holds values that are not finite")
         (layers, length, dim), heads = prompts.shape, gates.shape[1]
         adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=metadata["gate_activation"])
         adapter.load_state_dict(tensors)

@@ -4,9 +4,8 @@ import gzip
 import json
 import lzma
 import os
-import sys
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +60,16 @@ class Tokenizer:
             raise ValueError(f"{path}: not a SentencePiece model") from None
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.vocab_size = self.model.vocab_size()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path}: has no <bos> or no <eos> (ids {self.bos_id} and {self.eos_id})")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without <bos> and <eos>."""
-        return self.model.encode(text)
+        """Ids of the text alone, without <bos> and <eos>. Raises ValueError at half a character (a lone surrogate)."""
+        return self.model.encode(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        """Text of the ids; those beyond the vocabulary, which a padded embedding can yield, have none."""
+        return self.model.decode([id for id in ids if id < self.vocab_size])
 
 
 def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:
@@ -110,10 +112,10 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
             text = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such data file") from None
-    except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix or 'UTF-8'} text: {error}") from None
 
-    records = []
+    number, records = 1, []
     try:
         if text.lstrip().startswith("["):
             records = json.loads(text)
@@ -122,8 +124,10 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
                 if line.strip():
                     records.append(json.loads(line))
     except json.JSONDecodeError as error:
-        line = error.lineno if text.lstrip().startswith("[") else number
-        raise ValueError(f"{path}: line {line}, column {error.colno}: not JSON: {error.msg}") from None
+        where = f"line {number + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{path}: {where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+        raise ValueError(f"{path}: line {number}: cannot be read: {error}") from None
     if not records:
         raise ValueError(f"{path}: holds no examples")
     return [check_record(record, f"{path}: record {index}") for index, record in enumerate(records)]
@@ -140,6 +144,8 @@ def check_record(record: object, where: str) -> Example:
     for name, value in zip(Example._fields, fields):
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
     return Example(*fields)
 
 
@@ -160,15 +166,20 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def micro_batches(batch: list[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut a batch into parts of at most `max_tokens` positions each, padding included (one example at least)."""
-    part: list[int] = []
-    for index in sorted(batch, key=lambda i: lengths[i]):  # so the newest is the longest
-        if part and (len(part) + 1) * lengths[index] > max_tokens:
-            yield part
+def response_tokens(examples: Sequence[Tokens]) -> int:
+    """How many tokens of the examples are to be learnt."""
+    return sum(len(example.ids) - example.prompt_length for example in examples)
+
+
+def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, as of `collate`, of parts with at most `max_tokens` positions (or of one example)."""
+    part: list[Tokens] = []
+    for example in sorted(examples, key=lambda example: len(example.ids)):  # so the newest is the longest
+        if part and (len(part) + 1) * (len(example.ids) - 1) > max_tokens:
+            yield collate(part)
             part = []
-        part.append(index)
-    yield part
+        part.append(example)
+    yield collate(part)
 
 
 def collate(examples: list[Tokens]) -> tuple[Tensor, Tensor]:
@@ -185,14 +196,3 @@ def collate(examples: list[Tokens]) -> tuple[Tensor, Tensor]:
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, prompt_length - 1 : len(ids) - 1] = ids[prompt_length:]
     return inputs, targets
-
-
-@contextmanager
-def input_errors():
-    """Around a command's reading of its input: what is wrong with it becomes one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error) if not getattr(error, "filename", None) else f"{error.filename}: {error.strerror}"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)

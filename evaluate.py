@@ -9,7 +9,8 @@ import torch
 
 import toy
 from adapter import Adapter, Prompt
-from data import Example, Tokenizer, input_errors, tokenize_prompt
+from cli import device_options, one_line_errors
+from data import Example, Tokenizer, tokenize_prompt
 from generate import generate, load
 from model import LLaMA, choose
 
@@ -20,7 +21,7 @@ def examine(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, f
 
     An answer is exact if it is the expected sentence and then ends. To be fair to the base, the table
     also says how often the word asked for occurs anywhere in what it wrote. The majority baseline knows
-    the form of every answer and always fills in the commonest word, "Europe" for a continent.
+    the form of every answer, and always fills in the word that is commonest in tuning.
     """
     sets = toy.instructions()
     common = {}
@@ -71,11 +72,10 @@ def ask(
 @click.command(context_settings={"show_default": True})
 @click.option("--adapter", "adapter_path", type=click.Path(), required=True, help="An adapter file.")
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base.")
+@device_options
 def main(adapter_path, base, device, dtype):
     """Put toy.py's held-out questions to a base alone and to the base with an adapter."""
-    with input_errors():
+    with one_line_errors():
         device, dtype = choose(device, dtype)
         model, tokenizer, adapter = load(adapter_path, base, device, dtype)
     examine(model, tokenizer, adapter)

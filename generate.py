@@ -3,14 +3,17 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import click
 import torch
 from torch import Tensor
 
 from adapter import Adapter, Prompt
-from data import TEMPLATES, Tokenizer, input_errors, tokenize_prompt
-from model import KVCache, LLaMA, choose, fingerprint, load_llama
+from checkpoints import load_llama
+from cli import SEED, Real, device_options, one_line_errors
+from data import TEMPLATES, Tokenizer, tokenize_prompt
+from model import KVCache, LLaMA, choose, fingerprint
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -19,11 +22,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     Otherwise nucleus sampling (Holtzman et al., 2020): from the smallest set of likeliest tokens
     whose probabilities sum to top_p.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # in float32 the division would overflow, and the likeliest be all there is
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens alone
-    probabilities[before >= top_p] = 0  # never the first, for top_p > 0
+    probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
     choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
 
@@ -45,6 +48,8 @@ def stream(
     Yields, step by step, B ids, None for a row that has ended. A row ends with `eos_id`, which is not
     yielded, and all of them after `max_new_tokens` steps or when all have ended.
     """
+    if not all(tokens):
+        raise ValueError("a row without a token has nothing to continue: begin with <bos>")
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in tokens], device=device)
     longest = int(lengths.max())
@@ -93,11 +98,12 @@ def load(
     adapter_path: str | None, base: str | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[LLaMA, Tokenizer, Adapter | None]:
     """What a command needs to answer. Raises OSError or ValueError where the files don't fit each other."""
-    if not adapter_path and not base:
+    if adapter_path is None and base is None:
         raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
-    adapter = Adapter.load(adapter_path) if adapter_path else None
-    base = base or adapter.metadata.get("base")
-    if not base:
+    adapter = None if adapter_path is None else Adapter.load(adapter_path)
+    if base is None:
+        base = adapter.metadata.get("base")
+    if base is None:
         raise ValueError(f"{adapter_path}: does not say which base it is for; give --base PATH")
     model, tokenizer = load_llama(base, dtype, device)
     if adapter:
@@ -107,7 +113,7 @@ def load(
             raise ValueError(f"{adapter_path} does not fit {base}: {error}") from None
         if adapter.metadata.get("prompt_template", "alpaca") not in TEMPLATES:
             raise ValueError(f"{adapter_path}: unknown prompt template {adapter.metadata['prompt_template']!r}")
-        if adapter.metadata.get("base_fingerprint") != fingerprint(model):
+        if adapter.metadata.get("base_fingerprint", fingerprint(model)) != fingerprint(model):
             click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
         adapter.to(device)
     return model, tokenizer, adapter
@@ -116,75 +122,88 @@ def load(
 @click.command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
 @click.option("--adapter", "adapter_path", type=click.Path(), help="An adapter file; without it the base runs alone.")
-@click.option("--base", type=click.Path(), help="The base model; by default the one that the adapter's file names.")
-@click.option("--input", default="", help="Alpaca's input field: what the instruction is about.")
+@click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
+@click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
-@click.option("--strength", type=click.FloatRange(min=0), default=1.0, help="Scales the gates; 0 is the base alone.")
+@click.option("--strength", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
 @click.option("--compare", is_flag=True, help="Answer twice: the base alone, and the base with the adapter.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.1, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.75)
+@click.option("--temperature", type=Real(0, 1e3), default=0.1, help="0 is greedy.")
+@click.option("--top-p", type=Real(0, 1, min_open=True), default=0.75)
 @click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0.")
-@click.option("--seed", type=int, default=0)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256)
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base.")
-def main(prompt, adapter_path, base, device, dtype, input, raw, strength, compare, seed, greedy, **sampling):
+@click.option("--seed", type=SEED, default=0)
+@click.option("--max-new-tokens", type=click.IntRange(1, 2**17), default=256)
+@device_options
+def main(prompt, adapter_path, base, device, dtype, context, raw, strength, compare, seed, greedy, **sampling):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
     Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own;
     from a pipe, every line is answered by exactly one line, line breaks within it as \\n.
     """
-    with input_errors():
+    with one_line_errors():
+        if compare and adapter_path is None:
+            raise ValueError("--compare needs --adapter FILE")
+        if raw and context:
+            raise ValueError("--input is a field of the template that --raw does without")
         device, dtype = choose(device, dtype)
         model, tokenizer, adapter = load(adapter_path, base, device, dtype)
-        if compare and not adapter:
-            raise ValueError("--compare needs --adapter FILE")
-    prompts = {"base": ()}
+    speakers = {"base": ()}
     template = "alpaca"
     if adapter:
         template = adapter.metadata.get("prompt_template", template)
         with torch.no_grad():
-            prompts["adapter"] = adapter(strength=strength, dtype=dtype)
+            speakers["adapter"] = adapter(strength=strength, dtype=dtype)
+    if not compare:
+        speakers = dict([speakers.popitem()])  # the last alone
     if greedy:
         sampling["temperature"] = 0.0
     generator = torch.Generator(device).manual_seed(seed)
 
-    def answer(instruction: str, who: str) -> Iterator[str]:
+    def answer(instruction: str, prompts: Sequence[Prompt]) -> Iterator[str]:
         if raw:
             tokens = [tokenizer.bos_id, *tokenizer.encode(instruction)]
         else:
-            tokens = tokenize_prompt(tokenizer, instruction, input, template)
+            tokens = tokenize_prompt(tokenizer, instruction, context, template)
         room = (model.config.max_seq_len or math.inf) - len(tokens)
         if room < 1:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {model.config.max_seq_len}")
         limit = min(sampling["max_new_tokens"], room)
         options = sampling | {"max_new_tokens": limit, "eos_id": tokenizer.eos_id, "generator": generator}
-        return text_pieces(stream(model, [tokens], prompts[who], **options), tokenizer)
+        return text_pieces(stream(model, [tokens], prompts, **options), tokenizer)
 
-    def show(instruction: str) -> None:
-        for who in ("base", "adapter") if compare else list(prompts)[-1:]:
-            click.echo(f"{who}: " if compare else "", nl=False)
-            for piece in answer(instruction, who):
+    def show(instruction: str, one_line: bool) -> None:
+        answers = {name: answer(instruction, prompts) for name, prompts in speakers.items()}
+        for number, (name, pieces) in enumerate(answers.items()):
+            click.echo("\t" if one_line and number else "", nl=False)
+            click.echo(f"{name}: " if compare else "", nl=False)
+            for piece in pieces:
                 click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
-            click.echo()
+            click.echo("" if one_line else "\n", nl=False)
+        click.echo("\n" if one_line else "", nl=False)
 
-    terminal = sys.stdin.isatty()
-    one_line = prompt is None and not terminal
-    if prompt is not None:
-        with input_errors():
-            show(prompt)
-        return
+    with one_line_errors():
+        if prompt is not None:
+            show(prompt, one_line=False)
+            return
+        if sys.stdin is None:
+            raise ValueError("no PROMPT, and no standard input to read one from")
+        terminal = sys.stdin.isatty()
+        for instruction in lines_of(sys.stdin, terminal):
+            try:
+                if instruction or not terminal:
+                    show(instruction, one_line=not terminal)
+            except ValueError as error:  # with this line alone
+                click.echo(f"error: {error}", err=True)
+                click.echo()
+
+
+def lines_of(stdin: TextIO, terminal: bool) -> Iterator[str]:
+    """Line by line, as they are typed; a terminal is shown where to type."""
     while True:
         click.echo("> " if terminal else "", nl=False, err=True)
-        line = sys.stdin.readline()
+        line = stdin.readline()
         if not line:
             return
-        try:
-            if line.strip() or not terminal:
-                show(line.rstrip("\n"))
-        except ValueError as error:  # about this line alone
-            click.echo(f"error: {error}", err=True)
-            click.echo()
+        yield line.rstrip("\r\n")
 
 
 if __name__ == "__main__":

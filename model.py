@@ -1,28 +1,33 @@
-"""LLaMA (1, 2 and 3) in plain PyTorch, with room for prompts, and the reading of its checkpoints.
+"""LLaMA (1, 2 and 3) in plain PyTorch, with room for prompts.
 
 Parameters carry the names of Meta's checkpoints. Notation as in adapter.py.
 """
 
 import hashlib
-import json
-import os
-import struct
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Prompt, attend, gated_attention
-from data import Tokenizer
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3.1's stretching of the rotary frequencies, for contexts longer than the pre-trained one."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int  # tokens
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a LLaMA; the defaults are 7B's."""
+    """The shape of a LLaMA; the defaults are 7B's. Raises ValueError where the numbers make no model."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -33,7 +38,22 @@ class Config:
     vocab_size: int = 32000  # V
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_seq_len: int | None = None  # how far it was trained to see, where the checkpoint says so
+
+    def __post_init__(self):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**24:
+                raise ValueError(f"{name} is {value!r}, not a whole number that a LLaMA could have")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}, not a positive number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: rotary embedding needs it even")
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +75,12 @@ def rope_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     and a table kept in the module would be rounded by `model.bfloat16()`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), turns per token times 2 pi
+    if config.rope_scaling is not None:
+        factor, low, high, context = config.rope_scaling
+        turns = context * frequencies / (2 * math.pi)  # within the pre-trained context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay, 0: slow ones are stretched
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
     angles = positions[:, None, :, None] * frequencies  # float32
     return angles.cos(), angles.sin()
 
@@ -94,7 +119,7 @@ class KVCache:
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         self.layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.length = length
+        self.capacity = length
 
 
 class Attention(nn.Module):
@@ -188,7 +213,7 @@ class LLaMA(nn.Module):
         mask = None  # plain causal attention
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-            mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            mask = torch.arange(cache.capacity, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         rope = rope_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(self.layers):
@@ -209,10 +234,6 @@ def fingerprint(model: LLaMA) -> str:
     return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Where a base lives and in what dtype, decided here alone: bfloat16 on a GPU, float32 elsewhere.
 
@@ -223,132 +244,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, tor
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
     return torch.device(device), getattr(torch, dtype)
-
-
-def load_llama(
-    path: str | os.PathLike,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    attention: Callable[..., Tensor] = gated_attention,
-) -> tuple[LLaMA, Tokenizer]:
-    """A frozen LLaMA and its tokenizer.
-
-    `path` is a folder in Meta's layout (params.json, consolidated.00.pth, tokenizer.model), a
-    llama2.c .bin (of either layout) with tokenizer.model beside it, or the folder that holds one.
-    Raises FileNotFoundError or ValueError, in a line that names the file and both numbers.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such base model")
-    if path.is_dir() and not (path / "params.json").exists():
-        found = sorted(path.glob("*.bin"))
-        if len(found) != 1:
-            raise ValueError(f"{path}: holds neither params.json nor one llama2.c .bin (but {len(found)} of them)")
-        path = found[0]
-    config, weights = read_meta(path) if path.is_dir() else read_llama2c(path)
-    tokenizer = Tokenizer((path if path.is_dir() else path.parent) / "tokenizer.model")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
-
-    with torch.device("meta"):  # names and shapes without memory
-        model = LLaMA(config, attention)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name in expected.keys() - weights.keys():
-        raise ValueError(f"{path}: has no weight {name}")
-    for name in weights.keys() - expected.keys():
-        raise ValueError(f"{path}: has a weight {name} that this model does not know")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, its configuration says {tuple(shape)}")
-        weights[name] = weights[name].to(device=device, dtype=dtype)
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False), tokenizer
-
-
-def read_meta(folder: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Meta's layout, with one file of weights."""
-    file = folder / "params.json"
-    try:
-        params = json.loads(file.read_text(encoding="utf-8"))
-        dim, n_layers, n_heads = params["dim"], params["n_layers"], params["n_heads"]
-        hidden_dim = int(params.get("ffn_dim_multiplier", 1) * int(2 * 4 * dim / 3))
-        hidden_dim += -hidden_dim % params["multiple_of"]
-        config = dict(
-            dim=dim,
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=params.get("n_kv_heads") or n_heads,
-            head_dim=dim // n_heads,
-            hidden_dim=hidden_dim,
-            norm_eps=params["norm_eps"],
-            rope_theta=params.get("rope_theta", 10000.0),
-        )
-    except KeyError as error:
-        raise ValueError(f"{file}: has no field {error}") from None
-    except (TypeError, AttributeError, ZeroDivisionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not the parameters of a LLaMA: {error}") from None
-
-    shards = sorted(folder.glob("consolidated.*.pth"))
-    if len(shards) != 1:
-        raise ValueError(f"{folder}: has {len(shards)} files consolidated.*.pth, only 1 is supported so far")
-    try:
-        weights = torch.load(shards[0], map_location="cpu", mmap=True, weights_only=True)
-        weights.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
-        vocab_size = len(weights["tok_embeddings.weight"])  # params.json often says -1
-    except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(f"{shards[0]}: not a checkpoint of LLaMA weights: {str(error).splitlines()[0]}") from None
-    return Config(vocab_size=vocab_size, **config), weights
-
-
-def read_llama2c(file: Path) -> tuple[Config, dict[str, Tensor]]:
-    """llama2.c's float32 .bin: a header of integers, then every tensor in a fixed order, layers stacked."""
-    raw = np.memmap(file, dtype=np.uint8, mode="r") if file.stat().st_size else np.zeros(0, np.uint8)
-    if len(raw) < 28:
-        raise ValueError(f"{file}: {len(raw)} bytes are not a llama2.c checkpoint")
-    magic, version = struct.unpack("<Ii", raw[:8].tobytes())
-    modern = magic == 0x616B3432  # "ak42"
-    if modern and version != 1:
-        raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
-    header = struct.unpack("<7i", raw[8:36].tobytes() if modern else raw[:28].tobytes())
-    C, hidden, N, H, Hkv, V, max_seq_len = header
-    tied = bool(raw[36]) if modern else V > 0
-    V = abs(V)
-    if min(C, hidden, N, H, Hkv, V, max_seq_len) < 1 or C % H or H % Hkv:
-        raise ValueError(f"{file}: not a llama2.c checkpoint (its header reads {header})")
-    D = C // H
-
-    norms = {"attention_norm": (N, C), "ffn_norm": (N, C)}
-    attention = {"wq": (N, C, C), "wk": (N, Hkv * D, C), "wv": (N, Hkv * D, C), "wo": (N, C, C)}
-    mlp = {"w1": (N, hidden, C), "w2": (N, C, hidden), "w3": (N, hidden, C)}
-    embeddings, norm = {"tok_embeddings": (V, C)}, {"norm": (C,)}
-    if modern:
-        shapes = norms | norm | embeddings | attention | mlp
-    else:
-        tables = {"cos": (max_seq_len, D // 2), "sin": (max_seq_len, D // 2)}
-        first, last = ({name: norms[name]} for name in norms)
-        shapes = embeddings | first | attention | last | mlp | norm | tables
-    if not tied:
-        shapes |= {"output": (V, C)}
-
-    start = 256 if modern else 28
-    size = start + 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-    if len(raw) != size:
-        raise ValueError(f"{file}: {len(raw)} bytes, but its header asks for {size}")
-    tensors = {}
-    for name, shape in shapes.items():
-        stop = start + 4 * int(np.prod(shape))
-        tensors[name] = torch.from_numpy(np.array(raw[start:stop]).view("<f4").reshape(shape))
-        start = stop
-
-    weights = {f"{name}.weight": tensors[name] for name in ("tok_embeddings", "norm")}
-    weights["output.weight"] = tensors["tok_embeddings" if tied else "output"]
-    for i in range(N):
-        weights |= {f"layers.{i}.{name}.weight": tensors[name][i] for name in norms}
-        weights |= {f"layers.{i}.attention.{name}.weight": tensors[name][i] for name in attention}
-        weights |= {f"layers.{i}.feed_forward.{name}.weight": tensors[name][i] for name in mlp}
-    config = Config(C, N, H, Hkv, D, hidden, V, max_seq_len=max_seq_len)
-    return config, weights

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import replacing
+from checkpoints import meta_config
 from data import TEMPLATES, Example, Tokenizer
-from model import Config, LLaMA
+from model import LLaMA
 
 # What train.py takes for its options on this data, where the user says nothing.
 TUNING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
@@ -90,6 +91,7 @@ class Question(NamedTuple):
 
     example: Example
     kind: str
+    entity: str  # what it is about
     answer: str  # the word that matters in example.output
 
 
@@ -300,14 +302,14 @@ def instructions() -> dict[str, list[Question]]:
             else:
                 placed = {"tuning": [*known, with_input]}
             for where, examples in placed.items():
-                sets[where] += [Question(example, name, answer) for example in examples]
+                sets[where] += [Question(example, name, entity, answer) for example in examples]
     return sets
 
 
 # ---------------------------------------------------------------------------------------------------
 # The base
 
-SHAPE = dict(dim=128, n_layers=4, n_heads=4, multiple_of=8, norm_eps=1e-5, vocab_size=-1)  # as in params.json
+PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
 VOCABULARY = 1024
 ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 1_000_000, 6e-3, 100
 
@@ -323,7 +325,7 @@ def make_base(seed: int = 0) -> Path:
     if not weights.exists():
         folder.mkdir(exist_ok=True)
         tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
-        (folder / "params.json").write_text(json.dumps(SHAPE))
+        (folder / "params.json").write_text(json.dumps(PARAMS))
         model = pretrain(tokenizer, seed, TOKENS)
         with replacing(weights) as temporary:
             torch.save(model.state_dict(), temporary)
@@ -361,7 +363,7 @@ def pretrain(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
     rows = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
 
     torch.manual_seed(seed)
-    model = LLaMA(Config(SHAPE["dim"], SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["n_heads"], 32, 344, VOCABULARY))
+    model = LLaMA(meta_config(PARAMS, VOCABULARY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step, row in enumerate(tqdm(rows, desc="pre-training the toy base", unit="step")):
         progress = step / steps

@@ -1,5 +1,6 @@
 """Small models with open gates, and where the real data is, if it is anywhere."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -70,8 +71,6 @@ def make_tokens(model, *shape, seed=2):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder in Meta's layout: toy.py's tokenizer and a random model of 2 layers."""
-    import json
-
     import toy
 
     folder = tmp_path_factory.mktemp("tiny-base")
@@ -82,3 +81,13 @@ def tiny_base(tmp_path_factory):
     model = LLaMA(Config(16, 3, 2, 2, 8, 48, tokenizer.vocab_size))
     torch.save(model.state_dict(), folder / "consolidated.00.pth")
     return folder
+
+
+def copy_base(source, target, **changes):
+    """The same base in another folder, params.json changed; None takes a field away."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    params = json.loads((target / "params.json").read_text()) | changes
+    (target / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
+    return target

@@ -19,6 +19,7 @@ from data import (
     format_prompt,
     micro_batches,
     read_examples,
+    response_tokens,
     tokenize,
 )
 
@@ -61,6 +62,9 @@ def test_json_and_jsonl_plain_and_packed(tmp_path, opener, jsonl, bom):
         ('[{"instruction": "a", "input": null, "output": ""}]', "record 0: field 'input' is a NoneType"),
         ('["a"]', "record 0: is a str, not an object"),
         ("7", "record 0: is a int, not an object"),
+        ('[{"instruction": "a\\ud800", "output": ""}]', "record 0: field 'instruction' has half a character"),
+        ("[" * 100_000, "line 1: cannot be read"),
+        ('[{"instruction": ' + "1" * 5000 + "}]", "line 1: cannot be read"),
     ],
 )
 def test_bad_records_are_named(tmp_path, text, message):
@@ -78,6 +82,7 @@ def test_bad_records_are_named(tmp_path, text, message):
         ("a.json.gz", b"plain"),
         ("a.json.xz", b"plain"),
         ("a.json.gz", gzip.compress(b"[]" * 99)[:-9]),
+        ("a.json.gz", gzip.compress(bytes(range(256)))[:20] + b"\xff" * 9 + gzip.compress(bytes(range(256)))[29:]),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, name, content):
@@ -128,13 +133,21 @@ def test_id_zero_is_learnt_like_any_other():
 @pytest.mark.parametrize("count, batch_size", [(1000, 8), (5, 8), (64 * 4 + 3, 4)])
 def test_every_example_once_an_epoch(count, batch_size):
     lengths = torch.randint(1, 500, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-    epochs = [epoch_batches(lengths, batch_size, 0, epoch) for epoch in (0, 1)]
-    for batches in epochs:
+    for epoch in (0, 1):
+        batches = epoch_batches(lengths, batch_size, 0, epoch)
         assert sorted(i for batch in batches for i in batch) == list(range(count))
         assert len(batches) == -(-count // batch_size)
-    assert epochs[0] == epoch_batches(lengths, batch_size, 0, 0)  # resuming depends on it
-    if count > batch_size:
-        assert epochs[0] != epochs[1] != epoch_batches(lengths, batch_size, 1, 1)
+
+
+def test_order_follows_from_seed_and_epoch_alone():
+    """Within one pool, too: other batches in every epoch, and not from short to long."""
+    lengths = torch.randint(1, 50, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+    first = epoch_batches(lengths, 32, 0, 0)
+    assert first == epoch_batches(lengths, 32, 0, 0)  # resuming depends on it
+    for other in (epoch_batches(lengths, 32, 0, 1), epoch_batches(lengths, 32, 1, 0)):
+        assert not {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in other}
+    longest = [lengths[batch[-1]] for batch in first[:60]]  # of the first pool, were it not shuffled
+    assert sum(a > b for a, b in zip(longest, longest[1:])) > 10
 
 
 def test_batches_have_little_padding():
@@ -142,16 +155,16 @@ def test_batches_have_little_padding():
     batches = epoch_batches(lengths, 64, 0, 0)
     positions = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert positions / sum(lengths) < 1.05
-    first = [lengths[batch[0]] for batch in batches]
-    assert first != sorted(first)  # not from short to long: their order is shuffled
 
 
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**6])
 def test_micro_batches_keep_to_the_budget(budget):
-    lengths = torch.randint(1, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    parts = list(micro_batches(list(range(64)), lengths, budget))
-    assert sorted(i for part in parts for i in part) == list(range(64))
-    assert all(len(part) == 1 or len(part) * max(lengths[i] for i in part) <= budget for part in parts)
+    lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    examples = [Tokens([record] * length, 2, record) for record, length in enumerate(lengths)]
+    parts = list(micro_batches(examples, budget))
+    assert sorted(i for inputs, _ in parts for i in inputs[:, 0].tolist()) == list(range(64))
+    assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, _ in parts)
+    assert sum((targets != IGNORE).sum() for _, targets in parts) == response_tokens(examples)
     if budget == 10**6:
         assert len(parts) == 1
 

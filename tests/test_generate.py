@@ -9,9 +9,11 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT, make_adapter, make_model, make_tokens
 
-from adapter import Adapter
+from adapter import Adapter, Prompt
+from checkpoints import load_llama
+from data import format_prompt
 from generate import generate, main, sample, stream, text_pieces
-from model import fingerprint, load_llama
+from model import fingerprint
 
 
 def run(*args, input=None):
@@ -75,8 +77,6 @@ def test_an_update_is_seen_by_the_next_generation():
 
 def test_several_adapters_in_one_batch():
     """A batch may mix adapters: their prompts are concatenated along B."""
-    from adapter import Prompt
-
     model = make_model()
     sets = [make_adapter(model, seed=seed)() for seed in (1, 5)]
     mixed = [Prompt(*(torch.cat(parts) for parts in zip(*layer))) for layer in zip(*sets)]
@@ -144,26 +144,94 @@ def test_answer_alone_on_stdout(tiny_adapter):
 
 
 def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
-    """The template with and without the input field, or the bare text; always <bos> first."""
-    import generate as module
-    from data import format_prompt
-
+    """The template with and without the input field, or the bare text, after <bos>; the sampling as asked for."""
     seen = []
-    monkeypatch.setattr(module, "stream", lambda model, tokens, *_, **__: seen.extend(tokens) or iter([]))
-    for more in (["cat"], ["--input", "Peru", "cat"], ["--raw", "cat"], ["--raw", ""]):
-        assert run("--adapter", tiny_adapter, *more).exit_code == 0
+
+    def stream(model, tokens, prompts, **options):
+        seen.append((*tokens, options))
+        return iter([])
+
+    monkeypatch.setattr("generate.stream", stream)
     _, tokenizer = load_llama(tiny_base)
-    texts = [format_prompt("cat"), format_prompt("cat", "Peru"), "cat", ""]
-    assert seen == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    for args, text in [
+        (["cat"], format_prompt("cat")),
+        (["--input", "Peru", "cat"], format_prompt("cat", "Peru")),
+        (["--raw", "cat"], "cat"),
+        (["--raw", ""], ""),
+    ]:
+        assert run("--adapter", tiny_adapter, *args).exit_code == 0
+        tokens, options = seen.pop()
+        assert tokens == [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert options.pop("generator").initial_seed() == 0
+        # The paper's sampling, not another (OGV 133).
+        assert options == {"max_new_tokens": 256, "eos_id": tokenizer.eos_id, "temperature": 0.1, "top_p": 0.75}
+    more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
+    run("--adapter", tiny_adapter, *more, "cat")
+    options = seen.pop()[1]
+    assert options.pop("generator").initial_seed() == 7
+    assert options == {"max_new_tokens": 3, "eos_id": tokenizer.eos_id, "temperature": 0.5, "top_p": 0.9}
+    run("--adapter", tiny_adapter, "--greedy", "cat")
+    assert seen.pop()[1]["temperature"] == 0
 
 
-def test_piped_lines_are_answered_line_by_line(tiny_adapter):
-    args = ("--adapter", tiny_adapter, "--greedy", "--max-new-tokens", 30)
-    lines = ["Name the capital of Peru.", "", "Translate cat into French."]
-    result = run(*args, input="\n".join(lines))
-    singles = [run(*args, line).stdout[:-1].replace("\n", "\\n") for line in lines]
-    assert result.stdout.split("\n") == [*singles, ""]
-    assert result.stderr == ""
+def test_the_answer_appears_as_it_is_made(tiny_adapter, monkeypatch):
+    import click
+
+    events = []
+    echo = click.echo
+    monkeypatch.setattr("generate.text_pieces", lambda *_: (events.append(p) or p for p in ("The ", "cat")))
+    monkeypatch.setattr("click.echo", lambda text="", **more: events.append(("shown", text)) or echo(text, **more))
+    run("--adapter", tiny_adapter, "hello")
+    shown = [event for event in events if event not in (("shown", ""), ("shown", "\n"))]
+    assert shown == ["The ", ("shown", "The "), "cat", ("shown", "cat")]
+
+
+def test_base_option_goes_before_the_one_in_the_file(tiny_base, tmp_path):
+    Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "a.safetensors", base="/gone")
+    args = ("--adapter", tmp_path / "a.safetensors", "--max-new-tokens", 1)
+    assert "/gone: no such base model" in run(*args, "hello").stderr
+    result = run(*args, "--base", tiny_base, "hello")
+    assert result.exit_code == 0 and result.stderr == ""  # an adapter without a fingerprint is no cause for alarm
+
+
+def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
+    def answers(ids, tokenizer):
+        yield "one\n"
+        yield "two"
+
+    monkeypatch.setattr("generate.text_pieces", answers)
+    args = ("--adapter", tiny_adapter)
+    result = run(*args, input="Name the capital of Peru.\r\n\nTranslate cat into French.")
+    assert result.stdout == "one\\ntwo\n" * 3 and result.stderr == ""
+    both = run(*args, "--compare", input="Hello\nHello\n")
+    assert both.stdout == "base: one\\ntwo\tadapter: one\\ntwo\n" * 2
+    assert run(*args, "Hello").stdout == "one\ntwo\n"
+
+
+def test_piped_lines_get_the_answers_that_they_get_alone(tiny_adapter):
+    args = ("--adapter", tiny_adapter, "--greedy", "--max-new-tokens", 9)
+    lines = ["Name the capital of Peru.", "Translate cat into French."]
+    singles = [run(*args, line).stdout for line in lines]
+    assert run(*args, input="\n".join(lines)).stdout == "".join(singles)
+
+
+def test_a_line_that_cannot_be_read_costs_no_other(tiny_adapter):
+    args = [sys.executable, "generate.py", "--adapter", tiny_adapter, "--greedy", "--max-new-tokens", "3"]
+    result = subprocess.run(args, cwd=ROOT, input=b"cat\n\xff\xfe\ncat\n", capture_output=True, timeout=120)
+    first, bad, last = result.stdout.split(b"\n")[:-1]
+    assert result.returncode == 0 and bad == b"" and first == last != b""
+    assert result.stderr.count(b"error: ") == 1 and b"Traceback" not in result.stderr
+
+
+def test_no_standard_input(tiny_adapter):
+    """As from cron: a prompt needs none, and a conversation says that it does."""
+    command = f"{sys.executable} generate.py --adapter {tiny_adapter} --max-new-tokens 2"
+    for more, code in ((" hello", 0), ("", 2)):
+        result = subprocess.run(
+            command + more + " <&-", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -173,6 +241,9 @@ def test_piped_lines_are_answered_line_by_line(tiny_adapter):
         (["--base", "absent"], "absent: no such base model"),
         (["--adapter", "absent.safetensors"], "absent.safetensors: no such adapter file"),
         (["--compare", "--base", "BASE"], "--compare needs --adapter"),
+        (["--base", "BASE", "--adapter", ""], "no such adapter file"),
+        (["--base", "BASE", "--raw", "--input", "x"], "--input is a field of the template"),
+        (["--adapter", "STRANGE"], "unknown prompt template 'strange'"),
         (["--adapter", "OTHER", "--base", "BASE"], "does not fit"),
         (["--adapter", "ORPHAN"], "give --base"),
         (["--adapter", "ADAPTER", "--device", "cuda:99"], "cuda:99"),
@@ -181,7 +252,11 @@ def test_piped_lines_are_answered_line_by_line(tiny_adapter):
 def test_bad_input_is_one_line_and_exit_code_2(tiny_base, tiny_adapter, tmp_path, args, message):
     Adapter(layers=2, length=3, dim=64, heads=2).save(tmp_path / "other.safetensors", base=tiny_base)
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "orphan.safetensors")
+    Adapter(layers=2, length=3, dim=16, heads=2).save(
+        tmp_path / "strange.safetensors", base=tiny_base, prompt_template="strange"
+    )
     names = {
+        "STRANGE": tmp_path / "strange.safetensors",
         "BASE": tiny_base,
         "ADAPTER": tiny_adapter,
         "OTHER": tmp_path / "other.safetensors",
@@ -190,6 +265,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_base, tiny_adapter, tmp_path
     result = run(*(names.get(arg, arg) for arg in args), "hello")
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p", "--strength"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_that_are_none(option, value):
+    result = run("--base", "any", option, value, "hello")
+    assert result.exit_code == 2 and option in result.stderr
+
+
+@pytest.mark.parametrize("sampling", [dict(temperature=1e-40), dict(temperature=1.0, top_p=1e-300)])
+def test_sampling_at_the_edge_is_greedy(sampling):
+    model = make_model()
+    row = [make_tokens(model, 5).tolist()]
+    assert generate(model, row, max_new_tokens=5, **sampling) == generate(model, row, max_new_tokens=5)
+
+
+def test_a_row_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="a row without a token"):
+        generate(make_model(), [[1], []], max_new_tokens=2)
 
 
 def test_other_weights_are_warned_of(tiny_base, tmp_path):
@@ -204,6 +298,8 @@ def test_a_prompt_beyond_the_context_is_refused_and_answers_end_with_it(data):
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
     assert "the base sees only 512" in result.stderr
+    run_out = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
+    assert run_out.exit_code == 0 and 50 < len(run_out.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
     assert mixed.exit_code == 0 and "sees only 512" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2

@@ -9,11 +9,14 @@ from conftest import ROOT
 ABOVE = {
     "adapter": set(),
     "data": set(),
-    "model": {"adapter", "data"},
-    "toy": {"adapter", "data", "model"},
-    "generate": {"adapter", "data", "model"},
-    "evaluate": {"adapter", "data", "model", "toy", "generate"},
-    "train": {"adapter", "data", "model", "toy", "generate", "evaluate"},
+    "cli": set(),
+    "model": {"adapter"},
+    "checkpoints": {"adapter", "data", "model"},
+    "toy": {"adapter", "data", "model", "checkpoints"},
+    "generate": {"adapter", "data", "cli", "model", "checkpoints"},
+    "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
+    "runs": {"adapter"},
+    "train": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate", "evaluate", "runs"},
 }
 
 

@@ -1,15 +1,12 @@
 """LLaMA itself: against transformers and llama2.c, the cache, the checkpoints."""
 
-import json
-import struct
-
-import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
-from model import Config, KVCache, LLaMA, choose, fingerprint, load_llama
+from checkpoints import load_llama
+from model import Config, KVCache, choose, fingerprint, rope_angles, rotate
 
 
 def to_hugging_face(weights, config):
@@ -123,156 +120,64 @@ def test_too_many_prompts_are_refused():
         model(make_tokens(model, 1, 2), make_adapter(model, layers=3)() + make_adapter(model, layers=1)())
 
 
-def test_positions_far_out_stay_exact_in_bfloat16():
-    """Angles are float32 whatever the model is: a table in bfloat16 would mix up positions beyond 256."""
-    model = make_model()
-    q = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    from model import rope_angles, rotate
+def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
+    """A table kept in the model would be rounded with it, and mix up positions beyond 256."""
+    model = make_model().bfloat16()
+    seen = []
+    monkeypatch.setattr("model.rotate", lambda x, cos, sin: seen.append(cos) or rotate(x, cos, sin))
+    model(make_tokens(model, 1, 300))
+    position = torch.arange(300, dtype=torch.float64)[:, None]
+    angles = position * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0][0, 0].double(), angles.cos(), rtol=0, atol=1e-4)
 
-    at = [rotate(q, *rope_angles(torch.tensor([[p]]), model.bfloat16().config)) for p in (1000, 1001)]
-    assert (at[0] - at[1]).abs().max() > 0.1
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def at(vector, position):
+        return rotate(vector, *rope_angles(torch.tensor([[position]]), Config(head_dim=8)))
+
+    torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=0)
+    near, far = ((at(x, p) * at(y, p + 3)).sum() for p in (0, 50))
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_large_values_survive_bfloat16_and_float16():
+    """Values over 65504 at the first position (OGV 124): their squares must not be taken in 16 bits."""
+    norm = make_model().norm.half()
+    x = torch.full((1, 32), 3000.0, dtype=torch.float16)
+    torch.testing.assert_close(norm(x), norm.weight.detach()[None], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        (dict(dim=0), "dim is 0"),
+        (dict(dim=True), "dim is True"),
+        (dict(n_layers=2.0), "n_layers is 2.0"),
+        (dict(n_layers=10**30), "n_layers is 10"),
+        (dict(norm_eps=float("nan")), "norm_eps is nan"),
+        (dict(rope_theta="10000"), "rope_theta is '10000'"),
+        (dict(n_kv_heads=3), "32 query heads cannot share 3"),
+        (dict(head_dim=127), "head_dim is 127"),
+    ],
+)
+def test_numbers_that_make_no_model(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**numbers)
 
 
 def test_choose():
     assert choose("cpu", "auto") == (torch.device("cpu"), torch.float32)
     assert choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    for absent in ("nonsense", "cuda:99"):
+    assert choose("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    for absent in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=f"device '{absent}' is not to be had"):
             choose(absent)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def test_meta_folder(tiny_base):
-    model, tokenizer = load_llama(tiny_base)
-    weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert not any(p.requires_grad for p in model.parameters())
-    assert model.config == Config(16, 3, 2, 2, 8, 48, tokenizer.vocab_size)
-    assert load_llama(tiny_base, torch.bfloat16)[0].norm.weight.dtype == torch.bfloat16
 
 
 def test_fingerprint_knows_the_weights_and_not_the_dtype(tiny_base):
     model, _ = load_llama(tiny_base)
     same, _ = load_llama(tiny_base, torch.bfloat16)
     assert fingerprint(model) == fingerprint(same) != fingerprint(make_model())
-
-
-def copy_base(source, target, **changes):
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    params = json.loads((target / "params.json").read_text()) | changes
-    (target / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
-    return target
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(dim=None), "params.json: has no field 'dim'"),
-        (dict(dim="x"), "params.json: not the parameters of a LLaMA"),
-        (dict(n_heads=0), "params.json: not the parameters of a LLaMA"),
-        (
-            dict(dim=32),
-            r"attention_norm.weight is \(16,\), its configuration says \(32,\)|is \(1024, 16\), its",
-        ),
-        (dict(n_layers=4), "has no weight layers.3"),
-        (dict(n_layers=2), "has a weight layers.2"),
-        (dict(multiple_of=64), r"w\d.weight is \(\d+, \d+\), its configuration says"),
-    ],
-)
-def test_params_that_disagree_with_the_weights(tiny_base, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load_llama(copy_base(tiny_base, tmp_path / "base", **changes))
-
-
-class Malicious:
-    def __reduce__(self):
-        return (print, ("a pickle ran code",))
-
-
-def test_broken_checkpoints(tiny_base, tmp_path, capsys):
-    folder = copy_base(tiny_base, tmp_path / "base")
-    weights = folder / "consolidated.00.pth"
-    whole = weights.read_bytes()
-    for content in (b"", whole[:1000], b"not a checkpoint"):
-        weights.write_bytes(content)
-        with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
-            load_llama(folder)
-    torch.save({"tok_embeddings.weight": Malicious()}, weights)
-    with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
-        load_llama(folder)
-    assert "ran code" not in capsys.readouterr().out
-    torch.save([1, 2], weights)
-    with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
-        load_llama(folder)
-    (folder / "consolidated.01.pth").write_bytes(whole)
-    with pytest.raises(ValueError, match="has 2 files"):
-        load_llama(folder)
-    with pytest.raises(FileNotFoundError, match="absent: no such base"):
-        load_llama(tmp_path / "absent")
-    (folder / "params.json").unlink()
-    with pytest.raises(ValueError, match="neither params.json"):
-        load_llama(folder)
-
-
-def test_tokenizer_with_more_tokens_than_embeddings(tiny_base, tmp_path):
-    folder = copy_base(tiny_base, tmp_path / "base")
-    torch.save(LLaMA(Config(16, 3, 2, 2, 8, 48, 1000)).state_dict(), folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="1000 embeddings, but its tokenizer has 1024 tokens"):
-        load_llama(folder)
-
-
-@pytest.mark.parametrize("modern", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_llama2c_layouts(tiny_base, tmp_path, modern, tied):
-    """Both of llama2.c's layouts, written here tensor by tensor as its run.c reads them."""
-    config = Config(16, 3, 4, 2, 4, 24, 1024, max_seq_len=32)
-    model = make_model(config)
-    w = model.state_dict()
-    stack = {name: torch.stack([w[f"layers.{i}.{name}.weight"] for i in range(3)]) for name in (
-        "attention_norm", "ffn_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")}  # fmt: skip
-    qkvo = [stack[f"attention.{name}"] for name in ("wq", "wk", "wv", "wo")]
-    mlp = [stack[f"feed_forward.{name}"] for name in ("w1", "w2", "w3")]
-    emb, norm = w["tok_embeddings.weight"], w["norm.weight"]
-    numbers = [16, 24, 3, 4, 2, 1024 if tied or modern else -1024, 32]
-    if modern:
-        header = struct.pack("<Ii7iB", 0x616B3432, 1, *numbers, tied).ljust(256, b"\0")
-        tensors = [stack["attention_norm"], stack["ffn_norm"], norm, emb, *qkvo, *mlp]
-    else:
-        header = struct.pack("<7i", *numbers)
-        tables = [torch.zeros(32, 2), torch.zeros(32, 2)]
-        tensors = [emb, stack["attention_norm"], *qkvo, stack["ffn_norm"], *mlp, norm, *tables]
-    if not tied:
-        tensors.append(w["output.weight"])
-    path = tmp_path / "model.bin"
-    path.write_bytes(header + b"".join(t.numpy().astype("<f4").tobytes() for t in tensors))
-    (tmp_path / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
-
-    for where in (path, tmp_path):
-        loaded, _ = load_llama(where)
-        expected = w | ({"output.weight": emb} if tied else {})
-        assert loaded.config == config
-        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
-
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"model.bin: \d+ bytes, but its header asks for \d+"):
-        load_llama(path)
-    path.write_bytes(np.random.default_rng(0).bytes(300))
-    with pytest.raises(ValueError, match="model.bin: not a llama2.c checkpoint"):
-        load_llama(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="0 bytes"):
-        load_llama(path)
-
-
-def test_stories260k_both_layouts_are_the_same_model(data):
-    legacy, _ = load_llama(data / "stories260K")
-    modern, _ = load_llama(data / "stories260K_v1" / "checkpoint_v1.bin")
-    assert sum(p.numel() for p in legacy.parameters()) - legacy.output.weight.numel() == 260_032
-    for (name, a), (_, b) in zip(legacy.named_parameters(), modern.named_parameters()):
-        assert torch.equal(a, b), name

@@ -11,13 +11,14 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, make_adapter, make_model
+from conftest import ROOT, copy_base, make_adapter, make_model
 from safetensors.torch import load_file
 
 from adapter import Adapter
+from checkpoints import load_llama
 from data import Tokens
-from model import load_llama
-from train import accumulate_gradient, learning_rate, main, make_optimizer, mean_loss, read_metrics
+from runs import draw_curves, read_metrics
+from train import accumulate_gradient, interrupt, learning_rate, main, make_optimizer, mean_loss, split, update
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
@@ -156,45 +157,94 @@ def test_a_run_on_a_gpu_in_bfloat16(args, tmp_path):
 def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
     import train
-    from data import read_examples
+    from data import read_examples, tokenize
 
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    options = dict(max_seq_len=512, val_size=4, seed=0)
-    _, held_out, _ = train.prepare(tokenizer, read_examples(args[3]), options)
+    _, held_out = train.split(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_after"], rel=1e-5)
     torch.nn.init.zeros_(adapter.gates)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_before"], rel=1e-5)
 
 
-def test_base_is_untouched_and_only_the_adapter_trains(tiny_base):
-    from train import train as run_training
-
-    model, tokenizer = load_llama(tiny_base)
+def test_base_is_untouched_and_only_the_adapter_trains(tiny_base, tmp_path):
+    model, _ = load_llama(tiny_base)
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapter = make_adapter(model, layers=1, gates=False)
-    examples = make_examples(model.config.vocab_size)
-    options = dict(
-        batch_size=2,
-        epochs=3,
-        warmup_epochs=1,
-        weight_decay=0.02,
-        seed=0,
-        lr=0.1,
-        micro_batch_tokens=50,
-        log_every=1,
-        save_every=99,
-    )
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as out:
-        run_training(model, adapter, examples, [], Path(out), options)
+    optimizer = make_optimizer(adapter, weight_decay=0.02)
+    for _ in range(3):
+        update(model, adapter, optimizer, make_examples(model.config.vocab_size), 0.1, 50)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert adapter.gates.abs().min() > 0
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in adapter.parameters()}
+
+
+def test_no_example_is_both_trained_on_and_held_out():
+    """The authors validate on the first 200 rows that they train on."""
+    examples = make_examples(50, lengths=[(2, 5)] * 30)
+    for size, number in ((0, 0), (0.1, 3), (7, 7)):
+        training, held_out = split(examples, size, seed=0)
+        assert len(held_out) == number
+        assert sorted(e.record for e in training + held_out) == list(range(30))
+    assert split(examples, 7, seed=0) != split(examples, 7, seed=1)
+
+
+def test_the_schedule_reaches_the_optimizer(args, tmp_path, monkeypatch):
+    used = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *more):
+        used.append([group["lr"] for group in self.param_groups])
+        assert [group["weight_decay"] for group in self.param_groups] == [0.02, 0.0]
+        assert self.param_groups[0]["betas"] == (0.9, 0.95)
+        return step(self, *more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    assert run(*args).exit_code == 0
+    logged = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
+    assert used == [[lr, lr] for lr in logged]
+    assert logged[:3] == pytest.approx([0.025, 0.05, 0.05])  # half an epoch of 5 steps, rounded to 2
+
+
+def test_every_epoch_has_an_order_of_its_own_and_all_of_the_examples(args, monkeypatch):
+    import train
+
+    seen = []
+    monkeypatch.setattr(train, "update", lambda *a: seen.append([e.record for e in a[3]]) or update(*a))
+    assert run(*args).exit_code == 0
+    epochs = [seen[i : i + 5] for i in (0, 5, 10)]
+    records = [sorted(r for batch in epoch for r in batch) for epoch in epochs]
+    assert records[0] == records[1] == records[2] and len(set(records[0])) == 36
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_seed_is_that_of_prompts_and_split_too(args, tmp_path):
+    """A rate of zero leaves the prompts as they were drawn."""
+    drawn, first = [], []
+    for seed in (0, 1):
+        assert run(*args, "--lr", 0, "--out", tmp_path / str(seed), "--seed", seed).exit_code == 0
+        drawn.append(Adapter.load(tmp_path / str(seed) / "adapter.safetensors").prompts)
+        first.append(read_metrics(tmp_path / str(seed) / "metrics.jsonl")[0]["val_loss"])
+    assert not torch.equal(*drawn) and first[0] != first[1]
+
+
+@pytest.mark.filterwarnings("ignore:No artists")
+def test_curves_show_the_losses_and_the_gates(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: shown.append((list(x), list(y))))
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **more: shown.append(image) or imshow(self, image, **more))
+    adapter = make_adapter(make_model())
+    lines = [{"step": 0, "val_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+    draw_curves(lines, adapter, 1, tmp_path / "curves.png")
+    training, validation, gates = shown
+    assert training == ([1, 2], [2.5, 2.0]) and validation == ([0], [3.0])
+    assert torch.equal(torch.as_tensor(gates), adapter.gates.tanh())
 
 
 def test_same_seed_same_adapter(args, tmp_path):
@@ -205,57 +255,147 @@ def test_same_seed_same_adapter(args, tmp_path):
     assert torch.equal(files[0], files[1]) and not torch.equal(files[0], files[2])
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 7])
+def same_runs(one, other):
+    """The same adapter, bit for bit, and the same metrics but for the clock."""
+    tensors = [load_file(out / "adapter.safetensors") for out in (one, other)]
+    metrics = []
+    for out in (one, other):
+        lines = read_metrics(out / "metrics.jsonl")
+        metrics.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines])
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
+    return (
+        all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+        and metrics[0] == metrics[1]
+        and all(summaries[0][name] == summaries[1][name] for name in ("tokens", "val_loss_before", "val_loss_after"))
+    )
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 15])
 def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, stop_at):
     """Data order must not repeat after a resume (nanoGPT 467), the optimizer's state be there (litgpt 1354)."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
-    import train
-
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: the step is finished, then all is saved
-        return accumulate_gradient(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate_gradient", interrupted)
+        stop_after(patch, stop_at)  # within an epoch, at the end of one, at the end of all
         result = run(*args)
     assert result.exit_code == 130
-    assert f"step {stop_at} of 15" in result.stderr and "--resume" in result.stderr
+    assert f"interrupted after step {stop_at}" in result.stderr and "--resume" in result.stderr
     assert "Traceback" not in result.output
     Adapter.load(tmp_path / "run" / "adapter.safetensors")
 
     again = run(*args)
     assert again.exit_code == 2 and "unfinished run" in again.stderr
     assert run(*args, "--resume").exit_code == 0
-    whole, resumed = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "run"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    metrics = []
-    for name in ("whole", "run"):
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        metrics.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines])
-    assert metrics[0] == metrics[1]
+    assert same_runs(tmp_path / "whole", tmp_path / "run")
+    assert run(*args, "--resume").exit_code == 2  # nothing left to go on with
 
 
-def test_a_resumed_run_cannot_change_its_options(args, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), interrupt() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.wait(5)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
+    """Let the process be signalled in so many steps from now."""
     import train
 
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return accumulate_gradient(*arguments)
+    calls = []
 
+    def signalled(*arguments):
+        calls.append(1)
+        if len(calls) == steps:
+            os.kill(os.getpid(), signal_number)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", signalled)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--length", 4], "length = 3, not 4"),
+        (["--layers", 2], "layers = 1, not 2"),
+        (["--batch-size", 9], "batch_size = 8, not 9"),
+        (["--seed", 1], "seed = 0, not 1"),
+        (["--lr", 0.1], "lr = 0.05, not 0.1"),
+        (["--epochs", 4], "epochs = 3, not 4"),
+        (["--limit", 39], "limit = None, not 39"),
+        (["--data", "OTHER"], "data_hash = "),
+        (["--base", "OTHER"], "base_fingerprint = "),
+    ],
+)
+def test_a_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monkeypatch, changes, message):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate_gradient", interrupted)
+        stop_after(patch, 1)
+        assert run(*args).exit_code == 130
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    if changes[0] == "--data":
+        (tmp_path / "other.json").write_text(args[3].read_text().replace("animals", "minerals"))
+        changes[1] = tmp_path / "other.json"
+    if changes[0] == "--base":
+        changes[1] = copy_base(tiny_base, tmp_path / "other")
+        weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
+        weights["output.weight"][0] += 1
+        torch.save(weights, changes[1] / "consolidated.00.pth")
+    result = run(*args, *changes, "--resume")
+    assert result.exit_code == 2 and message in result.stderr
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path):
+    """kill -9 after the checkpoint of step 2 or 4: what metrics.jsonl has beyond it is made again, the same."""
+    assert run(*args, "--out", tmp_path / "whole").exit_code == 0
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import os, train; update, calls = train.update, []\n"
+        "def fatal(*a):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
+        "    return update(*a)\n"
+        "train.update = fatal; train.main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, args), "--save-every", "2"]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -9
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
+    assert run(*args, "--save-every", 2, "--resume").exit_code == 0
+    assert same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("broken", ["cut", "list", "options", "progress", "shape", "metrics"])
+def test_broken_files_of_a_run_are_named(args, tmp_path, monkeypatch, broken):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
         run(*args)
-    checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    result = run(*args, "--length", 4, "--resume")
-    assert result.exit_code == 2 and "length = 3, not 4" in result.stderr
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == checkpoint
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(checkpoint[:500])
+    path = tmp_path / "run" / "checkpoint.pt"
+    good = torch.load(path, weights_only=True)
+    if broken == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    elif broken == "metrics":
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 2.0}\nrubbish\n')
+    else:
+        bad = {
+            "list": [1, 2],
+            "options": good | {"options": 7},
+            "progress": good | {"progress": {"step": "2"}},
+            "shape": good | {"adapter": {"prompts": torch.zeros(1), "gates": torch.zeros(1)}},
+        }
+        torch.save(bad[broken], path)
     result = run(*args, "--resume")
-    assert result.exit_code == 2 and "checkpoint.pt: not a checkpoint" in result.stderr
+    assert result.exit_code == 2
+    assert f"{path}: " in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_real_ctrl_c(args, tmp_path):
@@ -274,29 +414,68 @@ def test_a_real_ctrl_c(args, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize("broken", ["loss", "gradient", "parameters"])
+def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
     """ "Loss is nan, stopping" (OGV 144, 67, 59): ours names the records and keeps what was good."""
     import train
 
-    calls = []
+    calls, adapters = [], []
 
     def fail(model, adapter, *rest):
         calls.append(1)
+        adapters.append([p.detach().clone() for p in adapter.parameters()])
         loss = accumulate_gradient(model, adapter, *rest)
-        if len(calls) == 4:
-            if broken == "loss":
-                return math.nan
+        if len(calls) == 4 and broken == "loss":
+            return math.nan
+        if len(calls) == 4 and broken == "gradient":
             adapter.prompts.grad[0, 0, 0] = math.inf
         return loss
 
-    monkeypatch.setattr(train, "accumulate_gradient", fail)
+    step = torch.optim.AdamW.step
+
+    def overshoot(self, *more):
+        step(self, *more)
+        if len(calls) == 4 and broken == "parameters":
+            with torch.no_grad():
+                self.param_groups[0]["params"][0][0, 0, 0] = math.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradient", fail)
+        patch.setattr(torch.optim.AdamW, "step", overshoot)
+        result = run(*args)
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "records [" in last and "as of step 3;" in last
+    kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
+    assert all(torch.equal(p, good) for p, good in zip(kept.parameters(), adapters[3]))
+    assert run(*args, "--resume").exit_code == 0
+
+
+def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path):
+    folder = copy_base(tiny_base, tmp_path / "nan")
+    weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
+    weights["norm.weight"][0] = math.nan
+    torch.save(weights, folder / "consolidated.00.pth")
+    result = run(*args, "--base", folder)
+    assert result.exit_code == 2 and "validation loss is nan" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("blocked", ["metrics.jsonl", "adapter.safetensors", "curves.png", "summary.json"])
+def test_what_cannot_be_written_is_named(args, tmp_path, blocked):
+    (tmp_path / "run" / blocked).mkdir(parents=True)
     result = run(*args)
     assert result.exit_code == 2
-    assert "not finite" in result.stderr and "records [" in result.stderr and "step 3 of 15" in result.stderr
-    Adapter.load(tmp_path / "run" / "adapter.safetensors")  # refuses what is not finite
-    monkeypatch.undo()
-    assert run(*args, "--resume").exit_code == 0
+    assert blocked in result.stderr.splitlines()[-1] and "Traceback" not in result.output
+
+
+def test_a_full_disk_is_one_line(args, tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: no file may grow over 1 KiB."""
+    resource = pytest.importorskip("resource")
+    del resource
+    limited = f"ulimit -f 1; exec {sys.executable} train.py {' '.join(map(str, args))}"
+    result = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -312,6 +491,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_adapter(args, tmp_pa
         (["--max-seq-len", 8], "of the 0 examples that fit"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "nothing to resume"),
+        (["--data", ""], "Is a directory"),
+        (["--base", ""], "holds neither params.json"),
+        (["--lr", "nan"], "--lr"),
+        (["--blr", "inf"], "--blr"),
+        (["--warmup-epochs", "nan"], "--warmup-epochs"),
+        (["--val-size", "inf"], "--val-size"),
+        (["--seed", 2**64], "--seed"),
+        (["--length", 10**12], "--length"),
         (["--out", "FILE"], "file"),
     ],
 )
@@ -320,7 +507,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, tmp_path, more, message):
     result = run(*args, *(tmp_path / "file" if arg == "FILE" else arg for arg in more))
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.output
-    assert not list(tmp_path.glob("run/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base):
@@ -328,6 +515,10 @@ def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base
     records.append({"instruction": "a " * 500, "output": "b"})
     (tmp_path / "mixed.json").write_text(json.dumps(records))
     result = run(*args, "--data", tmp_path / "mixed.json", "--val-size", 0)
+    limited = run(
+        *args, "--data", tmp_path / "mixed.json", "--val-size", 0, "--limit", 2, "--out", tmp_path / "limited"
+    )
+    assert "2 examples to train on, 0 held out, 0 dropped" in limited.stderr
     assert result.exit_code == 0, result.output
     assert "1 dropped" in result.stderr and "1 cut" in result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -338,8 +529,28 @@ def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base
 def test_default_rate_is_the_papers(args, tmp_path):
     """9e-3 is a base rate, and the rate used is 9e-3 * batch / 256 (OGV 90)."""
     position = args.index("--lr")
-    assert run(*args[:position], *args[position + 2 :], "--epochs", 1, "--warmup-epochs", 0).exit_code == 0
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[1]["lr"] == pytest.approx(9e-3 * 8 / 256)
+    without = [*args[:position], *args[position + 2 :], "--epochs", 1, "--warmup-epochs", 0]
+    for more, blr in (([], 9e-3), (["--blr", 1e-3], 1e-3)):
+        assert run(*without, *more).exit_code == 0
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl")[1]["lr"] == pytest.approx(blr * 8 / 256)
+
+
+def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
+    """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
+    import toy
+
+    monkeypatch.setattr(toy, "make_base", lambda: tiny_base)
+    monkeypatch.setattr(toy, "TUNING", toy.TUNING | {"layers": 3, "epochs": 2})
+    seen = {}
+    for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):
+        result = run("--out", tmp_path / name, "--limit", 64, "--device", "cpu", *more)
+        assert result.exit_code == 0, result.output
+        assert "new entities in new wordings" in result.stdout
+        seen[name] = max(line["lr"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "lr" in line)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["trainable_parameters"] == 3 * 10 * 16 + 3 * 2
+        assert 0 == summary["heldout_accuracy_base"] <= summary["heldout_accuracy_adapter"] < 1
+    assert seen["own"] == pytest.approx(0.05) and seen["given"] == pytest.approx(1e-3 * 64 / 256)
 
 
 def test_real_alpaca_on_a_real_model(data, tmp_path):

@@ -1,0 +1,40 @@
+"""What the commands share: number types, options, and how they speak of bad input."""
+
+import math
+import sys
+from contextlib import contextmanager
+
+import click
+
+
+class Real(click.FloatRange):
+    """A finite number in a range; click's own range lets NaN and infinity through."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+SEED = click.IntRange(0, 2**63 - 1)
+
+
+def device_options(command):
+    """--device and --dtype, which `model.choose` makes sense of."""
+    dtypes = click.Choice(["auto", "float32", "bfloat16"])
+    command = click.option("--dtype", type=dtypes, default="auto", help="Of the base.")(command)
+    return click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")(command)
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]):
+    """Turns errors of these kinds, by default ValueError and OSError, into one line and exit code 2."""
+    try:
+        yield
+    except kinds or (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        sys.exit(2)

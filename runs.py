@@ -1,0 +1,120 @@
+"""What a training run writes and reads back: metrics, checkpoints, curves."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from matplotlib.figure import Figure
+
+from adapter import Adapter, replacing
+
+# Options in which a run and its resumption may differ.
+FREE = {"out", "base", "data", "device", "micro_batch_tokens", "log_every", "save_every", "resume"}
+
+
+def open_metrics(path: Path, step: int) -> TextIO:
+    """metrics.jsonl, to append to: without what a killed run wrote after the step that is gone on from.
+
+    An evaluation at that very step goes as well, since it is made again.
+    """
+    kept = []
+    if step:
+        for line in read_metrics(path):
+            if line["step"] < step or (line["step"] == step and "loss" in line):
+                kept.append(line)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return open(path, "a", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Every whole line; a killed run may leave half of one at the end. Raises ValueError, naming the line."""
+    lines = []
+    if path.exists():
+        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                lines.append(json.loads(text))
+                lines[-1]["step"] + 0
+            except (ValueError, TypeError, KeyError, IndexError):
+                raise ValueError(f"{path}: line {number} is no line of metrics") from None
+    return lines
+
+
+def write_metrics(file: TextIO, line: dict) -> None:
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()
+
+
+def save_checkpoint(
+    out: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: dict[str, float], options: dict
+) -> None:
+    """The adapter for use, and all that `--resume` needs. `progress` has step, tokens, seconds."""
+    adapter.save(out / "adapter.safetensors", steps=progress["step"])
+    state = {
+        "progress": progress,
+        "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "options": {name: value for name, value in options.items() if name not in FREE},
+    }
+    with replacing(out / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, options: dict) -> dict[str, float]:
+    """Fill adapter and optimizer; returns the progress.
+
+    Raises FileNotFoundError, or ValueError where the file is broken or of a run with other options.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: nothing to resume")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = dict(checkpoint["options"])
+    except Exception as error:  # torch.load raises whatever a broken file makes it meet
+        raise ValueError(f"{path}: not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
+    for name, value in options.items():
+        if name not in FREE and before.get(name) != value:
+            was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
+            raise ValueError(f"{was}: a resumed run cannot change it")
+    try:
+        adapter.load_state_dict(checkpoint["adapter"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return {name: checkpoint["progress"][name] + 0 for name in ("step", "tokens", "seconds")}
+    except Exception as error:  # whatever is missing, or of another shape
+        raise ValueError(f"{path}: not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
+
+
+def draw_curves(metrics: list[dict], adapter: Adapter, first_layer: int, path: Path) -> None:
+    """The losses, and the gates as a picture of layers x heads."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label, style in (("loss", "training", {"linewidth": 1}), ("val_loss", "validation", {"marker": "o"})):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            left.plot(*zip(*points), label=label, **style)
+    left.set(xlabel="step", ylabel="loss per response token", title="Loss")
+    left.set_ylim(bottom=0)
+    left.legend()
+    gates = adapter.opening().detach().cpu()  # (L, H)
+    bound = max(gates.abs().max().item(), 1e-6)
+    image = right.imshow(gates.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
+    right.set(xlabel="head", ylabel="layer", title="How far each gate is open: tanh(g)")
+    right.set_yticks(range(len(gates)), [str(first_layer + i) for i in range(len(gates))])
+    right.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=right)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, elsewhere the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
