@@ -19,7 +19,6 @@ Notation, here and in every other file:
 """
 
 import math
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -152,17 +151,16 @@ class Adapter(nn.Module):
 
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
         """Raise ValueError, with both numbers, where this adapter cannot belong to such a base."""
-        ours = {"layers": self.gates.shape[0], "dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
-        if ours["layers"] > layers:
-            raise ValueError(f"the adapter has prompts for {ours['layers']} layers, the base has {layers} layers")
-        recorded = int(self.metadata.get("base_layers", layers))
-        if recorded != layers:
-            raise ValueError(f"the adapter was made for a base of {recorded} layers, this base has {layers}")
-        for name, base in (("dim", dim), ("heads", heads)):
-            if ours[name] != base:
-                raise ValueError(f"the adapter was made for {name} {ours[name]}, the base has {name} {base}")
+        base = {"layers": layers, "dim": dim, "heads": heads}
+        made_for = {"dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
+        made_for["layers"] = int(self.metadata.get("base_layers", layers))
+        for name, number in made_for.items():
+            if number != base[name]:
+                raise ValueError(f"the adapter was made for {name} {number}, the base has {name} {base[name]}")
+        if len(self.gates) > layers:
+            raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, the base has {layers} layers")
 
-    def save(self, path: str | os.PathLike, **metadata) -> None:
+    def save(self, path: str | Path, **metadata) -> None:
         """Write the adapter file, wholly or not at all; `metadata` is added to what is known."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
@@ -177,7 +175,7 @@ class Adapter(nn.Module):
             temporary.write_bytes(save(tensors, metadata=self.metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Adapter":
+    def load(cls, path: str | Path) -> "Adapter":
         """Read an adapter file. Raises FileNotFoundError, or ValueError that says what is wrong."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such adapter file")
@@ -187,15 +185,13 @@ class Adapter(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-        if metadata.get("format") != "llama-adapter" or metadata.get("version") != "1":
-            found = f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
-            raise ValueError(f"{path}: not an adapter of ours (format 'llama-adapter', version '1'): {found}")
+        if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
+            raise ValueError(f"{path}: is not of the format 'llama-adapter', version '1', but says {metadata}")
         if set(tensors) != {"prompts", "gates"}:
             raise ValueError(f"{path}: holds {sorted(tensors)}, not the tensors 'gates' and 'prompts'")
-        if metadata.get("gate_activation") not in cls.ACTIVATIONS:
-            raise ValueError(
-                f"{path}: gate_activation {metadata.get('gate_activation')!r} is none of {list(cls.ACTIVATIONS)}"
-            )
+        activation = metadata.get("gate_activation")
+        if activation not in cls.ACTIVATIONS:
+            raise ValueError(f"{path}: gate_activation {activation!r} is none of {list(cls.ACTIVATIONS)}")
         prompts, gates = tensors["prompts"], tensors["gates"]
         if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
             raise ValueError(
@@ -212,19 +208,19 @@ class Adapter(nn.Module):
             if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} holds values that are not finite")
         (layers, length, dim), heads = prompts.shape, gates.shape[1]
-        adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=metadata["gate_activation"])
+        adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=activation)
         adapter.load_state_dict(tensors)
         adapter.metadata = dict(metadata)
         return adapter
 
 
 @contextmanager
-def replacing(path: str | os.PathLike):
+def replacing(path: str | Path):
     """A temporary name to write to, renamed to `path` at the end: a reader sees the old file or the new."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -235,8 +235,8 @@ GOOD = {
 @pytest.mark.parametrize(
     "tensors, metadata, message",
     [
-        ({}, {"format": "other"}, "not an adapter of ours"),
-        ({}, {"version": "7"}, "version '7'"),
+        ({}, {"format": "other"}, "not of the format 'llama-adapter'"),
+        ({}, {"version": "7"}, "'version': '7'"),
         ({}, {"gate_activation": "relu"}, "'relu'"),
         ({}, {"base_dim": "5"}, "base_dim 5, the tensors say 4"),
         ({}, {"base_heads": "x"}, "base_heads x, the tensors say 2"),
@@ -272,8 +272,7 @@ def test_truncated_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "base, message",
     [
-        (dict(layers=1, dim=32, heads=4), "2 layers, the base has 1"),
-        (dict(layers=4, dim=32, heads=4), "base of 3 layers, this base has 4"),
+        (dict(layers=4, dim=32, heads=4), "layers 3, the base has layers 4"),
         (dict(layers=3, dim=64, heads=4), "dim 32, the base has dim 64"),
         (dict(layers=3, dim=32, heads=8), "heads 4, the base has heads 8"),
     ],
@@ -284,6 +283,9 @@ def test_adapter_of_another_base_names_both_numbers(base, message):
     adapter.check_base(layers=3, dim=32, heads=4)
     with pytest.raises(ValueError, match=message):
         adapter.check_base(**base)
+    del adapter.metadata["base_layers"]
+    with pytest.raises(ValueError, match="prompts for 2 layers, the base has 1 layers"):
+        adapter.check_base(layers=1, dim=32, heads=4)
 
 
 def test_plain_attention_is_scaled_and_causal():
