@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapter import gated_attention
 from data import Tokenizer
@@ -58,7 +58,7 @@ def load_llama(
         raise ValueError(f"{path}: has no weight {missing[0]}")
     if unknown := sorted(weights.keys() - expected.keys()):
         raise ValueError(f"{path}: has a weight {unknown[0]} that a LLaMA does not have")
-    filled: dict[str, Tensor] = {}
+    filled: dict[str, nn.Parameter] = {}
     for name, parameter in expected.items():
         if name == "output.weight" and weights[name] is weights["tok_embeddings.weight"]:  # a tied head
             filled[name] = filled["tok_embeddings.weight"]
@@ -69,9 +69,9 @@ def load_llama(
         if tensor.shape != parameter.shape:
             shapes = f"{tuple(tensor.shape)}, its configuration says {tuple(parameter.shape)}"
             raise ValueError(f"{path}: {name} is {shapes}")
-        filled[name] = tensor.to(device=device, dtype=dtype)
+        filled[name] = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
     model.load_state_dict(filled, assign=True)
-    return model.requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 def read_json(file: Path) -> dict:
