@@ -71,7 +71,7 @@ def load_llama(
             raise ValueError(f"{path}: {name} is {shapes}")
         filled[name] = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
     model.load_state_dict(filled, assign=True)
-    return model, tokenizer
+    return model.requires_grad_(False), tokenizer
 
 
 def read_json(file: Path) -> dict:
