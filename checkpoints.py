@@ -1,25 +1,28 @@
 """A frozen LLaMA and its tokenizer, out of whatever layout they come in.
 
-Every reader returns a Config and, under Meta's names, a function for each weight that fetches it. So one
-tensor at a time is in memory beside the model that is being filled.
+Every reader returns a Config and, under Meta's names, a function for each weight that copies it from its file to where
+it belongs. Files are mapped, not read, so that nothing is in memory but the model that is being filled.
 """
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adapter import gated_attention
-from data import Tokenizer
-from model import Config, LLaMA
+from data import Tokenizer, load_tokenizer
+from model import Config, LLaMA, RopeScaling
 
-Weights = dict[str, Callable[[], Tensor]]
+Weights = dict[str, Callable[[Tensor], None]]
 
 
 def load_llama(
@@ -30,21 +33,30 @@ def load_llama(
 ) -> tuple[LLaMA, Tokenizer]:
     """A frozen LLaMA and its tokenizer. What lies at `path` says how to read it:
 
-    - a folder in Meta's layout: params.json, consolidated.00.pth, tokenizer.model;
+    - a folder in Meta's layout: params.json, consolidated.*.pth (one or several), tokenizer.model;
+    - a folder in Hugging Face's: config.json, *.safetensors (single or with an index), tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
     Raises FileNotFoundError or ValueError, in one line that names the file and both numbers.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such base model")
-    if path.is_dir() and not (path / "params.json").exists():
-        found = sorted(path.glob("*.bin"))
-        if len(found) != 1:
-            raise ValueError(f"{path}: holds neither params.json nor one llama2.c .bin (but {len(found)} of them)")
-        path = found[0]
-    config, weights = read_meta(path) if path.is_dir() else read_llama2c(path)
-    tokenizer = Tokenizer((path if path.is_dir() else path.parent) / "tokenizer.model")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            hint = f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then --base {path.name}"
+        raise FileNotFoundError(f"{path}: no such base model{hint}")
+    folder = path if path.is_dir() else path.parent
+    if path.is_file():
+        config, weights = read_llama2c(path)
+    elif any(path.glob("consolidated.*.pth")) or (path / "params.json").exists():
+        config, weights = read_meta(path)
+    elif any(path.glob("*.safetensors*")) or (path / "config.json").exists():
+        config, weights = read_hugging_face(path)
+    elif len(found := sorted(path.glob("*.bin"))) == 1:
+        config, weights = read_llama2c(found[0])
+    else:
+        raise ValueError(f"{path}: holds neither params.json, nor config.json, nor one llama2.c .bin")
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
 
@@ -63,25 +75,46 @@ def load_llama(
         if name == "output.weight" and weights[name] is weights["tok_embeddings.weight"]:  # a tied head
             filled[name] = filled["tok_embeddings.weight"]
             continue
-        tensor = weights[name]()
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise ValueError(f"{path}: {name} is no dense tensor of floating-point numbers")
-        if tensor.shape != parameter.shape:
-            shapes = f"{tuple(tensor.shape)}, its configuration says {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: {name} is {shapes}")
-        filled[name] = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        filled[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+        try:
+            weights[name](filled[name].data)
+        except (ValueError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path}: {name} {first_line(error)}") from None
     model.load_state_dict(filled, assign=True)
     return model.requires_grad_(False), tokenizer
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    if not source.is_floating_point() or source.layout != torch.strided:
+        raise ValueError("is no dense tensor of floating-point numbers")
+    if source.shape != target.shape:
+        raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(target.shape)}")
+    target.copy_(source)
 
 
 def read_json(file: Path) -> dict:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+        raise ValueError(f"{file}: not JSON: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: is a {type(values).__name__}, not an object")
     return values
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def named(file: Path):
+    """What is missing from a file or wrong in it is said with the file's name."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file}: has no field {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def meta_config(params: dict, vocab_size: int) -> Config:
@@ -94,6 +127,9 @@ def meta_config(params: dict, vocab_size: int) -> Config:
         head_dim = dim // n_heads
     except (TypeError, ArithmeticError, ValueError) as error:
         raise ValueError(f"dim, n_heads, multiple_of and ffn_dim_multiplier make no model: {error}") from None
+    scaling = None
+    if params.get("use_scaled_rope"):  # params.json leaves the factor to Meta's code: 8 in 3.1, 32 in 3.2's 1B and 3B
+        scaling = RopeScaling(32.0 if dim < 4096 else 8.0, 1.0, 4.0, 8192)
     return Config(
         dim=dim,
         n_layers=params["n_layers"],
@@ -104,44 +140,183 @@ def meta_config(params: dict, vocab_size: int) -> Config:
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],
         rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling=scaling,
     )
 
 
 def read_meta(folder: Path) -> tuple[Config, Weights]:
-    """Meta's layout, with one file of weights."""
-    file = folder / "params.json"
-    params = read_json(file)
-    if params.get("use_scaled_rope"):
-        raise ValueError(f"{file}: use_scaled_rope is not supported yet")
-    shards = sorted(folder.glob("consolidated.*.pth"))
-    if len(shards) != 1:
-        raise ValueError(f"{folder}: has {len(shards)} files consolidated.*.pth, only 1 is supported so far")
+    """Meta's layout. Each of n files has a part of every weight, as the model ran on n GPUs in parallel."""
+    params = read_json(folder / "params.json")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]
+    if [file.name for file in files] != names:
+        found = ", ".join(file.name for file in files) or "no weights"
+        raise ValueError(f"{folder}: has {found}, not {', '.join(names)}")
+    shards = [load_pth(file) for file in files]
+    for file, shard in zip(files, shards):
+        if differing := sorted(shard.keys() ^ shards[0].keys()):
+            raise ValueError(f"{file}: {differing[0]} is in only one of it and {files[0].name}")
+
+    def fill(name: str, target: Tensor) -> None:
+        parts, places = [shard[name] for shard in shards], [target]
+        for dim, (part, whole) in enumerate(zip(parts[0].shape, target.shape)):
+            if part < whole:  # split along this dimension; norms are not, every shard has all of them
+                places = target.chunk(len(parts), dim)
+        for part, place in zip(parts, places):
+            copy(part, place)
+
+    weights: Weights = {name: partial(fill, name) for name in shards[0]}
+    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
+        if name not in weights:
+            raise ValueError(f"{folder}: has no weight {name}")
+    if "output.weight" in weights:  # always split by rows; params.json often says -1
+        vocab_size = sum(len(shard["output.weight"]) for shard in shards)
+    else:
+        vocab_size = len(shards[0]["tok_embeddings.weight"])
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    with named(folder / "params.json"):
+        if params.get("vocab_size", -1) not in (-1, vocab_size):
+            raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights have {vocab_size} tokens")
+        return meta_config(params, vocab_size), weights
+
+
+def load_pth(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, mapped from the file and not yet read; no code in it is run."""
     try:
-        weights = torch.load(shards[0], map_location="cpu", mmap=True, weights_only=True)
-        weights.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
-        vocab_size = len(weights["tok_embeddings.weight"])  # params.json often says -1
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(f"{shards[0]}: not a checkpoint of LLaMA weights: {str(error).splitlines()[0]}") from None
-    try:
-        config = meta_config(params, vocab_size)
-    except KeyError as error:
-        raise ValueError(f"{file}: has no field {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    return config, {name: partial(weights.__getitem__, name) for name in weights}
+        raise ValueError(f"{file}: not a checkpoint of LLaMA weights: {first_line(error)}") from None
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
+            raise ValueError(f"{file}: {name} is no vector or matrix")
+    return tensors
+
+
+# Hugging Face's names for Meta's, within a layer.
+HUGGING_FACE = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def read_hugging_face(folder: Path) -> tuple[Config, Weights]:
+    """Hugging Face's layout, of LlamaForCausalLM. Raises ValueError at what a LLaMA does not have."""
+    file = folder / "config.json"
+    values = read_json(file)
+    with named(file):
+        config = hugging_face_config(values)
+    H, Hkv, D = config.n_heads, config.n_kv_heads, config.head_dim
+
+    def fill(handle, name: str, heads: int, target: Tensor) -> None:
+        source = handle.get_tensor(name)
+        if heads and source.shape == target.shape:
+            # Rotated pairs are the two halves of a head there, neighbours in Meta's checkpoints and here. The rows
+            # change places once, and then one code serves both.
+            source = source.view(heads, 2, D // 2, -1).transpose(1, 2)
+            target = target.view(heads, D // 2, 2, -1)
+        copy(source, target)
+
+    weights: Weights = {}
+    for name, handle in open_safetensors(folder).items():
+        if name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_angles computes
+            continue
+        ours = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight"}.get(
+            name, name
+        )
+        ours = ours.replace("lm_head.", "output.")
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
+            ours = f"layers.{match[1]}.{HUGGING_FACE.get(match[2], match[2])}.weight"
+        heads = H if ours.endswith(".wq.weight") else Hkv if ours.endswith(".wk.weight") else 0
+        weights[ours] = partial(fill, handle, name, heads)
+    if values.get("tie_word_embeddings") and "tok_embeddings.weight" in weights:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    return config, weights
+
+
+def hugging_face_config(values: dict) -> Config:
+    """Of config.json. Raises KeyError, or ValueError at an architecture other than LLaMA's."""
+    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for name, value in (only | {"quantization_config": None}).items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}")
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(*(rope[name] for name in fields))
+    elif kind != "default":
+        raise ValueError(f"rope_type is {kind!r}; only 'default' and 'llama3' are supported")
+    dim, n_heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        try:
+            head_dim = dim // n_heads
+        except (TypeError, ZeroDivisionError):
+            raise ValueError(f"hidden_size {dim!r} and num_attention_heads {n_heads!r} make no model") from None
+    return Config(
+        dim=dim,
+        n_layers=values["num_hidden_layers"],
+        n_heads=n_heads,
+        n_kv_heads=n_heads if values.get("num_key_value_heads") is None else values["num_key_value_heads"],
+        head_dim=head_dim,
+        hidden_dim=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        rope_scaling=scaling,
+        max_seq_len=values.get("max_position_embeddings"),
+    )
+
+
+def open_safetensors(folder: Path) -> dict:
+    """The open file of every tensor by name: of model.safetensors, or of all that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{index}: has no weight_map from tensors to files")
+    else:
+        found = sorted(file.name for file in folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"{folder}: has {len(found)} files *.safetensors and no {index.name}")
+        places = None
+    handles = {}
+    for name in sorted(set(places.values())) if places else found:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise FileNotFoundError(f"{file}: {index.name} names it, but there is no such file")
+        try:
+            handle = safe_open(file, "pt")
+            handles |= dict.fromkeys(handle.keys(), handle)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+    if places and (missing := sorted(places.keys() - handles.keys())):
+        raise ValueError(f"{index}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
+    return handles
 
 
 def read_llama2c(file: Path) -> tuple[Config, Weights]:
     """llama2.c's float32 .bin: a header of integers, then every tensor in a fixed order, layers stacked."""
     size = file.stat().st_size
-    raw = np.memmap(file, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
-    modern = raw[:4].tobytes() == b"24ka"  # "ak42", little-endian
+    with open(file, "rb") as opened:
+        raw = opened.read(256)
+    modern = raw[:4] == b"24ka"  # "ak42", little-endian
     if size < (256 if modern else 28):
         raise ValueError(f"{file}: {size} bytes are not a llama2.c checkpoint")
-    version = struct.unpack("<i", raw[4:8].tobytes())[0]
+    version = struct.unpack("<i", raw[4:8])[0]
     if modern and version != 1:
         raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
-    header = struct.unpack("<7i", raw[8:36].tobytes() if modern else raw[:28].tobytes())
+    header = struct.unpack("<7i", raw[8:36] if modern else raw[:28])
     C, hidden, N, H, Hkv, V, max_seq_len = header
     tied = bool(raw[36]) if modern else V > 0
     V = abs(V)
@@ -173,18 +348,15 @@ def read_llama2c(file: Path) -> tuple[Config, Weights]:
         start += 4 * int(np.prod(shape, dtype=object))
     if size != start:
         raise ValueError(f"{file}: {size} bytes, but its header asks for {start}")
-    floats = {  # read-only views of the file
-        name: raw[place : place + 4 * int(np.prod(shapes[name]))].view("<f4").reshape(shapes[name])
-        for name, place in places.items()
-    }
-
-    def fetch(name: str, layer: int | slice = slice(None)) -> Tensor:
-        return torch.from_numpy(np.array(floats[name][layer]))
-
-    weights = {f"{name}.weight": partial(fetch, name) for name in ("tok_embeddings", "norm")}
-    weights["output.weight"] = weights["tok_embeddings.weight"] if tied else partial(fetch, "output")
+    floats = np.memmap(file, dtype="<f4", mode="c")  # copy on write, and nothing is written
+    stacked = {}
+    for name, shape in shapes.items():
+        place = places[name] // 4
+        stacked[name] = torch.from_numpy(floats[place : place + int(np.prod(shape))]).view(shape)
+    weights: Weights = {f"{name}.weight": partial(copy, stacked[name]) for name in ("tok_embeddings", "norm")}
+    weights["output.weight"] = weights["tok_embeddings.weight"] if tied else partial(copy, stacked["output"])
     for i in range(N):
-        weights |= {f"layers.{i}.{name}.weight": partial(fetch, name, i) for name in norms}
-        weights |= {f"layers.{i}.attention.{name}.weight": partial(fetch, name, i) for name in attention}
-        weights |= {f"layers.{i}.feed_forward.{name}.weight": partial(fetch, name, i) for name in mlp}
+        weights |= {f"layers.{i}.{name}.weight": partial(copy, stacked[name][i]) for name in norms}
+        weights |= {f"layers.{i}.attention.{name}.weight": partial(copy, stacked[name][i]) for name in attention}
+        weights |= {f"layers.{i}.feed_forward.{name}.weight": partial(copy, stacked[name][i]) for name in mlp}
     return config, weights

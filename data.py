@@ -1,15 +1,18 @@
 """From files of instructions to batches of token ids: tokenizer, template, reading, batching."""
 
+import base64
 import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import tiktoken
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -48,28 +51,99 @@ class Tokens(NamedTuple):
     record: int  # which record of the data file it was, from 0
 
 
-class Tokenizer:
-    """A SentencePiece model, LLaMA 1 and 2's kind. Raises FileNotFoundError or ValueError."""
+class Tokenizer(Protocol):
+    """Text to ids and back, whatever the kind of its file."""
 
-    def __init__(self, path: str | os.PathLike):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such tokenizer file")
+    bos_id: int
+    eos_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without <bos> and <eos>. Raises ValueError at half a character (a lone surrogate)."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; those beyond the vocabulary, which a padded embedding can yield, have none."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """LLaMA 1 and 2's kind. Raises ValueError where the file is none."""
+
+    def __init__(self, path: str | Path):
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
-            raise ValueError(f"{path}: not a SentencePiece model") from None
+            raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.vocab_size = self.model.vocab_size()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no <bos> or no <eos> (ids {self.bos_id} and {self.eos_id})")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without <bos> and <eos>. Raises ValueError at half a character (a lone surrogate)."""
         return self.model.encode(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; those beyond the vocabulary, which a padded embedding can yield, have none."""
         return self.model.decode([id for id in ids if id < self.vocab_size])
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Llama 3's kind: lines of a token's bytes in base64 and its rank, and 256 special tokens behind them.
+
+    Special tokens are known by id alone: text that spells one out is encoded as the text that it is. Raises
+    ValueError where the file is none.
+    """
+
+    # How Llama 3 cuts text into words before merging bytes.
+    WORDS = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    SPECIAL = {
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        9: "<|eot_id|>",
+    }
+
+    def __init__(self, path: str | Path):
+        try:
+            lines = [line.split() for line in Path(path).read_bytes().splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise ValueError(f"{path}: not a tiktoken file: {error}") from None
+        count = len(ranks)
+        if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError(
+                f"{path}: its {len(lines)} tokens do not have the ranks 0 to {len(lines) - 1}, all bytes among them"
+            )
+        special = {self.SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): count + i for i in range(256)}
+        self.model = tiktoken.Encoding(
+            Path(path).name, pat_str=self.WORDS, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.bos_id, self.eos_id = count, count + 1
+        self.vocab_size = count + 256
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode_ordinary(text.encode("utf-8").decode("utf-8"))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ordinary ids alone: special tokens have none."""
+        return self.model.decode([id for id in ids if id < self.bos_id])
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a base's folder; its content tells the kind. Raises FileNotFoundError or ValueError."""
+    path = Path(folder) / "tokenizer.model"
+    if not path.is_file():
+        hint = ""
+        if (Path(folder) / "tokenizer.json").is_file():
+            hint = (
+                "; beside tokenizer.json, fetch tokenizer.model (Llama 3: original/tokenizer.model) from the same place"
+            )
+        raise FileNotFoundError(f"{path}: no such tokenizer file{hint}")
+    with open(path, "rb") as file:
+        looks_like_text = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
+    return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)
 
 
 def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:

@@ -50,10 +50,36 @@ class Config:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
+        if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1):
+            raise ValueError(f"max_seq_len is {self.max_seq_len!r}, not a positive whole number")
+        for value in self.rope_scaling or ():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"rope_scaling has {value!r}, not a positive number")
+        if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
+            raise ValueError(f"rope_scaling {tuple(self.rope_scaling)} has no room between low and high frequencies")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary embedding needs it even")
+
+
+# The sizes that were published, smallest first.
+SIZES = {
+    #                 dim  layers heads kv  D  hidden   vocab   eps    theta     rope scaling
+    "TinyLlama-1.1B": Config(2048, 22, 32, 4, 64, 5632, 32000, 1e-5, 1e4, None, 2048),
+    "Llama-3.2-1B": Config(2048, 16, 32, 8, 64, 8192, 128256, 1e-5, 5e5, RopeScaling(32, 1, 4, 8192), 131072),
+    "Llama-3.2-3B": Config(3072, 28, 24, 8, 128, 8192, 128256, 1e-5, 5e5, RopeScaling(32, 1, 4, 8192), 131072),
+    "LLaMA-7B": Config(4096, 32, 32, 32, 128, 11008, 32000, 1e-6, 1e4, None, 2048),
+    "Llama-2-7B": Config(4096, 32, 32, 32, 128, 11008, 32000, 1e-5, 1e4, None, 4096),
+    "Llama-3-8B": Config(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, None, 8192),
+    "Llama-3.1-8B": Config(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, RopeScaling(8, 1, 4, 8192), 131072),
+    "LLaMA-13B": Config(5120, 40, 40, 40, 128, 13824, 32000, 1e-6, 1e4, None, 2048),
+    "Llama-2-13B": Config(5120, 40, 40, 40, 128, 13824, 32000, 1e-5, 1e4, None, 4096),
+    "LLaMA-33B": Config(6656, 60, 52, 52, 128, 17920, 32000, 1e-6, 1e4, None, 2048),
+    "LLaMA-65B": Config(8192, 80, 64, 64, 128, 22016, 32000, 1e-5, 1e4, None, 2048),
+    "Llama-2-70B": Config(8192, 80, 64, 8, 128, 28672, 32000, 1e-5, 1e4, None, 4096),
+    "Llama-3-70B": Config(8192, 80, 64, 8, 128, 28672, 128256, 1e-5, 5e5, None, 8192),
+}
 
 
 class RMSNorm(nn.Module):

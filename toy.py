@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from adapter import replacing
 from checkpoints import meta_config
-from data import TEMPLATES, Example, Tokenizer
+from data import TEMPLATES, Example, SentencePieceTokenizer, Tokenizer
 from model import LLaMA
 
 # What train.py takes for its options on this data, where the user says nothing.
@@ -351,7 +351,7 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     )
     with replacing(path) as temporary:
         temporary.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def pretrain(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:

@@ -1,14 +1,35 @@
 """Reading base models: every layout, and every way in which its files can be wrong."""
 
+import json
+import os
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import copy_base, make_model
+from conftest import ROOT, copy_base, make_model
 
-from checkpoints import load_llama
-from model import Config, LLaMA
+from checkpoints import load_llama, meta_config
+from model import SIZES, Config, LLaMA
+
+LLAMA_13B = dict(dim=5120, multiple_of=256, n_heads=40, n_layers=40, norm_eps=1e-6, vocab_size=-1)
+LLAMA_2_70B = dict(
+    dim=8192,
+    multiple_of=4096,
+    ffn_dim_multiplier=1.3,
+    n_heads=64,
+    n_kv_heads=8,
+    n_layers=80,
+    norm_eps=1e-5,
+    vocab_size=-1,
+)
+LLAMA_31_8B = dict(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3, multiple_of=1024,
+    norm_eps=1e-5, rope_theta=5e5, use_scaled_rope=True,
+)  # fmt: skip
 
 
 def test_meta_folder(tiny_base):
@@ -32,7 +53,7 @@ def test_meta_folder(tiny_base):
         (dict(n_heads=1, n_kv_heads=3), "params.json: 1 query heads cannot share 3"),
         (dict(norm_eps="x"), "params.json: norm_eps is 'x'"),
         (dict(rope_theta=0), "params.json: rope_theta is 0"),
-        (dict(use_scaled_rope=True), "params.json: use_scaled_rope is not supported"),
+        (dict(vocab_size=7), "params.json: vocab_size is 7, but the weights have 1024"),
         (
             dict(dim=32),
             r"attention_norm.weight is \(16,\), its configuration says \(32,\)|is \(1024, 16\), its",
@@ -67,13 +88,18 @@ def test_broken_checkpoints(tiny_base, tmp_path, capsys):
     torch.save([1, 2], weights)
     with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
         load_llama(folder)
+    torch.save({"tok_embeddings.weight": torch.zeros(2)}, weights)
     (folder / "consolidated.01.pth").write_bytes(whole)
-    with pytest.raises(ValueError, match="has 2 files"):
+    with pytest.raises(ValueError, match="consolidated.01.pth: .* is in only one of it and consolidated.00.pth"):
         load_llama(folder)
     with pytest.raises(FileNotFoundError, match="absent: no such base"):
         load_llama(tmp_path / "absent")
     (folder / "params.json").unlink()
-    with pytest.raises(ValueError, match="neither params.json"):
+    with pytest.raises(FileNotFoundError, match="params.json"):
+        load_llama(folder)
+    for file in folder.glob("*.pth"):
+        file.unlink()
+    with pytest.raises(ValueError, match="holds neither params.json"):
         load_llama(folder)
 
 
@@ -88,12 +114,36 @@ def test_every_field_of_params_json_counts(tiny_base, tmp_path):
     assert load_llama(folder)[0].config == config
 
 
-@pytest.mark.parametrize("weight", [7, torch.zeros(1024, 16, dtype=torch.long), torch.zeros(1024, 16).to_sparse()])
+def test_llama_31s_scaled_rope_in_metas_layout(tiny_base, tmp_path):
+    """params.json says only that it is scaled: by 8 in 3.1, by 32 in the small models of 3.2."""
+    folder = copy_base(tiny_base, tmp_path / "base", use_scaled_rope=True, rope_theta=5e5)
+    assert load_llama(folder)[0].config.rope_scaling == (32, 1, 4, 8192)
+    assert meta_config(LLAMA_31_8B, 128256) == replace(SIZES["Llama-3.1-8B"], max_seq_len=None)
+
+
+def test_sizes_are_those_of_params_json():
+    """The files that Meta ships with the weights, against the table."""
+    assert meta_config(LLAMA_2_70B, 32000) == replace(SIZES["Llama-2-70B"], max_seq_len=None)
+    assert meta_config(LLAMA_13B, 32000) == replace(SIZES["LLaMA-13B"], max_seq_len=None)
+    numbers = {
+        "LLaMA-7B": 6738415616,
+        "Llama-2-70B": 68976648192,
+        "Llama-3-8B": 8030261248,
+        "TinyLlama-1.1B": 1100048384,
+    }
+    for name, number in numbers.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in LLaMA(SIZES[name]).parameters()) == number
+
+
+@pytest.mark.parametrize(
+    "weight", [7, torch.zeros(7, 7, 7), torch.zeros(1024, 16, dtype=torch.long), torch.zeros(1024, 16).to_sparse()]
+)
 def test_weights_that_are_none(tiny_base, tmp_path, weight):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True) | {"output.weight": weight}
     torch.save(weights, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="output.weight is no dense tensor"):
+    with pytest.raises(ValueError, match="output.weight is no"):
         load_llama(folder)
 
 
@@ -174,3 +224,232 @@ def test_stories260k_both_layouts_are_the_same_model(data):
     assert sum(p.numel() for p in legacy.parameters()) == 260_032  # the tied head counts once
     for (name, a), (_, b) in zip(legacy.named_parameters(), modern.named_parameters()):
         assert torch.equal(a, b), name
+
+
+# ---------------------------------------------------------------------------------------------------
+# Hugging Face's layout, against transformers itself
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {
+    "mha": dict(num_attention_heads=4, num_key_value_heads=4),
+    "gqa": dict(num_attention_heads=4, num_key_value_heads=2),
+    "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "wide heads": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24),
+    "llama3 rope": dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+}
+
+
+def save_hugging_face(folder, tiny_base, shard_size="1GB", **kind):
+    """A random LlamaForCausalLM of logits of order 10, written by save_pretrained."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1056,  # more than the tokenizer has, as in many published models
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        rms_norm_eps=1e-6,
+        **kind,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        model.lm_head.weight *= 5
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    return model
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugging_face_folder_gives_transformers_logits(tiny_base, tmp_path, kind, shard_size):
+    theirs = save_hugging_face(tmp_path / "hf", tiny_base, shard_size, **KINDS[kind])
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 2) == (shard_size == "100KB")
+    model, _ = load_llama(tmp_path / "hf")
+    tokens = torch.randint(1056, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        difference = (model(tokens) - expected).abs().max()
+    assert expected.abs().max() > 5
+    assert difference < 1e-4
+    assert model.config.max_seq_len == 256
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
+    """Before transformers 5 rope_theta stood by itself, and rope_scaling beside it."""
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["llama3 rope"])
+    new, _ = load_llama(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    values = json.loads(file.read_text())
+    scaling = values.pop("rope_parameters")
+    values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    del values["head_dim"]
+    file.write_text(json.dumps(values))
+    assert load_llama(tmp_path / "hf")[0].config == new.config
+
+
+def split_for_parallel(weights, n, vocabulary_first):
+    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
+    shards = [{} for _ in range(n)]
+    for name, tensor in weights.items():
+        by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
+        whole = tensor.dim() == 1
+        for i, shard in enumerate(shards):
+            shard[name] = tensor if whole else tensor.chunk(n, dim=1 if by_columns else 0)[i].clone()
+    return shards
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("vocabulary_first", [False, True])  # LLaMA 1 and 2 split embeddings by width, Llama 3 by token
+def test_model_parallel_shards_join_to_the_same_model(tiny_base, tmp_path, n, vocabulary_first):
+    """13B comes in 2 files, 33B in 4, 65B and 70B in 8 (OGV 86, 134, 131; lit-llama 405)."""
+    config = Config(64, 2, 8, 8, 8, 176, 1024)
+    model = make_model(config)
+    folder = copy_base(tiny_base, tmp_path / "base", dim=64, n_layers=2, n_heads=8, multiple_of=16)
+    for i, shard in enumerate(split_for_parallel(model.state_dict(), n, vocabulary_first)):
+        torch.save(shard | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{i:02}.pth")
+    loaded, _ = load_llama(folder)
+    assert loaded.config == config
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_base, tmp_path):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    first, _ = load_llama(tmp_path / "hf")
+    params = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-6, ffn_dim_multiplier=0.5)
+    folder = copy_base(tiny_base, tmp_path / "meta", **params)
+    for i, shard in enumerate(split_for_parallel(first.state_dict(), 2, False)):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    second, _ = load_llama(folder)
+    tokens = torch.arange(50)[None]
+    assert torch.equal(first(tokens), second(tokens))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="qwen2"), "config.json: model_type is 'qwen2'; only 'llama' is supported"),
+        (dict(attention_bias=True), "config.json: attention_bias is True; only False"),
+        (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
+        (dict(quantization_config={"bits": 4}), "config.json: quantization_config is"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json: rope_type is 'yarn'"),
+        (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
+        (dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}), "config.json: rope_scaling has '8'"),
+        (dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}), "config.json: rope_scaling .* no room"),
+        (dict(hidden_size=None), "config.json: has no field 'hidden_size'"),
+        (dict(hidden_size=128), r"is \(\d+,.*its configuration says"),
+        (dict(num_hidden_layers=4), "weights of 3 layers, its configuration says 4"),
+        (dict(intermediate_size=97), r"w\d.weight is \(\d+, \d+\), its configuration says"),
+        (dict(num_key_value_heads=3), "config.json: 4 query heads cannot share 3"),
+        (dict(vocab_size=1000), "1000 embeddings, but its tokenizer has 1024"),
+        (dict(max_position_embeddings="many"), "config.json: max_seq_len is 'many'"),
+    ],
+)
+def test_config_json_that_does_not_fit(tiny_base, tmp_path, changes, message):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    with pytest.raises(ValueError, match=message):
+        load_llama(tmp_path / "hf")
+
+
+def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, "100KB", **KINDS["gqa"])
+    index = folder / "model.safetensors.index.json"
+    good = index.read_text()
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shard.name}: .* names it"):
+        load_llama(folder)
+    for broken in (content[:-1], content[:20], b""):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{shard.name}: not a whole safetensors file"):
+            load_llama(folder)
+    shard.write_bytes(content)
+    for text, message in [
+        ("{", "not JSON"),
+        ("[]", "is a list, not an object"),
+        ("{}", "no weight_map"),
+        (good.replace(shard.name, "../" + shard.name), "names it"),
+        (good.replace("model.norm.weight", "model.norm.scale"), "says that model.norm.scale is in"),
+    ]:
+        index.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_llama(folder)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"files \*.safetensors and no model.safetensors.index.json"):
+        load_llama(folder)
+
+
+def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match="has a weight model.layers.0.self_attn.q_proj.bias that a LLaMA does not have"
+    ):
+        load_llama(tmp_path / "hf")
+
+
+def test_missing_meta_shards_are_named(tiny_base, tmp_path):
+    folder = copy_base(tiny_base, tmp_path / "base")
+    (folder / "consolidated.00.pth").rename(folder / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="has consolidated.01.pth, not consolidated.00.pth"):
+        load_llama(folder)
+    (folder / "consolidated.01.pth").unlink()
+    with pytest.raises(ValueError, match="has no weights, not consolidated.00.pth"):
+        load_llama(folder)
+
+
+def test_a_name_that_is_no_folder_is_told_how_to_become_one():
+    with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"):
+        load_llama("meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_needs_little_more_memory_than_the_model(tiny_base, tmp_path, dtype):
+    """At most 1.15 times the model: anonymous memory, sampled all the while; pages of mapped files are the cache's."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads /proc")
+    params = dict(dim=1024, n_layers=10, n_heads=8, multiple_of=256, ffn_dim_multiplier=None)
+    folder = copy_base(tiny_base, tmp_path / "base", **params)
+    model = LLaMA(Config(1024, 10, 8, 8, 128, 2816, 1024)).bfloat16()
+    for i, shard in enumerate(split_for_parallel(model.state_dict(), 2, False)):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    code = (
+        "import sys, threading, time, torch\n"
+        "from checkpoints import load_llama\n"
+        "def anonymous(): return 1024 * int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
+        f"load_llama({str(tiny_base)!r})\n"  # so that the libraries' own memory doesn't count
+        "before = peak = anonymous(); done = False\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while not done: peak = max(peak, anonymous()); time.sleep(0.0005)\n"
+        "thread = threading.Thread(target=watch); thread.start()\n"
+        f"model, _ = load_llama({str(folder)!r}, {dtype})\n"
+        "done = True; thread.join()\n"
+        "size = sum(p.numel() * p.element_size() for p in model.parameters())\n"
+        "print(size, peak - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    size, peak = map(int, result.stdout.split())
+    assert size > 250e6
+    assert 0.9 * size < peak < 1.15 * size

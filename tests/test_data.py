@@ -11,12 +11,13 @@ import toy
 from data import (
     IGNORE,
     Example,
-    Tokenizer,
+    SentencePieceTokenizer,
     Tokens,
     check_record,
     collate,
     epoch_batches,
     format_prompt,
+    load_tokenizer,
     micro_batches,
     read_examples,
     response_tokens,
@@ -170,15 +171,27 @@ def test_micro_batches_keep_to_the_budget(budget):
 
 
 def test_missing_and_broken_tokenizers(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
-        Tokenizer(tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer.model").write_bytes(b"\x00junk")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "tokenizer.model")
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="fetch tokenizer.model"):
+        load_tokenizer(tmp_path)
+    for content, message in [
+        (b"\x00junk", "neither a SentencePiece model nor a tiktoken file"),
+        (b"", "neither"),
+        (b"YQ== 0\nYg== 7\n", "its 2 tokens do not have the ranks 0 to 1"),
+        (b"YQ== 0\nYQ== 1\n", "do not have the ranks"),
+        (b"YQ== 0\nnot a line\n", "not a tiktoken file"),
+        (b"YQ== 0\n\xff\xff 1\n", "not a tiktoken file"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"tokenizer.model: .*{message}"):
+            load_tokenizer(tmp_path)
 
 
 def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
-    tokenizer = Tokenizer(data / "tokenizers" / "llama2_tokenizer.model")
+    tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")
     assert len(examples) == 52_002
     some = examples[::100]
@@ -197,7 +210,7 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
 
 def test_real_lengths_need_no_padding(data):
     """Padding every example to 512 makes 4.03 positions per real one; batches of like length 1.05 at most."""
-    tokenizer = Tokenizer(data / "tokenizers" / "llama2_tokenizer.model")
+    tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
     lengths = [len(t.ids) for t in tokenize(tokenizer, examples, 512)[0]]
     batches = epoch_batches(lengths, 64, 0, 0)
