@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import lzma
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -174,11 +173,13 @@ def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int)
     return tokenized, cut
 
 
-def read_examples(path: str | os.PathLike) -> list[Example]:
-    """Alpaca-format JSON (a list) or JSONL (a record a line), plain, .gz or .xz.
+def read_examples(path: str | Path) -> list[Example]:
+    """Alpaca-format records, as of `read_records`. Raises OSError, or ValueError that names file, record and field."""
+    return [check_record(record, f"{path}: record {index}") for index, record in enumerate(read_records(path))]
 
-    Raises OSError, or ValueError that names the file, the record and the field.
-    """
+
+def read_records(path: str | Path) -> list:
+    """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
     path = Path(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
@@ -204,14 +205,15 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
         raise ValueError(f"{path}: line {number}: cannot be read: {error}") from None
     if not records:
         raise ValueError(f"{path}: holds no examples")
-    return [check_record(record, f"{path}: record {index}") for index, record in enumerate(records)]
+    return records
 
 
-def check_record(record: object, where: str) -> Example:
+def check_record(record: object, where: str, needed: Sequence[str] = ("instruction", "output")) -> Example:
     """An Example of one JSON value; `where` begins the error message. Records count from 0."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with 'instruction' and 'output'")
-    for field in ("instruction", "output"):
+        fields = " and ".join(map(repr, needed))
+        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {fields}")
+    for field in needed:
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
     fields = [record.get(field, "") for field in Example._fields]

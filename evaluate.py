@@ -77,8 +77,8 @@ def main(adapter_path, base, device, dtype):
     """Put toy.py's held-out questions to a base alone and to the base with an adapter."""
     with one_line_errors():
         device, dtype = choose(device, dtype)
-        model, tokenizer, adapter = load(adapter_path, base, device, dtype)
-    examine(model, tokenizer, adapter)
+        model, tokenizer, adapters = load([adapter_path], base, device, dtype)
+    examine(model, tokenizer, *adapters.values())
 
 
 if __name__ == "__main__":

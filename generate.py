@@ -1,18 +1,22 @@
 """Ask a LLaMA, with or without an adapter: python generate.py --adapter out/adapter.safetensors "prompt"."""
 
+import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 import click
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from adapter import Adapter, Prompt
+from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
-from data import TEMPLATES, Tokenizer, tokenize_prompt
+from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
+from exchange import load_adapter
 from model import KVCache, LLaMA, choose, fingerprint
 
 
@@ -74,8 +78,13 @@ def stream(
 
 def generate(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options) -> list[list[int]]:
     """The new ids of every row, all at once; options as for `stream`."""
-    answers: list[list[int]] = [[] for _ in tokens]
-    for ids in stream(model, tokens, prompts, **options):
+    return collect(stream(model, tokens, prompts, **options), len(tokens))
+
+
+def collect(steps: Iterable[list[int | None]], rows: int) -> list[list[int]]:
+    """The ids of every row, of a stream's steps."""
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    for ids in steps:
         for answer, id in zip(answers, ids):
             if id is not None:
                 answer.append(id)
@@ -94,84 +103,128 @@ def text_pieces(ids: Iterator[list[int | None]], tokenizer: Tokenizer) -> Iterat
     yield tokenizer.decode(so_far)[len(shown) :]
 
 
+def mix(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    """The prompts of a batch whose samples each have an adapter of their own: a concatenation along B.
+
+    All have the same K. Where a sample has fewer layers than another, or none (the base), its gates are closed.
+    """
+    deepest = max(sets, key=len)
+    batch = []
+    for depth, filler in enumerate(deepest):
+        closed = filler._replace(gate=torch.zeros_like(filler.gate))
+        layer = [prompts[depth - len(deepest)] if len(deepest) - depth <= len(prompts) else closed for prompts in sets]
+        batch.append(Prompt(*(torch.cat(parts) for parts in zip(*layer))))
+    return batch
+
+
 def load(
-    adapter_path: str | None, base: str | None, device: torch.device, dtype: torch.dtype
-) -> tuple[LLaMA, Tokenizer, Adapter | None]:
-    """What a command needs to answer. Raises OSError or ValueError where the files don't fit each other."""
-    if adapter_path is None and base is None:
+    adapter_paths: Sequence[str], base: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
+    """What a command needs to answer, adapters by the names of their files, whosever they are.
+
+    Raises OSError or ValueError where the files don't fit each other.
+    """
+    if base is None and not adapter_paths:
         raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
-    adapter = None if adapter_path is None else Adapter.load(adapter_path)
     if base is None:
-        base = adapter.metadata.get("base")
+        base = load_adapter(adapter_paths[0]).metadata.get("base")
     if base is None:
-        raise ValueError(f"{adapter_path}: does not say which base it is for; give --base PATH")
+        raise ValueError(f"{adapter_paths[0]}: does not say which base it is for; give --base PATH")
     model, tokenizer = load_llama(base, dtype, device)
-    if adapter:
+    config, adapters = model.config, {}
+    for path in adapter_paths:
+        adapter = load_adapter(path, heads=config.n_heads)
         try:
-            adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
+            adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
         except ValueError as error:
-            raise ValueError(f"{adapter_path} does not fit {base}: {error}") from None
+            raise ValueError(f"{path} does not fit {base}: {error}") from None
         if adapter.metadata.get("prompt_template", "alpaca") not in TEMPLATES:
-            raise ValueError(f"{adapter_path}: unknown prompt template {adapter.metadata['prompt_template']!r}")
+            raise ValueError(f"{path}: unknown prompt template {adapter.metadata['prompt_template']!r}")
         if adapter.metadata.get("base_fingerprint", fingerprint(model)) != fingerprint(model):
-            click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
-        adapter.to(device)
-    return model, tokenizer, adapter
+            click.echo(f"warning: {path} was tuned on other weights than those of {base}", err=True)
+        name = Path(path).stem
+        if name in adapters or name == "base":
+            raise ValueError(f"{path}: another adapter has the name {name!r} already")
+        adapters[name] = adapter.to(device)
+    return model, tokenizer, adapters
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
-@click.option("--adapter", "adapter_path", type=click.Path(), help="An adapter file; without it the base runs alone.")
+@click.option(
+    "--adapter", "adapter_paths", type=click.Path(), multiple=True, help="An adapter file; several may be given."
+)
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
 @click.option("--strength", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
-@click.option("--compare", is_flag=True, help="Answer twice: the base alone, and the base with the adapter.")
+@click.option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter.")
 @click.option("--temperature", type=Real(0, 1e3), default=0.1, help="0 is greedy.")
 @click.option("--top-p", type=Real(0, 1, min_open=True), default=0.75)
 @click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0.")
 @click.option("--seed", type=SEED, default=0)
 @click.option("--max-new-tokens", type=click.IntRange(1, 2**17), default=256)
+@click.option("--prompts", "prompt_file", type=click.Path(), help="JSONL of instruction, input and adapter, to answer.")
+@click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
 @device_options
-def main(prompt, adapter_path, base, device, dtype, context, raw, strength, compare, seed, greedy, **sampling):
+def main(
+    prompt,
+    adapter_paths,
+    base,
+    device,
+    dtype,
+    context,
+    raw,
+    strength,
+    compare,
+    prompt_file,
+    out,
+    batch_size,
+    **sampling,
+):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
-    Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own;
-    from a pipe, every line is answered by exactly one line, line breaks within it as \\n.
+    Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
+    /adapter NAME or /none says who is to answer; from a pipe, every line is answered by exactly one line, line breaks
+    within it as \\n. With --prompts, records that name different adapters (or null, the base) share a batch.
     """
     with one_line_errors():
-        if compare and adapter_path is None:
+        if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
         if raw and context:
             raise ValueError("--input is a field of the template that --raw does without")
+        if (prompt_file is None) != (out is None):
+            raise ValueError("--prompts and --out go together")
         device, dtype = choose(device, dtype)
-        model, tokenizer, adapter = load(adapter_path, base, device, dtype)
-    speakers = {"base": ()}
-    template = "alpaca"
-    if adapter:
-        template = adapter.metadata.get("prompt_template", template)
-        with torch.no_grad():
-            speakers["adapter"] = adapter(strength=strength, dtype=dtype)
-    if not compare:
-        speakers = dict([speakers.popitem()])  # the last alone
-    if greedy:
+        model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
+    speakers: dict[str, Sequence[Prompt]] = {"base": ()}
+    with torch.no_grad():
+        speakers |= {name: adapter(strength=strength, dtype=dtype) for name, adapter in adapters.items()}
+    templates = {name: adapter.metadata.get("prompt_template", "alpaca") for name, adapter in adapters.items()}
+    sampling["generator"] = torch.Generator(device).manual_seed(sampling.pop("seed"))
+    if sampling.pop("greedy"):
         sampling["temperature"] = 0.0
-    generator = torch.Generator(device).manual_seed(seed)
+    sampling["eos_id"] = tokenizer.eos_id
+    longest = model.config.max_seq_len or math.inf
 
-    def answer(instruction: str, prompts: Sequence[Prompt]) -> Iterator[str]:
+    def tokens_of(instruction: str, context: str, name: str) -> list[int]:
         if raw:
             tokens = [tokenizer.bos_id, *tokenizer.encode(instruction)]
         else:
-            tokens = tokenize_prompt(tokenizer, instruction, context, template)
-        room = (model.config.max_seq_len or math.inf) - len(tokens)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {model.config.max_seq_len}")
-        limit = min(sampling["max_new_tokens"], room)
-        options = sampling | {"max_new_tokens": limit, "eos_id": tokenizer.eos_id, "generator": generator}
-        return text_pieces(stream(model, [tokens], prompts, **options), tokenizer)
+            tokens = tokenize_prompt(tokenizer, instruction, context, templates.get(name, "alpaca"))
+        if len(tokens) >= longest:
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {longest}")
+        return tokens
 
-    def show(instruction: str, one_line: bool) -> None:
-        answers = {name: answer(instruction, prompts) for name, prompts in speakers.items()}
+    def answer(instruction: str, name: str) -> Iterator[str]:
+        tokens = tokens_of(instruction, context, name)
+        limit = min(sampling["max_new_tokens"], longest - len(tokens))
+        ids = stream(model, [tokens], speakers[name], **sampling | {"max_new_tokens": limit})
+        return text_pieces(ids, tokenizer)
+
+    def show(instruction: str, names: Sequence[str], one_line: bool) -> None:
+        answers = {name: answer(instruction, name) for name in names}
         for number, (name, pieces) in enumerate(answers.items()):
             click.echo("\t" if one_line and number else "", nl=False)
             click.echo(f"{name}: " if compare else "", nl=False)
@@ -180,17 +233,50 @@ def main(prompt, adapter_path, base, device, dtype, context, raw, strength, comp
             click.echo("" if one_line else "\n", nl=False)
         click.echo("\n" if one_line else "", nl=False)
 
+    def answer_records() -> None:
+        records = read_records(prompt_file)
+        rows = []
+        for index, record in enumerate(records):
+            example = check_record(record, f"{prompt_file}: record {index}", needed=["instruction"])
+            name = record.get("adapter", next(iter(adapters), None))
+            name = "base" if name is None else name
+            if not isinstance(name, str) or name not in speakers:
+                raise ValueError(f"{prompt_file}: record {index}: adapter {name!r} is none of {list(adapters)}")
+            rows.append((tokens_of(example.instruction, example.input, name), speakers[name]))
+        for start in range(0, len(rows), batch_size):
+            tokens, prompts = zip(*rows[start : start + batch_size])
+            limit = min(sampling["max_new_tokens"], longest - max(map(len, tokens)))
+            steps = stream(model, tokens, mix(prompts), **sampling | {"max_new_tokens": limit})
+            bar = tqdm(steps, f"records {start} to {start + len(tokens) - 1}", limit, unit="token", file=sys.stderr)
+            for record, ids in zip(records[start:], collect(bar, len(tokens))):
+                record["output"] = tokenizer.decode(ids)
+        with replacing(out) as temporary:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            temporary.write_text(text, encoding="utf-8")
+
     with one_line_errors():
+        if prompt_file is not None:
+            lengths = {name: prompts[0].tokens.shape[1] for name, prompts in speakers.items() if prompts}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"adapters of different lengths cannot share a batch: {lengths}")
+            answer_records()
+            return
+        names = list(speakers) if compare else list(speakers)[:2][-1:]  # the first adapter, if there is one
         if prompt is not None:
-            show(prompt, one_line=False)
+            show(prompt, names, one_line=False)
             return
         if sys.stdin is None:
             raise ValueError("no PROMPT, and no standard input to read one from")
         terminal = sys.stdin.isatty()
         for instruction in lines_of(sys.stdin, terminal):
             try:
-                if instruction or not terminal:
-                    show(instruction, one_line=not terminal)
+                if terminal and (instruction == "/none" or instruction.startswith("/adapter")):
+                    wanted = "base" if instruction == "/none" else instruction.removeprefix("/adapter").strip()
+                    if wanted not in speakers:
+                        raise ValueError(f"no adapter {wanted!r}; there are {', '.join(adapters) or 'none'}")
+                    names = [wanted]
+                elif instruction or not terminal:
+                    show(instruction, names, one_line=not terminal)
             except ValueError as error:  # with this line alone
                 click.echo(f"error: {error}", err=True)
                 click.echo()

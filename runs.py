@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adapter import Adapter, replacing
@@ -86,7 +87,7 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
         raise ValueError(f"{path}: not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
 
 
-def draw_curves(metrics: list[dict], adapter: Adapter, first_layer: int, path: Path) -> None:
+def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
     """The losses, and the gates as a picture of layers x heads."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -97,15 +98,24 @@ def draw_curves(metrics: list[dict], adapter: Adapter, first_layer: int, path: P
     left.set(xlabel="step", ylabel="loss per response token", title="Loss")
     left.set_ylim(bottom=0)
     left.legend()
-    gates = adapter.opening().detach().cpu()  # (L, H)
-    bound = max(gates.abs().max().item(), 1e-6)
-    image = right.imshow(gates.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
-    right.set(xlabel="head", ylabel="layer", title="How far each gate is open: tanh(g)")
-    right.set_yticks(range(len(gates)), [str(first_layer + i) for i in range(len(gates))])
-    right.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=right)
+    draw_gates(right, adapter)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def draw_gates(axes: Axes, adapter: Adapter) -> None:
+    """The gates as a picture of layers x heads, white where they are closed."""
+    gates = adapter.opening().detach().cpu()  # (L, H)
+    first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
+    bound = max(gates.abs().max().item(), 1e-6)
+    edges = (-0.5, gates.shape[1] - 0.5, first_layer - 0.5, first_layer + len(gates) - 0.5)
+    image = axes.imshow(
+        gates.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower", extent=edges
+    )
+    axes.set(xlabel="head", ylabel="layer", title="How far each gate is open")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.figure.colorbar(image, ax=axes)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -253,7 +253,7 @@ def main(context, **options):
         except FloatingPointError as error:
             kept = f"{out}/adapter.safetensors is as of step {adapter.metadata['steps']}"
             raise ValueError(f"{error}; {kept}; a lower --lr may help, with another --out") from None
-        summary = {"trainable_parameters": trainable} | counts | report(model, adapter, out)
+        summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
         summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]}
         if options["data"] is None:
             summary |= examine(model, tokenizer, adapter)
@@ -328,12 +328,12 @@ def split(examples: list[Tokens], val_size: float, seed: int) -> tuple[list[Toke
     return [examples[i] for i in order[held_out:]], [examples[i] for i in order[:held_out]]
 
 
-def report(model: LLaMA, adapter: Adapter, out: Path) -> dict:
+def report(adapter: Adapter, out: Path) -> dict:
     """Write the adapter with its final losses, and the curves; returns what the summary says of them."""
     metrics = read_metrics(out / "metrics.jsonl")
     losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
     adapter.save(out / "adapter.safetensors", val_loss_before=losses[0], val_loss_after=losses[-1])
-    draw_curves(metrics, adapter, model.config.n_layers - len(adapter.gates), out / "curves.png")
+    draw_curves(metrics, adapter, out / "curves.png")
     return {
         "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
         "val_loss_before": losses[0],

@@ -1,6 +1,7 @@
 """Sampling, batches, and the command."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -140,7 +141,7 @@ def test_answer_alone_on_stdout(tiny_adapter):
     )
     assert alone.stdout != result.stdout
     both = run("--adapter", tiny_adapter, "--greedy", "--max-new-tokens", 8, "--compare", "Name the capital of Peru.")
-    assert both.stdout == f"base: {alone.stdout}adapter: {result.stdout}"
+    assert both.stdout == f"base: {alone.stdout}a: {result.stdout}"
 
 
 def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
@@ -204,7 +205,7 @@ def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
     result = run(*args, input="Name the capital of Peru.\r\n\nTranslate cat into French.")
     assert result.stdout == "one\\ntwo\n" * 3 and result.stderr == ""
     both = run(*args, "--compare", input="Hello\nHello\n")
-    assert both.stdout == "base: one\\ntwo\tadapter: one\\ntwo\n" * 2
+    assert both.stdout == "base: one\\ntwo\ta: one\\ntwo\n" * 2
     assert run(*args, "Hello").stdout == "one\ntwo\n"
 
 
@@ -241,7 +242,7 @@ def test_no_standard_input(tiny_adapter):
         (["--base", "absent"], "absent: no such base model"),
         (["--adapter", "absent.safetensors"], "absent.safetensors: no such adapter file"),
         (["--compare", "--base", "BASE"], "--compare needs --adapter"),
-        (["--base", "BASE", "--adapter", ""], "no such adapter file"),
+        (["--base", "BASE", "--adapter", ""], "is no adapter of PEFT's"),
         (["--base", "BASE", "--raw", "--input", "x"], "--input is a field of the template"),
         (["--adapter", "STRANGE"], "unknown prompt template 'strange'"),
         (["--adapter", "OTHER", "--base", "BASE"], "does not fit"),
@@ -281,6 +282,104 @@ def test_sampling_at_the_edge_is_greedy(sampling):
     assert generate(model, row, max_new_tokens=5, **sampling) == generate(model, row, max_new_tokens=5)
 
 
+@pytest.fixture(scope="module")
+def chef_and_poet(tiny_base, tmp_path_factory):
+    """Two adapters of one base, of different depth."""
+    model, _ = load_llama(tiny_base)
+    paths = []
+    for name, layers, seed in (("chef", 3, 1), ("poet", 1, 5)):
+        adapter = make_adapter(model, layers=layers, seed=seed)
+        torch.nn.init.constant_(adapter.gates, 2.0)
+        paths.append(tmp_path_factory.mktemp("adapters") / f"{name}.safetensors")
+        adapter.save(paths[-1], base=tiny_base, base_layers=3, base_fingerprint=fingerprint(model))
+    return paths
+
+
+def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet, tiny_base, tmp_path, monkeypatch):
+    """Adapters of different depth and the base itself share a batch; every answer is that of a run of its own."""
+    import generate as module
+
+    chef, poet = chef_and_poet
+    records = [
+        {"instruction": "Name the capital of Peru.", "adapter": "chef", "id": 7},
+        {"instruction": "Translate this word into French.", "input": "cat", "adapter": "poet"},
+        {"instruction": "Name the capital of Peru.", "adapter": None},
+        {"instruction": "Name the capital of Peru."},  # the first adapter's
+        {"instruction": "Hello", "adapter": "poet"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    batches = []
+    monkeypatch.setattr(
+        module, "stream", lambda model, tokens, *a, **o: batches.append(len(tokens)) or stream(model, tokens, *a, **o)
+    )
+    both = ["--adapter", chef, "--adapter", poet, "--greedy", "--max-new-tokens", 9]
+    result = run(*both, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert batches == [5] and "records 0 to 4" in result.stderr
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record, answer, adapter in zip(records, answers, (chef, poet, None, chef, poet)):
+        of = ["--adapter", adapter] if adapter else ["--base", tiny_base]
+        alone = run(*of, "--greedy", "--max-new-tokens", 9, "--input", record.get("input", ""), record["instruction"])
+        assert answer == record | {"output": alone.stdout[:-1]}
+    assert len({answer["output"] for answer in answers}) > 2
+    result = run(*both, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "two.jsonl", "--batch-size", 2)
+    assert batches[-3:] == [2, 2, 1]
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is none of ['chef', 'poet']"),
+        ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
+        ("", "holds no examples"),
+        ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
+        ('{"instruction": "a", "adapter": ["chef"]}', "record 0: adapter"),
+    ],
+)
+def test_bad_files_of_prompts_are_named(chef_and_poet, tmp_path, records, message):
+    chef, poet = chef_and_poet
+    (tmp_path / "in.jsonl").write_text(records)
+    files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    result = run("--adapter", chef, "--adapter", poet, *files)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
+    chef, poet = chef_and_poet
+    assert "another adapter has the name 'chef'" in run("--adapter", chef, "--adapter", chef, "hi").stderr
+    Adapter(layers=1, length=9, dim=16, heads=2).save(tmp_path / "long.safetensors", base=tiny_base)
+    (tmp_path / "in.jsonl").write_text('{"instruction": "a"}')
+    files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    result = run("--adapter", chef, "--adapter", tmp_path / "long.safetensors", *files)
+    assert result.exit_code == 2 and "different lengths cannot share a batch" in result.stderr
+    assert "--prompts and --out go together" in run("--adapter", chef, *files[:2]).stderr
+
+
+def test_compare_answers_with_every_adapter(chef_and_poet):
+    chef, poet = chef_and_poet
+    result = run("--adapter", chef, "--adapter", poet, "--compare", "--max-new-tokens", 3, "hi")
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if ": " in line] == ["base", "chef", "poet"]
+
+
+def test_twenty_adapters_cost_their_own_memory_and_nothing_else(tmp_path):
+    """Of LLaMA-7B's shape, 4.9 MB each, loaded and ready as prompts in bfloat16."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads /proc")
+    Adapter(layers=30, length=10, dim=4096, heads=32).save(tmp_path / "a.safetensors")
+    code = (
+        "import torch\n"
+        "from exchange import load_adapter\n"
+        "def anonymous(): return 1024 * int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
+        f"def ready(): a = load_adapter({str(tmp_path / 'a.safetensors')!r}); return a, a(dtype=torch.bfloat16)\n"
+        "with torch.no_grad(): first = ready(); before = anonymous(); twenty = [ready() for _ in range(20)]\n"
+        "print(anonymous() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert 20 * 1.4 * 4.9e6 < int(result.stdout) < 20 * 1.7 * 4.9e6  # float32 and its cast to bfloat16
+
+
 def test_a_row_of_nothing_is_refused():
     with pytest.raises(ValueError, match="a row without a token"):
         generate(make_model(), [[1], []], max_new_tokens=2)
@@ -305,18 +404,35 @@ def test_a_prompt_beyond_the_context_is_refused_and_answers_end_with_it(data):
     assert len(mixed.stdout.splitlines()) == 2
 
 
-def test_a_terminal_becomes_a_conversation(tiny_adapter):
-    """A real pseudo-terminal: prompts on stderr, answers on stdout, ended by Ctrl-D."""
+def converse(lines, *args):
+    """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
     pty = pytest.importorskip("pty")
-    import os
-
     master, slave = pty.openpty()
-    args = [sys.executable, "generate.py", "--adapter", tiny_adapter, "--greedy", "--max-new-tokens", "5"]
-    process = subprocess.Popen(args, cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     os.close(slave)
-    os.write(master, b"Name the capital of Peru.\n\nTranslate cat into French.\n\x04")
+    os.write(master, lines.encode() + b"\x04")
     stdout, stderr = process.communicate(timeout=60)
     os.close(master)
-    assert process.returncode == 0
+    assert process.returncode == 0, stderr
+    return stdout, stderr
+
+
+def test_a_terminal_becomes_a_conversation(tiny_adapter):
+    stdout, stderr = converse("Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter)
     assert len(stdout.splitlines()) >= 2
     assert stderr.count("> ") == 4  # the empty line in between is not an instruction
+
+
+def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
+    chef, poet = chef_and_poet
+    lines = "Hello\n/adapter poet\nHello\n/none\nHello\n/adapter cook\nHello\n/adapter chef\nHello\n"
+    stdout, stderr = converse(lines, "--adapter", chef, "--adapter", poet)
+    args = ("--greedy", "--max-new-tokens", 5, "Hello")
+    by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
+    by_base = run("--base", tiny_base, *args).stdout
+    assert stdout == by_chef + by_poet + by_base + "\n" + by_base + by_chef
+    assert "no adapter 'cook'; there are chef, poet" in stderr
+    assert len({by_chef, by_poet, by_base}) == 3

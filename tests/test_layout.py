@@ -13,9 +13,10 @@ ABOVE = {
     "model": {"adapter"},
     "checkpoints": {"adapter", "data", "model"},
     "toy": {"adapter", "data", "model", "checkpoints"},
-    "generate": {"adapter", "data", "cli", "model", "checkpoints"},
-    "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
     "runs": {"adapter"},
+    "exchange": {"adapter", "cli", "runs"},
+    "generate": {"adapter", "data", "cli", "model", "checkpoints", "exchange"},
+    "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
     "train": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate", "evaluate", "runs"},
 }
 

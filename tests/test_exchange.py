@@ -1,0 +1,238 @@
+"""Adapters of others: their files, their attention, and the way back."""
+
+import pytest
+import reference
+import torch
+from click.testing import CliRunner
+from conftest import make_adapter, make_model, make_tokens
+
+from adapter import Adapter
+from exchange import describe, load_adapter, main, write_peft
+from generate import main as generate_main
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def values(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Files as the others write them, of L = 2 adapted layers of N = 3, K = 5, C = 32, H = 4.
+
+
+def authors_file(path, **changes):
+    tensors = {"adapter_query.weight": values(10, 32).half()}
+    tensors |= {f"layers.{i}.attention.gate": values(1, 4, 1, 1, seed=i).half() for i in range(3)}
+    torch.save(tensors | changes, path)
+    return tensors
+
+
+def lit_file(path, heads=4, **changes):
+    tensors = {}
+    for i in (1, 2):
+        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = values(5, 32, seed=i)
+        tensors[f"transformer.h.{i}.attn.gating_factor"] = values(1, heads, 1, 1, seed=10 + i)
+    torch.save({"model": tensors | changes}, path)
+    return tensors
+
+
+def logits_by_reference(prompts, gates):
+    """gates (L, H), no activation any more: the reference puts tanh around what it is given."""
+    model = make_model()
+    tokens = make_tokens(model, 1, 6)
+    expected = reference.logits(model.state_dict(), model.config, tokens[0].tolist(), prompts, gates.double().atanh())
+    return model, tokens, expected
+
+
+@pytest.mark.parametrize("gate", ["tanh", "identity"])
+def test_authors_file(tmp_path, gate):
+    """adapter_query (L*K, C), lowest layer first; gates in all layers, of which the topmost L count."""
+    tensors = authors_file(tmp_path / "theirs.pth")
+    assert (
+        run("import", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", "--gate", gate, "--length", 5).exit_code
+        == 0
+    )
+    adapter = Adapter.load(tmp_path / "ours.safetensors")
+    assert adapter.gate_activation == adapter.metadata["gate_activation"] == gate
+    assert torch.equal(adapter.prompts[1, 2], tensors["adapter_query.weight"][7].float())
+    gates = torch.stack([tensors[f"layers.{i}.attention.gate"].flatten().float() for i in (1, 2)])
+    opened = gates.tanh() if gate == "tanh" else gates / 4  # within atanh's reach
+    if gate == "identity":
+        with torch.no_grad():
+            adapter.gates /= 4
+    model, tokens, expected = logits_by_reference(adapter.prompts, opened)
+    torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [4, 1])  # older files have one gate for all heads
+def test_lit_file(tmp_path, heads):
+    tensors = lit_file(tmp_path / "theirs.pth", heads)
+    adapter = load_adapter(tmp_path / "theirs.pth", heads=4)
+    assert adapter.gate_activation == "identity" and adapter.metadata["base_layers"] == "3"
+    gates = torch.stack([tensors[f"transformer.h.{i}.attn.gating_factor"].flatten().expand(4) for i in (1, 2)])
+    assert torch.equal(adapter.opening(), gates)
+    assert torch.equal(adapter.prompts[0], tensors["transformer.h.1.attn.adapter_wte.weight"])
+    with torch.no_grad():
+        adapter.gates /= 4
+    model, tokens, expected = logits_by_reference(adapter.prompts, gates / 4)
+    torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
+    if heads == 1:
+        with pytest.raises(ValueError, match="one gate for all heads; how many heads"):
+            load_adapter(tmp_path / "theirs.pth")
+
+
+def peft_model(config, layers=2, length=5):
+    """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, gates closed."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    from test_model import to_hugging_face
+
+    model = make_model(config)
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=c.hidden_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
+    options = peft.AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
+    return model, theirs, options, peft
+
+
+@pytest.mark.parametrize("config", ["mha", "gqa"])  # with other head widths PEFT fails
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_forward_is_ours(tmp_path, config):
+    model, theirs, options, peft = peft_model(config)
+    theirs = peft.get_peft_model(theirs, options)
+    for seed, (name, parameter) in enumerate(theirs.named_parameters()):
+        if "adaption_gate" in name:
+            parameter.data = values(1, seed=seed)
+        if "adaption_prompt" in name:
+            parameter.data = values(*parameter.shape, seed=seed)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = load_adapter(tmp_path / "theirs", heads=4)
+    tokens = make_tokens(model, 2, 9)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (expected - model(tokens)).abs().max() > 0.1
+        torch.testing.assert_close(model(tokens, adapter()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["mha", "gqa"])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_to_peft_it_computes_the_same(tmp_path, config):
+    model, theirs, _, peft = peft_model(config)
+    adapter = make_adapter(model)
+    with torch.no_grad():
+        adapter.gates.copy_(values(2, 1).expand(2, 4))
+    adapter.save(tmp_path / "ours.safetensors", base_layers=3)
+    assert run("export", tmp_path / "ours.safetensors", tmp_path / "theirs").exit_code == 0
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "theirs")
+    tokens = make_tokens(model, 2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, adapter()), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    again = load_adapter(tmp_path / "theirs", heads=4)
+    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.opening(), adapter.opening())
+
+
+def test_what_peft_cannot_hold_is_refused(tmp_path):
+    make_adapter(make_model()).save(tmp_path / "ours.safetensors", base_layers=3)
+    result = run("export", tmp_path / "ours.safetensors", tmp_path / "theirs")
+    assert result.exit_code == 2 and "PEFT has one gate for all heads" in result.stderr
+    assert not (tmp_path / "theirs").exists()
+    with pytest.raises(ValueError, match="does not say how many layers"):
+        write_peft(make_adapter(make_model(), gates=False), tmp_path / "theirs")
+
+
+def test_generate_takes_whosever_adapter(tiny_base, tmp_path):
+    """generate.py --adapter theirs, its one gate spread over the base's heads."""
+    tensors = {}
+    for i in (1, 2):
+        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = values(5, 16, seed=i)
+        tensors[f"transformer.h.{i}.attn.gating_factor"] = torch.full((1,), 2.0)
+    torch.save(tensors, tmp_path / "lit.pth")
+    args = ["--base", str(tiny_base), "--greedy", "--max-new-tokens", "8", "hello"]
+    alone, adapted = (
+        CliRunner().invoke(generate_main, [*more, *args]) for more in ([], ["--adapter", str(tmp_path / "lit.pth")])
+    )
+    assert alone.exit_code == adapted.exit_code == 0, adapted.output
+    assert alone.stdout != adapted.stdout
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("a pickle ran code",))
+
+
+def test_broken_files_of_others_are_named(tmp_path, capsys):
+    path = tmp_path / "theirs.pth"
+
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=f"theirs.pth: .*{message}") as caught:
+            load_adapter(path, **options)
+        assert "\n" not in str(caught.value)
+
+    authors_file(path)
+    refused("no whole number of layers of 10000", length=10000)
+    refused("prompts for 5 layers of 2 each, but gates for 3", length=2)
+    authors_file(path, **{"layers.2.attention.gate": values(1, 3, 1, 1)})
+    refused(r"layers have \[3, 4\] gates", length=5)
+    authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
+    refused("layer 1 holds what is no tensor of finite numbers", length=5)
+    lit_file(path)
+    refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
+    lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": values(4, 32)})
+    refused(r"prompts are \(4, 32\) in layer 2, \(5, 32\) in layer 1")
+    lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": values(5, 32)})
+    refused(r"prompts for layers \[1, 2, 7\] and gates for layers \[1, 2\]")
+    torch.save({"something": values(2)}, path)
+    refused("an adapter of neither kind known; it holds something")
+    torch.save({"adapter_query.weight": Malicious()}, path)
+    refused("not a file of tensors")
+    assert "ran code" not in capsys.readouterr().out
+    torch.save([1], path)
+    refused("not a file of tensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("not a file of tensors")
+
+
+def test_broken_folders_of_peft_are_named(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    for text, message in [
+        (None, "adapter_config.json: no such file"),
+        ("{", "not JSON with a peft_type"),
+        ("[]", "not JSON with a peft_type"),
+        ('{"peft_type": "LORA"}', "peft_type is 'LORA', not 'ADAPTION_PROMPT'"),
+        ('{"peft_type": "ADAPTION_PROMPT"}', "adapter_model.safetensors: no such file"),
+    ]:
+        if text is not None:
+            config.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_adapter(tmp_path, heads=4)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole"):
+        load_adapter(tmp_path, heads=4)
+
+
+def test_show_tells_what_there_is(tmp_path):
+    adapter = Adapter(layers=2, length=3, dim=8, heads=3)
+    with torch.no_grad():
+        adapter.gates.copy_(torch.tensor([[0.0, 0.5, 1.0], [-1.0, 0.0, 0.0]]))
+    adapter.save(tmp_path / "a.safetensors", base_layers=7, data="alpaca.json", steps=12)
+    result = run("show", tmp_path / "a.safetensors", "--png", tmp_path / "gates.png")
+    assert result.exit_code == 0
+    for part in ("2 x 3 x 8, 3 heads", "54", "alpaca.json", "steps:", "12", "    6 |@  |", "    5 | +@|"):
+        assert part in result.stdout
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert "|   |" in describe(Adapter(layers=1, length=1, dim=2, heads=3))  # all closed
+    result = run("show", tmp_path / "absent")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
