@@ -8,6 +8,8 @@ import json
 import os
 import re
 import struct
+import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -152,7 +154,7 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
     if [file.name for file in files] != names:
         found = ", ".join(file.name for file in files) or "no weights"
         raise ValueError(f"{folder}: has {found}, not {', '.join(names)}")
-    shards = [load_pth(file) for file in files]
+    shards = [read_meta_shard(file) for file in files]
     for file, shard in zip(files, shards):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
             raise ValueError(f"{file}: {differing[0]} is in only one of it and {files[0].name}")
@@ -180,17 +182,27 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
         return meta_config(params, vocab_size), weights
 
 
-def load_pth(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, mapped from the file and not yet read; no code in it is run."""
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
-    except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(f"{file}: not a checkpoint of LLaMA weights: {first_line(error)}") from None
+def read_meta_shard(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, mapped from the file and not yet read."""
+    tensors = load_pth(file)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: not a checkpoint of LLaMA weights but a {type(tensors).__name__}")
+    tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
             raise ValueError(f"{file}: {name} is no vector or matrix")
     return tensors
+
+
+def load_pth(file: Path) -> object:
+    """What torch.save wrote, tensors mapped; no code in it is run. Raises ValueError, whatever is broken."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange protocols: what matters raises
+            mapped = zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken file makes it meet
+        raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
 
 
 # Hugging Face's names for Meta's, within a layer.

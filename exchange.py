@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter import Adapter, replacing
+from checkpoints import load_pth
 from cli import one_line_errors
 from runs import draw_gates
 
@@ -41,12 +42,10 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
         start = file.read(2)
     if start not in (b"PK", b"\x80\x02"):  # what torch.save writes, and wrote once
         return Adapter.load(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = tensors.get("model", tensors)
-        tensors = {str(name): tensor for name, tensor in tensors.items()}
-    except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(f"{path}: not a file of tensors: {(str(error).splitlines() or ['broken'])[0]}") from None
+    tensors = load_pth(path)
+    tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path}: not a file of tensors by name")
     if "adapter_query.weight" in tensors:
         return read_authors(path, tensors, gate, length)
     if any(".adapter_wte." in name for name in tensors):

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adapter import Adapter, replacing
+from checkpoints import first_line, load_pth
 
 # Options in which a run and its resumption may differ.
 FREE = {"out", "base", "data", "device", "micro_batch_tokens", "log_every", "save_every", "resume"}
@@ -70,11 +71,10 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        before = dict(checkpoint["options"])
-    except Exception as error:  # torch.load raises whatever a broken file makes it meet
-        raise ValueError(f"{path}: not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
+    checkpoint = load_pth(path)
+    before = checkpoint.get("options") if isinstance(checkpoint, dict) else None
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: not a checkpoint of train.py")
     for name, value in options.items():
         if name not in FREE and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
         optimizer.load_state_dict(checkpoint["optimizer"])
         return {name: checkpoint["progress"][name] + 0 for name in ("step", "tokens", "seconds")}
     except Exception as error:  # whatever is missing, or of another shape
-        raise ValueError(f"{path}: not a checkpoint of train.py: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
 
 
 def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:

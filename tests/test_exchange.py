@@ -66,6 +66,14 @@ def test_authors_file(tmp_path, gate):
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_files_of_old_pytorch(tmp_path):
+    """What torch.save wrote before 1.6 was no zip file."""
+    tensors = authors_file(tmp_path / "new.pth")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    new, old = (load_adapter(tmp_path / name, length=5) for name in ("new.pth", "old.pth"))
+    assert torch.equal(new.prompts, old.prompts) and torch.equal(new.gates, old.gates)
+
+
 @pytest.mark.parametrize("heads", [4, 1])  # older files have one gate for all heads
 def test_lit_file(tmp_path, heads):
     tensors = lit_file(tmp_path / "theirs.pth", heads)

@@ -56,7 +56,11 @@ def llama2c_file(tiny_base, folder):
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
     w = make_model(Config(16, 1, 2, 2, 8, 24, 1024)).state_dict()
-    names = ["tok_embeddings", "layers.0.attention_norm", *(f"layers.0.attention.{n}" for n in ("wq", "wk", "wv", "wo"))]
+    names = [
+        "tok_embeddings",
+        "layers.0.attention_norm",
+        *(f"layers.0.attention.{n}" for n in ("wq", "wk", "wv", "wo")),
+    ]
     names += ["layers.0.ffn_norm", *(f"layers.0.feed_forward.{n}" for n in ("w1", "w2", "w3")), "norm"]
     tensors = [w[f"{name}.weight"] for name in names] + [torch.zeros(2, 32, 4)]
     header = struct.pack("<7i", 16, 24, 1, 2, 2, 1024, 32)
@@ -73,7 +77,9 @@ def peft_folder(folder):
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
     place = "base_model.model.model.layers.2.self_attn.adaption_"
-    save_file({place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, folder / "adapter_model.safetensors")
+    save_file(
+        {place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, folder / "adapter_model.safetensors"
+    )
 
 
 def check_adapter(adapter: Adapter):
@@ -112,7 +118,9 @@ def test_changed_files(tiny_base, tmp_path, kind):
         path = tmp_path / "peft" / "adapter_model.safetensors"
     elif kind == "alpaca":
         path = tmp_path / "a.json"
-        path.write_text('[{"instruction": "Añade 1.", "input": "2", "output": "3"}, {"instruction": "a", "output": "b"}]')
+        path.write_text(
+            '[{"instruction": "Añade 1.", "input": "2", "output": "3"}, {"instruction": "a", "output": "b"}]'
+        )
     else:
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "val_loss": 2.0}\n')
