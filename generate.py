@@ -149,6 +149,111 @@ def load(
     return model, tokenizer, adapters
 
 
+class Responder:
+    """A base, the adapters over it by name, and how to sample: what makes an answer of an instruction.
+
+    `speakers` are the prompts of every adapter, and none for "base". `sampling` is as for `stream`.
+    """
+
+    def __init__(
+        self,
+        model: LLaMA,
+        tokenizer: Tokenizer,
+        adapters: dict[str, Adapter],
+        *,
+        strength: float,
+        raw: bool,
+        **sampling,
+    ):
+        self.model, self.tokenizer, self.raw, self.sampling = model, tokenizer, raw, sampling
+        self.speakers: dict[str, Sequence[Prompt]] = {"base": ()}
+        self.templates = {"base": "alpaca"}
+        for name, adapter in adapters.items():
+            with torch.no_grad():
+                self.speakers[name] = adapter(strength=strength, dtype=model.tok_embeddings.weight.dtype)
+            self.templates[name] = adapter.metadata.get("prompt_template", "alpaca")
+
+    def tokens(self, instruction: str, context: str, name: str) -> tuple[list[int], int]:
+        """The prompt, and how many tokens its answer may have. Raises ValueError where it leaves no room."""
+        if self.raw:
+            tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(instruction)]
+        else:
+            tokens = tokenize_prompt(self.tokenizer, instruction, context, self.templates[name])
+        room = (self.model.config.max_seq_len or math.inf) - len(tokens)
+        if room < 1:
+            seen = self.model.config.max_seq_len
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {seen}")
+        return tokens, min(self.sampling["max_new_tokens"], room)
+
+    def answer(self, instruction: str, context: str, name: str) -> Iterator[str]:
+        """Piece by piece, as it is made."""
+        tokens, limit = self.tokens(instruction, context, name)
+        ids = stream(self.model, [tokens], self.speakers[name], **self.sampling | {"max_new_tokens": limit})
+        return text_pieces(ids, self.tokenizer)
+
+    def answer_batch(self, questions: Sequence[tuple[str, str, str]], title: str) -> list[str]:
+        """Of as many (instruction, context, name), the names mixed, with a progress bar."""
+        tokens, limits = zip(*(self.tokens(*question) for question in questions))
+        prompts = mix([self.speakers[name] for _, _, name in questions])
+        steps = stream(self.model, tokens, prompts, **self.sampling | {"max_new_tokens": max(limits)})
+        answers = collect(tqdm(steps, title, max(limits), unit="token", file=sys.stderr), len(tokens))
+        return [self.tokenizer.decode(ids[:limit]) for ids, limit in zip(answers, limits)]
+
+
+def show(responder: Responder, instruction: str, context: str, names: Sequence[str], one_line: bool = False) -> None:
+    """Print the answers of all names, labelled where there are several; on one line, parted by tabs, if asked."""
+    answers = {name: responder.answer(instruction, context, name) for name in names}
+    for number, (name, pieces) in enumerate(answers.items(), start=1):
+        click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
+        for piece in pieces:
+            click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
+        click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
+
+
+def converse(responder: Responder, context: str, names: Sequence[str], stdin: TextIO) -> None:
+    """Answer every line; on a terminal, /adapter NAME and /none change who does."""
+    terminal = stdin.isatty()
+    while True:
+        click.echo("> " if terminal else "", nl=False, err=True)
+        line = stdin.readline()
+        if not line:
+            return
+        line = line.rstrip("\r\n")
+        try:
+            if terminal and line.split(" ")[0] in ("/adapter", "/none"):
+                name = line.removeprefix("/adapter").strip() if line != "/none" else "base"
+                if name not in responder.speakers:
+                    raise ValueError(f"no adapter {name!r}; there are {', '.join(responder.speakers)}")
+                names = [name]
+            elif line or not terminal:
+                show(responder, line, context, names, one_line=not terminal)
+        except ValueError as error:  # with this line alone
+            click.echo(f"error: {error}", err=True)
+            click.echo()
+
+
+def answer_file(responder: Responder, source: str, out: str, default: str, batch_size: int) -> None:
+    """Write the records of a JSONL file again, each with its output. What is wrong is raised before any is answered."""
+    lengths = {name: prompts[0].tokens.shape[1] for name, prompts in responder.speakers.items() if prompts}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"adapters of different lengths cannot share a batch: {lengths}")
+    records, questions = read_records(source), []
+    for index, record in enumerate(records):
+        example = check_record(record, f"{source}: record {index}", needed=["instruction"])
+        name = record.get("adapter", default)
+        name = "base" if name is None else name
+        if not isinstance(name, str) or name not in responder.speakers:
+            raise ValueError(f"{source}: record {index}: adapter {name!r} is none of {list(responder.speakers)}")
+        questions.append((example.instruction, example.input, name))
+        responder.tokens(*questions[-1])  # raises where there is no room for an answer
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for start in range(0, len(records), batch_size):
+            batch = slice(start, start + batch_size)
+            title = f"records {start} to {min(start + batch_size, len(records)) - 1}"
+            for record, output in zip(records[batch], responder.answer_batch(questions[batch], title)):
+                file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
 @click.option(
@@ -168,21 +273,7 @@ def load(
 @click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
 @device_options
-def main(
-    prompt,
-    adapter_paths,
-    base,
-    device,
-    dtype,
-    context,
-    raw,
-    strength,
-    compare,
-    prompt_file,
-    out,
-    batch_size,
-    **sampling,
-):
+def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_file, out, batch_size, **how):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
     Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
@@ -192,104 +283,26 @@ def main(
     with one_line_errors():
         if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
-        if raw and context:
+        if how["raw"] and context:
             raise ValueError("--input is a field of the template that --raw does without")
         if (prompt_file is None) != (out is None):
             raise ValueError("--prompts and --out go together")
         device, dtype = choose(device, dtype)
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
-    speakers: dict[str, Sequence[Prompt]] = {"base": ()}
-    with torch.no_grad():
-        speakers |= {name: adapter(strength=strength, dtype=dtype) for name, adapter in adapters.items()}
-    templates = {name: adapter.metadata.get("prompt_template", "alpaca") for name, adapter in adapters.items()}
-    sampling["generator"] = torch.Generator(device).manual_seed(sampling.pop("seed"))
-    if sampling.pop("greedy"):
-        sampling["temperature"] = 0.0
-    sampling["eos_id"] = tokenizer.eos_id
-    longest = model.config.max_seq_len or math.inf
-
-    def tokens_of(instruction: str, context: str, name: str) -> list[int]:
-        if raw:
-            tokens = [tokenizer.bos_id, *tokenizer.encode(instruction)]
-        else:
-            tokens = tokenize_prompt(tokenizer, instruction, context, templates.get(name, "alpaca"))
-        if len(tokens) >= longest:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {longest}")
-        return tokens
-
-    def answer(instruction: str, name: str) -> Iterator[str]:
-        tokens = tokens_of(instruction, context, name)
-        limit = min(sampling["max_new_tokens"], longest - len(tokens))
-        ids = stream(model, [tokens], speakers[name], **sampling | {"max_new_tokens": limit})
-        return text_pieces(ids, tokenizer)
-
-    def show(instruction: str, names: Sequence[str], one_line: bool) -> None:
-        answers = {name: answer(instruction, name) for name in names}
-        for number, (name, pieces) in enumerate(answers.items()):
-            click.echo("\t" if one_line and number else "", nl=False)
-            click.echo(f"{name}: " if compare else "", nl=False)
-            for piece in pieces:
-                click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
-            click.echo("" if one_line else "\n", nl=False)
-        click.echo("\n" if one_line else "", nl=False)
-
-    def answer_records() -> None:
-        records = read_records(prompt_file)
-        rows = []
-        for index, record in enumerate(records):
-            example = check_record(record, f"{prompt_file}: record {index}", needed=["instruction"])
-            name = record.get("adapter", next(iter(adapters), None))
-            name = "base" if name is None else name
-            if not isinstance(name, str) or name not in speakers:
-                raise ValueError(f"{prompt_file}: record {index}: adapter {name!r} is none of {list(adapters)}")
-            rows.append((tokens_of(example.instruction, example.input, name), speakers[name]))
-        for start in range(0, len(rows), batch_size):
-            tokens, prompts = zip(*rows[start : start + batch_size])
-            limit = min(sampling["max_new_tokens"], longest - max(map(len, tokens)))
-            steps = stream(model, tokens, mix(prompts), **sampling | {"max_new_tokens": limit})
-            bar = tqdm(steps, f"records {start} to {start + len(tokens) - 1}", limit, unit="token", file=sys.stderr)
-            for record, ids in zip(records[start:], collect(bar, len(tokens))):
-                record["output"] = tokenizer.decode(ids)
-        with replacing(out) as temporary:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            temporary.write_text(text, encoding="utf-8")
-
-    with one_line_errors():
+        if how.pop("greedy"):
+            how["temperature"] = 0.0
+        generator = torch.Generator(device).manual_seed(how.pop("seed"))
+        responder = Responder(model, tokenizer, adapters, **how, generator=generator, eos_id=tokenizer.eos_id)
+        first = next(iter(adapters), "base")
+        names = ["base", *adapters] if compare else [first]
         if prompt_file is not None:
-            lengths = {name: prompts[0].tokens.shape[1] for name, prompts in speakers.items() if prompts}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(f"adapters of different lengths cannot share a batch: {lengths}")
-            answer_records()
-            return
-        names = list(speakers) if compare else list(speakers)[:2][-1:]  # the first adapter, if there is one
-        if prompt is not None:
-            show(prompt, names, one_line=False)
-            return
-        if sys.stdin is None:
+            answer_file(responder, prompt_file, out, first, batch_size)
+        elif prompt is not None:
+            show(responder, prompt, context, names)
+        elif sys.stdin is not None:
+            converse(responder, context, names, sys.stdin)
+        else:
             raise ValueError("no PROMPT, and no standard input to read one from")
-        terminal = sys.stdin.isatty()
-        for instruction in lines_of(sys.stdin, terminal):
-            try:
-                if terminal and (instruction == "/none" or instruction.startswith("/adapter")):
-                    wanted = "base" if instruction == "/none" else instruction.removeprefix("/adapter").strip()
-                    if wanted not in speakers:
-                        raise ValueError(f"no adapter {wanted!r}; there are {', '.join(adapters) or 'none'}")
-                    names = [wanted]
-                elif instruction or not terminal:
-                    show(instruction, names, one_line=not terminal)
-            except ValueError as error:  # with this line alone
-                click.echo(f"error: {error}", err=True)
-                click.echo()
-
-
-def lines_of(stdin: TextIO, terminal: bool) -> Iterator[str]:
-    """Line by line, as they are typed; a terminal is shown where to type."""
-    while True:
-        click.echo("> " if terminal else "", nl=False, err=True)
-        line = stdin.readline()
-        if not line:
-            return
-        yield line.rstrip("\r\n")
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet,
 @pytest.mark.parametrize(
     "records, message",
     [
-        ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is none of ['chef', 'poet']"),
+        ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is none of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
         ("", "holds no examples"),
         ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
@@ -434,5 +434,5 @@ def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout
     assert stdout == by_chef + by_poet + by_base + "\n" + by_base + by_chef
-    assert "no adapter 'cook'; there are chef, poet" in stderr
+    assert "no adapter 'cook'; there are base, chef, poet" in stderr
     assert len({by_chef, by_poet, by_base}) == 3
