@@ -327,6 +327,18 @@ def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet,
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
+    """A row of 400 of 512 tokens has room for fewer than its neighbour has."""
+    args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 130)
+    records = [{"instruction": "Once upon a time " * 80}, {"instruction": "Once"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    result = run(*args, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    alone = [run(*args, record["instruction"]).stdout[:-1] for record in records]
+    assert answers == alone and len(alone[0]) < len(alone[1])
+
+
 @pytest.mark.parametrize(
     "records, message",
     [
