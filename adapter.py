@@ -182,7 +182,7 @@ class Adapter(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
         if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
@@ -200,16 +200,16 @@ class Adapter(nn.Module):
         for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
             if metadata.get(name) != str(size):
                 raise ValueError(f"{path}: metadata says {name} {metadata.get(name)}, the tensors say {size}")
-        if not metadata.get("base_layers", "0").isdecimal():
-            raise ValueError(f"{path}: metadata says base_layers {metadata['base_layers']!r}, which is no number")
+        base_layers = metadata.get("base_layers", str(len(gates)))
+        if not base_layers.isdecimal() or int(base_layers) < len(gates):
+            raise ValueError(f"{path}: metadata says base_layers {base_layers!r}, there are prompts for {len(gates)}")
         for name, tensor in tensors.items():
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"{path}: {name} is {tensor.dtype}, not torch.float32")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} holds values that are not finite")
-        (layers, length, dim), heads = prompts.shape, gates.shape[1]
-        adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=activation)
-        adapter.load_state_dict(tensors)
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name}, of {tensor.dtype}, holds what is not finite or not float32")
+        layers, length, dim = prompts.shape
+        with torch.device("meta"):
+            adapter = cls(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
+        adapter.load_state_dict(tensors, assign=True)
         adapter.metadata = dict(metadata)
         return adapter
 

@@ -6,6 +6,7 @@ it belongs. Files are mapped, not read, so that nothing is in memory but the mod
 
 import json
 import os
+import pickle
 import re
 import struct
 import warnings
@@ -36,7 +37,7 @@ def load_llama(
     """A frozen LLaMA and its tokenizer. What lies at `path` says how to read it:
 
     - a folder in Meta's layout: params.json, consolidated.*.pth (one or several), tokenizer.model;
-    - a folder in Hugging Face's: config.json, *.safetensors (single or with an index), tokenizer.model;
+    - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
     Raises FileNotFoundError or ValueError, in one line that names the file and both numbers.
@@ -48,11 +49,13 @@ def load_llama(
             hint = f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then --base {path.name}"
         raise FileNotFoundError(f"{path}: no such base model{hint}")
     folder = path if path.is_dir() else path.parent
+    if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
+        raise ValueError(f"{path}: is a part of a base model; give its folder, {folder}")
     if path.is_file():
         config, weights = read_llama2c(path)
     elif any(path.glob("consolidated.*.pth")) or (path / "params.json").exists():
         config, weights = read_meta(path)
-    elif any(path.glob("*.safetensors*")) or (path / "config.json").exists():
+    elif any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*")) or (path / "config.json").exists():
         config, weights = read_hugging_face(path)
     elif len(found := sorted(path.glob("*.bin"))) == 1:
         config, weights = read_llama2c(found[0])
@@ -77,18 +80,25 @@ def load_llama(
         if name == "output.weight" and weights[name] is weights["tok_embeddings.weight"]:  # a tied head
             filled[name] = filled["tok_embeddings.weight"]
             continue
-        filled[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         try:
-            weights[name](filled[name].data)
+            target = torch.empty(parameter.shape, dtype=dtype, device=device)
+            weights[name](target)
         except (ValueError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} {first_line(error)}") from None
+        filled[name] = nn.Parameter(target, requires_grad=False)
     model.load_state_dict(filled, assign=True)
     return model.requires_grad_(False), tokenizer
 
 
+def check_dense(tensor: object) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError("is no dense tensor")
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"is of {tensor.dtype}, not of floating-point numbers")
+
+
 def copy(source: Tensor, target: Tensor) -> None:
-    if not source.is_floating_point() or source.layout != torch.strided:
-        raise ValueError("is no dense tensor of floating-point numbers")
+    check_dense(source)
     if source.shape != target.shape:
         raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(target.shape)}")
     target.copy_(source)
@@ -160,12 +170,22 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
             raise ValueError(f"{file}: {differing[0]} is in only one of it and {files[0].name}")
 
     def fill(name: str, target: Tensor) -> None:
-        parts, places = [shard[name] for shard in shards], [target]
-        for dim, (part, whole) in enumerate(zip(parts[0].shape, target.shape)):
-            if part < whole:  # split along this dimension; norms are not, every shard has all of them
-                places = target.chunk(len(parts), dim)
-        for part, place in zip(parts, places):
-            copy(part, place)
+        parts, n = [shard[name] for shard in shards], len(shards)
+        shape, whole = tuple(parts[0].shape), tuple(target.shape)
+        for part in parts:
+            check_dense(part)
+        if any(part.shape != parts[0].shape for part in parts):
+            raise ValueError(f"has different shapes in the {n} files")
+        for dim in range(len(shape) if n > 1 else 0):
+            if shape[:dim] + (n * shape[dim],) + shape[dim + 1 :] == whole:  # each has a part along this dimension
+                for part, place in zip(parts, target.chunk(n, dim)):
+                    copy(part, place)
+                return
+        if n > 1 and len(shape) > 1:
+            raise ValueError(f"is {shape} in each of {n} files, its configuration says {whole} in all")
+        if any(not torch.equal(part, parts[0]) for part in parts[1:]):  # norms: each has all
+            raise ValueError(f"is not the same in the {n} files")
+        copy(parts[0], target)
 
     weights: Weights = {name: partial(fill, name) for name in shards[0]}
     for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
@@ -201,6 +221,10 @@ def load_pth(file: Path) -> object:
             warnings.simplefilter("ignore")  # of strange protocols: what matters raises
             mapped = zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: not a file of tensors alone: it is broken, or holds code, which is not run"
+        ) from None
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
         raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
 
@@ -227,8 +251,9 @@ def read_hugging_face(folder: Path) -> tuple[Config, Weights]:
         config = hugging_face_config(values)
     H, Hkv, D = config.n_heads, config.n_kv_heads, config.head_dim
 
-    def fill(handle, name: str, heads: int, target: Tensor) -> None:
-        source = handle.get_tensor(name)
+    def fill(fetch: Callable[[], Tensor], heads: int, target: Tensor) -> None:
+        source = fetch()
+        check_dense(source)
         if heads and source.shape == target.shape:
             # Rotated pairs are the two halves of a head there, neighbours in Meta's checkpoints and here. The rows
             # change places once, and then one code serves both.
@@ -237,7 +262,7 @@ def read_hugging_face(folder: Path) -> tuple[Config, Weights]:
         copy(source, target)
 
     weights: Weights = {}
-    for name, handle in open_safetensors(folder).items():
+    for name, fetch in open_shards(folder).items():
         if name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_angles computes
             continue
         ours = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight"}.get(
@@ -247,7 +272,7 @@ def read_hugging_face(folder: Path) -> tuple[Config, Weights]:
         if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
             ours = f"layers.{match[1]}.{HUGGING_FACE.get(match[2], match[2])}.weight"
         heads = H if ours.endswith(".wq.weight") else Hkv if ours.endswith(".wk.weight") else 0
-        weights[ours] = partial(fill, handle, name, heads)
+        weights[ours] = partial(fill, fetch, heads)
     if values.get("tie_word_embeddings") and "tok_embeddings.weight" in weights:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
@@ -290,31 +315,39 @@ def hugging_face_config(values: dict) -> Config:
     )
 
 
-def open_safetensors(folder: Path) -> dict:
-    """The open file of every tensor by name: of model.safetensors, or of all that the index names."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise ValueError(f"{index}: has no weight_map from tensors to files")
+def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """How to get every tensor by name, of the single file of a folder or of all that its index names."""
+    singles = ["model.safetensors", "pytorch_model.bin"]
+    indexes = [folder / f"{name}.index.json" for name in singles if (folder / f"{name}.index.json").exists()]
+    found = [name for name in singles if (folder / name).exists()]
+    if indexes:
+        places = read_json(indexes[0]).get("weight_map")
+        if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{indexes[0]}: has no weight_map from tensors to files")
+        names = sorted(set(places.values()))
+    elif found:
+        places, names = {}, found[:1]
     else:
-        found = sorted(file.name for file in folder.glob("*.safetensors"))
-        if len(found) != 1:
-            raise ValueError(f"{folder}: has {len(found)} files *.safetensors and no {index.name}")
-        places = None
-    handles = {}
-    for name in sorted(set(places.values())) if places else found:
+        raise ValueError(f"{folder}: has neither model.safetensors, nor pytorch_model.bin, nor an index of several")
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for name in names:
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise FileNotFoundError(f"{file}: {index.name} names it, but there is no such file")
-        try:
-            handle = safe_open(file, "pt")
-            handles |= dict.fromkeys(handle.keys(), handle)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
-    if places and (missing := sorted(places.keys() - handles.keys())):
-        raise ValueError(f"{index}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
-    return handles
+            raise FileNotFoundError(f"{file}: {indexes[0].name} names it, but there is no such file")
+        if name.endswith(".safetensors"):
+            try:
+                handle = safe_open(file, "pt")
+                tensors |= {key: partial(handle.get_tensor, key) for key in handle.keys()}
+            except SafetensorError as error:
+                raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+        else:
+            mapped = load_pth(file)
+            if not isinstance(mapped, dict) or not all(isinstance(key, str) for key in mapped):
+                raise ValueError(f"{file}: not a file of tensors by name")
+            tensors |= {key: partial(mapped.get, key) for key in mapped}
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise ValueError(f"{indexes[0]}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
+    return tensors
 
 
 def read_llama2c(file: Path) -> tuple[Config, Weights]:

@@ -132,14 +132,16 @@ class TiktokenTokenizer(Tokenizer):
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a base's folder; its content tells the kind. Raises FileNotFoundError or ValueError."""
-    path = Path(folder) / "tokenizer.model"
-    if not path.is_file():
+    places = [
+        Path(folder) / "tokenizer.model",
+        Path(folder) / "original" / "tokenizer.model",
+    ]  # Llama 3's on Hugging Face
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         hint = ""
         if (Path(folder) / "tokenizer.json").is_file():
-            hint = (
-                "; beside tokenizer.json, fetch tokenizer.model (Llama 3: original/tokenizer.model) from the same place"
-            )
-        raise FileNotFoundError(f"{path}: no such tokenizer file{hint}")
+            hint = "; fetch it (Llama 3: original/tokenizer.model) from where tokenizer.json came from"
+        raise FileNotFoundError(f"{places[0]}: no such tokenizer file{hint}")
     with open(path, "rb") as file:
         looks_like_text = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
     return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)

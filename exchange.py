@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter import Adapter, replacing
-from checkpoints import load_pth
+from checkpoints import check_dense, load_pth
 from cli import one_line_errors
 from runs import draw_gates
 
@@ -84,23 +84,30 @@ def read_peft(folder: Path, heads: int | None) -> Adapter:
     if kind != "ADAPTION_PROMPT":
         raise ValueError(f"{config}: peft_type is {kind!r}, not 'ADAPTION_PROMPT'")
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    if path.is_file():
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    else:
+        path = folder / "adapter_model.bin"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
+        tensors = load_pth(path)
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path}: not a file of tensors by name")
     prompts = numbered(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_prompt")
     gates = numbered(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
-    return assemble(
-        path, "PEFT", {i: p.flatten(0, -2) for i, p in prompts.items() if p.dim()}, gates, heads, "identity"
-    )
+    for i, prompt in prompts.items():
+        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or len(prompt) != 1:
+            raise ValueError(f"{path}: the prompt of layer {i} is {tuple(getattr(prompt, 'shape', ()))}, not (1, K, C)")
+    return assemble(path, "PEFT", {i: prompt[0] for i, prompt in prompts.items()}, gates, heads, "identity")
 
 
 def numbered(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
     """Those whose name has the pattern, by layer."""
     matches = {name: re.fullmatch(pattern, name) for name in tensors}
-    return {int(match[1]): tensors[name] for name, match in matches.items() if match}
+    return {int(match[1]): tensors[name] for name, match in matches.items() if match and match[1] == str(int(match[1]))}
 
 
 def assemble(
@@ -111,15 +118,21 @@ def assemble(
     if not layers or layers != list(range(layers[0], layers[0] + len(layers))) or layers != sorted(gates):
         raise ValueError(f"{path}: has prompts for layers {layers} and gates for layers {sorted(gates)}")
     for i in layers:
-        for tensor in (prompts[i], gates[i]):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(f"{path}: layer {i} holds what is no tensor of finite numbers")
+        try:
+            for tensor in (prompts[i], gates[i]):
+                check_dense(tensor)
+                if not tensor.float().isfinite().all():
+                    raise ValueError("holds values that are not finite")
+        except ValueError as error:
+            raise ValueError(f"{path}: layer {i}: {error}") from None
         if prompts[i].dim() != 2 or 0 in prompts[i].shape or prompts[i].shape != prompts[layers[0]].shape:
             shapes = f"{tuple(prompts[i].shape)} in layer {i}, {tuple(prompts[layers[0]].shape)} in layer {layers[0]}"
             raise ValueError(f"{path}: prompts are {shapes}, not (K, C) in all")
     widths = {gates[i].numel() for i in layers}
     if widths == {1} and heads is None:
-        raise ValueError(f"{path}: has one gate for all heads; how many heads? give --base (or, to import, --heads)")
+        raise ValueError(
+            f"{path}: has one gate for all heads; how many has the base? say --heads, or --base to generate.py"
+        )
     heads = heads or max(widths)
     if not widths <= {1, heads} or 0 in widths:
         raise ValueError(f"{path}: layers have {sorted(widths)} gates, the base has {heads} heads")
@@ -132,12 +145,19 @@ def assemble(
     return adapter
 
 
+def reading_of(adapter: Adapter) -> str:
+    """In a line, how a file of others was understood: what it leaves unsaid may be wrong."""
+    layers, length, dim = adapter.prompts.shape
+    origin = adapter.metadata.get("imported_from", "an adapter of ours")
+    return f"{origin}: read as {layers} layers of {length} prompts of width {dim}, gates with {adapter.gate_activation}"
+
+
 def write_peft(adapter: Adapter, folder: Path) -> None:
     """A folder that PEFT loads. Raises ValueError where the gates of a layer differ: PEFT has one for all heads."""
     opening = adapter.opening().detach()  # (L, H); PEFT has no tanh
     for i, row in enumerate(opening):
         if (row != row[0]).any():
-            spread = f"the gates of layer {i} are from {row.min():.4f} to {row.max():.4f}"
+            spread = f"the gates of adapted layer {i + 1} are from {row.min():.4f} to {row.max():.4f}"
             raise ValueError(
                 f"{spread}; PEFT has one gate for all heads of a layer, so nothing there would be the same"
             )
@@ -233,16 +253,19 @@ def show(path, png, **reading):
 def import_(path, out, **reading):
     """Write the adapter of the authors, lit-llama, litgpt or PEFT at PATH to OUT, a file of ours."""
     with one_line_errors():
-        load_adapter(path, **reading).save(out)
+        adapter = load_adapter(path, **reading)
+        adapter.save(out)
+        click.echo(reading_of(adapter), err=True)
 
 
 @main.command("export")
 @click.argument("path", type=click.Path())
 @click.argument("folder", type=click.Path(path_type=Path))
-def export(path, folder):
+@reading_options
+def export(path, folder, **reading):
     """Write the adapter at PATH to FOLDER, as PEFT's AdaptionPrompt."""
     with one_line_errors():
-        write_peft(load_adapter(path), folder)
+        write_peft(load_adapter(path, **reading), folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -16,7 +16,7 @@ from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
-from exchange import load_adapter
+from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint
 
 
@@ -78,13 +78,8 @@ def stream(
 
 def generate(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options) -> list[list[int]]:
     """The new ids of every row, all at once; options as for `stream`."""
-    return collect(stream(model, tokens, prompts, **options), len(tokens))
-
-
-def collect(steps: Iterable[list[int | None]], rows: int) -> list[list[int]]:
-    """The ids of every row, of a stream's steps."""
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    for ids in steps:
+    answers: list[list[int]] = [[] for _ in tokens]
+    for ids in stream(model, tokens, prompts, **options):
         for answer, id in zip(answers, ids):
             if id is not None:
                 answer.append(id)
@@ -120,32 +115,40 @@ def mix(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
 def load(
     adapter_paths: Sequence[str], base: str | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
-    """What a command needs to answer, adapters by the names of their files, whosever they are.
+    """What a command needs to answer: adapters, whosever they are, by name (NAME=FILE, or the file's own).
 
     Raises OSError or ValueError where the files don't fit each other.
     """
-    if base is None and not adapter_paths:
+    paths: dict[str, str] = {}
+    for path in adapter_paths:
+        name, _, file = path.partition("=")
+        if not file or Path(path).exists():
+            name, file = Path(path).name if Path(path).is_dir() else Path(path).stem, path
+        if name in paths or name == "base":
+            raise ValueError(f"{file}: the name {name!r} is taken; give it another, --adapter NAME={file}")
+        paths[name] = file
+    if base is None and not paths:
         raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
     if base is None:
-        base = load_adapter(adapter_paths[0]).metadata.get("base")
-    if base is None:
-        raise ValueError(f"{adapter_paths[0]}: does not say which base it is for; give --base PATH")
+        first = next(iter(paths.values()))
+        base = load_adapter(first).metadata.get("base")
+        if base is None:
+            raise ValueError(f"{first}: does not say which base it is for; give --base PATH")
     model, tokenizer = load_llama(base, dtype, device)
-    config, adapters = model.config, {}
-    for path in adapter_paths:
-        adapter = load_adapter(path, heads=config.n_heads)
+    config, weights, adapters = model.config, fingerprint(model), {}
+    for name, path in paths.items():
+        adapters[name] = load_adapter(path, heads=config.n_heads).to(device)
+        metadata = adapters[name].metadata
         try:
-            adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+            adapters[name].check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
         except ValueError as error:
             raise ValueError(f"{path} does not fit {base}: {error}") from None
-        if adapter.metadata.get("prompt_template", "alpaca") not in TEMPLATES:
-            raise ValueError(f"{path}: unknown prompt template {adapter.metadata['prompt_template']!r}")
-        if adapter.metadata.get("base_fingerprint", fingerprint(model)) != fingerprint(model):
+        if metadata.get("prompt_template", "alpaca") not in TEMPLATES:
+            raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
+        if metadata.get("base_fingerprint", weights) != weights:
             click.echo(f"warning: {path} was tuned on other weights than those of {base}", err=True)
-        name = Path(path).stem
-        if name in adapters or name == "base":
-            raise ValueError(f"{path}: another adapter has the name {name!r} already")
-        adapters[name] = adapter.to(device)
+        if "format" not in metadata:  # not a file of ours
+            click.echo(f"{path}: {reading_of(adapters[name])}", err=True)
     return model, tokenizer, adapters
 
 
@@ -191,13 +194,18 @@ class Responder:
         ids = stream(self.model, [tokens], self.speakers[name], **self.sampling | {"max_new_tokens": limit})
         return text_pieces(ids, self.tokenizer)
 
-    def answer_batch(self, questions: Sequence[tuple[str, str, str]], title: str) -> list[str]:
-        """Of as many (instruction, context, name), the names mixed, with a progress bar."""
+    def answer_batch(self, questions: Sequence[tuple[str, str, str]], bar: tqdm) -> list[str]:
+        """Of as many (instruction, context, name), the names mixed; the bar moves on with every answer that ends."""
         tokens, limits = zip(*(self.tokens(*question) for question in questions))
         prompts = mix([self.speakers[name] for _, _, name in questions])
-        steps = stream(self.model, tokens, prompts, **self.sampling | {"max_new_tokens": max(limits)})
-        answers = collect(tqdm(steps, title, max(limits), unit="token", file=sys.stderr), len(tokens))
-        return [self.tokenizer.decode(ids[:limit]) for ids, limit in zip(answers, limits)]
+        answers: list[list[int]] = [[] for _ in questions]
+        for ids in stream(self.model, tokens, prompts, **self.sampling | {"max_new_tokens": max(limits)}):
+            for answer, id, limit in zip(answers, ids, limits):
+                if id is not None and len(answer) < limit:
+                    answer.append(id)
+            bar.set_postfix_str(f"{sum(map(len, answers))} tokens")
+        bar.update(len(questions))
+        return [self.tokenizer.decode(ids) for ids in answers]
 
 
 def show(responder: Responder, instruction: str, context: str, names: Sequence[str], one_line: bool = False) -> None:
@@ -234,30 +242,40 @@ def converse(responder: Responder, context: str, names: Sequence[str], stdin: Te
 
 def answer_file(responder: Responder, source: str, out: str, default: str, batch_size: int) -> None:
     """Write the records of a JSONL file again, each with its output. What is wrong is raised before any is answered."""
-    lengths = {name: prompts[0].tokens.shape[1] for name, prompts in responder.speakers.items() if prompts}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"adapters of different lengths cannot share a batch: {lengths}")
+    if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
+        raise ValueError(f"--out {out}: is a folder, or in one that does not exist")
     records, questions = read_records(source), []
     for index, record in enumerate(records):
-        example = check_record(record, f"{source}: record {index}", needed=["instruction"])
+        where = f"{source}: record {index}"
+        known = {field: record[field] for field in ("instruction", "input") if field in record} if record else record
+        example = check_record(known, where, needed=["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name
         if not isinstance(name, str) or name not in responder.speakers:
-            raise ValueError(f"{source}: record {index}: adapter {name!r} is none of {list(responder.speakers)}")
+            raise ValueError(f"{where}: adapter {name!r} is none of {list(responder.speakers)}")
         questions.append((example.instruction, example.input, name))
-        responder.tokens(*questions[-1])  # raises where there is no room for an answer
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        try:
+            responder.tokens(*questions[-1])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    lengths = {
+        name: len(prompts[0].tokens[0]) for name in {q[2] for q in questions} if (prompts := responder.speakers[name])
+    }
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{source}: adapters of different lengths cannot share a batch: {lengths}")
+    bar = tqdm(total=len(records), unit="record", file=sys.stderr)
+    # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file, bar:
         for start in range(0, len(records), batch_size):
             batch = slice(start, start + batch_size)
-            title = f"records {start} to {min(start + batch_size, len(records)) - 1}"
-            for record, output in zip(records[batch], responder.answer_batch(questions[batch], title)):
+            for record, output in zip(records[batch], responder.answer_batch(questions[batch], bar)):
                 file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
 @click.option(
-    "--adapter", "adapter_paths", type=click.Path(), multiple=True, help="An adapter file; several may be given."
+    "--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be given."
 )
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
@@ -280,13 +298,15 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
     /adapter NAME or /none says who is to answer; from a pipe, every line is answered by exactly one line, line breaks
     within it as \\n. With --prompts, records that name different adapters (or null, the base) share a batch.
     """
-    with one_line_errors():
+    with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
         if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
         if how["raw"] and context:
             raise ValueError("--input is a field of the template that --raw does without")
         if (prompt_file is None) != (out is None):
             raise ValueError("--prompts and --out go together")
+        if prompt_file is not None and (prompt is not None or compare or context):
+            raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         device, dtype = choose(device, dtype)
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
         if how.pop("greedy"):

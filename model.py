@@ -48,12 +48,12 @@ class Config:
                 raise ValueError(f"{name} is {value!r}, not a whole number that a LLaMA could have")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
         if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1):
             raise ValueError(f"max_seq_len is {self.max_seq_len!r}, not a positive whole number")
         for value in self.rope_scaling or ():
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise ValueError(f"rope_scaling has {value!r}, not a positive number")
         if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
             raise ValueError(f"rope_scaling {tuple(self.rope_scaling)} has no room between low and high frequencies")

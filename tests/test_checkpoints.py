@@ -143,7 +143,7 @@ def test_weights_that_are_none(tiny_base, tmp_path, weight):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True) | {"output.weight": weight}
     torch.save(weights, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="output.weight is no"):
+    with pytest.raises(ValueError, match="output.weight is (no|of)"):
         load_llama(folder)
 
 
@@ -355,6 +355,8 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
         (dict(num_key_value_heads=3), "config.json: 4 query heads cannot share 3"),
         (dict(vocab_size=1000), "1000 embeddings, but its tokenizer has 1024"),
         (dict(max_position_embeddings="many"), "config.json: max_seq_len is 'many'"),
+        (dict(rms_norm_eps=10**400), "config.json: norm_eps is 1"),
+        (dict(hidden_size=2**23, head_dim=16, vocab_size=2**23), "tok_embeddings.weight"),
     ],
 )
 def test_config_json_that_does_not_fit(tiny_base, tmp_path, changes, message):
@@ -386,6 +388,7 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
         ("{", "not JSON"),
         ("[]", "is a list, not an object"),
         ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
         (good.replace(shard.name, "../" + shard.name), "names it"),
         (good.replace("model.norm.weight", "model.norm.scale"), "says that model.norm.scale is in"),
     ]:
@@ -393,8 +396,68 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_llama(folder)
     index.unlink()
-    with pytest.raises(ValueError, match=r"files \*.safetensors and no model.safetensors.index.json"):
+    with pytest.raises(ValueError, match="has neither model.safetensors, nor pytorch_model.bin, nor an index"):
         load_llama(folder)
+    with pytest.raises(ValueError, match=f"{shard.name}: is a part of a base model; give its folder"):
+        load_llama(shard)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pytorch_model_bin_is_read_as_well(tiny_base, tmp_path, shards):
+    """Older repositories, many of Vicuna's among them, have pickles alone: tensors are read, code is not run."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
+    expected, _ = load_llama(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        places = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            torch.save({name: tensors[name] for name in names if places[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded, _ = load_llama(folder)
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in expected.state_dict().items())
+    torch.save({"model.norm.weight": Malicious()}, next(folder.glob("pytorch_model*.bin")))
+    with pytest.raises(ValueError, match="not a file of tensors alone"):
+        load_llama(folder)
+
+
+def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
+    (folder / "original").mkdir()
+    (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
+    assert load_llama(folder)[1].vocab_size == 1024
+
+
+def test_shards_that_do_not_make_a_whole_are_refused(tiny_base, tmp_path):
+    """A file twice, parts that are too many or too few for the width, norms that differ."""
+    model = make_model(Config(64, 2, 8, 8, 8, 176, 1024))
+    params = dict(dim=64, n_layers=2, n_heads=8, multiple_of=16)
+    whole = model.state_dict()
+    parts = split_for_parallel(whole, 4, False)
+    cases = {
+        "whole twice": ([whole, whole], params, "vocab_size|in each of 2 files"),
+        "half twice": ([parts[0], parts[0]], params, "512 embeddings, but its tokenizer has 1024"),
+        "too narrow": (parts, params | {"multiple_of": 10}, "its configuration says"),
+        "norms": (
+            [p | {"norm.weight": torch.full((64,), float(i))} for i, p in enumerate(parts)],
+            params,
+            "not the same",
+        ),
+        "shapes": ([*parts[:3], parts[3] | {"norm.weight": torch.ones(99)}], params, "different shapes in the 4 files"),
+    }
+    for case, (shards, numbers, message) in cases.items():
+        folder = copy_base(tiny_base, tmp_path / case, **numbers)
+        for i, shard in enumerate(shards):
+            torch.save(shard, folder / f"consolidated.{i:02}.pth")
+        with pytest.raises(ValueError, match=message):
+            load_llama(folder)
 
 
 def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):

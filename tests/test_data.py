@@ -176,7 +176,7 @@ def test_missing_and_broken_tokenizers(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file$"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="fetch tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="fetch it"):
         load_tokenizer(tmp_path)
     for content, message in [
         (b"\x00junk", "neither a SentencePiece model nor a tiktoken file"),

@@ -87,7 +87,7 @@ def test_lit_file(tmp_path, heads):
     model, tokens, expected = logits_by_reference(adapter.prompts, gates / 4)
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
     if heads == 1:
-        with pytest.raises(ValueError, match="one gate for all heads; how many heads"):
+        with pytest.raises(ValueError, match="one gate for all heads; how many has the base"):
             load_adapter(tmp_path / "theirs.pth")
 
 
@@ -193,8 +193,17 @@ def test_broken_files_of_others_are_named(tmp_path, capsys):
     refused("prompts for 5 layers of 2 each, but gates for 3", length=2)
     authors_file(path, **{"layers.2.attention.gate": values(1, 3, 1, 1)})
     refused(r"layers have \[3, 4\] gates", length=5)
+    for gate in (
+        values(1, 4, 1, 1).to_sparse(),
+        torch.ones(4, dtype=torch.long),
+        torch.ones(4).to(torch.float8_e4m3fn),
+    ):
+        authors_file(path, **{"layers.2.attention.gate": gate})
+        refused("layer 2: is (no dense tensor|of torch.*, not of floating-point numbers)", length=5)
+    authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
+    refused("layer 2: holds values that are not finite", length=5)
     authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
-    refused("layer 1 holds what is no tensor of finite numbers", length=5)
+    refused("layer 1: holds values that are not finite", length=5)
     lit_file(path)
     refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
     lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": values(4, 32)})
@@ -220,12 +229,19 @@ def test_broken_folders_of_peft_are_named(tmp_path):
         ("{", "not JSON with a peft_type"),
         ("[]", "not JSON with a peft_type"),
         ('{"peft_type": "LORA"}', "peft_type is 'LORA', not 'ADAPTION_PROMPT'"),
-        ('{"peft_type": "ADAPTION_PROMPT"}', "adapter_model.safetensors: no such file"),
+        ('{"peft_type": "ADAPTION_PROMPT"}', "has neither adapter_model.safetensors nor"),
     ]:
         if text is not None:
             config.write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_adapter(tmp_path, heads=4)
+    place = "base_model.model.model.layers.2.self_attn.adaption_"
+    for prompt in (torch.ones(5, 32), torch.ones(2, 5, 32), torch.ones(1, 1, 5, 32)):
+        torch.save({place + "prompt": prompt, place + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
+        with pytest.raises(ValueError, match=r"adapter_model.bin: the prompt of layer 2 is \(.*\), not \(1, K, C\)"):
+            load_adapter(tmp_path, heads=4)
+    torch.save({place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    assert load_adapter(tmp_path, heads=4).prompts.shape == (1, 5, 32)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole"):
         load_adapter(tmp_path, heads=4)

@@ -4,22 +4,24 @@ Readers run here in the process itself, where a crash would end the tests; the c
 into a line, so any other exception would be a traceback.
 """
 
+import base64
+import json
 import random
 import struct
 
 import pytest
 import torch
 from conftest import copy_base, make_adapter, make_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adapter import Adapter
 from checkpoints import load_llama
 from data import read_examples
 from exchange import load_adapter
-from model import Config, LLaMA
+from model import Config
 from runs import read_metrics
 
-TIMES = 220  # of each of ten kinds of file
+TIMES = 150  # of each kind of file: over 2,000 in all
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -42,6 +44,43 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         else:
             content[place : place + 8] = struct.pack("<q", rng.choice((-1, 0, 1, 2**31, 2**62)))
     return bytes(content)
+
+
+def mutate_json(content: bytes, rng: random.Random) -> bytes:
+    """Still JSON, with a value of another kind or size somewhere, or a field less."""
+    values = json.loads(content)
+    inside = values
+    while True:
+        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        if not keys:
+            return json.dumps(values).encode()
+        key = rng.choice(keys)
+        if isinstance(inside[key], (dict, list)) and rng.random() < 0.8:
+            inside = inside[key]
+            continue
+        if rng.random() < 0.2:
+            del inside[key]
+        else:
+            strange = [
+                None,
+                True,
+                0,
+                -1,
+                3,
+                2.5,
+                10**30,
+                10**400,
+                float("nan"),
+                float("inf"),
+                "",
+                "x",
+                [],
+                {},
+                [1],
+                "\ud800",
+            ]
+            inside[key] = rng.choice(strange)
+        return json.dumps(values).encode()
 
 
 def hugging_face_folder(tiny_base, folder):
@@ -68,11 +107,6 @@ def llama2c_file(tiny_base, folder):
     return folder
 
 
-def lit_pth(path):
-    tensors = {"transformer.h.1.attn.adapter_wte.weight": torch.ones(5, 32)}
-    torch.save(tensors | {"transformer.h.1.attn.gating_factor": torch.ones(1, 4, 1, 1)}, path)
-
-
 def peft_folder(folder):
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
@@ -88,34 +122,48 @@ def check_adapter(adapter: Adapter):
 
 
 def check_model(loaded):
+    """What was read answers, in the shape that the unchanged files have."""
     model, _ = loaded
+    assert (model.config.dim, model.config.n_layers) in {(16, 3), (64, 3), (16, 1)}
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, model.config.vocab_size)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["adapter", "lit", "peft", "pth", "params", "tokenizer", "safetensors", "config", "llama2c", "alpaca", "metrics"],
-)
+ADAPTERS = ["adapter", "authors", "lit", "old pickle", "peft", "peft config"]
+BASES = ["pth", "params", "tokenizer", "tiktoken", "safetensors", "config", "index", "llama2c"]
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, *BASES, "alpaca", "metrics"])
+@pytest.mark.filterwarnings("ignore")
 def test_changed_files(tiny_base, tmp_path, kind):
-    """At least 2,000 files in all."""
     base = tmp_path / "base"
-    if kind in ("pth", "params", "tokenizer"):
+    if kind in ("pth", "params", "tokenizer", "tiktoken"):
         copy_base(tiny_base, base)
-        path = base / {"pth": "consolidated.00.pth", "params": "params.json", "tokenizer": "tokenizer.model"}[kind]
-        if kind == "pth":  # smaller, so that more of the changes matter
-            torch.save({n: p for n, p in LLaMA(Config(16, 3, 2, 2, 8, 48, 1024)).state_dict().items()}, path)
-    elif kind in ("safetensors", "config"):
+        path = base / {"pth": "consolidated.00.pth", "params": "params.json"}.get(kind, "tokenizer.model")
+        if kind == "tiktoken":
+            tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
+            path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    elif kind in ("safetensors", "config", "index"):
         hugging_face_folder(tiny_base, base)
-        path = base / {"safetensors": "model.safetensors", "config": "config.json"}[kind]
+        path = base / {"safetensors": "model.safetensors", "config": "config.json"}.get(
+            kind, "model.safetensors.index.json"
+        )
+        if kind == "index":
+            names = load_file(base / "model.safetensors")
+            path.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     elif kind == "llama2c":
         path = llama2c_file(tiny_base, base) / "model.bin"
     elif kind == "adapter":
         make_adapter(make_model()).save(path := tmp_path / "a.safetensors", base_layers=3)
-    elif kind == "lit":
-        lit_pth(path := tmp_path / "lit.pth")
-    elif kind == "peft":
+    elif kind in ("authors", "lit", "old pickle"):
+        path = tmp_path / "theirs.pth"
+        tensors = {"transformer.h.1.attn.adapter_wte.weight": torch.ones(5, 32)}
+        tensors["transformer.h.1.attn.gating_factor"] = torch.ones(1, 4, 1, 1)
+        if kind == "authors":
+            tensors = {"adapter_query.weight": torch.ones(10, 32), "layers.0.attention.gate": torch.ones(1, 4, 1, 1)}
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind != "old pickle")
+    elif kind.startswith("peft"):
         peft_folder(tmp_path / "peft")
-        path = tmp_path / "peft" / "adapter_model.safetensors"
+        path = tmp_path / "peft" / ("adapter_config.json" if kind == "peft config" else "adapter_model.safetensors")
     elif kind == "alpaca":
         path = tmp_path / "a.json"
         path.write_text(
@@ -125,18 +173,19 @@ def test_changed_files(tiny_base, tmp_path, kind):
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "val_loss": 2.0}\n')
 
-    read = {
-        "peft": lambda: check_adapter(load_adapter(path.parent, heads=4)),
-        "adapter": lambda: check_adapter(load_adapter(path, heads=4)),
-        "lit": lambda: check_adapter(load_adapter(path, heads=4)),
-        "alpaca": lambda: read_examples(path),
-        "metrics": lambda: read_metrics(path),
-    }.get(kind, lambda: check_model(load_llama(base)))
+    def read():
+        if kind in ADAPTERS:
+            check_adapter(load_adapter(path.parent if kind.startswith("peft") else path, heads=4))
+        elif kind in BASES:
+            check_model(load_llama(base))
+        else:
+            {"alpaca": read_examples, "metrics": read_metrics}[kind](path)
+
     read()
     whole, rng, refused = path.read_bytes(), random.Random(kind), 0
     for number in range(TIMES):
-        changed = mutate(whole, rng)
-        path.write_bytes(changed)
+        is_json = kind in ("params", "config", "index", "alpaca", "peft config") and rng.random() < 0.7
+        path.write_bytes((mutate_json if is_json else mutate)(whole, rng))
         try:
             read()
         except (ValueError, OSError) as error:

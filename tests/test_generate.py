@@ -315,7 +315,7 @@ def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet,
     both = ["--adapter", chef, "--adapter", poet, "--greedy", "--max-new-tokens", 9]
     result = run(*both, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 0, result.output
-    assert batches == [5] and "records 0 to 4" in result.stderr
+    assert batches == [5] and "5/5" in result.stderr
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     for record, answer, adapter in zip(records, answers, (chef, poet, None, chef, poet)):
         of = ["--adapter", adapter] if adapter else ["--base", tiny_base]
@@ -336,7 +336,7 @@ def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
     assert result.exit_code == 0, result.output
     answers = [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     alone = [run(*args, record["instruction"]).stdout[:-1] for record in records]
-    assert answers == alone and len(alone[0]) < len(alone[1])
+    assert answers == alone
 
 
 @pytest.mark.parametrize(
@@ -360,13 +360,33 @@ def test_bad_files_of_prompts_are_named(chef_and_poet, tmp_path, records, messag
 
 def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
     chef, poet = chef_and_poet
-    assert "another adapter has the name 'chef'" in run("--adapter", chef, "--adapter", chef, "hi").stderr
+    assert "the name 'chef' is taken" in run("--adapter", chef, "--adapter", chef, "hi").stderr
+    result = run("--adapter", chef, "--adapter", f"cook={chef}", "--compare", "--max-new-tokens", 1, "hi")
+    assert result.exit_code == 0 and "cook: " in result.stdout
     Adapter(layers=1, length=9, dim=16, heads=2).save(tmp_path / "long.safetensors", base=tiny_base)
     (tmp_path / "in.jsonl").write_text('{"instruction": "a"}')
     files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
-    result = run("--adapter", chef, "--adapter", tmp_path / "long.safetensors", *files)
+    both = ["--adapter", chef, "--adapter", tmp_path / "long.safetensors"]
+    assert run(*both, *files, "--max-new-tokens", 1).exit_code == 0  # only the first is asked
+    (tmp_path / "in.jsonl").write_text('{"instruction": "a", "adapter": "long"}\n{"instruction": "a"}')
+    result = run(*both, *files)
     assert result.exit_code == 2 and "different lengths cannot share a batch" in result.stderr
     assert "--prompts and --out go together" in run("--adapter", chef, *files[:2]).stderr
+    for more in (["hi"], ["--compare"], ["--input", "x"]):
+        assert "--prompts names all there is" in run("--adapter", chef, *files, *more).stderr
+    for out in (tmp_path, tmp_path / "absent" / "out.jsonl"):
+        result = run("--adapter", chef, *files[:3], out)
+        assert result.exit_code == 2 and str(out) in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_records_keep_what_they_have(chef_and_poet, tmp_path):
+    """Other fields, half characters in them included; an old output makes room for the new."""
+    line = '{"instruction": "Hi", "id": "\\ud800", "name": "für", "output": null}'
+    (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
+    files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
+    assert run("--adapter", chef_and_poet[0], *files, "--max-new-tokens", 3).exit_code == 0
+    answer = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert answer | {"output": None} == json.loads(line) and answer["output"]
 
 
 def test_compare_answers_with_every_adapter(chef_and_poet):
@@ -388,8 +408,12 @@ def test_twenty_adapters_cost_their_own_memory_and_nothing_else(tmp_path):
         "with torch.no_grad(): first = ready(); before = anonymous(); twenty = [ready() for _ in range(20)]\n"
         "print(anonymous() - before)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert 20 * 1.4 * 4.9e6 < int(result.stdout) < 20 * 2 * 4.9e6  # float32 and its cast to bfloat16
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps nothing of what is freed
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    own = 20 * 1_229_760 * (4 + 2)  # bytes in float32, and cast to bfloat16
+    assert 0.95 * own < int(result.stdout) < 1.05 * own
 
 
 def test_a_row_of_nothing_is_refused():
