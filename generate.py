@@ -203,7 +203,7 @@ class Responder:
             for answer, id, limit in zip(answers, ids, limits):
                 if id is not None and len(answer) < limit:
                     answer.append(id)
-            bar.set_postfix_str(f"{sum(map(len, answers))} tokens")
+            bar.set_postfix_str(f"{sum(map(len, answers))} tokens", refresh=False)
         bar.update(len(questions))
         return [self.tokenizer.decode(ids) for ids in answers]
 
