@@ -55,7 +55,13 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
 
 def read_authors(path: Path, tensors: Mapping[str, Tensor], gate: str, length: int) -> Adapter:
     query = tensors["adapter_query.weight"]
-    if not isinstance(query, Tensor) or query.dim() != 2 or len(query) == 0 or len(query) % length:
+    if (
+        not isinstance(query, Tensor)
+        or query.layout != torch.strided
+        or query.dim() != 2
+        or len(query) == 0
+        or len(query) % length
+    ):
         shape = tuple(getattr(query, "shape", ()))
         raise ValueError(f"{path}: adapter_query.weight {shape} is no whole number of layers of {length} prompts each")
     gates = numbered(tensors, r"layers\.(\d+)\.attention\.gate")

@@ -202,6 +202,8 @@ def test_broken_files_of_others_are_named(tmp_path, capsys):
         refused("layer 2: is (no dense tensor|of torch.*, not of floating-point numbers)", length=5)
     authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
     refused("layer 2: holds values that are not finite", length=5)
+    authors_file(path, **{"adapter_query.weight": values(10, 32).to_sparse()})
+    refused("adapter_query.weight", length=5)
     authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
     refused("layer 1: holds values that are not finite", length=5)
     lit_file(path)
