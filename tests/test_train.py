@@ -137,6 +137,7 @@ def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
 
     adapter = Adapter.load(out / "adapter.safetensors")
     assert adapter.gates.abs().min() > 0
+    assert steps[-1]["gate_mean_abs"] == pytest.approx(adapter.gates.tanh().abs().mean().item(), rel=1e-5)
     known = {"base": str(tiny_base), "base_layers": "3", "data": "forty.json", "examples": "36", "steps": "15"}
     assert known.items() <= adapter.metadata.items()
     assert float(adapter.metadata["val_loss_after"]) == summary["val_loss_after"]
