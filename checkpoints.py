@@ -205,28 +205,29 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
 def read_meta_shard(file: Path) -> dict[str, Tensor]:
     """Tensors by name, mapped from the file and not yet read."""
     tensors = load_pth(file)
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: not a checkpoint of LLaMA weights but a {type(tensors).__name__}")
     tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_angles computes
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
+        if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
             raise ValueError(f"{file}: {name} is no vector or matrix")
     return tensors
 
 
-def load_pth(file: Path) -> object:
-    """What torch.save wrote, tensors mapped; no code in it is run. Raises ValueError, whatever is broken."""
+def load_pth(file: Path) -> dict[str, object]:
+    """What torch.save wrote, by name, tensors mapped; no code in it is run. Raises ValueError, whatever is broken."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strange protocols: what matters raises
             mapped = zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
-            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+            values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file}: not a file of tensors alone: it is broken, or holds code, which is not run"
         ) from None
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
         raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{file}: not a file of tensors by name")
+    return values
 
 
 # Hugging Face's names for Meta's, within a layer.
@@ -334,20 +335,22 @@ def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise FileNotFoundError(f"{file}: {indexes[0].name} names it, but there is no such file")
-        if name.endswith(".safetensors"):
-            try:
-                handle = safe_open(file, "pt")
-                tensors |= {key: partial(handle.get_tensor, key) for key in handle.keys()}
-            except SafetensorError as error:
-                raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
-        else:
-            mapped = load_pth(file)
-            if not isinstance(mapped, dict) or not all(isinstance(key, str) for key in mapped):
-                raise ValueError(f"{file}: not a file of tensors by name")
-            tensors |= {key: partial(mapped.get, key) for key in mapped}
+        tensors |= open_tensors(file)
     if missing := sorted(places.keys() - tensors.keys()):
         raise ValueError(f"{indexes[0]}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
     return tensors
+
+
+def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    """How to get every tensor of a file by name, of safetensors by its ending, else of what torch.save wrote."""
+    if file.suffix != ".safetensors":
+        mapped = load_pth(file)
+        return {name: partial(mapped.get, name) for name in mapped}
+    try:
+        handle = safe_open(file, "pt")
+        return {name: partial(handle.get_tensor, name) for name in handle.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
 
 
 def read_llama2c(file: Path) -> tuple[Config, Weights]:

@@ -38,8 +38,8 @@ class Example(NamedTuple):
     """One record of an instruction file."""
 
     instruction: str
-    input: str
-    output: str
+    input: str = ""
+    output: str = ""
 
 
 class Tokens(NamedTuple):
@@ -211,20 +211,23 @@ def read_records(path: str | Path) -> list:
 
 
 def check_record(record: object, where: str, needed: Sequence[str] = ("instruction", "output")) -> Example:
-    """An Example of one JSON value; `where` begins the error message. Records count from 0."""
+    """An Example of one JSON value; `where` begins the error message. Records count from 0.
+
+    Only the fields that are needed, and `input`, are looked at.
+    """
     if not isinstance(record, dict):
         fields = " and ".join(map(repr, needed))
         raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {fields}")
     for field in needed:
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
-    fields = [record.get(field, "") for field in Example._fields]
-    for name, value in zip(Example._fields, fields):
+    fields = {field: record[field] for field in (*needed, "input") if field in record}
+    for name, value in fields.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
-    return Example(*fields)
+    return Example(**fields)
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -17,12 +17,11 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter import Adapter, replacing
-from checkpoints import check_dense, load_pth
+from checkpoints import check_dense, load_pth, open_tensors
 from cli import one_line_errors
 from runs import draw_gates
 
@@ -43,7 +42,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     if start not in (b"PK", b"\x80\x02"):  # what torch.save writes, and wrote once
         return Adapter.load(path)
     tensors = load_pth(path)
-    tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else None
+    tensors = tensors.get("model", tensors)  # litgpt's are one level down
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{path}: not a file of tensors by name")
     if "adapter_query.weight" in tensors:
@@ -90,18 +89,11 @@ def read_peft(folder: Path, heads: int | None) -> Adapter:
     if kind != "ADAPTION_PROMPT":
         raise ValueError(f"{config}: peft_type is {kind!r}, not 'ADAPTION_PROMPT'")
     path = folder / "adapter_model.safetensors"
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    else:
+    if not path.is_file():
         path = folder / "adapter_model.bin"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
-        tensors = load_pth(path)
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise ValueError(f"{path}: not a file of tensors by name")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
+    tensors = {name: fetch() for name, fetch in open_tensors(path).items()}
     prompts = numbered(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_prompt")
     gates = numbered(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
     for i, prompt in prompts.items():

@@ -195,7 +195,7 @@ class Responder:
         return text_pieces(ids, self.tokenizer)
 
     def answer_batch(self, questions: Sequence[tuple[str, str, str]], bar: tqdm) -> list[str]:
-        """Of as many (instruction, context, name), the names mixed; the bar moves on with every answer that ends."""
+        """Of as many (instruction, context, name), the names mixed; the bar moves on by all of them at the end."""
         tokens, limits = zip(*(self.tokens(*question) for question in questions))
         prompts = mix([self.speakers[name] for _, _, name in questions])
         answers: list[list[int]] = [[] for _ in questions]
@@ -247,8 +247,7 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
     records, questions = read_records(source), []
     for index, record in enumerate(records):
         where = f"{source}: record {index}"
-        known = {field: record[field] for field in ("instruction", "input") if field in record} if record else record
-        example = check_record(known, where, needed=["instruction"])
+        example = check_record(record, where, needed=["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name
         if not isinstance(name, str) or name not in responder.speakers:

@@ -72,7 +72,7 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
     if not path.is_file():
         raise FileNotFoundError(f"{path}: nothing to resume")
     checkpoint = load_pth(path)
-    before = checkpoint.get("options") if isinstance(checkpoint, dict) else None
+    before = checkpoint.get("options")
     if not isinstance(before, dict):
         raise ValueError(f"{path}: not a checkpoint of train.py")
     for name, value in options.items():

@@ -59,11 +59,11 @@ def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], 
     Dividing by the tokens of the whole batch, not of each part, makes the parts' gradients
     add up to the gradient of one big batch, however it is split.
     """
-    weight = model.tok_embeddings.weight
+    weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
     loss = torch.zeros((), device=weight.device)
     for inputs, targets in micro_batches(examples, max_tokens):
         prompts = adapter(dtype=weight.dtype)
-        part = loss_sum(model, prompts, inputs.to(weight.device), targets.to(weight.device)) / response_tokens(examples)
+        part = loss_sum(model, prompts, inputs.to(weight.device), targets.to(weight.device)) / tokens
         part.backward()
         loss += part.detach()
     return loss.item()

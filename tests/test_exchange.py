@@ -93,24 +93,11 @@ def test_lit_file(tmp_path, heads):
 
 def peft_model(config, layers=2, length=5):
     """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, gates closed."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    from test_model import to_hugging_face
+    peft = pytest.importorskip("peft")
+    from test_model import as_transformers
 
     model = make_model(config)
-    c = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.hidden_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
+    theirs = as_transformers(model)
     options = peft.AdaptionPromptConfig(adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM")
     return model, theirs, options, peft
 

@@ -345,6 +345,8 @@ def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
         ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is none of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
         ("", "holds no examples"),
+        ("7", "record 0: is a int, not an object with 'instruction'"),
+        ('["instruction"]', "record 0: is a str, not an object"),
         ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
         ('{"instruction": "a", "adapter": ["chef"]}', "record 0: adapter"),
     ],

@@ -38,10 +38,9 @@ def to_hugging_face(weights, config):
     return renamed
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_base_equals_transformers(config):
+def as_transformers(model):
+    """The same LLaMA as transformers has it."""
     transformers = pytest.importorskip("transformers")
-    model = make_model(config)
     c = model.config
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -57,6 +56,13 @@ def test_base_equals_transformers(config):
         )
     )
     theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_base_equals_transformers(config):
+    model = make_model(config)
+    theirs = as_transformers(model)
     tokens = make_tokens(model, 2, 40)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
