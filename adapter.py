@@ -46,8 +46,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     q (B, H, T, D); k, v (B, Hkv, S, D); returns (B, H, T, D). `mask` is boolean, broadcasts to
     (B, H, T, S), and is True where a query may look; `causal` needs no mask, and T = S.
     """
-    grouped = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    grouped, dtype = k.shape[1] != q.shape[1], q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16:  # which it is slow at, above all backwards
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(dtype)
 
 
 def gated_attention_paper(

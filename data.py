@@ -7,6 +7,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -48,6 +49,15 @@ class Tokens(NamedTuple):
     ids: list[int]  # <bos> prompt response <eos>
     prompt_length: int  # so many of them, <bos> included, are not to be learnt
     record: int  # which record of the data file it was, from 0
+    kind: str = ""  # those of one kind begin alike: their prompts fill the same form
+
+
+class Batch(NamedTuple):
+    """Examples side by side, as a model reads them."""
+
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T), IGNORE where nothing is to be learnt
+    shared: int  # the first so many inputs are the same in all rows
 
 
 class Tokenizer(Protocol):
@@ -147,10 +157,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)
 
 
+def kind_of(input: str) -> str:
+    """Which form of a template it takes."""
+    return "with_input" if input else "without_input"
+
+
 def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:
     """The instruction in its template, up to where the response begins."""
-    kind = "with_input" if input else "without_input"
-    return TEMPLATES[template][kind].format(instruction=instruction, input=input)
+    return TEMPLATES[template][kind_of(input)].format(instruction=instruction, input=input)
 
 
 def tokenize_prompt(tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca") -> list[int]:
@@ -170,7 +184,7 @@ def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int)
         prompt = tokenize_prompt(tokenizer, example.instruction, example.input)
         if len(prompt) < max_length:
             ids = prompt + tokenizer.encode(example.output) + [tokenizer.eos_id]
-            tokenized.append(Tokens(ids[:max_length], len(prompt), record))
+            tokenized.append(Tokens(ids[:max_length], len(prompt), record, kind_of(example.input)))
             cut += len(ids) > max_length
     return tokenized, cut
 
@@ -252,19 +266,21 @@ def response_tokens(examples: Sequence[Tokens]) -> int:
     return sum(len(example.ids) - example.prompt_length for example in examples)
 
 
-def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, as of `collate`, of parts with at most `max_tokens` positions (or of one example)."""
+def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[Batch]:
+    """The examples in parts of one kind each, with at most `max_tokens` positions (or of one example)."""
     part: list[Tokens] = []
-    for example in sorted(examples, key=lambda example: len(example.ids)):  # so the newest is the longest
-        if part and (len(part) + 1) * (len(example.ids) - 1) > max_tokens:
+    for example in sorted(examples, key=lambda example: (example.kind, len(example.ids))):
+        # Within a kind the newest is the longest.
+        full = (len(part) + 1) * (len(example.ids) - 1) > max_tokens
+        if part and (full or example.kind != part[0].kind):
             yield collate(part)
             part = []
         part.append(example)
     yield collate(part)
 
 
-def collate(examples: list[Tokens]) -> tuple[Tensor, Tensor]:
-    """Inputs (B, T) and targets (B, T), targets[b, t] the token that follows inputs[b, t].
+def collate(examples: Sequence[Tokens]) -> Batch:
+    """Side by side: targets[b, t] is the token that follows inputs[b, t].
 
     Where nothing is to be learnt (the prompt, the padding) the target is IGNORE. Padding goes to the
     right, where causal attention keeps it from ever being looked at: its id is of no account.
@@ -272,8 +288,9 @@ def collate(examples: list[Tokens]) -> tuple[Tensor, Tensor]:
     T = max(len(example.ids) for example in examples) - 1
     inputs = torch.zeros(len(examples), T, dtype=torch.long)
     targets = torch.full((len(examples), T), IGNORE)
-    for row, (ids, prompt_length, _) in enumerate(examples):
-        ids = torch.tensor(ids)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.ids)
         inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, prompt_length - 1 : len(ids) - 1] = ids[prompt_length:]
-    return inputs, targets
+        targets[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
+    shared = len(commonprefix([example.ids[:-1] for example in examples])) if len(examples) > 1 else 0
+    return Batch(inputs, targets, min(shared, T - 1))

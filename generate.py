@@ -60,8 +60,8 @@ def stream(
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)  # (B, T)
 
     cache = KVCache(model, batch=len(tokens), length=longest + max_new_tokens)
-    hidden = model.hidden_states(padded, prompts, cache)  # prefill: (B, T, C)
-    hidden = hidden[torch.arange(len(tokens)), lengths - 1]  # at each row's last token: (B, C)
+    last = torch.arange(longest, device=device) == lengths[:, None] - 1  # (B, T)
+    hidden = model.hidden_states(padded, prompts, cache, wanted=last)  # prefill: (B, C)
     cache.lengths += lengths
     ended = [False] * len(tokens)
     for step in range(max_new_tokens):

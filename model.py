@@ -89,13 +89,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C)
-        wide = x.float()  # squares overflow or vanish in 16 bits
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's D/2 rotations, each (1|B, 1, T, D/2) for positions (1|B, T).
+def rope_turns(positions: Tensor, config: Config) -> Tensor:
+    """The rotary embedding of every position as unit complex numbers, (n, 1, D/2) for positions (n,).
 
     Made anew at each forward, for all layers at once: less work than one row of one matrix product,
     and a table kept in the module would be rounded by `model.bfloat16()`.
@@ -107,14 +105,41 @@ def rope_angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         turns = context * frequencies / (2 * math.pi)  # within the pre-trained context
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay, 0: slow ones are stretched
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    angles = positions[:, None, :, None] * frequencies  # float32
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, None] * frequencies  # float32
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, H, T, D): neighbours 2i and 2i+1 are a pair, as in Meta's checkpoints."""
-    even, odd = x[..., 0::2], x[..., 1::2]  # (B, H, T, D/2)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of x (n, H, D): neighbours 2i and 2i+1 are a complex number, as in Meta's checkpoints."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (n, H, D/2)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+class Layout(NamedTuple):
+    """How the tokens of one forward pass lie, the same for all layers.
+
+    All but attention looks at one token at a time. So the layers work on a list of tokens, x (n, C), in which
+    the first P tokens of the B rows of T, where they are the same in all rows (an instruction template), occur
+    once: n = P + B (T - P). Under causal attention what follows them cannot tell.
+    """
+
+    batch: int  # B
+    shared: int  # P
+    positions: Tensor  # (B, T)
+    mask: Tensor | None  # (B, 1, T, S), or None for plain causal attention
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(n, ...) to (B, T, ...)."""
+        own = x[self.shared :].unflatten(0, (self.batch, -1))
+        if not self.shared:
+            return own
+        return torch.cat([x[: self.shared].expand(self.batch, *[-1] * x.dim()), own], dim=1)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(B, T, ...) to (n, ...)."""
+        if not self.shared:
+            return x.flatten(0, 1)
+        return torch.cat([x[0, : self.shared], x[:, self.shared :].flatten(0, 1)])
 
 
 class LayerCache:
@@ -160,37 +185,41 @@ class Attention(nn.Module):
         self.gated = gated
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim))  # (..., H*D) -> (..., H, D)
 
     def project_prompt(self, prompt: Prompt, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt's tokens, unrotated: a prompt has no position."""
         if cache is not None and cache.prompt is not None:
             return cache.prompt
-        kv = self.heads(self.wk(prompt.tokens)), self.heads(self.wv(prompt.tokens))  # 2 x (1|B, Hkv, K, D)
+        k, v = self.heads(self.wk(prompt.tokens)), self.heads(self.wv(prompt.tokens))  # (1|B, K, Hkv, D)
+        kv = k.transpose(1, 2), v.transpose(1, 2)  # (1|B, Hkv, K, D)
         if cache is not None:
             cache.prompt = kv
         return kv
 
     def forward(
         self,
-        x: Tensor,  # (B, T, C)
-        positions: Tensor,  # (1|B, T)
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        x: Tensor,  # (n, C)
+        turns: Tensor,  # (n, 1, D/2)
+        layout: Layout,
         prompt: Prompt | None,
         cache: LayerCache | None,
+        wanted: Tensor | None,  # (R,)
     ) -> Tensor:
-        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))
-        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, D), (B, Hkv, T, D)
+        """(n, C), or (R, C) at those of the n tokens that are wanted."""
+        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (n, H|Hkv, D)
+        q, k = rotate(q, turns), rotate(k, turns)
+        q, k, v = (layout.rows(y).transpose(1, 2) for y in (q, k, v))  # (B, H|Hkv, T, D)
         if cache is not None:
-            k, v = cache.write(k, v, positions)  # (B, Hkv, S, D)
-        causal = mask is None
+            k, v = cache.write(k, v, layout.positions)  # (B, Hkv, S, D)
+        causal = layout.mask is None
         if prompt is None:
-            output = attend(q, k, v, mask, causal)  # (B, H, T, D)
+            output = attend(q, k, v, layout.mask, causal)  # (B, H, T, D)
         else:
             prompt_k, prompt_v = self.project_prompt(prompt, cache)
-            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, mask, causal)
-        return self.wo(output.transpose(1, 2).flatten(2))
+            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, layout.mask, causal)
+        output = layout.tokens(output.transpose(1, 2)).flatten(1)  # (n, H*D)
+        return self.wo(output if wanted is None else output[wanted])
 
 
 class FeedForward(nn.Module):
@@ -214,8 +243,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, positions, rope, mask, prompt, cache) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, rope, mask, prompt, cache)
+    def forward(self, x: Tensor, turns, layout, prompt, cache, wanted) -> Tensor:  # as of Attention
+        attended = self.attention(self.attention_norm(x), turns, layout, prompt, cache, wanted)
+        x = (x if wanted is None else x[wanted]) + attended
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -230,22 +260,43 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def hidden_states(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
-        """What the output head reads, (B, T, C), for tokens (B, T). The last len(prompts) layers get them."""
+    def hidden_states(
+        self,
+        tokens: Tensor,  # (B, T)
+        prompts: Sequence[Prompt] = (),
+        cache: KVCache | None = None,
+        *,
+        wanted: Tensor | None = None,  # (B, T)
+        shared: int = 0,
+    ) -> Tensor:
+        """What the output head reads, (B, T, C), or (R, C) at the R positions where `wanted` is True.
+
+        The last len(prompts) layers get them. The first `shared` tokens, known to be the same in all rows, are
+        computed once; then no row may have a prompt of its own. Raises ValueError where that cannot be.
+        """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
             raise ValueError(f"{len(prompts)} layers of prompts for a model of {len(self.layers)} layers")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
-        mask = None  # plain causal attention
+        if shared and any(len(part) > 1 for prompt in prompts for part in prompt):
+            raise ValueError(f"rows with prompts of their own cannot share their first {shared} tokens")
+        B, T = tokens.shape
+        positions, mask = torch.arange(T, device=tokens.device).expand(B, T), None
         if cache is not None:
-            positions = cache.lengths[:, None] + positions  # (B, T)
+            positions = cache.lengths[:, None] + positions
             mask = torch.arange(cache.capacity, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        rope = rope_angles(positions, self.config)
-        x = self.tok_embeddings(tokens)  # (B, T, C)
+        layout = Layout(B, shared, positions, mask)
+        turns = rope_turns(layout.tokens(positions), self.config)  # (n, 1, D/2)
+
+        x = self.tok_embeddings(layout.tokens(tokens))  # (n, C)
+        if wanted is not None:
+            wanted = layout.rows(torch.arange(len(x), device=x.device))[wanted]  # (R,), which of the n they are
         for i, block in enumerate(self.layers):
             prompt = prompts[i - first_adapted] if i >= first_adapted else None
-            x = block(x, positions, rope, mask, prompt, cache.layers[i] if cache is not None else None)
-        return self.norm(x)
+            last = i == len(self.layers) - 1  # from its attention on, only what is wanted matters
+            kept = cache.layers[i] if cache is not None else None
+            x = block(x, turns, layout, prompt, kept, wanted if last else None)
+        x = self.norm(x)
+        return layout.rows(x) if wanted is None else x
 
     def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T)."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
 from click.core import ParameterSource
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +22,7 @@ import toy
 from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
-from data import IGNORE, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
+from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
 from evaluate import examine
 from model import LLaMA, choose, fingerprint
 from runs import draw_curves, load_checkpoint, open_metrics, peak_memory, read_metrics, save_checkpoint, write_metrics
@@ -45,12 +44,40 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
-def loss_sum(model: LLaMA, prompts: Sequence[Prompt], inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy summed over the response tokens; the output head sees only their positions."""
-    hidden = model.hidden_states(inputs, prompts)  # (B, T, C)
-    learnt = targets != IGNORE  # (B, T)
-    logits = model.output(hidden[learnt]).float()  # (R, V) for R response tokens
-    return F.cross_entropy(logits, targets[learnt], reduction="sum")
+class HeadLoss(torch.autograd.Function):
+    """Cross entropy, summed, of hidden states (R, C) through the frozen output head (V, C) with answers (R,).
+
+    Few rows at a time: with 32,000 words and more, the logits of a batch in float32, and the gradient by them,
+    would be larger than all else that a step keeps. So the gradient is taken while a row's logits are at hand:
+    by the logits it is softmax - 1 at the answer, softmax elsewhere.
+    """
+
+    ROWS = 256
+
+    @staticmethod
+    def forward(context, hidden: Tensor, head: Tensor, answers: Tensor) -> Tensor:
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for rows, right in zip(hidden.split(HeadLoss.ROWS), answers[:, None].split(HeadLoss.ROWS)):
+            log_p = (rows @ head.T).float().log_softmax(dim=1)  # (ROWS, V)
+            total -= log_p.gather(1, right).sum()
+            if context.needs_input_grad[0]:
+                p = log_p.exp_()
+                gradients.append(p.scatter_add_(1, right, -torch.ones_like(p[:, :1])).to(head.dtype) @ head)  # (ROWS, C)
+        context.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(context, scale: Tensor):
+        return scale * torch.cat(context.saved_tensors), None, None
+
+
+def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch) -> Tensor:
+    """Cross entropy summed over the response tokens; the last layer and the output head see only these."""
+    device = model.tok_embeddings.weight.device
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+    learnt = targets != IGNORE  # (B, T), R of them
+    hidden = model.hidden_states(inputs, prompts, wanted=learnt, shared=batch.shared)  # (R, C)
+    return HeadLoss.apply(hidden, model.output.weight, targets[learnt])
 
 
 def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
@@ -61,9 +88,8 @@ def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], 
     """
     weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
     loss = torch.zeros((), device=weight.device)
-    for inputs, targets in micro_batches(examples, max_tokens):
-        prompts = adapter(dtype=weight.dtype)
-        part = loss_sum(model, prompts, inputs.to(weight.device), targets.to(weight.device)) / tokens
+    for batch in micro_batches(examples, max_tokens):
+        part = loss_sum(model, adapter(dtype=weight.dtype), batch) / tokens
         part.backward()
         loss += part.detach()
     return loss.item()
@@ -72,10 +98,8 @@ def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], 
 @torch.no_grad()
 def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
     """Mean loss over all response tokens of the examples."""
-    weight = model.tok_embeddings.weight
-    prompts, loss = adapter(dtype=weight.dtype), 0.0
-    for inputs, targets in micro_batches(examples, max_tokens):
-        loss += loss_sum(model, prompts, inputs.to(weight.device), targets.to(weight.device)).item()
+    prompts = adapter(dtype=model.tok_embeddings.weight.dtype)
+    loss = sum(loss_sum(model, prompts, batch).item() for batch in micro_batches(examples, max_tokens))
     return loss / response_tokens(examples)
 
 

@@ -121,14 +121,14 @@ def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
 
 def test_targets_are_the_next_tokens_of_the_response_alone():
     """Validation on unshifted labels (litgpt 407), padding taken for a token: seen here position by position."""
-    inputs, targets = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
+    inputs, targets, _ = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
 
 
 def test_id_zero_is_learnt_like_any_other():
     """Padding, unknown and ignored must not share an id: 0 in a response is a real target."""
-    _, targets = collate([Tokens([1, 5, 0, 2], 2, 0)])
+    _, targets, _ = collate([Tokens([1, 5, 0, 2], 2, 0)])
     assert targets.tolist() == [[IGNORE, 0, 2]]
 
 
@@ -164,9 +164,9 @@ def test_micro_batches_keep_to_the_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [Tokens([record] * length, 2, record) for record, length in enumerate(lengths)]
     parts = list(micro_batches(examples, budget))
-    assert sorted(i for inputs, _ in parts for i in inputs[:, 0].tolist()) == list(range(64))
-    assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, _ in parts)
-    assert sum((targets != IGNORE).sum() for _, targets in parts) == response_tokens(examples)
+    assert sorted(i for inputs, _, _ in parts for i in inputs[:, 0].tolist()) == list(range(64))
+    assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, _, _ in parts)
+    assert sum((targets != IGNORE).sum() for _, targets, _ in parts) == response_tokens(examples)
     if budget == 10**6:
         assert len(parts) == 1
 
@@ -198,7 +198,7 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
     some = examples[::100]
     tokens, _ = tokenize(tokenizer, some, 4096)
     assert len(tokens) == len(some)
-    for example, (ids, prompt_length, _) in zip(some, tokens):
+    for example, (ids, prompt_length, *_) in zip(some, tokens):
         assert tokenizer.decode(ids[1:prompt_length]) == format_prompt(example.instruction, example.input)
         assert tokenizer.decode(ids[prompt_length:-1]) == example.output
     merged = sum(

@@ -6,7 +6,7 @@ from conftest import CONFIGS, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
 from checkpoints import load_llama
-from model import Config, KVCache, choose, fingerprint, rope_angles, rotate
+from model import Config, KVCache, choose, fingerprint, rope_turns, rotate
 
 
 def to_hugging_face(weights, config):
@@ -112,7 +112,7 @@ def test_prompts_are_projected_once_per_generation():
     model = make_model()
     adapter = make_adapter(model, layers=1)
     projected = []
-    model.layers[-1].attention.wk.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[1]))
+    model.layers[-1].attention.wk.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[-2]))
     cache = KVCache(model, batch=1, length=8)
     for token in make_tokens(model, 1, 3).split(1, dim=1):
         model(token, adapter(), cache)
@@ -130,19 +130,20 @@ def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
     """A table kept in the model would be rounded with it, and mix up positions beyond 256."""
     model = make_model().bfloat16()
     seen = []
-    monkeypatch.setattr("model.rotate", lambda x, cos, sin: seen.append(cos) or rotate(x, cos, sin))
+    monkeypatch.setattr("model.rotate", lambda x, turns: seen.append(turns) or rotate(x, turns))
     model(make_tokens(model, 1, 300))
     position = torch.arange(300, dtype=torch.float64)[:, None]
     angles = position * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    assert seen[0].dtype == torch.float32
-    torch.testing.assert_close(seen[0][0, 0].double(), angles.cos(), rtol=0, atol=1e-4)
+    assert seen[0].dtype == torch.complex64
+    expected = torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(seen[0][:, 0].to(torch.complex128), expected, rtol=0, atol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def at(vector, position):
-        return rotate(vector, *rope_angles(torch.tensor([[position]]), Config(head_dim=8)))
+        return rotate(vector, rope_turns(torch.tensor([position]), Config(head_dim=8)))
 
     torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=0)
     near, far = ((at(x, p) * at(y, p + 3)).sum() for p in (0, 50))
