@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -35,6 +35,27 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return tokens.gather(-1, choice).squeeze(-1)
 
 
+def next_logits(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
+    """One step of decoding: of what follows ids (B,), the newest token of every row, as (B, V)."""
+    hidden = model.hidden_states(ids[:, None], prompts, cache)  # (B, 1, C)
+    cache.lengths += 1
+    return model.output(hidden[:, 0])
+
+
+def compiled_decoding(device: torch.device) -> Callable[..., Tensor]:
+    """`next_logits` under torch.compile, on a GPU as one CUDA graph."""
+    if device.type != "cuda":
+        return torch.compile(next_logits, fullgraph=True)
+    compiled = torch.compile(next_logits, fullgraph=True, mode="reduce-overhead")
+
+    def decode(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
+        for tensor in cache.tensors():  # else CUDA graphs would not write to them, and be left out
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        return compiled(model, ids, prompts, cache)
+
+    return decode
+
+
 @torch.inference_mode()
 def stream(
     model: LLaMA,
@@ -46,11 +67,13 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    decode: Callable[..., Tensor] = next_logits,
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids; the rows may differ in length.
 
     Yields, step by step, B ids, None for a row that has ended. A row ends with `eos_id`, which is not
-    yielded, and all of them after `max_new_tokens` steps or when all have ended.
+    yielded, and all of them after `max_new_tokens` steps or when all have ended. `decode` is `next_logits`, plain or
+    compiled.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")
@@ -61,19 +84,23 @@ def stream(
 
     cache = KVCache(model, batch=len(tokens), length=longest + max_new_tokens)
     last = torch.arange(longest, device=device) == lengths[:, None] - 1  # (B, T)
-    hidden = model.hidden_states(padded, prompts, cache, wanted=last)  # prefill: (B, C)
+    logits = model.output(model.hidden_states(padded, prompts, cache, wanted=last))  # prefill: (B, V)
     cache.lengths += lengths
-    ended = [False] * len(tokens)
-    for step in range(max_new_tokens):
-        new = sample(model.output(hidden), temperature, top_p, generator)  # (B,)
-        ids = new.tolist()
-        ended = [done or id == eos_id for done, id in zip(ended, ids)]
-        if all(ended):
-            return
-        yield [None if done else id for done, id in zip(ended, ids)]
-        if step + 1 < max_new_tokens:
-            hidden = model.hidden_states(new[:, None], prompts, cache)[:, -1]
-            cache.lengths += 1
+
+    newest, ended = None, [False] * len(tokens)
+    at_once = 8 if device.type == "cuda" else 1  # a GPU goes on meanwhile, and is not waited for at each token
+    for start in range(0, max_new_tokens, at_once):
+        new = []
+        for step in range(start, min(start + at_once, max_new_tokens)):
+            if step:
+                logits = decode(model, newest, prompts, cache)  # (B, V)
+            newest = sample(logits, temperature, top_p, generator)  # (B,)
+            new.append(newest)
+        for ids in torch.stack(new).tolist():
+            ended = [done or id == eos_id for done, id in zip(ended, ids)]
+            if all(ended):
+                return
+            yield [None if done else id for done, id in zip(ended, ids)]
 
 
 def generate(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt] = (), **options) -> list[list[int]]:
@@ -289,6 +316,7 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
 @click.option("--prompts", "prompt_file", type=click.Path(), help="JSONL of instruction, input and adapter, to answer.")
 @click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
+@click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
 @device_options
 def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_file, out, batch_size, **how):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
@@ -310,6 +338,8 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
         if how.pop("greedy"):
             how["temperature"] = 0.0
+        if how.pop("compile"):
+            how["decode"] = compiled_decoding(device)
         generator = torch.Generator(device).manual_seed(how.pop("seed"))
         responder = Responder(model, tokenizer, adapters, **how, generator=generator, eos_id=tokenizer.eos_id)
         first = next(iter(adapters), "base")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adapter import Prompt, attend, gated_attention
 
@@ -92,8 +93,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_turns(positions: Tensor, config: Config) -> Tensor:
-    """The rotary embedding of every position as unit complex numbers, (n, 1, D/2) for positions (n,).
+def rope_turns(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """What `rotate` needs for positions (n,): cos (n, 1, D/2, 1), and -sin and sin (n, 1, D/2, 2).
 
     Made anew at each forward, for all layers at once: less work than one row of one matrix product,
     and a table kept in the module would be rounded by `model.bfloat16()`.
@@ -105,14 +106,18 @@ def rope_turns(positions: Tensor, config: Config) -> Tensor:
         turns = context * frequencies / (2 * math.pi)  # within the pre-trained context
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay, 0: slow ones are stretched
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    angles = positions[:, None, None] * frequencies  # float32
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = positions[:, None, None, None] * frequencies[:, None]  # float32
+    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of x (n, H, D): neighbours 2i and 2i+1 are a complex number, as in Meta's checkpoints."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (n, H, D/2)
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x (n, H, D): neighbours 2i and 2i+1 are a pair, as in Meta's checkpoints.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
+    cos, sin = turns
+    pairs = x.unflatten(-1, (-1, 2))  # (n, H, D/2, 2)
+    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).to(x.dtype)
 
 
 class Layout(NamedTuple):
@@ -172,6 +177,11 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.capacity = length
 
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        layers = [part for layer in self.layers for part in (layer.k, layer.v, *(layer.prompt or ()))]
+        return [self.lengths, *layers]
+
 
 class Attention(nn.Module):
     def __init__(self, config: Config, gated: Callable[..., Tensor]):
@@ -200,7 +210,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (n, C)
-        turns: Tensor,  # (n, 1, D/2)
+        turns: tuple[Tensor, Tensor],  # as of rope_turns
         layout: Layout,
         prompt: Prompt | None,
         cache: LayerCache | None,
@@ -270,11 +280,13 @@ class LLaMA(nn.Module):
         *,
         wanted: Tensor | None = None,  # (B, T)
         shared: int = 0,
+        recompute: bool = False,
     ) -> Tensor:
         """What the output head reads, (B, T, C), or (R, C) at the R positions where `wanted` is True.
 
         The last len(prompts) layers get them. The first `shared` tokens, known to be the same in all rows, are
         computed once; then no row may have a prompt of its own. Raises ValueError where that cannot be.
+        With `recompute` a layer keeps only its input for the backward pass, and is run again there.
         """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
@@ -287,7 +299,7 @@ class LLaMA(nn.Module):
             positions = cache.lengths[:, None] + positions
             mask = torch.arange(cache.capacity, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         layout = Layout(B, shared, positions, mask)
-        turns = rope_turns(layout.tokens(positions), self.config)  # (n, 1, D/2)
+        turns = rope_turns(layout.tokens(positions), self.config)
 
         x = self.tok_embeddings(layout.tokens(tokens))  # (n, C)
         if wanted is not None:
@@ -296,13 +308,25 @@ class LLaMA(nn.Module):
             prompt = prompts[i - first_adapted] if i >= first_adapted else None
             last = i == len(self.layers) - 1  # from its attention on, only what is wanted matters
             kept = cache.layers[i] if cache is not None else None
-            x = block(x, turns, layout, prompt, kept, wanted if last else None)
+            inputs = (x, turns, layout, prompt, kept, wanted if last else None)
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         x = self.norm(x)
         return layout.rows(x) if wanted is None else x
 
     def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T)."""
         return self.output(self.hidden_states(tokens, prompts, cache))
+
+
+def compile_layers(model: LLaMA) -> None:
+    """torch.compile every layer, in place; its code is compiled anew only for a few kinds of call.
+
+    Below the adapted layers, at the first of them, above it, and at the last, each with and without a shared
+    beginning, or with a single row. Lengths and numbers of rows are variables of the compiled code.
+    """
+    torch._dynamo.config.recompile_limit = 32  # 8 would send the later kinds back to plain PyTorch
+    for block in model.layers:
+        block.compile(dynamic=True)
 
 
 def fingerprint(model: LLaMA) -> str:
@@ -318,6 +342,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, tor
 
     Raises ValueError where this machine, or this PyTorch, has no such device.
     """
+    torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":

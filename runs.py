@@ -13,7 +13,18 @@ from adapter import Adapter, replacing
 from checkpoints import first_line, load_pth
 
 # Options in which a run and its resumption may differ.
-FREE = {"out", "base", "data", "device", "micro_batch_tokens", "log_every", "save_every", "resume"}
+FREE = {
+    "out",
+    "base",
+    "data",
+    "device",
+    "micro_batch_tokens",
+    "checkpoint_activations",
+    "compile",
+    "log_every",
+    "save_every",
+    "resume",
+}
 
 
 def open_metrics(path: Path, step: int) -> TextIO:

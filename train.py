@@ -24,7 +24,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
 from evaluate import examine
-from model import LLaMA, choose, fingerprint
+from model import LLaMA, choose, compile_layers, fingerprint
 from runs import draw_curves, load_checkpoint, open_metrics, peak_memory, read_metrics, save_checkpoint, write_metrics
 
 
@@ -62,7 +62,9 @@ class HeadLoss(torch.autograd.Function):
             total -= log_p.gather(1, right).sum()
             if context.needs_input_grad[0]:
                 p = log_p.exp_()
-                gradients.append(p.scatter_add_(1, right, -torch.ones_like(p[:, :1])).to(head.dtype) @ head)  # (ROWS, C)
+                gradients.append(
+                    p.scatter_add_(1, right, -torch.ones_like(p[:, :1])).to(head.dtype) @ head
+                )  # (ROWS, C)
         context.save_for_backward(*gradients)
         return total
 
@@ -71,16 +73,18 @@ class HeadLoss(torch.autograd.Function):
         return scale * torch.cat(context.saved_tensors), None, None
 
 
-def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch) -> Tensor:
+def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: bool = False) -> Tensor:
     """Cross entropy summed over the response tokens; the last layer and the output head see only these."""
     device = model.tok_embeddings.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     learnt = targets != IGNORE  # (B, T), R of them
-    hidden = model.hidden_states(inputs, prompts, wanted=learnt, shared=batch.shared)  # (R, C)
+    hidden = model.hidden_states(inputs, prompts, wanted=learnt, shared=batch.shared, recompute=recompute)  # (R, C)
     return HeadLoss.apply(hidden, model.output.weight, targets[learnt])
 
 
-def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
+def accumulate_gradient(
+    model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int, recompute: bool = False
+) -> float:
     """Add the gradient of the mean loss over all response tokens of a batch; return that loss.
 
     Dividing by the tokens of the whole batch, not of each part, makes the parts' gradients
@@ -89,7 +93,7 @@ def accumulate_gradient(model: LLaMA, adapter: Adapter, examples: list[Tokens], 
     weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
     loss = torch.zeros((), device=weight.device)
     for batch in micro_batches(examples, max_tokens):
-        part = loss_sum(model, adapter(dtype=weight.dtype), batch) / tokens
+        part = loss_sum(model, adapter(dtype=weight.dtype), batch, recompute) / tokens
         part.backward()
         loss += part.detach()
     return loss.item()
@@ -104,7 +108,13 @@ def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens
 
 
 def update(
-    model: LLaMA, adapter: Adapter, optimizer: torch.optim.Optimizer, examples: list[Tokens], lr: float, max_tokens: int
+    model: LLaMA,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    examples: list[Tokens],
+    lr: float,
+    max_tokens: int,
+    recompute: bool = False,
 ) -> float:
     """One optimizer step; returns the loss before it.
 
@@ -115,7 +125,7 @@ def update(
     before = [parameter.detach().clone() for parameter in parameters]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = accumulate_gradient(model, adapter, examples, max_tokens)
+    loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute)
     finite = math.isfinite(loss) and all(parameter.grad.isfinite().all() for parameter in parameters)
     if finite:
         optimizer.step()
@@ -189,7 +199,8 @@ def train(
                     start = time.perf_counter()
                     lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
                     examples = [training[i] for i in batch]
-                    loss = update(model, adapter, optimizer, examples, lr, options["micro_batch_tokens"])
+                    how = options["micro_batch_tokens"], options["checkpoint_activations"]
+                    loss = update(model, adapter, optimizer, examples, lr, *how)
 
                     tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
                     done["step"] += 1
@@ -227,6 +238,8 @@ def train(
 @click.option("--warmup-epochs", type=Real(0), default=2, help="The learning rate rises over these.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples per optimizer step.")
 @click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, help="Positions per forward pass.")
+@click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
+@click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
 @click.option("--blr", type=Real(0, 1e3), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
 @click.option("--weight-decay", type=Real(0, 1e3), default=0.02, help="On prompts; gates have none.")
@@ -257,6 +270,8 @@ def main(context, **options):
         device, dtype = choose(options.pop("device"), options["dtype"])
         options["dtype"] = str(dtype)
         model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
+        if options["compile"]:
+            compile_layers(model)
         out = options["out"]
         out.mkdir(parents=True, exist_ok=True)
         for stale in ("summary.json", "curves.png"):  # of an earlier run

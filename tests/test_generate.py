@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from conftest import ROOT, make_adapter, make_model, make_tokens
 from adapter import Adapter, Prompt
 from checkpoints import load_llama
 from data import format_prompt
-from generate import generate, main, sample, stream, text_pieces
+from generate import compiled_decoding, generate, main, sample, stream, text_pieces
 from model import fingerprint
 
 
@@ -47,6 +48,22 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone():
     answers = generate(model, rows, prompts, max_new_tokens=8)
     assert answers == [rescored(model, row, prompts, 8) for row in rows]
     assert answers != generate(model, rows, max_new_tokens=8)
+
+
+def test_compiled_decoding_is_the_plain_one():
+    """And another length of prompt, or of answer, needs no compilation for each token."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    model = make_model()
+    prompts = make_adapter(model)()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decode = compiled_decoding(torch.device("cpu"))
+    for length in (5, 9, 14):
+        row = [make_tokens(model, length, seed=length).tolist()]
+        plain = generate(model, row, prompts, max_new_tokens=12)
+        assert generate(model, row, prompts, max_new_tokens=12, decode=decode) == plain
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
 
 
 def test_each_row_stops_at_its_own_end():

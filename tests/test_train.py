@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,46 +12,93 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, copy_base, make_adapter, make_model
+from conftest import CONFIGS, ROOT, copy_base, make_adapter, make_model
 from safetensors.torch import load_file
 
-from adapter import Adapter
+from adapter import Adapter, gated_attention, gated_attention_paper
 from checkpoints import load_llama
 from data import Tokens
+from model import compile_layers
 from runs import draw_curves, read_metrics
-from train import accumulate_gradient, interrupt, learning_rate, main, make_optimizer, mean_loss, split, update
+from train import (
+    HeadLoss,
+    accumulate_gradient,
+    interrupt,
+    learning_rate,
+    main,
+    make_optimizer,
+    mean_loss,
+    split,
+    update,
+)
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
+    """Two kinds, each with 2 tokens to begin with."""
     random = torch.Generator().manual_seed(seed)
     examples = []
     for record, (prompt_length, length) in enumerate(lengths):
-        ids = torch.randint(vocab_size, (length,), generator=random).tolist()
-        examples.append(Tokens(ids, prompt_length, record))
+        kind = "ab"[record % 2]
+        ids = [record % 2, 7] + torch.randint(vocab_size, (length - 2,), generator=random).tolist()
+        examples.append(Tokens(ids, prompt_length, record, kind))
     return examples
 
 
 def naive_loss(model, adapter, examples):
     """Mean over all response tokens, one example and one position at a time."""
     losses = []
-    for ids, prompt_length, _ in examples:
+    for ids, prompt_length, *_ in examples:
         log_probabilities = model(torch.tensor([ids]), adapter())[0].log_softmax(-1)
         losses += [-log_probabilities[t - 1, ids[t]] for t in range(prompt_length, len(ids))]
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_accumulated_gradient_is_that_of_the_whole_batch(max_tokens):
-    """Parts of unequal numbers of response tokens must weigh by their tokens, not each the same."""
-    model = make_model()
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("form", [gated_attention, gated_attention_paper])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("max_tokens, recompute", [(1, False), (40, True), (10_000, False), (10_000, True)])
+def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, recompute, monkeypatch):
+    """Shared beginnings, cut last layer, head by rows, recomputation, unequal parts: one loss, one gradient."""
+    monkeypatch.setattr(HeadLoss, "ROWS", 7)
+    model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
-    whole, parts = make_adapter(model), make_adapter(model)
-    loss = naive_loss(model, whole, examples)
+    examples += examples[:1]  # where rows are alike, even answers are shared
+    plain, fast = make_adapter(model, layers), make_adapter(model, layers)
+    loss = naive_loss(model, plain, examples)
     loss.backward()
-    assert accumulate_gradient(model, parts, examples, max_tokens) == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(parts.prompts.grad, whole.prompts.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(parts.gates.grad, whole.gates.grad, rtol=1e-4, atol=1e-6)
-    assert mean_loss(model, parts, examples, max_tokens) == pytest.approx(loss.item(), rel=1e-5)
+    assert accumulate_gradient(model, fast, examples, max_tokens, recompute) == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in plain.named_parameters():
+        gradient = fast.get_parameter(name).grad
+        assert (gradient - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+    assert mean_loss(model, fast, examples, max_tokens) == pytest.approx(loss.item(), rel=1e-5)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_shared_beginnings_are_computed_once(monkeypatch):
+    model, seen = make_model(), []
+    model.layers[0].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    model.layers[-1].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    examples = [Tokens([5, 6, 7, i, 9, 10], 5, i) for i in range(4)]
+    mean_loss(model, make_adapter(model), examples, 100)
+    assert seen == [3 + 4 * 2, 4]  # three tokens shared, two of each row's own; one answer a row
+
+
+def test_compiled_layers_are_the_plain_ones():
+    """And lengths and numbers of rows need no compilation of their own."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    plain, compiled = make_model(), make_model()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(compiled)
+    for seed, lengths in enumerate([((3, 9), (4, 12)) * 3, ((6, 31), (3, 9)) * 5]):
+        examples = make_examples(plain.config.vocab_size, lengths, seed)
+        a, b = make_adapter(plain, layers=1), make_adapter(plain, layers=1)
+        loss = accumulate_gradient(plain, a, examples, 10_000)
+        assert accumulate_gradient(compiled, b, examples, 10_000) == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(b.prompts.grad, a.prompts.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b.gates.grad, a.gates.grad, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # below the adapted layer, and it
 
 
 def test_schedule_reaches_its_rate_and_ends_near_zero():
