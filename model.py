@@ -93,6 +93,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """Without bias.
+
+    In compiled code on a CPU a single row goes through as a product and a sum, which become one pass over
+    the weights, and that is quicker than the library's matrix product.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() == 2 and len(x) == 1:
+            return (x.float() * self.weight).sum(dim=1).to(x.dtype)[None]
+        return F.linear(x, self.weight)
+
+
 def rope_turns(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """What `rotate` needs for positions (n,): cos (n, 1, D/2, 1), and -sin and sin (n, 1, D/2, 2).
 
@@ -188,10 +204,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, Hkv, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.head_dim = D
-        self.wq = nn.Linear(C, H * D, bias=False)
-        self.wk = nn.Linear(C, Hkv * D, bias=False)
-        self.wv = nn.Linear(C, Hkv * D, bias=False)
-        self.wo = nn.Linear(H * D, C, bias=False)
+        self.wq = Linear(C, H * D)
+        self.wk = Linear(C, Hkv * D)
+        self.wv = Linear(C, Hkv * D)
+        self.wo = Linear(H * D, C)
         self.gated = gated
 
     def heads(self, x: Tensor) -> Tensor:
@@ -237,9 +253,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -18,6 +18,8 @@ ABOVE = {
     "generate": {"adapter", "data", "cli", "model", "checkpoints", "exchange"},
     "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
     "train": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate", "evaluate", "runs"},
+    "peers": {"adapter", "data", "model", "generate", "train"},
+    "bench": {"adapter", "data", "cli", "model", "toy", "generate", "train", "peers"},
 }
 
 

@@ -7,60 +7,12 @@ from conftest import CONFIGS, make_adapter, make_model, make_tokens
 from adapter import gated_attention_paper
 from checkpoints import load_llama
 from model import Config, KVCache, choose, fingerprint, rope_turns, rotate
-
-
-def to_hugging_face(weights, config):
-    """Meta's names to Hugging Face's, rows of q and k from interleaved pairs to halves."""
-
-    def halves(w):
-        return w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-    renamed = {
-        "model.embed_tokens.weight": weights["tok_embeddings.weight"],
-        "model.norm.weight": weights["norm.weight"],
-        "lm_head.weight": weights["output.weight"],
-    }
-    names = {
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    for n in range(config.n_layers):
-        ours, theirs = f"layers.{n}.", f"model.layers.{n}."
-        for a, b in names.items():
-            renamed[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
-        for a, b in (("wq", "q_proj"), ("wk", "k_proj")):
-            renamed[f"{theirs}self_attn.{b}.weight"] = halves(weights[f"{ours}attention.{a}.weight"])
-    return renamed
-
-
-def as_transformers(model):
-    """The same LLaMA as transformers has it."""
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.hidden_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=False,
-        )
-    )
-    theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
-    return theirs.eval()
+from peers import as_transformers
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_base_equals_transformers(config):
+    pytest.importorskip("transformers")
     model = make_model(config)
     theirs = as_transformers(model)
     tokens = make_tokens(model, 2, 40)

@@ -1,0 +1,513 @@
+"""How fast and how large: python bench.py train|generate|memory, ours and, with --peers, the others in the same run."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import toy
+from adapter import Adapter, gated_attention_paper, replacing
+from cli import device_options, one_line_errors
+from data import (
+    IGNORE,
+    SentencePieceTokenizer,
+    Tokens,
+    collate,
+    epoch_batches,
+    read_examples,
+    response_tokens,
+    tokenize,
+)
+from generate import compiled_decoding
+from model import SIZES, Config, LLaMA, choose, compile_layers
+from peers import HuggingFace, LitGPT, Ours, Plain, installed, padded
+from train import HeadLoss, accumulate_gradient, make_optimizer
+
+SHAPES = {
+    #            dim layers heads kv D hidden vocab
+    "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # of llama2.c's stories15M, with a head of its own: 24M in all
+    "110M": Config(768, 12, 12, 12, 64, 2048, 32000),
+    "7B": SIZES["LLaMA-7B"],
+}
+LENGTH = 10  # K
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype, **options) -> LLaMA:
+    """Frozen, with weights of which only the size matters, made where they are to be."""
+    with torch.device("meta"):
+        model = LLaMA(config, **options)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def make_adapter(config: Config, device: torch.device, layers: int | None = None) -> Adapter:
+    return Adapter(
+        layers=layers or max(1, config.n_layers - 2),
+        length=LENGTH,
+        dim=config.dim,
+        heads=config.n_heads,
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
+
+
+def load_examples(data: str | None, tokenizer: str | None, number: int) -> list[Tokens]:
+    """The first so many of the file, or of the embedded default."""
+    if data is None:
+        examples = [question.example for question in toy.instructions()["tuning"]]
+        tokenizer = toy.make_base() / "tokenizer.model"
+    elif tokenizer is None:
+        raise ValueError(f"--data {data} needs --tokenizer FILE")
+    else:
+        examples = read_examples(data)
+    tokens, _ = tokenize(SentencePieceTokenizer(tokenizer), examples[:number], 512)
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable, device: torch.device) -> float:
+    """Seconds."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what the machine has to give."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(8))
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes/s that a large copy moves, read and written."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(8))
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start looking for the highest use of memory; returns the present one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux
+    return resident("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def interleaved(contestants: dict[str, Callable], repeat: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each, round by round, so that a slow moment of the machine hits all alike; one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round in range(repeat + 1):
+        for name, work in contestants.items():
+            click.echo(f"\r\033[Kround {round} of {repeat}: {name}", nl=False, err=True)
+            taken = timed(work, device)
+            if round:
+                seconds[name].append(taken)
+    click.echo("\r\033[K", nl=False, err=True)
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]], first: str) -> dict[str, dict]:
+    """Median, and how many times as long as the first, round by round: median, least and most."""
+    rows = {}
+    for name, taken in seconds.items():
+        ratios = [mine / its for mine, its in zip(taken, seconds[first])]
+        spread = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        rows[name] = {"seconds": taken, "median": statistics.median(taken), "ratio": spread}
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+@click.group(context_settings={"show_default": True})
+def main():
+    """Measure on this machine; with --peers also PEFT, LoRA, full tuning, litgpt, and plain code as the authors'."""
+
+
+def shared_options(command):
+    for option in (
+        click.option("--size", type=click.Choice(list(SHAPES)), default="15M"),
+        click.option("--data", type=click.Path(), help="Whose lengths to take.  [default: toy.py's]"),
+        click.option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
+        click.option("--repeat", type=click.IntRange(1), default=5, help="Rounds; the contestants take turns."),
+        click.option("--peers", is_flag=True, help="The others too, as far as they are installed."),
+        click.option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too."),
+        click.option("--json", "json_path", type=click.Path(), help="Where the figures go, added to what is there."),
+        device_options,
+    ):
+        command = option(command)
+    return command
+
+
+@main.command("train")
+@shared_options
+@click.option("--examples", "number", type=click.IntRange(1), default=64, help="Of the data file, the first so many.")
+@click.option("--batch-size", type=click.IntRange(1), default=8)
+@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192)
+@click.option("--checkpoint-activations", is_flag=True)
+@click.option("--ablation", is_flag=True, help="What each measure brings, one added to the other.")
+def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, device, dtype, number, batch_size, **how):
+    """Seconds of one epoch, every optimizer step included, over the same examples."""
+    with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
+        device, dtype = choose(device, dtype)
+        config, examples = SHAPES[size], load_examples(data, tokenizer, number)
+        budget, recompute = how["micro_batch_tokens"], how["checkpoint_activations"]
+        model = random_model(config, device, dtype)
+        layers = max(1, config.n_layers - 2)
+        field = {"ours": OursTraining(model, make_adapter(config, device), budget, recompute)}
+        if compiled:
+            other = random_model(config, device, dtype)
+            compile_layers(other)
+            field["ours, compiled"] = OursTraining(other, make_adapter(config, device), budget, recompute)
+        if how["ablation"]:
+            plain = random_model(config, device, dtype, attention=gated_attention_paper)
+            field["plain"] = Plain(plain, make_adapter(config, device))
+            for level in Ablation.LEVELS:
+                field[level] = Ablation(model, make_adapter(config, device), level)
+        if peers:
+            field["plain, as the authors'"] = Plain(model, make_adapter(config, device))
+            if installed("peft"):
+                for kind in ("adaption prompt", "lora", "full tuning"):
+                    name = kind if kind == "full tuning" else f"PEFT {kind}"
+                    field[name] = HuggingFace(model, kind, layers, LENGTH)
+            if installed("litgpt"):
+                field["litgpt adapter"] = LitGPT(model, layers, LENGTH)
+
+        with torch.no_grad():
+            losses = {name: contestant.loss(examples[:batch_size]).item() for name, contestant in field.items()}
+        for name, loss in losses.items():
+            if abs(loss - losses["ours"]) > 1e-3 * losses["ours"]:
+                raise ValueError(
+                    f"{name} has a first loss of {loss:.5f}, ours is {losses['ours']:.5f}: not the same work"
+                )
+        peaks, epochs = {}, {}
+        for name, contestant in field.items():
+            epochs[name] = epoch(contestant, examples, batch_size)
+            before = reset_peak(device)
+            epochs[name]()
+            peaks[name] = peak(device) - before
+        rows = summarize(interleaved(epochs, repeat, device), "ours")
+        with FlopCounterMode(display=False) as counter:
+            epochs["ours"]()
+        speed, flops = matmul_speed(device, dtype), counter.get_total_flops()
+        for name, row in rows.items():
+            row["examples_per_second"] = len(examples) / row["median"]
+            row["response_tokens_per_second"] = response_tokens(examples) / row["median"]
+            row["peak_bytes_beyond_the_model"] = peaks[name]
+            row["first_loss"] = losses[name]
+            row["utilisation"] = flops / row["median"] / speed
+        about = describe(size, device, dtype) | {
+            "examples": len(examples),
+            "batch_size": batch_size,
+            "tokens": sum(len(example.ids) for example in examples),
+            "flops_of_ours": flops,
+            "matmul_flops_per_second": speed,
+            "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        }
+        columns = {
+            "seconds": lambda row: f"{row['median']:.2f}",
+            "times ours": ratio_text,
+            "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
+            "response tokens/s": lambda row: f"{row['response_tokens_per_second']:,.0f}",
+            "memory beyond the model": lambda row: f"{row['peak_bytes_beyond_the_model'] / 2**20:,.0f} MiB",
+            "of the matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %",
+        }
+        kind = "ablation" if how["ablation"] else "train"
+        report(kind, rows, columns, about, json_path)
+
+
+@main.command("generate")
+@shared_options
+@click.option("--tokens", "number", type=click.IntRange(2), default=128, help="New ones, after a prompt of 60.")
+def bench_generate(size, data, tokenizer, repeat, peers, compiled, json_path, device, dtype, number):
+    """Tokens per second at batch 1, greedy, prefill included."""
+    with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
+        device, dtype = choose(device, dtype)
+        config, examples = SHAPES[size], load_examples(data, tokenizer, 1000)
+        prompt = (examples[0].ids * 60)[:60]
+        model, adapter = random_model(config, device, dtype), make_adapter(config, device)
+        layers = len(adapter.gates)
+        field = {"ours": Ours(model, adapter), "ours, base alone": Ours(model, None)}
+        if compiled:
+            field["ours, compiled"] = Ours(model, adapter, compiled_decoding(device))
+        if peers:
+            field["plain, as the authors'"] = Plain(model, adapter)
+            if installed("peft"):
+                field["PEFT adaption prompt"] = HuggingFace(model, "adaption prompt", layers, LENGTH)
+            if installed("litgpt"):
+                field["litgpt adapter"] = LitGPT(model, layers, LENGTH)
+        texts = {name: contestant.decode(prompt, number) for name, contestant in field.items()}
+        for name, text in texts.items():
+            if dtype == torch.float32 and text != texts["ours"]:
+                raise ValueError(f"{name} goes on {text[:8]}, ours {texts['ours'][:8]}: not the same work")
+        runs = {name: lambda its=contestant: its.decode(prompt, number) for name, contestant in field.items()}
+        rows = summarize(interleaved(runs, repeat, device), "ours")
+        weights = sum(weight.nbytes for weight in model.parameters()) - model.tok_embeddings.weight.nbytes
+        speed = copy_speed(device)
+        for row in rows.values():
+            row["tokens_per_second"] = number / row["median"]
+            row["bandwidth_share"] = weights * number / row["median"] / speed
+        about = describe(size, device, dtype) | {
+            "new_tokens": number,
+            "bytes_per_token": weights,
+            "copy_bytes_per_second": speed,
+        }
+        columns = {
+            "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+            "times ours": ratio_text,
+            "weights read, of the copy speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %",
+        }
+        report("generate", rows, columns, about, json_path)
+
+
+@main.command("memory")
+@click.option("--size", type=click.Choice(list(SHAPES)), default="7B")
+@click.option("--check", is_flag=True, help="Also measure a step of this size here, beside the count.")
+@click.option("--json", "json_path", type=click.Path(), help="Where the figures go, added to what is there.")
+@device_options
+def bench_memory(size, check, json_path, device, dtype):
+    """Bytes of a training step by kind, by the number of tokens in a micro-batch, for a base in bfloat16."""
+    with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
+        device, dtype = choose(device, dtype)
+        config, itemsize = SHAPES[size], dtype.itemsize if check else 2
+        rows = {}
+        for recompute in (False, True):
+            for tokens in (512, 1024, 2048, 4096, 8192):
+                row = count_bytes(config, tokens, itemsize, recompute)
+                if check:
+                    row["measured"] = measure_step(config, tokens, device, dtype, recompute)
+                rows[f"{tokens} tokens{', --checkpoint-activations' if recompute else ''}"] = row
+        about = describe(size, device, dtype) | {"bytes_per_weight": itemsize, "K": LENGTH, "L": config.n_layers - 2}
+        columns = {name: lambda row, name=name: f"{row[name] / 2**30:.2f} GiB" for name in next(iter(rows.values()))}
+        report("memory", rows, columns, about, json_path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+class OursTraining(Ours):
+    """The step of train.py: batches of like length, in micro-batches."""
+
+    like_length = True
+
+    def __init__(self, model: LLaMA, adapter: Adapter, budget: int, recompute: bool):
+        super().__init__(model, adapter)
+        self.how = budget, recompute
+
+    def backward(self, examples: list[Tokens]) -> None:
+        accumulate_gradient(self.model, self.adapter, examples, *self.how)
+
+
+class Ablation(Ours):
+    """From the plain way to ours: each level has the measures of those before it, and one more."""
+
+    LEVELS = [
+        "+ fused attention",
+        "+ logits at response tokens only",
+        "+ padded to the longest of the batch",
+        "+ batches of like length",
+        "+ gradient by the logits in few rows",
+        "+ last layer at response tokens only",
+    ]
+
+    def __init__(self, model: LLaMA, adapter: Adapter, level: str):
+        super().__init__(model, adapter)
+        self.level = self.LEVELS.index(level)
+        self.like_length = self.level >= 3
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        inputs, targets = padded(examples, 512) if self.level < 2 else collate(examples)[:2]
+        device = self.model.tok_embeddings.weight.device
+        inputs, targets = inputs.to(device), targets.to(device)
+        learnt, prompts = targets != IGNORE, self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
+        hidden = self.model.hidden_states(inputs, prompts, wanted=learnt if self.level >= 5 else None)
+        if self.level < 1:
+            return F.cross_entropy(self.model.output(hidden).float().flatten(0, 1), targets.flatten())
+        hidden, answers = hidden if self.level >= 5 else hidden[learnt], targets[learnt]
+        if self.level < 4:
+            return F.cross_entropy(self.model.output(hidden).float(), answers)
+        return HeadLoss.apply(hidden, self.model.output.weight, answers) / len(answers)
+
+
+def epoch(contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
+    """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
+    if isinstance(contestant, Ours):
+        optimizer = make_optimizer(contestant.adapter, 0.02)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+    else:
+        optimizer = torch.optim.AdamW(contestant.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02)
+    lengths = [len(example.ids) for example in examples]
+    order = np.random.default_rng(0).permutation(len(examples)).tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if getattr(contestant, "like_length", False):
+        batches = epoch_batches(lengths, batch_size, seed=0, epoch=0)
+    backward = getattr(contestant, "backward", lambda batch: contestant.loss(batch).backward())
+
+    def run() -> None:
+        for batch in batches:
+            backward([examples[i] for i in batch])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------
+# Memory
+
+
+def saved_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> int:
+    """How many numbers autograd keeps for the backward pass: counted, not computed, in a float32 model on the CPU.
+
+    `layers` are those of the model, all but the lowest adapted. Weights don't count.
+    """
+    small = Config(config.dim, layers, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
+    model = random_model(small, torch.device("cpu"), torch.float32)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    prompts = make_adapter(small, torch.device("cpu"), layers - 1)()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.hidden_states(torch.zeros(1, tokens, dtype=torch.long), prompts, recompute=recompute)
+    hidden.sum()
+    return sum(kept.values())
+
+
+def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> dict[str, int]:
+    """Bytes by kind, at the worst moment of a step; half of the tokens are response tokens, as in Alpaca."""
+    adapted, sample = config.n_layers - 2, 256
+    few, more = (saved_numbers(config, n, sample, recompute) for n in (3, 4))
+    layer = (more - few) * tokens // sample * itemsize
+    whole = layer
+    if recompute:  # one layer at a time is run again
+        few, more = (saved_numbers(config, n, sample, False) for n in (3, 4))
+        whole = (more - few) * tokens // sample * itemsize
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in LLaMA(config).parameters())
+    adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
+    rows = {
+        "weights": weights * itemsize,
+        "adapter, gradient, AdamW": adapter * 4,
+        "activations kept": adapted * layer,
+        "one layer at work": whole,
+        "logits of a few rows": HeadLoss.ROWS * config.vocab_size * (itemsize * 2 + 4),
+    }
+    return rows | {"sum": sum(rows.values())}
+
+
+def measure_step(config: Config, tokens: int, device: torch.device, dtype: torch.dtype, recompute: bool) -> int:
+    """The peak of one micro-batch of examples of 128 tokens, half of them response, the weights included."""
+    model, adapter = random_model(config, device, dtype), make_adapter(config, device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (tokens // 128, 129), generator=generator).tolist()
+    examples = [Tokens(row, 64, i) for i, row in enumerate(ids)]
+    weights = sum(weight.nbytes for weight in model.parameters())
+    accumulate_gradient(model, adapter, examples[:1], tokens, recompute)
+    before = reset_peak(device)
+    accumulate_gradient(model, adapter, examples, tokens, recompute)
+    return peak(device) - before + weights
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reporting
+
+
+def describe(size: str, device: torch.device, dtype: torch.dtype) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    threads = torch.get_num_threads()
+    return {"size": size, "device": name, "threads": threads, "dtype": str(dtype)[6:], "torch": torch.__version__}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def ratio_text(row: dict) -> str:
+    ratio = row["ratio"]
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+
+
+def report(kind: str, rows: dict[str, dict], columns: dict[str, Callable], about: dict, json_path: str | None) -> None:
+    """A table on standard output; in the JSON file, the figures under a name of their own, and a picture beside it."""
+    click.echo(f"{kind}: {', '.join(f'{name} {value}' for name, value in about.items())}")
+    click.echo("| | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        click.echo(f"| {name} | " + " | ".join(text(row) for text in columns.values()) + " |")
+    if json_path is not None:
+        path = Path(json_path)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known[f"{kind} {about['size']} {about['dtype']}"] = about | {"rows": rows}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        draw(known, path.with_suffix(".png"))
+
+
+def draw(known: dict[str, dict], path: Path) -> None:
+    """Bars of how many times as long as ours each takes, with the spread over the rounds."""
+    panels = {title: part["rows"] for title, part in known.items() if "ratio" in next(iter(part["rows"].values()))}
+    if not panels:
+        return
+    figure = Figure(figsize=(9, sum(0.9 + 0.28 * len(rows) for rows in panels.values())), layout="constrained")
+    heights = [0.9 + 0.28 * len(rows) for rows in panels.values()]
+    for axes, (title, rows) in zip(np.ravel(figure.subplots(len(panels), 1, height_ratios=heights)), panels.items()):
+        ratios = [row["ratio"] for row in rows.values()]
+        middle = [ratio["median"] for ratio in ratios]
+        spread = [[r["median"] - r["least"] for r in ratios], [r["most"] - r["median"] for r in ratios]]
+        bars = axes.barh(list(rows), middle, xerr=spread, capsize=3, color="C0")
+        axes.bar_label(bars, [f"{value:.2f}" for value in middle], padding=6)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="time, in times ours (less is better)")
+        axes.margins(x=0.12)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

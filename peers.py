@@ -1,0 +1,277 @@
+"""The same tuning and the same decoding as others do them, over the same weights: what bench.py measures against.
+
+Each contestant has `loss(examples)`, of which the gradient is taken, `parameters()`, what it tunes, and
+`decode(tokens, n)`, n new ids, where it is one that decodes. Their code is theirs, from the package index; only
+`Plain` is written here, to do what the authors' script does.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter import Adapter
+from data import IGNORE, Tokens, collate
+from generate import generate, next_logits
+from model import LLaMA, rope_turns, rotate
+from train import loss_sum
+
+
+class Ours:
+    def __init__(self, model: LLaMA, adapter: Adapter, decode: Callable = next_logits):
+        self.model, self.adapter, self.step = model, adapter, decode
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.adapter.parameters()
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        batch = collate(examples)
+        prompts = self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
+        return loss_sum(self.model, prompts, batch) / (batch.targets != IGNORE).sum()
+
+    @torch.no_grad()
+    def decode(self, tokens: list[int], n: int) -> list[int]:
+        prompts = self.adapter(dtype=self.model.tok_embeddings.weight.dtype) if self.adapter else ()
+        return generate(self.model, [tokens], prompts, max_new_tokens=n, decode=self.step)[0]
+
+
+class Plain(Ours):
+    """What the authors' script does: every example padded to `max_seq_len`, attention step by step with all its
+    weights stored, logits at every position; while decoding, the prompts projected anew at every token.
+    """
+
+    def __init__(self, model: LLaMA, adapter: Adapter, max_seq_len: int = 512):
+        super().__init__(model, adapter)
+        self.head = model.output.weight.contiguous()  # as a checkpoint has it
+        self.max_seq_len = max_seq_len
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        inputs, targets = padded(examples, self.max_seq_len)
+        device = self.model.tok_embeddings.weight.device
+        logits = self.logits(inputs.to(device), start=0, cache=None)  # (B, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE)
+
+    def logits(self, tokens: Tensor, start: int, cache: list | None) -> Tensor:
+        model, prompts = self.model, self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
+        (B, T), group = tokens.shape, model.config.n_heads // model.config.n_kv_heads
+        turns = rope_turns(torch.arange(start, start + T, device=tokens.device).repeat(B), model.config)
+        mask = torch.full((T, start + T), -math.inf, device=tokens.device).triu(start + 1)
+        x = model.tok_embeddings(tokens)  # (B, T, C)
+        for i, block in enumerate(model.layers):
+            attention, normed = block.attention, block.attention_norm(x)
+            q, k, v = (attention.heads(w(normed)) for w in (attention.wq, attention.wk, attention.wv))
+            q, k = (rotate(y.flatten(0, 1), turns).unflatten(0, (B, T)) for y in (q, k))
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H|Hkv, T, D)
+            if cache is not None:
+                cache[i][0][:, :, start : start + T], cache[i][1][:, :, start : start + T] = k, v
+                k, v = (kept[:, :, : start + T] for kept in cache[i])
+            k, v = (y.repeat_interleave(group, dim=1) for y in (k, v))
+            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + mask.to(q.dtype)
+            output = scores.float().softmax(dim=3).to(q.dtype) @ v
+            if i >= len(model.layers) - len(prompts):
+                prompt = prompts[i - len(model.layers)]
+                pk, pv = (attention.heads(w(prompt.tokens)).transpose(1, 2) for w in (attention.wk, attention.wv))
+                pk, pv = (y.repeat_interleave(group, dim=1).repeat(B, 1, 1, 1) for y in (pk, pv))  # (B, H, K, D)
+                scores = q @ pk.transpose(2, 3) / math.sqrt(q.shape[3])
+                output = output + prompt.gate * scores.float().softmax(dim=3).to(q.dtype) @ pv
+            x = x + attention.wo(output.transpose(1, 2).flatten(2))
+            x = x + block.feed_forward(block.ffn_norm(x))
+        return F.linear(model.norm(x), self.head)
+
+    @torch.no_grad()
+    def decode(self, tokens: list[int], n: int) -> list[int]:
+        model, config = self.model, self.model.config
+        shape = (1, config.n_kv_heads, len(tokens) + n, config.head_dim)
+        cache = [[model.tok_embeddings.weight.new_zeros(shape) for _ in "kv"] for _ in model.layers]
+        new, ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device), []
+        for step in range(n):
+            new = self.logits(new, len(tokens) + step - 1 if step else 0, cache)[:, -1].argmax(dim=1)[:, None]
+            ids.append(new.item())
+        return ids
+
+
+class HuggingFace:
+    """transformers, tuned by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest."""
+
+    def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
+        import peft
+
+        config = {
+            "adaption prompt": lambda: peft.AdaptionPromptConfig(
+                adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM"
+            ),
+            "lora": lambda: peft.LoraConfig(  # as Alpaca-LoRA does it
+                r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            ),
+        }
+        self.model = as_transformers(model)
+        if kind in config:
+            self.model = peft.get_peft_model(self.model, config[kind]())
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        longest = max(len(example.ids) for example in examples)
+        ids = torch.tensor([example.ids + [0] * (longest - len(example.ids)) for example in examples])
+        labels, mask = ids.clone(), torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            labels[row, : example.prompt_length] = labels[row, len(example.ids) :] = IGNORE
+            mask[row, : len(example.ids)] = 1
+        device = self.model.device
+        return self.model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False
+        ).loss
+
+    @torch.no_grad()
+    def decode(self, tokens: list[int], n: int) -> list[int]:
+        ids = torch.tensor([tokens], device=self.model.device)
+        options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+        new = self.model.generate(input_ids=ids, max_new_tokens=n, min_new_tokens=n, **options)
+        return new[0, len(tokens) :].tolist()
+
+
+class LitGPT:
+    """litgpt's adapter, on batches padded to their longest."""
+
+    def __init__(self, model: LLaMA, layers: int, length: int):
+        from litgpt.adapter import GPT, Config, mark_only_adapter_as_trainable
+
+        c, weight = model.config, model.tok_embeddings.weight
+        config = Config(
+            block_size=1024,
+            n_layer=c.n_layers,
+            n_embd=c.dim,
+            n_head=c.n_heads,
+            n_query_groups=c.n_kv_heads,
+            head_size=c.head_dim,
+            intermediate_size=c.hidden_dim,
+            padded_vocab_size=c.vocab_size,
+            vocab_size=c.vocab_size,
+            norm_class_name="RMSNorm",
+            norm_eps=c.norm_eps,
+            mlp_class_name="LLaMAMLP",
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            rope_base=int(c.rope_theta),
+            adapter_prompt_length=length,
+            adapter_start_layer=c.n_layers - layers,
+        )
+        theirs, weights = to_hugging_face(model.state_dict(), c), {}
+        for name in ("embed_tokens", "norm"):
+            weights[{"embed_tokens": "transformer.wte", "norm": "transformer.ln_f"}[name] + ".weight"] = theirs[
+                f"model.{name}.weight"
+            ]
+        weights["lm_head.weight"] = theirs["lm_head.weight"]
+        names = {
+            "self_attn.o_proj": "attn.proj",
+            "mlp.gate_proj": "mlp.fc_1",
+            "mlp.up_proj": "mlp.fc_2",
+            "mlp.down_proj": "mlp.proj",
+            "input_layernorm": "norm_1",
+            "post_attention_layernorm": "norm_2",
+        }
+        for i in range(c.n_layers):
+            of_layer = {name: theirs[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv"}
+            weights[f"transformer.h.{i}.attn.qkv.weight"] = torch.cat(list(of_layer.values()))
+            for a, b in names.items():
+                weights[f"transformer.h.{i}.{b}.weight"] = theirs[f"model.layers.{i}.{a}.weight"]
+        self.model = GPT(config).to(weight.device, weight.dtype)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        if unexpected or any("adapter" not in name and "gating" not in name for name in missing):
+            raise ValueError(f"litgpt has other weights: {missing} {unexpected}")
+        mark_only_adapter_as_trainable(self.model)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def forget_prompts(self) -> None:
+        """Its prompts' keys and values stay those of the first step for good, unless they are thrown away."""
+        for module in self.model.modules():
+            if hasattr(module, "adapter_kv_cache"):
+                module.adapter_kv_cache = None
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        self.forget_prompts()
+        inputs, targets, _ = collate(examples)
+        device = self.model.lm_head.weight.device
+        logits = self.model(inputs.to(device)).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=IGNORE)
+
+    @torch.no_grad()
+    def decode(self, tokens: list[int], n: int) -> list[int]:
+        from litgpt.generate.base import generate as theirs
+
+        device = self.model.lm_head.weight.device
+        self.forget_prompts()
+        self.model.max_seq_length = len(tokens) + n
+        self.model.set_kv_cache(batch_size=1, device=device, dtype=self.model.lm_head.weight.dtype)
+        ids = theirs(self.model, torch.tensor(tokens, device=device), len(tokens) + n, temperature=0.0)
+        self.model.clear_kv_cache()
+        return ids[len(tokens) :].tolist()
+
+
+def padded(examples: list[Tokens], length: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, length)."""
+    inputs, targets, _ = collate(examples)
+    missing = length - inputs.shape[1]
+    return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def to_hugging_face(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
+    """Meta's names to Hugging Face's, rows of q and k from neighbouring pairs to halves."""
+
+    def halves(w: Tensor) -> Tensor:
+        return w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    renamed = {
+        "model.embed_tokens.weight": weights["tok_embeddings.weight"],
+        "model.norm.weight": weights["norm.weight"],
+        "lm_head.weight": weights["output.weight"],
+    }
+    names = {
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    for n in range(config.n_layers):
+        ours, theirs = f"layers.{n}.", f"model.layers.{n}."
+        for a, b in names.items():
+            renamed[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
+        for a, b in (("wq", "q_proj"), ("wk", "k_proj")):
+            renamed[f"{theirs}self_attn.{b}.weight"] = halves(weights[f"{ours}attention.{a}.weight"])
+    return renamed
+
+
+def as_transformers(model: LLaMA) -> nn.Module:
+    """The same LLaMA, a copy, as transformers has it."""
+    import transformers
+
+    c, weight = model.config, model.tok_embeddings.weight
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            intermediate_size=c.hidden_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=False,
+        )
+    ).to(weight.device, weight.dtype)
+    theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
+    return theirs.eval()
