@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import toy
 from adapter import Adapter, gated_attention_paper, replacing
@@ -65,7 +66,7 @@ def make_adapter(config: Config, device: torch.device, layers: int | None = None
 
 
 def load_examples(data: str | None, tokenizer: str | None, number: int) -> list[Tokens]:
-    """The first so many of the file, or of the embedded default."""
+    """So many, evenly spread over the file, or over the embedded default."""
     if data is None:
         examples = [question.example for question in toy.instructions()["tuning"]]
         tokenizer = toy.make_base() / "tokenizer.model"
@@ -73,8 +74,8 @@ def load_examples(data: str | None, tokenizer: str | None, number: int) -> list[
         raise ValueError(f"--data {data} needs --tokenizer FILE")
     else:
         examples = read_examples(data)
-    tokens, _ = tokenize(SentencePieceTokenizer(tokenizer), examples[:number], 512)
-    return tokens
+    some = examples[:: max(1, len(examples) // number)][:number]
+    return tokenize(SentencePieceTokenizer(tokenizer), some, 512)[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -130,13 +131,15 @@ def resident(field: str) -> int:
 def interleaved(contestants: dict[str, Callable], repeat: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each, round by round, so that a slow moment of the machine hits all alike; one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    bar = tqdm(total=(repeat + 1) * len(contestants), unit="run", file=sys.stderr, leave=False)
     for round in range(repeat + 1):
         for name, work in contestants.items():
-            click.echo(f"\r\033[Kround {round} of {repeat}: {name}", nl=False, err=True)
+            bar.set_postfix_str(name)
+            bar.update()
             taken = timed(work, device)
             if round:
                 seconds[name].append(taken)
-    click.echo("\r\033[K", nl=False, err=True)
+    bar.close()
     return seconds
 
 
@@ -176,7 +179,7 @@ def shared_options(command):
 
 @main.command("train")
 @shared_options
-@click.option("--examples", "number", type=click.IntRange(1), default=64, help="Of the data file, the first so many.")
+@click.option("--examples", "number", type=click.IntRange(1), default=32, help="So many of the data file.")
 @click.option("--batch-size", type=click.IntRange(1), default=8)
 @click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192)
 @click.option("--checkpoint-activations", is_flag=True)
