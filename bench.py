@@ -1,11 +1,13 @@
 """How fast and how large: python bench.py train|generate|memory, ours and, with --peers, the others in the same run."""
 
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import click
@@ -313,7 +315,9 @@ def bench_memory(size, check, json_path, device, dtype):
             for tokens in (512, 1024, 2048, 4096, 8192):
                 row = count_bytes(config, tokens, itemsize, recompute)
                 if check:
-                    row["measured"] = measure_step(config, tokens, device, dtype, recompute)
+                    fresh = multiprocessing.get_context("spawn").Pool(1)  # no memory left over from before
+                    with fresh:
+                        row["measured"] = fresh.apply(measure_step, (config, tokens, device, dtype, recompute))
                 rows[f"{tokens} tokens{', --checkpoint-activations' if recompute else ''}"] = row
         about = describe(size, device, dtype) | {"bytes_per_weight": itemsize, "K": LENGTH, "L": config.n_layers - 2}
         columns = {name: lambda row, name=name: f"{row[name] / 2**30:.2f} GiB" for name in next(iter(rows.values()))}
@@ -396,12 +400,19 @@ def epoch(contestant, examples: list[Tokens], batch_size: int) -> Callable[[], N
 # Memory
 
 
-def saved_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> int:
-    """How many numbers autograd keeps for the backward pass: counted, not computed, in a float32 model on the CPU.
+@cache
+def kept_per_token(config: Config, recompute: bool) -> int:
+    """How many numbers autograd keeps of each token in an adapted layer: what a third one adds to two."""
+    two, three = (kept_numbers(config, layers, 256, recompute) for layers in (2, 3))
+    return (three - two) // 256
 
-    `layers` are those of the model, all but the lowest adapted. Weights don't count.
+
+def kept_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> int:
+    """How many numbers autograd keeps for the backward pass, found in a float32 model on the CPU; weights don't count.
+
+    `layers` are adapted, and one below them is not.
     """
-    small = Config(config.dim, layers, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
+    small = Config(config.dim, layers + 1, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
     model = random_model(small, torch.device("cpu"), torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, int] = {}
@@ -412,7 +423,7 @@ def saved_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> 
             kept[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
-    prompts = make_adapter(small, torch.device("cpu"), layers - 1)()
+    prompts = make_adapter(small, torch.device("cpu"), layers)()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.hidden_states(torch.zeros(1, tokens, dtype=torch.long), prompts, recompute=recompute)
     hidden.sum()
@@ -421,21 +432,16 @@ def saved_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> 
 
 def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> dict[str, int]:
     """Bytes by kind, at the worst moment of a step; half of the tokens are response tokens, as in Alpaca."""
-    adapted, sample = config.n_layers - 2, 256
-    few, more = (saved_numbers(config, n, sample, recompute) for n in (3, 4))
-    layer = (more - few) * tokens // sample * itemsize
-    whole = layer
-    if recompute:  # one layer at a time is run again
-        few, more = (saved_numbers(config, n, sample, False) for n in (3, 4))
-        whole = (more - few) * tokens // sample * itemsize
+    adapted = config.n_layers - 2
+    kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (recompute, False))
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in LLaMA(config).parameters())
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
     rows = {
         "weights": weights * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
-        "activations kept": adapted * layer,
-        "one layer at work": whole,
+        "activations kept": adapted * kept,
+        "one layer at work": 2 * whole,  # what it computes, and the gradients by that
         "logits of a few rows": HeadLoss.ROWS * config.vocab_size * (itemsize * 2 + 4),
     }
     return rows | {"sum": sum(rows.values())}
