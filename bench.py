@@ -1,12 +1,16 @@
 """How fast and how large: python bench.py train|generate|memory, ours and, with --peers, the others in the same run."""
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import toy
-from adapter import Adapter, gated_attention_paper, replacing
+from adapter import Adapter, replacing
 from cli import device_options, one_line_errors
 from data import (
     IGNORE,
@@ -46,10 +50,10 @@ SHAPES = {
 LENGTH = 10  # K
 
 
-def random_model(config: Config, device: torch.device, dtype: torch.dtype, **options) -> LLaMA:
+def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LLaMA:
     """Frozen, with weights of which only the size matters, made where they are to be."""
     with torch.device("meta"):
-        model = LLaMA(config, **options)
+        model = LLaMA(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
@@ -71,13 +75,13 @@ def load_examples(data: str | None, tokenizer: str | None, number: int) -> list[
     """So many, evenly spread over the file, or over the embedded default."""
     if data is None:
         examples = [question.example for question in toy.instructions()["tuning"]]
-        tokenizer = toy.make_base() / "tokenizer.model"
+        with tempfile.TemporaryDirectory() as folder:
+            ids = toy.train_tokenizer(Path(folder) / "tokenizer.model", seed=0)
     elif tokenizer is None:
         raise ValueError(f"--data {data} needs --tokenizer FILE")
     else:
-        examples = read_examples(data)
-    some = examples[:: max(1, len(examples) // number)][:number]
-    return tokenize(SentencePieceTokenizer(tokenizer), some, 512)[0]
+        examples, ids = read_examples(data), SentencePieceTokenizer(tokenizer)
+    return tokenize(ids, examples[:: max(1, len(examples) // number)][:number], 512)[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -117,7 +121,9 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as free; Linux, as the next line
+    Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
 
@@ -200,8 +206,7 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
             compile_layers(other)
             field["ours, compiled"] = OursTraining(other, make_adapter(config, device), budget, recompute)
         if how["ablation"]:
-            plain = random_model(config, device, dtype, attention=gated_attention_paper)
-            field["plain"] = Plain(plain, make_adapter(config, device))
+            field["plain"] = Plain(model, make_adapter(config, device))
             for level in Ablation.LEVELS:
                 field[level] = Ablation(model, make_adapter(config, device), level)
         if peers:
@@ -235,10 +240,11 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
             row["response_tokens_per_second"] = response_tokens(examples) / row["median"]
             row["peak_bytes_beyond_the_model"] = peaks[name]
             row["first_loss"] = losses[name]
-            row["utilisation"] = flops / row["median"] / speed
+            row["utilisation"] = flops / row["median"] / speed if name.startswith("ours") else None
         about = describe(size, device, dtype) | {
             "examples": len(examples),
             "batch_size": batch_size,
+            **how,
             "tokens": sum(len(example.ids) for example in examples),
             "flops_of_ours": flops,
             "matmul_flops_per_second": speed,
@@ -250,7 +256,7 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
             "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
             "response tokens/s": lambda row: f"{row['response_tokens_per_second']:,.0f}",
             "memory beyond the model": lambda row: f"{row['peak_bytes_beyond_the_model'] / 2**20:,.0f} MiB",
-            "of the matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %",
+            "of the matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %" if row["utilisation"] else "",
         }
         kind = "ablation" if how["ablation"] else "train"
         report(kind, rows, columns, about, json_path)
@@ -315,11 +321,13 @@ def bench_memory(size, check, json_path, device, dtype):
             for tokens in (512, 1024, 2048, 4096, 8192):
                 row = count_bytes(config, tokens, itemsize, recompute)
                 if check:
-                    fresh = multiprocessing.get_context("spawn").Pool(1)  # no memory left over from before
-                    with fresh:
-                        row["measured"] = fresh.apply(measure_step, (config, tokens, device, dtype, recompute))
+                    fresh = multiprocessing.get_context("spawn")  # no memory left over from before
+                    with ProcessPoolExecutor(1, fresh) as process:
+                        what = config, tokens, device, dtype, recompute
+                        row["measured"] = process.submit(measure_step, *what).result()
                 rows[f"{tokens} tokens{', --checkpoint-activations' if recompute else ''}"] = row
-        about = describe(size, device, dtype) | {"bytes_per_weight": itemsize, "K": LENGTH, "L": config.n_layers - 2}
+        about = describe(size, device, dtype) | {"K": LENGTH, "L": config.n_layers - 2, "check": check}
+        about["dtype"] = {2: "bfloat16", 4: "float32"}[itemsize]
         columns = {name: lambda row, name=name: f"{row[name] / 2**30:.2f} GiB" for name in next(iter(rows.values()))}
         report("memory", rows, columns, about, json_path)
 
@@ -426,12 +434,12 @@ def kept_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> i
     prompts = make_adapter(small, torch.device("cpu"), layers)()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.hidden_states(torch.zeros(1, tokens, dtype=torch.long), prompts, recompute=recompute)
-    hidden.sum()
+    del hidden  # which held all that
     return sum(kept.values())
 
 
 def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> dict[str, int]:
-    """Bytes by kind, at the worst moment of a step; half of the tokens are response tokens, as in Alpaca."""
+    """Bytes by kind, at the worst moment of a step."""
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (recompute, False))
     with torch.device("meta"):
@@ -441,8 +449,8 @@ def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> 
         "weights": weights * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
-        "one layer at work": 2 * whole,  # what it computes, and the gradients by that
-        "logits of a few rows": HeadLoss.ROWS * config.vocab_size * (itemsize * 2 + 4),
+        "one layer at work": whole * (2 if recompute else 1),  # the gradients in it, and what it computes again
+        "logits of a few rows": HeadLoss.ROWS * config.vocab_size * (itemsize + 4 + 4),  # and twice log p
     }
     return rows | {"sum": sum(rows.values())}
 
@@ -492,7 +500,8 @@ def report(kind: str, rows: dict[str, dict], columns: dict[str, Callable], about
     if json_path is not None:
         path = Path(json_path)
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known[f"{kind} {about['size']} {about['dtype']}"] = about | {"rows": rows}
+        special = [name for name in ("checkpoint_activations", "check") if about.get(name)]
+        known[" ".join([kind, about["size"], about["dtype"], *special])] = about | {"rows": rows}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         draw(known, path.with_suffix(".png"))

@@ -17,7 +17,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from exchange import load_adapter, reading_of
-from model import KVCache, LLaMA, choose, fingerprint
+from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -31,7 +31,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens alone
     probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
-    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    # Which of exponential variables with these rates is the least follows these probabilities: a draw like that of
+    # torch.multinomial, which makes a GPU wait for the host.
+    exponential = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
 
 
@@ -43,17 +46,41 @@ def next_logits(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVC
 
 
 def compiled_decoding(device: torch.device) -> Callable[..., Tensor]:
-    """`next_logits` under torch.compile, on a GPU as one CUDA graph."""
+    """`next_logits` under torch.compile; on a GPU, recorded as one CUDA graph at the first step of each generation."""
+    torch._dynamo.config.cache_size_limit = 32  # kinds of call: depths of adapters, one row or several
+    compiled = torch.compile(next_logits)
     if device.type != "cuda":
-        return torch.compile(next_logits, fullgraph=True)
-    compiled = torch.compile(next_logits, fullgraph=True, mode="reduce-overhead")
+        return compiled
+    recorded = None  # with the cache that it reads and writes, wherever that lies
 
     def decode(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
-        for tensor in cache.tensors():  # else CUDA graphs would not write to them, and be left out
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        return compiled(model, ids, prompts, cache)
+        nonlocal recorded
+        if recorded is None or recorded[0] is not cache:
+            recorded = None  # the memory of the one before
+            recorded = (cache, *record(compiled, model, ids, prompts, cache))
+        _, graph, newest, logits = recorded
+        newest.copy_(ids)
+        graph.replay()
+        return logits
 
     return decode
+
+
+def record(
+    step: Callable[..., Tensor], model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache
+) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    """A CUDA graph of one step, where it reads the ids, and where it leaves the logits; the cache stays as it was."""
+    newest, lengths = ids.clone(), cache.lengths.clone()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step(model, newest, prompts, cache)  # compiles; what it writes, the first replay will write again
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(model, newest, prompts, cache)
+    cache.lengths.copy_(lengths)
+    return graph, newest, logits
 
 
 @torch.inference_mode()
@@ -316,6 +343,7 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
 @click.option("--prompts", "prompt_file", type=click.Path(), help="JSONL of instruction, input and adapter, to answer.")
 @click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
+@click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits.")
 @click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
 @device_options
 def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_file, out, batch_size, **how):
@@ -335,7 +363,11 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
         if prompt_file is not None and (prompt is not None or compare or context):
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         device, dtype = choose(device, dtype)
+        if how["int8"] and how["compile"] and device.type == "cpu":
+            raise ValueError("--int8 and --compile go together on a GPU only")
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
+        if how.pop("int8"):
+            hold_in_8_bits(model)
         if how.pop("greedy"):
             how["temperature"] = 0.0
         if how.pop("compile"):

@@ -193,11 +193,6 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.capacity = length
 
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        layers = [part for layer in self.layers for part in (layer.k, layer.v, *(layer.prompt or ()))]
-        return [self.lengths, *layers]
-
 
 class Attention(nn.Module):
     def __init__(self, config: Config, gated: Callable[..., Tensor]):
@@ -301,15 +296,16 @@ class LLaMA(nn.Module):
         """What the output head reads, (B, T, C), or (R, C) at the R positions where `wanted` is True.
 
         The last len(prompts) layers get them. The first `shared` tokens, known to be the same in all rows, are
-        computed once; then no row may have a prompt of its own. Raises ValueError where that cannot be.
+        computed once; then there is no cache, and no row has a prompt of its own. Raises ValueError where that
+        cannot be.
         With `recompute` a layer keeps only its input for the backward pass, and is run again there.
         """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
             raise ValueError(f"{len(prompts)} layers of prompts for a model of {len(self.layers)} layers")
-        if shared and any(len(part) > 1 for prompt in prompts for part in prompt):
-            raise ValueError(f"rows with prompts of their own cannot share their first {shared} tokens")
         B, T = tokens.shape
+        if shared and (shared >= T or cache is not None or any(len(p) > 1 for prompt in prompts for p in prompt)):
+            raise ValueError(f"{B} rows of {T}, with a cache or prompts of their own, cannot share {shared} tokens")
         positions, mask = torch.arange(T, device=tokens.device).expand(B, T), None
         if cache is not None:
             positions = cache.lengths[:, None] + positions
@@ -337,12 +333,25 @@ class LLaMA(nn.Module):
 def compile_layers(model: LLaMA) -> None:
     """torch.compile every layer, in place; its code is compiled anew only for a few kinds of call.
 
-    Below the adapted layers, at the first of them, above it, and at the last, each with and without a shared
-    beginning, or with a single row. Lengths and numbers of rows are variables of the compiled code.
+    Below the adapted layers, at the first of them, above it, and at the last; with and without a shared beginning;
+    for one row and for several; with and without gradients. Lengths and numbers of rows are variables of that code.
     """
-    torch._dynamo.config.recompile_limit = 32  # 8 would send the later kinds back to plain PyTorch
+    torch._dynamo.config.cache_size_limit = 32  # kinds; 8 would send the later ones back to plain PyTorch
     for block in model.layers:
         block.compile(dynamic=True)
+
+
+def hold_in_8_bits(model: LLaMA) -> None:
+    """Round the layers' weights, in place, to 8 bits with a scale per row. Raises ValueError without torchao.
+
+    They are widened again wherever they are used, and autograd would keep the wide ones of all layers for the
+    backward pass: train with `recompute`.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise ValueError("--int8 needs a package that is not installed: pip install torchao") from None
+    quantize_(model.layers, Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def fingerprint(model: LLaMA) -> str:

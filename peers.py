@@ -1,8 +1,8 @@
 """The same tuning and the same decoding as others do them, over the same weights: what bench.py measures against.
 
 Each contestant has `loss(examples)`, of which the gradient is taken, `parameters()`, what it tunes, and
-`decode(tokens, n)`, n new ids, where it is one that decodes. Their code is theirs, from the package index; only
-`Plain` is written here, to do what the authors' script does.
+`decode(tokens, n)`, n new ids, where it is one that decodes. The models are theirs, from the package index, in the
+simplest loop around them; only `Plain` is written here, to do what the authors' script does.
 """
 
 import importlib.util
@@ -135,7 +135,7 @@ class HuggingFace:
 
 
 class LitGPT:
-    """litgpt's adapter, on batches padded to their longest."""
+    """litgpt's adapter, on batches padded to their longest, with the logits of a batch in one piece."""
 
     def __init__(self, model: LLaMA, layers: int, length: int):
         from litgpt.adapter import GPT, Config, mark_only_adapter_as_trainable
@@ -212,6 +212,7 @@ class LitGPT:
         self.model.set_kv_cache(batch_size=1, device=device, dtype=self.model.lm_head.weight.dtype)
         ids = theirs(self.model, torch.tensor(tokens, device=device), len(tokens) + n, temperature=0.0)
         self.model.clear_kv_cache()
+        self.model.max_seq_length = self.model.config.block_size
         return ids[len(tokens) :].tolist()
 
 
@@ -256,7 +257,7 @@ def to_hugging_face(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
 
 
 def as_transformers(model: LLaMA) -> nn.Module:
-    """The same LLaMA, a copy, as transformers has it."""
+    """The same LLaMA, a copy, as transformers has it. Its rotary embedding must be the plain one."""
     import transformers
 
     c, weight = model.config, model.tok_embeddings.weight
@@ -270,6 +271,7 @@ def as_transformers(model: LLaMA) -> nn.Module:
             num_key_value_heads=c.n_kv_heads,
             head_dim=c.head_dim,
             rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta,
             tie_word_embeddings=False,
         )
     ).to(weight.device, weight.dtype)

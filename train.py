@@ -24,7 +24,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
 from evaluate import examine
-from model import LLaMA, choose, compile_layers, fingerprint
+from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits
 from runs import draw_curves, load_checkpoint, open_metrics, peak_memory, read_metrics, save_checkpoint, write_metrics
 
 
@@ -47,9 +47,9 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
 class HeadLoss(torch.autograd.Function):
     """Cross entropy, summed, of hidden states (R, C) through the frozen output head (V, C) with answers (R,).
 
-    Few rows at a time: with 32,000 words and more, the logits of a batch in float32, and the gradient by them,
-    would be larger than all else that a step keeps. So the gradient is taken while a row's logits are at hand:
-    by the logits it is softmax - 1 at the answer, softmax elsewhere.
+    Few rows at a time: with 32,000 words and more, the logits of a whole batch in float32, and the gradient by
+    them, would take gigabytes. So the gradient is taken while a row's logits are at hand: by the logits it is
+    softmax - 1 at the answer, softmax elsewhere.
     """
 
     ROWS = 256
@@ -58,7 +58,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(context, hidden: Tensor, head: Tensor, answers: Tensor) -> Tensor:
         total, gradients = hidden.new_zeros((), dtype=torch.float32), []
         for rows, right in zip(hidden.split(HeadLoss.ROWS), answers[:, None].split(HeadLoss.ROWS)):
-            log_p = (rows @ head.T).float().log_softmax(dim=1)  # (ROWS, V)
+            log_p = (rows @ head.T).log_softmax(dim=1, dtype=torch.float32)  # (ROWS, V)
             total -= log_p.gather(1, right).sum()
             if context.needs_input_grad[0]:
                 p = log_p.exp_()
@@ -239,6 +239,7 @@ def train(
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples per optimizer step.")
 @click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, help="Positions per forward pass.")
 @click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
+@click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits; checkpoints activations as well.")
 @click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
 @click.option("--blr", type=Real(0, 1e3), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
@@ -270,6 +271,11 @@ def main(context, **options):
         device, dtype = choose(options.pop("device"), options["dtype"])
         options["dtype"] = str(dtype)
         model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
+        if options["int8"] and options["compile"] and device.type == "cpu":
+            raise ValueError("--int8 and --compile go together on a GPU only")
+        if options["int8"]:
+            hold_in_8_bits(model)
+            options["checkpoint_activations"] = True
         if options["compile"]:
             compile_layers(model)
         out = options["out"]
@@ -289,6 +295,9 @@ def main(context, **options):
         except Interrupted:
             click.echo(f"interrupted after step {adapter.metadata['steps']}: to go on, add --resume", err=True)
             sys.exit(130)
+        except torch.OutOfMemoryError as error:
+            less = f"--checkpoint-activations or fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
+            raise ValueError(f"{error}; {less} may help") from None
         except FloatingPointError as error:
             kept = f"{out}/adapter.safetensors is as of step {adapter.metadata['steps']}"
             raise ValueError(f"{error}; {kept}; a lower --lr may help, with another --out") from None

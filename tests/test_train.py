@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from conftest import CONFIGS, ROOT, copy_base, make_adapter, make_model
 from safetensors.torch import load_file
 
-from adapter import Adapter, gated_attention, gated_attention_paper
+from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
 from checkpoints import load_llama
 from data import Tokens
-from model import compile_layers
+from model import KVCache, compile_layers
 from runs import draw_curves, read_metrics
 from train import (
     HeadLoss,
@@ -62,7 +62,7 @@ def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, recompute,
     monkeypatch.setattr(HeadLoss, "ROWS", 7)
     model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
-    examples += examples[:1]  # where rows are alike, even answers are shared
+    examples += examples[:1]
     plain, fast = make_adapter(model, layers), make_adapter(model, layers)
     loss = naive_loss(model, plain, examples)
     loss.backward()
@@ -81,6 +81,27 @@ def test_shared_beginnings_are_computed_once(monkeypatch):
     examples = [Tokens([5, 6, 7, i, 9, 10], 5, i) for i in range(4)]
     mean_loss(model, make_adapter(model), examples, 100)
     assert seen == [3 + 4 * 2, 4]  # three tokens shared, two of each row's own; one answer a row
+
+
+@pytest.mark.parametrize("ids, number", [([5, 6, 7, 8], 2), ([5, 6], 3), ([5, 6, 7], 1)])
+def test_rows_that_are_all_alike(ids, number):
+    """All but the last input is shared, and so are answers."""
+    model = make_model()
+    examples = [Tokens(ids, 1, 0)] * number
+    plain, fast = make_adapter(model), make_adapter(model)
+    loss = naive_loss(model, plain, examples)
+    loss.backward()
+    assert accumulate_gradient(model, fast, examples, 100) == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(fast.prompts.grad, plain.prompts.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_shared_is_refused():
+    model, adapter = make_model(), make_adapter(make_model())
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    own = [Prompt(p.tokens.repeat(2, 1, 1), p.gate) for p in adapter()]
+    for options in (dict(shared=3), dict(shared=1, prompts=own), dict(shared=1, cache=KVCache(model, 2, 9))):
+        with pytest.raises(ValueError, match="2 rows of 3, .* cannot share"):
+            model.hidden_states(tokens, **options)
 
 
 def test_compiled_layers_are_the_plain_ones():
