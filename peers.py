@@ -130,7 +130,8 @@ class HuggingFace:
     def decode(self, tokens: list[int], n: int) -> list[int]:
         ids = torch.tensor([tokens], device=self.model.device)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
-        new = self.model.generate(input_ids=ids, max_new_tokens=n, min_new_tokens=n, **options)
+        self.model.generation_config.eos_token_id = None  # n tokens, whatever they are
+        new = self.model.generate(input_ids=ids, max_new_tokens=n, **options)
         return new[0, len(tokens) :].tolist()
 
 
