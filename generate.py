@@ -17,7 +17,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from exchange import load_adapter, reading_of
-from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits
+from model import KVCache, LLaMA, check_compiler, choose, fingerprint, hold_in_8_bits
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -47,6 +47,7 @@ def next_logits(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVC
 
 def compiled_decoding(device: torch.device) -> Callable[..., Tensor]:
     """`next_logits` under torch.compile; on a GPU, recorded as one CUDA graph at the first step of each generation."""
+    check_compiler(device)
     torch._dynamo.config.cache_size_limit = 32  # kinds of call: depths of adapters, one row or several
     compiled = torch.compile(next_logits)
     if device.type != "cuda":

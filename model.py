@@ -5,6 +5,8 @@ Parameters carry the names of Meta's checkpoints. Notation as in adapter.py.
 
 import hashlib
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -330,12 +332,19 @@ class LLaMA(nn.Module):
         return self.output(self.hidden_states(tokens, prompts, cache))
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where torch.compile would find nothing to compile with."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
+
+
 def compile_layers(model: LLaMA) -> None:
     """torch.compile every layer, in place; its code is compiled anew only for a few kinds of call.
 
     Below the adapted layers, at the first of them, above it, and at the last; with and without a shared beginning;
     for one row and for several; with and without gradients. Lengths and numbers of rows are variables of that code.
     """
+    check_compiler(model.tok_embeddings.weight.device)
     torch._dynamo.config.cache_size_limit = 32  # kinds; 8 would send the later ones back to plain PyTorch
     for block in model.layers:
         block.compile(dynamic=True)

@@ -66,6 +66,12 @@ def test_compiled_decoding_is_the_plain_one():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
 
 
+def test_no_compiler_is_a_line(tiny_adapter, monkeypatch):
+    monkeypatch.setattr("model.shutil.which", lambda name: None)
+    result = run("--adapter", tiny_adapter, "--device", "cpu", "--compile", "Hello.")
+    assert result.exit_code == 2 and "needs a C++ compiler" in result.output
+
+
 def test_each_row_stops_at_its_own_end():
     """The authors' inference code doesn't stop at EOS."""
     model = make_model()
