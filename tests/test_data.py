@@ -171,6 +171,14 @@ def test_micro_batches_keep_to_the_budget(budget):
         assert len(parts) == 1
 
 
+def test_micro_batches_are_of_one_kind_and_say_what_all_rows_share():
+    """Two forms of a template differ after a few tokens: mixed, their rows would share only these."""
+    beginnings = {"a": [1, 5, 6, 7], "b": [1, 5, 9, 9, 9]}
+    examples = [Tokens(beginnings["ab"[i % 2]] + [20 + i] * 3, 3, i, "ab"[i % 2]) for i in range(8)]
+    parts = list(micro_batches(examples, 1000))
+    assert [(len(inputs), shared) for inputs, _, shared in parts] == [(4, 4), (4, 5)]
+
+
 def test_missing_and_broken_tokenizers(tmp_path):
     path = tmp_path / "tokenizer.model"
     with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file$"):
