@@ -37,9 +37,9 @@ from data import (
     tokenize,
 )
 from generate import compiled_decoding
-from model import SIZES, Config, LLaMA, choose, compile_layers
-from peers import HuggingFace, LitGPT, Ours, Plain, installed, padded
-from train import HeadLoss, accumulate_gradient, make_optimizer
+from model import SIZES, Config, LLaMA, choose, compile_layers, prepare_to_compile
+from peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
+from train import HeadLoss, accumulate_gradient
 
 SHAPES = {
     #            dim layers heads kv D hidden vocab
@@ -69,6 +69,17 @@ def make_adapter(config: Config, device: torch.device, layers: int | None = None
         heads=config.n_heads,
         generator=torch.Generator().manual_seed(0),
     ).to(device)
+
+
+def others(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
+    """The peers that are installed, those on transformers in these kinds; with as many layers as the adapter has."""
+    layers, field = len(adapter.gates), {"plain, as the authors'": Plain(model, adapter)}
+    if installed("peft"):
+        for kind in kinds:
+            field[kind if kind == "full tuning" else f"PEFT {kind}"] = HuggingFace(model, kind, layers, LENGTH)
+    if installed("litgpt"):
+        field["litgpt adapter"] = LitGPT(model, layers, LENGTH)
+    return field
 
 
 def load_examples(data: str | None, tokenizer: str | None, number: int) -> list[Tokens]:
@@ -196,10 +207,11 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
     """Seconds of one epoch, every optimizer step included, over the same examples."""
     with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
         device, dtype = choose(device, dtype)
+        if compiled:
+            prepare_to_compile(device)
         config, examples = SHAPES[size], load_examples(data, tokenizer, number)
         budget, recompute = how["micro_batch_tokens"], how["checkpoint_activations"]
         model = random_model(config, device, dtype)
-        layers = max(1, config.n_layers - 2)
         field = {"ours": OursTraining(model, make_adapter(config, device), budget, recompute)}
         if compiled:
             other = random_model(config, device, dtype)
@@ -210,13 +222,7 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
             for level in Ablation.LEVELS:
                 field[level] = Ablation(model, make_adapter(config, device), level)
         if peers:
-            field["plain, as the authors'"] = Plain(model, make_adapter(config, device))
-            if installed("peft"):
-                for kind in ("adaption prompt", "lora", "full tuning"):
-                    name = kind if kind == "full tuning" else f"PEFT {kind}"
-                    field[name] = HuggingFace(model, kind, layers, LENGTH)
-            if installed("litgpt"):
-                field["litgpt adapter"] = LitGPT(model, layers, LENGTH)
+            field |= others(model, make_adapter(config, device), ["adaption prompt", "lora", "full tuning"])
 
         with torch.no_grad():
             losses = {name: contestant.loss(examples[:batch_size]).item() for name, contestant in field.items()}
@@ -269,19 +275,16 @@ def bench_generate(size, data, tokenizer, repeat, peers, compiled, json_path, de
     """Tokens per second at batch 1, greedy, prefill included."""
     with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
         device, dtype = choose(device, dtype)
+        if compiled:
+            prepare_to_compile(device)
         config, examples = SHAPES[size], load_examples(data, tokenizer, 1000)
         prompt = (examples[0].ids * 60)[:60]
         model, adapter = random_model(config, device, dtype), make_adapter(config, device)
-        layers = len(adapter.gates)
         field = {"ours": Ours(model, adapter), "ours, base alone": Ours(model, None)}
         if compiled:
             field["ours, compiled"] = Ours(model, adapter, compiled_decoding(device))
         if peers:
-            field["plain, as the authors'"] = Plain(model, adapter)
-            if installed("peft"):
-                field["PEFT adaption prompt"] = HuggingFace(model, "adaption prompt", layers, LENGTH)
-            if installed("litgpt"):
-                field["litgpt adapter"] = LitGPT(model, layers, LENGTH)
+            field |= others(model, adapter, ["adaption prompt"])
         texts = {name: contestant.decode(prompt, number) for name, contestant in field.items()}
         for name, text in texts.items():
             if dtype == torch.float32 and text != texts["ours"]:
@@ -380,24 +383,18 @@ class Ablation(Ours):
         return HeadLoss.apply(hidden, self.model.output.weight, answers) / len(answers)
 
 
-def epoch(contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
+def epoch(contestant: Contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
     """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
-    if isinstance(contestant, Ours):
-        optimizer = make_optimizer(contestant.adapter, 0.02)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
+    optimizer = contestant.optimizer(lr=1e-3)
+    if contestant.like_length:
+        batches = epoch_batches([len(example.ids) for example in examples], batch_size, seed=0, epoch=0)
     else:
-        optimizer = torch.optim.AdamW(contestant.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02)
-    lengths = [len(example.ids) for example in examples]
-    order = np.random.default_rng(0).permutation(len(examples)).tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    if getattr(contestant, "like_length", False):
-        batches = epoch_batches(lengths, batch_size, seed=0, epoch=0)
-    backward = getattr(contestant, "backward", lambda batch: contestant.loss(batch).backward())
+        order = np.random.default_rng(0).permutation(len(examples)).tolist()
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def run() -> None:
         for batch in batches:
-            backward([examples[i] for i in batch])
+            contestant.backward([examples[i] for i in batch])
             optimizer.step()
             optimizer.zero_grad()
 
@@ -512,8 +509,8 @@ def draw(known: dict[str, dict], path: Path) -> None:
     panels = {title: part["rows"] for title, part in known.items() if "ratio" in next(iter(part["rows"].values()))}
     if not panels:
         return
-    figure = Figure(figsize=(9, sum(0.9 + 0.28 * len(rows) for rows in panels.values())), layout="constrained")
     heights = [0.9 + 0.28 * len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
     for axes, (title, rows) in zip(np.ravel(figure.subplots(len(panels), 1, height_ratios=heights)), panels.items()):
         ratios = [row["ratio"] for row in rows.values()]
         middle = [ratio["median"] for ratio in ratios]

@@ -17,7 +17,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from exchange import load_adapter, reading_of
-from model import KVCache, LLaMA, check_compiler, choose, fingerprint, hold_in_8_bits
+from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -47,8 +47,6 @@ def next_logits(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVC
 
 def compiled_decoding(device: torch.device) -> Callable[..., Tensor]:
     """`next_logits` under torch.compile; on a GPU, recorded as one CUDA graph at the first step of each generation."""
-    check_compiler(device)
-    torch._dynamo.config.cache_size_limit = 32  # kinds of call: depths of adapters, one row or several
     compiled = torch.compile(next_logits)
     if device.type != "cuda":
         return compiled
@@ -364,8 +362,8 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
         if prompt_file is not None and (prompt is not None or compare or context):
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         device, dtype = choose(device, dtype)
-        if how["int8"] and how["compile"] and device.type == "cpu":
-            raise ValueError("--int8 and --compile go together on a GPU only")
+        if how["compile"]:
+            prepare_to_compile(device, how["int8"])
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
         if how.pop("int8"):
             hold_in_8_bits(model)

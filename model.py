@@ -332,10 +332,14 @@ class LLaMA(nn.Module):
         return self.output(self.hidden_states(tokens, prompts, cache))
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise ValueError where torch.compile would find nothing to compile with."""
+def prepare_to_compile(device: torch.device, int8: bool = False) -> None:
+    """Before `compile_layers` or `compiled_decoding`. Raises ValueError where torch.compile would fail later."""
+    if int8 and device.type == "cpu":
+        raise ValueError("--int8 and --compile go together on a GPU only")
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
+    # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.
+    torch._dynamo.config.cache_size_limit = 32
 
 
 def compile_layers(model: LLaMA) -> None:
@@ -344,8 +348,6 @@ def compile_layers(model: LLaMA) -> None:
     Below the adapted layers, at the first of them, above it, and at the last; with and without a shared beginning;
     for one row and for several; with and without gradients. Lengths and numbers of rows are variables of that code.
     """
-    check_compiler(model.tok_embeddings.weight.device)
-    torch._dynamo.config.cache_size_limit = 32  # kinds; 8 would send the later ones back to plain PyTorch
     for block in model.layers:
         block.compile(dynamic=True)
 

@@ -1,13 +1,13 @@
 """The same tuning and the same decoding as others do them, over the same weights: what bench.py measures against.
 
-Each contestant has `loss(examples)`, of which the gradient is taken, `parameters()`, what it tunes, and
-`decode(tokens, n)`, n new ids, where it is one that decodes. The models are theirs, from the package index, in the
-simplest loop around them; only `Plain` is written here, to do what the authors' script does.
+Each contestant has `loss(examples)`, of which the gradient is taken, and, if it decodes, `decode(tokens, n)`, n new
+ids. The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
+do what the authors' script does.
 """
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,37 @@ from adapter import Adapter
 from data import IGNORE, Tokens, collate
 from generate import generate, next_logits
 from model import LLaMA, rope_turns, rotate
-from train import loss_sum
+from train import loss_sum, make_optimizer
 
 
-class Ours:
+class Contestant:
+    """What they have in common, unless they say otherwise."""
+
+    model: nn.Module
+    like_length = False  # whether batches are of examples of like length, or random
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.02)
+
+    def backward(self, examples: list[Tokens]) -> None:
+        self.loss(examples).backward()
+
+
+class Ours(Contestant):
     def __init__(self, model: LLaMA, adapter: Adapter, decode: Callable = next_logits):
         self.model, self.adapter, self.step = model, adapter, decode
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.adapter.parameters()
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.adapter.parameters())
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(self.adapter, 0.02)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return optimizer
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         batch = collate(examples)
@@ -93,7 +115,7 @@ class Plain(Ours):
         return ids
 
 
-class HuggingFace:
+class HuggingFace(Contestant):
     """transformers, tuned by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest."""
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
@@ -110,9 +132,6 @@ class HuggingFace:
         self.model = as_transformers(model)
         if kind in config:
             self.model = peft.get_peft_model(self.model, config[kind]())
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         longest = max(len(example.ids) for example in examples)
@@ -135,7 +154,7 @@ class HuggingFace:
         return new[0, len(tokens) :].tolist()
 
 
-class LitGPT:
+class LitGPT(Contestant):
     """litgpt's adapter, on batches padded to their longest, with the logits of a batch in one piece."""
 
     def __init__(self, model: LLaMA, layers: int, length: int):
@@ -162,12 +181,12 @@ class LitGPT:
             adapter_prompt_length=length,
             adapter_start_layer=c.n_layers - layers,
         )
-        theirs, weights = to_hugging_face(model.state_dict(), c), {}
-        for name in ("embed_tokens", "norm"):
-            weights[{"embed_tokens": "transformer.wte", "norm": "transformer.ln_f"}[name] + ".weight"] = theirs[
-                f"model.{name}.weight"
-            ]
-        weights["lm_head.weight"] = theirs["lm_head.weight"]
+        theirs = to_hugging_face(model.state_dict(), c)
+        weights = {
+            "transformer.wte.weight": theirs["model.embed_tokens.weight"],
+            "transformer.ln_f.weight": theirs["model.norm.weight"],
+            "lm_head.weight": theirs["lm_head.weight"],
+        }
         names = {
             "self_attn.o_proj": "attn.proj",
             "mlp.gate_proj": "mlp.fc_1",
@@ -186,9 +205,6 @@ class LitGPT:
         if unexpected or any("adapter" not in name and "gating" not in name for name in missing):
             raise ValueError(f"litgpt has other weights: {missing} {unexpected}")
         mark_only_adapter_as_trainable(self.model)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def forget_prompts(self) -> None:
         """Its prompts' keys and values stay those of the first step for good, unless they are thrown away."""

@@ -24,7 +24,7 @@ from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
 from evaluate import examine
-from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits
+from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, prepare_to_compile
 from runs import draw_curves, load_checkpoint, open_metrics, peak_memory, read_metrics, save_checkpoint, write_metrics
 
 
@@ -270,9 +270,9 @@ def main(context, **options):
     with one_line_errors():
         device, dtype = choose(options.pop("device"), options["dtype"])
         options["dtype"] = str(dtype)
+        if options["compile"]:
+            prepare_to_compile(device, options["int8"])
         model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
-        if options["int8"] and options["compile"] and device.type == "cpu":
-            raise ValueError("--int8 and --compile go together on a GPU only")
         if options["int8"]:
             hold_in_8_bits(model)
             options["checkpoint_activations"] = True

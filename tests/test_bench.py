@@ -43,7 +43,7 @@ def test_every_level_of_the_ablation_is_the_same_model(level):
 
 @pytest.mark.parametrize("kind", ["adaption prompt", "lora", "full tuning", "litgpt"])
 def test_peers_have_the_same_base(kind):
-    pytest.importorskip({"litgpt": "litgpt"}.get(kind, "peft"))
+    pytest.importorskip("litgpt" if kind == "litgpt" else "peft")
     model = make_model("mha")
     peer = LitGPT(model, 2, 5) if kind == "litgpt" else HuggingFace(model, kind, 2, 5)
     ours = Ours(model, make_adapter(model, gates=False))

@@ -74,7 +74,7 @@ def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, recompute,
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_shared_beginnings_are_computed_once(monkeypatch):
+def test_shared_beginnings_are_computed_once():
     model, seen = make_model(), []
     model.layers[0].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     model.layers[-1].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
