@@ -420,19 +420,18 @@ def kept_numbers(config: Config, layers: int, tokens: int, recompute: bool) -> i
     small = Config(config.dim, layers + 1, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
     model = random_model(small, torch.device("cpu"), torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes() // 4
+            kept[storage.data_ptr()] = storage
         return tensor
 
     prompts = make_adapter(small, torch.device("cpu"), layers)()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.hidden_states(torch.zeros(1, tokens, dtype=torch.long), prompts, recompute=recompute)
-    del hidden  # which held all that
-    return sum(kept.values())
+        model.hidden_states(torch.zeros(1, tokens, dtype=torch.long), prompts, recompute=recompute)
+    return sum(storage.nbytes() for storage in kept.values()) // 4
 
 
 def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> dict[str, int]:
