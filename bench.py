@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -282,7 +283,7 @@ def bench_generate(size, data, tokenizer, repeat, peers, compiled, json_path, de
         model, adapter = random_model(config, device, dtype), make_adapter(config, device)
         field = {"ours": Ours(model, adapter), "ours, base alone": Ours(model, None)}
         if compiled:
-            field["ours, compiled"] = Ours(model, adapter, compiled_decoding(device))
+            field["ours, compiled"] = Ours(other := deepcopy(model), adapter, compiled_decoding(other))
         if peers:
             field |= others(model, adapter, ["adaption prompt"])
         texts = {name: contestant.decode(prompt, number) for name, contestant in field.items()}

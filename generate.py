@@ -45,10 +45,15 @@ def next_logits(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVC
     return model.output(hidden[:, 0])
 
 
-def compiled_decoding(device: torch.device) -> Callable[..., Tensor]:
-    """`next_logits` under torch.compile; on a GPU, recorded as one CUDA graph at the first step of each generation."""
+def compiled_decoding(model: LLaMA) -> Callable[..., Tensor]:
+    """`next_logits` under torch.compile; on a GPU, recorded as one CUDA graph at the first step of each generation.
+
+    On a CPU the output head's weight, in place, comes to lie in memory row by row, as `Linear` likes it compiled.
+    """
     compiled = torch.compile(next_logits)
-    if device.type != "cuda":
+    head = model.output.weight
+    if head.device.type != "cuda":
+        head.data = head.data.contiguous()
         return compiled
     recorded = None  # with the cache that it reads and writes, wherever that lies
 
@@ -370,7 +375,7 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
         if how.pop("greedy"):
             how["temperature"] = 0.0
         if how.pop("compile"):
-            how["decode"] = compiled_decoding(device)
+            how["decode"] = compiled_decoding(model)
         generator = torch.Generator(device).manual_seed(how.pop("seed"))
         responder = Responder(model, tokenizer, adapters, **how, generator=generator, eos_id=tokenizer.eos_id)
         first = next(iter(adapters), "base")

@@ -281,8 +281,8 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # Held in memory as (C, V): a single row goes through it up to three times as fast on a CPU.
+        self.output = Linear(config.dim, config.vocab_size)
+        # Held in memory as (C, V): a single row goes through it up to three times as fast on a CPU, uncompiled.
         self.output.weight = nn.Parameter(self.output.weight.detach().T.contiguous().T)
 
     def hidden_states(

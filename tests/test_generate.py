@@ -58,7 +58,7 @@ def test_compiled_decoding_is_the_plain_one():
     prompts = make_adapter(model)()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    decode = compiled_decoding(torch.device("cpu"))
+    decode = compiled_decoding(model)
     for length in (5, 9, 14):
         row = [make_tokens(model, length, seed=length).tolist()]
         plain = generate(model, row, prompts, max_new_tokens=12)
