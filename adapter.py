@@ -19,6 +19,7 @@ Notation, here and in every other file:
 """
 
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -223,6 +224,8 @@ def replacing(path: str | Path):
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file)  # all of it is on the disk before the old one goes
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

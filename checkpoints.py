@@ -4,6 +4,7 @@ Every reader returns a Config and, under Meta's names, a function for each weigh
 it belongs. Files are mapped, not read, so that nothing is in memory but the model that is being filled.
 """
 
+import io
 import json
 import os
 import pickle
@@ -33,6 +34,7 @@ def load_llama(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
+    split: Callable[[nn.Module], None] | None = None,
 ) -> tuple[LLaMA, Tokenizer]:
     """A frozen LLaMA and its tokenizer. What lies at `path` says how to read it:
 
@@ -40,28 +42,12 @@ def load_llama(
     - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
+    `split` is called on every layer once it is filled, before the next has any memory, and on the model at the end.
     Raises FileNotFoundError or ValueError, in one line that names the file and both numbers.
     """
     path = Path(path)
-    if not path.exists():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            hint = f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then --base {path.name}"
-        raise FileNotFoundError(f"{path}: no such base model{hint}")
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
-        raise ValueError(f"{path}: is a part of a base model; give its folder, {folder}")
-    if path.is_file():
-        config, weights = read_llama2c(path)
-    elif any(path.glob("consolidated.*.pth")) or (path / "params.json").exists():
-        config, weights = read_meta(path)
-    elif any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*")) or (path / "config.json").exists():
-        config, weights = read_hugging_face(path)
-    elif len(found := sorted(path.glob("*.bin"))) == 1:
-        config, weights = read_llama2c(found[0])
-    else:
-        raise ValueError(f"{path}: holds neither params.json, nor config.json, nor one llama2.c .bin")
-    tokenizer = load_tokenizer(folder)
+    config, weights = read_base(path)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
 
@@ -70,24 +56,55 @@ def load_llama(
         raise ValueError(f"{path}: has weights of {len(layers)} layers, its configuration says {config.n_layers}")
     with torch.device("meta"):  # names and shapes without memory
         model = LLaMA(config, attention)
-    expected = dict(model.named_parameters())
-    if missing := sorted(expected.keys() - weights.keys()):
+    expected = {name for name, _ in model.named_parameters()}
+    if missing := sorted(expected - weights.keys()):
         raise ValueError(f"{path}: has no weight {missing[0]}")
-    if unknown := sorted(weights.keys() - expected.keys()):
+    if unknown := sorted(weights.keys() - expected):
         raise ValueError(f"{path}: has a weight {unknown[0]} that a LLaMA does not have")
-    filled: dict[str, nn.Parameter] = {}
-    for name, parameter in expected.items():
-        if name == "output.weight" and weights[name] is weights["tok_embeddings.weight"]:  # a tied head
-            filled[name] = filled["tok_embeddings.weight"]
-            continue
-        try:
-            target = torch.empty(parameter.shape, dtype=dtype, device=device)
-            weights[name](target)
-        except (ValueError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: {name} {first_line(error)}") from None
-        filled[name] = nn.Parameter(target, requires_grad=False)
-    model.load_state_dict(filled, assign=True)
-    return model.requires_grad_(False), tokenizer
+
+    def fill(module: nn.Module, prefix: str) -> None:
+        for name, parameter in list(module.named_parameters(prefix)):
+            try:
+                target = torch.empty_like(parameter, dtype=dtype, device=device)
+                weights[name](target)
+            except (ValueError, SafetensorError, RuntimeError) as error:
+                raise ValueError(f"{path}: {name} {first_line(error)}") from None
+            owner = model.get_submodule(name.removesuffix(".weight"))
+            owner.weight = nn.Parameter(target, requires_grad=False)
+
+    fill(model.tok_embeddings, "tok_embeddings")
+    for i, block in enumerate(model.layers):
+        fill(block, f"layers.{i}")
+        if split is not None:
+            split(block)
+    fill(model.norm, "norm")
+    if weights["output.weight"] is weights["tok_embeddings.weight"]:  # a tied head
+        model.output.weight = model.tok_embeddings.weight
+    else:
+        fill(model.output, "output")
+    if split is not None:
+        split(model)
+    return model, tokenizer
+
+
+def read_base(path: Path) -> tuple[Config, Weights]:
+    """What lies at `path`, as of `load_llama`, with nothing read but headers."""
+    if not path.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            hint = f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then --base {path.name}"
+        raise FileNotFoundError(f"{path}: no such base model{hint}")
+    if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
+        raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
+    if path.is_file():
+        return read_llama2c(path)
+    if any(path.glob("consolidated.*.pth")) or (path / "params.json").exists():
+        return read_meta(path)
+    if any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*")) or (path / "config.json").exists():
+        return read_hugging_face(path)
+    if len(found := sorted(path.glob("*.bin"))) == 1:
+        return read_llama2c(found[0])
+    raise ValueError(f"{path}: holds neither params.json, nor config.json, nor one llama2.c .bin")
 
 
 def check_dense(tensor: object) -> None:
@@ -212,13 +229,17 @@ def read_meta_shard(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_pth(file: Path) -> dict[str, object]:
-    """What torch.save wrote, by name, tensors mapped; no code in it is run. Raises ValueError, whatever is broken."""
+def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
+    """What torch.save wrote, by name; no code in it is run. Tensors are mapped, unless the content is given.
+
+    Raises ValueError, whatever is broken.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strange protocols: what matters raises
-            mapped = zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
-            values = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+            source = file if content is None else io.BytesIO(content)
+            mapped = content is None and zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
+            values = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file}: not a file of tensors alone: it is broken, or holds code, which is not run"

@@ -266,6 +266,17 @@ def response_tokens(examples: Sequence[Tokens]) -> int:
     return sum(len(example.ids) - example.prompt_length for example in examples)
 
 
+def share(examples: Sequence[Tokens], rank: int, world: int) -> list[Tokens]:
+    """What of a batch falls to one of several ranks: about as many tokens for each, of like kind and length."""
+    mine, before, all_tokens = [], 0, sum(len(example.ids) for example in examples)
+    for example in sorted(examples, key=lambda example: (example.kind, len(example.ids))):
+        middle = before + len(example.ids) / 2  # of the example, in the row of all tokens
+        if int(world * middle / all_tokens) == rank:
+            mine.append(example)
+        before += len(example.ids)
+    return mine
+
+
 def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[Batch]:
     """The examples in parts of one kind each, with at most `max_tokens` positions (or of one example)."""
     part: list[Tokens] = []
@@ -276,7 +287,8 @@ def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[Batch
             yield collate(part)
             part = []
         part.append(example)
-    yield collate(part)
+    if part:
+        yield collate(part)
 
 
 def collate(examples: Sequence[Tokens]) -> Batch:

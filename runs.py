@@ -1,6 +1,8 @@
 """What a training run writes and reads back: metrics, checkpoints, curves."""
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -10,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adapter import Adapter, replacing
-from checkpoints import first_line, load_pth
+from checkpoints import first_line, load_pth, read_json
+from cli import from_first, together
 
 # Options in which a run and its resumption may differ.
 FREE = {
@@ -24,7 +27,28 @@ FREE = {
     "log_every",
     "save_every",
     "resume",
+    "strategy",
+    "max_minutes",
 }
+
+
+def standing(out: Path, resume: str | None, options: dict) -> str:
+    """How a run stands in its folder: "new", "begun" or "finished".
+
+    Raises ValueError where --resume does not suit that, or the run that finished there had other options.
+    """
+    checkpoint, summary = out / "checkpoint.pt", out / "summary.json"
+    if checkpoint.exists():
+        if resume is None:
+            raise ValueError(f"{checkpoint} is of an unfinished run: go on with --resume, or use another --out")
+        return "begun"
+    if resume == "yes":
+        raise ValueError(f"{checkpoint}: nothing to resume")
+    if resume == "auto" and summary.exists():
+        known = {name: value for name, value in options.items() if value is not None}
+        check_options(read_json(summary).get("options"), known, summary)
+        return "finished"
+    return "new"
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
@@ -56,14 +80,22 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def write_metrics(file: TextIO, line: dict) -> None:
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None
 
 
 def save_checkpoint(
     out: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: dict[str, float], options: dict
 ) -> None:
-    """The adapter for use, and all that `--resume` needs. `progress` has step, tokens, seconds."""
+    """The adapter for use, and all that `--resume` needs. `progress` has step, tokens, seconds.
+
+    When the new checkpoint takes the place of the old one, it and the metrics so far are on the disk.
+    """
+    with open(out / "metrics.jsonl", "rb+") as metrics:
+        os.fsync(metrics)
     adapter.save(out / "adapter.safetensors", steps=progress["step"])
     state = {
         "progress": progress,
@@ -71,31 +103,37 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "options": {name: value for name, value in options.items() if name not in FREE},
     }
-    with replacing(out / "checkpoint.pt") as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(out / "checkpoint.pt") as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, options: dict) -> dict[str, float]:
-    """Fill adapter and optimizer; returns the progress.
+    """Fill adapter and optimizer; returns the progress. The first rank reads the file, for all.
 
     Raises FileNotFoundError, or ValueError where the file is broken or of a run with other options.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: nothing to resume")
-    checkpoint = load_pth(path)
-    before = checkpoint.get("options")
+    content = from_first(path.read_bytes)
+    with together():
+        checkpoint = load_pth(path, content)
+        check_options(checkpoint.get("options"), options, path)
+        try:
+            adapter.load_state_dict(checkpoint["adapter"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            return {name: checkpoint["progress"][name] + 0 for name in ("step", "tokens", "seconds")}
+        except Exception as error:  # whatever is missing, or of another shape
+            raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
+
+
+def check_options(before: object, options: dict, path: Path) -> None:
+    """Raise ValueError where a run that left `path` had other options than now."""
     if not isinstance(before, dict):
-        raise ValueError(f"{path}: not a checkpoint of train.py")
+        raise ValueError(f"{path}: does not say the options of its run")
     for name, value in options.items():
         if name not in FREE and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
             raise ValueError(f"{was}: a resumed run cannot change it")
-    try:
-        adapter.load_state_dict(checkpoint["adapter"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        return {name: checkpoint["progress"][name] + 0 for name in ("step", "tokens", "seconds")}
-    except Exception as error:  # whatever is missing, or of another shape
-        raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
 
 
 def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:

@@ -1,14 +1,17 @@
 """Tune an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out."""
 
 import hashlib
+import io
 import json
 import math
+import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -20,12 +23,35 @@ from tqdm import tqdm
 
 import toy
 from adapter import Adapter, Prompt, replacing
-from checkpoints import load_llama
-from cli import SEED, Real, device_options, one_line_errors
-from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, tokenize
+from checkpoints import load_llama, read_base
+from cli import SEED, Everywhere, Real, device_options, from_first, one_line_errors, together
+from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, share, tokenize
 from evaluate import examine
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, prepare_to_compile
-from runs import draw_curves, load_checkpoint, open_metrics, peak_memory, read_metrics, save_checkpoint, write_metrics
+from parallel import (
+    Lost,
+    add_up,
+    all_ranks,
+    choose_strategy,
+    highest,
+    join,
+    leave,
+    own_device,
+    rank,
+    splitter,
+    world,
+)
+from runs import (
+    FREE,
+    draw_curves,
+    load_checkpoint,
+    open_metrics,
+    peak_memory,
+    read_metrics,
+    save_checkpoint,
+    standing,
+    write_metrics,
+)
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
@@ -82,29 +108,42 @@ def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: b
     return HeadLoss.apply(hidden, model.output.weight, targets[learnt])
 
 
+# A rank out of work goes through the model with the others all the same, which may have to gather its layers.
+IDLE = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE), shared=0)
+
+
 def accumulate_gradient(
     model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int, recompute: bool = False
 ) -> float:
     """Add the gradient of the mean loss over all response tokens of a batch; return that loss.
 
     Dividing by the tokens of the whole batch, not of each part, makes the parts' gradients
-    add up to the gradient of one big batch, however it is split.
+    add up to the gradient of one big batch, however it is split, and over however many ranks.
     """
     weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
     loss = torch.zeros((), device=weight.device)
-    for batch in micro_batches(examples, max_tokens):
+    shares = [list(micro_batches(share(examples, r, world()), max_tokens)) for r in range(world())]
+    rounds = max(map(len, shares))
+    mine = shares[rank()]
+    for batch in mine + [IDLE] * (rounds - len(mine)):
         part = loss_sum(model, adapter(dtype=weight.dtype), batch, recompute) / tokens
         part.backward()
         loss += part.detach()
+    add_up([loss, *(parameter.grad for parameter in adapter.parameters())])
     return loss.item()
 
 
 @torch.no_grad()
 def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
-    """Mean loss over all response tokens of the examples."""
+    """Mean loss over all response tokens of the examples, the same to the last bit on any number of ranks."""
     prompts = adapter(dtype=model.tok_embeddings.weight.dtype)
-    loss = sum(loss_sum(model, prompts, batch).item() for batch in micro_batches(examples, max_tokens))
-    return loss / response_tokens(examples)
+    batches = list(micro_batches(examples, max_tokens))
+    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=model.tok_embeddings.weight.device)
+    batches += [IDLE] * (len(losses) - len(batches))
+    for i in range(rank(), len(batches), world()):
+        losses[i] = loss_sum(model, prompts, batches[i])
+    add_up([losses])
+    return sum(losses.tolist()) / response_tokens(examples)
 
 
 def update(
@@ -140,88 +179,127 @@ def update(
     return loss
 
 
-class Interrupted(Exception):
-    """Ctrl-C, at the end of a step."""
+# Why to stop between steps, and the exit status. Where ranks differ, the last of these counts.
+REASONS = (("", 0), ("stopped by --max-minutes", 0), ("stopped by SIGTERM", 0), ("interrupted", 130))
+TIME, SIGTERM, CTRL_C = 1, 2, 3
+
+
+class Stopped(Exception):
+    """At the end of a step, with everything saved."""
+
+    def __init__(self, reason: int):
+        text, self.code = REASONS[reason]
+        super().__init__(text)
 
 
 @contextmanager
-def interrupt():
-    """Turns the first Ctrl-C into an event to look at between steps; a second one stops at once."""
-    asked = threading.Event()
+def signals():
+    """Turns SIGTERM, which schedulers send, and the first Ctrl-C into a reason to stop; a second Ctrl-C stops at once.
 
-    def ask(*_):
-        asked.set()
-        signal.signal(signal.SIGINT, previous)
+    Under torchrun every Ctrl-C comes twice, from the terminal and from torchrun: there the second changes nothing.
+    """
+    asked = [0]
 
-    previous = signal.signal(signal.SIGINT, ask)
+    def ask(number, _):
+        asked.append(CTRL_C if number == signal.SIGINT else SIGTERM)
+        if number == signal.SIGINT and world() == 1:
+            signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield lambda: max(asked)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def saving(save: Callable[[], None]):
+    """Call `save` at an end that leaves the adapter as it should be after a step."""
+    try:
+        yield
+    except (FloatingPointError, Stopped, Lost):
+        save()
+        raise
+
+
+def batches_from(step: int, lengths: Sequence[int], options: dict) -> Iterator[tuple[int, list[int]]]:
+    """The epoch and the indices of the examples of every step from `step` to the last."""
+    size, seed = options["batch_size"], options["seed"]
+    epochs = range(options["epochs"])
+    return islice(((epoch, batch) for epoch in epochs for batch in epoch_batches(lengths, size, seed, epoch)), step, None)
 
 
 def train(
-    model: LLaMA, adapter: Adapter, training: list[Tokens], validation: list[Tokens], out: Path, options: dict
-) -> dict[str, float]:
-    """Tune the adapter in place. Returns how many steps and tokens that took, and how many seconds.
+    model: LLaMA,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    training: list[Tokens],
+    validation: list[Tokens],
+    out: Path,
+    options: dict,
+    done: dict[str, float],
+    deadline: float = math.inf,
+) -> None:
+    """Tune the adapter in place, from where `done` says; keeps that up to date: steps, tokens and seconds so far.
 
-    `options` are the command's. The order of the data and the learning rate follow from the step alone, so
-    that a resumed run goes on as if it had never stopped. Writes a line to out/metrics.jsonl for every step
-    and evaluation. Raises Interrupted at Ctrl-C, FloatingPointError where values are not finite, both with
-    the last good state saved, and what `load_checkpoint` raises.
+    `options` are the command's, `deadline` is a time of `time.perf_counter`. The order of the data and the learning
+    rate follow from the step alone, and nothing on the way is random: a resumed run goes on as if it had never stopped,
+    on whatever number of ranks. The first rank writes a line to out/metrics.jsonl for every step and evaluation.
+    Raises Stopped, FloatingPointError where values are not finite, Lost where another rank is gone, all of them with
+    the last good state saved, and OSError where it cannot be.
     """
     lengths = [len(example.ids) for example in training]
     steps_per_epoch = math.ceil(len(training) / options["batch_size"])
     total = options["epochs"] * steps_per_epoch
     warmup = round(options["warmup_epochs"] * steps_per_epoch)
-    optimizer = make_optimizer(adapter, options["weight_decay"])
-    done = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if options["resume"]:
-        done = load_checkpoint(out / "checkpoint.pt", adapter, optimizer, options)
-    metrics = open_metrics(out / "metrics.jsonl", done["step"])
-    bar = tqdm(total=total, initial=done["step"], unit="step", file=sys.stderr, dynamic_ncols=True)
+    first = rank() == 0
+    metrics = open_metrics(out / "metrics.jsonl", done["step"]) if first else open(os.devnull, "w")
+    bar = tqdm(total=total, initial=done["step"], unit="step", file=sys.stderr, dynamic_ncols=True, disable=not first)
 
     def validate() -> None:
         if validation:
             val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
             if not math.isfinite(val_loss):
-                raise FloatingPointError(f"the validation loss is {val_loss}")
+                raise FloatingPointError(f"the validation loss after step {done['step']} is {val_loss}")
             write_metrics(metrics, {"step": done["step"], "val_loss": val_loss})
-            bar.write(f"step {done['step']}: validation loss {val_loss:.4f}", file=sys.stderr)
+            if first:
+                bar.write(f"step {done['step']}: validation loss {val_loss:.4f}", file=sys.stderr)
 
-    try:
-        with bar, metrics, interrupt() as asked:
-            for epoch in range(done["step"] // steps_per_epoch, options["epochs"]):
-                if done["step"] == epoch * steps_per_epoch:
-                    validate()
-                batches = epoch_batches(lengths, options["batch_size"], options["seed"], epoch)
-                for batch in batches[done["step"] - epoch * steps_per_epoch :]:
-                    start = time.perf_counter()
-                    lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
-                    examples = [training[i] for i in batch]
-                    how = options["micro_batch_tokens"], options["checkpoint_activations"]
-                    loss = update(model, adapter, optimizer, examples, lr, *how)
+    def save() -> None:
+        if first:
+            save_checkpoint(out, adapter, optimizer, done, options)
 
-                    tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
-                    done["step"] += 1
-                    done["tokens"] += tokens
-                    done["seconds"] += seconds
-                    speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
-                    line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
-                    write_metrics(metrics, line | {"tokens_per_second": speed, "gate_mean_abs": gate})
-                    bar.update()
-                    if done["step"] % options["log_every"] == 0:
-                        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
-                    if done["step"] % options["save_every"] == 0:
-                        save_checkpoint(out, adapter, optimizer, done, options)
-                    if asked.is_set():
-                        raise Interrupted
-            validate()
-    except (FloatingPointError, Interrupted):
-        save_checkpoint(out, adapter, optimizer, done, options)
-        raise
-    save_checkpoint(out, adapter, optimizer, done, options)
-    return done
+    with bar, metrics, signals() as asked, saving(save), all_ranks():
+        for epoch, batch in batches_from(done["step"], lengths, options):
+            if done["step"] % steps_per_epoch == 0:
+                validate()
+            start = time.perf_counter()
+            lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
+            examples = [training[i] for i in batch]
+            how = options["micro_batch_tokens"], options["checkpoint_activations"]
+            try:
+                loss = update(model, adapter, optimizer, examples, lr, *how)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {done['step'] + 1}: {error}") from None
+
+            tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
+            done["step"] += 1
+            done["tokens"] += tokens
+            done["seconds"] += seconds
+            speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
+            line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
+            write_metrics(metrics, line | {"tokens_per_second": speed, "gate_mean_abs": gate})
+            bar.update()
+            if done["step"] % options["log_every"] == 0:
+                bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+            if done["step"] % options["save_every"] == 0:
+                save()
+            over = TIME if time.perf_counter() > deadline else 0
+            if reason := highest(max(over, asked()), adapter.gates.device):
+                raise Stopped(reason)
+        validate()
+        save()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -251,7 +329,20 @@ def train(
 @device_options
 @click.option("--log-every", type=click.IntRange(1), default=1, help="Steps between readings on the progress bar.")
 @click.option("--save-every", type=click.IntRange(1), default=100, help="Steps between checkpoints.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, with the same options.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="yes",
+    type=click.Choice(["yes", "auto"]),
+    help="Go on from the checkpoint in --out, with the same options; auto: if there is one.",
+)
+@click.option("--max-minutes", type=Real(0, min_open=True), help="Save and stop when so many have gone by.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "ddp", "fsdp"]),
+    default="auto",
+    help="Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit.",
+)
 @click.pass_context
 def main(context, **options):
     """Tune a LLaMA-Adapter: the base stays frozen, a few prompts and gates learn to follow instructions.
@@ -267,49 +358,70 @@ def main(context, **options):
     if options["lr"] is None:
         options["lr"] = options["blr"] * options["batch_size"] / 256
 
-    with one_line_errors():
-        device, dtype = choose(options.pop("device"), options["dtype"])
-        options["dtype"] = str(dtype)
-        if options["compile"]:
-            prepare_to_compile(device, options["int8"])
-        model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
-        if options["int8"]:
-            hold_in_8_bits(model)
-            options["checkpoint_activations"] = True
-        if options["compile"]:
-            compile_layers(model)
-        out = options["out"]
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in ("summary.json", "curves.png"):  # of an earlier run
-            (out / stale).unlink(missing_ok=True)
-    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
-    click.echo(
-        f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}\n"
-        f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
-        f"(the prompt alone fills {options['max_seq_len']} tokens), {counts['cut']:,} cut to fit",
-        err=True,
-    )
     with one_line_errors(OSError, ValueError, torch.OutOfMemoryError):
+        device, dtype = choose(own_device(options.pop("device")), options["dtype"])
+        options["dtype"] = str(dtype)
+        join(device)
         try:
-            done = train(model, adapter, training, validation, out, options)
-        except Interrupted:
-            click.echo(f"interrupted after step {adapter.metadata['steps']}: to go on, add --resume", err=True)
-            sys.exit(130)
-        except torch.OutOfMemoryError as error:
-            less = f"--checkpoint-activations or fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
-            raise ValueError(f"{error}; {less} may help") from None
-        except FloatingPointError as error:
-            kept = f"{out}/adapter.safetensors is as of step {adapter.metadata['steps']}"
-            raise ValueError(f"{error}; {kept}; a lower --lr may help, with another --out") from None
+            run(options, device, dtype, start)
+        finally:
+            leave()
+
+
+def run(options: dict, device: torch.device, dtype: torch.dtype, start: float) -> None:
+    """What the command does once the ranks have met, from its options to its summary; `start` is when it began.
+
+    Raises OSError, ValueError or torch.OutOfMemoryError.
+    """
+    out, first = options["out"], rank() == 0
+    say = partial(click.echo, err=True) if first else lambda text: None
+    state = from_first(lambda: standing(out, options["resume"], options))
+    if state == "finished":
+        say(f"{out}: this run is finished, nothing is left to do")
+        return
+    model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
+    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
+    say(
+        f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
+        + (f", {options['strategy']} over {world()} ranks" if world() > 1 else "")
+        + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
+        f"dropped (the prompt alone fills {options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
+    )
+    optimizer, done = make_optimizer(adapter, options["weight_decay"]), {"step": 0, "tokens": 0, "seconds": 0.0}
+    if state == "begun":
+        done = load_checkpoint(out / "checkpoint.pt", adapter, optimizer, options)
+    with together():
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            for stale in ("summary.json", "curves.png"):  # of an earlier run
+                (out / stale).unlink(missing_ok=True)
+    deadline = start + 60 * (options["max_minutes"] or math.inf)
+    try:
+        train(model, adapter, optimizer, training, validation, out, options, done, deadline)
+    except Stopped as stopped:
+        say(f"{stopped} after step {done['step']}: to go on, add --resume")
+        sys.exit(stopped.code)
+    except (FloatingPointError, Lost) as error:
+        advice = "to go on, add --resume" if isinstance(error, Lost) else "a lower --lr may help, with another --out"
+        files = f"{out}/checkpoint.pt and adapter.safetensors are as of step {done['step']}"
+        raise Everywhere(f"{error}; {files}; {advice}") from None
+    except torch.OutOfMemoryError as error:
+        less = f"--checkpoint-activations or fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
+        raise ValueError(f"{error}; {less} may help") from None
+
+    examination = {}
+    if options["data"] is None and (first or options["strategy"] == "fsdp"):  # a split model needs all ranks
+        with redirect_stdout(sys.stdout if first else io.StringIO()):
+            examination = examine(model, tokenizer, adapter)
+    if first:
         summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
-        summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]}
-        if options["data"] is None:
-            summary |= examine(model, tokenizer, adapter)
+        summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]} | examination
         summary |= {"wall_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(device)}
+        summary |= {"options": {name: value for name, value in options.items() if name not in FREE}}
         with replacing(out / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (out / "checkpoint.pt").unlink()
-    click.echo(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}", err=True)
+    say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
 
 
 def prepare(options: dict, dtype: torch.dtype, device: torch.device):
@@ -317,32 +429,46 @@ def prepare(options: dict, dtype: torch.dtype, device: torch.device):
 
     Fills in the options that depend on the base. Raises OSError or ValueError.
     """
-    checkpoint = options["out"] / "checkpoint.pt"
-    if checkpoint.exists() and not options["resume"]:
-        raise ValueError(f"{checkpoint} is of an unfinished run: go on with --resume, or use another --out")
-    if options["resume"] and not checkpoint.exists():
-        raise ValueError(f"{checkpoint}: nothing to resume")
-    if options["warmup_epochs"] >= options["epochs"]:
-        warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
-        raise ValueError(f"{warmup}: the learning rate would never get to fall")
-    if options["data"] is None:
-        examples = [question.example for question in toy.instructions()["tuning"]]
-    else:
-        examples = read_examples(options["data"])
-    examples = examples[: options["limit"]]
-    base = toy.make_base() if options["base"] is None else Path(options["base"])
-    model, tokenizer = load_llama(base, dtype, device)
-    config = model.config
-    if options["layers"] is None:
-        options["layers"] = max(1, config.n_layers - 2)
-    for name, limit in (("layers", config.n_layers), ("max_seq_len", config.max_seq_len or math.inf)):
-        if options[name] > limit:
-            raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+    with together():
+        if options["warmup_epochs"] >= options["epochs"]:
+            warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
+            raise ValueError(f"{warmup}: the learning rate would never get to fall")
+        if options["compile"]:
+            prepare_to_compile(device, options["int8"])
+        if options["data"] is None:
+            examples = [question.example for question in toy.instructions()["tuning"]]
+        else:
+            examples = read_examples(options["data"])
+        examples = examples[: options["limit"]]
+        if options["base"] is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            toy.make_base()  # one of a machine's ranks for all of them
+    with together():
+        base = toy.make_base() if options["base"] is None else Path(options["base"])
+        config, _ = read_base(base)
+        if options["layers"] is None:
+            options["layers"] = max(1, config.n_layers - 2)
+        for name, limit in (("layers", config.n_layers), ("max_seq_len", config.max_seq_len or math.inf)):
+            if options[name] > limit:
+                raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in LLaMA(config).parameters())
+        options["strategy"] = choose_strategy(options["strategy"], size * dtype.itemsize, device)
+        if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
+            raise ValueError("--strategy fsdp goes with neither --int8 nor --compile")
+    split_up = splitter(device) if options["strategy"] == "fsdp" else None
+    with together():
+        model, tokenizer = load_llama(base, dtype, device, split=split_up)
+        if options["int8"]:
+            hold_in_8_bits(model)
+            options["checkpoint_activations"] = True
+        if options["compile"]:
+            compile_layers(model)
     options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     options["base_fingerprint"] = fingerprint(model)
 
-    tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
-    training, validation = split(tokens, options["val_size"], options["seed"])
+    with together():
+        tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
+        training, validation = split(tokens, options["val_size"], options["seed"])
     counts = {
         "examples": len(training),
         "held_out": len(validation),
