@@ -227,5 +227,8 @@ def replacing(path: str | Path):
         with open(temporary, "rb+") as file:
             os.fsync(file)  # all of it is on the disk before the old one goes
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # where the disk is full Python names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from matplotlib.axes import Axes
@@ -51,8 +50,8 @@ def standing(out: Path, resume: str | None, options: dict) -> str:
     return "new"
 
 
-def open_metrics(path: Path, step: int) -> TextIO:
-    """metrics.jsonl, to append to: without what a killed run wrote after the step that is gone on from.
+def trim_metrics(path: Path, step: int) -> None:
+    """Take from metrics.jsonl what a killed run wrote after the step that is gone on from.
 
     An evaluation at that very step goes as well, since it is made again.
     """
@@ -63,7 +62,6 @@ def open_metrics(path: Path, step: int) -> TextIO:
                 kept.append(line)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -79,12 +77,12 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def write_metrics(file: TextIO, line: dict) -> None:
+def write_metrics(path: Path, line: dict) -> None:
     try:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def save_checkpoint(

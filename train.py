@@ -45,11 +45,11 @@ from runs import (
     FREE,
     draw_curves,
     load_checkpoint,
-    open_metrics,
     peak_memory,
     read_metrics,
     save_checkpoint,
     standing,
+    trim_metrics,
     write_metrics,
 )
 
@@ -225,9 +225,9 @@ def saving(save: Callable[[], None]):
 
 def batches_from(step: int, lengths: Sequence[int], options: dict) -> Iterator[tuple[int, list[int]]]:
     """The epoch and the indices of the examples of every step from `step` to the last."""
-    size, seed = options["batch_size"], options["seed"]
-    epochs = range(options["epochs"])
-    return islice(((epoch, batch) for epoch in epochs for batch in epoch_batches(lengths, size, seed, epoch)), step, None)
+    how = lengths, options["batch_size"], options["seed"]
+    steps = ((epoch, batch) for epoch in range(options["epochs"]) for batch in epoch_batches(*how, epoch))
+    return islice(steps, step, None)
 
 
 def train(
@@ -254,15 +254,20 @@ def train(
     total = options["epochs"] * steps_per_epoch
     warmup = round(options["warmup_epochs"] * steps_per_epoch)
     first = rank() == 0
-    metrics = open_metrics(out / "metrics.jsonl", done["step"]) if first else open(os.devnull, "w")
+    if first:
+        trim_metrics(out / "metrics.jsonl", done["step"])
     bar = tqdm(total=total, initial=done["step"], unit="step", file=sys.stderr, dynamic_ncols=True, disable=not first)
+
+    def record(line: dict) -> None:
+        if first:
+            write_metrics(out / "metrics.jsonl", line)
 
     def validate() -> None:
         if validation:
             val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"the validation loss after step {done['step']} is {val_loss}")
-            write_metrics(metrics, {"step": done["step"], "val_loss": val_loss})
+            record({"step": done["step"], "val_loss": val_loss})
             if first:
                 bar.write(f"step {done['step']}: validation loss {val_loss:.4f}", file=sys.stderr)
 
@@ -270,7 +275,7 @@ def train(
         if first:
             save_checkpoint(out, adapter, optimizer, done, options)
 
-    with bar, metrics, signals() as asked, saving(save), all_ranks():
+    with bar, signals() as asked, saving(save), all_ranks():
         for epoch, batch in batches_from(done["step"], lengths, options):
             if done["step"] % steps_per_epoch == 0:
                 validate()
@@ -289,7 +294,7 @@ def train(
             done["seconds"] += seconds
             speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
             line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
-            write_metrics(metrics, line | {"tokens_per_second": speed, "gate_mean_abs": gate})
+            record(line | {"tokens_per_second": speed, "gate_mean_abs": gate})
             bar.update()
             if done["step"] % options["log_every"] == 0:
                 bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")

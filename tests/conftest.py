@@ -1,12 +1,15 @@
 """Small models with open gates, and where the real data is, if it is anywhere."""
 
 import json
+import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -91,3 +94,52 @@ def copy_base(source, target, **changes):
     params = json.loads((target / "params.json").read_text()) | changes
     (target / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
     return target
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")  # for the server, which starts with the first
+        context.Process(target=time.time).start()
+    return context
+
+
+def command(args, spoil=None):
+    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
+    import train
+
+    torch.set_num_threads(1)
+    if spoil is not None:
+        spoil(int(os.environ.get("RANK", 0)))
+    result = CliRunner().invoke(train.main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory):
+    """Forty instructions of two kinds and unequal length."""
+    records = [
+        {
+            "instruction": f"Name the number {i}.",
+            "input": "of animals" * (i % 3),
+            "output": "cat " * (1 + i % 7) + str(i),
+        }
+        for i in range(40)
+    ]
+    path = tmp_path_factory.mktemp("data") / "forty.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def args(tiny_base, instructions, tmp_path):
+    """5 steps an epoch, the last of 4 examples; 3 epochs."""
+    return [
+        "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
+        "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
+    ]  # fmt: skip

@@ -154,31 +154,6 @@ def run(*args):
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-@pytest.fixture(scope="module")
-def instructions(tmp_path_factory):
-    """Forty instructions of unequal length."""
-    records = [
-        {
-            "instruction": f"Name the number {i}.",
-            "input": "of animals" * (i % 3),
-            "output": "cat " * (1 + i % 7) + str(i),
-        }
-        for i in range(40)
-    ]
-    path = tmp_path_factory.mktemp("data") / "forty.json"
-    path.write_text(json.dumps(records))
-    return path
-
-
-@pytest.fixture
-def args(tiny_base, instructions, tmp_path):
-    """5 steps an epoch, 3 epochs."""
-    return [
-        "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
-        "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
-    ]  # fmt: skip
-
-
 def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
     weights = (tiny_base / "consolidated.00.pth").read_bytes()
     result = run(*args)

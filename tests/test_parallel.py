@@ -1,0 +1,333 @@
+"""Several ranks at one training run equal a process alone, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT, command, make_adapter, make_model, make_tokens
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import train
+from adapter import Adapter
+from checkpoints import load_llama
+from data import Tokens, micro_batches, share
+from parallel import join, splitter
+from runs import read_metrics
+
+CPU = torch.device("cpu")
+
+
+def begin(rank, world, port, results, target, args):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    results.put((rank, target(*args)))
+
+
+class Ranks:
+    """What torchrun does: `world` processes that run target(*args); `results` has what they return, by rank."""
+
+    def __init__(self, forks, world, target, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.queue = forks.Queue()
+        every = [(rank, world, port, self.queue, target, args) for rank in range(world)]
+        self.processes = [forks.Process(target=begin, args=each) for each in every]
+        for process in self.processes:
+            process.start()
+
+    def results(self, expected=None, timeout=60):
+        number = len(self.processes) if expected is None else expected
+        results = dict(self.queue.get(timeout=timeout) for _ in range(number))
+        for process in self.processes:
+            process.join(timeout)
+            assert process.exitcode is not None, "a rank hangs"
+        return [results.get(rank) for rank in range(len(self.processes))]
+
+
+@pytest.fixture
+def args(args):
+    """With a rate that makes errors show."""
+    return [*args, "--layers", 2, "--lr", 0.5]
+
+
+def alone(*args):
+    return CliRunner().invoke(train.main, [str(arg) for arg in args])
+
+
+def outcome(out):
+    """Losses by step, validation losses by step, and the adapter."""
+    lines = read_metrics(out / "metrics.jsonl")
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    return losses, validation, load_file(out / "adapter.safetensors")
+
+
+def same_run(one, other):
+    (losses, validation, adapter), (losses_too, validation_too, adapter_too) = outcome(one), outcome(other)
+    assert [step for step, _ in losses] == [step for step, _ in losses_too]
+    assert dict(losses) == pytest.approx(dict(losses_too), rel=1e-5)
+    assert [step for step, _ in validation] == [step for step, _ in validation_too]
+    assert dict(validation) == pytest.approx(dict(validation_too), rel=1e-5)
+    for name in adapter:
+        torch.testing.assert_close(adapter[name], adapter_too[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "world, how",
+    [
+        (2, ["--strategy", "ddp"]),
+        (3, ["--strategy", "ddp", "--micro-batch-tokens", 200, "--batch-size", 2]),
+        (2, ["--strategy", "fsdp", "--micro-batch-tokens", 200, "--checkpoint-activations"]),
+        (3, ["--strategy", "fsdp"]),
+        (3, ["--strategy", "fsdp", "--batch-size", 2]),
+    ],
+    ids=lambda how: " ".join(map(str, how)) if isinstance(how, list) else str(how),
+)
+def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
+    """Unequal shares, parts of shares, and with batches of 2 a rank out of work."""
+    results = Ranks(forks, world, command, [*args, *how]).results()
+    assert [code for code, _, _ in results] == [0] * world, results
+    assert f"over {world} ranks" in results[0][2] and "validation loss" in results[0][2]
+    assert all(stdout == stderr == "" for _, stdout, stderr in results[1:])
+    assert alone(*args, *how[2:], "--out", tmp_path / "alone").exit_code == 0
+    same_run(tmp_path / "run", tmp_path / "alone")
+    losses, _, adapter = outcome(tmp_path / "run")
+    assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # something was learnt
+
+
+def make_examples(number=23):
+    lengths = torch.randint(4, 60, (number,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Tokens(list(range(length)), 2, i, kind="ab"[i % 2]) for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_example_falls_to_one_rank(number, world):
+    examples = make_examples(number)
+    shares = [share(examples, rank, world) for rank in range(world)]
+    assert sorted(e.record for mine in shares for e in mine) == list(range(number))
+    tokens = [sum(len(e.ids) for e in mine) for mine in shares]
+    longest = max(len(e.ids) for e in examples)
+    assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
+    assert sum(len(list(micro_batches(mine, 10_000))) for mine in shares) <= world + 1  # one border between two kinds
+
+
+def validate(lengths):
+    torch.set_num_threads(1)
+    join(CPU)
+    model = make_model("gqa")
+    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
+    return train.mean_loss(model, make_adapter(model), examples, 30)
+
+
+def test_validation_is_the_same_to_the_last_bit(forks):
+    lengths = list(range(5, 22))
+    losses = {loss for world in (2, 3) for loss in Ranks(forks, world, validate, lengths).results()}
+    model = make_model("gqa")
+    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    losses.add(train.mean_loss(model, make_adapter(model), examples, 30))
+    torch.set_num_threads(threads)
+    assert len(losses) == 1
+
+
+def one_step(strategy):
+    """What a step leaves behind, and the numbers that travelled in it, by kind."""
+    from torch.profiler import profile
+
+    torch.set_num_threads(1)
+    join(CPU)
+    model, numbers = make_model("wide"), {}
+    layer = sum(weight.numel() for weight in model.layers[0].parameters())
+    if strategy == "fsdp":
+        split = splitter(CPU)
+        for block in model.layers:
+            split(block)
+        split(model)
+    adapter = make_adapter(model)
+    optimizer = train.make_optimizer(adapter, 0.0)
+    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
+    with profile(record_shapes=True) as profiler:
+        train.update(model, adapter, optimizer, examples, 0.1, 1000)
+    for event in profiler.events():
+        if event.name in ("gloo:all_reduce", "gloo:all_gather", "gloo:reduce_scatter", "gloo:broadcast"):
+            number = sum(torch.Size(shape).numel() for shape in event.input_shapes)
+            numbers[event.name] = numbers.get(event.name, 0) + number
+    return {
+        "numbers": numbers,
+        "adapter": sum(p.numel() for p in adapter.parameters()),
+        "layer": layer,
+        "here": sum(w.to_local().numel() for w in model.layers.parameters() if isinstance(w, DTensor)),
+        "gradients": [name for name, weight in model.named_parameters() if weight.grad is not None],
+        "state": sum(len(optimizer.state[p]) > 0 for p in adapter.parameters()) - len(optimizer.state),
+    }
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_travels_and_what_stays(forks, strategy):
+    """The adapter's gradient and the loss; with fsdp also each rank's part of every layer, forward and backward."""
+    for result in Ranks(forks, 2, one_step, strategy).results():
+        assert result["gradients"] == [] and result["state"] == 0
+        expected = {"gloo:all_reduce": result["adapter"] + 1}
+        if strategy == "fsdp":
+            assert result["here"] == 3 * result["layer"] / 2
+            # 3 layers forward; backward, the 2 that are adapted, and 1 fetched ahead of its turn, in vain
+            expected["gloo:all_gather"] = 6 * result["layer"] / 2
+        assert result["numbers"] == expected
+
+
+def no_data(rank):
+    if rank == 1:
+
+        def fail(path):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+
+        train.read_examples = fail
+
+
+def no_compiler(rank):
+    def fail(device, int8):
+        raise ValueError("--compile needs a C++ compiler")
+
+    train.prepare_to_compile = fail
+
+
+@pytest.mark.parametrize(
+    "spoil, more, message",
+    [
+        (no_data, [], "error: rank 1: {data}: No such file or directory"),
+        (no_compiler, ["--compile"], "error: --compile needs a C++ compiler"),
+        (None, ["--base", "nowhere"], "error: nowhere: no such base model"),
+        (None, ["--device", "cpu:0"], "error: rank 0: --device cpu:0: of several processes each has its own"),
+        (None, ["--strategy", "fsdp", "--int8"], "error: --strategy fsdp goes with neither"),
+    ],
+)
+def test_what_one_rank_cannot_do_ends_all(forks, args, spoil, more, message):
+    results = Ranks(forks, 2, command, [*args, *more], spoil).results()
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[0][2].startswith(message.format(data=args[3])) and len(results[0][2].splitlines()) == 1
+    if "rank 0" not in message:
+        assert results[1][2] == ""
+    assert not args[5].exists()
+
+
+def out_of_memory(rank):
+    spoil_step(rank, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+
+
+def killed(rank):
+    spoil_step(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def terminated(rank):
+    spoil_step(rank, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def interrupted(rank):
+    spoil_step(rank, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], rank)
+
+
+def not_a_number(rank):
+    """On rank 1 alone, a part of the gradient."""
+    accumulate, calls = train.loss_sum, []
+
+    def spoilt(*arguments):
+        calls.append(1)
+        return accumulate(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
+
+    train.loss_sum = spoilt
+
+
+def spoil_step(rank, act, spoilt=1, step=8):
+    update, calls = train.update, []
+
+    def acting(*arguments):
+        calls.append(1)
+        if rank == spoilt and len(calls) == step:
+            act()
+        return update(*arguments)
+
+    train.update = acting
+
+
+@pytest.mark.parametrize("strategy, spoil", [("ddp", out_of_memory), ("fsdp", killed)])
+def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil):
+    """In seconds, with what was good on the disk, and the run goes on from there."""
+    start = time.time()
+    ranks = Ranks(forks, 3, command, [*args, "--strategy", strategy], spoil)
+    results = ranks.results(expected=3 if spoil is out_of_memory else 2)
+    assert time.time() - start < 30
+    assert results[0][0] == results[2][0] == 2 and results[2][2] == ""
+    last = results[0][2].splitlines()[-1]
+    assert last.startswith("error: another rank has ended; ") and "as of step 7; to go on, add --resume" in last
+    if spoil is out_of_memory:
+        assert results[1][0] == 2 and results[1][2].startswith("error: rank 1: no memory left")
+    assert alone(*args, "--resume").exit_code == 0
+    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_what_is_not_finite_is_said_once(forks, args):
+    results = Ranks(forks, 2, command, args, not_a_number).results()
+    assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
+    last = results[0][2].splitlines()[-1]
+    assert last.startswith("error: step 7: a loss of nan led to values that are not finite, in a batch of records [")
+    assert "as of step 6;" in last
+
+
+@pytest.mark.parametrize(
+    "spoil, code, said", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
+)
+def test_a_signal_stops_all_and_another_number_of_ranks_goes_on(forks, args, tmp_path, spoil, code, said):
+    """A signal to one of them; and Ctrl-C twice, as it comes through torchrun."""
+    results = Ranks(forks, 2, command, args, spoil).results()
+    assert [result[0] for result in results] == [code, code]
+    assert results[0][2].splitlines()[-1] == f"{said} after step 8: to go on, add --resume" and results[1][2] == ""
+    results = Ranks(forks, 3, command, [*args, "--resume", "--strategy", "fsdp"]).results()
+    assert [result[0] for result in results] == [0, 0, 0]
+    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_resumed_run_cannot_change_its_options_on_any_rank(forks, args):
+    assert Ranks(forks, 2, command, args, terminated).results()[0][0] == 0
+    results = Ranks(forks, 2, command, [*args, "--resume", "--length", 4]).results()
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "length = 3, not 4" in results[0][2].splitlines()[-1] and results[1][2] == ""
+
+
+def load_split(base):
+    torch.set_num_threads(1)
+    join(CPU)
+    model, _ = load_llama(base, split=splitter(CPU))
+    whole, _ = load_llama(base)
+    rows = make_tokens(whole, 2, 9)
+    adapter = make_adapter(whole)
+    with torch.no_grad():
+        return torch.equal(model(rows, adapter()), whole(rows, adapter()))
+
+
+def test_a_split_base_is_the_same_model(forks, tiny_base):
+    assert Ranks(forks, 2, load_split, tiny_base).results() == [True, True]
+
+
+def test_torchrun(args, tmp_path):
+    """The real thing, once; and no --strategy fsdp without it."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
+    result = subprocess.run([*run, "--strategy", "fsdp"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("wrote adapter.safetensors") == 1 and "fsdp over 2 ranks" in result.stderr
+    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    same_run(tmp_path / "run", tmp_path / "alone")
+    result = alone(*args, "--out", tmp_path / "other", "--strategy", "fsdp")
+    assert result.exit_code == 2 and "torchrun" in result.stderr
+    Adapter.load(tmp_path / "run" / "adapter.safetensors")

@@ -1,0 +1,198 @@
+"""A run that is stopped, by whatever it is, goes on as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import command
+from safetensors.torch import load_file
+
+import train
+from adapter import Adapter
+from runs import read_metrics
+
+
+def run(*args):
+    return CliRunner().invoke(train.main, [str(arg) for arg in args])
+
+
+def tensors_and_metrics(out):
+    """All but the clock."""
+    lines = [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+    tensors = {name: tensor.tolist() for name, tensor in load_file(out / "adapter.safetensors").items()}
+    return tensors, lines
+
+
+class Child:
+    """train.py in a process of its own; `steps` is set when it begins its first step."""
+
+    def __init__(self, forks, args, spoil=None):
+        self.steps = forks.Event()
+        self.process = forks.Process(target=self.run, args=(args, spoil, self.steps))
+        self.process.start()
+
+    @staticmethod
+    def run(args, spoil, steps):
+        update = train.update
+        train.update = lambda *arguments: steps.set() or update(*arguments)
+        raise SystemExit(command(args, spoil)[0])
+
+    def exit_code(self):
+        self.process.join(60)
+        return self.process.exitcode
+
+
+class AtAWrite:
+    """Kills the process at the n-th file it makes sure of: written by half, not yet renamed, or just renamed."""
+
+    def __init__(self, n, how):
+        self.n, self.how = n, how
+
+    def __call__(self, rank):
+        fsync, replace, calls = os.fsync, Path.replace, []
+
+        def fatal_fsync(file):
+            fsync(file)
+            calls.append(1)
+            if len(calls) >= self.n and file.name.endswith(".tmp"):
+                if self.how == "half":
+                    os.truncate(file.name, os.path.getsize(file.name) // 2)
+                if self.how != "renamed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def fatal_replace(path, target):
+            replace(path, target)
+            if len(calls) >= self.n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync, Path.replace = fatal_fsync, fatal_replace
+
+
+def test_twenty_kills(forks, args, tmp_path):
+    """kill -9, eleven times at random and nine times at a write; each time the files left behind are whole."""
+    args += ["--epochs", 24, "--save-every", 1]
+    assert Child(forks, [*args, "--out", tmp_path / "whole"]).exit_code() == 0
+
+    chance, left_over, last = random.Random(0), 0, 0
+    for number in range(20):
+        hows = ["half", "written", "renamed"]
+        spoil = AtAWrite(chance.randint(1, 15), hows[number // 2 % 3]) if number % 2 else None
+        child = Child(forks, [*args, "--resume", "auto"], spoil)
+        if spoil is None:
+            assert child.steps.wait(60)
+            time.sleep(chance.uniform(0, 0.05))
+            child.process.kill()
+        assert child.exit_code() == -signal.SIGKILL
+        out = tmp_path / "run"
+        left_over += any(path.suffix == ".tmp" for path in out.iterdir())
+        for path in out.iterdir():
+            if path.name == "adapter.safetensors":
+                Adapter.load(path)
+            if path.name == "checkpoint.pt":
+                step = torch.load(path, weights_only=True)["progress"]["step"]
+                assert step >= last
+                last = step
+    assert left_over >= 3 and 20 < last < 120  # there were kills amid writing, and all of them amid the run
+
+    assert Child(forks, [*args, "--resume", "auto"]).exit_code() == 0
+    assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_sigterm_saves_and_is_no_failure(args, tmp_path, monkeypatch):
+    assert run(*args, "--out", tmp_path / "whole").exit_code == 0
+    update, calls = train.update, []
+
+    def terminated(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", terminated)
+        result = run(*args)
+    assert result.exit_code == 0 and "stopped by SIGTERM after step 7: to go on, add --resume" in result.stderr
+    assert run(*args, "--resume").exit_code == 0
+    assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_max_minutes_and_the_same_command_again(args, tmp_path):
+    """A run of as many pieces as steps is that of one piece; then there is nothing left to do."""
+    assert run(*args, "--out", tmp_path / "whole").exit_code == 0
+    for step in range(1, 16):
+        result = run(*args, "--resume", "auto", "--max-minutes", 1e-9)
+        assert result.exit_code == 0
+        assert f"stopped by --max-minutes after step {step}: to go on, add --resume" in result.stderr
+        assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(*args, "--resume", "auto").exit_code == 0
+    assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
+
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    result = run(*args, "--resume", "auto")
+    assert result.exit_code == 0 and "this run is finished" in result.stderr
+    result = run(*args, "--resume", "auto", "--epochs", 4)
+    assert result.exit_code == 2 and "summary.json: was made with epochs = 3, not 4" in result.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    assert run(*args, "--max-minutes", 60).exit_code == 0  # without --resume the same command begins anew
+
+
+@pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
+    """RLIMIT_FSIZE stands for the full disk: from step 8 on no file grows beyond what it has."""
+    resource = pytest.importorskip("resource")
+    assert run(*args, "--out", tmp_path / "whole").exit_code == 0
+    update, calls, out = train.update, [], tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filled_up(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            room = (out / full).stat().st_size - (full == "checkpoint.pt")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", filled_up)
+        result = run(*args, "--save-every", 3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {out / full}") and "File too large" in last
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 6
+    assert not list(out.glob("*.tmp"))
+    assert run(*args, "--resume").exit_code == 0
+    assert tensors_and_metrics(out) == tensors_and_metrics(tmp_path / "whole")
+
+
+def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
+    """A checkpoint takes the place of the one before when it, the adapter and the metrics are there for good."""
+    events, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).name)) or fsync(file))
+    monkeypatch.setattr(
+        Path, "replace", lambda path, target: events.append(("in place", target.name)) or replace(path, target)
+    )
+    assert run(*args, "--save-every", 15).exit_code == 0
+    place = events.index(("in place", "checkpoint.pt"))
+    assert events[place - 4 : place] == [
+        ("sure", "metrics.jsonl"),
+        ("sure", "adapter.safetensors.tmp"),
+        ("in place", "adapter.safetensors"),
+        ("sure", "checkpoint.pt.tmp"),
+    ]
+
+
+def test_the_summary_tells_the_options(args, tmp_path):
+    assert run(*args).exit_code == 0
+    options = json.loads((tmp_path / "run" / "summary.json").read_text())["options"]
+    assert options["epochs"] == 3 and options["layers"] == 1 and "base_fingerprint" in options
