@@ -38,12 +38,11 @@ def one_line_errors(*kinds: type[Exception]):
         yield
     except kinds or (ValueError, OSError) as error:
         number, processes = started()
-        if isinstance(error, Everywhere):
-            who = "" if number == 0 else None
-        else:
+        if not isinstance(error, Everywhere):
             who = f"rank {number}: " if processes > 1 else ""
-        if who is not None:
             click.echo(f"error: {who}{line_of(error)}", err=True)
+        elif number == 0:
+            click.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 

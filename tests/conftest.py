@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -143,3 +144,41 @@ def args(tiny_base, instructions, tmp_path):
         "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
         "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def large_base(tiny_base, tmp_path_factory):
+    """260 MB in bfloat16, in two of Meta's files: 10 layers of width 1024."""
+    folder = copy_base(
+        tiny_base, tmp_path_factory.mktemp("large") / "base", dim=1024, n_layers=10, n_heads=8, multiple_of=256
+    )
+    weights = LLaMA(Config(1024, 10, 8, 8, 128, 2816, 1024)).bfloat16().state_dict()
+    for i in range(2):
+        shard = {}
+        for name, weight in weights.items():
+            by_columns = name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings")
+            shard[name] = weight if weight.dim() == 1 else weight.chunk(2, 1 if by_columns else 0)[i].clone()
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    return folder
+
+
+def peak_anonymous(act):
+    """What act() returns, and by how many bytes the process grew meanwhile, at most: without pages of mapped files."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads /proc")
+
+    def anonymous():
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before, seen, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            seen.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = act()
+    done.set()
+    thread.join()
+    return result, max(seen) - before

@@ -1,16 +1,13 @@
 """Reading base models: every layout, and every way in which its files can be wrong."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_base, make_model
+from conftest import copy_base, make_model, peak_anonymous
 
 from checkpoints import load_llama, meta_config
 from model import SIZES, Config, LLaMA
@@ -488,31 +485,24 @@ def test_a_name_that_is_no_folder_is_told_how_to_become_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading_needs_little_more_memory_than_the_model(tiny_base, tmp_path, dtype):
-    """At most 1.15 times the model: anonymous memory, sampled all the while; pages of mapped files are the cache's."""
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("reads /proc")
-    params = dict(dim=1024, n_layers=10, n_heads=8, multiple_of=256, ffn_dim_multiplier=None)
-    folder = copy_base(tiny_base, tmp_path / "base", **params)
-    model = LLaMA(Config(1024, 10, 8, 8, 128, 2816, 1024)).bfloat16()
-    for i, shard in enumerate(split_for_parallel(model.state_dict(), 2, False)):
-        torch.save(shard, folder / f"consolidated.{i:02}.pth")
-    code = (
-        "import sys, threading, time, torch\n"
-        "from checkpoints import load_llama\n"
-        "def anonymous(): return 1024 * int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
-        f"load_llama({str(tiny_base)!r})\n"  # so that the libraries' own memory doesn't count
-        "before = peak = anonymous(); done = False\n"
-        "def watch():\n"
-        "    global peak\n"
-        "    while not done: peak = max(peak, anonymous()); time.sleep(0.0005)\n"
-        "thread = threading.Thread(target=watch); thread.start()\n"
-        f"model, _ = load_llama({str(folder)!r}, {dtype})\n"
-        "done = True; thread.join()\n"
-        "size = sum(p.numel() * p.element_size() for p in model.parameters())\n"
-        "print(size, peak - before)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    size, peak = map(int, result.stdout.split())
+def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large_base, dtype):
+    """At most 1.15 times the model."""
+    results = forks.SimpleQueue()
+    process = forks.Process(target=load_and_watch, args=(tiny_base, large_base, dtype, results))
+    process.start()
+    size, peak = results.get()
+    process.join()
     assert size > 250e6
     assert 0.9 * size < peak < 1.15 * size
+
+
+def load_and_watch(tiny_base, base, dtype, results):
+    load_llama(tiny_base)  # so that the libraries' own memory doesn't count
+    (model, _), peak = peak_anonymous(lambda: load_llama(base, dtype))
+    results.put((sum(p.numel() * p.element_size() for p in model.parameters()), peak))
+
+
+def test_a_loaded_head_lies_as_a_made_one(tiny_base):
+    """(C, V) in memory, which is what makes it fast; a file has it as (V, C)."""
+    model, _ = load_llama(tiny_base)
+    assert model.output.weight.stride() == LLaMA(model.config).output.weight.stride() == (1, model.config.vocab_size)

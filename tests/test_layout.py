@@ -16,7 +16,7 @@ ABOVE = {
     "toy": {"adapter", "data", "model", "checkpoints"},
     "runs": {"adapter", "cli", "checkpoints"},
     "exchange": {"adapter", "cli", "checkpoints", "runs"},
-    "generate": {"adapter", "data", "cli", "model", "checkpoints", "exchange"},
+    "generate": {"adapter", "data", "cli", "model", "checkpoints", "exchange", "parallel"},
     "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
     "train": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate", "evaluate", "runs", "parallel"},
     "peers": {"adapter", "data", "model", "generate", "train"},

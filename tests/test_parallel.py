@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, command, make_adapter, make_model, make_tokens
+from conftest import ROOT, command, make_adapter, make_model, make_tokens, peak_anonymous
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -318,6 +318,19 @@ def load_split(base):
 
 def test_a_split_base_is_the_same_model(forks, tiny_base):
     assert Ranks(forks, 2, load_split, tiny_base).results() == [True, True]
+
+
+def load_and_watch(tiny_base, base):
+    join(CPU)
+    load_llama(tiny_base, split=splitter(CPU))  # so that the libraries' own memory doesn't count
+    (model, _), peak = peak_anonymous(lambda: load_llama(base, split=splitter(CPU)))
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak
+
+
+def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_base):
+    """Of 10 layers, a rank of two never holds more than 5, the one that is being read, and what is not given back."""
+    for size, peak in Ranks(forks, 2, load_and_watch, tiny_base, large_base).results():
+        assert 0.5 * size < peak < 0.75 * size
 
 
 def test_torchrun(args, tmp_path):
