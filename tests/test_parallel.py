@@ -328,9 +328,9 @@ def load_and_watch(tiny_base, base):
 
 
 def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_base):
-    """Of 10 layers, a rank of two never holds more than 5, the one that is being read, and what is not given back."""
+    """Of 10 layers, a rank of two never holds more than 5, the one being read, and what malloc keeps."""
     for size, peak in Ranks(forks, 2, load_and_watch, tiny_base, large_base).results():
-        assert 0.5 * size < peak < 0.75 * size
+        assert 0.5 * size < peak < 0.85 * size
 
 
 def test_torchrun(args, tmp_path):
