@@ -6,6 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import make_adapter, make_model, make_tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from data import Tokens
@@ -97,6 +98,27 @@ def test_what_is_kept_is_counted():
     # heads (logarithms of sums), gate, up, their silu.
     kept = bench.kept_per_token(config, False)
     assert 32 * 7 + 3 * 48 <= kept <= 32 * 12 + 4 * 48
+
+
+def test_the_plan_counts_what_the_model_does():
+    """Bytes and operations of the formulas against those of a model: within the few things that they leave out."""
+    config = Config(256, 12, 4, 4, 64, 688, 500)
+    plan = bench.plan(config, 1, 80e9, 1e12)
+    model = make_model(config)
+    assert plan["weights"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.01)
+    assert 7 * 256 + 3 * 688 == pytest.approx(bench.kept_per_token(config, False), rel=0.02)
+    examples = [Tokens(row, 62, i) for i, row in enumerate(make_tokens(model, 4, 128).tolist())]
+    with FlopCounterMode(display=False) as counter:
+        accumulate_gradient(model, make_adapter(model, layers=10, length=10), examples, 10_000)
+    assert plan["operations"] == pytest.approx(counter.get_total_flops() / 4, rel=0.1)
+
+
+def test_a_plan_splits_what_does_not_fit():
+    one, eight = (bench.plan(bench.SIZES["LLaMA-65B"], gpus, 80e9, 1e14) for gpus in (1, 8))
+    assert not one["fits"] and eight["fits"] and eight["strategy"] == "fsdp"
+    assert eight["weights"] < one["weights"] / 4 and eight["travels"] > 100e9
+    seven = bench.plan(bench.SIZES["LLaMA-7B"], 8, 80e9, 1e14)
+    assert seven["strategy"] == "ddp" and seven["travels"] == pytest.approx(2 * 7 / 8 * 4 * 1_229_760)
 
 
 def test_8_bits_train():
