@@ -62,8 +62,8 @@ def load_llama(
     if unknown := sorted(weights.keys() - expected):
         raise ValueError(f"{path}: has a weight {unknown[0]} that a LLaMA does not have")
 
-    def fill(module: nn.Module, prefix: str) -> None:
-        for name, parameter in list(module.named_parameters(prefix)):
+    def fill(part: str) -> None:
+        for name, parameter in list(model.get_submodule(part).named_parameters(part)):
             try:
                 target = torch.empty_like(parameter, dtype=dtype, device=device)
                 weights[name](target)
@@ -72,16 +72,16 @@ def load_llama(
             owner = model.get_submodule(name.removesuffix(".weight"))
             owner.weight = nn.Parameter(target, requires_grad=False)
 
-    fill(model.tok_embeddings, "tok_embeddings")
+    fill("tok_embeddings")
     for i, block in enumerate(model.layers):
-        fill(block, f"layers.{i}")
+        fill(f"layers.{i}")
         if split is not None:
             split(block)
-    fill(model.norm, "norm")
+    fill("norm")
     if weights["output.weight"] is weights["tok_embeddings.weight"]:  # a tied head
         model.output.weight = model.tok_embeddings.weight
     else:
-        fill(model.output, "output")
+        fill("output")
     if split is not None:
         split(model)
     return model, tokenizer

@@ -18,7 +18,7 @@ from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
-from parallel import started
+from parallel import Everywhere, started
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -179,7 +179,7 @@ def load(
     Raises OSError or ValueError where the files don't fit each other, or torchrun started several processes.
     """
     if started()[1] > 1:
-        raise ValueError("only train.py runs under torchrun: answers are made by one process, on one device")
+        raise Everywhere("only train.py runs under torchrun: answers are made by one process, on one device")
     paths: dict[str, str] = {}
     for path in adapter_paths:
         name, _, file = path.partition("=")

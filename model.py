@@ -370,7 +370,7 @@ def fingerprint(model: LLaMA) -> str:
     first, last = model.layers[0], model.layers[-1]
     some = (model.tok_embeddings, first.attention.wq, last.feed_forward.w2, model.output)
     weights = [module.weight.detach() for module in some]
-    weights = [w.full_tensor() if hasattr(w, "full_tensor") else w for w in weights]  # of a base split over ranks
+    weights = [getattr(weight, "full_tensor", lambda: weight)() for weight in weights]  # of a base split over ranks
     rows = torch.cat([weight[:4].flatten().to("cpu", torch.bfloat16) for weight in weights])
     return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 

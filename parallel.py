@@ -31,29 +31,37 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_device(name: str) -> str:
-    """The device of this rank, where "auto" and "cuda" mean one for each. Raises ValueError at one for all."""
-    if started()[1] == 1 or name == "cpu":
-        return name
-    if name not in ("auto", "cuda"):
-        raise ValueError(f"--device {name}: of several processes each has its own; say cuda, cpu or auto")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" or torch.cuda.is_available() else "cpu"
-
-
-def join(device: torch.device) -> None:
-    """Meet the other ranks."""
+def join() -> None:
+    """Meet the other processes, if there are any. What lies on a GPU will go over NCCL, all else over gloo."""
     if started()[1] > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def leave() -> None:
+    """At an end that all ranks come to. After an error of one alone this would wait for the others, on a GPU."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class Lost(Exception):
+def own_device(name: str) -> str:
+    """The device of this rank, where "auto" and "cuda" mean one for each. Raises ValueError at one for all."""
+    if world() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return name
+    if name not in ("auto", "cuda"):
+        raise ValueError(f"--device {name}: of several processes each has its own; say cuda, cpu or auto")
+    return f"cuda:{local_rank()}"
+
+
+def local_rank() -> int:
+    """Which of the processes on this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+class Everywhere(ValueError):
+    """An error that all ranks raise, so that the first alone has to say it."""
+
+
+class Lost(Everywhere):
     """Another rank is gone."""
 
 
@@ -64,37 +72,74 @@ def all_ranks():
         yield
     except RuntimeError as error:
         if world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
-            raise Lost("another rank has ended") from error
+            raise Lost(f"another rank has ended ({line_of(error)[:100]} ...)") from error
         raise
+
+
+@contextmanager
+def together():
+    """Where any rank meets an error of input or memory in this block, all of them raise it, at its end."""
+    if world() == 1:
+        yield
+        return
+    line = None
+    try:
+        yield
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        line = line_of(error)
+    lines: list[str | None] = [None] * world()
+    dist.all_gather_object(lines, line)
+    for number, line in enumerate(lines):
+        if line is not None:
+            raise Everywhere(line if lines.count(line) == world() else f"rank {number}: {line}")
+
+
+def line_of(error: Exception) -> str:
+    message = str(error)
+    if isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    return " ".join(message.split())
+
+
+def from_first(read: Callable):
+    """What `read` returns on the first rank, on every rank; it may raise OSError or ValueError."""
+    with together():
+        value = [read() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(value)
+    return value[0]
+
+
+def highest(number: int) -> int:
+    """The highest that any rank has."""
+    if world() == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place."""
     if world() > 1:
+        highest(0)  # if a rank is gone, this says so, over gloo; NCCL would wait for it
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def highest(number: int, device: torch.device) -> int:
-    """The highest that any rank has."""
-    if world() == 1:
-        return number
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
-
-
 def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
-    """Of "auto", "ddp" or "fsdp" for a base of so many bytes. Raises ValueError where it cannot be split."""
+    """ "ddp" or "fsdp", on all ranks the same; "auto" goes by the bytes of the base.
+
+    Raises ValueError where it cannot be split.
+    """
+    if strategy == "auto":
+        large = device.type == "cuda" and weights > 0.7 * torch.cuda.get_device_properties(device).total_memory
+        strategy = "fsdp" if highest(int(world() > 1 and large)) else "ddp"
     if strategy == "fsdp" and world() == 1:
         raise ValueError("--strategy fsdp needs several processes: torchrun --nproc_per_node 8 train.py ...")
     if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, this is {torch.__version__}")
-    if strategy != "auto":
-        return strategy
-    if world() == 1 or device.type != "cuda":
-        return "ddp"
-    return "fsdp" if weights > 0.7 * torch.cuda.get_device_properties(device).total_memory else "ddp"
+    return strategy
 
 
 def splitter(device: torch.device) -> Callable[[nn.Module], None]:

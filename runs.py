@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from adapter import Adapter, replacing
 from checkpoints import first_line, load_pth, read_json
-from cli import from_first, together
+from parallel import from_first, together
 
 # Options in which a run and its resumption may differ.
 FREE = {
@@ -31,6 +31,11 @@ FREE = {
 }
 
 
+def bound(options: dict) -> dict:
+    """The options in which a run and its resumption must be the same."""
+    return {name: value for name, value in options.items() if name not in FREE}
+
+
 def standing(out: Path, resume: str | None, options: dict) -> str:
     """How a run stands in its folder: "new", "begun" or "finished".
 
@@ -41,25 +46,36 @@ def standing(out: Path, resume: str | None, options: dict) -> str:
         if resume is None:
             raise ValueError(f"{checkpoint} is of an unfinished run: go on with --resume, or use another --out")
         return "begun"
-    if resume == "yes":
-        raise ValueError(f"{checkpoint}: nothing to resume")
-    if resume == "auto" and summary.exists():
-        known = {name: value for name, value in options.items() if value is not None}
-        check_options(read_json(summary).get("options"), known, summary)
+    if resume is not None and summary.exists():
+        before = read_json(summary).get("options")
+        known = options if options["layers"] is not None else {k: v for k, v in options.items() if k != "layers"}
+        check_options(before, known, summary)
+        if before["base"] != resolved(options["base"]):
+            raise ValueError(f"{summary}: was made with base {before['base']}, not {resolved(options['base'])}")
         return "finished"
+    if resume == "yes":
+        raise ValueError(
+            f"{checkpoint}: nothing to resume, nothing was saved; leave out --resume, or say --resume auto"
+        )
     return "new"
+
+
+def resolved(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def trim_metrics(path: Path, step: int) -> None:
     """Take from metrics.jsonl what a killed run wrote after the step that is gone on from.
 
-    An evaluation at that very step goes as well, since it is made again.
+    An evaluation at that very step goes as well, since it is made again. Raises ValueError where steps are missing.
     """
     kept = []
     if step:
         for line in read_metrics(path):
             if line["step"] < step or (line["step"] == step and "loss" in line):
                 kept.append(line)
+        if [line["step"] for line in kept if "loss" in line] != list(range(1, step + 1)):
+            raise ValueError(f"{path}: does not have every step up to {step}, where checkpoint.pt stands")
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
@@ -99,7 +115,7 @@ def save_checkpoint(
         "progress": progress,
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "options": {name: value for name, value in options.items() if name not in FREE},
+        "options": bound(options),
     }
     content = io.BytesIO()
     torch.save(state, content)
@@ -128,8 +144,8 @@ def check_options(before: object, options: dict, path: Path) -> None:
     """Raise ValueError where a run that left `path` had other options than now."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not say the options of its run")
-    for name, value in options.items():
-        if name not in FREE and before.get(name) != value:
+    for name, value in bound(options).items():
+        if before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
             raise ValueError(f"{was}: a resumed run cannot change it")
 

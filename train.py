@@ -4,12 +4,12 @@ import hashlib
 import io
 import json
 import math
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,29 +24,45 @@ from tqdm import tqdm
 import toy
 from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama, read_base
-from cli import SEED, Everywhere, Real, device_options, from_first, one_line_errors, together
-from data import IGNORE, Batch, Tokens, epoch_batches, micro_batches, read_examples, response_tokens, share, tokenize
+from cli import SEED, Real, device_options, one_line_errors
+from data import (
+    IGNORE,
+    Batch,
+    Example,
+    Tokens,
+    epoch_batches,
+    micro_batches,
+    read_examples,
+    response_tokens,
+    share,
+    tokenize,
+)
 from evaluate import examine
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, prepare_to_compile
 from parallel import (
+    Everywhere,
     Lost,
     add_up,
     all_ranks,
     choose_strategy,
+    from_first,
     highest,
     join,
     leave,
+    local_rank,
     own_device,
     rank,
     splitter,
+    together,
     world,
 )
 from runs import (
-    FREE,
+    bound,
     draw_curves,
     load_checkpoint,
     peak_memory,
     read_metrics,
+    resolved,
     save_checkpoint,
     standing,
     trim_metrics,
@@ -157,70 +173,68 @@ def update(
 ) -> float:
     """One optimizer step; returns the loss before it.
 
-    Raises FloatingPointError where the loss, its gradient or the new parameters are not finite; then the
-    parameters are as before.
+    Raises FloatingPointError where the loss, its gradient or the new parameters are not finite. After that, as after
+    any error, parameters and optimizer are as before.
     """
     parameters = list(adapter.parameters())
-    before = [parameter.detach().clone() for parameter in parameters]
+    before = [parameter.detach().clone() for parameter in parameters], deepcopy(optimizer.state_dict())
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute)
-    finite = math.isfinite(loss) and all(parameter.grad.isfinite().all() for parameter in parameters)
-    if finite:
-        optimizer.step()
-        finite = all(parameter.isfinite().all() for parameter in parameters)
-    optimizer.zero_grad()
-    if not finite:
+    try:
+        loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute)
+        finite = math.isfinite(loss) and all(parameter.grad.isfinite().all() for parameter in parameters)
+        if finite:
+            optimizer.step()
+            finite = all(parameter.isfinite().all() for parameter in parameters)
+        if not finite:
+            records = sorted(example.record for example in examples)
+            raise FloatingPointError(f"a loss of {loss} led to values that are not finite; the records are {records}")
+    except BaseException:
         with torch.no_grad():
-            for parameter, value in zip(parameters, before):
+            for parameter, value in zip(parameters, before[0]):
                 parameter.copy_(value)
-        records = sorted(example.record for example in examples)
-        raise FloatingPointError(f"a loss of {loss} led to values that are not finite, in a batch of records {records}")
+        optimizer.load_state_dict(before[1])
+        raise
+    finally:
+        optimizer.zero_grad()
     return loss
 
 
-# Why to stop between steps, and the exit status. Where ranks differ, the last of these counts.
-REASONS = (("", 0), ("stopped by --max-minutes", 0), ("stopped by SIGTERM", 0), ("interrupted", 130))
+# Why to stop, and the exit status. Where ranks differ, the highest of these counts.
 TIME, SIGTERM, CTRL_C = 1, 2, 3
+REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
 
 
 class Stopped(Exception):
-    """At the end of a step, with everything saved."""
+    """By the user, a scheduler or the clock."""
 
-    def __init__(self, reason: int):
+    def __init__(self, reason: int, step: int | None = None):
         text, self.code = REASONS[reason]
-        super().__init__(text)
+        super().__init__(text if step is None else f"{text} after step {step}")
 
 
 @contextmanager
-def signals():
-    """Turns SIGTERM, which schedulers send, and the first Ctrl-C into a reason to stop; a second Ctrl-C stops at once.
+def signals(between_steps: bool):
+    """SIGTERM, which schedulers send, and Ctrl-C raise Stopped; or between steps can be asked for, and raise nothing.
 
-    Under torchrun every Ctrl-C comes twice, from the terminal and from torchrun: there the second changes nothing.
+    There a second Ctrl-C raises KeyboardInterrupt; but under torchrun it may be the first one, sent on by torchrun.
     """
     asked = [0]
 
-    def ask(number, _):
-        asked.append(CTRL_C if number == signal.SIGINT else SIGTERM)
-        if number == signal.SIGINT and world() == 1:
-            signal.signal(number, previous[number])
+    def handle(number, _):
+        reason = CTRL_C if number == signal.SIGINT else SIGTERM
+        if not between_steps:
+            raise Stopped(reason)
+        if reason == CTRL_C and CTRL_C in asked and world() == 1:
+            raise KeyboardInterrupt
+        asked.append(reason)
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: max(asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def saving(save: Callable[[], None]):
-    """Call `save` at an end that leaves the adapter as it should be after a step."""
-    try:
-        yield
-    except (FloatingPointError, Stopped, Lost):
-        save()
-        raise
 
 
 def batches_from(step: int, lengths: Sequence[int], options: dict) -> Iterator[tuple[int, list[int]]]:
@@ -246,16 +260,14 @@ def train(
     `options` are the command's, `deadline` is a time of `time.perf_counter`. The order of the data and the learning
     rate follow from the step alone, and nothing on the way is random: a resumed run goes on as if it had never stopped,
     on whatever number of ranks. The first rank writes a line to out/metrics.jsonl for every step and evaluation.
-    Raises Stopped, FloatingPointError where values are not finite, Lost where another rank is gone, all of them with
-    the last good state saved, and OSError where it cannot be.
+    Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, Lost where another rank is
+    gone, all of them with the last good state saved, and OSError where it cannot be.
     """
     lengths = [len(example.ids) for example in training]
     steps_per_epoch = math.ceil(len(training) / options["batch_size"])
     total = options["epochs"] * steps_per_epoch
     warmup = round(options["warmup_epochs"] * steps_per_epoch)
     first = rank() == 0
-    if first:
-        trim_metrics(out / "metrics.jsonl", done["step"])
     bar = tqdm(total=total, initial=done["step"], unit="step", file=sys.stderr, dynamic_ncols=True, disable=not first)
 
     def record(line: dict) -> None:
@@ -264,9 +276,10 @@ def train(
 
     def validate() -> None:
         if validation:
-            val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
+            with all_ranks():
+                val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
             if not math.isfinite(val_loss):
-                raise FloatingPointError(f"the validation loss after step {done['step']} is {val_loss}")
+                raise FloatingPointError(f"the validation loss is {val_loss}")
             record({"step": done["step"], "val_loss": val_loss})
             if first:
                 bar.write(f"step {done['step']}: validation loss {val_loss:.4f}", file=sys.stderr)
@@ -275,36 +288,40 @@ def train(
         if first:
             save_checkpoint(out, adapter, optimizer, done, options)
 
-    with bar, signals() as asked, saving(save), all_ranks():
-        for epoch, batch in batches_from(done["step"], lengths, options):
-            if done["step"] % steps_per_epoch == 0:
-                validate()
-            start = time.perf_counter()
-            lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
-            examples = [training[i] for i in batch]
-            how = options["micro_batch_tokens"], options["checkpoint_activations"]
-            try:
-                loss = update(model, adapter, optimizer, examples, lr, *how)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {done['step'] + 1}: {error}") from None
+    with bar, signals(between_steps=True) as asked:
+        try:
+            for epoch, batch in batches_from(done["step"], lengths, options):
+                if done["step"] % steps_per_epoch == 0:
+                    validate()
+                start = time.perf_counter()
+                lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
+                examples = [training[i] for i in batch]
+                how = options["micro_batch_tokens"], options["checkpoint_activations"]
+                with all_ranks():
+                    loss = update(model, adapter, optimizer, examples, lr, *how)
 
-            tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
-            done["step"] += 1
-            done["tokens"] += tokens
-            done["seconds"] += seconds
-            speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
-            line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
-            record(line | {"tokens_per_second": speed, "gate_mean_abs": gate})
-            bar.update()
-            if done["step"] % options["log_every"] == 0:
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
-            if done["step"] % options["save_every"] == 0:
-                save()
-            over = TIME if time.perf_counter() > deadline else 0
-            if reason := highest(max(over, asked()), adapter.gates.device):
-                raise Stopped(reason)
-        validate()
-        save()
+                tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
+                done["step"] += 1
+                done["tokens"] += tokens
+                done["seconds"] += seconds
+                speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
+                line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
+                record(line | {"tokens_per_second": speed, "gate_mean_abs": gate})
+                bar.update()
+                if done["step"] % options["log_every"] == 0:
+                    bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+                over = TIME if time.perf_counter() > deadline else 0
+                with all_ranks():
+                    reason = highest(max(over, asked()))
+                if reason:
+                    raise Stopped(reason, done["step"])
+                if done["step"] % options["save_every"] == 0:
+                    save()
+            validate()
+            save()
+        except (Stopped, FloatingPointError, torch.OutOfMemoryError, Lost):
+            save()
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -364,27 +381,49 @@ def main(context, **options):
         options["lr"] = options["blr"] * options["batch_size"] / 256
 
     with one_line_errors(OSError, ValueError, torch.OutOfMemoryError):
-        device, dtype = choose(own_device(options.pop("device")), options["dtype"])
-        options["dtype"] = str(dtype)
-        join(device)
-        try:
-            run(options, device, dtype, start)
-        finally:
-            leave()
+        join()
+        with all_ranks():
+            code = run(options, start)
+        leave()
+    sys.exit(code)
 
 
-def run(options: dict, device: torch.device, dtype: torch.dtype, start: float) -> None:
-    """What the command does once the ranks have met, from its options to its summary; `start` is when it began.
+def run(options: dict, start: float) -> int:
+    """What the command does once the ranks have met; `start` is when it began. Returns the exit code.
 
     Raises OSError, ValueError or torch.OutOfMemoryError.
     """
+    say = partial(click.echo, err=True) if rank() == 0 else lambda text: None
+    try:
+        with signals(between_steps=False):
+            run_through(options, start, say)
+        return 0
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(CTRL_C)
+        begun = (options["out"] / "checkpoint.pt").exists()
+        say(f"{stopped}: {'to go on, add --resume' if begun else 'there is nothing yet to go on from'}")
+        return stopped.code
+
+
+def run_through(options: dict, start: float, say: Callable[[str], None]) -> None:
+    """From the options to the summary."""
     out, first = options["out"], rank() == 0
-    say = partial(click.echo, err=True) if first else lambda text: None
+    with together():
+        device, dtype = choose(own_device(options.pop("device")), options["dtype"])
+        options["dtype"] = str(dtype)
+        if options["data"] is None:
+            examples = [question.example for question in toy.instructions()["tuning"]]
+        else:
+            examples = read_examples(options["data"])
+        examples = examples[: options["limit"]]
+        options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     state = from_first(lambda: standing(out, options["resume"], options))
     if state == "finished":
         say(f"{out}: this run is finished, nothing is left to do")
         return
-    model, tokenizer, adapter, training, validation, counts = prepare(options, dtype, device)
+    model, tokenizer, adapter, training, validation, counts = prepare(options, examples, dtype, device)
     trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
     say(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
@@ -400,19 +439,19 @@ def run(options: dict, device: torch.device, dtype: torch.dtype, start: float) -
             out.mkdir(parents=True, exist_ok=True)
             for stale in ("summary.json", "curves.png"):  # of an earlier run
                 (out / stale).unlink(missing_ok=True)
+            trim_metrics(out / "metrics.jsonl", done["step"])
     deadline = start + 60 * (options["max_minutes"] or math.inf)
+    files = f"{out}/checkpoint.pt and adapter.safetensors are as of step"
     try:
         train(model, adapter, optimizer, training, validation, out, options, done, deadline)
-    except Stopped as stopped:
-        say(f"{stopped} after step {done['step']}: to go on, add --resume")
-        sys.exit(stopped.code)
-    except (FloatingPointError, Lost) as error:
-        advice = "to go on, add --resume" if isinstance(error, Lost) else "a lower --lr may help, with another --out"
-        files = f"{out}/checkpoint.pt and adapter.safetensors are as of step {done['step']}"
-        raise Everywhere(f"{error}; {files}; {advice}") from None
+    except FloatingPointError as error:
+        where, advice = f"in step {done['step'] + 1}", "a lower --lr may help, with another --out"
+        raise Everywhere(f"{where}: {error}; {files} {done['step']}; {advice}") from None
+    except Lost as error:
+        raise Lost(f"{error}; {files} {done['step']}; to go on, add --resume") from None
     except torch.OutOfMemoryError as error:
         less = f"--checkpoint-activations or fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
-        raise ValueError(f"{error}; {less} may help") from None
+        raise ValueError(f"{error}; {files} {done['step']}; to go on, add --resume and {less}") from None
 
     examination = {}
     if options["data"] is None and (first or options["strategy"] == "fsdp"):  # a split model needs all ranks
@@ -422,14 +461,14 @@ def run(options: dict, device: torch.device, dtype: torch.dtype, start: float) -
         summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
         summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]} | examination
         summary |= {"wall_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(device)}
-        summary |= {"options": {name: value for name, value in options.items() if name not in FREE}}
+        summary |= {"options": bound(options) | {"base": resolved(options["base"])}}
         with replacing(out / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (out / "checkpoint.pt").unlink()
     say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
 
 
-def prepare(options: dict, dtype: torch.dtype, device: torch.device):
+def prepare(options: dict, examples: list[Example], dtype: torch.dtype, device: torch.device):
     """All that training needs, checked: model, tokenizer, adapter, examples to train on and held out, their numbers.
 
     Fills in the options that depend on the base. Raises OSError or ValueError.
@@ -440,12 +479,7 @@ def prepare(options: dict, dtype: torch.dtype, device: torch.device):
             raise ValueError(f"{warmup}: the learning rate would never get to fall")
         if options["compile"]:
             prepare_to_compile(device, options["int8"])
-        if options["data"] is None:
-            examples = [question.example for question in toy.instructions()["tuning"]]
-        else:
-            examples = read_examples(options["data"])
-        examples = examples[: options["limit"]]
-        if options["base"] is None and os.environ.get("LOCAL_RANK", "0") == "0":
+        if options["base"] is None and local_rank() == 0:
             toy.make_base()  # one of a machine's ranks for all of them
     with together():
         base = toy.make_base() if options["base"] is None else Path(options["base"])
@@ -457,9 +491,9 @@ def prepare(options: dict, dtype: torch.dtype, device: torch.device):
                 raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
         with torch.device("meta"):
             size = sum(weight.numel() for weight in LLaMA(config).parameters())
-        options["strategy"] = choose_strategy(options["strategy"], size * dtype.itemsize, device)
-        if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
-            raise ValueError("--strategy fsdp goes with neither --int8 nor --compile")
+    options["strategy"] = choose_strategy(options["strategy"], size * dtype.itemsize, device)
+    if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
+        raise Everywhere("--int8 and --compile need the base whole on every rank: --strategy ddp")
     split_up = splitter(device) if options["strategy"] == "fsdp" else None
     with together():
         model, tokenizer = load_llama(base, dtype, device, split=split_up)
@@ -468,8 +502,12 @@ def prepare(options: dict, dtype: torch.dtype, device: torch.device):
             options["checkpoint_activations"] = True
         if options["compile"]:
             compile_layers(model)
-    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     options["base_fingerprint"] = fingerprint(model)
+    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in ("out", "data", "base")})
+    with together():
+        for name, value in theirs.items():
+            if options[name] != value:
+                raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
 
     with together():
         tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])

@@ -14,7 +14,7 @@ ABOVE = {
     "cli": {"parallel"},
     "checkpoints": {"adapter", "data", "model"},
     "toy": {"adapter", "data", "model", "checkpoints"},
-    "runs": {"adapter", "cli", "checkpoints"},
+    "runs": {"adapter", "checkpoints", "parallel"},
     "exchange": {"adapter", "cli", "checkpoints", "runs"},
     "generate": {"adapter", "data", "cli", "model", "checkpoints", "exchange", "parallel"},
     "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},

@@ -1,11 +1,13 @@
 """Several ranks at one training run equal a process alone, and end together."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import train
 from adapter import Adapter
 from checkpoints import load_llama
 from data import Tokens, micro_batches, share
-from parallel import join, splitter
+from parallel import choose_strategy, join, own_device, splitter
 from runs import read_metrics
 
 CPU = torch.device("cpu")
@@ -77,7 +79,7 @@ def same_run(one, other):
     assert [step for step, _ in validation] == [step for step, _ in validation_too]
     assert dict(validation) == pytest.approx(dict(validation_too), rel=1e-5)
     for name in adapter:
-        torch.testing.assert_close(adapter[name], adapter_too[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(adapter[name], adapter_too[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_every_example_falls_to_one_rank(number, world):
 
 def validate(lengths):
     torch.set_num_threads(1)
-    join(CPU)
+    join()
     model = make_model("gqa")
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     return train.mean_loss(model, make_adapter(model), examples, 30)
@@ -145,7 +147,7 @@ def one_step(strategy):
     from torch.profiler import profile
 
     torch.set_num_threads(1)
-    join(CPU)
+    join()
     model, numbers = make_model("wide"), {}
     layer = sum(weight.numel() for weight in model.layers[0].parameters())
     if strategy == "fsdp":
@@ -174,10 +176,10 @@ def one_step(strategy):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_what_travels_and_what_stays(forks, strategy):
-    """The adapter's gradient and the loss; with fsdp also each rank's part of every layer, forward and backward."""
+    """The adapter's gradient, the loss, and whether all are there; with fsdp also a part of every layer, twice."""
     for result in Ranks(forks, 2, one_step, strategy).results():
         assert result["gradients"] == [] and result["state"] == 0
-        expected = {"gloo:all_reduce": result["adapter"] + 1}
+        expected = {"gloo:all_reduce": result["adapter"] + 2}
         if strategy == "fsdp":
             assert result["here"] == 3 * result["layer"] / 2
             # 3 layers forward; backward, the 2 that are adapted, and 1 fetched ahead of its turn, in vain
@@ -207,33 +209,40 @@ def no_compiler(rank):
         (no_data, [], "error: rank 1: {data}: No such file or directory"),
         (no_compiler, ["--compile"], "error: --compile needs a C++ compiler"),
         (None, ["--base", "nowhere"], "error: nowhere: no such base model"),
-        (None, ["--device", "cpu:0"], "error: rank 0: --device cpu:0: of several processes each has its own"),
-        (None, ["--strategy", "fsdp", "--int8"], "error: --strategy fsdp goes with neither"),
+        (None, ["--device", "cpu:0"], "error: --device cpu:0: of several processes each has its own"),
+        (None, ["--strategy", "fsdp", "--int8"], "error: --int8 and --compile need the base whole"),
     ],
 )
 def test_what_one_rank_cannot_do_ends_all(forks, args, spoil, more, message):
     results = Ranks(forks, 2, command, [*args, *more], spoil).results()
     assert [code for code, _, _ in results] == [2, 2]
     assert results[0][2].startswith(message.format(data=args[3])) and len(results[0][2].splitlines()) == 1
-    if "rank 0" not in message:
-        assert results[1][2] == ""
+    assert results[1][2] == ""
     assert not args[5].exists()
 
 
-def out_of_memory(rank):
-    spoil_step(rank, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+def no_memory():
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def out_of_memory_on_0(rank):
+    spoil_step(rank, 0, no_memory)
+
+
+def out_of_memory_on_1(rank):
+    spoil_step(rank, 1, no_memory)
 
 
 def killed(rank):
-    spoil_step(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    spoil_step(rank, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def terminated(rank):
-    spoil_step(rank, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    spoil_step(rank, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def interrupted(rank):
-    spoil_step(rank, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], rank)
+    spoil_step(rank, rank, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
 
 
 def not_a_number(rank):
@@ -247,7 +256,7 @@ def not_a_number(rank):
     train.loss_sum = spoilt
 
 
-def spoil_step(rank, act, spoilt=1, step=8):
+def spoil_step(rank, spoilt, act, step=8):
     update, calls = train.update, []
 
     def acting(*arguments):
@@ -259,28 +268,96 @@ def spoil_step(rank, act, spoilt=1, step=8):
     train.update = acting
 
 
-@pytest.mark.parametrize("strategy, spoil", [("ddp", out_of_memory), ("fsdp", killed)])
-def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil):
+@pytest.mark.parametrize(
+    "strategy, spoil, failing", [("ddp", out_of_memory_on_0, 0), ("ddp", out_of_memory_on_1, 1), ("fsdp", killed, 1)]
+)
+def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil, failing):
     """In seconds, with what was good on the disk, and the run goes on from there."""
     start = time.time()
     ranks = Ranks(forks, 3, command, [*args, "--strategy", strategy], spoil)
-    results = ranks.results(expected=3 if spoil is out_of_memory else 2)
+    results = ranks.results(expected=2 if spoil is killed else 3)
     assert time.time() - start < 30
-    assert results[0][0] == results[2][0] == 2 and results[2][2] == ""
+    assert results[2][0] == 2 and results[2][2] == ""
     last = results[0][2].splitlines()[-1]
-    assert last.startswith("error: another rank has ended; ") and "as of step 7; to go on, add --resume" in last
-    if spoil is out_of_memory:
-        assert results[1][0] == 2 and results[1][2].startswith("error: rank 1: no memory left")
+    if failing == 1:
+        assert results[0][0] == 2 and last.startswith("error: another rank has ended (")
+    if spoil is not killed:
+        code, _, stderr = results[failing]
+        assert code == 2 and f"\nerror: rank {failing}: no memory left" in stderr
+    assert "as of step 7; to go on, add --resume" in last
     assert alone(*args, "--resume").exit_code == 0
     assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def killed_while_loading(rank):
+    if rank == 1:
+        train.load_llama = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_ends_before_the_first_step(forks, args):
+    results = Ranks(forks, 2, command, args, killed_while_loading).results(expected=1)
+    assert results[0][0] == 2 and results[0][2].startswith("error: another rank has ended (")
+
+
+def other_options(rank):
+    parse = train.read_examples
+    if rank == 1:
+        train.read_examples = lambda path: parse(path)[:-1]
+
+
+def test_ranks_with_other_data_end_all(forks, args):
+    results = Ranks(forks, 2, command, args, other_options).results()
+    assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
+    assert results[0][2].startswith("error: rank 1: data_hash is ") and "on the first rank" in results[0][2]
+
+
+def quick_examination(rank):
+    def examine(model, tokenizer, adapter):
+        print("examined")
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]), adapter())
+        return {"examined": rank}
+
+    train.examine = examine
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_embedded_default_is_examined(forks, tiny_base, tmp_path, strategy):
+    """A split model needs all ranks for it; the first alone says what comes out."""
+    args = ["--base", tiny_base, "--out", tmp_path, "--epochs", 3, "--limit", 40, "--strategy", strategy]
+    results = Ranks(forks, 2, command, [*args, "--device", "cpu"], quick_examination).results()
+    assert [(code, stdout) for code, stdout, _ in results] == [(0, "examined\n"), (0, "")]
+    assert json.loads((tmp_path / "summary.json").read_text())["examined"] == 0
+
+
+def test_which_strategy_and_which_device(monkeypatch):
+    """By the memory of a GPU; each rank its own."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100))
+    assert choose_strategy("auto", 71, gpu) == "ddp"  # nothing to split it over
+    monkeypatch.setattr("parallel.world", lambda: 2)
+    monkeypatch.setattr("parallel.highest", lambda number: number)
+    assert [choose_strategy("auto", size, gpu) for size in (70, 71)] == ["ddp", "fsdp"]
+    assert choose_strategy("auto", 71, CPU) == "ddp" and choose_strategy("fsdp", 1, CPU) == "fsdp"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "2.6.0+cu124")
+        with pytest.raises(ValueError, match="needs PyTorch 2.7 or later, this is 2.6.0"):
+            choose_strategy("auto", 71, gpu)
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cpu") == "cpu" and own_device("cuda") == "cuda:3"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert own_device("auto") == "auto"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert own_device("auto") == "cuda:3"
 
 
 def test_what_is_not_finite_is_said_once(forks, args):
     results = Ranks(forks, 2, command, args, not_a_number).results()
     assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
     last = results[0][2].splitlines()[-1]
-    assert last.startswith("error: step 7: a loss of nan led to values that are not finite, in a batch of records [")
+    assert last.startswith("error: in step 7: a loss of nan led to values that are not finite; the records are [")
     assert "as of step 6;" in last
 
 
@@ -307,7 +384,7 @@ def test_a_resumed_run_cannot_change_its_options_on_any_rank(forks, args):
 
 def load_split(base):
     torch.set_num_threads(1)
-    join(CPU)
+    join()
     model, _ = load_llama(base, split=splitter(CPU))
     whole, _ = load_llama(base)
     rows = make_tokens(whole, 2, 9)
@@ -321,7 +398,7 @@ def test_a_split_base_is_the_same_model(forks, tiny_base):
 
 
 def load_and_watch(tiny_base, base):
-    join(CPU)
+    join()
     load_llama(tiny_base, split=splitter(CPU))  # so that the libraries' own memory doesn't count
     (model, _), peak = peak_anonymous(lambda: load_llama(base, split=splitter(CPU)))
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak

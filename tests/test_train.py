@@ -332,11 +332,11 @@ def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, st
     assert again.exit_code == 2 and "unfinished run" in again.stderr
     assert run(*args, "--resume").exit_code == 0
     assert same_runs(tmp_path / "whole", tmp_path / "run")
-    assert run(*args, "--resume").exit_code == 2  # nothing left to go on with
+    assert "this run is finished" in run(*args, "--resume").stderr
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), signals() as asked:
+    with pytest.raises(KeyboardInterrupt), signals(between_steps=True) as asked:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert asked() == CTRL_C
@@ -492,7 +492,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
         result = run(*args)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "records [" in last and last.startswith("error: step 4: ")
+    assert last.startswith("error: ") and "the records are [" in last and last.startswith("error: in step 4: ")
     assert "checkpoint.pt and adapter.safetensors are as of step 3;" in last
     kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
     assert all(torch.equal(p, good) for p, good in zip(kept.parameters(), adapters[3]))
@@ -505,7 +505,7 @@ def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path):
     weights["norm.weight"][0] = math.nan
     torch.save(weights, folder / "consolidated.00.pth")
     result = run(*args, "--base", folder)
-    assert result.exit_code == 2 and "validation loss after step 0 is nan" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "in step 1: the validation loss is nan" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("blocked", ["metrics.jsonl", "adapter.safetensors", "curves.png", "summary.json"])
