@@ -13,6 +13,7 @@ ABOVE = {
     "parallel": {"model"},
     "cli": {"parallel"},
     "checkpoints": {"adapter", "data", "model"},
+    "encoders": {"adapter", "checkpoints"},
     "toy": {"adapter", "data", "model", "checkpoints"},
     "runs": {"adapter", "checkpoints", "parallel"},
     "exchange": {"adapter", "cli", "checkpoints", "runs"},
