@@ -152,6 +152,11 @@ class Adapter(nn.Module):
         """How far each gate is open, (L, H): tanh(g)."""
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
+    @classmethod
+    def more(cls, tensors: dict[str, Tensor]) -> dict[str, int]:
+        """What a kind of adapter with further tensors is made with, found in a file's."""
+        return {}
+
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
         """Raise ValueError, with both numbers, where this adapter cannot belong to such a base."""
         base = {"layers": layers, "dim": dim, "heads": heads}
@@ -190,8 +195,8 @@ class Adapter(nn.Module):
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
         if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
             raise ValueError(f"{path}: is not of the format 'llama-adapter', version '1', but says {metadata}")
-        if set(tensors) != {"prompts", "gates"}:
-            raise ValueError(f"{path}: holds {sorted(tensors)}, not the tensors 'gates' and 'prompts'")
+        if not {"prompts", "gates"} <= set(tensors):
+            raise ValueError(f"{path}: holds {sorted(tensors)}, without the tensors 'gates' and 'prompts'")
         activation = metadata.get("gate_activation")
         if activation not in cls.ACTIVATIONS:
             raise ValueError(f"{path}: gate_activation {activation!r} is none of {list(cls.ACTIVATIONS)}")
@@ -209,10 +214,18 @@ class Adapter(nn.Module):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name}, of {tensor.dtype}, holds what is not finite or not float32")
-        layers, length, dim = prompts.shape
-        with torch.device("meta"):
-            adapter = cls(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
-        adapter.load_state_dict(tensors, assign=True)
+        shape = {
+            "layers": prompts.shape[0],
+            "length": prompts.shape[1],
+            "dim": prompts.shape[2],
+            "heads": gates.shape[1],
+        }
+        try:
+            with torch.device("meta"):
+                adapter = cls(**shape, **cls.more(tensors), gate_activation=activation)
+            adapter.load_state_dict(tensors, assign=True)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
         adapter.metadata = dict(metadata)
         return adapter
 

@@ -14,6 +14,7 @@ ABOVE = {
     "cli": {"parallel"},
     "checkpoints": {"adapter", "data", "model"},
     "encoders": {"adapter", "checkpoints"},
+    "multimodal": {"adapter", "encoders"},
     "toy": {"adapter", "data", "model", "checkpoints"},
     "runs": {"adapter", "checkpoints", "parallel"},
     "exchange": {"adapter", "cli", "checkpoints", "runs"},

@@ -1,0 +1,169 @@
+"""Pictures as CLIP sees them, their features, and what they do to prompts."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokens
+from PIL import Image
+from test_encoders import make_images, make_vit
+
+from adapter import Adapter
+from multimodal import MEAN, STD, ImageAdapter, depths, global_features, open_image, preprocess
+
+
+def picture(width=60, height=40, mode="RGB", seed=0):
+    """Smooth in places, sharp in others."""
+    random = np.random.default_rng(seed)
+    rough = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rough[: height // 2] = np.linspace(0, 255, width)[None, :, None].astype(np.uint8)
+    return Image.fromarray(rough).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(60, 40), (41, 300), (224, 224), (9, 7), (451, 226)])
+def test_pictures_are_prepared_as_clip_does(tmp_path, mode, size):
+    transformers = pytest.importorskip("transformers")
+    image = picture(*size, mode="I" if mode == "I;16" else mode)
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    image.save(file)
+    theirs = transformers.CLIPImageProcessor()(Image.open(file), return_tensors="pt")["pixel_values"][0]
+    ours = preprocess(open_image(file), 224)
+    assert ours.shape == (3, 224, 224)
+    grey_level = 1 / 255 / torch.tensor(STD)[:, None, None]
+    assert ((ours - theirs).abs() <= 1.01 * grey_level).all()
+
+
+def test_a_picture_on_its_side_is_turned(tmp_path):
+    """EXIF orientation 6: to be shown turned by 90 degrees."""
+    image, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
+
+
+def test_normalisation():
+    grey = preprocess(Image.new("RGB", (8, 8), (255, 0, 0)), 8)
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(grey, expected[:, None, None].expand(3, 8, 8))
+
+
+def bad(tmp_path, kind):
+    file = tmp_path / f"{kind}.jpg"
+    if kind == "text":
+        file.write_text("not an image at all")
+    if kind == "truncated":
+        picture(200, 200).save(file)
+        file.write_bytes(file.read_bytes()[:3000])
+    if kind == "bomb":
+        Image.new("1", (20_000, 20_000)).save(file, format="PNG")
+    if kind == "dot":
+        picture(1, 1).save(file)
+    if kind == "thread":
+        Image.new("RGB", (9000, 3)).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("text", "text.jpg: is not an image"),
+        ("truncated", "truncated.jpg: is a broken image: "),
+        ("bomb", "bomb.jpg: has more than 89,478,485 pixels"),
+        ("dot", "dot.jpg: 1 x 1 pixels show nothing"),
+        ("thread", "thread.jpg: 9000 x 3 pixels show nothing"),
+    ],
+)
+def test_bad_pictures_are_one_line(tmp_path, kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_image(bad(tmp_path, kind))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
+        open_image(tmp_path / "nowhere.png")
+
+
+def test_features_are_the_class_tokens_at_even_depths():
+    assert depths(24, 4) == [5, 11, 17, 23] and depths(3, 2) == [0, 2] and depths(5, 5) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="4 depths, of a tower of 3 layers"):
+        depths(3, 4)
+    tower, images = make_vit(), make_images(3)
+    features = global_features(tower, images, 2)
+    states = [tower(images)[i][:, 0].double() for i in (0, 2)]
+    normed = [(x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in states]
+    torch.testing.assert_close(features.double(), torch.cat(normed, dim=1), rtol=1e-5, atol=1e-5)
+    assert features.shape == (3, 256) and not features.requires_grad
+
+
+def make_image_adapter(model, features=256, **more):
+    config = model.config
+    adapter = ImageAdapter(
+        layers=2, length=5, dim=config.dim, heads=config.n_heads, features=features, bottleneck=7,
+        generator=torch.Generator().manual_seed(1), **more,
+    )  # fmt: skip
+    torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
+    return adapter
+
+
+def test_the_paper_s_number_of_parameters():
+    with torch.device("meta"):
+        adapter = ImageAdapter(layers=30, length=10, dim=4096, heads=32, features=4 * 1024)
+    assert sum(p.numel() for p in adapter.projection.parameters()) == 593_992
+    assert sum(p.numel() for p in adapter.parameters()) == 1_823_752
+
+
+@pytest.mark.parametrize("config", ["gqa", "mha"])
+def test_every_sample_sees_its_own_image_or_none(config):
+    """Side by side as alone; without an image, the text-only adapter, in the same batch."""
+    model = make_model(config)
+    adapter = make_image_adapter(model)
+    features = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    tokens = make_tokens(model, 3, 6)
+    seen = torch.tensor([True, False, True])
+    with torch.no_grad():
+        logits = model(tokens, adapter(adapter.condition(features, seen)))
+        for i in range(3):
+            prompts = adapter(adapter.condition(features[i : i + 1])) if seen[i] else adapter()
+            torch.testing.assert_close(logits[i : i + 1], model(tokens[i : i + 1], prompts), rtol=1e-4, atol=1e-4)
+        others = model(tokens, adapter(adapter.condition(features.flip(0), seen)))
+        changed = (logits - others).abs().amax(dim=(1, 2))
+        assert changed[0] > 0.01 and changed[1] == 0 and changed[2] > 0.01
+        assert torch.equal(model(tokens, adapter(adapter.condition(features), strength=0.0)), model(tokens))
+
+
+def test_projection_and_prompts_learn_and_the_tower_does_not():
+    model, tower = make_model(), make_vit()
+    adapter = make_image_adapter(model)
+    features = global_features(tower, make_images(2), 2)
+    model(make_tokens(model, 2, 6), adapter(adapter.condition(features))).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+    assert all(p.grad is None for module in (model, tower) for p in module.parameters())
+
+
+def test_the_same_generator_makes_the_same_adapter():
+    one, other = (make_image_adapter(make_model()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_the_file(tmp_path):
+    """It has the projection; text-only adapters and those for images are not taken for each other."""
+    model = make_model()
+    adapter = make_image_adapter(model)
+    adapter.save(tmp_path / "a.safetensors", encoder="ViT-L/14")
+    loaded = ImageAdapter.load(tmp_path / "a.safetensors")
+    assert loaded.metadata["encoder"] == "ViT-L/14"
+    features = torch.randn(2, 256)
+    assert torch.equal(loaded.condition(features), adapter.condition(features))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(loaded(), adapter()))
+    with pytest.raises(ValueError, match="a.safetensors: .*projection"):
+        Adapter.load(tmp_path / "a.safetensors")
+
+    shape = dict(layers=2, length=5, dim=32, heads=4)
+    Adapter(**shape).save(tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="text.safetensors: has no projection: it is not an adapter for images"):
+        ImageAdapter.load(tmp_path / "text.safetensors")
+    adapter.projection[2] = torch.nn.Linear(7, 31)
+    adapter.save(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="b.safetensors: .*projection.2.*31"):
+        ImageAdapter.load(tmp_path / "b.safetensors")
