@@ -41,6 +41,7 @@ class Example(NamedTuple):
     instruction: str
     input: str = ""
     output: str = ""
+    image: str = ""  # the name of a picture that it is about, if any
 
 
 class Tokens(NamedTuple):
@@ -49,7 +50,8 @@ class Tokens(NamedTuple):
     ids: list[int]  # <bos> prompt response <eos>
     prompt_length: int  # so many of them, <bos> included, are not to be learnt
     record: int  # which record of the data file it was, from 0
-    kind: str = ""  # those of one kind begin alike: their prompts fill the same form
+    kind: str = ""  # those of one kind begin alike: their prompts fill the same form, and have an image or not
+    features: Tensor | None = None  # (F,), of its image, if it has one
 
 
 class Batch(NamedTuple):
@@ -58,6 +60,8 @@ class Batch(NamedTuple):
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORE where nothing is to be learnt
     shared: int  # the first so many inputs are the same in all rows
+    features: Tensor | None = None  # (B, F), of the images, or zeros; None where no row has an image
+    seen: Tensor | None = None  # (B,), which rows have one
 
 
 class Tokenizer(Protocol):
@@ -184,7 +188,8 @@ def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int)
         prompt = tokenize_prompt(tokenizer, example.instruction, example.input)
         if len(prompt) < max_length:
             ids = prompt + tokenizer.encode(example.output) + [tokenizer.eos_id]
-            tokenized.append(Tokens(ids[:max_length], len(prompt), record, kind_of(example.input)))
+            kind = kind_of(example.input) + (" and image" if example.image else "")
+            tokenized.append(Tokens(ids[:max_length], len(prompt), record, kind))
             cut += len(ids) > max_length
     return tokenized, cut
 
@@ -227,7 +232,7 @@ def read_records(path: str | Path) -> list:
 def check_record(record: object, where: str, needed: Sequence[str] = ("instruction", "output")) -> Example:
     """An Example of one JSON value; `where` begins the error message. Records count from 0.
 
-    Only the fields that are needed, and `input`, are looked at.
+    Only the fields that are needed, `input` and `image`, are looked at.
     """
     if not isinstance(record, dict):
         fields = " and ".join(map(repr, needed))
@@ -235,7 +240,7 @@ def check_record(record: object, where: str, needed: Sequence[str] = ("instructi
     for field in needed:
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
-    fields = {field: record[field] for field in (*needed, "input") if field in record}
+    fields = {field: record[field] for field in (*needed, "input", "image") if field in record}
     for name, value in fields.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
@@ -296,6 +301,7 @@ def collate(examples: Sequence[Tokens]) -> Batch:
 
     Where nothing is to be learnt (the prompt, the padding) the target is IGNORE. Padding goes to the
     right, where causal attention keeps it from ever being looked at: its id is of no account.
+    Rows with images share no beginning: each has prompts of its own, and so reads it in its own way.
     """
     T = max(len(example.ids) for example in examples) - 1
     inputs = torch.zeros(len(examples), T, dtype=torch.long)
@@ -305,4 +311,9 @@ def collate(examples: Sequence[Tokens]) -> Batch:
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
     shared = len(commonprefix([example.ids[:-1] for example in examples])) if len(examples) > 1 else 0
-    return Batch(inputs, targets, min(shared, T - 1))
+    pictured = [example.features for example in examples if example.features is not None]
+    if not pictured:
+        return Batch(inputs, targets, min(shared, T - 1))
+    features = [torch.zeros_like(pictured[0]) if e.features is None else e.features for e in examples]
+    seen = torch.tensor([example.features is not None for example in examples])
+    return Batch(inputs, targets, 0, torch.stack(features), seen)

@@ -17,12 +17,14 @@ from pathlib import Path
 import click
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter import Adapter, replacing
 from checkpoints import check_dense, load_pth, open_tensors
 from cli import one_line_errors
+from multimodal import ImageAdapter
 from runs import draw_gates
 
 
@@ -40,7 +42,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     with open(path, "rb") as file:
         start = file.read(2)
     if start not in (b"PK", b"\x80\x02"):  # what torch.save writes, and wrote once
-        return Adapter.load(path)
+        return (ImageAdapter if has_projection(path) else Adapter).load(path)
     tensors = load_pth(path)
     tensors = tensors.get("model", tensors)  # litgpt's are one level down
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
@@ -50,6 +52,14 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     if any(".adapter_wte." in name for name in tensors):
         return read_lit(path, tensors, heads)
     raise ValueError(f"{path}: an adapter of neither kind known; it holds {', '.join(sorted(tensors)[:3])} ...")
+
+
+def has_projection(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return "projection.0.weight" in file.keys()
+    except SafetensorError:
+        return False  # whoever loads it will say what is wrong
 
 
 def read_authors(path: Path, tensors: Mapping[str, Tensor], gate: str, length: int) -> Adapter:

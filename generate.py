@@ -16,8 +16,10 @@ from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
+from encoders import load_vit
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
+from multimodal import ImageAdapter, features_of, pictures_in, tower_fingerprint
 from parallel import Everywhere, started
 
 
@@ -230,12 +232,22 @@ class Responder:
         **sampling,
     ):
         self.model, self.tokenizer, self.raw, self.sampling = model, tokenizer, raw, sampling
+        self.strength = strength
         self.speakers: dict[str, Sequence[Prompt]] = {"base": ()}
         self.templates = {"base": "alpaca"}
         for name, adapter in adapters.items():
             with torch.no_grad():
                 self.speakers[name] = adapter(strength=strength, dtype=model.tok_embeddings.weight.dtype)
             self.templates[name] = adapter.metadata.get("prompt_template", "alpaca")
+
+    def look(self, name: str, adapter: ImageAdapter, features: dict[str, Tensor]) -> None:
+        """Let the adapter of that name also speak of each image (F,), under the image's name."""
+        weight = self.model.tok_embeddings.weight
+        for image, row in features.items():
+            with torch.no_grad():
+                shift = adapter.condition(row[None].to(weight.device))  # (1, C)
+                self.speakers[image] = adapter(shift, self.strength, weight.dtype)
+            self.templates[image] = self.templates[name]
 
     def tokens(self, instruction: str, context: str, name: str) -> tuple[list[int], int]:
         """The prompt, and how many tokens its answer may have. Raises ValueError where it leaves no room."""
@@ -277,6 +289,36 @@ def show(responder: Responder, instruction: str, context: str, names: Sequence[s
         for piece in pieces:
             click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
         click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
+
+
+def see(
+    images: Sequence[str], tower_path: str | None, adapter: Adapter | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The features of every image, by its path. Raises OSError or ValueError where the adapter cannot see them."""
+    if not isinstance(adapter, ImageAdapter):
+        raise ValueError("--image needs an adapter with a projection, one that was tuned on images")
+    metadata = adapter.metadata
+    tower_path = tower_path or metadata.get("tower")
+    if tower_path is None:
+        raise ValueError("the adapter does not say which vision tower it is for; give --tower PATH")
+    tower, depths = load_vit(tower_path, dtype, adapter.gates.device), int(metadata.get("tower_depths", 4))
+    if depths * tower.config.dim != adapter.projection[0].in_features:
+        made_for = adapter.projection[0].in_features
+        raise ValueError(f"{tower_path}: has {depths * tower.config.dim} features, the adapter was made for {made_for}")
+    if metadata.get("tower_fingerprint", "") not in ("", tower_fingerprint(tower)):
+        click.echo(f"warning: the adapter was tuned with other weights than those of {tower_path}", err=True)
+    paths = pictures_in(images)
+    return dict(zip(map(str, paths), features_of(paths, tower, depths)))
+
+
+def describe(responder: Responder, instruction: str, context: str, images: Sequence[str], batch_size: int) -> None:
+    """Print an answer for every image, in batches."""
+    with tqdm(total=len(images), unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            answers = responder.answer_batch([(instruction, context, image) for image in part], bar)
+            for image, answer in zip(part, answers):
+                bar.write(f"{image}: {answer}", file=sys.stdout)
 
 
 def converse(responder: Responder, context: str, names: Sequence[str], stdin: TextIO) -> None:
@@ -339,6 +381,10 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
 )
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
+@click.option("--image", "images", type=click.Path(), multiple=True, help="What PROMPT is about; several, or folders.")
+@click.option(
+    "--tower", type=click.Path(), help="CLIP's vision tower.  [default: the one that the adapter's file names]"
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
 @click.option("--strength", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
 @click.option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter.")
@@ -353,7 +399,9 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits.")
 @click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
 @device_options
-def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_file, out, batch_size, **how):
+def main(
+    prompt, adapter_paths, base, device, dtype, context, images, tower, compare, prompt_file, out, batch_size, **how
+):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
     Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
@@ -369,6 +417,8 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
             raise ValueError("--prompts and --out go together")
         if prompt_file is not None and (prompt is not None or compare or context):
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
+        if images and (prompt is None or compare or len(adapter_paths) != 1):
+            raise ValueError("--image goes with a PROMPT and one --adapter")
         device, dtype = choose(device, dtype)
         if how["compile"]:
             prepare_to_compile(device, how["int8"])
@@ -383,7 +433,13 @@ def main(prompt, adapter_paths, base, device, dtype, context, compare, prompt_fi
         responder = Responder(model, tokenizer, adapters, **how, generator=generator, eos_id=tokenizer.eos_id)
         first = next(iter(adapters), "base")
         names = ["base", *adapters] if compare else [first]
-        if prompt_file is not None:
+        if images:
+            features = see(images, tower, adapters[first], dtype)
+            responder.look(first, adapters[first], features)
+            names = list(features)
+        if len(names) > 1 and images:
+            describe(responder, prompt, context, names, batch_size)
+        elif prompt_file is not None:
             answer_file(responder, prompt_file, out, first, batch_size)
         elif prompt is not None:
             show(responder, prompt, context, names)

@@ -7,7 +7,10 @@
 Notation as in adapter.py; Cv is the width of the tower. Whatever else yields one vector a sample takes the same road.
 """
 
+import hashlib
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from adapter import Adapter
+from adapter import Adapter, replacing
 from encoders import ViT
 
 # Of the pictures that CLIP was trained on, per channel.
@@ -26,8 +30,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def open_image(path: str | Path) -> Image.Image:
     """A picture in RGB, the right way up. Raises FileNotFoundError, or ValueError that says what is wrong with it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image")
+    existing(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -69,6 +72,63 @@ def global_features(tower: ViT, images: Tensor, number: int = 4) -> Tensor:
     states = tower(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
     tokens = [states[i][:, 0].float() for i in depths(len(states), number)]
     return torch.cat([F.layer_norm(token, token.shape[1:]) for token in tokens], dim=1)
+
+
+def tower_fingerprint(tower: ViT) -> str:
+    """A hash of a few weights, rounded to bfloat16 so that it is the same in whatever dtype they are held."""
+    some = (tower.class_embedding, tower.positions[:4], tower.layers[0].attention.wq.weight[:4], tower.norm.weight)
+    rounded = torch.cat([weight.detach().flatten().to("cpu", torch.bfloat16) for weight in some])
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+def features_of(
+    paths: Sequence[str | Path], tower: ViT, number: int = 4, cache: Path | None = None, batch_size: int = 32
+) -> list[Tensor]:
+    """`global_features` of every picture, (F,) each, on the CPU.
+
+    In the folder `cache` a file is kept for every picture by the hash of its content, so that it goes through the tower
+    once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
+    """
+    size, kept = tower.config.image_size, {}
+    folder = None if cache is None else cache / f"{tower_fingerprint(tower)}-{size}-{number}"
+    names = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in map(existing, paths)]
+    for name in set(names):
+        if folder is not None and (folder / f"{name}.npy").exists():
+            kept[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+    todo = list({name: path for name, path in zip(names, paths) if name not in kept}.items())
+    for start in tqdm(range(0, len(todo), batch_size), unit="batch of images", disable=not todo, file=sys.stderr):
+        part = todo[start : start + batch_size]
+        images = torch.stack([preprocess(open_image(path), size) for _, path in part])  # (B, 3, S, S)
+        for (name, _), features in zip(part, global_features(tower, images, number).cpu()):
+            kept[name] = features.clone()
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                    np.save(file, features.numpy())
+    return [kept[name] for name in names]
+
+
+def pictures_in(paths: Sequence[str | Path]) -> list[Path]:
+    """The files among them, and those in folders among them that Pillow may be able to read, by name.
+
+    Raises OSError or ValueError where there are none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in Image.registered_extensions()]
+            if not inside:
+                raise ValueError(f"{path}: holds no images")
+            found += inside
+        else:
+            found.append(existing(path))
+    return found
+
+
+def existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image")
+    return Path(path)
 
 
 class ImageAdapter(Adapter):

@@ -214,7 +214,7 @@ class LitGPT(Contestant):
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         self.forget_prompts()
-        inputs, targets, _ = collate(examples)
+        inputs, targets, *_ = collate(examples)
         device = self.model.lm_head.weight.device
         logits = self.model(inputs.to(device)).float().flatten(0, 1)
         return F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=IGNORE)
@@ -235,7 +235,7 @@ class LitGPT(Contestant):
 
 def padded(examples: list[Tokens], length: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, length)."""
-    inputs, targets, _ = collate(examples)
+    inputs, targets, *_ = collate(examples)
     missing = length - inputs.shape[1]
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
 

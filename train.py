@@ -37,8 +37,10 @@ from data import (
     share,
     tokenize,
 )
+from encoders import load_vit
 from evaluate import examine
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, prepare_to_compile
+from multimodal import ImageAdapter, features_of, tower_fingerprint
 from parallel import (
     Everywhere,
     Lost,
@@ -80,7 +82,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the adapter alone; no decay for the gates, which it would pull shut."""
     groups = [
-        {"params": [adapter.prompts], "weight_decay": weight_decay},
+        {"params": [p for p in adapter.parameters() if p is not adapter.gates], "weight_decay": weight_decay},
         {"params": [adapter.gates], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
@@ -115,6 +117,14 @@ class HeadLoss(torch.autograd.Function):
         return scale * torch.cat(context.saved_tensors), None, None
 
 
+def prompts_for(batch: Batch, adapter: Adapter, dtype: torch.dtype) -> list[Prompt]:
+    """The adapter's, each row's shifted by its image if any row has one."""
+    if batch.features is None:
+        return adapter(dtype=dtype)
+    device = adapter.gates.device
+    return adapter(adapter.condition(batch.features.to(device), batch.seen.to(device)), dtype=dtype)
+
+
 def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: bool = False) -> Tensor:
     """Cross entropy summed over the response tokens; the last layer and the output head see only these."""
     device = model.tok_embeddings.weight.device
@@ -142,9 +152,12 @@ def accumulate_gradient(
     rounds = max(map(len, shares))
     mine = shares[rank()]
     for batch in mine + [IDLE] * (rounds - len(mine)):
-        part = loss_sum(model, adapter(dtype=weight.dtype), batch, recompute) / tokens
+        part = loss_sum(model, prompts_for(batch, adapter, weight.dtype), batch, recompute) / tokens
         part.backward()
         loss += part.detach()
+    for parameter in adapter.parameters():
+        if parameter.grad is None:  # the projection's, where there was no image
+            parameter.grad = torch.zeros_like(parameter)
     add_up([loss, *(parameter.grad for parameter in adapter.parameters())])
     return loss.item()
 
@@ -152,12 +165,11 @@ def accumulate_gradient(
 @torch.no_grad()
 def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
     """Mean loss over all response tokens of the examples, the same to the last bit on any number of ranks."""
-    prompts = adapter(dtype=model.tok_embeddings.weight.dtype)
-    batches = list(micro_batches(examples, max_tokens))
-    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=model.tok_embeddings.weight.device)
+    weight, batches = model.tok_embeddings.weight, list(micro_batches(examples, max_tokens))
+    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=weight.device)
     batches += [IDLE] * (len(losses) - len(batches))
     for i in range(rank(), len(batches), world()):
-        losses[i] = loss_sum(model, prompts, batches[i])
+        losses[i] = loss_sum(model, prompts_for(batches[i], adapter, weight.dtype), batches[i])
     add_up([losses])
     return sum(losses.tolist()) / response_tokens(examples)
 
@@ -332,6 +344,10 @@ def train(
 @click.option("--data", type=click.Path(), help="Alpaca-format JSON or JSONL, also .gz or .xz.  [default: toy.py's]")
 @click.option("--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
+@click.option("--tower", type=click.Path(), help="CLIP's vision tower, for data with images.")
+@click.option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]")
+@click.option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there.")
+@click.option("--features", type=click.Path(path_type=Path), default="features", help="Keeps what the tower saw.")
 @click.option("--layers", type=click.IntRange(1), help="L, how many of the topmost layers.  [default: all but two]")
 @click.option("--length", type=click.IntRange(1, 4096), default=10, help="K, prompt vectors per layer.")
 @click.option("--epochs", type=click.IntRange(1), default=5)
@@ -415,7 +431,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
             examples = [question.example for question in toy.instructions()["tuning"]]
         else:
             examples = read_examples(options["data"])
-        examples = examples[: options["limit"]]
+        examples, pictures = with_images(examples[: options["limit"]], options)
         options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -423,7 +439,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     if state == "finished":
         say(f"{out}: this run is finished, nothing is left to do")
         return
-    model, tokenizer, adapter, training, validation, counts = prepare(options, examples, dtype, device)
+    model, tokenizer, adapter, training, validation, counts = prepare(options, examples, pictures, dtype, device)
     trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
     say(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
@@ -468,7 +484,28 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
 
 
-def prepare(options: dict, examples: list[Example], dtype: torch.dtype, device: torch.device):
+def with_images(examples: list[Example], options: dict) -> tuple[list[Example], list[Path]]:
+    """The examples to use, and where the images of those that have one are. Without --tower none have.
+
+    Raises OSError or ValueError, naming the record.
+    """
+    if options["tower"] is None:
+        return [example._replace(image="") for example in examples], []
+    folder = Path(options["images"] or (Path(options["data"]).parent if options["data"] else "."))
+    used, pictures = [], []
+    for record, example in enumerate(examples):
+        if example.image and not (folder / example.image).is_file():
+            if not options["skip_missing"]:
+                raise FileNotFoundError(f"{options['data']}: record {record}: {folder / example.image}: no such image")
+            continue
+        used.append(example)
+        pictures += [folder / example.image] if example.image else []
+    if not pictures:
+        raise ValueError(f"{options['data']}: none of its {len(examples)} examples has an image that is there")
+    return used, pictures
+
+
+def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype: torch.dtype, device: torch.device):
     """All that training needs, checked: model, tokenizer, adapter, examples to train on and held out, their numbers.
 
     Fills in the options that depend on the base. Raises OSError or ValueError.
@@ -503,14 +540,25 @@ def prepare(options: dict, examples: list[Example], dtype: torch.dtype, device: 
         if options["compile"]:
             compile_layers(model)
     options["base_fingerprint"] = fingerprint(model)
-    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in ("out", "data", "base")})
+    paths = ("out", "data", "base", "tower", "images", "features")  # which may be others on another machine
+    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in paths})
     with together():
         for name, value in theirs.items():
             if options[name] != value:
                 raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
 
     with together():
+        if pictures:
+            tower = load_vit(options["tower"], dtype, device)
+            options["tower_fingerprint"] = tower_fingerprint(tower)
+            if local_rank() == 0:
+                features_of(pictures, tower, cache=options["features"])  # which keeps them for a machine's other ranks
+    with together():
         tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
+        if pictures:
+            with_image = (record for record, example in enumerate(examples) if example.image)
+            features = dict(zip(with_image, features_of(pictures, tower, cache=options["features"])))
+            tokens = [row._replace(features=features.get(row.record)) for row in tokens]
         training, validation = split(tokens, options["val_size"], options["seed"])
     counts = {
         "examples": len(training),
@@ -518,13 +566,13 @@ def prepare(options: dict, examples: list[Example], dtype: torch.dtype, device: 
         "dropped": len(examples) - len(tokens),
         "cut": cut,
     }
-    adapter = Adapter(
-        layers=options["layers"],
-        length=options["length"],
-        dim=config.dim,
-        heads=config.n_heads,
-        generator=torch.Generator().manual_seed(options["seed"]),
-    ).to(device)
+    shape = {"layers": options["layers"], "length": options["length"], "dim": config.dim, "heads": config.n_heads}
+    generator = torch.Generator().manual_seed(options["seed"])
+    if pictures:
+        width = next(len(row.features) for row in tokens if row.features is not None)
+        adapter = ImageAdapter(features=width, generator=generator, **shape).to(device)
+    else:
+        adapter = Adapter(generator=generator, **shape).to(device)
     adapter.metadata = {
         "base": str(base.resolve()),
         "base_layers": str(config.n_layers),
@@ -533,6 +581,12 @@ def prepare(options: dict, examples: list[Example], dtype: torch.dtype, device: 
         "data": "toy.py" if options["data"] is None else Path(options["data"]).name,
         "examples": str(len(training)),
     } | {name: str(options[name]) for name in ("epochs", "batch_size", "lr", "seed")}
+    if pictures:
+        adapter.metadata |= {
+            "tower": str(Path(options["tower"]).resolve()),
+            "tower_fingerprint": options["tower_fingerprint"],
+            "tower_depths": "4",
+        }
     return model, tokenizer, adapter, training, validation, counts
 
 

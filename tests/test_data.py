@@ -121,14 +121,14 @@ def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
 
 def test_targets_are_the_next_tokens_of_the_response_alone():
     """Validation on unshifted labels (litgpt 407), padding taken for a token: seen here position by position."""
-    inputs, targets, _ = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
+    inputs, targets, *_ = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
 
 
 def test_id_zero_is_learnt_like_any_other():
     """Padding, unknown and ignored must not share an id: 0 in a response is a real target."""
-    _, targets, _ = collate([Tokens([1, 5, 0, 2], 2, 0)])
+    _, targets, *_ = collate([Tokens([1, 5, 0, 2], 2, 0)])
     assert targets.tolist() == [[IGNORE, 0, 2]]
 
 
@@ -164,9 +164,9 @@ def test_micro_batches_keep_to_the_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [Tokens([record] * length, 2, record) for record, length in enumerate(lengths)]
     parts = list(micro_batches(examples, budget))
-    assert sorted(i for inputs, _, _ in parts for i in inputs[:, 0].tolist()) == list(range(64))
-    assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, _, _ in parts)
-    assert sum((targets != IGNORE).sum() for _, targets, _ in parts) == response_tokens(examples)
+    assert sorted(i for inputs, *_ in parts for i in inputs[:, 0].tolist()) == list(range(64))
+    assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, *_ in parts)
+    assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == response_tokens(examples)
     if budget == 10**6:
         assert len(parts) == 1
 
@@ -176,7 +176,7 @@ def test_micro_batches_are_of_one_kind_and_say_what_all_rows_share():
     beginnings = {"a": [1, 5, 6, 7], "b": [1, 5, 9, 9, 9]}
     examples = [Tokens(beginnings["ab"[i % 2]] + [20 + i] * 3, 3, i, "ab"[i % 2]) for i in range(8)]
     parts = list(micro_batches(examples, 1000))
-    assert [(len(inputs), shared) for inputs, _, shared in parts] == [(4, 4), (4, 5)]
+    assert [(len(part.inputs), part.shared) for part in parts] == [(4, 4), (4, 5)]
 
 
 def test_missing_and_broken_tokenizers(tmp_path):

@@ -61,11 +61,11 @@ def openai_names(model):
         "class_embedding": weights["class_embedding"],
         "positional_embedding": weights["positions"],
         "conv1.weight": weights["patch_embedding.weight"],
-        "proj": torch.zeros(128, 5),
+        "proj": torch.zeros(model.config.dim, 5),
     }
     for kind in ("weight", "bias"):
         named |= {f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"], f"ln_post.{kind}": weights[f"norm.{kind}"]}
-        for i in range(3):
+        for i in range(model.config.n_layers):
             ours, theirs = f"layers.{i}", f"transformer.resblocks.{i}"
             three = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]
             named[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(three)

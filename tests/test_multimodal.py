@@ -1,14 +1,27 @@
 """Pictures as CLIP sees them, their features, and what they do to prompts."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokens
+from click.testing import CliRunner
+from conftest import command, make_model, make_tokens
 from PIL import Image
-from test_encoders import make_images, make_vit
+from safetensors.torch import load_file
+from test_encoders import make_images, make_vit, openai_names
+from test_parallel import Ranks
 
+import generate
+import train
 from adapter import Adapter
-from multimodal import MEAN, STD, ImageAdapter, depths, global_features, open_image, preprocess
+from checkpoints import load_llama
+from data import tokenize_prompt
+from encoders import ViTConfig, load_vit
+from multimodal import MEAN, STD, ImageAdapter, depths, features_of, global_features, open_image, preprocess
+from runs import read_metrics
+
+SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
 
 
 def picture(width=60, height=40, mode="RGB", seed=0):
@@ -167,3 +180,121 @@ def test_the_file(tmp_path):
     adapter.save(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="b.safetensors: .*projection.2.*31"):
         ImageAdapter.load(tmp_path / "b.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """A tower, and a data file: what colour a picture has, and questions without a picture."""
+    folder = tmp_path_factory.mktemp("album")
+    torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
+    (folder / "pictures").mkdir()
+    records = []
+    for i in range(48):
+        colour = ("red", "blue", "green")[i % 3]
+        pixels = np.random.default_rng(i).integers(0, 80, (30, 36, 3), dtype=np.uint8)
+        pixels[..., {"red": 0, "green": 1, "blue": 2}[colour]] += 150
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+        records.append({"instruction": "Name the colour.", "output": f"{colour}.", "image": f"pictures/{i}.png"})
+        if i % 4 == 0:
+            records.append({"instruction": "Name the capital of Peru.", "output": "Lima."})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture
+def train_args(album, tiny_base, tmp_path):
+    return [
+        "--base", tiny_base, "--data", album / "data.json", "--tower", album / "ViT.pt", "--out", tmp_path / "run",
+        "--features", tmp_path / "features", "--epochs", 16, "--batch-size", 8, "--val-size", 0, "--lr", 0.03,
+        "--warmup-epochs", 1, "--layers", 3, "--device", "cpu",
+    ]  # fmt: skip
+
+
+def run(command, *args):
+    return CliRunner().invoke(command.main, [str(arg) for arg in args])
+
+
+def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
+    """The colours are learnt from the pictures, the rest without; then asked, one by one, as a batch, and withheld."""
+    result = run(train, *train_args)
+    assert result.exit_code == 0, result.output
+    adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
+    assert adapter.metadata["tower_depths"] == "4" and adapter.projection[0].in_features == 4 * 128
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0] - 1
+
+    model, tokenizer = load_llama(train_args[1])
+    tower = load_vit(album / "ViT.pt")
+    rows = torch.stack(features_of([album / f"pictures/{i}.png" for i in range(3)], tower))
+    prompt = tokenize_prompt(tokenizer, "Name the colour.")
+    likeliest = []
+    for features in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]), adapter(adapter.condition(features[None])))[0, -1]
+        words = [tokenizer.encode(f"{colour}.")[0] for colour in ("red", "blue", "green")]
+        likeliest.append(logits[words].argmax().item())
+    assert likeliest == [0, 1, 2]
+
+    monkeypatch.setattr("multimodal.global_features", lambda *_: 1 / 0)  # the second run finds them in the cache
+    assert run(train, *train_args, "--out", tmp_path / "again").exit_code == 0
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_asking_about_pictures(train_args, album, tmp_path):
+    assert run(train, *train_args, "--epochs", 2).exit_code == 0
+    ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--greedy", "--max-new-tokens", 4, "--device", "cpu"]
+    one = run(generate, *ask, "--image", album / "pictures" / "1.png", "Name the colour.")
+    assert one.exit_code == 0, one.output
+    many = run(generate, *ask, "--image", album / "pictures", "--batch-size", 20, "Name the colour.")
+    lines = many.stdout.splitlines()
+    assert many.exit_code == 0
+    assert f"{album / 'pictures' / '1.png'}: {one.stdout.strip()}".strip() in [line.strip() for line in lines]
+    assert sum(line.startswith(str(album)) for line in lines) == 48
+    assert run(generate, *ask, "Name the colour.").exit_code == 0  # without a picture
+
+    Adapter(layers=3, length=5, dim=16, heads=2).save(tmp_path / "text.safetensors")
+    base = ["--base", train_args[1]]
+    text_only = run(generate, *base, "--adapter", tmp_path / "text.safetensors", "--image", album, "Hello.")
+    assert text_only.exit_code == 2 and "needs an adapter with a projection" in text_only.stderr
+    torch.save(openai_names(make_vit()), tmp_path / "other.pt")
+    four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
+    torch.save(openai_names(make_vit(four)), tmp_path / "narrow.pt")
+    narrow = run(generate, *ask, "--tower", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
+    assert narrow.exit_code == 2 and "has 256 features, the adapter was made for 512" in narrow.stderr
+    missing = run(generate, *ask, "--image", tmp_path / "nowhere.png", "Hello.")
+    assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
+
+
+def test_missing_pictures(train_args, album, tmp_path):
+    records = json.loads((album / "data.json").read_text())
+    records[3]["image"] = "pictures/none.png"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    args = [*train_args, "--data", tmp_path / "data.json", "--images", album, "--epochs", 2]
+    result = run(train, *args)
+    assert result.exit_code == 2 and "record 3: " in result.stderr and "none.png: no such image" in result.stderr
+    result = run(train, *args, "--skip-missing")
+    assert result.exit_code == 0 and f"{len(records) - 1} examples to train on" in result.stderr
+
+
+def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
+    """The text-only adapter on the same questions."""
+    i = train_args.index("--tower")
+    assert run(train, *train_args[:i], *train_args[i + 2 :], "--epochs", 2).exit_code == 0
+    assert type(Adapter.load(tmp_path / "run" / "adapter.safetensors")) is Adapter
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_on_pictures(forks, train_args, tmp_path, strategy):
+    """Batches of 3: a rank often has no picture at all, and the projection's gradient travels all the same."""
+    args = [*train_args, "--epochs", 2, "--batch-size", 3]
+    results = Ranks(forks, 2, command, [*args, "--strategy", strategy]).results()
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert run(train, *args, "--out", tmp_path / "alone").exit_code == 0
+    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "alone"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)  # AdamW makes steps of tiny gradients
