@@ -41,7 +41,7 @@ from data import (
 from generate import compiled_decoding
 from model import SIZES, Config, LLaMA, choose, compile_layers, prepare_to_compile
 from peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
-from train import HeadLoss, accumulate_gradient
+from step import HeadLoss, accumulate_gradient
 
 SHAPES = {
     #            dim layers heads kv D hidden vocab

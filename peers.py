@@ -17,7 +17,7 @@ from adapter import Adapter
 from data import IGNORE, Tokens, collate
 from generate import generate, next_logits
 from model import LLaMA, rope_turns, rotate
-from train import loss_sum, make_optimizer
+from step import loss_sum, make_optimizer
 
 
 class Contestant:

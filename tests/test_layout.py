@@ -30,6 +30,7 @@ ABOVE = {
         "parallel",
     },  # fmt: skip
     "evaluate": {"adapter", "data", "cli", "model", "checkpoints", "toy", "generate"},
+    "step": {"adapter", "data", "model", "parallel"},
     "train": {
         "adapter",
         "data",
@@ -43,9 +44,10 @@ ABOVE = {
         "evaluate",
         "runs",
         "parallel",
+        "step",
     },  # fmt: skip
-    "peers": {"adapter", "data", "model", "generate", "train"},
-    "bench": {"adapter", "data", "cli", "model", "toy", "generate", "train", "peers"},
+    "peers": {"adapter", "data", "model", "generate", "step"},
+    "bench": {"adapter", "data", "cli", "model", "toy", "generate", "step", "peers"},
 }
 
 

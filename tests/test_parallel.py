@@ -16,6 +16,7 @@ from conftest import ROOT, command, make_adapter, make_model, make_tokens, peak_
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import step
 import train
 from adapter import Adapter
 from checkpoints import load_llama
@@ -127,7 +128,7 @@ def validate(lengths):
     join()
     model = make_model("gqa")
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
-    return train.mean_loss(model, make_adapter(model), examples, 30)
+    return step.mean_loss(model, make_adapter(model), examples, 30)
 
 
 def test_validation_is_the_same_to_the_last_bit(forks):
@@ -137,7 +138,7 @@ def test_validation_is_the_same_to_the_last_bit(forks):
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    losses.add(train.mean_loss(model, make_adapter(model), examples, 30))
+    losses.add(step.mean_loss(model, make_adapter(model), examples, 30))
     torch.set_num_threads(threads)
     assert len(losses) == 1
 
@@ -156,10 +157,10 @@ def one_step(strategy):
             split(block)
         split(model)
     adapter = make_adapter(model)
-    optimizer = train.make_optimizer(adapter, 0.0)
+    optimizer = step.make_optimizer(adapter, 0.0)
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
     with profile(record_shapes=True) as profiler:
-        train.update(model, adapter, optimizer, examples, 0.1, 1000)
+        step.update(model, adapter, optimizer, examples, 0.1, 1000)
     for event in profiler.events():
         if event.name in ("gloo:all_reduce", "gloo:all_gather", "gloo:reduce_scatter", "gloo:broadcast"):
             number = sum(torch.Size(shape).numel() for shape in event.input_shapes)
@@ -247,13 +248,13 @@ def interrupted(rank):
 
 def not_a_number(rank):
     """On rank 1 alone, a part of the gradient."""
-    accumulate, calls = train.loss_sum, []
+    loss_sum, calls = step.loss_sum, []
 
     def spoilt(*arguments):
         calls.append(1)
-        return accumulate(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
+        return loss_sum(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
 
-    train.loss_sum = spoilt
+    step.loss_sum = spoilt
 
 
 def spoil_step(rank, spoilt, act, step=8):

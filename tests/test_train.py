@@ -20,18 +20,8 @@ from checkpoints import load_llama
 from data import Tokens
 from model import KVCache, compile_layers
 from runs import draw_curves, read_metrics
-from train import (
-    CTRL_C,
-    HeadLoss,
-    accumulate_gradient,
-    learning_rate,
-    main,
-    make_optimizer,
-    mean_loss,
-    signals,
-    split,
-    update,
-)
+from step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
+from train import CTRL_C, main, signals, split
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
@@ -464,7 +454,6 @@ def test_a_real_ctrl_c(args, tmp_path):
 @pytest.mark.parametrize("broken", ["loss", "gradient", "parameters"])
 def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
     """ "Loss is nan, stopping" (OGV 144, 67, 59): ours names the records and keeps what was good."""
-    import train
 
     calls, adapters = [], []
 
@@ -487,7 +476,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
                 self.param_groups[0]["params"][0][0, 0, 0] = math.inf
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate_gradient", fail)
+        patch.setattr("step.accumulate_gradient", fail)
         patch.setattr(torch.optim.AdamW, "step", overshoot)
         result = run(*args)
     assert result.exit_code == 2
