@@ -3,9 +3,10 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import click
 import torch
@@ -19,7 +20,7 @@ from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prom
 from encoders import load_vit
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
-from multimodal import ImageAdapter, features_of, pictures_in, tower_fingerprint
+from multimodal import ImageAdapter, existing, features_of, pictures_in, tower_fingerprint
 from parallel import Everywhere, started
 
 
@@ -215,8 +216,17 @@ def load(
     return model, tokenizer, adapters
 
 
+class Question(NamedTuple):
+    """What is asked, and of whom."""
+
+    instruction: str
+    context: str
+    name: str  # of an adapter, or "base"
+    features: Tensor | None = None  # (F,), of the image that it is about
+
+
 class Responder:
-    """A base, the adapters over it by name, and how to sample: what makes an answer of an instruction.
+    """A base, the adapters over it by name, and how to sample: what makes an answer of a question.
 
     `speakers` are the prompts of every adapter, and none for "base". `sampling` is as for `stream`.
     """
@@ -232,7 +242,7 @@ class Responder:
         **sampling,
     ):
         self.model, self.tokenizer, self.raw, self.sampling = model, tokenizer, raw, sampling
-        self.strength = strength
+        self.adapters, self.strength = adapters, strength
         self.speakers: dict[str, Sequence[Prompt]] = {"base": ()}
         self.templates = {"base": "alpaca"}
         for name, adapter in adapters.items():
@@ -240,17 +250,18 @@ class Responder:
                 self.speakers[name] = adapter(strength=strength, dtype=model.tok_embeddings.weight.dtype)
             self.templates[name] = adapter.metadata.get("prompt_template", "alpaca")
 
-    def look(self, name: str, adapter: ImageAdapter, features: dict[str, Tensor]) -> None:
-        """Let the adapter of that name also speak of each image (F,), under the image's name."""
-        weight = self.model.tok_embeddings.weight
-        for image, row in features.items():
-            with torch.no_grad():
-                shift = adapter.condition(row[None].to(weight.device))  # (1, C)
-                self.speakers[image] = adapter(shift, self.strength, weight.dtype)
-            self.templates[image] = self.templates[name]
+    @torch.no_grad()
+    def prompts(self, question: Question) -> Sequence[Prompt]:
+        """Of the adapter that is asked, shifted by the image if there is one."""
+        if question.features is None:
+            return self.speakers[question.name]
+        weight, adapter = self.model.tok_embeddings.weight, self.adapters[question.name]
+        shift = adapter.condition(question.features[None].to(weight.device))  # (1, C)
+        return adapter(shift, self.strength, weight.dtype)
 
-    def tokens(self, instruction: str, context: str, name: str) -> tuple[list[int], int]:
+    def tokens(self, question: Question) -> tuple[list[int], int]:
         """The prompt, and how many tokens its answer may have. Raises ValueError where it leaves no room."""
+        instruction, context, name, _ = question
         if self.raw:
             tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(instruction)]
         else:
@@ -261,16 +272,16 @@ class Responder:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {seen}")
         return tokens, min(self.sampling["max_new_tokens"], room)
 
-    def answer(self, instruction: str, context: str, name: str) -> Iterator[str]:
+    def answer(self, question: Question) -> Iterator[str]:
         """Piece by piece, as it is made."""
-        tokens, limit = self.tokens(instruction, context, name)
-        ids = stream(self.model, [tokens], self.speakers[name], **self.sampling | {"max_new_tokens": limit})
+        tokens, limit = self.tokens(question)
+        ids = stream(self.model, [tokens], self.prompts(question), **self.sampling | {"max_new_tokens": limit})
         return text_pieces(ids, self.tokenizer)
 
-    def answer_batch(self, questions: Sequence[tuple[str, str, str]], bar: tqdm) -> list[str]:
-        """Of as many (instruction, context, name), the names mixed; the bar moves on by all of them at the end."""
-        tokens, limits = zip(*(self.tokens(*question) for question in questions))
-        prompts = mix([self.speakers[name] for _, _, name in questions])
+    def answer_batch(self, questions: Sequence[Question], bar: tqdm) -> list[str]:
+        """Of as many questions, the names and images mixed; the bar moves on by all of them at the end."""
+        tokens, limits = zip(*map(self.tokens, questions))
+        prompts = mix(list(map(self.prompts, questions)))
         answers: list[list[int]] = [[] for _ in questions]
         for ids in stream(self.model, tokens, prompts, **self.sampling | {"max_new_tokens": max(limits)}):
             for answer, id, limit in zip(answers, ids, limits):
@@ -283,7 +294,7 @@ class Responder:
 
 def show(responder: Responder, instruction: str, context: str, names: Sequence[str], one_line: bool = False) -> None:
     """Print the answers of all names, labelled where there are several; on one line, parted by tabs, if asked."""
-    answers = {name: responder.answer(instruction, context, name) for name in names}
+    answers = {name: responder.answer(Question(instruction, context, name)) for name in names}
     for number, (name, pieces) in enumerate(answers.items(), start=1):
         click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
         for piece in pieces:
@@ -291,12 +302,10 @@ def show(responder: Responder, instruction: str, context: str, names: Sequence[s
         click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
 
 
-def see(
-    images: Sequence[str], tower_path: str | None, adapter: Adapter | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The features of every image, by its path. Raises OSError or ValueError where the adapter cannot see them."""
+def see(paths: Sequence[Path], tower_path: str | None, adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
+    """The features (F,) of every image. Raises OSError or ValueError where the adapter cannot see them."""
     if not isinstance(adapter, ImageAdapter):
-        raise ValueError("--image needs an adapter with a projection, one that was tuned on images")
+        raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
     metadata = adapter.metadata
     tower_path = tower_path or metadata.get("tower")
     if tower_path is None:
@@ -307,18 +316,20 @@ def see(
         raise ValueError(f"{tower_path}: has {depths * tower.config.dim} features, the adapter was made for {made_for}")
     if metadata.get("tower_fingerprint", "") not in ("", tower_fingerprint(tower)):
         click.echo(f"warning: the adapter was tuned with other weights than those of {tower_path}", err=True)
-    paths = pictures_in(images)
-    return dict(zip(map(str, paths), features_of(paths, tower, depths)))
+    return features_of(paths, tower, depths)
 
 
-def describe(responder: Responder, instruction: str, context: str, images: Sequence[str], batch_size: int) -> None:
-    """Print an answer for every image, in batches."""
-    with tqdm(total=len(images), unit="image", file=sys.stderr) as bar:
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            answers = responder.answer_batch([(instruction, context, image) for image in part], bar)
-            for image, answer in zip(part, answers):
-                bar.write(f"{image}: {answer}", file=sys.stdout)
+def describe(responder: Responder, questions: dict[str, Question], batch_size: int) -> None:
+    """Print the answer about an image; about several, each on a line behind the image's name, line breaks as \\n."""
+    if len(questions) == 1:
+        click.echo("".join(responder.answer(*questions.values())))
+        return
+    names = list(questions)
+    with tqdm(total=len(names), unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(names), batch_size):
+            part = names[start : start + batch_size]
+            for name, answer in zip(part, responder.answer_batch([questions[name] for name in part], bar)):
+                bar.write(f"{name}: " + answer.replace("\n", "\\n"), file=sys.stdout)
 
 
 def converse(responder: Responder, context: str, names: Sequence[str], stdin: TextIO) -> None:
@@ -343,11 +354,16 @@ def converse(responder: Responder, context: str, names: Sequence[str], stdin: Te
             click.echo()
 
 
-def answer_file(responder: Responder, source: str, out: str, default: str, batch_size: int) -> None:
-    """Write the records of a JSONL file again, each with its output. What is wrong is raised before any is answered."""
+def answer_file(
+    responder: Responder, source: str, out: str, default: str, batch_size: int, tower: str | None, dtype: torch.dtype
+) -> None:
+    """Write the records of a JSONL file again, each with its output. What is wrong is raised before any is answered.
+
+    An image is looked for from the folder of the file.
+    """
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
         raise ValueError(f"--out {out}: is a folder, or in one that does not exist")
-    records, questions = read_records(source), []
+    records, questions, pictured = read_records(source), [], defaultdict(dict)
     for index, record in enumerate(records):
         where = f"{source}: record {index}"
         example = check_record(record, where, needed=["instruction"])
@@ -355,14 +371,18 @@ def answer_file(responder: Responder, source: str, out: str, default: str, batch
         name = "base" if name is None else name
         if not isinstance(name, str) or name not in responder.speakers:
             raise ValueError(f"{where}: adapter {name!r} is none of {list(responder.speakers)}")
-        questions.append((example.instruction, example.input, name))
+        questions.append(Question(example.instruction, example.input, name))
         try:
-            responder.tokens(*questions[-1])
-        except ValueError as error:
+            responder.tokens(questions[-1])
+            if example.image:
+                pictured[name][index] = existing(Path(source).parent / example.image)
+        except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from None
-    lengths = {
-        name: len(prompts[0].tokens[0]) for name in {q[2] for q in questions} if (prompts := responder.speakers[name])
-    }
+    for name, pictures in pictured.items():
+        for index, features in zip(pictures, see(list(pictures.values()), tower, responder.adapters.get(name), dtype)):
+            questions[index] = questions[index]._replace(features=features)
+    asked = {question.name: responder.speakers[question.name] for question in questions}
+    lengths = {name: len(prompts[0].tokens[0]) for name, prompts in asked.items() if prompts}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{source}: adapters of different lengths cannot share a batch: {lengths}")
     bar = tqdm(total=len(records), unit="record", file=sys.stderr)
@@ -434,13 +454,12 @@ def main(
         first = next(iter(adapters), "base")
         names = ["base", *adapters] if compare else [first]
         if images:
-            features = see(images, tower, adapters[first], dtype)
-            responder.look(first, adapters[first], features)
-            names = list(features)
-        if len(names) > 1 and images:
-            describe(responder, prompt, context, names, batch_size)
+            paths = pictures_in(images)
+            seen = zip(map(str, paths), see(paths, tower, adapters[first], dtype))
+            questions = {path: Question(prompt, context, first, features) for path, features in seen}
+            describe(responder, questions, batch_size)
         elif prompt_file is not None:
-            answer_file(responder, prompt_file, out, first, batch_size)
+            answer_file(responder, prompt_file, out, first, batch_size, tower, dtype)
         elif prompt is not None:
             show(responder, prompt, context, names)
         elif sys.stdin is not None:

@@ -126,6 +126,7 @@ def pictures_in(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def existing(path: str | Path) -> Path:
+    """The path; raises FileNotFoundError where no file is."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such image")
     return Path(path)

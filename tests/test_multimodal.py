@@ -253,15 +253,28 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     many = run(generate, *ask, "--image", album / "pictures", "--batch-size", 20, "Name the colour.")
     lines = many.stdout.splitlines()
     assert many.exit_code == 0
-    assert f"{album / 'pictures' / '1.png'}: {one.stdout.strip()}".strip() in [line.strip() for line in lines]
+    answer = one.stdout.removesuffix("\n")
+    expected = f"{album / 'pictures' / '1.png'}: " + answer.replace("\n", "\\n")
+    assert expected.strip() in [line.strip() for line in lines]
+    asked = [{"instruction": "Name the colour.", "image": "pictures/1.png"}, {"instruction": "Name the colour."}]
+    (album / "asked.json").write_text(json.dumps(asked))
+    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert file.exit_code == 0, file.output
+    answers = [json.loads(line)["output"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert answers[0] == answer
+    assert answers[1] == run(generate, *ask, "Name the colour.").stdout.removesuffix("\n")
+    (album / "asked.json").write_text(json.dumps([asked[1], asked[0] | {"image": "none.png"}]))
+    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert file.exit_code == 2 and "record 1: " in file.stderr and "none.png: no such image" in file.stderr
     assert sum(line.startswith(str(album)) for line in lines) == 48
     assert run(generate, *ask, "Name the colour.").exit_code == 0  # without a picture
 
     Adapter(layers=3, length=5, dim=16, heads=2).save(tmp_path / "text.safetensors")
     base = ["--base", train_args[1]]
-    text_only = run(generate, *base, "--adapter", tmp_path / "text.safetensors", "--image", album, "Hello.")
+    text_only = run(
+        generate, *base, "--adapter", tmp_path / "text.safetensors", "--image", album / "pictures", "Hello."
+    )
     assert text_only.exit_code == 2 and "needs an adapter with a projection" in text_only.stderr
-    torch.save(openai_names(make_vit()), tmp_path / "other.pt")
     four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
     torch.save(openai_names(make_vit(four)), tmp_path / "narrow.pt")
     narrow = run(generate, *ask, "--tower", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
