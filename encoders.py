@@ -217,7 +217,13 @@ def read_hugging_face(folder: Path) -> tuple[ViTConfig, Callable[[str], Tensor]]
 
 def read_openai(file: Path) -> tuple[ViTConfig, Callable[[str], Tensor]]:
     """What `torch.save(model.state_dict())` wrote, of the whole CLIP or its vision tower; heads are 64 wide."""
-    tensors = load_pth(file)
+    try:
+        tensors = load_pth(file)
+    except ValueError as error:
+        if "TorchScript" not in str(error):
+            raise
+        weights = f"torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pt')"
+        raise ValueError(f"{file}: is a program, as OpenAI offers it; give its weights alone: {weights}") from None
     whole = "visual." if "visual.conv1.weight" in tensors else ""
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
     with named(file):

@@ -89,6 +89,13 @@ def test_openais_files(tmp_path, whole):
     assert all(torch.equal(a, b) for a, b in zip(model(make_images()), loaded(make_images()), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_is_told_how_to_become_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT.pt")
+    with pytest.raises(ValueError, match=r"ViT.pt: is a program.*torch.jit.load\('ViT.pt', 'cpu'\).state_dict"):
+        load_vit(tmp_path / "ViT.pt")
+
+
 def make_vit_adapter(model, layers=2, gates=True):
     shape = dict(layers=layers, length=4, dim=model.config.dim, heads=model.config.n_heads)
     adapter = Adapter(**shape, generator=torch.Generator().manual_seed(1))
