@@ -214,15 +214,11 @@ class Adapter(nn.Module):
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name}, of {tensor.dtype}, holds what is not finite or not float32")
-        shape = {
-            "layers": prompts.shape[0],
-            "length": prompts.shape[1],
-            "dim": prompts.shape[2],
-            "heads": gates.shape[1],
-        }
+        layers, length, dim = prompts.shape
+        shape = dict(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
         try:
             with torch.device("meta"):
-                adapter = cls(**shape, **cls.more(tensors), gate_activation=activation)
+                adapter = cls(**shape, **cls.more(tensors))
             adapter.load_state_dict(tensors, assign=True)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from None

@@ -39,7 +39,8 @@ from data import (
     tokenize,
 )
 from generate import compiled_decoding
-from model import SIZES, Config, LLaMA, choose, compile_layers, prepare_to_compile
+from model import SIZES, Config, LLaMA, choose, compile_layers, number_of_weights, prepare_to_compile
+from parallel import too_large
 from peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
 from step import HeadLoss, accumulate_gradient
 
@@ -370,7 +371,7 @@ def plan(config: Config, gpus: int, memory: float, speed: float) -> dict:
     heads = config.n_heads + config.n_kv_heads
     layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # numbers
     outside = 2 * config.vocab_size * C
-    strategy = "fsdp" if gpus > 1 and 2 * (N * layer + outside) > 0.7 * memory else "ddp"
+    strategy = "fsdp" if gpus > 1 and too_large(2 * (N * layer + outside), memory) else "ddp"
     # A split base: a part of each layer, and two whole ones, the one at work and the next.
     weights = 2 * (outside + (N * layer / gpus + 2 * layer if strategy == "fsdp" else N * layer))
 
@@ -507,11 +508,9 @@ def count_bytes(config: Config, tokens: int, itemsize: int, recompute: bool) -> 
     """Bytes by kind, at the worst moment of a step."""
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (recompute, False))
-    with torch.device("meta"):
-        weights = sum(weight.numel() for weight in LLaMA(config).parameters())
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
     rows = {
-        "weights": weights * itemsize,
+        "weights": number_of_weights(config) * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
         "one layer at work": whole * (2 if recompute else 1),  # the gradients in it, and what it computes again

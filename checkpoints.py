@@ -35,6 +35,7 @@ def load_llama(
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
     split: Callable[[nn.Module], None] | None = None,
+    opened: tuple[Config, Weights] | None = None,
 ) -> tuple[LLaMA, Tokenizer]:
     """A frozen LLaMA and its tokenizer. What lies at `path` says how to read it:
 
@@ -43,10 +44,11 @@ def load_llama(
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
     `split` is called on every layer once it is filled, before the next has any memory, and on the model at the end.
+    `opened` is what `read_base` said of the path, where it has been asked before.
     Raises FileNotFoundError or ValueError, in one line that names the file and both numbers.
     """
     path = Path(path)
-    config, weights = read_base(path)
+    config, weights = opened or read_base(path)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
@@ -64,13 +66,8 @@ def load_llama(
 
     def fill(part: str) -> None:
         for name, parameter in list(model.get_submodule(part).named_parameters(part)):
-            try:
-                target = torch.empty_like(parameter, dtype=dtype, device=device)
-                weights[name](target)
-            except (ValueError, SafetensorError, RuntimeError) as error:
-                raise ValueError(f"{path}: {name} {first_line(error)}") from None
             owner = model.get_submodule(name.removesuffix(".weight"))
-            owner.weight = nn.Parameter(target, requires_grad=False)
+            owner.weight = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
 
     fill("tok_embeddings")
     for i, block in enumerate(model.layers):
@@ -85,6 +82,18 @@ def load_llama(
     if split is not None:
         split(model)
     return model, tokenizer
+
+
+def filled(
+    like: Tensor, write: Callable[[Tensor], None], where: str, dtype: torch.dtype, device: torch.device | str
+) -> nn.Parameter:
+    """A frozen parameter of the shape and layout of another. Raises ValueError, which `where` begins."""
+    try:
+        target = torch.empty_like(like, dtype=dtype, device=device)
+        write(target)
+    except (ValueError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{where} {first_line(error)}") from None
+    return nn.Parameter(target, requires_grad=False)
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:

@@ -271,15 +271,14 @@ def response_tokens(examples: Sequence[Tokens]) -> int:
     return sum(len(example.ids) - example.prompt_length for example in examples)
 
 
-def share(examples: Sequence[Tokens], rank: int, world: int) -> list[Tokens]:
-    """What of a batch falls to one of several ranks: about as many tokens for each, of like kind and length."""
-    mine, before, all_tokens = [], 0, sum(len(example.ids) for example in examples)
+def shares(examples: Sequence[Tokens], world: int) -> list[list[Tokens]]:
+    """A batch in as many parts as there are ranks: about as many tokens for each, of like kind and length."""
+    parts, before, all_tokens = [[] for _ in range(world)], 0, sum(len(example.ids) for example in examples)
     for example in sorted(examples, key=lambda example: (example.kind, len(example.ids))):
         middle = before + len(example.ids) / 2  # of the example, in the row of all tokens
-        if int(world * middle / all_tokens) == rank:
-            mine.append(example)
+        parts[int(world * middle / all_tokens)].append(example)
         before += len(example.ids)
-    return mine
+    return parts
 
 
 def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> Iterator[Batch]:
@@ -310,10 +309,10 @@ def collate(examples: Sequence[Tokens]) -> Batch:
         ids = torch.tensor(example.ids)
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
-    shared = len(commonprefix([example.ids[:-1] for example in examples])) if len(examples) > 1 else 0
     pictured = [example.features for example in examples if example.features is not None]
-    if not pictured:
-        return Batch(inputs, targets, min(shared, T - 1))
-    features = [torch.zeros_like(pictured[0]) if e.features is None else e.features for e in examples]
-    seen = torch.tensor([example.features is not None for example in examples])
-    return Batch(inputs, targets, 0, torch.stack(features), seen)
+    if pictured:
+        features = [torch.zeros_like(pictured[0]) if e.features is None else e.features for e in examples]
+        seen = torch.tensor([example.features is not None for example in examples])
+        return Batch(inputs, targets, 0, torch.stack(features), seen)
+    shared = len(commonprefix([example.ids[:-1] for example in examples])) if len(examples) > 1 else 0
+    return Batch(inputs, targets, min(shared, T - 1))

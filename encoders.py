@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Prompt, attend, gated_attention
-from checkpoints import check_dense, copy, first_line, load_pth, named, open_shards, read_json
+from checkpoints import check_dense, copy, filled, load_pth, named, open_shards, read_json
 
 
 @dataclass(frozen=True)
@@ -174,17 +174,15 @@ def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     config, fetch = read_hugging_face(path) if path.is_dir() else read_openai(path)
     with torch.device("meta"):
         model = ViT(config)
-    filled = {}
+    weights = {}
     for name, parameter in model.named_parameters():
         try:
-            target = torch.empty(parameter.shape, dtype=dtype, device=device)
-            copy(fetch(name), target)
+            weights[name] = filled(
+                parameter, lambda target: copy(fetch(name), target), f"{path}: {name}", dtype, device
+            )
         except KeyError as error:
             raise ValueError(f"{path}: has no weight {error}") from None
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: {name} {first_line(error)}") from None
-        filled[name] = nn.Parameter(target)
-    model.load_state_dict(filled, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
 

@@ -20,7 +20,7 @@ from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prom
 from encoders import load_vit
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
-from multimodal import ImageAdapter, existing, features_of, pictures_in, tower_fingerprint
+from multimodal import DEPTHS, ImageAdapter, existing, features_of, pictures_in, tower_fingerprint
 from parallel import Everywhere, started
 
 
@@ -310,7 +310,7 @@ def see(paths: Sequence[Path], tower_path: str | None, adapter: Adapter | None, 
     tower_path = tower_path or metadata.get("tower")
     if tower_path is None:
         raise ValueError("the adapter does not say which vision tower it is for; give --tower PATH")
-    tower, depths = load_vit(tower_path, dtype, adapter.gates.device), int(metadata.get("tower_depths", 4))
+    tower, depths = load_vit(tower_path, dtype, adapter.gates.device), int(metadata.get("tower_depths", DEPTHS))
     if depths * tower.config.dim != adapter.projection[0].in_features:
         made_for = adapter.projection[0].in_features
         raise ValueError(f"{tower_path}: has {depths * tower.config.dim} features, the adapter was made for {made_for}")

@@ -332,6 +332,11 @@ class LLaMA(nn.Module):
         return self.output(self.hidden_states(tokens, prompts, cache))
 
 
+def number_of_weights(config: Config) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in LLaMA(config).parameters())
+
+
 def prepare_to_compile(device: torch.device, int8: bool = False) -> None:
     """Before `compile_layers` or `compiled_decoding`. Raises ValueError where torch.compile would fail later."""
     if int8 and device.type == "cpu":
@@ -371,8 +376,13 @@ def fingerprint(model: LLaMA) -> str:
     some = (model.tok_embeddings, first.attention.wq, last.feed_forward.w2, model.output)
     weights = [module.weight.detach() for module in some]
     weights = [getattr(weight, "full_tensor", lambda: weight)() for weight in weights]  # of a base split over ranks
-    rows = torch.cat([weight[:4].flatten().to("cpu", torch.bfloat16) for weight in weights])
-    return hashlib.sha256(rows.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    return hash_of([weight[:4] for weight in weights])
+
+
+def hash_of(weights: Sequence[Tensor]) -> str:
+    """Of their values, rounded to bfloat16."""
+    rounded = torch.cat([weight.detach().flatten().to("cpu", torch.bfloat16) for weight in weights])
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:

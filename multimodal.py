@@ -22,10 +22,13 @@ from tqdm import tqdm
 
 from adapter import Adapter, replacing
 from encoders import ViT
+from model import hash_of
 
 # Of the pictures that CLIP was trained on, per channel.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+DEPTHS = 4  # M
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -66,7 +69,7 @@ def depths(n_layers: int, number: int) -> list[int]:
 
 
 @torch.no_grad()
-def global_features(tower: ViT, images: Tensor, number: int = 4) -> Tensor:
+def global_features(tower: ViT, images: Tensor, number: int = DEPTHS) -> Tensor:
     """The class token at so many depths, each normed, (B, M*Cv) in float32, of images (B, 3, S, S)."""
     weight = tower.class_embedding
     states = tower(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
@@ -76,13 +79,12 @@ def global_features(tower: ViT, images: Tensor, number: int = 4) -> Tensor:
 
 def tower_fingerprint(tower: ViT) -> str:
     """A hash of a few weights, rounded to bfloat16 so that it is the same in whatever dtype they are held."""
-    some = (tower.class_embedding, tower.positions[:4], tower.layers[0].attention.wq.weight[:4], tower.norm.weight)
-    rounded = torch.cat([weight.detach().flatten().to("cpu", torch.bfloat16) for weight in some])
-    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+    first = tower.layers[0].attention.wq
+    return hash_of([tower.class_embedding, tower.positions[:4], first.weight[:4], tower.norm.weight])
 
 
 def features_of(
-    paths: Sequence[str | Path], tower: ViT, number: int = 4, cache: Path | None = None, batch_size: int = 32
+    paths: Sequence[str | Path], tower: ViT, number: int = DEPTHS, cache: Path | None = None, batch_size: int = 32
 ) -> list[Tensor]:
     """`global_features` of every picture, (F,) each, on the CPU.
 

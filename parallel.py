@@ -127,13 +127,18 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
+def too_large(weights: int, memory: int) -> bool:
+    """Whether so many bytes of a base leave too little of a device's memory to be whole on each."""
+    return weights > 0.7 * memory
+
+
 def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
     """ "ddp" or "fsdp", on all ranks the same; "auto" goes by the bytes of the base.
 
     Raises ValueError where it cannot be split.
     """
     if strategy == "auto":
-        large = device.type == "cuda" and weights > 0.7 * torch.cuda.get_device_properties(device).total_memory
+        large = device.type == "cuda" and too_large(weights, torch.cuda.get_device_properties(device).total_memory)
         strategy = "fsdp" if highest(int(world() > 1 and large)) else "ddp"
     if strategy == "fsdp" and world() == 1:
         raise ValueError("--strategy fsdp needs several processes: torchrun --nproc_per_node 8 train.py ...")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapter import Adapter, Prompt
-from data import IGNORE, Batch, Tokens, micro_batches, response_tokens, share
+from data import IGNORE, Batch, Tokens, micro_batches, response_tokens, shares
 from model import LLaMA
 from parallel import add_up, rank, world
 
@@ -92,9 +92,8 @@ def accumulate_gradient(
     """
     weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
     loss = torch.zeros((), device=weight.device)
-    shares = [list(micro_batches(share(examples, r, world()), max_tokens)) for r in range(world())]
-    rounds = max(map(len, shares))
-    mine = shares[rank()]
+    parts = [list(micro_batches(share, max_tokens)) for share in shares(examples, world())]
+    rounds, mine = max(map(len, parts)), parts[rank()]
     for batch in mine + [IDLE] * (rounds - len(mine)):
         part = loss_sum(model, prompts_for(batch, adapter, weight.dtype), batch, recompute) / tokens
         part.backward()

@@ -26,8 +26,8 @@ from cli import SEED, Real, device_options, one_line_errors
 from data import Example, Tokens, epoch_batches, read_examples, tokenize
 from encoders import load_vit
 from evaluate import examine
-from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, prepare_to_compile
-from multimodal import ImageAdapter, features_of, tower_fingerprint
+from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, number_of_weights, prepare_to_compile
+from multimodal import DEPTHS, ImageAdapter, existing, features_of, tower_fingerprint
 from parallel import (
     Everywhere,
     Lost,
@@ -340,12 +340,13 @@ def with_images(examples: list[Example], options: dict) -> tuple[list[Example], 
     folder = Path(options["images"] or (Path(options["data"]).parent if options["data"] else "."))
     used, pictures = [], []
     for record, example in enumerate(examples):
-        if example.image and not (folder / example.image).is_file():
+        try:
+            pictures += [existing(folder / example.image)] if example.image else []
+        except FileNotFoundError as error:
             if not options["skip_missing"]:
-                raise FileNotFoundError(f"{options['data']}: record {record}: {folder / example.image}: no such image")
+                raise FileNotFoundError(f"{options['data']}: record {record}: {error}") from None
             continue
         used.append(example)
-        pictures += [folder / example.image] if example.image else []
     if not pictures:
         raise ValueError(f"{options['data']}: none of its {len(examples)} examples has an image that is there")
     return used, pictures
@@ -366,20 +367,19 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
             toy.make_base()  # one of a machine's ranks for all of them
     with together():
         base = toy.make_base() if options["base"] is None else Path(options["base"])
-        config, _ = read_base(base)
+        config, weights = read_base(base)
         if options["layers"] is None:
             options["layers"] = max(1, config.n_layers - 2)
         for name, limit in (("layers", config.n_layers), ("max_seq_len", config.max_seq_len or math.inf)):
             if options[name] > limit:
                 raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
-        with torch.device("meta"):
-            size = sum(weight.numel() for weight in LLaMA(config).parameters())
-    options["strategy"] = choose_strategy(options["strategy"], size * dtype.itemsize, device)
+    size = number_of_weights(config) * dtype.itemsize
+    options["strategy"] = choose_strategy(options["strategy"], size, device)
     if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
         raise Everywhere("--int8 and --compile need the base whole on every rank: --strategy ddp")
     split_up = splitter(device) if options["strategy"] == "fsdp" else None
     with together():
-        model, tokenizer = load_llama(base, dtype, device, split=split_up)
+        model, tokenizer = load_llama(base, dtype, device, split=split_up, opened=(config, weights))
         if options["int8"]:
             hold_in_8_bits(model)
             options["checkpoint_activations"] = True
@@ -397,14 +397,16 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
         if pictures:
             tower = load_vit(options["tower"], dtype, device)
             options["tower_fingerprint"] = tower_fingerprint(tower)
-            if local_rank() == 0:
-                features_of(pictures, tower, cache=options["features"])  # which keeps them for a machine's other ranks
+            if local_rank() == 0:  # which keeps them for a machine's other ranks
+                features = features_of(pictures, tower, cache=options["features"])
     with together():
         tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
         if pictures:
+            if local_rank() > 0:
+                features = features_of(pictures, tower, cache=options["features"])
             with_image = (record for record, example in enumerate(examples) if example.image)
-            features = dict(zip(with_image, features_of(pictures, tower, cache=options["features"])))
-            tokens = [row._replace(features=features.get(row.record)) for row in tokens]
+            of_record = dict(zip(with_image, features))
+            tokens = [row._replace(features=of_record.get(row.record)) for row in tokens]
         training, validation = split(tokens, options["val_size"], options["seed"])
     counts = {
         "examples": len(training),
@@ -431,7 +433,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
         adapter.metadata |= {
             "tower": str(Path(options["tower"]).resolve()),
             "tower_fingerprint": options["tower_fingerprint"],
-            "tower_depths": "4",
+            "tower_depths": str(DEPTHS),
         }
     return model, tokenizer, adapter, training, validation, counts
 

@@ -20,7 +20,7 @@ import step
 import train
 from adapter import Adapter
 from checkpoints import load_llama
-from data import Tokens, micro_batches, share
+from data import Tokens, micro_batches, shares
 from parallel import choose_strategy, join, own_device, splitter
 from runs import read_metrics
 
@@ -115,12 +115,12 @@ def make_examples(number=23):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_example_falls_to_one_rank(number, world):
     examples = make_examples(number)
-    shares = [share(examples, rank, world) for rank in range(world)]
-    assert sorted(e.record for mine in shares for e in mine) == list(range(number))
-    tokens = [sum(len(e.ids) for e in mine) for mine in shares]
+    parts = shares(examples, world)
+    assert sorted(e.record for mine in parts for e in mine) == list(range(number))
+    tokens = [sum(len(e.ids) for e in mine) for mine in parts]
     longest = max(len(e.ids) for e in examples)
     assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
-    assert sum(len(list(micro_batches(mine, 10_000))) for mine in shares) <= world + 1  # one border between two kinds
+    assert sum(len(list(micro_batches(mine, 10_000))) for mine in parts) <= world + 1  # one border between two kinds
 
 
 def validate(lengths):
