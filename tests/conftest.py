@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from adapter import Adapter  # noqa: E402
 from model import Config, LLaMA  # noqa: E402
+from runs import read_metrics  # noqa: E402
 
 DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
 
@@ -108,17 +110,47 @@ def forks():
     return context
 
 
-def command(args, spoil=None):
-    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
+def run(*args):
+    """train.py, in this process."""
     import train
 
+    return CliRunner().invoke(train.main, [str(arg) for arg in args])
+
+
+def command(args, spoil=None):
+    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
     torch.set_num_threads(1)
     if spoil is not None:
         spoil(int(os.environ.get("RANK", 0)))
-    result = CliRunner().invoke(train.main, [str(arg) for arg in args])
+    result = run(*args)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def before_step(n, act):
+    """train.update, which calls act() before the n-th step from now."""
+    import train
+
+    update, calls = train.update, []
+
+    def acting(*arguments):
+        calls.append(1)
+        if len(calls) == n:
+            act()
+        return update(*arguments)
+
+    return acting
+
+
+def tensors_and_metrics(out):
+    """What a run left, all but the clock."""
+    lines = [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+    tensors = {name: tensor.tolist() for name, tensor in load_file(out / "adapter.safetensors").items()}
+    return tensors, lines
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +178,17 @@ def args(tiny_base, instructions, tmp_path):
     ]  # fmt: skip
 
 
+def split_for_parallel(weights, n, vocabulary_first):
+    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
+    shards = [{} for _ in range(n)]
+    for name, tensor in weights.items():
+        by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
+        whole = tensor.dim() == 1
+        for i, shard in enumerate(shards):
+            shard[name] = tensor if whole else tensor.chunk(n, dim=1 if by_columns else 0)[i].clone()
+    return shards
+
+
 @pytest.fixture(scope="session")
 def large_base(tiny_base, tmp_path_factory):
     """260 MB in bfloat16, in two of Meta's files: 10 layers of width 1024."""
@@ -153,11 +196,7 @@ def large_base(tiny_base, tmp_path_factory):
         tiny_base, tmp_path_factory.mktemp("large") / "base", dim=1024, n_layers=10, n_heads=8, multiple_of=256
     )
     weights = LLaMA(Config(1024, 10, 8, 8, 128, 2816, 1024)).bfloat16().state_dict()
-    for i in range(2):
-        shard = {}
-        for name, weight in weights.items():
-            by_columns = name.endswith(("wo.weight", "w2.weight")) or name.startswith("tok_embeddings")
-            shard[name] = weight if weight.dim() == 1 else weight.chunk(2, 1 if by_columns else 0)[i].clone()
+    for i, shard in enumerate(split_for_parallel(weights, 2, False)):
         torch.save(shard, folder / f"consolidated.{i:02}.pth")
     return folder
 

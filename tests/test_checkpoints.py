@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import copy_base, make_model, peak_anonymous
+from conftest import copy_base, make_model, peak_anonymous, split_for_parallel
 
 from checkpoints import load_llama, meta_config
 from model import SIZES, Config, LLaMA
@@ -295,17 +295,6 @@ def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
     del values["head_dim"]
     file.write_text(json.dumps(values))
     assert load_llama(tmp_path / "hf")[0].config == new.config
-
-
-def split_for_parallel(weights, n, vocabulary_first):
-    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
-    shards = [{} for _ in range(n)]
-    for name, tensor in weights.items():
-        by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
-        whole = tensor.dim() == 1
-        for i, shard in enumerate(shards):
-            shard[name] = tensor if whole else tensor.chunk(n, dim=1 if by_columns else 0)[i].clone()
-    return shards
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])

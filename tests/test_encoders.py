@@ -1,9 +1,10 @@
-"""The vision tower against transformers and tests/reference.py, and how it is read."""
+"""The vision tower against transformers, with prompts, and how it is read."""
 
 import pytest
 import torch
+from conftest import make_adapter
 
-from adapter import Adapter, gated_attention, gated_attention_paper
+from adapter import gated_attention, gated_attention_paper
 from encoders import TOWERS, ViT, ViTConfig, load_vit
 
 SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
@@ -96,26 +97,18 @@ def test_a_program_is_told_how_to_become_weights(tmp_path):
         load_vit(tmp_path / "ViT.pt")
 
 
-def make_vit_adapter(model, layers=2, gates=True):
-    shape = dict(layers=layers, length=4, dim=model.config.dim, heads=model.config.n_heads)
-    adapter = Adapter(**shape, generator=torch.Generator().manual_seed(1))
-    if gates:
-        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
-    return adapter
-
-
 def test_prompts_are_seen_by_every_token_in_both_forms():
     images, outputs = make_images(), []
     for form in (gated_attention, gated_attention_paper):
         model = make_vit(attention=form)
         with torch.no_grad():
-            outputs.append(model(images, make_vit_adapter(model)()))
+            outputs.append(model(images, make_adapter(model)()))
     plain = make_vit()(images)
     for fused, paper in zip(*outputs):
         torch.testing.assert_close(fused, paper, rtol=1e-4, atol=1e-4)
     assert torch.equal(outputs[0][0], plain[0])  # below the adapted layers
     assert (outputs[0][1] - plain[1]).abs().amin(dim=(0, 2)).min() > 0  # every token
-    closed = make_vit()(images, make_vit_adapter(make_vit(), gates=False)())
+    closed = make_vit()(images, make_adapter(make_vit(), gates=False)())
     assert all(torch.equal(a, b) for a, b in zip(closed, plain))
 
 

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import ROOT, command, make_adapter, make_model, make_tokens, peak_anonymous
+from conftest import ROOT, before_step, command, make_adapter, make_model, make_tokens, peak_anonymous, run
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -61,10 +60,6 @@ def args(args):
     return [*args, "--layers", 2, "--lr", 0.5]
 
 
-def alone(*args):
-    return CliRunner().invoke(train.main, [str(arg) for arg in args])
-
-
 def outcome(out):
     """Losses by step, validation losses by step, and the adapter."""
     lines = read_metrics(out / "metrics.jsonl")
@@ -100,7 +95,7 @@ def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
     assert [code for code, _, _ in results] == [0] * world, results
     assert f"over {world} ranks" in results[0][2] and "validation loss" in results[0][2]
     assert all(stdout == stderr == "" for _, stdout, stderr in results[1:])
-    assert alone(*args, *how[2:], "--out", tmp_path / "alone").exit_code == 0
+    assert run(*args, *how[2:], "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
     losses, _, adapter = outcome(tmp_path / "run")
     assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # something was learnt
@@ -258,15 +253,8 @@ def not_a_number(rank):
 
 
 def spoil_step(rank, spoilt, act, step=8):
-    update, calls = train.update, []
-
-    def acting(*arguments):
-        calls.append(1)
-        if rank == spoilt and len(calls) == step:
-            act()
-        return update(*arguments)
-
-    train.update = acting
+    if rank == spoilt:
+        train.update = before_step(step, act)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +274,8 @@ def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil, fail
         code, _, stderr = results[failing]
         assert code == 2 and f"\nerror: rank {failing}: no memory left" in stderr
     assert "as of step 7; to go on, add --resume" in last
-    assert alone(*args, "--resume").exit_code == 0
-    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    assert run(*args, "--resume").exit_code == 0
+    assert run(*args, "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
 
 
@@ -372,7 +360,7 @@ def test_a_signal_stops_all_and_another_number_of_ranks_goes_on(forks, args, tmp
     assert results[0][2].splitlines()[-1] == f"{said} after step 8: to go on, add --resume" and results[1][2] == ""
     results = Ranks(forks, 3, command, [*args, "--resume", "--strategy", "fsdp"]).results()
     assert [result[0] for result in results] == [0, 0, 0]
-    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    assert run(*args, "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
 
 
@@ -413,12 +401,12 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
 
 def test_torchrun(args, tmp_path):
     """The real thing, once; and no --strategy fsdp without it."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
-    result = subprocess.run([*run, "--strategy", "fsdp"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
+    result = subprocess.run([*torchrun, "--strategy", "fsdp"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("wrote adapter.safetensors") == 1 and "fsdp over 2 ranks" in result.stderr
-    assert alone(*args, "--out", tmp_path / "alone").exit_code == 0
+    assert run(*args, "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
-    result = alone(*args, "--out", tmp_path / "other", "--strategy", "fsdp")
+    result = run(*args, "--out", tmp_path / "other", "--strategy", "fsdp")
     assert result.exit_code == 2 and "torchrun" in result.stderr
     Adapter.load(tmp_path / "run" / "adapter.safetensors")

@@ -9,27 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import command
-from safetensors.torch import load_file
+from conftest import before_step, command, run, tensors_and_metrics
 
 import train
 from adapter import Adapter
-from runs import read_metrics
-
-
-def run(*args):
-    return CliRunner().invoke(train.main, [str(arg) for arg in args])
-
-
-def tensors_and_metrics(out):
-    """All but the clock."""
-    lines = [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
-        for line in read_metrics(out / "metrics.jsonl")
-    ]
-    tensors = {name: tensor.tolist() for name, tensor in load_file(out / "adapter.safetensors").items()}
-    return tensors, lines
 
 
 class Child:
@@ -42,15 +25,7 @@ class Child:
 
     @staticmethod
     def run(args, spoil, n, there):
-        update, calls = train.update, []
-
-        def counted(*arguments):
-            calls.append(1)
-            if len(calls) == n:
-                there.set()
-            return update(*arguments)
-
-        train.update = counted
+        train.update = before_step(n, there.set)
         raise SystemExit(command(args, spoil)[0])
 
     def exit_code(self):
@@ -117,16 +92,8 @@ def test_twenty_kills(forks, args, tmp_path):
 
 def test_sigterm_saves_and_is_no_failure(args, tmp_path, monkeypatch):
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
-    update, calls = train.update, []
-
-    def terminated(*arguments):
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", terminated)
+        patch.setattr(train, "update", before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         result = run(*args)
     assert result.exit_code == 0 and "stopped by SIGTERM after step 7: to go on, add --resume" in result.stderr
     assert run(*args, "--resume").exit_code == 0
@@ -212,18 +179,14 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
     """RLIMIT_FSIZE stands for the full disk: from step 8 on no file grows beyond what it has."""
     resource = pytest.importorskip("resource")
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
-    update, calls, out = train.update, [], tmp_path / "run"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def filled_up(*arguments):
-        calls.append(1)
-        if len(calls) == 8:
-            room = (out / full).stat().st_size - (full == "checkpoint.pt")
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        return update(*arguments)
+    def fill_up():
+        room = (out / full).stat().st_size - (full == "checkpoint.pt")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", filled_up)
+        patch.setattr(train, "update", before_step(8, fill_up))
         result = run(*args, "--save-every", 3)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 2 and "Traceback" not in result.output

@@ -11,8 +11,7 @@ import time
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import CONFIGS, ROOT, copy_base, make_adapter, make_model
+from conftest import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
 from safetensors.torch import load_file
 
 from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
@@ -21,7 +20,7 @@ from data import Tokens
 from model import KVCache, compile_layers
 from runs import draw_curves, read_metrics
 from step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
-from train import CTRL_C, main, signals, split
+from train import CTRL_C, signals, split
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
@@ -138,10 +137,6 @@ def test_gates_are_not_decayed():
 
 # ---------------------------------------------------------------------------------------------------
 # The command
-
-
-def run(*args):
-    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
@@ -293,16 +288,9 @@ def test_same_seed_same_adapter(args, tmp_path):
 
 def same_runs(one, other):
     """The same adapter, bit for bit, and the same metrics but for the clock."""
-    tensors = [load_file(out / "adapter.safetensors") for out in (one, other)]
-    metrics = []
-    for out in (one, other):
-        lines = read_metrics(out / "metrics.jsonl")
-        metrics.append([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines])
     summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
-    return (
-        all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
-        and metrics[0] == metrics[1]
-        and all(summaries[0][name] == summaries[1][name] for name in ("tokens", "val_loss_before", "val_loss_after"))
+    return tensors_and_metrics(one) == tensors_and_metrics(other) and all(
+        summaries[0][name] == summaries[1][name] for name in ("tokens", "val_loss_before", "val_loss_after")
     )
 
 
@@ -336,17 +324,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
     """Let the process be signalled in so many steps from now."""
-    import train
-
-    calls = []
-
-    def signalled(*arguments):
-        calls.append(1)
-        if len(calls) == steps:
-            os.kill(os.getpid(), signal_number)
-        return update(*arguments)
-
-    monkeypatch.setattr(train, "update", signalled)
+    monkeypatch.setattr("train.update", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
 
 
 @pytest.mark.parametrize(
@@ -454,7 +432,6 @@ def test_a_real_ctrl_c(args, tmp_path):
 @pytest.mark.parametrize("broken", ["loss", "gradient", "parameters"])
 def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
     """ "Loss is nan, stopping" (OGV 144, 67, 59): ours names the records and keeps what was good."""
-
     calls, adapters = [], []
 
     def fail(model, adapter, *rest):
