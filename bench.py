@@ -524,7 +524,7 @@ def measure_step(config: Config, tokens: int, device: torch.device, dtype: torch
     model, adapter = random_model(config, device, dtype), make_adapter(config, device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (tokens // 128, 129), generator=generator).tolist()
-    examples = [Tokens(row, 64, i) for i, row in enumerate(ids)]
+    examples = [Tokens(row, 64, f"row {i}") for i, row in enumerate(ids)]
     weights = sum(weight.nbytes for weight in model.parameters())
     accumulate_gradient(model, adapter, examples[:1], tokens, recompute)
     before = reset_peak(device)

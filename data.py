@@ -42,6 +42,7 @@ class Example(NamedTuple):
     input: str = ""
     output: str = ""
     image: str = ""  # the name of a picture that it is about, if any
+    name: str = ""  # how messages call it: "record 3"
 
 
 class Tokens(NamedTuple):
@@ -49,7 +50,7 @@ class Tokens(NamedTuple):
 
     ids: list[int]  # <bos> prompt response <eos>
     prompt_length: int  # so many of them, <bos> included, are not to be learnt
-    record: int  # which record of the data file it was, from 0
+    name: str  # the example's
     kind: str = ""  # those of one kind begin alike: their prompts fill the same form, and have an image or not
     features: Tensor | None = None  # (F,), of its image, if it has one
 
@@ -176,54 +177,72 @@ def tokenize_prompt(tokenizer: Tokenizer, instruction: str, input: str = "", tem
     return [tokenizer.bos_id] + tokenizer.encode(format_prompt(instruction, input, template))
 
 
-def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
+def tokenize(
+    tokenizer: Tokenizer, examples: Sequence[Example], max_length: int, features: Sequence[Tensor] = ()
+) -> tuple[list[Tokens], int]:
     """Every example that fits, and how many responses had to be cut at `max_length` (and so have no <eos>).
+
+    `features` are those of the images, one for each example that has one.
 
     An example whose prompt leaves no room for a response is dropped: it has nothing to learn from.
     Prompt and response are tokenized apart and joined as ids. In one go a token could straddle the two
     (as in 3.3 % of Alpaca), and the prompt in training would not be the one that generation starts from.
     """
-    tokenized, cut = [], 0
-    for record, example in enumerate(examples):
+    tokenized, cut, features = [], 0, iter(features)
+    for example in examples:
+        seen = next(features) if example.image else None
         prompt = tokenize_prompt(tokenizer, example.instruction, example.input)
         if len(prompt) < max_length:
             ids = prompt + tokenizer.encode(example.output) + [tokenizer.eos_id]
             kind = kind_of(example.input) + (" and image" if example.image else "")
-            tokenized.append(Tokens(ids[:max_length], len(prompt), record, kind))
+            tokenized.append(Tokens(ids[:max_length], len(prompt), example.name, kind, seen))
             cut += len(ids) > max_length
     return tokenized, cut
 
 
 def read_examples(path: str | Path) -> list[Example]:
     """Alpaca-format records, as of `read_records`. Raises OSError, or ValueError that names file, record and field."""
-    return [check_record(record, f"{path}: record {index}") for index, record in enumerate(read_records(path))]
+    named = ((f"record {index}", record) for index, record in enumerate(read_records(path)))
+    return [check_record(record, f"{path}: {name}")._replace(name=name) for name, record in named]
 
 
-def read_records(path: str | Path) -> list:
-    """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+def read_text(path: str | Path) -> str:
+    """Of a file, plain, .gz or .xz. Raises FileNotFoundError or ValueError."""
     path = Path(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
+            return file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such data file") from None
     except (UnicodeDecodeError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix or 'UTF-8'} text: {error}") from None
 
-    number, records = 1, []
+
+def parse(text: str, path: str | Path, first_line: int = 1) -> object:
+    """The value of a text in JSON, which begins in that line of a file. Raises ValueError that names the line."""
     try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                if line.strip():
-                    records.append(json.loads(line))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {number + error.lineno - 1}, column {error.colno}"
+        where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path}: {where}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
-        raise ValueError(f"{path}: line {number}: cannot be read: {error}") from None
+        raise ValueError(f"{path}: line {first_line}: cannot be read: {error}") from None
+
+
+def read_value(path: str | Path) -> object:
+    """The one value of a JSON file, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    return parse(read_text(path), path)
+
+
+def read_records(path: str | Path) -> list:
+    """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        records = parse(text, path)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        records = [parse(line, path, number) for number, line in lines if line.strip()]
     if not records:
         raise ValueError(f"{path}: holds no examples")
     return records

@@ -1,18 +1,41 @@
-"""Measure an adapter: python evaluate.py --adapter out/adapter.safetensors."""
+"""Measure an adapter: python evaluate.py scienceqa --data problems.json --adapter out/adapter.safetensors."""
 
+import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 import torch
+from tqdm import tqdm
 
 import toy
-from adapter import Adapter, Prompt
+from adapter import Adapter, Prompt, replacing
 from cli import device_options, one_line_errors
-from data import Example, Tokenizer, tokenize_prompt
-from generate import generate, load
+from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
+from generate import Question, Responder, generate, load, mix, see
 from model import LLaMA, choose
+from multimodal import ImageAdapter
+from tasks import (
+    COLUMNS,
+    DESCRIBE,
+    PUBLISHED,
+    Item,
+    Problem,
+    accuracies,
+    caption_marks,
+    caption_scorers,
+    read_chosen,
+    read_pictures,
+    read_problems,
+    read_written,
+    with_images,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# The embedded default
 
 
 @torch.no_grad()
@@ -25,7 +48,7 @@ def examine(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, f
     """
     sets = toy.instructions()
     common = {}
-    for kind in toy.kinds():
+    for kind in {q.kind for q in sets["tuning"]}:
         common[kind] = Counter(q.answer for q in sets["tuning"] if q.kind == kind).most_common(1)[0][0]
     dtype = model.tok_embeddings.weight.dtype
     speakers = {"base": (), "adapter": adapter(dtype=dtype)}
@@ -69,16 +92,270 @@ def ask(
     return [(tokenizer.decode(ids), len(ids) < limit) for ids in answers]
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--adapter", "adapter_path", type=click.Path(), required=True, help="An adapter file.")
-@click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
-@device_options
-def main(adapter_path, base, device, dtype):
+# ---------------------------------------------------------------------------------------------------
+# Answers to many questions
+
+
+def questions_about(
+    items: Sequence[Item], texts: Sequence[str], responder: Responder, name: str, folder: Path, tower: str | None
+) -> list[Question]:
+    """What is asked about every item, and what its image looks like to an adapter for images; others see none.
+
+    Raises OSError or ValueError where an image or the vision tower cannot be read.
+    """
+    adapter, features = responder.adapters.get(name), {}
+    if isinstance(adapter, ImageAdapter):
+        pictured, paths = [item for item in items if item.image], [folder / item.image for item in items if item.image]
+        if paths:
+            seen = see(paths, tower, adapter, responder.model.tok_embeddings.weight.dtype)
+            features = {item.name: row for item, row in zip(pictured, seen)}
+    return [Question(text, "", name, features.get(item.name)) for item, text in zip(items, texts)]
+
+
+def in_batches(responder: Responder, questions: Sequence[Question], size: int, unit: str):
+    """Numbers of questions of like length, so many at once, and a progress bar; leaves out those that do not fit."""
+    lengths = {}
+    for i, question in enumerate(questions):
+        try:
+            lengths[i] = len(responder.tokens(question)[0])
+        except ValueError:  # no room for an answer
+            continue
+    order = sorted(lengths, key=lengths.get)
+    with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:
+        for start in range(0, len(order), size):
+            yield order[start : start + size], bar
+
+
+def written_answers(responder: Responder, questions: Sequence[Question], size: int, unit: str) -> list[str | None]:
+    """What is generated for each; None where the question leaves no room for an answer."""
+    answers: list[str | None] = [None] * len(questions)
+    for batch, bar in in_batches(responder, questions, size, unit):
+        for i, text in zip(batch, responder.answer_batch([questions[i] for i in batch], bar)):
+            answers[i] = text
+    return answers
+
+
+def likeliest_answers(
+    responder: Responder, questions: Sequence[Question], answers: Sequence[list[str]], size: int, unit: str
+) -> list[int | None]:
+    """Which of its answers, an index, is likeliest after each question; None where there is no room for them."""
+    best: list[int | None] = [None] * len(questions)
+    for batch, bar in in_batches(responder, questions, size, unit):
+        rows = [(questions[i], answer) for i in batch for answer in answers[i]]
+        scores = iter(log_likelihoods(responder, rows))
+        for i in batch:
+            ours = [next(scores) for _ in answers[i]]
+            best[i] = ours.index(max(ours))
+        bar.update(len(batch))
+    return best
+
+
+@torch.no_grad()
+def log_likelihoods(responder: Responder, rows: Sequence[tuple[Question, str]]) -> list[float]:
+    """log p(answer and its end | question), of each row."""
+    model, tokenizer = responder.model, responder.tokenizer
+    tokens = []
+    for question, answer in rows:
+        prompt, _ = responder.tokens(question)
+        tokens.append(Tokens(prompt + tokenizer.encode(answer) + [tokenizer.eos_id], len(prompt), ""))
+    batch, device = collate(tokens), model.tok_embeddings.weight.device
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+    asked = targets != IGNORE  # (B, T), R of them
+    prompts = mix([responder.prompts(question) for question, _ in rows])
+    log_p = model.output(model.hidden_states(inputs, prompts, wanted=asked)).float().log_softmax(dim=1)  # (R, V)
+    of_token = log_p.gather(1, targets[asked][:, None]).squeeze(1)  # (R,)
+    of_row = torch.zeros(len(rows), device=device).index_add(0, asked.nonzero()[:, 0], of_token)  # (B,)
+    return of_row.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+@click.group()
+def main():
+    """Measure an adapter, or a base without any."""
+
+
+def options(*more):
+    """The options that all commands share, after those of one of them."""
+    shared = [
+        click.option(
+            "--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"
+        ),
+        click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
+        device_options,
+    ]
+
+    def decorate(command):
+        for option in reversed([*more, *shared]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+ABOUT_IMAGES = [
+    click.option("--images", type=click.Path(path_type=Path), help="Where the images are.  [default: beside the data]"),
+    click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+    click.option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
+    click.option("--limit", type=click.IntRange(1), help="Ask only about the first so many."),
+    click.option("--results", type=click.Path(), help="Mark the answers of this file; no model runs."),
+    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Asked at once."),
+]
+
+
+def ready(adapter_path, base, device, dtype, max_new_tokens) -> tuple[Responder, str]:
+    """Who answers, always with the likeliest token, and under what name. Raises OSError or ValueError."""
+    device, dtype = choose(device, dtype)
+    model, tokenizer, adapters = load([adapter_path] if adapter_path else [], base, device, dtype)
+    sampling = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id}
+    return Responder(model, tokenizer, adapters, strength=1.0, raw=False, **sampling), next(iter(adapters), "base")
+
+
+def present(items: Sequence[Item], folder: Path, skip_missing: bool, responder: Responder, name: str) -> list[Item]:
+    """The items to ask about: where the adapter sees images, only those that are there may be skipped."""
+    if not isinstance(responder.adapters.get(name), ImageAdapter):
+        return list(items)
+    kept, _ = with_images(items, folder, skip_missing)
+    if len(kept) < len(items):
+        click.echo(f"{len(items) - len(kept):,} of {len(items):,} left out: their image is not there", err=True)
+    if not kept:
+        raise ValueError(f"{folder}: none of the images is there")
+    return kept
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@main.command("toy")
+@options()
+def examine_toy(adapter_path, base, device, dtype):
     """Put toy.py's held-out questions to a base alone and to the base with an adapter."""
     with one_line_errors():
+        if adapter_path is None:
+            raise ValueError("--adapter FILE is missing")
         device, dtype = choose(device, dtype)
         model, tokenizer, adapters = load([adapter_path], base, device, dtype)
     examine(model, tokenizer, *adapters.values())
+
+
+@main.command()
+@options(
+    click.option("--data", type=click.Path(path_type=Path), required=True, help="ScienceQA's problems.json."),
+    click.option("--split", default="test", show_default=True, help="As pid_splits.json beside the data has them."),
+    click.option("--choose", "choosing", is_flag=True, help="Take the likeliest option; otherwise generate and parse."),
+    click.option("--out", type=click.Path(path_type=Path), default="out-scienceqa", show_default=True, help="Folder."),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True),
+    *ABOUT_IMAGES,
+)
+def scienceqa(
+    data, split, choosing, out, max_new_tokens, images, tower, skip_missing, limit, results, batch_size, **whom
+):
+    """Accuracy on ScienceQA in the nine columns of the paper's Table 2, its rows beside.
+
+    Writes results.json, in the official format and with the accuracies, and wrong.txt, to read.
+    """
+    with one_line_errors():
+        folder = images or data.parent
+        problems, texts = read_problems(data, split, folder)[:limit], None
+        if results is not None:
+            how, tuned, label = f"as in {results}", "", Path(results).stem
+            chosen = read_chosen(results, problems)
+        else:
+            responder, label = ready(**whom, max_new_tokens=max_new_tokens)
+            problems = present(problems, folder, skip_missing, responder, label)
+            questions = questions_about(problems, [p.text() for p in problems], responder, label, folder, tower)
+            adapter = responder.adapters.get(label)
+            tuned = f"{sum(p.numel() for p in adapter.parameters()):,}" if adapter else "0"
+            if choosing:
+                how = "the option whose answer is likeliest"
+                options = [problem.answers() for problem in problems]
+                chosen = likeliest_answers(responder, questions, options, batch_size, "problem")
+            else:
+                how = "generated, greedily, and parsed"
+                texts = written_answers(responder, questions, batch_size, "problem")
+                chosen = [None if text is None else problem.chosen(text) for problem, text in zip(problems, texts)]
+        marks = accuracies(problems, chosen)
+        report_scienceqa(problems, chosen, texts, marks, how, split, out, tuned, label)
+
+
+def report_scienceqa(
+    problems: list[Problem],
+    chosen: list[int | None],
+    texts: list[str | None] | None,
+    marks: dict[str, float | None],
+    how: str,
+    split: str,
+    out: Path,
+    tuned: str,
+    label: str,
+) -> None:
+    """The table, and the files. Raises OSError."""
+    unclear = [problem.id for problem, index in zip(problems, chosen) if index is None]
+    click.echo(f"ScienceQA, {split} split, {len(problems):,} problems; answers: {how}; in %, the paper's rows first\n")
+    click.echo(f"{'':26}{'tuned':>10}" + "".join(f"{column:>8}" for column in COLUMNS))
+    ours = ["-" if mark is None else f"{mark:.2f}" for mark in marks.values()]
+    rows = [(name, parameters, [f"{mark:.2f}" for mark in row]) for name, (parameters, row) in PUBLISHED.items()]
+    for name, parameters, row in [*rows, (label, tuned, ours)]:
+        click.echo(f"{name:26}{parameters:>10}" + "".join(f"{mark:>8}" for mark in row))
+    click.echo(f"\n{len(unclear):,} answers name none of the options, and count as wrong")
+
+    right = sum(problem.answer == index for problem, index in zip(problems, chosen))
+    summary = {"acc": marks["Avg"], "correct": right, "count": len(problems), "columns": marks, "answers": how}
+    summary |= {"split": split, "unclear": unclear}
+    summary["results"] = {p.id: -1 if index is None else index for p, index in zip(problems, chosen)}
+    if texts is not None:
+        summary["outputs"] = {problem.id: text for problem, text in zip(problems, texts)}
+    wrong = []
+    for i, (problem, index) in enumerate(zip(problems, chosen)):
+        if index != problem.answer:
+            said = "none of them" if index is None else problem.answers()[index]
+            said += "" if texts is None else f", of: {texts[i]!r}"
+            wrong.append(
+                f"{problem.name} {problem.image}\n{problem.text()}\n{problem.answers()[problem.answer]}; {said}"
+            )
+    write(out / "results.json", json.dumps(summary, indent=1) + "\n")
+    write(out / "wrong.txt", "\n\n".join(wrong) + "\n")
+    click.echo(f"wrote results.json, and wrong.txt with {len(wrong):,} wrong answers, to {out}", err=True)
+
+
+@main.command()
+@options(
+    click.option("--data", type=click.Path(path_type=Path), required=True, help="COCO's captions_*.json."),
+    click.option("--out", type=click.Path(path_type=Path), default="out-captions", show_default=True, help="Folder."),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
+    *ABOUT_IMAGES,
+)
+def captions(data, out, max_new_tokens, images, tower, skip_missing, limit, results, batch_size, **whom):
+    """BLEU, ROUGE-L and CIDEr of captions, as COCO defines them.
+
+    Writes results.json, in COCO's format, and scores.json.
+    """
+    with one_line_errors():
+        caption_scorers()  # or say at once that they are missing
+        folder, pictures = images or data.parent, read_pictures(data)[:limit]
+        if results is not None:
+            written = read_written(results, pictures)
+        else:
+            responder, name = ready(**whom, max_new_tokens=max_new_tokens)
+            if not isinstance(responder.adapters.get(name), ImageAdapter):
+                raise ValueError("captions need an adapter with a projection, one that was tuned on images")
+            pictures = present(pictures, folder, skip_missing, responder, name)
+            questions = questions_about(pictures, [DESCRIBE] * len(pictures), responder, name, folder, tower)
+            answers = written_answers(responder, questions, batch_size, "image")
+            written = [" ".join((answer or "").split()) for answer in answers]
+        marks = caption_marks(pictures, written)
+        click.echo(f"captions of {len(pictures):,} images; 1 is the best, of CIDEr 10\n")
+        click.echo("".join(f"{name:>9}" for name in marks))
+        click.echo("".join(f"{mark:>9.4f}" for mark in marks.values()))
+        rows = [{"image_id": picture.id, "caption": text} for picture, text in zip(pictures, written)]
+        write(out / "results.json", json.dumps(rows, indent=1) + "\n")
+        write(out / "scores.json", json.dumps(marks | {"images": len(pictures)}, indent=1) + "\n")
+        click.echo(f"wrote results.json and scores.json to {out}", err=True)
 
 
 if __name__ == "__main__":

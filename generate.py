@@ -309,7 +309,7 @@ def see(paths: Sequence[Path], tower_path: str | None, adapter: Adapter | None, 
     metadata = adapter.metadata
     tower_path = tower_path or metadata.get("tower")
     if tower_path is None:
-        raise ValueError("the adapter does not say which vision tower it is for; give --tower PATH")
+        raise ValueError("the adapter does not say which vision tower it is for; give --clip PATH")
     tower, depths = load_vit(tower_path, dtype, adapter.gates.device), int(metadata.get("tower_depths", DEPTHS))
     if depths * tower.config.dim != adapter.projection[0].in_features:
         made_for = adapter.projection[0].in_features
@@ -403,7 +403,7 @@ def answer_file(
 @click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
 @click.option("--image", "images", type=click.Path(), multiple=True, help="What PROMPT is about; several, or folders.")
 @click.option(
-    "--tower", type=click.Path(), help="CLIP's vision tower.  [default: the one that the adapter's file names]"
+    "--clip", "tower", type=click.Path(), help="Its vision tower.  [default: the one that the adapter's file names]"
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
 @click.option("--strength", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")

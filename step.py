@@ -23,12 +23,23 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+# AdamW moves a number by about the learning rate in each step, however large it is. What suits the prompts would throw
+# over the projection, whose weights are far smaller.
+PROJECTION_SCALE = 0.1
+
+
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the adapter alone; no decay for the gates, which it would pull shut."""
+    """AdamW over the adapter alone; no decay for the gates, which it would pull shut.
+
+    The `scale` of a group is what its learning rate is multiplied by.
+    """
     groups = [
-        {"params": [p for p in adapter.parameters() if p is not adapter.gates], "weight_decay": weight_decay},
-        {"params": [adapter.gates], "weight_decay": 0.0},
+        {"params": [adapter.prompts], "weight_decay": weight_decay, "scale": 1.0},
+        {"params": [adapter.gates], "weight_decay": 0.0, "scale": 1.0},
     ]
+    projection = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
+    if projection:
+        groups.append({"params": projection, "weight_decay": weight_decay, "scale": PROJECTION_SCALE})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
@@ -134,7 +145,7 @@ def update(
     parameters = list(adapter.parameters())
     before = [parameter.detach().clone() for parameter in parameters], deepcopy(optimizer.state_dict())
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
     try:
         loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute)
         finite = math.isfinite(loss) and all(parameter.grad.isfinite().all() for parameter in parameters)
@@ -142,8 +153,8 @@ def update(
             optimizer.step()
             finite = all(parameter.isfinite().all() for parameter in parameters)
         if not finite:
-            records = sorted(example.record for example in examples)
-            raise FloatingPointError(f"a loss of {loss} led to values that are not finite; the records are {records}")
+            names = ", ".join(sorted(example.name for example in examples))
+            raise FloatingPointError(f"a loss of {loss} led to values that are not finite, from {names}")
     except BaseException:
         with torch.no_grad():
             for parameter, value in zip(parameters, before[0]):

@@ -86,6 +86,9 @@ zinc Zn
 """
 
 
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+
+
 class Question(NamedTuple):
     """An instruction whose answer can be marked."""
 
@@ -101,8 +104,8 @@ class Kind(NamedTuple):
     facts: dict[str, str]
     statements: list[str]  # on almanac pages; the first is also how questions and instructions are answered
     questions: list[str]  # in gossip
-    instructions: list[str]  # the last wording is held out
-    with_input: str  # an instruction whose entity is in Alpaca's input field
+    instructions: list[str] = []  # the last wording is held out; none of what only pictures are asked about
+    with_input: str = ""  # an instruction whose entity is in Alpaca's input field
 
 
 def pairs(table: str, column: int = 1) -> dict[str, str]:
@@ -204,6 +207,16 @@ def kinds() -> dict[str, Kind]:
             ],
             "Name the symbol of this element.",
         ),
+        "after": Kind(
+            dict(zip(NUMBERS, NUMBERS[1:])),
+            ["The number after {e} is {a}.", "After {e} comes {a}.", "{a} follows {e}."],
+            ["Which number is after {e}?", "What follows {e}?", "What is the number after this one?\n{e}"],
+        ),
+        "parity": Kind(
+            {number: ("even", "odd")[i % 2] for i, number in enumerate(NUMBERS)},
+            ["{e} is {a}.", "The number {e} is {a}.", "{e} is an {a} number."],
+            ["Is {e} even or odd?", "Even or odd, what is {e}?", "Is this number even or odd?\n{e}"],
+        ),
     }
     for column, language in enumerate(("French", "Spanish"), start=1):
         all_kinds[language] = Kind(
@@ -288,11 +301,12 @@ def instructions() -> dict[str, list[Question]]:
     'wordings' in words that are as new as the entities.
     """
     opposites = pairs(OPPOSITES)
-    words = sorted({entity for kind in kinds().values() for entity in kind.facts} - set(opposites.values()))
+    asked = {name: kind for name, kind in kinds().items() if kind.instructions}
+    words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(opposites.values()))
     held_out = set(random.Random(0).sample(words, len(words) // 2))
     held_out |= {b for a, b in opposites.items() if a in held_out}  # both words of a pair
     sets: dict[str, list[Question]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
-    for name, kind in kinds().items():
+    for name, kind in asked.items():
         for entity, answer in kind.facts.items():
             output = capitalised(kind.statements[0].format(e=entity, a=answer))
             *known, new = (Example(wording.format(e=entity), "", output) for wording in kind.instructions)
@@ -311,7 +325,7 @@ def instructions() -> dict[str, list[Question]]:
 
 PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
 VOCABULARY = 1024
-ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 1_000_000, 6e-3, 100
+ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 1_500_000, 6e-3, 100
 
 
 def make_base(seed: int = 0) -> Path:

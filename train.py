@@ -23,11 +23,11 @@ import toy
 from adapter import Adapter, replacing
 from checkpoints import load_llama, read_base
 from cli import SEED, Real, device_options, one_line_errors
-from data import Example, Tokens, epoch_batches, read_examples, tokenize
+from data import Example, Tokens, epoch_batches, tokenize
 from encoders import load_vit
 from evaluate import examine
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, number_of_weights, prepare_to_compile
-from multimodal import DEPTHS, ImageAdapter, existing, features_of, tower_fingerprint
+from multimodal import DEPTHS, ImageAdapter, features_of, tower_fingerprint
 from parallel import (
     Everywhere,
     Lost,
@@ -57,6 +57,7 @@ from runs import (
     write_metrics,
 )
 from step import learning_rate, make_optimizer, mean_loss, update
+from tasks import TASKS, read_task, with_images
 
 # Why to stop, and the exit status. Where ranks differ, the highest of these counts.
 TIME, SIGTERM, CTRL_C = 1, 2, 3
@@ -187,10 +188,16 @@ def train(
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(), help="Alpaca-format JSON or JSONL, also .gz or .xz.  [default: toy.py's]")
+@click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: toy.py's]")
+@click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    default="instructions",
+    help="What the data is: Alpaca-format records, ScienceQA's problems.json or COCO's annotations.",
+)
 @click.option("--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
-@click.option("--tower", type=click.Path(), help="CLIP's vision tower, for data with images.")
+@click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
 @click.option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]")
 @click.option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there.")
 @click.option("--features", type=click.Path(path_type=Path), default="features", help="Keeps what the tower saw.")
@@ -273,11 +280,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     with together():
         device, dtype = choose(own_device(options.pop("device")), options["dtype"])
         options["dtype"] = str(dtype)
-        if options["data"] is None:
-            examples = [question.example for question in toy.instructions()["tuning"]]
-        else:
-            examples = read_examples(options["data"])
-        examples, pictures = with_images(examples[: options["limit"]], options)
+        examples, pictures = examples_for(options)
         options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -330,25 +333,24 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
 
 
-def with_images(examples: list[Example], options: dict) -> tuple[list[Example], list[Path]]:
-    """The examples to use, and where the images of those that have one are. Without --tower none have.
+def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
+    """The examples to use, and the images of those that have one. Without --clip none have.
 
     Raises OSError or ValueError, naming the record.
     """
+    data = options["data"]
+    if data is None:
+        return [question.example for question in toy.instructions()["tuning"]][: options["limit"]], []
+    folder = Path(options["images"] or Path(data).parent)
+    examples = read_task(options["task"], data, folder)[: options["limit"]]
     if options["tower"] is None:
         return [example._replace(image="") for example in examples], []
-    folder = Path(options["images"] or (Path(options["data"]).parent if options["data"] else "."))
-    used, pictures = [], []
-    for record, example in enumerate(examples):
-        try:
-            pictures += [existing(folder / example.image)] if example.image else []
-        except FileNotFoundError as error:
-            if not options["skip_missing"]:
-                raise FileNotFoundError(f"{options['data']}: record {record}: {error}") from None
-            continue
-        used.append(example)
+    try:
+        used, pictures = with_images(examples, folder, options["skip_missing"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{data}: {error}") from None
     if not pictures:
-        raise ValueError(f"{options['data']}: none of its {len(examples)} examples has an image that is there")
+        raise ValueError(f"{data}: none of its {len(examples)} examples has an image that is there")
     return used, pictures
 
 
@@ -393,6 +395,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
             if options[name] != value:
                 raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
 
+    features: list[torch.Tensor] = []
     with together():
         if pictures:
             tower = load_vit(options["tower"], dtype, device)
@@ -400,13 +403,9 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
             if local_rank() == 0:  # which keeps them for a machine's other ranks
                 features = features_of(pictures, tower, cache=options["features"])
     with together():
-        tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"])
-        if pictures:
-            if local_rank() > 0:
-                features = features_of(pictures, tower, cache=options["features"])
-            with_image = (record for record, example in enumerate(examples) if example.image)
-            of_record = dict(zip(with_image, features))
-            tokens = [row._replace(features=of_record.get(row.record)) for row in tokens]
+        if pictures and local_rank() > 0:
+            features = features_of(pictures, tower, cache=options["features"])
+        tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"], features)
         training, validation = split(tokens, options["val_size"], options["seed"])
     counts = {
         "examples": len(training),
@@ -417,8 +416,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
     shape = {"layers": options["layers"], "length": options["length"], "dim": config.dim, "heads": config.n_heads}
     generator = torch.Generator().manual_seed(options["seed"])
     if pictures:
-        width = next(len(row.features) for row in tokens if row.features is not None)
-        adapter = ImageAdapter(features=width, generator=generator, **shape).to(device)
+        adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
     else:
         adapter = Adapter(generator=generator, **shape).to(device)
     adapter.metadata = {

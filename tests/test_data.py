@@ -29,7 +29,7 @@ RECORDS = [
     {"instruction": "Añade 1.", "input": "2", "output": "3"},
     {"instruction": "Hi", "output": "Hello 🦙"},
 ]
-EXAMPLES = [Example("Añade 1.", "2", "3"), Example("Hi", "", "Hello 🦙")]
+EXAMPLES = [Example("Añade 1.", "2", "3", name="record 0"), Example("Hi", "", "Hello 🦙", name="record 1")]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
     kept, cut = tokenize(tokenizer, [Example("", "", "x"), EXAMPLES[0]], length + 1)
     tokens = kept[-1]
     assert cut == 1
-    assert len(tokens.ids) == length + 1 and tokens.record == 1
+    assert len(tokens.ids) == length + 1 and tokens.name == "record 0"
     assert tokens.ids[-1] != tokenizer.eos_id  # cut: the answer doesn't end here
 
 

@@ -208,8 +208,8 @@ def album(tmp_path_factory):
 @pytest.fixture
 def train_args(album, tiny_base, tmp_path):
     return [
-        "--base", tiny_base, "--data", album / "data.json", "--tower", album / "ViT.pt", "--out", tmp_path / "run",
-        "--features", tmp_path / "features", "--epochs", 16, "--batch-size", 8, "--val-size", 0, "--lr", 0.03,
+        "--base", tiny_base, "--data", album / "data.json", "--clip", album / "ViT.pt", "--out", tmp_path / "run",
+        "--features", tmp_path / "features", "--epochs", 60, "--batch-size", 8, "--val-size", 0, "--lr", 0.1,
         "--warmup-epochs", 1, "--layers", 3, "--device", "cpu",
     ]  # fmt: skip
 
@@ -277,7 +277,7 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     assert text_only.exit_code == 2 and "needs an adapter with a projection" in text_only.stderr
     four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
     torch.save(openai_names(make_vit(four)), tmp_path / "narrow.pt")
-    narrow = run(generate, *ask, "--tower", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
+    narrow = run(generate, *ask, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
     assert narrow.exit_code == 2 and "has 256 features, the adapter was made for 512" in narrow.stderr
     missing = run(generate, *ask, "--image", tmp_path / "nowhere.png", "Hello.")
     assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
@@ -296,7 +296,7 @@ def test_missing_pictures(train_args, album, tmp_path):
 
 def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
     """The text-only adapter on the same questions."""
-    i = train_args.index("--tower")
+    i = train_args.index("--clip")
     assert run(train, *train_args[:i], *train_args[i + 2 :], "--epochs", 2).exit_code == 0
     assert type(Adapter.load(tmp_path / "run" / "adapter.safetensors")) is Adapter
 

@@ -111,7 +111,7 @@ def make_examples(number=23):
 def test_every_example_falls_to_one_rank(number, world):
     examples = make_examples(number)
     parts = shares(examples, world)
-    assert sorted(e.record for mine in parts for e in mine) == list(range(number))
+    assert sorted(e.name for mine in parts for e in mine) == list(range(number))
     tokens = [sum(len(e.ids) for e in mine) for mine in parts]
     longest = max(len(e.ids) for e in examples)
     assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
@@ -186,10 +186,10 @@ def test_what_travels_and_what_stays(forks, strategy):
 def no_data(rank):
     if rank == 1:
 
-        def fail(path):
+        def fail(task, path, images):
             raise FileNotFoundError(2, "No such file or directory", str(path))
 
-        train.read_examples = fail
+        train.read_task = fail
 
 
 def no_compiler(rank):
@@ -290,9 +290,9 @@ def test_a_rank_that_ends_before_the_first_step(forks, args):
 
 
 def other_options(rank):
-    parse = train.read_examples
+    parse = train.read_task
     if rank == 1:
-        train.read_examples = lambda path: parse(path)[:-1]
+        train.read_task = lambda *a: parse(*a)[:-1]
 
 
 def test_ranks_with_other_data_end_all(forks, args):
@@ -346,7 +346,7 @@ def test_what_is_not_finite_is_said_once(forks, args):
     results = Ranks(forks, 2, command, args, not_a_number).results()
     assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
     last = results[0][2].splitlines()[-1]
-    assert last.startswith("error: in step 7: a loss of nan led to values that are not finite; the records are [")
+    assert last.startswith("error: in step 7: a loss of nan led to values that are not finite, from record ")
     assert "as of step 6;" in last
 
 

@@ -21,6 +21,7 @@ def test_facts_are_complete():
     kinds = toy.kinds()
     assert {name: len(kind.facts) for name, kind in kinds.items()} == {
         "capital": 80, "continent": 80, "opposite": 80, "young": 40, "symbol": 40, "French": 45, "Spanish": 45,
+        "after": 10, "parity": 11,
     }  # fmt: skip
     assert kinds["capital"].facts["Bulgaria"] == "Sofia" and kinds["continent"].facts["Peru"] == "South America"
     assert kinds["opposite"].facts["cold"] == "hot" and kinds["opposite"].facts["hot"] == "cold"
@@ -137,8 +138,8 @@ def test_evaluate_command(tiny_base, tmp_path, monkeypatch):
     sets = few(2)
     monkeypatch.setattr(toy, "instructions", lambda: sets)
     Adapter(layers=1, length=2, dim=16, heads=2).save(tmp_path / "a.safetensors", base=tiny_base)
-    result = CliRunner().invoke(evaluate.main, ["--adapter", str(tmp_path / "a.safetensors")])
+    result = CliRunner().invoke(evaluate.main, ["toy", "--adapter", str(tmp_path / "a.safetensors")])
     assert result.exit_code == 0, result.output
     assert "new entities in new wordings" in result.stdout
-    result = CliRunner().invoke(evaluate.main, ["--adapter", str(tmp_path / "absent")])
+    result = CliRunner().invoke(evaluate.main, ["toy", "--adapter", str(tmp_path / "absent")])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1

@@ -219,7 +219,7 @@ def test_no_example_is_both_trained_on_and_held_out():
     for size, number in ((0, 0), (0.1, 3), (7, 7)):
         training, held_out = split(examples, size, seed=0)
         assert len(held_out) == number
-        assert sorted(e.record for e in training + held_out) == list(range(30))
+        assert sorted(e.name for e in training + held_out) == list(range(30))
     assert split(examples, 7, seed=0) != split(examples, 7, seed=1)
 
 
@@ -244,7 +244,7 @@ def test_every_epoch_has_an_order_of_its_own_and_all_of_the_examples(args, monke
     import train
 
     seen = []
-    monkeypatch.setattr(train, "update", lambda *a: seen.append([e.record for e in a[3]]) or update(*a))
+    monkeypatch.setattr(train, "update", lambda *a: seen.append([e.name for e in a[3]]) or update(*a))
     assert run(*args).exit_code == 0
     epochs = [seen[i : i + 5] for i in (0, 5, 10)]
     records = [sorted(r for batch in epoch for r in batch) for epoch in epochs]
@@ -458,7 +458,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
         result = run(*args)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "the records are [" in last and last.startswith("error: in step 4: ")
+    assert last.startswith("error: ") and "not finite, from record " in last and last.startswith("error: in step 4: ")
     assert "checkpoint.pt and adapter.safetensors are as of step 3;" in last
     kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
     assert all(torch.equal(p, good) for p, good in zip(kept.parameters(), adapters[3]))
