@@ -3,6 +3,7 @@
 They look in both directions, and take prompts as LLaMA does: in the topmost layers, every token sees them all.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapter import Prompt, attend, gated_attention
+from adapter import Prompt, attend, gated_attention, replacing
 from checkpoints import check_dense, copy, filled, load_pth, named, open_shards, read_json
 
 
@@ -133,6 +135,17 @@ class ViT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Reading CLIP's towers
 
+# Our names, and theirs; what config.json leaves out has the same default here and there.
+CONFIG = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
 HUGGING_FACE = {
     "class_embedding": "embeddings.class_embedding",
     "patch_embedding.": "embeddings.patch_embedding.",
@@ -186,6 +199,18 @@ def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     return model.requires_grad_(False)
 
 
+def save_vit(model: ViT, folder: Path) -> None:
+    """Write a tower as Hugging Face's CLIPVisionModel: model.safetensors, then config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {renamed(name, HUGGING_FACE): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    values = {"model_type": "clip_vision_model"}
+    values |= {theirs: getattr(model.config, ours) for ours, theirs in CONFIG.items()}
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def read_hugging_face(folder: Path) -> tuple[ViTConfig, Callable[[str], Tensor]]:
     """Of CLIPModel or CLIPVisionModel."""
     file = folder / "config.json"
@@ -194,16 +219,7 @@ def read_hugging_face(folder: Path) -> tuple[ViTConfig, Callable[[str], Tensor]]
         if values.get("model_type") not in ("clip", "clip_vision_model"):
             raise ValueError(f"model_type is {values.get('model_type')!r}; only CLIP's vision towers are supported")
         values = values.get("vision_config", values)
-        config = ViTConfig(
-            image_size=values.get("image_size", 224),
-            patch_size=values.get("patch_size", 32),
-            dim=values.get("hidden_size", 768),
-            n_layers=values.get("num_hidden_layers", 12),
-            n_heads=values.get("num_attention_heads", 12),
-            hidden_dim=values.get("intermediate_size", 3072),
-            norm_eps=values.get("layer_norm_eps", 1e-5),
-            activation=values.get("hidden_act", "quick_gelu"),
-        )
+        config = ViTConfig(**{ours: values[theirs] for ours, theirs in CONFIG.items() if theirs in values})
     tensors = open_shards(folder)
     whole = "vision_model." if "vision_model.post_layernorm.weight" in tensors else ""
 

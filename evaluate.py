@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import digits
 import toy
 from adapter import Adapter, Prompt, replacing
 from cli import device_options, one_line_errors
@@ -90,6 +92,42 @@ def ask(
         batch = [tokenize_prompt(tokenizer, e.instruction, e.input) for e in examples[start : start + 128]]
         answers += generate(model, batch, prompts, max_new_tokens=limit, eos_id=tokenizer.eos_id)
     return [(tokenizer.decode(ids), len(ids) < limit) for ids in answers]
+
+
+@torch.no_grad()
+def examine_pictures(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
+    """Put digits.py's questions about held-out pictures to the adapter; print a table.
+
+    An adapter for images answers with the picture, with none, and with one that belongs to another question; any other
+    answers without. Chance is to always name the digit that is commonest in tuning.
+    """
+    folder = digits.make()
+    tuned, held_out = digits.pictures(folder)
+    questions = digits.questions(held_out)
+    common = Counter(q.answer for q in digits.questions(tuned[: digits.TUNED_ON])).most_common(1)[0][0]
+    responder = Responder(
+        model, tokenizer, {"adapter": adapter}, strength=1.0, raw=False, max_new_tokens=40, eos_id=tokenizer.eos_id
+    )
+    withheld = [Question(q.example.instruction, "", "adapter") for q in questions]
+    asked = {"no image": withheld}
+    if isinstance(adapter, ImageAdapter):
+        features = see(held_out, str(folder / "tower"), adapter, model.tok_embeddings.weight.dtype)
+        others = [features[i] for i in np.random.default_rng(0).permutation(len(features))]
+        for name, images in (("image", features), ("another image", others)):
+            each = [image for image in images for _ in digits.ANSWERS]
+            asked[name] = [question._replace(features=image) for question, image in zip(withheld, each)]
+    marks = {"chance": [q.answer == common for q in questions]}
+    for name, variant in asked.items():
+        answers = written_answers(responder, variant, 128, "question")
+        marks[name] = [text == q.example.output for text, q in zip(answers, questions)]
+
+    click.echo(f"\nQuestions about {len(held_out)} held-out pictures, answered exactly\n")
+    click.echo(f"{'':34}" + "".join(f"{name:>16}" for name in marks))
+    for instruction in [*digits.ANSWERS, "all"]:
+        inside = [i for i, q in enumerate(questions) if instruction in ("all", q.kind)]
+        shares = [sum(column[i] for i in inside) / len(inside) for column in marks.values()]
+        click.echo(f"{instruction:34}" + "".join(f"{share:>16.1%}" for share in shares))
+    return {f"picture_accuracy_{name.replace(' ', '_')}": sum(m) / len(m) for name, m in marks.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -232,15 +270,18 @@ def write(path: Path, text: str) -> None:
 
 
 @main.command("toy")
-@options()
-def examine_toy(adapter_path, base, device, dtype):
+@options(click.option("--images", is_flag=True, help="Put digits.py's questions about held-out images, too."))
+def examine_toy(adapter_path, images, base, device, dtype):
     """Put toy.py's held-out questions to a base alone and to the base with an adapter."""
     with one_line_errors():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing")
         device, dtype = choose(device, dtype)
         model, tokenizer, adapters = load([adapter_path], base, device, dtype)
-    examine(model, tokenizer, *adapters.values())
+        (adapter,) = adapters.values()
+        if images:
+            examine_pictures(model, tokenizer, adapter)
+        examine(model, tokenizer, adapter)
 
 
 @main.command()

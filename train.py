@@ -19,13 +19,14 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
+import digits
 import toy
 from adapter import Adapter, replacing
 from checkpoints import load_llama, read_base
 from cli import SEED, Real, device_options, one_line_errors
 from data import Example, Tokens, epoch_batches, tokenize
 from encoders import load_vit
-from evaluate import examine
+from evaluate import examine, examine_pictures
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, number_of_weights, prepare_to_compile
 from multimodal import DEPTHS, ImageAdapter, features_of, tower_fingerprint
 from parallel import (
@@ -190,6 +191,12 @@ def train(
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: toy.py's]")
 @click.option(
+    "--toy",
+    type=click.Choice(["text", "images", "blind"]),
+    default="text",
+    help="Without --data: toy.py's instructions; with digits.py's questions about images; those, images withheld.",
+)
+@click.option(
     "--task",
     type=click.Choice(TASKS),
     default="instructions",
@@ -239,13 +246,14 @@ def main(context, **options):
     """Tune a LLaMA-Adapter: the base stays frozen, a few prompts and gates learn to follow instructions.
 
     Without --data and --base this makes a tiny LLaMA that knows an almanac by heart, tunes it with options
-    of its own (toy.TUNING), and shows what the adapter brought out of it.
+    of its own (toy.TUNING, digits.TUNING), and shows what the adapter brought out of it.
     """
     start = time.perf_counter()
     if options["data"] is None and options["base"] is None:
         given = {name for name in options if context.get_parameter_source(name) != ParameterSource.DEFAULT}
         given |= {"lr"} if "blr" in given else set()
-        options |= {name: value for name, value in toy.TUNING.items() if name not in given}
+        tuning = toy.TUNING if options["toy"] == "text" else digits.TUNING
+        options |= {name: value for name, value in tuning.items() if name not in given}
     if options["lr"] is None:
         options["lr"] = options["blr"] * options["batch_size"] / 256
 
@@ -280,6 +288,9 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     with together():
         device, dtype = choose(own_device(options.pop("device")), options["dtype"])
         options["dtype"] = str(dtype)
+        if options["data"] is None and options["toy"] != "text" and local_rank() == 0:
+            digits.make()  # one of a machine's ranks for all of them
+    with together():
         examples, pictures = examples_for(options)
         options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     if device.type == "cuda":
@@ -321,7 +332,9 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     examination = {}
     if options["data"] is None and (first or options["strategy"] == "fsdp"):  # a split model needs all ranks
         with redirect_stdout(sys.stdout if first else io.StringIO()):
-            examination = examine(model, tokenizer, adapter)
+            if options["toy"] != "text":
+                examination |= examine_pictures(model, tokenizer, adapter)
+            examination |= examine(model, tokenizer, adapter)
     if first:
         summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
         summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]} | examination
@@ -339,10 +352,18 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
     Raises OSError or ValueError, naming the record.
     """
     data = options["data"]
-    if data is None:
-        return [question.example for question in toy.instructions()["tuning"]][: options["limit"]], []
-    folder = Path(options["images"] or Path(data).parent)
-    examples = read_task(options["task"], data, folder)[: options["limit"]]
+    if data is not None and options["toy"] != "text":
+        raise ValueError(f"--toy {options['toy']} brings its own data: leave out --data {data}")
+    if data is None and options["toy"] == "text":
+        folder, examples = Path("."), [question.example for question in toy.instructions()["tuning"]]
+    elif data is None:
+        folder = digits.make()
+        examples = digits.tuning(folder)
+        options["tower"] = str(folder / "tower") if options["toy"] == "images" else None
+    else:
+        folder = Path(options["images"] or Path(data).parent)
+        examples = read_task(options["task"], data, folder)
+    examples = examples[: options["limit"]]
     if options["tower"] is None:
         return [example._replace(image="") for example in examples], []
     try:
@@ -424,7 +445,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
         "base_layers": str(config.n_layers),
         "base_fingerprint": options["base_fingerprint"],
         "prompt_template": "alpaca",
-        "data": "toy.py" if options["data"] is None else Path(options["data"]).name,
+        "data": f"toy {options['toy']}" if options["data"] is None else Path(options["data"]).name,
         "examples": str(len(training)),
     } | {name: str(options[name]) for name in ("epochs", "batch_size", "lr", "seed")}
     if pictures:
