@@ -17,6 +17,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+MEDIA = ("image", "video", "audio")  # fields that may name a file that a record is about
 IGNORE = -100  # a target that carries no loss; never a token's id
 
 # The Stanford Alpaca templates, as the paper trains with them.
@@ -41,7 +42,7 @@ class Example(NamedTuple):
     instruction: str
     input: str = ""
     output: str = ""
-    image: str = ""  # the name of a picture that it is about, if any
+    image: str = ""  # the name of a picture, or a video, or a sound, that it is about, if any
     name: str = ""  # how messages call it: "record 3"
 
 
@@ -251,7 +252,7 @@ def read_records(path: str | Path) -> list:
 def check_record(record: object, where: str, needed: Sequence[str] = ("instruction", "output")) -> Example:
     """An Example of one JSON value; `where` begins the error message. Records count from 0.
 
-    Only the fields that are needed, `input` and `image`, are looked at.
+    Only the fields that are needed, `input`, and one of `image`, `video` and `audio` are looked at.
     """
     if not isinstance(record, dict):
         fields = " and ".join(map(repr, needed))
@@ -259,13 +260,16 @@ def check_record(record: object, where: str, needed: Sequence[str] = ("instructi
     for field in needed:
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
-    fields = {field: record[field] for field in (*needed, "input", "image") if field in record}
+    fields = {field: record[field] for field in (*needed, "input", *MEDIA) if field in record}
     for name, value in fields.items():
         if not isinstance(value, str):
             raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
-    return Example(**fields)
+    media = [fields.pop(name) for name in MEDIA if name in fields]
+    if len(media) > 1:
+        raise ValueError(f"{where}: has more than one of the fields {', '.join(map(repr, MEDIA))}")
+    return Example(**fields, image=media[0] if media else "")
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ import toy
 from adapter import Adapter, Prompt, replacing
 from cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
-from generate import Question, Responder, generate, load, mix, see
+from generate import Eyes, Question, Responder, generate, load, mix, see
 from model import LLaMA, choose
 from multimodal import ImageAdapter
 from tasks import (
@@ -111,7 +111,7 @@ def examine_pictures(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     withheld = [Question(q.example.instruction, "", "adapter") for q in questions]
     asked = {"no image": withheld}
     if isinstance(adapter, ImageAdapter):
-        features = see(held_out, str(folder / "tower"), adapter, model.tok_embeddings.weight.dtype)
+        features = see(held_out, Eyes(tower=str(folder / "tower")), adapter, model.tok_embeddings.weight.dtype)
         others = [features[i] for i in np.random.default_rng(0).permutation(len(features))]
         for name, images in (("image", features), ("another image", others)):
             each = [image for image in images for _ in digits.ANSWERS]
@@ -135,7 +135,7 @@ def examine_pictures(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
 
 
 def questions_about(
-    items: Sequence[Item], texts: Sequence[str], responder: Responder, name: str, folder: Path, tower: str | None
+    items: Sequence[Item], texts: Sequence[str], responder: Responder, name: str, folder: Path, eyes: Eyes
 ) -> list[Question]:
     """What is asked about every item, and what its image looks like to an adapter for images; others see none.
 
@@ -145,7 +145,7 @@ def questions_about(
     if isinstance(adapter, ImageAdapter):
         pictured, paths = [item for item in items if item.image], [folder / item.image for item in items if item.image]
         if paths:
-            seen = see(paths, tower, adapter, responder.model.tok_embeddings.weight.dtype)
+            seen = see(paths, eyes, adapter, responder.model.tok_embeddings.weight.dtype)
             features = {item.name: row for item, row in zip(pictured, seen)}
     return [Question(text, "", name, features.get(item.name)) for item, text in zip(items, texts)]
 
@@ -236,6 +236,7 @@ def options(*more):
 ABOUT_IMAGES = [
     click.option("--images", type=click.Path(path_type=Path), help="Where the images are.  [default: beside the data]"),
     click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+    click.option("--encoder", help="A function of yours, FILE.py:NAME, instead."),
     click.option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
     click.option("--limit", type=click.IntRange(1), help="Ask only about the first so many."),
     click.option("--results", type=click.Path(), help="Mark the answers of this file; no model runs."),
@@ -294,7 +295,7 @@ def examine_toy(adapter_path, images, base, device, dtype):
     *ABOUT_IMAGES,
 )
 def scienceqa(
-    data, split, choosing, out, max_new_tokens, images, tower, skip_missing, limit, results, batch_size, **whom
+    data, split, choosing, out, max_new_tokens, images, tower, encoder, skip_missing, limit, results, batch_size, **whom
 ):
     """Accuracy on ScienceQA in the nine columns of the paper's Table 2, its rows beside.
 
@@ -309,7 +310,9 @@ def scienceqa(
         else:
             responder, label = ready(**whom, max_new_tokens=max_new_tokens)
             problems = present(problems, folder, skip_missing, responder, label)
-            questions = questions_about(problems, [p.text() for p in problems], responder, label, folder, tower)
+            questions = questions_about(
+                problems, [p.text() for p in problems], responder, label, folder, Eyes(tower, encoder)
+            )
             adapter = responder.adapters.get(label)
             tuned = f"{sum(p.numel() for p in adapter.parameters()):,}" if adapter else "0"
             if choosing:
@@ -371,7 +374,7 @@ def report_scienceqa(
     click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
     *ABOUT_IMAGES,
 )
-def captions(data, out, max_new_tokens, images, tower, skip_missing, limit, results, batch_size, **whom):
+def captions(data, out, max_new_tokens, images, tower, encoder, skip_missing, limit, results, batch_size, **whom):
     """BLEU, ROUGE-L and CIDEr of captions, as COCO defines them.
 
     Writes results.json, in COCO's format, and scores.json.
@@ -386,7 +389,9 @@ def captions(data, out, max_new_tokens, images, tower, skip_missing, limit, resu
             if not isinstance(responder.adapters.get(name), ImageAdapter):
                 raise ValueError("captions need an adapter with a projection, one that was tuned on images")
             pictures = present(pictures, folder, skip_missing, responder, name)
-            questions = questions_about(pictures, [DESCRIBE] * len(pictures), responder, name, folder, tower)
+            questions = questions_about(
+                pictures, [DESCRIBE] * len(pictures), responder, name, folder, Eyes(tower, encoder)
+            )
             answers = written_answers(responder, questions, batch_size, "image")
             written = [" ".join((answer or "").split()) for answer in answers]
         marks = caption_marks(pictures, written)

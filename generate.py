@@ -20,7 +20,16 @@ from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prom
 from encoders import load_vit
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
-from multimodal import DEPTHS, ImageAdapter, existing, features_of, pictures_in, tower_fingerprint
+from multimodal import (
+    DEPTHS,
+    ImageAdapter,
+    existing,
+    features_by,
+    features_of,
+    files_in,
+    load_encoder,
+    tower_fingerprint,
+)
 from parallel import Everywhere, started
 
 
@@ -302,17 +311,30 @@ def show(responder: Responder, instruction: str, context: str, names: Sequence[s
         click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
 
 
-def see(paths: Sequence[Path], tower_path: str | None, adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
+class Eyes(NamedTuple):
+    """What makes features of files: CLIP's vision tower (or None: the adapter's own), or a function of the user's."""
+
+    tower: str | None = None
+    encoder: str | None = None
+
+
+def see(paths: Sequence[Path], eyes: Eyes, adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
     """The features (F,) of every image. Raises OSError or ValueError where the adapter cannot see them."""
     if not isinstance(adapter, ImageAdapter):
         raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
-    metadata = adapter.metadata
-    tower_path = tower_path or metadata.get("tower")
+    metadata, made_for = adapter.metadata, adapter.projection[0].in_features
+    if eyes.encoder is not None:
+        features = features_by(paths, load_encoder(eyes.encoder))
+        if len(features[0]) != made_for:
+            raise ValueError(f"{eyes.encoder}: has {len(features[0])} features, the adapter was made for {made_for}")
+        return features
+    tower_path = eyes.tower or metadata.get("tower")
+    if tower_path is None and "encoder" in metadata:
+        raise ValueError(f"the adapter was tuned with {metadata['encoder']}; to run that code, give --encoder")
     if tower_path is None:
         raise ValueError("the adapter does not say which vision tower it is for; give --clip PATH")
     tower, depths = load_vit(tower_path, dtype, adapter.gates.device), int(metadata.get("tower_depths", DEPTHS))
-    if depths * tower.config.dim != adapter.projection[0].in_features:
-        made_for = adapter.projection[0].in_features
+    if depths * tower.config.dim != made_for:
         raise ValueError(f"{tower_path}: has {depths * tower.config.dim} features, the adapter was made for {made_for}")
     if metadata.get("tower_fingerprint", "") not in ("", tower_fingerprint(tower)):
         click.echo(f"warning: the adapter was tuned with other weights than those of {tower_path}", err=True)
@@ -355,7 +377,7 @@ def converse(responder: Responder, context: str, names: Sequence[str], stdin: Te
 
 
 def answer_file(
-    responder: Responder, source: str, out: str, default: str, batch_size: int, tower: str | None, dtype: torch.dtype
+    responder: Responder, source: str, out: str, default: str, batch_size: int, eyes: Eyes, dtype: torch.dtype
 ) -> None:
     """Write the records of a JSONL file again, each with its output. What is wrong is raised before any is answered.
 
@@ -379,7 +401,7 @@ def answer_file(
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from None
     for name, pictures in pictured.items():
-        for index, features in zip(pictures, see(list(pictures.values()), tower, responder.adapters.get(name), dtype)):
+        for index, features in zip(pictures, see(list(pictures.values()), eyes, responder.adapters.get(name), dtype)):
             questions[index] = questions[index]._replace(features=features)
     asked = {question.name: responder.speakers[question.name] for question in questions}
     lengths = {name: len(prompts[0].tokens[0]) for name, prompts in asked.items() if prompts}
@@ -401,10 +423,19 @@ def answer_file(
 )
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--input", "context", default="", help="Alpaca's input field: what the instruction is about.")
-@click.option("--image", "images", type=click.Path(), multiple=True, help="What PROMPT is about; several, or folders.")
+@click.option(
+    "--image",
+    "--video",
+    "--audio",
+    "images",
+    type=click.Path(),
+    multiple=True,
+    help="What PROMPT is about; several, or folders.",
+)
 @click.option(
     "--clip", "tower", type=click.Path(), help="Its vision tower.  [default: the one that the adapter's file names]"
 )
+@click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
 @click.option("--strength", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
 @click.option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter.")
@@ -420,7 +451,20 @@ def answer_file(
 @click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
 @device_options
 def main(
-    prompt, adapter_paths, base, device, dtype, context, images, tower, compare, prompt_file, out, batch_size, **how
+    prompt,
+    adapter_paths,
+    base,
+    device,
+    dtype,
+    context,
+    images,
+    tower,
+    encoder,
+    compare,
+    prompt_file,
+    out,
+    batch_size,
+    **how,
 ):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
@@ -454,12 +498,12 @@ def main(
         first = next(iter(adapters), "base")
         names = ["base", *adapters] if compare else [first]
         if images:
-            paths = pictures_in(images)
-            seen = zip(map(str, paths), see(paths, tower, adapters[first], dtype))
+            paths = files_in(images, of_any_kind=encoder is not None)
+            seen = zip(map(str, paths), see(paths, Eyes(tower, encoder), adapters[first], dtype))
             questions = {path: Question(prompt, context, first, features) for path, features in seen}
             describe(responder, questions, batch_size)
         elif prompt_file is not None:
-            answer_file(responder, prompt_file, out, first, batch_size, tower, dtype)
+            answer_file(responder, prompt_file, out, first, batch_size, Eyes(tower, encoder), dtype)
         elif prompt is not None:
             show(responder, prompt, context, names)
         elif sys.stdin is not None:

@@ -4,13 +4,15 @@
     I         = projection(features)          learnt, a small MLP
     P + I                                     instead of P, in every adapted layer
 
-Notation as in adapter.py; Cv is the width of the tower. Whatever else yields one vector a sample takes the same road.
+Notation as in adapter.py; Cv is the width of the tower. A video's features are the mean of its frames'; sounds, and
+whatever else, take the same road through an encoder of the user's.
 """
 
 import hashlib
+import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 DEPTHS = 4  # M
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+FRAMES = 8  # of a video
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -45,10 +49,41 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken image: {error}") from None
+    return showing(image, path)
+
+
+def showing(image: Image.Image, path: str | Path) -> Image.Image:
+    """The image; raises ValueError where it is a mere dot or thread."""
     width, height = image.size
     if min(image.size) < 2 or max(image.size) > 100 * min(image.size):
         raise ValueError(f"{path}: {width} x {height} pixels show nothing")
     return image
+
+
+def open_video(path: str | Path, number: int = FRAMES) -> list[Image.Image]:
+    """So many frames in RGB, evenly spread over a video, or all that it has. Raises FileNotFoundError or ValueError."""
+    existing(path)
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            total = stream.frames or sum(1 for _ in file.decode(stream))  # not all formats say how many they have
+            file.seek(0)
+            wanted = {(2 * i + 1) * total // (2 * number) for i in range(number)}
+            frames = [frame.to_image() for i, frame in enumerate(file.decode(stream)) if i in wanted]
+    except Exception as error:  # whatever a broken file makes a decoder meet
+        raise ValueError(f"{path}: is a broken video, or none: {error}") from None
+    if not frames:
+        raise ValueError(f"{path}: has no frames")
+    return [showing(frame, path) for frame in frames]
+
+
+def views(path: str | Path) -> list[Image.Image]:
+    """What there is to see: a video's frames, or a picture. Raises FileNotFoundError or ValueError."""
+    return open_video(path) if Path(path).suffix.lower() in VIDEOS else [open_image(path)]
 
 
 def preprocess(image: Image.Image, size: int) -> Tensor:
@@ -86,7 +121,7 @@ def tower_fingerprint(tower: ViT) -> str:
 def features_of(
     paths: Sequence[str | Path], tower: ViT, number: int = DEPTHS, cache: Path | None = None, batch_size: int = 32
 ) -> list[Tensor]:
-    """`global_features` of every picture, (F,) each, on the CPU.
+    """`global_features` of every picture, (F,) each, on the CPU; of a video, their mean over its frames.
 
     In the folder `cache` a file is kept for every picture by the hash of its content, so that it goes through the tower
     once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
@@ -100,25 +135,67 @@ def features_of(
     todo = list({name: path for name, path in zip(names, paths) if name not in kept}.items())
     for start in tqdm(range(0, len(todo), batch_size), unit="batch of images", disable=not todo, file=sys.stderr):
         part = todo[start : start + batch_size]
-        images = torch.stack([preprocess(open_image(path), size) for _, path in part])  # (B, 3, S, S)
-        for (name, _), features in zip(part, global_features(tower, images, number).cpu()):
-            kept[name] = features.clone()
+        seen = [[preprocess(image, size) for image in views(path)] for _, path in part]
+        features = global_features(
+            tower, torch.stack(sum(seen, [])), number
+        ).cpu()  # (B, F), of all pictures and frames
+        for (name, _), frames in zip(part, features.split(list(map(len, seen)))):
+            kept[name] = frames.mean(dim=0)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 with replacing(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-                    np.save(file, features.numpy())
+                    np.save(file, kept[name].numpy())
     return [kept[name] for name in names]
 
 
-def pictures_in(paths: Sequence[str | Path]) -> list[Path]:
-    """The files among them, and those in folders among them that Pillow may be able to read, by name.
+def load_encoder(where: str) -> Callable[[Path], object]:
+    """A function of the user's, FILE.py:NAME, which makes features (M, Cv) of a file. Raises OSError or ValueError."""
+    file, _, name = where.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise FileNotFoundError(f"{where}: no such encoder; it is named as FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None:
+        raise ValueError(f"{file}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is any code
+        raise ValueError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{file}: has no function {name!r}")
+    return getattr(module, name)
+
+
+def features_by(paths: Sequence[str | Path], encode: Callable[[Path], object]) -> list[Tensor]:
+    """What a user's encoder makes of every file, (F,) each: M rows of Cv numbers, each normed, side by side.
+
+    Raises OSError, or ValueError where the encoder fails, or yields something else.
+    """
+    found: dict[Path, Tensor] = {}
+    for path in tqdm(list(dict.fromkeys(map(existing, paths))), unit="file", file=sys.stderr):
+        try:
+            rows = torch.as_tensor(encode(path)).detach().float().cpu()  # (M, Cv)
+        except Exception as error:  # it is any code
+            raise ValueError(f"{path}: the encoder failed: {type(error).__name__}: {error}") from None
+        if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
+            raise ValueError(f"{path}: the encoder makes {list(rows.shape)} numbers of it, not (M, Cv) finite ones")
+        found[path] = F.layer_norm(rows, rows.shape[1:]).flatten()
+        first = next(iter(found.values()))
+        if len(found[path]) != len(first):
+            raise ValueError(f"{path}: the encoder makes {len(found[path])} features of it, {len(first)} of others")
+    return [found[Path(path)] for path in paths]
+
+
+def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Path]:
+    """The files among them, and the pictures and videos (or all files) in folders among them, by name.
 
     Raises OSError or ValueError where there are none.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.iterdir()) if file.suffix.lower() in Image.registered_extensions()]
+            readable = VIDEOS | set(Image.registered_extensions())
+            inside = [file for file in sorted(path.iterdir()) if of_any_kind or file.suffix.lower() in readable]
             if not inside:
                 raise ValueError(f"{path}: holds no images")
             found += inside
@@ -134,7 +211,7 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-class ImageAdapter(Adapter):
+class ImageAdapter(Adapter):  # or of sounds, or what else has features
     """An Adapter with a projection of an image's features (B, F) to what its prompts are shifted by, I (B, C).
 
     F is M*Cv; the projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths, for

@@ -20,6 +20,7 @@ FREE = {
     "base",
     "data",
     "tower",
+    "encoder",
     "images",
     "features",
     "device",

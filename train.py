@@ -28,7 +28,7 @@ from data import Example, Tokens, epoch_batches, tokenize
 from encoders import load_vit
 from evaluate import examine, examine_pictures
 from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, number_of_weights, prepare_to_compile
-from multimodal import DEPTHS, ImageAdapter, features_of, tower_fingerprint
+from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_encoder, tower_fingerprint
 from parallel import (
     Everywhere,
     Lost,
@@ -205,6 +205,7 @@ def train(
 @click.option("--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
 @click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
+@click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
 @click.option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]")
 @click.option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there.")
 @click.option("--features", type=click.Path(path_type=Path), default="features", help="Keeps what the tower saw.")
@@ -347,7 +348,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
 
 
 def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
-    """The examples to use, and the images of those that have one. Without --clip none have.
+    """The examples to use, and the images of those that have one. Without --clip or --encoder none have.
 
     Raises OSError or ValueError, naming the record.
     """
@@ -364,7 +365,9 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
         folder = Path(options["images"] or Path(data).parent)
         examples = read_task(options["task"], data, folder)
     examples = examples[: options["limit"]]
-    if options["tower"] is None:
+    if options["tower"] is not None and options["encoder"] is not None:
+        raise ValueError("--clip and --encoder: one of them makes the features of an image")
+    if options["tower"] is None and options["encoder"] is None:
         return [example._replace(image="") for example in examples], []
     try:
         used, pictures = with_images(examples, folder, options["skip_missing"])
@@ -409,7 +412,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
         if options["compile"]:
             compile_layers(model)
     options["base_fingerprint"] = fingerprint(model)
-    paths = ("out", "data", "base", "tower", "images", "features")  # which may be others on another machine
+    paths = ("out", "data", "base", "tower", "encoder", "images", "features")  # which may be others on another machine
     theirs = from_first(lambda: {name: value for name, value in options.items() if name not in paths})
     with together():
         for name, value in theirs.items():
@@ -418,13 +421,15 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
 
     features: list[torch.Tensor] = []
     with together():
-        if pictures:
+        if options["encoder"] is not None:
+            features = features_by(pictures, load_encoder(options["encoder"]))
+        elif pictures:
             tower = load_vit(options["tower"], dtype, device)
             options["tower_fingerprint"] = tower_fingerprint(tower)
             if local_rank() == 0:  # which keeps them for a machine's other ranks
                 features = features_of(pictures, tower, cache=options["features"])
     with together():
-        if pictures and local_rank() > 0:
+        if pictures and options["encoder"] is None and local_rank() > 0:
             features = features_of(pictures, tower, cache=options["features"])
         tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"], features)
         training, validation = split(tokens, options["val_size"], options["seed"])
@@ -448,7 +453,9 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
         "data": f"toy {options['toy']}" if options["data"] is None else Path(options["data"]).name,
         "examples": str(len(training)),
     } | {name: str(options[name]) for name in ("epochs", "batch_size", "lr", "seed")}
-    if pictures:
+    if options["encoder"] is not None:
+        adapter.metadata |= {"encoder": options["encoder"]}
+    elif pictures:
         adapter.metadata |= {
             "tower": str(Path(options["tower"]).resolve()),
             "tower_fingerprint": options["tower_fingerprint"],

@@ -1,12 +1,13 @@
 """Pictures as CLIP sees them, their features, and what they do to prompts."""
 
 import json
+import wave
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import command, make_model, make_tokens
+from conftest import ROOT, command, make_model, make_tokens
 from PIL import Image
 from safetensors.torch import load_file
 from test_encoders import make_images, make_vit, openai_names
@@ -16,9 +17,22 @@ import generate
 import train
 from adapter import Adapter
 from checkpoints import load_llama
-from data import tokenize_prompt
+from data import check_record, tokenize_prompt
 from encoders import ViTConfig, load_vit
-from multimodal import MEAN, STD, ImageAdapter, depths, features_of, global_features, open_image, preprocess
+from multimodal import (
+    MEAN,
+    STD,
+    ImageAdapter,
+    depths,
+    features_by,
+    features_of,
+    global_features,
+    load_encoder,
+    open_image,
+    open_video,
+    preprocess,
+    views,
+)
 from runs import read_metrics
 
 SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
@@ -311,3 +325,143 @@ def test_ranks_on_pictures(forks, train_args, tmp_path, strategy):
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "alone"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)  # AdamW makes steps of tiny gradients
+
+
+# ---------------------------------------------------------------------------------------------------
+# Videos and sounds
+
+
+def film(path, colours):
+    """A second for every colour."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colour in colours:
+            for _ in range(5):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
+                file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_frames_are_spread_over_a_video(tmp_path, suffix):
+    film(tmp_path / f"x.{suffix}", ["red", "lime", "blue", "white"])
+    frames = open_video(tmp_path / f"x.{suffix}")
+    means = [np.asarray(frame).mean(axis=(0, 1)) for frame in frames]
+    assert [int(mean.argmax()) for mean in means[:6]] == [0, 0, 1, 1, 2, 2] and min(means[7]) > 200
+    assert len(frames) == 8 and len(open_video(tmp_path / f"x.{suffix}", 3)) == 3
+
+
+def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
+    film(tmp_path / "x.mp4", ["red", "lime", "blue"])
+    tower = make_vit(SEEING)
+    picture().save(tmp_path / "y.png")
+    (alone,) = features_of([tmp_path / "x.mp4"], tower)
+    still, moving, again = features_of(
+        [tmp_path / "y.png", tmp_path / "x.mp4", tmp_path / "y.png"], tower, cache=tmp_path
+    )
+    torch.testing.assert_close(moving, alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(still, again) and not torch.allclose(still, moving)
+    frames = torch.stack([preprocess(frame, 24) for frame in open_video(tmp_path / "x.mp4")])
+    torch.testing.assert_close(moving, global_features(tower, frames).mean(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(features_of([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
+
+
+def test_bad_videos_are_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="x.mp4: is a broken video, or none: "):
+        views(tmp_path / "x.mp4")
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ValueError, match="x.mp4: reading videos needs PyAV: pip install av"):
+        views(tmp_path / "x.mp4")
+
+
+def test_real_videos(data):
+    pytest.importorskip("av")
+    for file in sorted((data / "media" / "llamafactory_mllm_demo_data").glob("*.[ma][pv][4i]")):
+        assert len(open_video(file)) == 8, file
+
+
+ENCODERS = """
+import torch
+def rows(path): return torch.tensor([[float(b) for b in path.read_bytes()[:8]]] * 2)
+def flat(path): return torch.zeros(8)
+def fails(path): raise RuntimeError("no ear")
+number = 3
+"""
+
+
+def test_an_encoder_of_the_user_s(tmp_path):
+    (tmp_path / "ear.py").write_text(ENCODERS)
+    files = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
+    for file, content in zip(files, (b"abcdefgh", b"hgfedcba", b"abcd")):
+        file.write_bytes(content)
+    one, other, same = features_by([*files[:2], files[0]], load_encoder(f"{tmp_path / 'ear.py'}:rows"))
+    assert one.shape == (16,) and torch.equal(one, same) and not torch.equal(one, other)
+    torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normed
+    for name, message in (
+        ("rows", r"c.wav: the encoder makes 8 features of it, 16 of others"),
+        ("flat", r"a.wav: the encoder makes \[8\] numbers of it, not \(M, Cv\)"),
+        ("fails", "a.wav: the encoder failed: RuntimeError: no ear"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            features_by([files[0], files[2]], load_encoder(f"{tmp_path / 'ear.py'}:{name}"))
+    with pytest.raises(ValueError, match="ear.py: has no function 'number'"):
+        load_encoder(f"{tmp_path / 'ear.py'}:number")
+    with pytest.raises(FileNotFoundError, match="no such encoder; it is named as FILE.py:FUNCTION"):
+        load_encoder("ear")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="broken.py: cannot be imported: ZeroDivisionError"):
+        load_encoder(f"{tmp_path / 'broken.py'}:x")
+
+
+def tone(path, pitch, seed):
+    """A second of 16-bit sound in a WAV file."""
+    time, random = np.arange(16000) / 16000, np.random.default_rng(seed)
+    sound = np.sin(2 * np.pi * pitch * time) + random.normal(0, 0.1, 16000)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes((8000 * sound).astype(np.int16).tobytes())
+
+
+def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
+    """Two pitches are learnt; the file says which encoder it needs, and no code runs but what the user names."""
+    pytest.importorskip("av")
+    code = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]]
+    (tmp_path / "spectrum.py").write_text(next(part for part in code if part.startswith("# spectrum.py")))
+    records = []
+    for i in range(16):
+        tone(tmp_path / f"{i}.wav", (500, 3000)[i % 2], i)
+        records.append({"instruction": "High?", "output": ("no", "yes")[i % 2], "audio": f"{i}.wav"})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    where = f"{tmp_path / 'spectrum.py'}:rows"
+    result = run(
+        train, "--data", tmp_path / "data.json", "--base", tiny_base, "--encoder", where, "--out", tmp_path / "run",
+        "--epochs", 40, "--batch-size", 8, "--val-size", 0, "--lr", 0.1, "--layers", 3, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
+    assert adapter.metadata["encoder"] == where and adapter.projection[0].in_features == 4 * 128
+    model, tokenizer = load_llama(tiny_base)
+    yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
+    for i, pitch in enumerate((400, 3100)):
+        tone(tmp_path / "new.wav", pitch, 99)
+        (features,) = features_by([tmp_path / "new.wav"], load_encoder(where))
+        with torch.no_grad():
+            prompts = adapter(adapter.condition(features[None]))
+            logits = model(torch.tensor([tokenize_prompt(tokenizer, "High?")]), prompts)[0, -1]
+        assert (logits[yes] > logits[no]) == bool(i)
+
+    ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]
+    asked = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", where, "High?")
+    assert asked.exit_code == 0, asked.output
+    unsaid = run(generate, *ask, "--audio", tmp_path / "new.wav", "High?")
+    assert unsaid.exit_code == 2 and f"tuned with {where}; to run that code, give --encoder" in unsaid.stderr
+
+
+def test_a_record_is_about_one_file(tmp_path):
+    with pytest.raises(ValueError, match="here: has more than one of the fields 'image', 'video', 'audio'"):
+        check_record({"instruction": "", "output": "", "image": "a", "audio": "b"}, "here")
+    assert check_record({"instruction": "", "output": "", "video": "b"}, "here").image == "b"

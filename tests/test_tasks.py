@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import command, make_adapter, make_model, run
 from click.testing import CliRunner
+from conftest import make_adapter, run
 from PIL import Image
 from test_encoders import make_vit, openai_names
 from test_multimodal import SEEING
@@ -340,7 +340,11 @@ def test_likelihoods_are_those_of_the_tokens_one_by_one(tiny_base):
     responder = Responder(
         model, tokenizer, {"a": adapter}, strength=1, raw=False, max_new_tokens=9, eos_id=tokenizer.eos_id
     )
-    rows = [(Question("Hi", "", "a"), "Yes, no."), (Question("Hello you", "", "base"), "No"), (Question("A", "", "a"), "")]
+    rows = [
+        (Question("Hi", "", "a"), "Yes, no."),
+        (Question("Hello you", "", "base"), "No"),
+        (Question("A", "", "a"), ""),
+    ]
     for (question, answer), score in zip(rows, evaluate.log_likelihoods(responder, rows)):
         prompt, _ = responder.tokens(question)
         ids = prompt + tokenizer.encode(answer) + [tokenizer.eos_id]
