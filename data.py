@@ -262,14 +262,19 @@ def check_record(record: object, where: str, needed: Sequence[str] = ("instructi
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
     fields = {field: record[field] for field in (*needed, "input", *MEDIA) if field in record}
     for name, value in fields.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
-    media = [fields.pop(name) for name in MEDIA if name in fields]
+        check_text(value, where, name)
+    media = list(filter(None, (fields.pop(name) for name in MEDIA if name in fields)))
     if len(media) > 1:
         raise ValueError(f"{where}: has more than one of the fields {', '.join(map(repr, MEDIA))}")
     return Example(**fields, image=media[0] if media else "")
+
+
+def check_text(value: object, where: str, field: str) -> None:
+    """Raise ValueError where the value of a field is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field '{field}' is a {type(value).__name__}, not a string")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where}: field '{field}' has half a character (a lone surrogate)")
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

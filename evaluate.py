@@ -1,6 +1,7 @@
 """Measure an adapter: python evaluate.py scienceqa --data problems.json --adapter out/adapter.safetensors."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -142,6 +143,8 @@ def questions_about(
     Raises OSError or ValueError where an image or the vision tower cannot be read.
     """
     adapter, features = responder.adapters.get(name), {}
+    if not isinstance(adapter, ImageAdapter) and eyes != Eyes():
+        raise ValueError("--clip or --encoder needs an adapter with a projection, one that was tuned on images")
     if isinstance(adapter, ImageAdapter):
         pictured, paths = [item for item in items if item.image], [folder / item.image for item in items if item.image]
         if paths:
@@ -150,15 +153,14 @@ def questions_about(
     return [Question(text, "", name, features.get(item.name)) for item, text in zip(items, texts)]
 
 
-def in_batches(responder: Responder, questions: Sequence[Question], size: int, unit: str):
-    """Numbers of questions of like length, so many at once, and a progress bar; leaves out those that do not fit."""
-    lengths = {}
-    for i, question in enumerate(questions):
-        try:
-            lengths[i] = len(responder.tokens(question)[0])
-        except ValueError:  # no room for an answer
-            continue
-    order = sorted(lengths, key=lengths.get)
+def in_batches(responder: Responder, questions: Sequence[Question], room: Sequence[int], size: int, unit: str):
+    """Numbers of questions of like length, so many at once, and a progress bar.
+
+    Those that leave less room in the base's context than they need are left out.
+    """
+    lengths = {i: len(responder.prompt(question)) for i, question in enumerate(questions)}
+    limit = responder.model.config.max_seq_len or math.inf
+    order = sorted((i for i, length in lengths.items() if length + room[i] <= limit), key=lengths.get)
     with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:
         for start in range(0, len(order), size):
             yield order[start : start + size], bar
@@ -167,7 +169,7 @@ def in_batches(responder: Responder, questions: Sequence[Question], size: int, u
 def written_answers(responder: Responder, questions: Sequence[Question], size: int, unit: str) -> list[str | None]:
     """What is generated for each; None where the question leaves no room for an answer."""
     answers: list[str | None] = [None] * len(questions)
-    for batch, bar in in_batches(responder, questions, size, unit):
+    for batch, bar in in_batches(responder, questions, [1] * len(questions), size, unit):
         for i, text in zip(batch, responder.answer_batch([questions[i] for i in batch], bar)):
             answers[i] = text
     return answers
@@ -178,7 +180,8 @@ def likeliest_answers(
 ) -> list[int | None]:
     """Which of its answers, an index, is likeliest after each question; None where there is no room for them."""
     best: list[int | None] = [None] * len(questions)
-    for batch, bar in in_batches(responder, questions, size, unit):
+    room = [max(len(responder.tokenizer.encode(answer)) for answer in ours) for ours in answers]
+    for batch, bar in in_batches(responder, questions, room, size, unit):
         rows = [(questions[i], answer) for i in batch for answer in answers[i]]
         scores = iter(log_likelihoods(responder, rows))
         for i in batch:
@@ -194,7 +197,7 @@ def log_likelihoods(responder: Responder, rows: Sequence[tuple[Question, str]]) 
     model, tokenizer = responder.model, responder.tokenizer
     tokens = []
     for question, answer in rows:
-        prompt, _ = responder.tokens(question)
+        prompt = responder.prompt(question)
         tokens.append(Tokens(prompt + tokenizer.encode(answer) + [tokenizer.eos_id], len(prompt), ""))
     batch, device = collate(tokens), model.tok_embeddings.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
@@ -270,6 +273,12 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def check_results(results, choosing, adapter_path, base, **_) -> None:
+    """Raise ValueError where there is a file of answers, and someone to answer as well."""
+    if results is not None and (adapter_path or base or choosing):
+        raise ValueError("--results has the answers: no --adapter, --base or --choose beside it")
+
+
 @main.command("toy")
 @options(click.option("--images", is_flag=True, help="Put digits.py's questions about held-out images, too."))
 def examine_toy(adapter_path, images, base, device, dtype):
@@ -304,6 +313,8 @@ def scienceqa(
     with one_line_errors():
         folder = images or data.parent
         problems, texts = read_problems(data, split, folder)[:limit], None
+        answered = [True] * len(problems)
+        check_results(results, choosing, **whom)
         if results is not None:
             how, tuned, label = f"as in {results}", "", Path(results).stem
             chosen = read_chosen(results, problems)
@@ -319,17 +330,20 @@ def scienceqa(
                 how = "the option whose answer is likeliest"
                 options = [problem.answers() for problem in problems]
                 chosen = likeliest_answers(responder, questions, options, batch_size, "problem")
+                answered = [index is not None for index in chosen]
             else:
                 how = "generated, greedily, and parsed"
                 texts = written_answers(responder, questions, batch_size, "problem")
                 chosen = [None if text is None else problem.chosen(text) for problem, text in zip(problems, texts)]
+                answered = [text is not None for text in texts]
         marks = accuracies(problems, chosen)
-        report_scienceqa(problems, chosen, texts, marks, how, split, out, tuned, label)
+        report_scienceqa(problems, chosen, answered, texts, marks, how, split, out, tuned, label)
 
 
 def report_scienceqa(
     problems: list[Problem],
     chosen: list[int | None],
+    answered: list[bool],
     texts: list[str | None] | None,
     marks: dict[str, float | None],
     how: str,
@@ -339,7 +353,8 @@ def report_scienceqa(
     label: str,
 ) -> None:
     """The table, and the files. Raises OSError."""
-    unclear = [problem.id for problem, index in zip(problems, chosen) if index is None]
+    unclear = [p.id for p, index, said in zip(problems, chosen, answered) if said and index is None]
+    too_long = [p.id for p, said in zip(problems, answered) if not said]
     click.echo(f"ScienceQA, {split} split, {len(problems):,} problems; answers: {how}; in %, the paper's rows first\n")
     click.echo(f"{'':26}{'tuned':>10}" + "".join(f"{column:>8}" for column in COLUMNS))
     ours = ["-" if mark is None else f"{mark:.2f}" for mark in marks.values()]
@@ -347,18 +362,20 @@ def report_scienceqa(
     for name, parameters, row in [*rows, (label, tuned, ours)]:
         click.echo(f"{name:26}{parameters:>10}" + "".join(f"{mark:>8}" for mark in row))
     click.echo(f"\n{len(unclear):,} answers name none of the options, and count as wrong")
+    if too_long:
+        click.echo(f"{len(too_long):,} problems are too long for the base, and count as wrong")
 
     right = sum(problem.answer == index for problem, index in zip(problems, chosen))
     summary = {"acc": marks["Avg"], "correct": right, "count": len(problems), "columns": marks, "answers": how}
-    summary |= {"split": split, "unclear": unclear}
+    summary |= {"split": split, "unclear": unclear, "too_long": too_long}
     summary["results"] = {p.id: -1 if index is None else index for p, index in zip(problems, chosen)}
     if texts is not None:
         summary["outputs"] = {problem.id: text for problem, text in zip(problems, texts)}
     wrong = []
     for i, (problem, index) in enumerate(zip(problems, chosen)):
         if index != problem.answer:
-            said = "none of them" if index is None else problem.answers()[index]
-            said += "" if texts is None else f", of: {texts[i]!r}"
+            said = "too long" if not answered[i] else "none of them" if index is None else problem.answers()[index]
+            said += "" if texts is None or texts[i] is None else f", of: {texts[i]!r}"
             wrong.append(
                 f"{problem.name} {problem.image}\n{problem.text()}\n{problem.answers()[problem.answer]}; {said}"
             )
@@ -382,6 +399,7 @@ def captions(data, out, max_new_tokens, images, tower, encoder, skip_missing, li
     with one_line_errors():
         caption_scorers()  # or say at once that they are missing
         folder, pictures = images or data.parent, read_pictures(data)[:limit]
+        check_results(results, False, **whom)
         if results is not None:
             written = read_written(results, pictures)
         else:

@@ -268,13 +268,16 @@ class Responder:
         shift = adapter.condition(question.features[None].to(weight.device))  # (1, C)
         return adapter(shift, self.strength, weight.dtype)
 
-    def tokens(self, question: Question) -> tuple[list[int], int]:
-        """The prompt, and how many tokens its answer may have. Raises ValueError where it leaves no room."""
+    def prompt(self, question: Question) -> list[int]:
+        """<bos> and the question, in its template."""
         instruction, context, name, _ = question
         if self.raw:
-            tokens = [self.tokenizer.bos_id, *self.tokenizer.encode(instruction)]
-        else:
-            tokens = tokenize_prompt(self.tokenizer, instruction, context, self.templates[name])
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(instruction)]
+        return tokenize_prompt(self.tokenizer, instruction, context, self.templates[name])
+
+    def tokens(self, question: Question) -> tuple[list[int], int]:
+        """The prompt, and how many tokens its answer may have. Raises ValueError where it leaves no room."""
+        tokens = self.prompt(question)
         room = (self.model.config.max_seq_len or math.inf) - len(tokens)
         if room < 1:
             seen = self.model.config.max_seq_len
@@ -323,7 +326,12 @@ def see(paths: Sequence[Path], eyes: Eyes, adapter: Adapter | None, dtype: torch
     if not isinstance(adapter, ImageAdapter):
         raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
+    if eyes.tower is not None and eyes.encoder is not None:
+        raise ValueError("--clip and --encoder: one of them makes the features of an image")
     if eyes.encoder is not None:
+        theirs = metadata.get("encoder", metadata.get("tower", eyes.encoder))
+        if Path(theirs).name != Path(eyes.encoder).name:
+            click.echo(f"warning: the adapter was tuned with {theirs}, not with {eyes.encoder}", err=True)
         features = features_by(paths, load_encoder(eyes.encoder))
         if len(features[0]) != made_for:
             raise ValueError(f"{eyes.encoder}: has {len(features[0])} features, the adapter was made for {made_for}")

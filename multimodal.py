@@ -153,13 +153,13 @@ def load_encoder(where: str) -> Callable[[Path], object]:
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
         raise FileNotFoundError(f"{where}: no such encoder; it is named as FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"encoder of the user's: {file}", file)
     if spec is None:
         raise ValueError(f"{file}: is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is any code
+    except (Exception, SystemExit) as error:  # it is any code
         raise ValueError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{file}: has no function {name!r}")
@@ -175,7 +175,7 @@ def features_by(paths: Sequence[str | Path], encode: Callable[[Path], object]) -
     for path in tqdm(list(dict.fromkeys(map(existing, paths))), unit="file", file=sys.stderr):
         try:
             rows = torch.as_tensor(encode(path)).detach().float().cpu()  # (M, Cv)
-        except Exception as error:  # it is any code
+        except (Exception, SystemExit) as error:  # it is any code
             raise ValueError(f"{path}: the encoder failed: {type(error).__name__}: {error}") from None
         if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
             raise ValueError(f"{path}: the encoder makes {list(rows.shape)} numbers of it, not (M, Cv) finite ones")
@@ -196,6 +196,7 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
         if path.is_dir():
             readable = VIDEOS | set(Image.registered_extensions())
             inside = [file for file in sorted(path.iterdir()) if of_any_kind or file.suffix.lower() in readable]
+            inside = list(filter(Path.is_file, inside))
             if not inside:
                 raise ValueError(f"{path}: holds no images")
             found += inside

@@ -153,7 +153,7 @@ def update(
             optimizer.step()
             finite = all(parameter.isfinite().all() for parameter in parameters)
         if not finite:
-            names = ", ".join(sorted(example.name for example in examples))
+            names = ", ".join(dict.fromkeys(example.name for example in examples))
             raise FloatingPointError(f"a loss of {loss} led to values that are not finite, from {names}")
     except BaseException:
         with torch.no_grad():

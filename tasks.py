@@ -11,13 +11,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from data import Example, check_record, read_examples, read_value
+from data import Example, check_record, check_text, read_examples, read_value
 from multimodal import existing
 
 # ---------------------------------------------------------------------------------------------------
 # ScienceQA (Lu et al., 2022)
 
 LETTERS = "ABCDEFGHIJ"
+SUBJECTS = ("natural science", "social science", "language science")
 
 
 class Problem(NamedTuple):
@@ -121,7 +122,8 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
     for field in ("question", "choices", "answer", "hint", "image", "grade", "subject", "split"):
         if field not in record:
             raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
-    choices, answer, hint, image = record["choices"], record["answer"], record["hint"] or "", record["image"] or ""
+    choices, answer = record["choices"], record["answer"]
+    hint, image = ("" if record[field] is None else record[field] for field in ("hint", "image"))
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"{where}: field 'choices' is not a list of strings")
     if not 2 <= len(choices) <= len(LETTERS):
@@ -129,11 +131,14 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: answer {answer!r} is not the index of one of its {len(choices)} choices")
     for field, value in (("question", record["question"]), ("hint", hint), ("image", image)):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: field '{field}' is a {type(value).__name__}, not a string")
-    grade = re.fullmatch(r"grade(\d{1,2})", str(record["grade"]))
+        check_text(value, where, field)
+    for choice in choices:
+        check_text(choice, where, "choices")
+    grade = re.fullmatch(r"grade([1-9]|1[0-2])", str(record["grade"]))
     if grade is None:
         raise ValueError(f"{where}: grade {record['grade']!r} is not 'grade1' to 'grade12'")
+    if record["subject"] not in SUBJECTS:
+        raise ValueError(f"{where}: subject {record['subject']!r} is none of {', '.join(SUBJECTS)}")
     if image:
         split = str(record["split"])
         image = f"{split}/{id}/{image}" if (images / split).is_dir() else f"{id}/{image}"
@@ -205,7 +210,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     for index, record in enumerate(values["annotations"]):
         if not isinstance(record, dict) or not is_text(record.get("caption")):
             raise ValueError(f"{path}: annotations[{index}]: has no text 'caption'")
-        if record.get("image_id") not in pictures:
+        if type(record.get("image_id")) is not int or record["image_id"] not in pictures:
             raise ValueError(f"{path}: annotations[{index}]: image_id {record.get('image_id')} is none of its images")
         pictures[record["image_id"]].captions.append(record["caption"].strip())
     described = [picture for picture in pictures.values() if picture.captions]
@@ -225,8 +230,8 @@ def read_written(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     """
     values = read_value(path)
     right = isinstance(values, list) and all(isinstance(v, dict) and {"image_id", "caption"} <= set(v) for v in values)
-    if not right or not all(isinstance(v["caption"], str) for v in values):
-        raise ValueError(f"{path}: is not a list of objects with 'image_id' and 'caption'")
+    if not right or not all(isinstance(v["caption"], str) and type(v["image_id"]) is int for v in values):
+        raise ValueError(f"{path}: is not a list of objects with a number 'image_id' and a text 'caption'")
     written = {value["image_id"]: value["caption"] for value in values}
     absent = [picture.id for picture in pictures if picture.id not in written]
     if absent:
@@ -252,10 +257,14 @@ def caption_marks(pictures: Sequence[Picture], written: Sequence[str]) -> dict[s
     scorers = caption_scorers()
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    def cut(captions: dict[int, list[str]]) -> dict[int, list[str]]:
+        """Into words; the program takes one line for one caption, whatever ends a line."""
+        lines = {id: [{"caption": " ".join(text.split())} for text in texts] for id, texts in captions.items()}
+        return PTBTokenizer().tokenize(lines)
+
     with redirect_stdout(io.StringIO()):  # they talk
-        cut = PTBTokenizer().tokenize
-        references = cut({p.id: [{"caption": caption} for caption in p.captions] for p in pictures})
-        candidates = cut({p.id: [{"caption": caption}] for p, caption in zip(pictures, written)})
+        references = cut({picture.id: picture.captions for picture in pictures})
+        candidates = cut({picture.id: [text] for picture, text in zip(pictures, written)})
         marks = {}
         for names, scorer in scorers:
             score, _ = scorer.compute_score(references, candidates)

@@ -27,7 +27,16 @@ from cli import SEED, Real, device_options, one_line_errors
 from data import Example, Tokens, epoch_batches, tokenize
 from encoders import load_vit
 from evaluate import examine, examine_pictures
-from model import LLaMA, choose, compile_layers, fingerprint, hold_in_8_bits, number_of_weights, prepare_to_compile
+from model import (
+    LLaMA,
+    choose,
+    compile_layers,
+    fingerprint,
+    hash_of,
+    hold_in_8_bits,
+    number_of_weights,
+    prepare_to_compile,
+)
 from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_encoder, tower_fingerprint
 from parallel import (
     Everywhere,
@@ -289,7 +298,8 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     with together():
         device, dtype = choose(own_device(options.pop("device")), options["dtype"])
         options["dtype"] = str(dtype)
-        if options["data"] is None and options["toy"] != "text" and local_rank() == 0:
+        check_source(options)
+        if options["toy"] != "text" and local_rank() == 0:
             digits.make()  # one of a machine's ranks for all of them
     with together():
         examples, pictures = examples_for(options)
@@ -347,26 +357,37 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
 
 
+def check_source(options: dict) -> None:
+    """Raise ValueError where options about the data contradict each other."""
+    if options["tower"] is not None and options["encoder"] is not None:
+        raise ValueError("--clip and --encoder: one of them makes the features of an image")
+    if options["data"] is not None and options["toy"] != "text":
+        raise ValueError(f"--toy {options['toy']} brings its own data: leave out --data {options['data']}")
+    if options["data"] is None:
+        given = [name for name in ("tower", "encoder", "images") if options[name] is not None]
+        if given or options["task"] != "instructions":
+            what = "--task" if not given else {"tower": "--clip"}.get(given[0], f"--{given[0]}")
+            raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
+
+
 def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
     """The examples to use, and the images of those that have one. Without --clip or --encoder none have.
 
     Raises OSError or ValueError, naming the record.
     """
     data = options["data"]
-    if data is not None and options["toy"] != "text":
-        raise ValueError(f"--toy {options['toy']} brings its own data: leave out --data {data}")
-    if data is None and options["toy"] == "text":
+    if data is not None:
+        folder = Path(options["images"] or Path(data).parent)
+        examples = read_task(options["task"], data, folder)
+    elif options["toy"] == "text":
         folder, examples = Path("."), [question.example for question in toy.instructions()["tuning"]]
-    elif data is None:
+    else:
         folder = digits.make()
         examples = digits.tuning(folder)
         options["tower"] = str(folder / "tower") if options["toy"] == "images" else None
-    else:
-        folder = Path(options["images"] or Path(data).parent)
-        examples = read_task(options["task"], data, folder)
+    if data is None:
+        examples = [example._replace(name=f"toy question {i}") for i, example in enumerate(examples)]
     examples = examples[: options["limit"]]
-    if options["tower"] is not None and options["encoder"] is not None:
-        raise ValueError("--clip and --encoder: one of them makes the features of an image")
     if options["tower"] is None and options["encoder"] is None:
         return [example._replace(image="") for example in examples], []
     try:
@@ -423,6 +444,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
     with together():
         if options["encoder"] is not None:
             features = features_by(pictures, load_encoder(options["encoder"]))
+            options["features_hash"] = hash_of(features)
         elif pictures:
             tower = load_vit(options["tower"], dtype, device)
             options["tower_fingerprint"] = tower_fingerprint(tower)

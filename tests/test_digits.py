@@ -119,6 +119,9 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     assert type(Adapter.load(tmp_path / "blind" / "adapter.safetensors")) is Adapter
     both = run(*args, "--toy", "images", "--data", tmp_path / "x.json", "--out", tmp_path / "both")
     assert both.exit_code == 2 and "--toy images brings its own data" in both.stderr
+    for option, value in (("--clip", "x"), ("--encoder", "x.py:y"), ("--images", "x"), ("--task", "scienceqa")):
+        needy = run(*args, "--toy", "blind", option, value, "--out", tmp_path / "needy")
+        assert needy.exit_code == 2 and f"{option} needs --data FILE" in needy.stderr
 
 
 def test_marks_of_pictures(small_digits, tiny_base, monkeypatch, capsys):

@@ -385,7 +385,12 @@ def test_real_videos(data):
 
 
 ENCODERS = """
-import torch
+from __future__ import annotations
+from dataclasses import dataclass
+import sys, torch
+@dataclass
+class Ear: size: int = 8
+def leaves(path): sys.exit(3)
 def rows(path): return torch.tensor([[float(b) for b in path.read_bytes()[:8]]] * 2)
 def flat(path): return torch.zeros(8)
 def fails(path): raise RuntimeError("no ear")
@@ -405,6 +410,7 @@ def test_an_encoder_of_the_user_s(tmp_path):
         ("rows", r"c.wav: the encoder makes 8 features of it, 16 of others"),
         ("flat", r"a.wav: the encoder makes \[8\] numbers of it, not \(M, Cv\)"),
         ("fails", "a.wav: the encoder failed: RuntimeError: no ear"),
+        ("leaves", "a.wav: the encoder failed: SystemExit: 3"),
     ):
         with pytest.raises(ValueError, match=message):
             features_by([files[0], files[2]], load_encoder(f"{tmp_path / 'ear.py'}:{name}"))
@@ -457,6 +463,10 @@ def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
     ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]
     asked = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", where, "High?")
     assert asked.exit_code == 0, asked.output
+    (tmp_path / "other.py").write_text((tmp_path / "spectrum.py").read_text())
+    other = f"{tmp_path / 'other.py'}:rows"
+    warned = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", other, "High?")
+    assert warned.exit_code == 0 and f"warning: the adapter was tuned with {where}, not with {other}" in warned.stderr
     unsaid = run(generate, *ask, "--audio", tmp_path / "new.wav", "High?")
     assert unsaid.exit_code == 2 and f"tuned with {where}; to run that code, give --encoder" in unsaid.stderr
 
@@ -464,4 +474,4 @@ def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
 def test_a_record_is_about_one_file(tmp_path):
     with pytest.raises(ValueError, match="here: has more than one of the fields 'image', 'video', 'audio'"):
         check_record({"instruction": "", "output": "", "image": "a", "audio": "b"}, "here")
-    assert check_record({"instruction": "", "output": "", "video": "b"}, "here").image == "b"
+    assert check_record({"instruction": "", "output": "", "image": "", "video": "b"}, "here").image == "b"
