@@ -394,6 +394,8 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
         used, pictures = with_images(examples, folder, options["skip_missing"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{data}: {error}") from None
+    if len(used) < len(examples) and rank() == 0:
+        click.echo(f"{len(examples) - len(used):,} of {len(examples):,} left out: their image is not there", err=True)
     if not pictures:
         raise ValueError(f"{data}: none of its {len(examples)} examples has an image that is there")
     return used, pictures

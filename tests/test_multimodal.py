@@ -306,6 +306,7 @@ def test_missing_pictures(train_args, album, tmp_path):
     assert result.exit_code == 2 and "record 3: " in result.stderr and "none.png: no such image" in result.stderr
     result = run(train, *args, "--skip-missing")
     assert result.exit_code == 0 and f"{len(records) - 1} examples to train on" in result.stderr
+    assert f"1 of {len(records)} left out: their image is not there" in result.stderr
 
 
 def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
