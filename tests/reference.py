@@ -73,3 +73,51 @@ def logits(weights, config, tokens, prompts=None, gates=None):
         normed = [rms_norm(x, w[layer + "ffn_norm.weight"], config.norm_eps) for x in xs]
         xs = [x + w2 @ ((w1 @ y) * torch.sigmoid(w1 @ y) * (w3 @ y)) for x, y in zip(xs, normed)]
     return torch.stack([w["output.weight"] @ rms_norm(x, w["norm.weight"], config.norm_eps) for x in xs])
+
+
+def layer_norm(x, weight, bias, eps):
+    centred = x - x.mean()
+    return centred / torch.sqrt((centred * centred).mean() + eps) * weight + bias
+
+
+def encoder(weights, config, xs, norm_first, prompts=None, gates=None):
+    """What the last of an encoder's layers puts out, T vectors (C,), for the embeddings xs of one sample.
+
+    prompts (L, K, C) and gates (L, H), before tanh, for the last L layers; every token looks at all of them.
+    """
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    H, N = config.n_heads, config.n_layers
+    D = config.dim // H
+    L = 0 if prompts is None else len(prompts)
+    xs = [x.double() for x in xs]
+    for n in range(N):
+
+        def linear(name, x, layer=f"layers.{n}."):
+            return w[layer + name + ".weight"] @ x + w[layer + name + ".bias"]
+
+        def norm(name, x, layer=f"layers.{n}."):
+            return layer_norm(x, w[layer + name + ".weight"], w[layer + name + ".bias"], config.norm_eps)
+
+        def gelu(x):
+            exact = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            return exact if config.activation == "gelu" else x / (1 + torch.exp(-1.702 * x))
+
+        adapted = n >= N - L
+        prompt = list(prompts[n - (N - L)].double()) if adapted else []
+        seen = [norm("attention_norm", x) for x in xs] if norm_first else xs
+        outputs = []
+        for x in seen:
+            heads = []
+            for h in range(H):
+                of_head = slice(h * D, (h + 1) * D)
+                keys, values = ([linear(f"attention.{m}", y)[of_head] for y in seen] for m in ("wk", "wv"))
+                of_prompts = [[linear(f"attention.{m}", p)[of_head] for p in prompt] for m in ("wk", "wv")]
+                gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
+                heads.append(gated_attention(linear("attention.wq", x)[of_head], keys, values, *of_prompts, gate))
+            outputs.append(linear("attention.wo", torch.cat(heads)))
+        xs = [x + output for x, output in zip(xs, outputs)]
+        xs = xs if norm_first else [norm("attention_norm", x) for x in xs]
+        fed = [linear("w2", gelu(linear("w1", norm("ffn_norm", x) if norm_first else x))) for x in xs]
+        xs = [x + y for x, y in zip(xs, fed)]
+        xs = xs if norm_first else [norm("ffn_norm", x) for x in xs]
+    return torch.stack(xs)

@@ -1,11 +1,12 @@
 """The vision tower against transformers, with prompts, and how it is read."""
 
 import pytest
+import reference
 import torch
 from conftest import make_adapter
 
 from adapter import gated_attention, gated_attention_paper
-from encoders import TOWERS, ViT, ViTConfig, load_vit
+from encoders import TOWERS, Roberta, RobertaConfig, ViT, ViTConfig, load_encoder, load_vit
 
 SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
 
@@ -154,8 +155,183 @@ def test_what_is_no_tower(tmp_path, tiny_base):
     with pytest.raises(FileNotFoundError, match="nowhere: no such vision tower"):
         load_vit("nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="config.json: model_type is 'llama'; only CLIP's vision towers"):
+    with pytest.raises(ValueError, match="config.json: model_type is 'llama'; only 'clip', 'clip_vision_model'"):
         load_vit(tmp_path)
     (tmp_path / "x.pt").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="x.pt: not a file of tensors"):
         load_vit(tmp_path / "x.pt")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other vision transformers, and RoBERTa
+
+
+def vary(model):
+    """Weights of order one, norms and biases that matter."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.2)
+    return model.eval()
+
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+
+
+def test_a_vision_transformer_is_that_of_transformers(tmp_path):
+    from transformers import ViTConfig as Config
+    from transformers import ViTForImageClassification
+
+    theirs = vary(ViTForImageClassification(Config(image_size=24, patch_size=8, num_labels=5, **SHAPE)))
+    theirs.save_pretrained(tmp_path)
+    ours, head = load_encoder(tmp_path)
+    images = make_images()
+    with torch.no_grad():
+        expected = theirs(images, output_hidden_states=True)
+        for state, hidden in zip(ours(images), expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(state, hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head(ours.encode(images)[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
+    assert ours.config.mean == (0.5, 0.5, 0.5)
+    assert not any(p.requires_grad for p in ours.parameters()) and all(p.requires_grad for p in head.parameters())
+
+
+def timm_names(model, head):
+    """timm's state dict of a vision transformer of ours; its heads are 64 wide."""
+    weights = dict(model.named_parameters())
+    tensors = {
+        "cls_token": weights["class_embedding"][None, None],
+        "pos_embed": weights["positions"][None],
+        "head.weight": head[0].weight, "head.bias": head[0].bias,
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        tensors |= {
+            f"patch_embed.proj.{kind}": weights[f"patch_embedding.{kind}"],
+            f"norm.{kind}": weights[f"norm.{kind}"],
+        }
+        for i in range(model.config.n_layers):
+            ours, theirs = f"layers.{i}", f"blocks.{i}"
+            tensors[f"{theirs}.attn.qkv.{kind}"] = torch.cat(
+                [weights[f"{ours}.attention.{x}.{kind}"] for x in ("wq", "wk", "wv")]
+            )
+            for a, b in (("attention.wo", "attn.proj"), ("attention_norm", "norm1"), ("ffn_norm", "norm2"),
+                         ("w1", "mlp.fc1"), ("w2", "mlp.fc2")):  # fmt: skip
+                tensors[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_timm_s_names(tmp_path, folder):
+    from encoders import make_head
+
+    half = (0.5, 0.5, 0.5)
+    config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", clip=False, mean=half, std=half)
+    model, head = make_vit(config), make_head([128, 7], "tanh")
+    if folder:
+        from safetensors.torch import save_file
+
+        save_file(timm_names(model, head), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+        loaded, its_head = load_encoder(tmp_path)
+    else:
+        torch.save(timm_names(model, head), tmp_path / "vit.pth")
+        loaded, its_head = load_encoder(tmp_path / "vit.pth")
+    images = make_images()
+    assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))
+    assert torch.equal(its_head(torch.ones(128)), head(torch.ones(128)))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token", "question"])
+def test_roberta_is_that_of_transformers(tmp_path, kind):
+    """Rows of unequal length, padded to the right."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=60, max_position_embeddings=20, type_vocab_size=1, num_labels=3, layer_norm_eps=1e-5, **SHAPE
+    )
+    name = {"sequence": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering"}[kind]
+    if kind == "question":
+        config.num_labels = 2
+    theirs = vary(getattr(transformers, f"RobertaFor{name}")(config))
+    theirs.save_pretrained(tmp_path)
+    ours, head = load_encoder(tmp_path)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[1, 7:], ids[2, 4:] = 0, 1, 1
+    words = ids != 1
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=words.long(), output_hidden_states=True)
+        for state, hidden in zip(ours(ids), expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(state[words], hidden[words], rtol=1e-4, atol=1e-4)
+        states = ours.encode(ids)
+        if kind == "sequence":
+            torch.testing.assert_close(head(states[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
+        elif kind == "token":
+            torch.testing.assert_close(head(states)[words], expected.logits[words], rtol=1e-4, atol=1e-4)
+        else:
+            both = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
+            torch.testing.assert_close(head(states)[words], both[words], rtol=1e-4, atol=1e-4)
+
+
+def make_roberta(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Roberta(RobertaConfig(60, 20, 32, 3, 4, 48), **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.3)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
+def test_roberta_takes_prompts(attention):
+    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing with gates open either."""
+    model = make_roberta(attention=attention)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[1, 6:] = 1
+    closed, opened = make_adapter(model), make_adapter(model, gates=True)
+    words = ids != 1
+    with torch.no_grad():
+        base, shut = model.encode(ids), model.encode(ids, closed(strength=0.0))
+        assert torch.equal(base, shut) if attention is gated_attention else torch.allclose(base, shut, atol=1e-5)
+        steered = model.encode(ids, opened())
+        assert ((steered - base).abs().amax(dim=2) > 0.01)[words].all()  # all words see the prompts
+        alone = model.encode(ids[1:, :6], opened())
+        torch.testing.assert_close(steered[1:, :6], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_real_vit_of_mnist(data):
+    """97.94 % on the MNIST test set: the figure that its file has by the definitions it was trained with."""
+    import gzip
+
+    import numpy as np
+
+    model, head = load_encoder(data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth")
+    raw = gzip.decompress((data / "vision" / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).copy()).view(-1, 1, 28, 28).float() / 255
+    labels = gzip.decompress((data / "vision" / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy())
+    images = (images - model.config.mean[0]) / model.config.std[0]
+    with torch.no_grad():
+        right = [head(model.encode(part)[:, 0]).argmax(1) for part in images.split(1000)]
+    assert (torch.cat(right) == labels).float().mean().item() == pytest.approx(0.9794, abs=1e-6)
+    parameters = [*model.named_parameters(), *head.named_parameters()]
+    biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))  # it has none
+    assert sum(p.numel() for _, p in parameters) - biases == 213_642
+
+
+@pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
+def test_encoders_with_open_gates_are_the_reference(attention):
+    """Of a sample, after the last layer, in float64; of RoBERTa beside a longer one."""
+    vit = make_vit(ViTConfig(16, 8, 32, 3, 4, 40), attention=attention)
+    adapter, image = make_adapter(vit), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    patches = vit.patch_embedding(image).flatten(2).transpose(1, 2)[0]
+    embedded = vit.embedding_norm(torch.cat([vit.class_embedding[None], patches]) + vit.positions)
+    expected = reference.encoder(vit.state_dict(), vit.config, embedded, True, adapter.prompts, adapter.gates)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(image, adapter())[-1][0].double(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+    model = make_roberta(attention=attention)
+    adapter = make_adapter(model)
+    ids = torch.tensor([[0, 7, 8, 9, 10, 2], [0, 5, 6, 2, 1, 1]])
+    embedded = model.words.weight[ids[1, :4]] + model.positions.weight[2:6] + model.types.weight[0]
+    embedded = model.embedding_norm(embedded)
+    expected = reference.encoder(model.state_dict(), model.config, embedded, False, adapter.prompts, adapter.gates)
+    with torch.no_grad():
+        ours = model.encode(ids, adapter())[1, :4].double()
+    torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-4)
