@@ -153,7 +153,7 @@ class Adapter(nn.Module):
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
     @classmethod
-    def more(cls, tensors: dict[str, Tensor]) -> dict[str, int]:
+    def more(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         """What a kind of adapter with further tensors is made with, found in a file's."""
         return {}
 
@@ -218,7 +218,7 @@ class Adapter(nn.Module):
         shape = dict(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
         try:
             with torch.device("meta"):
-                adapter = cls(**shape, **cls.more(tensors))
+                adapter = cls(**shape, **cls.more(tensors, metadata))
             adapter.load_state_dict(tensors, assign=True)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from None

@@ -55,6 +55,11 @@ class Tokens(NamedTuple):
     kind: str = ""  # those of one kind begin alike: their prompts fill the same form, and have an image or not
     features: Tensor | None = None  # (F,), of its image, if it has one
 
+    @property
+    def size(self) -> int:
+        """How many positions it takes."""
+        return len(self.ids)
+
 
 class Batch(NamedTuple):
     """Examples side by side, as a model reads them."""
@@ -301,11 +306,11 @@ def response_tokens(examples: Sequence[Tokens]) -> int:
 
 def shares(examples: Sequence[Tokens], world: int) -> list[list[Tokens]]:
     """A batch in as many parts as there are ranks: about as many tokens for each, of like kind and length."""
-    parts, before, all_tokens = [[] for _ in range(world)], 0, sum(len(example.ids) for example in examples)
-    for example in sorted(examples, key=lambda example: (example.kind, len(example.ids))):
-        middle = before + len(example.ids) / 2  # of the example, in the row of all tokens
+    parts, before, all_tokens = [[] for _ in range(world)], 0, sum(example.size for example in examples)
+    for example in sorted(examples, key=lambda example: (example.kind, example.size)):
+        middle = before + example.size / 2  # of the example, in the row of all tokens
         parts[int(world * middle / all_tokens)].append(example)
-        before += len(example.ids)
+        before += example.size
     return parts
 
 

@@ -14,10 +14,12 @@ import torch
 from tqdm import tqdm
 
 import digits
+import heads
 import toy
 from adapter import Adapter, Prompt, replacing
 from cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
+from encoders import load_encoder
 from generate import Eyes, Question, Responder, generate, load, mix, see
 from model import LLaMA, choose
 from multimodal import ImageAdapter
@@ -277,6 +279,54 @@ def check_results(results, choosing, adapter_path, base, **_) -> None:
     """Raise ValueError where there is a file of answers, and someone to answer as well."""
     if results is not None and (adapter_path or base or choosing):
         raise ValueError("--results has the answers: no --adapter, --base or --choose beside it")
+
+
+@main.command()
+@options(
+    click.option("--data", type=click.Path(path_type=Path), required=True, help="As train.py takes it for the task."),
+    click.option("--task", type=click.Choice(heads.TASKS), help="[default: the adapter's]"),
+    click.option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON."),
+    click.option("--limit", type=click.IntRange(1), help="Ask only about the first so many."),
+    click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, show_default=True),
+)
+def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, device, dtype):
+    """Accuracy of a ViT or RoBERTa with an adapter, or with the head that it came with; of questions F1."""
+    with one_line_errors():
+        device, dtype = choose(device, dtype)
+        adapter = heads.HeadAdapter.load(adapter_path).to(device) if adapter_path else None
+        metadata = adapter.metadata if adapter else {}
+        task, base = task or metadata.get("task"), base or metadata.get("base")
+        if task not in heads.TASKS or base is None:
+            raise ValueError("--base and --task are missing, and no adapter says them")
+        model, own_head = load_encoder(base, dtype, device)
+        if adapter is None:
+            adapter = heads.headed(model, own_head, base)
+        config, length = model.config, int(metadata.get("max_seq_len", 512))
+        adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+        if task == "question-answering":
+            tokenizer, questions = heads.RobertaTokenizer(base), heads.read_squad(data)[:limit]
+            bar = tqdm(questions, unit="question", file=sys.stderr)
+            texts = [heads.answer(model, adapter, tokenizer, question, length) for question in bar]
+            exact = sum(heads.exact_match(text, q.answers) for text, q in zip(texts, questions)) / len(questions)
+            shared = sum(heads.f1(text, q.answers) for text, q in zip(texts, questions)) / len(questions)
+            click.echo(f"{len(questions):,} questions: exact match {exact:.2%}, F1 {shared:.2%}")
+            answers = {question.id: text for question, text in zip(questions, texts)}
+        else:
+            known = json.loads(metadata["classes"]) if "classes" in metadata else None
+            outputs = adapter.head[-1].out_features
+            classes = known or list(map(str, range(outputs)))
+            lesson = heads.read_lesson(task, model, Path(base), data, length, classes, limit)
+            found = heads.classify(model, adapter, lesson.examples, micro_batch_tokens)
+            labels = [example.labels[0] for example in lesson.examples]
+            right = sum(map(int.__eq__, found, labels))
+            most = Counter(labels).most_common(1)[0]
+            click.echo(
+                f"{len(labels):,} examples: accuracy {right / len(labels):.2%} ({right:,} right); "
+                f"always {classes[most[0]]!r}: {most[1] / len(labels):.2%}"
+            )
+            answers = {example.name: classes[best] for example, best in zip(lesson.examples, found)}
+        if out is not None:
+            write(out, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
 
 
 @main.command("toy")

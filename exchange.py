@@ -24,6 +24,7 @@ from torch import Tensor
 from adapter import Adapter, replacing
 from checkpoints import check_dense, load_pth, open_tensors
 from cli import one_line_errors
+from heads import HeadAdapter
 from multimodal import ImageAdapter
 from runs import draw_gates
 
@@ -42,7 +43,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     with open(path, "rb") as file:
         start = file.read(2)
     if start not in (b"PK", b"\x80\x02"):  # what torch.save writes, and wrote once
-        return (ImageAdapter if has_projection(path) else Adapter).load(path)
+        return kind_of(path).load(path)
     tensors = load_pth(path)
     tensors = tensors.get("model", tensors)  # litgpt's are one level down
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
@@ -54,12 +55,14 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     raise ValueError(f"{path}: an adapter of neither kind known; it holds {', '.join(sorted(tensors)[:3])} ...")
 
 
-def has_projection(path: Path) -> bool:
+def kind_of(path: Path) -> type[Adapter]:
+    """For words, for images, or for an encoder: what tensors a file of ours has beside prompts and gates."""
+    kinds = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
     try:
         with safe_open(path, "pt") as file:
-            return "projection.0.weight" in file.keys()
+            return next((kinds[name] for name in kinds if name in file.keys()), Adapter)
     except SafetensorError:
-        return False  # whoever loads it will say what is wrong
+        return Adapter  # which will say what is wrong
 
 
 def read_authors(path: Path, tensors: Mapping[str, Tensor], gate: str, length: int) -> Adapter:

@@ -27,7 +27,7 @@ from multimodal import (
     features_by,
     features_of,
     files_in,
-    load_encoder,
+    load_function,
     tower_fingerprint,
 )
 from parallel import Everywhere, started
@@ -332,7 +332,7 @@ def see(paths: Sequence[Path], eyes: Eyes, adapter: Adapter | None, dtype: torch
         theirs = metadata.get("encoder", metadata.get("tower", eyes.encoder))
         if Path(theirs).name != Path(eyes.encoder).name:
             click.echo(f"warning: the adapter was tuned with {theirs}, not with {eyes.encoder}", err=True)
-        features = features_by(paths, load_encoder(eyes.encoder))
+        features = features_by(paths, load_function(eyes.encoder))
         if len(features[0]) != made_for:
             raise ValueError(f"{eyes.encoder}: has {len(features[0])} features, the adapter was made for {made_for}")
         return features

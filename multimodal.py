@@ -148,7 +148,7 @@ def features_of(
     return [kept[name] for name in names]
 
 
-def load_encoder(where: str) -> Callable[[Path], object]:
+def load_function(where: str) -> Callable[[Path], object]:
     """A function of the user's, FILE.py:NAME, which makes features (M, Cv) of a file. Raises OSError or ValueError."""
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
@@ -235,7 +235,7 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         return shift if seen is None else shift * seen[:, None]
 
     @classmethod
-    def more(cls, tensors: dict[str, Tensor]) -> dict[str, int]:
+    def more(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         down = tensors.get("projection.0.weight")
         if down is None or down.dim() != 2:
             raise ValueError("has no projection: it is not an adapter for images")

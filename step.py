@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapter import Adapter, Prompt
 from data import IGNORE, Batch, Tokens, micro_batches, response_tokens, shares
@@ -24,8 +24,8 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 
 
 # AdamW moves a number by about the learning rate in each step, however large it is. What suits the prompts would throw
-# over the projection, whose weights are far smaller.
-PROJECTION_SCALE = 0.1
+# over the projection of images, or a head, whose weights are far smaller.
+LINEAR_SCALE = 0.1
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
@@ -37,9 +37,9 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
         {"params": [adapter.prompts], "weight_decay": weight_decay, "scale": 1.0},
         {"params": [adapter.gates], "weight_decay": 0.0, "scale": 1.0},
     ]
-    projection = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
-    if projection:
-        groups.append({"params": projection, "weight_decay": weight_decay, "scale": PROJECTION_SCALE})
+    linear = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
+    if linear:
+        groups.append({"params": linear, "weight_decay": weight_decay, "scale": LINEAR_SCALE})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
@@ -93,20 +93,44 @@ def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: b
 IDLE = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE), shared=0)
 
 
+class Responses:
+    """What a LLaMA learns: the tokens of responses. heads.Labels is what an encoder learns."""
+
+    def learnt(self, examples: Sequence[Tokens]) -> int:
+        """Over so many numbers of these examples the loss is a mean."""
+        return response_tokens(examples)
+
+    def batches(self, examples: Sequence[Tokens], max_tokens: int) -> list[Batch]:
+        return list(micro_batches(examples, max_tokens))
+
+    def loss_sum(self, model: LLaMA, adapter: Adapter, batch: Batch | None, recompute: bool = False) -> Tensor:
+        """The loss, summed over what is learnt; None is for a rank out of work."""
+        batch = IDLE if batch is None else batch
+        return loss_sum(model, prompts_for(batch, adapter, model.tok_embeddings.weight.dtype), batch, recompute)
+
+
+RESPONSES = Responses()
+
+
 def accumulate_gradient(
-    model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int, recompute: bool = False
+    model: nn.Module,
+    adapter: Adapter,
+    examples: list[Tokens],
+    max_tokens: int,
+    recompute: bool = False,
+    objective: Responses = RESPONSES,
 ) -> float:
-    """Add the gradient of the mean loss over all response tokens of a batch; return that loss.
+    """Add the gradient of the mean loss over all response tokens (or labels) of a batch; return that loss.
 
     Dividing by the tokens of the whole batch, not of each part, makes the parts' gradients
     add up to the gradient of one big batch, however it is split, and over however many ranks.
     """
-    weight, tokens = model.tok_embeddings.weight, response_tokens(examples)
-    loss = torch.zeros((), device=weight.device)
-    parts = [list(micro_batches(share, max_tokens)) for share in shares(examples, world())]
+    learnt = objective.learnt(examples)
+    loss = torch.zeros((), device=adapter.gates.device)
+    parts = [objective.batches(share, max_tokens) for share in shares(examples, world())]
     rounds, mine = max(map(len, parts)), parts[rank()]
-    for batch in mine + [IDLE] * (rounds - len(mine)):
-        part = loss_sum(model, prompts_for(batch, adapter, weight.dtype), batch, recompute) / tokens
+    for batch in mine + [None] * (rounds - len(mine)):
+        part = objective.loss_sum(model, adapter, batch, recompute) / learnt
         part.backward()
         loss += part.detach()
     for parameter in adapter.parameters():
@@ -117,25 +141,28 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def mean_loss(model: LLaMA, adapter: Adapter, examples: list[Tokens], max_tokens: int) -> float:
-    """Mean loss over all response tokens of the examples, the same to the last bit on any number of ranks."""
-    weight, batches = model.tok_embeddings.weight, list(micro_batches(examples, max_tokens))
-    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=weight.device)
-    batches += [IDLE] * (len(losses) - len(batches))
+def mean_loss(
+    model: nn.Module, adapter: Adapter, examples: list[Tokens], max_tokens: int, objective: Responses = RESPONSES
+) -> float:
+    """Mean loss over all that is learnt of the examples, the same to the last bit on any number of ranks."""
+    batches = objective.batches(examples, max_tokens)
+    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=adapter.gates.device)
+    batches += [None] * (len(losses) - len(batches))
     for i in range(rank(), len(batches), world()):
-        losses[i] = loss_sum(model, prompts_for(batches[i], adapter, weight.dtype), batches[i])
+        losses[i] = objective.loss_sum(model, adapter, batches[i])
     add_up([losses])
-    return sum(losses.tolist()) / response_tokens(examples)
+    return sum(losses.tolist()) / objective.learnt(examples)
 
 
 def update(
-    model: LLaMA,
+    model: nn.Module,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
     examples: list[Tokens],
     lr: float,
     max_tokens: int,
     recompute: bool = False,
+    objective: Responses = RESPONSES,
 ) -> float:
     """One optimizer step; returns the loss before it.
 
@@ -147,7 +174,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     try:
-        loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute)
+        loss = accumulate_gradient(model, adapter, examples, max_tokens, recompute, objective)
         finite = math.isfinite(loss) and all(parameter.grad.isfinite().all() for parameter in parameters)
         if finite:
             optimizer.step()

@@ -12,23 +12,25 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
 from click.core import ParameterSource
+from torch import nn
 from tqdm import tqdm
 
 import digits
+import heads
 import toy
 from adapter import Adapter, replacing
 from checkpoints import load_llama, read_base
 from cli import SEED, Real, device_options, one_line_errors
-from data import Example, Tokens, epoch_batches, tokenize
-from encoders import load_vit
+from data import Example, Tokenizer, Tokens, epoch_batches, tokenize
+from encoders import load_encoder, load_vit
 from evaluate import examine, examine_pictures
 from model import (
-    LLaMA,
     choose,
     compile_layers,
     fingerprint,
@@ -37,7 +39,7 @@ from model import (
     number_of_weights,
     prepare_to_compile,
 )
-from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_encoder, tower_fingerprint
+from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_function, tower_fingerprint
 from parallel import (
     Everywhere,
     Lost,
@@ -66,7 +68,7 @@ from runs import (
     trim_metrics,
     write_metrics,
 )
-from step import learning_rate, make_optimizer, mean_loss, update
+from step import RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, update
 from tasks import TASKS, read_task, with_images
 
 # Why to stop, and the exit status. Where ranks differ, the highest of these counts.
@@ -114,7 +116,7 @@ def batches_from(step: int, lengths: Sequence[int], options: dict) -> Iterator[t
 
 
 def train(
-    model: LLaMA,
+    model: nn.Module,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
     training: list[Tokens],
@@ -123,6 +125,7 @@ def train(
     options: dict,
     done: dict[str, float],
     deadline: float = math.inf,
+    objective: Responses = RESPONSES,
 ) -> None:
     """Tune the adapter in place, from where `done` says; keeps that up to date: steps, tokens and seconds so far.
 
@@ -132,7 +135,7 @@ def train(
     Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, Lost where another rank is
     gone, all of them with the last good state saved, and OSError where it cannot be.
     """
-    lengths = [len(example.ids) for example in training]
+    lengths = [example.size for example in training]
     steps_per_epoch = math.ceil(len(training) / options["batch_size"])
     total = options["epochs"] * steps_per_epoch
     warmup = round(options["warmup_epochs"] * steps_per_epoch)
@@ -146,7 +149,7 @@ def train(
     def validate() -> None:
         if validation:
             with all_ranks():
-                val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"])
+                val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"], objective)
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"the validation loss is {val_loss}")
             record({"step": done["step"], "val_loss": val_loss})
@@ -167,7 +170,7 @@ def train(
                 examples = [training[i] for i in batch]
                 how = options["micro_batch_tokens"], options["checkpoint_activations"]
                 with all_ranks():
-                    loss = update(model, adapter, optimizer, examples, lr, *how)
+                    loss = update(model, adapter, optimizer, examples, lr, *how, objective)
 
                 tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
                 done["step"] += 1
@@ -207,11 +210,12 @@ def train(
 )
 @click.option(
     "--task",
-    type=click.Choice(TASKS),
+    type=click.Choice(TASKS + heads.TASKS),
     default="instructions",
-    help="What the data is: Alpaca-format records, ScienceQA's problems.json or COCO's annotations.",
+    help="What the data is: Alpaca-format records, ScienceQA's problems.json, COCO's annotations; the others are for "
+    "ViT and RoBERTa, as --base.",
 )
-@click.option("--base", type=click.Path(), help="The LLaMA to adapt.  [default: toy.py's, made at the first use]")
+@click.option("--base", type=click.Path(), help="The model to adapt.  [default: toy.py's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
 @click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
 @click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
@@ -301,22 +305,29 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
         check_source(options)
         if options["toy"] != "text" and local_rank() == 0:
             digits.make()  # one of a machine's ranks for all of them
-    with together():
-        examples, pictures = examples_for(options)
-        options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    for_encoder = options["task"] in heads.TASKS
+    with together():
+        if for_encoder:
+            prepared = prepare_encoder(options, dtype, device)
+        else:
+            examples, pictures = examples_for(options)
+            options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     state = from_first(lambda: standing(out, options["resume"], options))
     if state == "finished":
         say(f"{out}: this run is finished, nothing is left to do")
         return
-    model, tokenizer, adapter, training, validation, counts = prepare(options, examples, pictures, dtype, device)
+    if not for_encoder:
+        prepared = prepare(options, examples, pictures, dtype, device)
+    model, tokenizer, adapter, training, validation, counts, objective = prepared
     trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
     say(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
         + (f", {options['strategy']} over {world()} ranks" if world() > 1 else "")
         + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
-        f"dropped (the prompt alone fills {options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
+        f"dropped ({'the answer is beyond' if for_encoder else 'the prompt alone fills'} "
+        f"{options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
     )
     optimizer, done = make_optimizer(adapter, options["weight_decay"]), {"step": 0, "tokens": 0, "seconds": 0.0}
     if state == "begun":
@@ -330,7 +341,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     deadline = start + 60 * (options["max_minutes"] or math.inf)
     files = f"{out}/checkpoint.pt and adapter.safetensors are as of step"
     try:
-        train(model, adapter, optimizer, training, validation, out, options, done, deadline)
+        train(model, adapter, optimizer, training, validation, out, options, done, deadline, objective)
     except FloatingPointError as error:
         where, advice = f"in step {done['step'] + 1}", "a lower --lr may help, with another --out"
         raise Everywhere(f"{where}: {error}; {files} {done['step']}; {advice}") from None
@@ -365,7 +376,7 @@ def check_source(options: dict) -> None:
         raise ValueError(f"--toy {options['toy']} brings its own data: leave out --data {options['data']}")
     if options["data"] is None:
         given = [name for name in ("tower", "encoder", "images") if options[name] is not None]
-        if given or options["task"] != "instructions":
+        if given or options["task"] in TASKS[1:]:
             what = "--task" if not given else {"tower": "--clip"}.get(given[0], f"--{given[0]}")
             raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
 
@@ -401,8 +412,91 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
     return used, pictures
 
 
-def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype: torch.dtype, device: torch.device):
-    """All that training needs, checked: model, tokenizer, adapter, examples to train on and held out, their numbers.
+class Prepared(NamedTuple):
+    """All that training needs."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    adapter: Adapter
+    training: list
+    validation: list  # held out
+    counts: dict[str, int]  # of examples
+    objective: Responses
+
+
+def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """All that training an encoder needs, checked. Fills in the options that depend on the base.
+
+    Raises OSError or ValueError.
+    """
+    task = options["task"]
+    for name in ("base", "data"):
+        if options[name] is None:
+            raise ValueError(f"--task {task} needs --{name}")
+    others = {"int8": "--int8", "compile": "--compile", "checkpoint_activations": "--checkpoint-activations"}
+    others |= {"tower": "--clip", "encoder": "--encoder", "images": "--images", "skip_missing": "--skip-missing"}
+    for name, flag in others.items():
+        if options[name]:
+            raise ValueError(f"{flag} is for a LLaMA: --task {task} does without")
+    if options["strategy"] == "fsdp":
+        raise ValueError(f"--strategy fsdp is for a LLaMA: --task {task} has its base whole on every rank")
+    options["strategy"] = "ddp"
+    if options["warmup_epochs"] >= options["epochs"]:
+        warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
+        raise ValueError(f"{warmup}: the learning rate would never get to fall")
+    base = Path(options["base"])
+    model, head = load_encoder(base, dtype, device)
+    config = model.config
+    if options["layers"] is None:
+        options["layers"] = max(1, config.n_layers - 2)
+    limits = {"layers": config.n_layers}
+    if task != "image-classification":
+        limits["max_seq_len"] = config.max_positions - config.pad_id - 1
+    for name, limit in limits.items():
+        if options[name] > limit:
+            raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+    lesson = heads.read_lesson(task, model, base, Path(options["data"]), options["max_seq_len"], limit=options["limit"])
+    outputs = len(lesson.classes) or 2
+    options["base_fingerprint"] = hash_of([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
+    content = hashlib.sha256(repr([(row.name, row.labels) for row in lesson.examples]).encode())
+    for row in lesson.examples:
+        content.update(row.inputs.numpy().tobytes())
+    options["data_hash"] = content.hexdigest()[:16]
+    training, validation = split(lesson.examples, options["val_size"], options["seed"])
+
+    ours = head is not None and head[-1].out_features == outputs  # the base's own, for as many classes
+    widths = [config.dim, *(linear.out_features for linear in head[::2])] if ours else [config.dim, outputs]
+    adapter = heads.HeadAdapter(
+        layers=options["layers"],
+        length=options["length"],
+        dim=config.dim,
+        heads=config.n_heads,
+        widths=widths,
+        head_activation=heads.activation_of(head) if ours else "tanh",
+        generator=torch.Generator().manual_seed(options["seed"]),
+    )
+    if ours:
+        adapter.head.load_state_dict(head.state_dict())
+    adapter.to(device)
+    adapter.metadata |= {
+        "task": task,
+        "classes": json.dumps(lesson.classes),
+        "base": str(base.resolve()),
+        "base_layers": str(config.n_layers),
+        "base_fingerprint": options["base_fingerprint"],
+        "max_seq_len": str(options["max_seq_len"]),
+        "data": Path(options["data"]).name,
+        "examples": str(len(training)),
+    } | {name: str(options[name]) for name in ("epochs", "batch_size", "lr", "seed")}
+    counts = {"examples": len(training), "held_out": len(validation), "dropped": lesson.dropped, "cut": lesson.cut}
+    objective = heads.Labels(spans=task == "question-answering")
+    return Prepared(model, None, adapter, training, validation, counts, objective)
+
+
+def prepare(
+    options: dict, examples: list[Example], pictures: list[Path], dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    """All that training a LLaMA needs, checked.
 
     Fills in the options that depend on the base. Raises OSError or ValueError.
     """
@@ -445,7 +539,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
     features: list[torch.Tensor] = []
     with together():
         if options["encoder"] is not None:
-            features = features_by(pictures, load_encoder(options["encoder"]))
+            features = features_by(pictures, load_function(options["encoder"]))
             options["features_hash"] = hash_of(features)
         elif pictures:
             tower = load_vit(options["tower"], dtype, device)
@@ -485,7 +579,7 @@ def prepare(options: dict, examples: list[Example], pictures: list[Path], dtype:
             "tower_fingerprint": options["tower_fingerprint"],
             "tower_depths": str(DEPTHS),
         }
-    return model, tokenizer, adapter, training, validation, counts
+    return Prepared(model, tokenizer, adapter, training, validation, counts, RESPONSES)
 
 
 def split(examples: list[Tokens], val_size: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:

@@ -27,7 +27,7 @@ from multimodal import (
     features_by,
     features_of,
     global_features,
-    load_encoder,
+    load_function,
     open_image,
     open_video,
     preprocess,
@@ -404,7 +404,7 @@ def test_an_encoder_of_the_user_s(tmp_path):
     files = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
     for file, content in zip(files, (b"abcdefgh", b"hgfedcba", b"abcd")):
         file.write_bytes(content)
-    one, other, same = features_by([*files[:2], files[0]], load_encoder(f"{tmp_path / 'ear.py'}:rows"))
+    one, other, same = features_by([*files[:2], files[0]], load_function(f"{tmp_path / 'ear.py'}:rows"))
     assert one.shape == (16,) and torch.equal(one, same) and not torch.equal(one, other)
     torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normed
     for name, message in (
@@ -414,14 +414,14 @@ def test_an_encoder_of_the_user_s(tmp_path):
         ("leaves", "a.wav: the encoder failed: SystemExit: 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            features_by([files[0], files[2]], load_encoder(f"{tmp_path / 'ear.py'}:{name}"))
+            features_by([files[0], files[2]], load_function(f"{tmp_path / 'ear.py'}:{name}"))
     with pytest.raises(ValueError, match="ear.py: has no function 'number'"):
-        load_encoder(f"{tmp_path / 'ear.py'}:number")
+        load_function(f"{tmp_path / 'ear.py'}:number")
     with pytest.raises(FileNotFoundError, match="no such encoder; it is named as FILE.py:FUNCTION"):
-        load_encoder("ear")
+        load_function("ear")
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(ValueError, match="broken.py: cannot be imported: ZeroDivisionError"):
-        load_encoder(f"{tmp_path / 'broken.py'}:x")
+        load_function(f"{tmp_path / 'broken.py'}:x")
 
 
 def tone(path, pitch, seed):
@@ -455,7 +455,7 @@ def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
     yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
     for i, pitch in enumerate((400, 3100)):
         tone(tmp_path / "new.wav", pitch, 99)
-        (features,) = features_by([tmp_path / "new.wav"], load_encoder(where))
+        (features,) = features_by([tmp_path / "new.wav"], load_function(where))
         with torch.no_grad():
             prompts = adapter(adapter.condition(features[None]))
             logits = model(torch.tensor([tokenize_prompt(tokenizer, "High?")]), prompts)[0, -1]
