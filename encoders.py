@@ -321,6 +321,9 @@ SHAPE = {
 }
 
 
+VOCABULARY = {"vocab_size": "vocab_size", "max_positions": "max_position_embeddings", "pad_id": "pad_token_id"}
+
+
 class Source(NamedTuple):
     """An encoder in a file: its shape, its tensors by our names, and those of its head's linear layers by theirs."""
 
@@ -331,7 +334,10 @@ class Source(NamedTuple):
 
 
 def load_encoder(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: Callable[..., Tensor] = gated_attention,
 ) -> tuple[ViT | Roberta, nn.Sequential | None]:
     """An encoder, frozen, and the head that was trained on it, if it has one, not frozen and in float32.
 
@@ -344,7 +350,7 @@ def load_encoder(
         raise FileNotFoundError(f"{path}: no such encoder")
     source = read_folder(path) if path.is_dir() else read_state_dict(load_weights(path), path)
     with torch.device("meta"):
-        model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config)
+        model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)
     if not source.head:
         return model.requires_grad_(False), None
@@ -392,6 +398,22 @@ def save_vit(model: ViT, folder: Path) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def save_roberta(model: Roberta, folder: Path) -> None:
+    """Write an encoder as Hugging Face's RobertaModel: model.safetensors, then config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {renamed(name, ROBERTA): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    values = {"model_type": "roberta", "type_vocab_size": 1}
+    values |= {
+        theirs: getattr(model.config, ours)
+        for ours, theirs in (SHAPE | VOCABULARY).items()
+        if hasattr(model.config, ours)
+    }
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def read_folder(folder: Path) -> Source:
     """Of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor..., RobertaFor..., or of timm's."""
     file = folder / "config.json"
@@ -412,12 +434,7 @@ def read_folder(folder: Path) -> Source:
             more = {"channels": values.get("num_channels", 3), "mean": mean, "std": std, "clip": False}
             config, names, prefix = ViTConfig(**defaults | shape | more), HUGGING_FACE_VIT, "vit."
         elif kind == "roberta":
-            vocabulary = {
-                "vocab_size": "vocab_size",
-                "max_positions": "max_position_embeddings",
-                "pad_id": "pad_token_id",
-            }
-            shape |= {ours: values[theirs] for ours, theirs in vocabulary.items() if theirs in values}
+            shape |= {ours: values[theirs] for ours, theirs in VOCABULARY.items() if theirs in values}
             shape = {name: value for name, value in shape.items() if name not in ("image_size", "patch_size")}
             config, names, prefix = RobertaConfig(**shape), ROBERTA, "roberta."
         else:

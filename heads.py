@@ -319,6 +319,13 @@ def labelled_questions(
     return examples, cut
 
 
+def check_task(task: str, model: ViT | Roberta, base: Path) -> None:
+    """Raise ValueError where the model cannot do it."""
+    if isinstance(model, ViT) != (task == "image-classification"):
+        wanted = "a vision transformer" if task == "image-classification" else "a RoBERTa"
+        raise ValueError(f"{base}: --task {task} needs {wanted}")
+
+
 class Lesson(NamedTuple):
     """What there is to learn for a task."""
 
@@ -341,9 +348,7 @@ def read_lesson(
 
     Raises OSError or ValueError, naming file and record.
     """
-    if isinstance(model, ViT) != (task == "image-classification"):
-        wanted = "a vision transformer" if task == "image-classification" else "a RoBERTa"
-        raise ValueError(f"{base}: --task {task} needs {wanted}")
+    check_task(task, model, base)
     if task == "question-answering":
         questions = read_squad(data)[:limit]
         examples, cut = labelled_questions(questions, RobertaTokenizer(base), max_length)

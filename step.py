@@ -126,7 +126,7 @@ def accumulate_gradient(
     add up to the gradient of one big batch, however it is split, and over however many ranks.
     """
     learnt = objective.learnt(examples)
-    loss = torch.zeros((), device=adapter.gates.device)
+    loss = torch.zeros((), device=next(adapter.parameters()).device)
     parts = [objective.batches(share, max_tokens) for share in shares(examples, world())]
     rounds, mine = max(map(len, parts)), parts[rank()]
     for batch in mine + [None] * (rounds - len(mine)):
@@ -146,7 +146,7 @@ def mean_loss(
 ) -> float:
     """Mean loss over all that is learnt of the examples, the same to the last bit on any number of ranks."""
     batches = objective.batches(examples, max_tokens)
-    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=adapter.gates.device)
+    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=next(adapter.parameters()).device)
     batches += [None] * (len(losses) - len(batches))
     for i in range(rank(), len(batches), world()):
         losses[i] = objective.loss_sum(model, adapter, batches[i])

@@ -446,6 +446,7 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
         raise ValueError(f"{warmup}: the learning rate would never get to fall")
     base = Path(options["base"])
     model, head = load_encoder(base, dtype, device)
+    heads.check_task(task, model, base)
     config = model.config
     if options["layers"] is None:
         options["layers"] = max(1, config.n_layers - 2)

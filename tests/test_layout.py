@@ -39,6 +39,7 @@ ABOVE = {
     },
     "step": {"adapter", "data", "model", "parallel"},
     "train": ANSWERS | {"heads", "tasks", "toy", "digits", "generate", "evaluate", "runs", "step"},
+    "experiments": {"adapter", "cli", "data", "encoders", "heads", "step"},
     "peers": {"adapter", "data", "model", "generate", "step"},
     "bench": {"adapter", "data", "cli", "model", "toy", "parallel", "generate", "step", "peers"},
 }

@@ -1,0 +1,326 @@
+"""The paper's experiments, at the scale of two cores: python experiments.py vit --help.
+
+LoRA, full tuning and attention without gates are here for comparison only, on the same training step.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import heads
+from adapter import attend, gated_attention, replacing
+from cli import one_line_errors
+from data import epoch_batches, read_text
+from encoders import Roberta, RobertaConfig, ViT, load_encoder, save_roberta
+from step import learning_rate, make_optimizer, update
+
+
+def ungated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    gate: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
+
+    Shapes as for `gated_attention`; the gate is left out.
+    """
+    B, _, T, _ = q.shape
+    prompt_k, prompt_v = prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1)
+    seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)
+    words = (seen.tril() if causal else seen) if mask is None else mask
+    words = words.expand(B, 1, T, k.shape[2])
+    prompts = torch.ones(B, 1, T, prompt_k.shape[2], dtype=torch.bool, device=q.device)
+    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+    return attend(q, k, v, torch.cat([prompts, words], dim=3))
+
+
+class LoRALinear(nn.Module):
+    """W x + B A x, of rank r (Hu et al., 2022); B is zero at the start."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.linear = linear
+        bound = linear.in_features**-0.5
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + (x @ self.a.T) @ self.b.T
+
+
+class Headed(nn.Module):
+    """A head, and what else is trained with it: in the place of a HeadAdapter, without prompts."""
+
+    def __init__(self, head: nn.Module, trained: Sequence[nn.Parameter]):
+        super().__init__()
+        self.head, self.trained = head, nn.ParameterList(trained)
+
+    def forward(self, dtype: torch.dtype | None = None) -> list:
+        return []
+
+
+def with_lora(model: ViT | Roberta, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
+    """Put it on wq and wv of every layer; returns what is trained."""
+    for layer in model.layers:
+        layer.attention.wq = LoRALinear(layer.attention.wq, rank, generator)
+        layer.attention.wv = LoRALinear(layer.attention.wv, rank, generator)
+    return [parameter for name, parameter in model.named_parameters() if name.endswith((".a", ".b"))]
+
+
+METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
+
+
+def prepare(method: str, base: Path, seed: int, classes: int, length: int, rank: int):
+    """Model, what is trained, and its optimizer, for one of the methods; the head is the base's own if it fits."""
+    generator = torch.Generator().manual_seed(seed)
+    attention = ungated_attention if method == "no gates" else gated_attention
+    model, head = load_encoder(base, attention=attention)
+    config = model.config
+    ours = head is not None and head[-1].out_features == classes
+    widths = [config.dim, *(linear.out_features for linear in head[::2])] if ours else [config.dim, classes]
+    adapter = heads.HeadAdapter(
+        layers=config.n_layers,
+        length=length,
+        dim=config.dim,
+        heads=config.n_heads,
+        widths=widths,
+        head_activation=heads.activation_of(head) if ours else "tanh",
+        generator=generator,
+    )
+    if ours:
+        adapter.head.load_state_dict(head.state_dict())
+    if method in ("prompts and gates", "no gates"):
+        if method == "no gates":
+            adapter.gates.requires_grad_(False)
+        return model, adapter, make_optimizer(adapter, weight_decay=0.02)
+    inside = []
+    if method == "LoRA":
+        inside = with_lora(model, rank, generator)
+    if method == "full tuning":
+        inside = list(model.requires_grad_(True).parameters())
+    headed = Headed(adapter.head, inside)
+    groups = [{"params": list(headed.parameters()), "weight_decay": 0.02, "scale": 1.0}]
+    return model, headed, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def fit(model, adapter, optimizer, examples: list, objective, *, epochs: int, batch_size: int, lr: float, seed: int):
+    """train.py's steps, without its files."""
+    lengths = [example.size for example in examples]
+    per_epoch = math.ceil(len(examples) / batch_size)
+    steps = [batch for epoch in range(epochs) for batch in epoch_batches(lengths, batch_size, seed, epoch)]
+    for step, batch in enumerate(tqdm(steps, unit="step", file=sys.stderr, leave=False)):
+        rate = learning_rate(step, peak=lr, warmup=per_epoch, total=len(steps))
+        update(model, adapter, optimizer, [examples[i] for i in batch], rate, 16384, False, objective)
+
+
+def compare(
+    base: Path,
+    training: list,
+    testing: list,
+    classes: int,
+    rates: dict[str, float],
+    seeds: Sequence[int],
+    *,
+    epochs: int,
+    batch_size: int,
+    length: int,
+    rank: int,
+) -> dict[str, dict]:
+    """Accuracy of every method on the testing examples, seed by seed, and what it trains and takes."""
+    rows = {}
+    for method, lr in rates.items():
+        accuracies, start = [], time.perf_counter()
+        for seed in seeds:
+            model, adapter, optimizer = prepare(method, base, seed, classes, length, rank)
+            how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+            fit(model, adapter, optimizer, training, heads.Labels(spans=False), **how)
+            found = heads.classify(model, adapter, testing, 16384)
+            accuracies.append(sum(best == example.labels[0] for best, example in zip(found, testing)) / len(testing))
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        rows[method] = {
+            "trained": trained,
+            "lr": lr,
+            "accuracy": accuracies,
+            "seconds": (time.perf_counter() - start) / len(seeds),
+        }
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        click.echo(
+            f"{method:20}{trained:>10,}{lr:>9g}{statistics.mean(accuracies):>10.2%} ± {spread:.2%}"
+            f"{rows[method]['seconds']:>8.0f} s   " + ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
+        )
+    return rows
+
+
+def report(name: str, rows: dict) -> None:
+    """experiments/NAME.json."""
+    path = Path(__file__).parent / "experiments" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+HEADER = f"{'':20}{'trained':>10}{'rate':>9}{'accuracy':>10}{'':10}{'each':>8}"
+
+
+@click.group(context_settings={"show_default": True})
+def main():
+    """Run an experiment: a table, and a file in experiments/."""
+
+
+# The best of 0.0003, 0.001, 0.003, 0.01, 0.03 for each method on a tenth of the training digits.
+VIT_RATES = {"head only": 0.01, "prompts and gates": 0.03, "no gates": 0.03, "LoRA": 0.01, "full tuning": 0.001}
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--base", type=click.Path(path_type=Path), required=True, help="A vision transformer with a head.")
+@click.option("--train", "train_path", type=click.Path(path_type=Path), required=True)
+@click.option("--test", "test_path", type=click.Path(path_type=Path), required=True)
+@click.option("--seeds", type=click.IntRange(1), default=3)
+@click.option("--epochs", type=click.IntRange(2), default=5)
+@click.option("--batch-size", type=click.IntRange(1), default=64)
+@click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer.")
+@click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA.")
+@click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training pictures.")
+def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
+    """Other pictures for a trained vision transformer: head only, prompts and gates, LoRA, full tuning."""
+    with one_line_errors():
+        model, head = load_encoder(base)
+        if head is None:
+            raise ValueError(f"{base}: has no head")
+        classes = list(map(str, range(head[-1].out_features)))
+        task = "image-classification"
+        training, testing = (
+            heads.read_lesson(task, model, base, path, 512, classes).examples for path in (train_path, test_path)
+        )
+        how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
+        click.echo(f"{len(training):,} pictures to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
+        if search:
+            tenth = len(training) // 10
+            for lr in (0.0003, 0.001, 0.003, 0.01, 0.03):
+                rates = dict.fromkeys(METHODS, lr)
+                compare(base, training[tenth:], training[:tenth], len(classes), rates, [0], **how)
+            return
+        untuned = heads.classify(model, heads.headed(model, head, base), testing, 16384)
+        share = sum(best == example.labels[0] for best, example in zip(untuned, testing)) / len(testing)
+        click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
+        rows = compare(base, training, testing, len(classes), VIT_RATES, range(seeds), **how)
+        report("vit", {"untuned": share, "options": how, "methods": rows})
+
+
+# ---------------------------------------------------------------------------------------------------
+# RoBERTa
+
+SMALL = RobertaConfig(50265, 130, 128, 4, 4, 512)
+MASK = 50264
+ROW, ROWS, STEPS, PEAK_LR, WARMUP = 64, 32, 2000, 1e-3, 100  # tokens in a row, rows in a step
+
+
+def masked_rows(texts: Sequence[str], tokenizer: heads.RobertaTokenizer) -> Tensor:
+    """Text cut into rows (number, ROW), each from <s> to </s>."""
+    ids = [id for text in texts for id in tokenizer.encode(text)]
+    number = len(ids) // (ROW - 2)
+    rows = torch.tensor(ids[: number * (ROW - 2)]).view(number, -1)
+    edge = torch.ones(number, 1, dtype=torch.long)
+    return torch.cat([tokenizer.bos_id * edge, rows, tokenizer.eos_id * edge], dim=1)
+
+
+def pretrain(rows: Tensor, steps: int = STEPS, config: RobertaConfig = SMALL) -> Roberta:
+    """Masked-language modelling: of 15 % of the words, hidden in four of five cases, else another or the same."""
+    random = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = Roberta(config)
+    for embedding in (model.words, model.positions, model.types):
+        nn.init.normal_(embedding.weight, std=0.02)
+    dense, norm = nn.Linear(config.dim, config.dim), nn.LayerNorm(config.dim)
+    bias = nn.Parameter(torch.zeros(config.vocab_size))
+    parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    bar = tqdm(range(steps), desc="pre-training RoBERTa", unit="step", file=sys.stderr)
+    for step in bar:
+        ids = rows[torch.randint(len(rows), (ROWS,), generator=random)]  # (B, T)
+        asked = (torch.rand(ids.shape, generator=random) < 0.15) & (ids > 3)
+        lot = torch.rand(ids.shape, generator=random)
+        shown = ids.masked_fill(asked & (lot < 0.8), MASK)
+        other = torch.randint(4, MASK, ids.shape, generator=random)
+        shown = torch.where(asked & (lot >= 0.9), other, shown)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak=PEAK_LR, warmup=WARMUP, total=steps)
+        states = norm(F.gelu(dense(model.encode(shown)[asked])))  # (R, C)
+        loss = F.cross_entropy(states @ model.words.weight.T + bias, ids[asked])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return model
+
+
+def small_roberta(texts: Sequence[Path], tokenizer: Path) -> Path:
+    """The folder of a small RoBERTa that has read these texts; made at the first call."""
+    content = hashlib.sha256(b"".join(map(Path.read_bytes, [Path(__file__), *texts]))).hexdigest()[:8]
+    folder = Path(__file__).parent / f"toy-roberta-{content}"
+    if not (folder / "config.json").exists():
+        rows = masked_rows([read_text(path) for path in texts], heads.RobertaTokenizer(tokenizer))
+        folder.mkdir(exist_ok=True)
+        for name in ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt"):
+            if (tokenizer / name).exists():
+                shutil.copy(tokenizer / name, folder / name)
+        save_roberta(pretrain(rows), folder)
+    return folder
+
+
+# The best of 0.0003, 0.001, 0.003, 0.01, 0.03 for each method on a tenth of the training sentences.
+ROBERTA_RATES = {"head only": 0.01, "prompts and gates": 0.01, "no gates": 0.01, "LoRA": 0.003, "full tuning": 0.0003}
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="To pre-train on.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="RoBERTa's, a folder.")
+@click.option("--train", "train_path", type=click.Path(path_type=Path), required=True)
+@click.option("--test", "test_path", type=click.Path(path_type=Path), required=True)
+@click.option("--seeds", type=click.IntRange(1), default=3)
+@click.option("--epochs", type=click.IntRange(2), default=4)
+@click.option("--batch-size", type=click.IntRange(1), default=64)
+@click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer.")
+@click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA.")
+@click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training sentences.")
+def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
+    """Sentences for a small RoBERTa, pre-trained here: head only, prompts and gates, LoRA, full tuning."""
+    with one_line_errors():
+        base, task = small_roberta(texts, tokenizer), "text-classification"
+        model, _ = load_encoder(base)
+        lesson = heads.read_lesson(task, model, base, train_path, 128)
+        testing = heads.read_lesson(task, model, base, test_path, 128, lesson.classes).examples
+        training, classes = lesson.examples, len(lesson.classes)
+        how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
+        click.echo(f"{len(training):,} sentences to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
+        if search:
+            tenth = len(training) // 10
+            for lr in (0.0003, 0.001, 0.003, 0.01, 0.03):
+                compare(base, training[tenth:], training[:tenth], classes, dict.fromkeys(METHODS, lr), [0], **how)
+            return
+        most = max(sum(example.labels[0] == c for example in testing) for c in range(classes)) / len(testing)
+        click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{most:>10.2%}")
+        rows = compare(base, training, testing, classes, ROBERTA_RATES, range(seeds), **how)
+        report("roberta", {"majority": most, "options": how, "methods": rows})
+
+
+if __name__ == "__main__":
+    main()

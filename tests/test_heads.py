@@ -1,0 +1,509 @@
+"""Encoders with heads: their data, what they learn, and how answers are marked."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import command, make_tokens, run
+from PIL import Image
+from safetensors.torch import load_file
+from test_encoders import make_roberta, make_vit, vary
+from test_parallel import Ranks
+from torch.nn.functional import cross_entropy
+
+import evaluate
+import experiments
+import heads
+from adapter import Adapter
+from encoders import Roberta, RobertaConfig, ViTConfig, load_encoder, make_head, save_roberta
+from exchange import load_adapter
+from heads import (
+    HeadAdapter,
+    Labelled,
+    Labels,
+    RobertaTokenizer,
+    class_names,
+    exact_match,
+    f1,
+    prepared_picture,
+    read_pictures,
+    read_sentences,
+    read_squad,
+    span_of,
+)
+from runs import read_metrics
+from step import accumulate_gradient, mean_loss
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def make_head_adapter(model, classes, gates=True, **more):
+    config = model.config
+    adapter = HeadAdapter(
+        layers=2, length=4, dim=config.dim, heads=config.n_heads, widths=[config.dim, classes],
+        generator=torch.Generator().manual_seed(1), **more,
+    )  # fmt: skip
+    if gates:
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
+    return adapter
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file
+
+
+@pytest.mark.parametrize("widths", [[32, 5], [32, 7, 5]])
+def test_the_file_has_the_head(tmp_path, widths):
+    adapter = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=widths, head_activation="gelu")
+    adapter.save(tmp_path / "a.safetensors", task="text-classification")
+    for load in (HeadAdapter.load, load_adapter):
+        loaded = load(tmp_path / "a.safetensors")
+        assert type(loaded) is HeadAdapter
+        assert torch.equal(loaded.head(torch.ones(32)), adapter.head(torch.ones(32)))
+        assert torch.equal(loaded.prompts, adapter.prompts)
+    names = set(load_file(tmp_path / "a.safetensors"))
+    assert names == {"prompts", "gates"} | {
+        f"head.{i}.{k}" for i in range(0, 2 * len(widths) - 2, 2) for k in ("weight", "bias")
+    }
+    Adapter(layers=1, length=1, dim=8, heads=2).save(tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="text.safetensors: has no head: it is not an adapter for an encoder"):
+        HeadAdapter.load(tmp_path / "text.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_pictures_by_folder_and_by_array(tmp_path):
+    for label, number in (("cat", 2), ("dog", 1)):
+        (tmp_path / "by-class" / label).mkdir(parents=True)
+        for i in range(number):
+            Image.new("RGB", (9, 7), (i, 0, 0)).save(tmp_path / "by-class" / label / f"{i}.png")
+    assert [(label, name) for _, label, name in read_pictures(tmp_path / "by-class")] == [
+        ("cat", "cat/0.png"), ("cat", "cat/1.png"), ("dog", "dog/0.png"),
+    ]  # fmt: skip
+    images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.array([7, 10, 7]))
+    picture, label, name = read_pictures(tmp_path / "x.npz")[1]
+    assert (label, name) == ("10", "image 1") and np.array_equal(np.asarray(picture), images[1])
+    assert class_names(["10", "7", "9", "b", "a"]) == ["7", "9", "10", "a", "b"]
+    for arrays, message in (
+        (dict(images=images), "is no .npz with arrays 'images' and 'labels'"),
+        (dict(images=images / 2, labels=np.arange(3)), "images are float64"),
+        (dict(images=images, labels=np.arange(4)), r"labels are int64 \(4,\) for 3 images"),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(ValueError, match=f"bad.npz: {message}"):
+            read_pictures(tmp_path / "bad.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no folders of images"):
+        read_pictures(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("size", [(60, 40), (16, 16), (31, 90)])
+def test_pictures_are_prepared_as_transformers_does(size):
+    transformers = pytest.importorskip("transformers")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    theirs = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
+    if "Fast" in type(theirs).__name__ or hasattr(theirs, "_fuse_mean_std_and_rescale_factor"):
+        theirs = pytest.importorskip("transformers").models.vit.image_processing_pil_vit.ViTImageProcessorPil(
+            size={"height": 24, "width": 24}
+        )
+    expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+    ours = prepared_picture(image, ViTConfig(24, 8, mean=HALF, std=HALF, clip=False))
+    assert ((ours - expected).abs() <= 1.01 * 2 / 255).all()
+
+
+def test_sentences(tmp_path):
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\nit \'s "good"\t1\nbad\t0\n')
+    assert read_sentences(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
+    (tmp_path / "a.csv").write_text('text,label\n"one, two",x\n')
+    assert read_sentences(tmp_path / "a.csv") == [("one, two", "x", "record 0")]
+    (tmp_path / "a.json").write_text('[{"text": "hi", "label": 3}]')
+    assert read_sentences(tmp_path / "a.json") == [("hi", "3", "record 0")]
+    for text, message in (
+        ('[{"text": "hi"}]', "record 0: has no fields 'text'"),
+        ('[{"text": 3, "label": "x"}]', "record 0: field 'text' is a int"),
+        ('[{"text": "a", "label": 0.5}]', "record 0: field 'label' is a float"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_sentences(tmp_path / "a.json")
+
+
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "The river Añil runs to the sea. It is 12 km long.",
+                    "qas": [
+                        {"id": "a", "question": "How long?", "answers": [{"text": "12 km", "answer_start": 38}]},
+                        {"id": "b", "question": "Where to?", "answers": [{"text": "the sea", "answer_start": 23}]},
+                    ],
+                }
+            ]
+        }
+    ]
+}
+
+
+def squad(tmp_path, **answer):
+    values = json.loads(json.dumps(SQUAD))
+    values["data"][0]["paragraphs"][0]["qas"][0]["answers"][0] |= answer
+    (tmp_path / "squad.json").write_text(json.dumps(values))
+    return tmp_path / "squad.json"
+
+
+def test_squad_s_format(tmp_path):
+    first, second = read_squad(squad(tmp_path))
+    assert (first.id, first.answers, first.starts) == ("a", ["12 km"], [38]) and second.question == "Where to?"
+    with pytest.raises(ValueError, match="question a: the answer '12 km' does not stand at character 37"):
+        read_squad(squad(tmp_path, answer_start=37))
+    (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"qas": [{}]}]}]}')
+    with pytest.raises(ValueError, match="x.json: is not in SQuAD's format: KeyError: 'id'"):
+        read_squad(tmp_path / "x.json")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A small byte-level BPE in Hugging Face's layout: all bytes, and a few merges."""
+    folder = tmp_path_factory.mktemp("bpe")
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = ["Ġ t", "h e", "Ġt he", "k m", "Ġ km"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(m.replace(" ", "") for m in merges), *letters, "<mask>"]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return folder
+
+
+def test_the_tokenizer_merges_and_keeps_its_place(bpe):
+    tokenizer = RobertaTokenizer(bpe)
+    assert tokenizer.encode(" the km")[:1] == [6] and tokenizer.encode(" km") == [8]
+    ids, starts = tokenizer.encode_with_starts("Añil the km")
+    assert len(ids) == len(starts) and starts[-1] == 8 and starts[-2] == 4 and starts[:3] == [0, 1, 1]
+    with pytest.raises(FileNotFoundError, match="has neither merges.txt nor vocab.bpe"):
+        RobertaTokenizer(bpe.parent)
+
+
+def test_the_tokenizer_is_that_of_transformers(bpe):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.RobertaTokenizer(str(bpe / "vocab.json"), str(bpe / "merges.txt"))
+    for text in ("the the km", " a the\n\n  thé 12kms 🙂", "don't he'll THE"):
+        assert RobertaTokenizer(bpe).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_real_tokenizer(data):
+    """RoBERTa's ids of words whose ids are known."""
+    tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
+    assert tokenizer.encode("Hello world") == [31414, 232]
+    assert tokenizer.encode(".") == [4] and tokenizer.encode(" the,") == [5, 6]
+
+
+def test_spans(bpe, tmp_path):
+    """Tokens of every answer, and its text again; a context that is cut has those only that are whole in it."""
+    tokenizer = RobertaTokenizer(bpe)
+    for question in read_squad(squad(tmp_path)):
+        span = span_of(question, tokenizer, 200)
+        start, answer = question.starts[0], question.answers[0]
+        first, last = span.positions(start, start + len(answer))
+        assert span.text(question.context, first, last) == answer
+        assert span.ids[0] == 0 and span.ids[-1] == 2 and span.ids[span.first - 2 : span.first] == [2, 2]
+    long, _ = read_squad(squad(tmp_path))
+    whole = len(span_of(long, tokenizer, 200).ids)
+    cut = span_of(long, tokenizer, whole - 12)
+    assert len(cut.ids) == whole - 12 and cut.positions(38, 43) is None and cut.positions(4, 9) is not None
+
+
+def test_squad_s_marks():
+    """By hand, after the definitions: case, articles and punctuation are of no account; F1 is of words."""
+    assert exact_match("The  Panthers!", ["panthers"]) and not exact_match("Panther", ["panthers"])
+    assert exact_match("a, b", ["x", "b"]) and f1("", ["x"]) == 0
+    assert f1("the big red dog", ["red dog", "cat"]) == pytest.approx(2 * 2 / (3 + 2))
+    assert f1("dog dog", ["dog"]) == pytest.approx(2 * 1 / (2 + 1))
+
+
+def test_squad_s_marks_are_torchmetrics_s():
+    """An independent implementation of the official definitions, on odd texts."""
+    squad_of = pytest.importorskip("torchmetrics.functional.text").squad
+    texts = ["The cat's, hat", "an apple", "a", "12 km", "Über—alles", "x y z x"]
+    for text in texts:
+        for answer in texts:
+            theirs = squad_of(
+                [{"prediction_text": text, "id": "1"}],
+                [{"answers": {"answer_start": [0], "text": [answer]}, "id": "1"}],
+            )
+            assert exact_match(text, [answer]) == (theirs["exact_match"] == 100)
+            if heads.normalised(answer) or heads.normalised(text):
+                assert f1(text, [answer]) == pytest.approx(theirs["f1"].item() / 100)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is learnt
+
+
+def examples_of(model, spans, sizes=(9, 5, 7, 12)):
+    examples = []
+    for i, size in enumerate(sizes):
+        ids = make_tokens(model, size, seed=i).clamp(min=3)
+        examples.append(Labelled(ids, (i % 3, 4) if spans else (i % 3,), f"example {i}", size))
+    return examples
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_the_loss_is_that_of_every_example_alone(spans):
+    """With padding and in parts of any size; in float64 by hand."""
+    model = make_roberta()
+    adapter = make_head_adapter(model, 2 if spans else 3)
+    examples, expected = examples_of(model, spans), []
+    for example in examples:
+        with torch.no_grad():
+            states = model.encode(example.inputs[None], adapter())[0].double()
+        scores = states @ adapter.head[0].weight.double().T + adapter.head[0].bias.double()  # (T, classes)
+        of_labels = scores.T if spans else scores[:1]
+        expected += [-of_labels[i].log_softmax(0)[label].item() for i, label in enumerate(example.labels)]
+    for max_tokens in (12, 1000):
+        loss = mean_loss(model, adapter, examples, max_tokens, Labels(spans))
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        adapter.zero_grad()
+        assert accumulate_gradient(model, adapter, examples, max_tokens, objective=Labels(spans)) == pytest.approx(loss)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_gates_of_encoders_open_first():
+    """At gate zero the prompts have no gradient, the gates and the head have one."""
+    model = make_roberta()
+    adapter = make_head_adapter(model, 3, gates=False)
+    accumulate_gradient(model, adapter, examples_of(model, False), 100, objective=Labels(False))
+    assert adapter.prompts.grad.abs().max() == 0
+    assert adapter.gates.grad.abs().min() > 0 and adapter.head[0].weight.grad.abs().sum() > 0
+
+
+def test_likeliest_answers_stay_in_the_context(bpe, tmp_path):
+    """Whatever the scores of question and padding; never back to front, never longer than asked."""
+    tokenizer = RobertaTokenizer(bpe)
+    torch.manual_seed(0)
+    model = Roberta(RobertaConfig(266, 130, 32, 2, 4, 48)).requires_grad_(False)
+    for seed in range(5):
+        adapter = HeadAdapter(
+            layers=1, length=1, dim=32, heads=4, widths=[32, 2], generator=torch.Generator().manual_seed(seed)
+        )
+        for question in read_squad(squad(tmp_path)):
+            text = heads.answer(model, adapter, tokenizer, question, 128, longest=6)
+            assert text in question.context and len(tokenizer.encode(text)) <= 6
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Bright and dark ones, in two folders, and a vision transformer in Hugging Face's layout without a head."""
+    for i in range(24):
+        label = ("dark", "light")[i % 2]
+        (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 100, (16, 16, 3), dtype=np.uint8) + 120 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / label / f"{i}.png")
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    torch.manual_seed(0)
+    transformers.ViTModel(transformers.ViTConfig(image_size=16, patch_size=8, **shape)).save_pretrained(
+        tmp_path / "vit"
+    )
+    return tmp_path
+
+
+def measure(*args):
+    return CliRunner().invoke(evaluate.main, [str(arg) for arg in args])
+
+
+def pictures_args(pictures):
+    return [
+        "--task", "image-classification", "--base", pictures / "vit", "--data", pictures / "data",
+        "--out", pictures / "run", "--epochs", 8, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 4, "--lr", 0.1,
+        "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_a_run_on_pictures(pictures):
+    args = pictures_args(pictures)
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    losses = [line["val_loss"] for line in read_metrics(pictures / "run" / "metrics.jsonl") if "val_loss" in line]
+    assert losses[-1] < losses[0] / 2
+    assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (pictures / "run").iterdir()}
+    marks = measure(
+        "encoder", "--adapter", pictures / "run" / "adapter.safetensors", "--data", pictures / "data", "--device", "cpu"
+    )
+    assert marks.exit_code == 0 and "24 examples: accuracy 100.00%" in marks.stdout, marks.output
+    assert run(*args, "--int8").stderr.startswith("error: --int8 is for a LLaMA")
+    wrong = run(*args, "--task", "text-classification", "--out", pictures / "other")
+    assert wrong.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong.stderr
+    deep = run(*args, "--layers", 4, "--out", pictures / "deep")
+    assert deep.exit_code == 2 and "--layers 4: " in deep.stderr and "has only 3" in deep.stderr
+
+
+def test_a_resumed_run_is_the_same(pictures):
+    args = pictures_args(pictures)
+    assert run(*args).exit_code == 0
+    stopped = run(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
+    assert stopped.exit_code == 0 and "stopped by --max-minutes after step 1" in stopped.stderr, stopped.output
+    assert run(*args, "--out", pictures / "parts", "--resume").exit_code == 0
+    one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ranks(forks, pictures):
+    args = [*pictures_args(pictures), "--batch-size", 3, "--epochs", 2]
+    results = Ranks(forks, 2, command, args).results()
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert run(*args, "--out", pictures / "alone").exit_code == 0
+    one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "alone"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)
+
+
+@pytest.fixture
+def reader(tmp_path, bpe):
+    """A RoBERTa in Hugging Face's layout, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48,
+    )  # fmt: skip
+    vary(transformers.RobertaModel(config)).save_pretrained(tmp_path / "roberta")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "roberta" / name).write_text((bpe / name).read_text())
+    return tmp_path / "roberta"
+
+
+def test_a_run_on_sentences(reader, tmp_path):
+    lines = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(32)]
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    result = run(
+        "--task", "text-classification", "--base", reader, "--data", tmp_path / "a.tsv", "--out", tmp_path / "run",
+        "--epochs", 30, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 0, "--lr", 0.03, "--max-seq-len", 64,
+        "--layers", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "run" / "adapter.safetensors"
+    marks = measure(
+        "encoder", "--adapter", file, "--data", tmp_path / "a.tsv", "--device", "cpu", "--out", tmp_path / "x.json"
+    )
+    assert marks.exit_code == 0 and "32 examples: accuracy " in marks.stdout, marks.output
+    answers = json.loads((tmp_path / "x.json").read_text())
+    right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
+    assert right >= 28 and f"({right} right)" in marks.stdout
+    (tmp_path / "b.tsv").write_text("sentence\tlabel\nfilm\tnew\n")
+    new = measure("encoder", "--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
+    assert new.exit_code == 2 and "record 0: its class 'new' is none of 0, 1" in new.stderr
+
+
+def test_a_run_on_questions(reader, tmp_path):
+    args = ["--data", squad(tmp_path), "--device", "cpu"]
+    result = run(
+        "--task", "question-answering", "--base", reader, "--out", tmp_path / "run", "--epochs", 60,
+        "--warmup-epochs", 1, "--val-size", 0, "--lr", 0.1, "--max-seq-len", 100, "--layers", 2, *args,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    marks = measure("encoder", "--adapter", tmp_path / "run" / "adapter.safetensors", *args)
+    assert marks.exit_code == 0 and "2 questions: exact match 100.00%, F1 100.00%" in marks.stdout, marks.output
+    short = run(
+        "--task", "question-answering", "--base", reader, "--out", tmp_path / "cut", "--max-seq-len", 40, *args,
+        "--epochs", 3,
+    )  # fmt: skip
+    assert short.exit_code == 0 and "1 dropped (the answer is beyond 40 tokens)" in short.stderr, short.output
+
+
+# ---------------------------------------------------------------------------------------------------
+# What it is compared with
+
+
+def test_attention_without_gates_is_one_softmax():
+    """And at no prompts' weight it is the plain one; LoRA at B = 0 is the base, bit for bit."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    prompt_k, prompt_v = torch.randn(2, 1, 4, 3, 8)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1, ..., 3:] = False
+    ours = experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, mask)
+    scores = q @ torch.cat([prompt_k.expand(2, -1, -1, -1), k], 2).transpose(2, 3) / 8**0.5
+    scores[..., 3:] = scores[..., 3:].masked_fill(~mask, -torch.inf)
+    expected = scores.softmax(-1) @ torch.cat([prompt_v.expand(2, -1, -1, -1), v], 2)
+    torch.testing.assert_close(ours, expected)
+    causal = experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, None, True)
+    assert not torch.allclose(causal, ours)
+
+    model = make_vit()
+    image = torch.randn(1, 3, 24, 24)
+    before = model.encode(image)
+    trained = experiments.with_lora(model, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(model.encode(image), before)
+    assert sum(p.numel() for p in trained) == 3 * 2 * 2 * (128 + 128)
+
+
+@pytest.mark.parametrize("method", experiments.METHODS)
+def test_every_method_learns(tmp_path, method):
+    """And trains what it says, and nothing else."""
+    from test_encoders import timm_names
+
+    config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
+    torch.save(timm_names(make_vit(config), make_head([64, 3], "tanh")), tmp_path / "vit.pth")
+    model, adapter, optimizer = experiments.prepare(method, tmp_path / "vit.pth", 0, 3, length=2, rank=1)
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
+    before = mean_loss(model, adapter, examples, 1000, Labels(False))
+    experiments.fit(model, adapter, optimizer, examples, Labels(False), epochs=8, batch_size=4, lr=0.01, seed=0)
+    assert mean_loss(model, adapter, examples, 1000, Labels(False)) < before - 0.05
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])}
+    assert changed == {
+        "head only": set(), "prompts and gates": set(), "no gates": set(), "full tuning": set(frozen),
+        "LoRA": {name for name in frozen if name.endswith((".a", ".b"))},
+    }[method]  # fmt: skip
+    if method == "no gates":
+        assert adapter.gates.abs().max() == 0
+
+
+def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
+    """And is read again by our loader and by transformers."""
+    monkeypatch.setattr(experiments, "MASK", 265)
+    monkeypatch.setattr(experiments, "WARMUP", 5)
+    tokenizer = RobertaTokenizer(bpe)
+    rows = experiments.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
+    assert rows.shape[1] == 64 and (rows[:, 0] == 0).all() and (rows[:, -1] == 2).all()
+    config = RobertaConfig(266, 70, 32, 2, 4, 48)
+    losses = []
+    monkeypatch.setattr(experiments.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
+    model = experiments.pretrain(rows, steps=80, config=config)
+    assert losses[-1].item() < losses[0].item() - 1.5
+    save_roberta(model, tmp_path / "small")
+    loaded, head = load_encoder(tmp_path / "small")
+    ids = rows[:2, :9]
+    assert head is None and loaded.config == config and torch.equal(loaded.encode(ids), model.encode(ids))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.RobertaModel.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(theirs(ids).last_hidden_state, model.encode(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_vit_experiment(tmp_path, data, monkeypatch):
+    """On a few real digits, from the command line to its file."""
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+    usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
+    for name, number in (("train", 200), ("test", 100)):
+        images = (
+            np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).round().astype(np.uint8)
+        )
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
+    args = ["vit", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 1, "--epochs", 2]
+    args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz"]
+    result = CliRunner().invoke(experiments.main, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "experiments" / "vit.json").read_text())
+    assert 0.5 < values["untuned"] < 0.9 and set(values["methods"]) == set(experiments.METHODS)
