@@ -299,8 +299,10 @@ def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, devi
         if task not in heads.TASKS or base is None:
             raise ValueError("--base and --task are missing, and no adapter says them")
         model, own_head = load_encoder(base, dtype, device)
+        if adapter is None and own_head is None:
+            raise ValueError(f"{base}: has no head of its own; give --adapter FILE")
         if adapter is None:
-            adapter = heads.headed(model, own_head, base)
+            adapter = heads.head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
         config, length = model.config, int(metadata.get("max_seq_len", 512))
         adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
         if task == "question-answering":

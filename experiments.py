@@ -92,20 +92,8 @@ def prepare(method: str, base: Path, seed: int, classes: int, length: int, rank:
     generator = torch.Generator().manual_seed(seed)
     attention = ungated_attention if method == "no gates" else gated_attention
     model, head = load_encoder(base, attention=attention)
-    config = model.config
-    ours = head is not None and head[-1].out_features == classes
-    widths = [config.dim, *(linear.out_features for linear in head[::2])] if ours else [config.dim, classes]
-    adapter = heads.HeadAdapter(
-        layers=config.n_layers,
-        length=length,
-        dim=config.dim,
-        heads=config.n_heads,
-        widths=widths,
-        head_activation=heads.activation_of(head) if ours else "tanh",
-        generator=generator,
-    )
-    if ours:
-        adapter.head.load_state_dict(head.state_dict())
+    layers = model.config.n_layers
+    adapter = heads.head_adapter(model, head, classes, layers=layers, length=length, generator=generator)
     if method in ("prompts and gates", "no gates"):
         if method == "no gates":
             adapter.gates.requires_grad_(False)
@@ -218,7 +206,9 @@ def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, se
                 rates = dict.fromkeys(METHODS, lr)
                 compare(base, training[tenth:], training[:tenth], len(classes), rates, [0], **how)
             return
-        untuned = heads.classify(model, heads.headed(model, head, base), testing, 16384)
+        untuned = heads.classify(
+            model, heads.head_adapter(model, head, len(classes), layers=1, length=1), testing, 16384
+        )
         share = sum(best == example.labels[0] for best, example in zip(untuned, testing)) / len(testing)
         click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
         rows = compare(base, training, testing, len(classes), VIT_RATES, range(seeds), **how)

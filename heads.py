@@ -54,17 +54,29 @@ class HeadAdapter(Adapter):
         return {"widths": widths, "head_activation": metadata.get("head_activation", "tanh")}
 
 
-def headed(model: ViT | Roberta, head: nn.Sequential | None, base: str | Path) -> HeadAdapter:
-    """An adapter that does nothing, its gates closed, with the head that the encoder came with. Raises ValueError."""
-    if head is None:
-        raise ValueError(f"{base}: has no head of its own; give --adapter FILE")
-    config = model.config
-    widths = [config.dim, *(linear.out_features for linear in head[::2])]
+def head_adapter(
+    model: ViT | Roberta,
+    own_head: nn.Sequential | None,
+    outputs: int,
+    *,
+    layers: int,
+    length: int,
+    generator: torch.Generator | None = None,
+) -> HeadAdapter:
+    """An adapter for an encoder, its gates closed; its head is the encoder's own where that has as many outputs."""
+    C, own = model.config.dim, own_head if own_head is not None and own_head[-1].out_features == outputs else None
     adapter = HeadAdapter(
-        layers=1, length=1, dim=config.dim, heads=config.n_heads, widths=widths, head_activation=activation_of(head)
+        layers=layers,
+        length=length,
+        dim=C,
+        heads=model.config.n_heads,
+        widths=[C, outputs] if own is None else [C, *(linear.out_features for linear in own[::2])],
+        head_activation="tanh" if own is None else activation_of(own),
+        generator=generator,
     )
-    adapter.head.load_state_dict(head.state_dict())
-    return adapter.to(head[0].weight.device)
+    if own is not None:
+        adapter.head.load_state_dict(own.state_dict())
+    return adapter.to(next(model.parameters()).device)
 
 
 def activation_of(head: nn.Sequential) -> str:

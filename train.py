@@ -457,7 +457,6 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
         if options[name] > limit:
             raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
     lesson = heads.read_lesson(task, model, base, Path(options["data"]), options["max_seq_len"], limit=options["limit"])
-    outputs = len(lesson.classes) or 2
     options["base_fingerprint"] = hash_of([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
     content = hashlib.sha256(repr([(row.name, row.labels) for row in lesson.examples]).encode())
     for row in lesson.examples:
@@ -465,20 +464,9 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
     options["data_hash"] = content.hexdigest()[:16]
     training, validation = split(lesson.examples, options["val_size"], options["seed"])
 
-    ours = head is not None and head[-1].out_features == outputs  # the base's own, for as many classes
-    widths = [config.dim, *(linear.out_features for linear in head[::2])] if ours else [config.dim, outputs]
-    adapter = heads.HeadAdapter(
-        layers=options["layers"],
-        length=options["length"],
-        dim=config.dim,
-        heads=config.n_heads,
-        widths=widths,
-        head_activation=heads.activation_of(head) if ours else "tanh",
-        generator=torch.Generator().manual_seed(options["seed"]),
-    )
-    if ours:
-        adapter.head.load_state_dict(head.state_dict())
-    adapter.to(device)
+    shape = {"layers": options["layers"], "length": options["length"]}
+    generator = torch.Generator().manual_seed(options["seed"])
+    adapter = heads.head_adapter(model, head, len(lesson.classes) or 2, **shape, generator=generator)
     adapter.metadata |= {
         "task": task,
         "classes": json.dumps(lesson.classes),
