@@ -28,13 +28,15 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 def check_shape(config, names: Sequence[str]) -> None:
     """Raise ValueError where the numbers of a configuration make no model."""
+    if not isinstance(config.norm_eps, float):
+        raise ValueError(f"norm_eps {config.norm_eps!r} is not a number")
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value < 2**20:
             raise ValueError(f"{name} is {value!r}, not a whole number that an encoder could have")
     if config.dim % config.n_heads:
         raise ValueError(f"{config.n_heads} heads do not share a width of {config.dim} evenly")
-    if config.activation not in ACTIVATIONS:
+    if str(config.activation) not in ACTIVATIONS:
         raise ValueError(f"activation {config.activation!r} is none of {list(ACTIVATIONS)}")
 
 
@@ -61,6 +63,10 @@ class ViTConfig:
 
     def __post_init__(self):
         check_shape(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
+        if self.channels not in (1, 3) or not self.channels == len(self.mean) == len(self.std):
+            raise ValueError(
+                f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} deviations of pixels"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"images of {self.image_size} pixels a side are no whole patches of {self.patch_size}")
 
@@ -84,8 +90,15 @@ class RobertaConfig:
 
     def __post_init__(self):
         check_shape(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
-        if not 0 <= self.pad_id < self.vocab_size:
-            raise ValueError(f"pad_id {self.pad_id} is none of {self.vocab_size} words")
+        if self.pad_id != 1:
+            raise ValueError(f"pad_id is {self.pad_id!r}, RoBERTa's is 1")
+        if self.max_length < 1:
+            raise ValueError(f"{self.max_positions} positions leave none for words")
+
+    @property
+    def max_length(self) -> int:
+        """So many tokens it can read: positions count from pad_id + 1."""
+        return self.max_positions - self.pad_id - 1
 
 
 # CLIP's towers.
@@ -329,6 +342,7 @@ class Source(NamedTuple):
 
     config: ViTConfig | RobertaConfig
     fetch: Callable[[str], Tensor]
+    unused: Callable[[], list[str]]  # tensors of layers that were not fetched
     head: Sequence[str] = ()
     head_activation: str = "tanh"
 
@@ -352,9 +366,15 @@ def load_encoder(
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)
+    left = source.unused()
+    if left:
+        raise ValueError(f"{path}: has {len(left)} weights that such an encoder has no place for: {left[0]} ...")
     if not source.head:
         return model.requires_grad_(False), None
-    linears = [source.fetch(f"{name}.weight") for name in source.head]
+    try:
+        linears = [source.fetch(f"{name}.weight") for name in source.head]
+    except KeyError as error:
+        raise ValueError(f"{path}: has no weight {error}") from None
     head = make_head([model.config.dim, *map(len, linears)], source.head_activation)
     numbers = dict(zip((0, 2), source.head))
     fill(head, lambda name: source.fetch(f"{numbers[int(name[0])]}{name[1:]}"), path, torch.float32, device)
@@ -420,7 +440,10 @@ def read_folder(folder: Path) -> Source:
     values = read_json(file)
     kind = values.get("model_type")
     if kind is None and "architecture" in values:  # timm's
-        return read_state_dict({name: tensor() for name, tensor in open_shards(folder).items()}, file)
+        pixels = values.get("pretrained_cfg") if isinstance(values.get("pretrained_cfg"), dict) else {}
+        with named(file):
+            pixels = {name: numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
+        return read_state_dict({name: tensor() for name, tensor in open_shards(folder).items()}, file, pixels)
     with named(file):
         if kind not in ("clip", "clip_vision_model", "vit", "roberta"):
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
@@ -429,9 +452,11 @@ def read_folder(folder: Path) -> Source:
         if kind == "vit":
             image = folder / "preprocessor_config.json"
             pixels = read_json(image) if image.exists() else {}
-            mean, std = (tuple(pixels.get(f"image_{name}", (0.5, 0.5, 0.5))) for name in ("mean", "std"))
+            channels = values.get("num_channels", 3)
+            half = (0.5,) * (channels if channels == 1 else 3)
             defaults = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12}
-            more = {"channels": values.get("num_channels", 3), "mean": mean, "std": std, "clip": False}
+            mean, std = (numbers(pixels.get(f"image_{name}", half), name) for name in ("mean", "std"))
+            more = {"channels": channels, "mean": mean, "std": std, "clip": False}
             config, names, prefix = ViTConfig(**defaults | shape | more), HUGGING_FACE_VIT, "vit."
         elif kind == "roberta":
             shape |= {ours: values[theirs] for ours, theirs in VOCABULARY.items() if theirs in values}
@@ -444,15 +469,28 @@ def read_folder(folder: Path) -> Source:
     heads = (["classifier.dense", "classifier.out_proj"], ["classifier"], ["qa_outputs"])
     head = next((head for head in heads if f"{head[0]}.weight" in tensors), ())
 
+    used = set()
+
     def fetch(name: str) -> Tensor:
         if any(name.startswith(f"{part}.") for part in head):
             return tensors[name]()
+        used.add(prefix + renamed(name, names))
         tensor = tensors[prefix + renamed(name, names)]()
         if name in ("class_embedding", "positions") and tensor.dim() == 3:
             tensor = tensor[0, 0] if name == "class_embedding" else tensor[0]
         return tensor
 
-    return Source(config, fetch, head)
+    def unused() -> list[str]:
+        layers = prefix + names["layers."]
+        return sorted(name for name in tensors if name.startswith(layers) and name not in used)
+
+    return Source(config, fetch, unused, head)
+
+
+def numbers(values: object, name: str) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"the {name} of pixels is {values!r}, not a list of numbers")
+    return tuple(values)
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:
@@ -466,7 +504,9 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: is a program, as OpenAI offers it; give its weights alone: {weights}") from None
 
 
-def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
+def read_state_dict(
+    tensors: dict[str, Tensor], file: Path, pixels: dict[str, tuple[float, ...]] | None = None
+) -> Source:
     """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads."""
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
@@ -474,8 +514,8 @@ def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
         names, head, more = OPENAI, (), {}
     elif "patch_embed.proj.weight" in tensors:
         names, head = TIMM, [name for name in ["head"] if "head.weight" in tensors]
-        pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        more = {"activation": "gelu", "norm_eps": 1e-6, "clip": False} | pixels
+        half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        more = {"activation": "gelu", "norm_eps": 1e-6, "clip": False} | half | (pixels or {})
     elif "patch_to_embedding.weight" in tensors:
         names, head = VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
         # It has 8 heads by default, and scores q k / sqrt(C), not / sqrt(D).
@@ -483,7 +523,10 @@ def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
     else:
         raise ValueError(f"{file}: is of none of the kinds that are known: CLIP's, timm's and vit-pytorch's weights")
 
+    used = set()
+
     def theirs(name: str) -> Tensor:
+        used.add(renamed(name, names))
         return tensors[renamed(name, names)]
 
     with named(file):
@@ -493,6 +536,8 @@ def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
         if names is VIT_PYTORCH:  # a matrix, of patches that lie row by row, channels innermost
             channels = 1 if (patches.shape[1] ** 0.5).is_integer() else 3
             P = round((patches.shape[1] / channels) ** 0.5)
+            if channels * P * P != patches.shape[1]:
+                raise ValueError(f"patches of {patches.shape[1]} numbers are no squares")
             patches = patches.view(-1, P, P, channels).permute(0, 3, 1, 2)
             if channels == 1:  # MNIST's
                 more |= {"mean": (0.1307,), "std": (0.3081,)}
@@ -524,6 +569,7 @@ def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
                 one = renamed(f"{part}.attention.qkv.{kind}", names)
                 if kind == "bias" and names is VIT_PYTORCH:
                     return torch.zeros(C)
+                used.add(one)
                 tensor = tensors[one].chunk(3)[i]
                 return tensor * config.n_heads**-0.5 if names is VIT_PYTORCH and i == 0 else tensor
         tensor = theirs(name)
@@ -531,7 +577,10 @@ def read_state_dict(tensors: dict[str, Tensor], file: Path) -> Source:
             tensor = tensor[0, 0] if name == "class_embedding" else tensor[0]
         return tensor
 
-    return Source(config, fetch, head, "gelu")
+    def unused() -> list[str]:
+        return sorted(name for name in tensors if name.startswith(names["layers."]) and name not in used)
+
+    return Source(config, fetch, unused, head, "gelu")
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

@@ -286,7 +286,7 @@ def check_results(results, choosing, adapter_path, base, **_) -> None:
     click.option("--data", type=click.Path(path_type=Path), required=True, help="As train.py takes it for the task."),
     click.option("--task", type=click.Choice(heads.TASKS), help="[default: the adapter's]"),
     click.option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON."),
-    click.option("--limit", type=click.IntRange(1), help="Ask only about the first so many."),
+    click.option("--limit", type=click.IntRange(1), help="Ask only about so many, drawn from all."),
     click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, show_default=True),
 )
 def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, device, dtype):
@@ -298,15 +298,22 @@ def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, devi
         task, base = task or metadata.get("task"), base or metadata.get("base")
         if task not in heads.TASKS or base is None:
             raise ValueError("--base and --task are missing, and no adapter says them")
+        if task != metadata.get("task", task):
+            raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
         model, own_head = load_encoder(base, dtype, device)
-        if adapter is None and own_head is None:
-            raise ValueError(f"{base}: has no head of its own; give --adapter FILE")
+        heads.check_task(task, model, Path(base))
+        if metadata.get("base_fingerprint", "") not in ("", heads.fingerprint(model)):
+            click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
+        if adapter is None and not heads.suits(own_head, task):
+            raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
         if adapter is None:
             adapter = heads.head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
         config, length = model.config, int(metadata.get("max_seq_len", 512))
+        if task != "image-classification":
+            length = min(length, config.max_length)
         adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
         if task == "question-answering":
-            tokenizer, questions = heads.RobertaTokenizer(base), heads.read_squad(data)[:limit]
+            tokenizer, questions = heads.tokenizer_for(model, Path(base)), heads.some(heads.read_squad(data), limit)
             bar = tqdm(questions, unit="question", file=sys.stderr)
             texts = [heads.answer(model, adapter, tokenizer, question, length) for question in bar]
             exact = sum(heads.exact_match(text, q.answers) for text, q in zip(texts, questions)) / len(questions)
@@ -314,9 +321,10 @@ def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, devi
             click.echo(f"{len(questions):,} questions: exact match {exact:.2%}, F1 {shared:.2%}")
             answers = {question.id: text for question, text in zip(questions, texts)}
         else:
-            known = json.loads(metadata["classes"]) if "classes" in metadata else None
             outputs = adapter.head[-1].out_features
-            classes = known or list(map(str, range(outputs)))
+            classes = json.loads(metadata["classes"]) if "classes" in metadata else list(map(str, range(outputs)))
+            if len(classes) != outputs:
+                raise ValueError(f"{adapter_path}: names {len(classes)} classes, its head has {outputs} outputs")
             lesson = heads.read_lesson(task, model, Path(base), data, length, classes, limit)
             found = heads.classify(model, adapter, lesson.examples, micro_batch_tokens)
             labels = [example.labels[0] for example in lesson.examples]

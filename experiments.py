@@ -4,6 +4,7 @@ LoRA, full tuning and attention without gates are here for comparison only, on t
 """
 
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -81,7 +82,7 @@ def with_lora(model: ViT | Roberta, rank: int, generator: torch.Generator) -> li
     for layer in model.layers:
         layer.attention.wq = LoRALinear(layer.attention.wq, rank, generator)
         layer.attention.wv = LoRALinear(layer.attention.wv, rank, generator)
-    return [parameter for name, parameter in model.named_parameters() if name.endswith((".a", ".b"))]
+    return [p for layer in model.layers for x in (layer.attention.wq, layer.attention.wv) for p in (x.a, x.b)]
 
 
 METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
@@ -156,6 +157,13 @@ def compare(
     return rows
 
 
+def part_of(examples: list) -> int:
+    """A tenth; raises ValueError where there is none."""
+    if len(examples) < 10:
+        raise ValueError(f"{len(examples)} examples have no tenth to try learning rates on")
+    return len(examples) // 10
+
+
 def report(name: str, rows: dict) -> None:
     """experiments/NAME.json."""
     path = Path(__file__).parent / "experiments" / f"{name}.json"
@@ -201,7 +209,7 @@ def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, se
         how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
         click.echo(f"{len(training):,} pictures to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
         if search:
-            tenth = len(training) // 10
+            tenth = part_of(training)
             for lr in RATES:
                 rates = dict.fromkeys(METHODS, lr)
                 compare(base, training[tenth:], training[:tenth], len(classes), rates, [0], **how)
@@ -227,6 +235,8 @@ def masked_rows(texts: Sequence[str], tokenizer: heads.RobertaTokenizer) -> Tens
     """Text cut into rows (number, ROW), each from <s> to </s>."""
     ids = [id for text in texts for id in tokenizer.encode(text)]
     number = len(ids) // (ROW - 2)
+    if not number:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than a row of {ROW - 2}")
     rows = torch.tensor(ids[: number * (ROW - 2)]).view(number, -1)
     edge = torch.ones(number, 1, dtype=torch.long)
     return torch.cat([tokenizer.bos_id * edge, rows, tokenizer.eos_id * edge], dim=1)
@@ -265,14 +275,16 @@ def pretrain(rows: Tensor, steps: int = STEPS, config: RobertaConfig = SMALL) ->
 
 def small_roberta(texts: Sequence[Path], tokenizer: Path) -> Path:
     """The folder of a small RoBERTa that has read these texts; made at the first call."""
-    content = hashlib.sha256(b"".join(map(Path.read_bytes, [Path(__file__), *texts]))).hexdigest()[:8]
+    names = ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt")
+    files = [*texts, *(tokenizer / name for name in names if (tokenizer / name).exists())]
+    recipe = repr((SMALL, ROW, ROWS, STEPS, PEAK_LR, WARMUP)) + inspect.getsource(pretrain)
+    content = hashlib.sha256(recipe.encode() + b"".join(map(Path.read_bytes, files))).hexdigest()[:8]
     folder = Path(__file__).parent / f"toy-roberta-{content}"
     if not (folder / "config.json").exists():
         rows = masked_rows([read_text(path) for path in texts], heads.RobertaTokenizer(tokenizer))
         folder.mkdir(exist_ok=True)
-        for name in ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt"):
-            if (tokenizer / name).exists():
-                shutil.copy(tokenizer / name, folder / name)
+        for file in files[len(texts) :]:
+            shutil.copy(file, folder / file.name)
         save_roberta(pretrain(rows), folder)
     return folder
 
@@ -303,7 +315,7 @@ def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, 
         how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
         click.echo(f"{len(training):,} sentences to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
         if search:
-            tenth = len(training) // 10
+            tenth = part_of(training)
             for lr in RATES:
                 compare(base, training[tenth:], training[:tenth], classes, dict.fromkeys(METHODS, lr), [0], **how)
             return

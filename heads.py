@@ -10,10 +10,12 @@ The mechanism is adapter.py's, the training step.py's. Notation as in adapter.py
 import csv
 import io
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import tiktoken
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from adapter import Adapter
 from data import check_text, read_records, read_text, read_value
 from encoders import HEAD_ACTIVATIONS, Roberta, ViT, ViTConfig, make_head
+from model import hash_of
 from multimodal import open_image
 
 TASKS = ("image-classification", "text-classification", "question-answering")
@@ -50,8 +53,12 @@ class HeadAdapter(Adapter):
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
         if not weights or any(weight.dim() != 2 for weight in weights):
             raise ValueError("has no head: it is not an adapter for an encoder")
-        widths = [weights[0].shape[1], *map(len, weights)]
-        return {"widths": widths, "head_activation": metadata.get("head_activation", "tanh")}
+        widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
+        if widths[0] != tensors["prompts"].shape[2]:
+            raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
+        if activation not in HEAD_ACTIVATIONS:
+            raise ValueError(f"head_activation {activation!r} is none of {list(HEAD_ACTIVATIONS)}")
+        return {"widths": widths, "head_activation": activation}
 
 
 def head_adapter(
@@ -77,6 +84,11 @@ def head_adapter(
     if own is not None:
         adapter.head.load_state_dict(own.state_dict())
     return adapter.to(next(model.parameters()).device)
+
+
+def suits(head: nn.Sequential | None, task: str) -> bool:
+    """Whether a head that an encoder came with is one for the task: RoBERTa's for sentences has two linear layers."""
+    return head is not None and (task == "image-classification" or (len(head) == 1) == (task == "question-answering"))
 
 
 def activation_of(head: nn.Sequential) -> str:
@@ -120,7 +132,7 @@ def read_pictures(path: Path) -> list[tuple[Image.Image | Path, str, str]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: is no .npz with arrays 'images' and 'labels': {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):
         raise ValueError(f"{path}: images are {images.dtype} {images.shape}, not bytes (number, height, width[, 3])")
@@ -138,7 +150,10 @@ def read_sentences(path: Path) -> list[tuple[str, str, str]]:
     """
     if path.suffix in (".tsv", ".csv"):
         quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        records = list(csv.DictReader(io.StringIO(read_text(path)), **quoting))
+        try:
+            records = list(csv.DictReader(io.StringIO(read_text(path)), **quoting))
+        except csv.Error as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
     else:
         records = read_records(path)
     if not records:
@@ -167,7 +182,10 @@ class Question(NamedTuple):
 
 
 def read_squad(path: Path) -> list[Question]:
-    """The questions of a file in SQuAD's format. Raises OSError, or ValueError that names the question."""
+    """The questions of a file in the format of SQuAD 1.1, where all have an answer.
+
+    Raises OSError, or ValueError that names the question.
+    """
     values = read_value(path)
     try:
         paragraphs = [paragraph for article in values["data"] for paragraph in article["paragraphs"]]
@@ -186,13 +204,18 @@ def read_squad(path: Path) -> list[Question]:
         raise ValueError(f"{path}: is not in SQuAD's format: {type(error).__name__}: {error}") from None
     for question in found:
         where = f"{path}: question {question.id}"
-        for field, value in (("question", question.question), ("context", question.context)):
+        for field, value in (("id", question.id), ("question", question.question), ("context", question.context)):
             check_text(value, where, field)
         if not question.answers:
             raise ValueError(f"{where}: has no answers")
         for answer, start in zip(question.answers, question.starts):
             check_text(answer, where, "answers")
-            if type(start) is not int or question.context[start : start + len(answer)] != answer or not answer:
+            if (
+                type(start) is not int
+                or start < 0
+                or question.context[start : start + len(answer)] != answer
+                or not answer
+            ):
                 raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start!r} of its context")
     if not found:
         raise ValueError(f"{path}: holds no questions")
@@ -263,7 +286,7 @@ class RobertaTokenizer:
 
 def class_names(labels: Sequence[str]) -> list[str]:
     """Each once, numbers by size."""
-    return sorted(set(labels), key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
+    return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
 def labelled_pictures(rows: Sequence[tuple], config: ViTConfig, classes: Sequence[str]) -> list[Labelled]:
@@ -331,11 +354,32 @@ def labelled_questions(
     return examples, cut
 
 
+def tokenizer_for(model: Roberta, base: Path) -> RobertaTokenizer:
+    """The tokenizer in the base's folder. Raises FileNotFoundError, or ValueError where it does not fit."""
+    tokenizer = RobertaTokenizer(base)
+    largest = max(tokenizer.ids.values())
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"{base}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} words")
+    return tokenizer
+
+
+def fingerprint(model: ViT | Roberta) -> str:
+    """A hash of a few weights."""
+    return hash_of([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
+
+
 def check_task(task: str, model: ViT | Roberta, base: Path) -> None:
     """Raise ValueError where the model cannot do it."""
     if isinstance(model, ViT) != (task == "image-classification"):
         wanted = "a vision transformer" if task == "image-classification" else "a RoBERTa"
         raise ValueError(f"{base}: --task {task} needs {wanted}")
+
+
+def some(rows: list, limit: int | None) -> list:
+    """At most so many, drawn from all of them, for files are often sorted by class."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:limit])]
 
 
 class Lesson(NamedTuple):
@@ -362,17 +406,20 @@ def read_lesson(
     """
     check_task(task, model, base)
     if task == "question-answering":
-        questions = read_squad(data)[:limit]
-        examples, cut = labelled_questions(questions, RobertaTokenizer(base), max_length)
+        questions = some(read_squad(data), limit)
+        examples, cut = labelled_questions(questions, tokenizer_for(model, base), max_length)
         return Lesson(examples, [], cut, len(questions) - len(examples))
-    rows = (read_pictures if task == "image-classification" else read_sentences)(data)[:limit]
+    rows = (read_pictures if task == "image-classification" else read_sentences)(data)
     classes = list(classes) or class_names([label for _, label, _ in rows])
+    if len(classes) < 2:
+        raise ValueError(f"{data}: has only one class, {classes[0]!r}: there is nothing to tell apart")
+    rows = some(rows, limit)
     for _, label, name in rows:
         if label not in classes:
             raise ValueError(f"{data}: {name}: its class {label!r} is none of {', '.join(classes)}")
     if isinstance(model, ViT):
         return Lesson(labelled_pictures(rows, model.config, classes), classes, 0, 0)
-    examples, cut = labelled_sentences(rows, RobertaTokenizer(base), classes, max_length)
+    examples, cut = labelled_sentences(rows, tokenizer_for(model, base), classes, max_length)
     return Lesson(examples, classes, cut, 0)
 
 

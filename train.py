@@ -314,6 +314,8 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
         else:
             examples, pictures = examples_for(options)
             options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    if for_encoder:
+        check_ranks(options)
     state = from_first(lambda: standing(out, options["resume"], options))
     if state == "finished":
         say(f"{out}: this run is finished, nothing is left to do")
@@ -348,7 +350,8 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     except Lost as error:
         raise Lost(f"{error}; {files} {done['step']}; to go on, add --resume") from None
     except torch.OutOfMemoryError as error:
-        less = f"--checkpoint-activations or fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
+        less = f"fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
+        less = less if for_encoder else f"--checkpoint-activations or {less}"
         raise ValueError(f"{error}; {files} {done['step']}; to go on, add --resume and {less}") from None
 
     examination = {}
@@ -376,7 +379,7 @@ def check_source(options: dict) -> None:
         raise ValueError(f"--toy {options['toy']} brings its own data: leave out --data {options['data']}")
     if options["data"] is None:
         given = [name for name in ("tower", "encoder", "images") if options[name] is not None]
-        if given or options["task"] in TASKS[1:]:
+        if given or options["task"] != "instructions":
             what = "--task" if not given else {"tower": "--clip"}.get(given[0], f"--{given[0]}")
             raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
 
@@ -410,6 +413,16 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
     if not pictures:
         raise ValueError(f"{data}: none of its {len(examples)} examples has an image that is there")
     return used, pictures
+
+
+def check_ranks(options: dict) -> None:
+    """Raise ValueError, on all ranks, where they have different options."""
+    paths = ("out", "data", "base", "tower", "encoder", "images", "features")  # which may be others on another machine
+    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in paths})
+    with together():
+        for name, value in theirs.items():
+            if options[name] != value:
+                raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
 
 
 class Prepared(NamedTuple):
@@ -452,13 +465,14 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
         options["layers"] = max(1, config.n_layers - 2)
     limits = {"layers": config.n_layers}
     if task != "image-classification":
-        limits["max_seq_len"] = config.max_positions - config.pad_id - 1
+        limits["max_seq_len"] = config.max_length
     for name, limit in limits.items():
         if options[name] > limit:
             raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
     lesson = heads.read_lesson(task, model, base, Path(options["data"]), options["max_seq_len"], limit=options["limit"])
-    options["base_fingerprint"] = hash_of([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
-    content = hashlib.sha256(repr([(row.name, row.labels) for row in lesson.examples]).encode())
+    options["base_fingerprint"] = heads.fingerprint(model)
+    told = repr([lesson.classes, *((row.name, row.labels) for row in lesson.examples)])
+    content = hashlib.sha256(told.encode(errors="backslashreplace"))
     for row in lesson.examples:
         content.update(row.inputs.numpy().tobytes())
     options["data_hash"] = content.hexdigest()[:16]
@@ -466,6 +480,8 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
 
     shape = {"layers": options["layers"], "length": options["length"]}
     generator = torch.Generator().manual_seed(options["seed"])
+    if not heads.suits(head, task):
+        head = None
     adapter = heads.head_adapter(model, head, len(lesson.classes) or 2, **shape, generator=generator)
     adapter.metadata |= {
         "task": task,
@@ -518,13 +534,7 @@ def prepare(
         if options["compile"]:
             compile_layers(model)
     options["base_fingerprint"] = fingerprint(model)
-    paths = ("out", "data", "base", "tower", "encoder", "images", "features")  # which may be others on another machine
-    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in paths})
-    with together():
-        for name, value in theirs.items():
-            if options[name] != value:
-                raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
-
+    check_ranks(options)
     features: list[torch.Tensor] = []
     with together():
         if options["encoder"] is not None:

@@ -1,5 +1,8 @@
 """The vision tower against transformers, with prompts, and how it is read."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -229,11 +232,17 @@ def test_timm_s_names(tmp_path, folder):
         from safetensors.torch import save_file
 
         save_file(timm_names(model, head), tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+        values = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": half}}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config = replace(config, mean=(0.1, 0.2, 0.3))
         loaded, its_head = load_encoder(tmp_path)
     else:
         torch.save(timm_names(model, head), tmp_path / "vit.pth")
         loaded, its_head = load_encoder(tmp_path / "vit.pth")
+    extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # DINOv2's, which scales a layer
+    torch.save(extra, tmp_path / "more.pth")
+    with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder has no place for: blocks.0.ls1"):
+        load_encoder(tmp_path / "more.pth")
     images = make_images()
     assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))
     assert torch.equal(its_head(torch.ones(128)), head(torch.ones(128)))

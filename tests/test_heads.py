@@ -17,7 +17,7 @@ import evaluate
 import experiments
 import heads
 from adapter import Adapter
-from encoders import Roberta, RobertaConfig, ViTConfig, load_encoder, make_head, save_roberta
+from encoders import RobertaConfig, ViTConfig, load_encoder, make_head, save_roberta
 from exchange import load_adapter
 from heads import (
     HeadAdapter,
@@ -89,6 +89,13 @@ def test_pictures_by_folder_and_by_array(tmp_path):
     picture, label, name = read_pictures(tmp_path / "x.npz")[1]
     assert (label, name) == ("10", "image 1") and np.array_equal(np.asarray(picture), images[1])
     assert class_names(["10", "7", "9", "b", "a"]) == ["7", "9", "10", "a", "b"]
+    for content in (b"", b"PK\x03\x04 torn"):
+        (tmp_path / "torn.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="torn.npz: is no .npz"):
+            read_pictures(tmp_path / "torn.npz")
+    np.save(tmp_path / "one.npy", images)
+    with pytest.raises(ValueError, match="one.npy: is no .npz"):
+        read_pictures(tmp_path / "one.npy")
     for arrays, message in (
         (dict(images=images), "is no .npz with arrays 'images' and 'labels'"),
         (dict(images=images / 2, labels=np.arange(3)), "images are float64"),
@@ -162,6 +169,8 @@ def test_squad_s_format(tmp_path):
     assert (first.id, first.answers, first.starts) == ("a", ["12 km"], [38]) and second.question == "Where to?"
     with pytest.raises(ValueError, match="question a: the answer '12 km' does not stand at character 37"):
         read_squad(squad(tmp_path, answer_start=37))
+    with pytest.raises(ValueError, match="does not stand at character -11"):
+        read_squad(squad(tmp_path, answer_start=-11))
     (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"qas": [{}]}]}]}')
     with pytest.raises(ValueError, match="x.json: is not in SQuAD's format: KeyError: 'id'"):
         read_squad(tmp_path / "x.json")
@@ -283,18 +292,19 @@ def test_the_gates_of_encoders_open_first():
     assert adapter.gates.grad.abs().min() > 0 and adapter.head[0].weight.grad.abs().sum() > 0
 
 
-def test_likeliest_answers_stay_in_the_context(bpe, tmp_path):
-    """Whatever the scores of question and padding; never back to front, never longer than asked."""
-    tokenizer = RobertaTokenizer(bpe)
-    torch.manual_seed(0)
-    model = Roberta(RobertaConfig(266, 130, 32, 2, 4, 48)).requires_grad_(False)
-    for seed in range(5):
-        adapter = HeadAdapter(
-            layers=1, length=1, dim=32, heads=4, widths=[32, 2], generator=torch.Generator().manual_seed(seed)
-        )
-        for question in read_squad(squad(tmp_path)):
-            text = heads.answer(model, adapter, tokenizer, question, 128, longest=6)
-            assert text in question.context and len(tokenizer.encode(text)) <= 6
+def test_likeliest_answers(bpe, tmp_path, monkeypatch):
+    """The best of all spans of the context, by trying each: not of the question, back to front, or too long."""
+    tokenizer, random = RobertaTokenizer(bpe), torch.Generator().manual_seed(0)
+    first, _ = read_squad(squad(tmp_path))
+    span = span_of(first, tokenizer, 200)
+    for _ in range(20):
+        found = torch.randn(len(span.ids), 2, generator=random)
+        found[1] = 50  # in the question
+        monkeypatch.setattr(heads, "scores", lambda *_: found[None])
+        pairs = [(a, b) for a in range(len(span.starts)) for b in range(a, min(a + 6, len(span.starts)))]
+        a, b = max(pairs, key=lambda pair: found[span.first + pair[0], 0] + found[span.first + pair[1], 1])
+        text = heads.answer(None, None, tokenizer, first, 200, longest=6)
+        assert text == first.context[span.starts[a] : span.ends[b]].strip()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -337,10 +347,16 @@ def test_a_run_on_pictures(pictures):
     losses = [line["val_loss"] for line in read_metrics(pictures / "run" / "metrics.jsonl") if "val_loss" in line]
     assert losses[-1] < losses[0] / 2
     assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (pictures / "run").iterdir()}
-    marks = measure(
-        "encoder", "--adapter", pictures / "run" / "adapter.safetensors", "--data", pictures / "data", "--device", "cpu"
-    )
+    file = pictures / "run" / "adapter.safetensors"
+    marked = ["encoder", "--adapter", file, "--data", pictures / "data", "--device", "cpu"]
+    marks = measure(*marked)
     assert marks.exit_code == 0 and "24 examples: accuracy 100.00%" in marks.stdout, marks.output
+    few = measure(*marked, "--limit", 12)
+    assert (
+        few.exit_code == 0 and "12 examples: accuracy 100.00%" in few.stdout and "always 'dark': 100" not in few.stdout
+    )
+    other = measure(*marked, "--task", "question-answering")
+    assert other.exit_code == 2 and "is for image-classification, not for question-answering" in other.stderr
     assert run(*args, "--int8").stderr.startswith("error: --int8 is for a LLaMA")
     wrong = run(*args, "--task", "text-classification", "--out", pictures / "other")
     assert wrong.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong.stderr
@@ -400,6 +416,19 @@ def test_a_run_on_sentences(reader, tmp_path):
     answers = json.loads((tmp_path / "x.json").read_text())
     right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
     assert right >= 28 and f"({right} right)" in marks.stdout
+    (tmp_path / "one.tsv").write_text("sentence\tlabel\na\tx\nb\tx\n")
+    alike = [
+        "--task",
+        "text-classification",
+        "--base",
+        reader,
+        "--data",
+        tmp_path / "one.tsv",
+        "--out",
+        tmp_path / "one",
+    ]
+    alike = run(*alike, "--max-seq-len", 64, "--layers", 1, "--device", "cpu")
+    assert alike.exit_code == 2 and "has only one class, 'x'" in alike.stderr
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nfilm\tnew\n")
     new = measure("encoder", "--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
     assert new.exit_code == 2 and "record 0: its class 'new' is none of 0, 1" in new.stderr
@@ -426,7 +455,7 @@ def test_a_run_on_questions(reader, tmp_path):
 
 
 def test_attention_without_gates_is_one_softmax():
-    """And at no prompts' weight it is the plain one; LoRA at B = 0 is the base, bit for bit."""
+    """LoRA at B = 0 is the base, bit for bit."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     prompt_k, prompt_v = torch.randn(2, 1, 4, 3, 8)
@@ -438,7 +467,9 @@ def test_attention_without_gates_is_one_softmax():
     expected = scores.softmax(-1) @ torch.cat([prompt_v.expand(2, -1, -1, -1), v], 2)
     torch.testing.assert_close(ours, expected)
     causal = experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, None, True)
-    assert not torch.allclose(causal, ours)
+    before = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(causal, experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, before))
+    assert not torch.allclose(causal, experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None))
 
     model = make_vit()
     image = torch.randn(1, 3, 24, 24)

@@ -21,7 +21,7 @@ ABOVE = {
     "toy": {"adapter", "data", "model", "checkpoints"},
     "digits": {"data", "encoders", "multimodal", "toy"},
     "runs": {"adapter", "checkpoints", "parallel"},
-    "heads": {"adapter", "data", "encoders", "multimodal"},
+    "heads": {"adapter", "data", "encoders", "model", "multimodal"},
     "exchange": {"heads", "adapter", "cli", "checkpoints", "multimodal", "runs"},
     "generate": ANSWERS | {"exchange"},
     "evaluate": {
