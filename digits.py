@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import toy
 from data import Example
-from encoders import ViT, ViTConfig, save_vit
+from encoder_files import save_vit
+from encoders import ViT, ViTConfig
 from multimodal import open_image, preprocess
 
 # What train.py takes for its options on this data, where the user says nothing.

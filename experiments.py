@@ -24,7 +24,8 @@ import heads
 from adapter import attend, gated_attention, replacing
 from cli import one_line_errors
 from data import epoch_batches, read_text
-from encoders import Roberta, RobertaConfig, ViT, load_encoder, save_roberta
+from encoder_files import load_encoder, save_roberta
+from encoders import Roberta, RobertaConfig, ViT
 from step import learning_rate, make_optimizer, update
 
 

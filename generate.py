@@ -17,7 +17,7 @@ from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
 from cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
-from encoders import load_vit
+from encoder_files import load_vit
 from exchange import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
 from multimodal import (

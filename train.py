@@ -28,7 +28,7 @@ from adapter import Adapter, replacing
 from checkpoints import load_llama, read_base
 from cli import SEED, Real, device_options, one_line_errors
 from data import Example, Tokenizer, Tokens, epoch_batches, tokenize
-from encoders import load_encoder, load_vit
+from encoder_files import load_encoder, load_vit
 from evaluate import examine, examine_pictures
 from model import (
     choose,

@@ -17,7 +17,8 @@ import evaluate
 import experiments
 import heads
 from adapter import Adapter
-from encoders import RobertaConfig, ViTConfig, load_encoder, make_head, save_roberta
+from encoder_files import load_encoder, save_roberta
+from encoders import RobertaConfig, ViTConfig, make_head
 from exchange import load_adapter
 from heads import (
     HeadAdapter,

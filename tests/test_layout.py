@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 # What whoever runs a base with an adapter, on words and images, needs of ours.
-ANSWERS = {"adapter", "data", "cli", "model", "checkpoints", "encoders", "multimodal", "parallel"}
+ANSWERS = {"adapter", "data", "cli", "model", "checkpoints", "encoder_files", "multimodal", "parallel"}
 # What each file may import of ours.
 ABOVE = {
     "adapter": set(),
@@ -15,18 +15,19 @@ ABOVE = {
     "parallel": {"model"},
     "cli": {"parallel"},
     "checkpoints": {"adapter", "data", "model"},
-    "encoders": {"adapter", "checkpoints"},
+    "encoders": {"adapter"},
+    "encoder_files": {"adapter", "checkpoints", "encoders"},
     "multimodal": {"adapter", "encoders", "model"},
     "tasks": {"data", "multimodal"},
     "toy": {"adapter", "data", "model", "checkpoints"},
-    "digits": {"data", "encoders", "multimodal", "toy"},
+    "digits": {"data", "encoders", "encoder_files", "multimodal", "toy"},
     "runs": {"adapter", "checkpoints", "parallel"},
     "heads": {"adapter", "data", "encoders", "model", "multimodal"},
     "exchange": {"heads", "adapter", "cli", "checkpoints", "multimodal", "runs"},
     "generate": ANSWERS | {"exchange"},
     "evaluate": {
         "heads",
-        "encoders",
+        "encoder_files",
         "adapter",
         "data",
         "cli",
@@ -39,7 +40,7 @@ ABOVE = {
     },
     "step": {"adapter", "data", "model", "parallel"},
     "train": ANSWERS | {"heads", "tasks", "toy", "digits", "generate", "evaluate", "runs", "step"},
-    "experiments": {"adapter", "cli", "data", "encoders", "heads", "step"},
+    "experiments": {"adapter", "cli", "data", "encoders", "encoder_files", "heads", "step"},
     "peers": {"adapter", "data", "model", "generate", "step"},
     "bench": {"adapter", "data", "cli", "model", "toy", "parallel", "generate", "step", "peers"},
 }

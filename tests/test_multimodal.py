@@ -18,7 +18,8 @@ import train
 from adapter import Adapter
 from checkpoints import load_llama
 from data import check_record, tokenize_prompt
-from encoders import ViTConfig, load_vit
+from encoder_files import load_vit
+from encoders import ViTConfig
 from multimodal import (
     MEAN,
     STD,
