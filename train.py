@@ -275,6 +275,8 @@ def main(context, **options):
         join()
         with all_ranks():
             code = run(options, start)
+            with together():  # nobody leaves while others are still at work
+                pass
         leave()
     sys.exit(code)
 
