@@ -186,28 +186,22 @@ def fill(
 
 def save_vit(model: ViT, folder: Path) -> None:
     """Write a tower as Hugging Face's CLIPVisionModel: model.safetensors, then config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {renamed(name, CLIP): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
-    values = {"model_type": "clip_vision_model"}
-    values |= {theirs: getattr(model.config, ours) for ours, theirs in SHAPE.items()}
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    save_as(model, folder, CLIP, SHAPE, {"model_type": "clip_vision_model"})
 
 
 def save_roberta(model: Roberta, folder: Path) -> None:
     """Write an encoder as Hugging Face's RobertaModel: model.safetensors, then config.json."""
+    shape = {ours: theirs for ours, theirs in (SHAPE | VOCABULARY).items() if hasattr(model.config, ours)}
+    save_as(model, folder, ROBERTA, shape, {"model_type": "roberta", "type_vocab_size": 1})
+
+
+def save_as(model: ViT | Roberta, folder: Path, names: dict[str, str], shape: dict[str, str], values: dict) -> None:
+    """The weights and the shape by their names of others; `values` are what else config.json says."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {renamed(name, ROBERTA): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
-    values = {"model_type": "roberta", "type_vocab_size": 1}
-    values |= {
-        theirs: getattr(model.config, ours)
-        for ours, theirs in (SHAPE | VOCABULARY).items()
-        if hasattr(model.config, ours)
-    }
+    values = values | {theirs: getattr(model.config, ours) for ours, theirs in shape.items()}
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -253,10 +247,7 @@ def read_folder(folder: Path) -> Source:
         if any(name.startswith(f"{part}.") for part in head):
             return tensors[name]()
         used.add(prefix + renamed(name, names))
-        tensor = tensors[prefix + renamed(name, names)]()
-        if name in ("class_embedding", "positions") and tensor.dim() == 3:
-            tensor = tensor[0, 0] if name == "class_embedding" else tensor[0]
-        return tensor
+        return unbatched(name, tensors[prefix + renamed(name, names)]())
 
     def unused() -> list[str]:
         layers = prefix + names["layers."]
@@ -350,15 +341,19 @@ def read_state_dict(
                 used.add(one)
                 tensor = tensors[one].chunk(3)[i]
                 return tensor * config.n_heads**-0.5 if names is VIT_PYTORCH and i == 0 else tensor
-        tensor = theirs(name)
-        if name in ("class_embedding", "positions") and tensor.dim() == 3:
-            tensor = tensor[0, 0] if name == "class_embedding" else tensor[0]
-        return tensor
+        return unbatched(name, theirs(name))
 
     def unused() -> list[str]:
         return sorted(name for name in tensors if name.startswith(names["layers."]) and name not in used)
 
     return Source(config, fetch, unused, head, "gelu")
+
+
+def unbatched(name: str, tensor: Tensor) -> Tensor:
+    """Class token (C,) and positions (T, C), which others keep as (1, 1, C) and (1, T, C)."""
+    if name in ("class_embedding", "positions") and tensor.dim() == 3:
+        return tensor[0, 0] if name == "class_embedding" else tensor[0]
+    return tensor
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

@@ -120,6 +120,11 @@ def fit(model, adapter, optimizer, examples: list, objective, *, epochs: int, ba
         update(model, adapter, optimizer, [examples[i] for i in batch], rate, 16384, False, objective)
 
 
+def accuracy(model: nn.Module, adapter: nn.Module, examples: list) -> float:
+    found = heads.classify(model, adapter, examples, 16384)
+    return sum(best == example.labels[0] for best, example in zip(found, examples)) / len(examples)
+
+
 def compare(
     base: Path,
     training: list,
@@ -141,8 +146,7 @@ def compare(
             model, adapter, optimizer = prepare(method, base, seed, classes, length, rank)
             how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
             fit(model, adapter, optimizer, training, heads.Labels(spans=False), **how)
-            found = heads.classify(model, adapter, testing, 16384)
-            accuracies.append(sum(best == example.labels[0] for best, example in zip(found, testing)) / len(testing))
+            accuracies.append(accuracy(model, adapter, testing))
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
         rows[method] = {
             "trained": trained,
@@ -153,16 +157,18 @@ def compare(
         spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
         click.echo(
             f"{method:20}{trained:>10,}{lr:>9g}{statistics.mean(accuracies):>10.2%} ± {spread:.2%}"
-            f"{rows[method]['seconds']:>8.0f} s   " + ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
+            f"{rows[method]['seconds']:>8.0f} s   " + ", ".join(f"{share:.2%}" for share in accuracies)
         )
     return rows
 
 
-def part_of(examples: list) -> int:
-    """A tenth; raises ValueError where there is none."""
+def try_rates(base: Path, examples: list, classes: int, how: dict) -> None:
+    """Every method at every learning rate, asked about the first tenth of the examples; ValueError if there is none."""
     if len(examples) < 10:
         raise ValueError(f"{len(examples)} examples have no tenth to try learning rates on")
-    return len(examples) // 10
+    tenth = len(examples) // 10
+    for lr in RATES:
+        compare(base, examples[tenth:], examples[:tenth], classes, dict.fromkeys(METHODS, lr), [0], **how)
 
 
 def report(name: str, rows: dict) -> None:
@@ -171,6 +177,27 @@ def report(name: str, rows: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def comparing(epochs: int):
+    """The options of commands that compare the methods; they differ in how many epochs suit the data."""
+    options = [
+        click.option("--train", "train_path", type=click.Path(path_type=Path), required=True),
+        click.option("--test", "test_path", type=click.Path(path_type=Path), required=True),
+        click.option("--seeds", type=click.IntRange(1), default=3),
+        click.option("--epochs", type=click.IntRange(2), default=epochs),
+        click.option("--batch-size", type=click.IntRange(1), default=64),
+        click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer."),
+        click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA."),
+        click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples."),
+    ]
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 HEADER = f"{'':20}{'trained':>10}{'rate':>9}{'accuracy':>10}{'':10}{'each':>8}"
@@ -188,14 +215,7 @@ VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA
 
 @main.command(context_settings={"show_default": True})
 @click.option("--base", type=click.Path(path_type=Path), required=True, help="A vision transformer with a head.")
-@click.option("--train", "train_path", type=click.Path(path_type=Path), required=True)
-@click.option("--test", "test_path", type=click.Path(path_type=Path), required=True)
-@click.option("--seeds", type=click.IntRange(1), default=3)
-@click.option("--epochs", type=click.IntRange(2), default=5)
-@click.option("--batch-size", type=click.IntRange(1), default=64)
-@click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer.")
-@click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA.")
-@click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training pictures.")
+@comparing(epochs=5)
 def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
     """Other pictures for a trained vision transformer: head only, prompts and gates, LoRA, full tuning."""
     with one_line_errors():
@@ -210,15 +230,8 @@ def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, se
         how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
         click.echo(f"{len(training):,} pictures to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
         if search:
-            tenth = part_of(training)
-            for lr in RATES:
-                rates = dict.fromkeys(METHODS, lr)
-                compare(base, training[tenth:], training[:tenth], len(classes), rates, [0], **how)
-            return
-        untuned = heads.classify(
-            model, heads.head_adapter(model, head, len(classes), layers=1, length=1), testing, 16384
-        )
-        share = sum(best == example.labels[0] for best, example in zip(untuned, testing)) / len(testing)
+            return try_rates(base, training, len(classes), how)
+        share = accuracy(model, heads.head_adapter(model, head, len(classes), layers=1, length=1), testing)
         click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
         rows = compare(base, training, testing, len(classes), VIT_RATES, range(seeds), **how)
         report("vit", {"untuned": share, "options": how, "methods": rows})
@@ -297,14 +310,7 @@ ROBERTA_RATES = {"head only": 0.01, "prompts and gates": 0.03, "no gates": 0.03,
 @main.command(context_settings={"show_default": True})
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="To pre-train on.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="RoBERTa's, a folder.")
-@click.option("--train", "train_path", type=click.Path(path_type=Path), required=True)
-@click.option("--test", "test_path", type=click.Path(path_type=Path), required=True)
-@click.option("--seeds", type=click.IntRange(1), default=3)
-@click.option("--epochs", type=click.IntRange(2), default=2)
-@click.option("--batch-size", type=click.IntRange(1), default=64)
-@click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer.")
-@click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA.")
-@click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training sentences.")
+@comparing(epochs=2)
 def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
     """Sentences for a small RoBERTa, pre-trained here: head only, prompts and gates, LoRA, full tuning."""
     with one_line_errors():
@@ -316,10 +322,7 @@ def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, 
         how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
         click.echo(f"{len(training):,} sentences to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
         if search:
-            tenth = part_of(training)
-            for lr in RATES:
-                compare(base, training[tenth:], training[:tenth], classes, dict.fromkeys(METHODS, lr), [0], **how)
-            return
+            return try_rates(base, training, classes, how)
         most = max(sum(example.labels[0] == c for example in testing) for c in range(classes)) / len(testing)
         click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{most:>10.2%}")
         rows = compare(base, training, testing, classes, ROBERTA_RATES, range(seeds), **how)

@@ -256,7 +256,7 @@ class RobertaTokenizer:
                 if line and not line.startswith("#version"):
                     first, second = line.split(" ")
                     ranks[bytes(letters[letter] for letter in first + second)] = len(ranks)
-            self.ids = self.roberta_ids(folder, {token: rank for token, rank in ranks.items()}, letters)
+            self.ids = self.roberta_ids(folder, ranks, letters)
         except (ValueError, KeyError, IndexError) as error:
             raise ValueError(f"{folder}: cannot be read as RoBERTa's tokenizer: {error}") from None
         self.model = tiktoken.Encoding("roberta", pat_str=self.WORDS, mergeable_ranks=ranks, special_tokens={})

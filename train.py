@@ -417,6 +417,22 @@ def examples_for(options: dict) -> tuple[list[Example], list[Path]]:
     return used, pictures
 
 
+def check_warmup(options: dict) -> None:
+    """Raise ValueError where the warm-up takes the whole run."""
+    if options["warmup_epochs"] >= options["epochs"]:
+        warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
+        raise ValueError(f"{warmup}: the learning rate would never get to fall")
+
+
+def check_limits(options: dict, base: Path, layers: int, positions: float) -> None:
+    """Fill in how many layers get prompts, where that is not said; raise ValueError at more than the base has."""
+    if options["layers"] is None:
+        options["layers"] = max(1, layers - 2)
+    for name, limit in (("layers", layers), ("max_seq_len", positions)):
+        if options[name] > limit:
+            raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+
+
 def check_ranks(options: dict) -> None:
     """Raise ValueError, on all ranks, where they have different options."""
     paths = ("out", "data", "base", "tower", "encoder", "images", "features")  # which may be others on another machine
@@ -456,21 +472,12 @@ def prepare_encoder(options: dict, dtype: torch.dtype, device: torch.device) -> 
     if options["strategy"] == "fsdp":
         raise ValueError(f"--strategy fsdp is for a LLaMA: --task {task} has its base whole on every rank")
     options["strategy"] = "ddp"
-    if options["warmup_epochs"] >= options["epochs"]:
-        warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
-        raise ValueError(f"{warmup}: the learning rate would never get to fall")
+    check_warmup(options)
     base = Path(options["base"])
     model, head = load_encoder(base, dtype, device)
     heads.check_task(task, model, base)
     config = model.config
-    if options["layers"] is None:
-        options["layers"] = max(1, config.n_layers - 2)
-    limits = {"layers": config.n_layers}
-    if task != "image-classification":
-        limits["max_seq_len"] = config.max_length
-    for name, limit in limits.items():
-        if options[name] > limit:
-            raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+    check_limits(options, base, config.n_layers, math.inf if task == "image-classification" else config.max_length)
     lesson = heads.read_lesson(task, model, base, Path(options["data"]), options["max_seq_len"], limit=options["limit"])
     options["base_fingerprint"] = heads.fingerprint(model)
     told = repr([lesson.classes, *((row.name, row.labels) for row in lesson.examples)])
@@ -508,9 +515,7 @@ def prepare(
     Fills in the options that depend on the base. Raises OSError or ValueError.
     """
     with together():
-        if options["warmup_epochs"] >= options["epochs"]:
-            warmup = f"--warmup-epochs {options['warmup_epochs']:g} of --epochs {options['epochs']}"
-            raise ValueError(f"{warmup}: the learning rate would never get to fall")
+        check_warmup(options)
         if options["compile"]:
             prepare_to_compile(device, options["int8"])
         if options["base"] is None and local_rank() == 0:
@@ -518,11 +523,7 @@ def prepare(
     with together():
         base = toy.make_base() if options["base"] is None else Path(options["base"])
         config, weights = read_base(base)
-        if options["layers"] is None:
-            options["layers"] = max(1, config.n_layers - 2)
-        for name, limit in (("layers", config.n_layers), ("max_seq_len", config.max_seq_len or math.inf)):
-            if options[name] > limit:
-                raise ValueError(f"--{name.replace('_', '-')} {options[name]}: {base} has only {limit}")
+        check_limits(options, base, config.n_layers, config.max_seq_len or math.inf)
     size = number_of_weights(config) * dtype.itemsize
     options["strategy"] = choose_strategy(options["strategy"], size, device)
     if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
