@@ -1,332 +1,513 @@
-"""The paper's experiments, at the scale of two cores: python experiments.py vit --help.
+"""The paper's experiments, at a scale that fits two cores: python experiments.py all.
 
-LoRA, full tuning and attention without gates are here for comparison only, on the same training step.
+Every command prints a table and writes its figures and a picture to experiments/, the paper's own figures beside. It
+tunes toy.py's base on toy.py's instructions, or any --base on any --data.
 """
 
-import hashlib
-import inspect
 import json
 import math
-import shutil
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-import heads
-from adapter import attend, gated_attention, replacing
-from cli import one_line_errors
-from data import epoch_batches, read_text
-from encoder_files import load_encoder, save_roberta
-from encoders import Roberta, RobertaConfig, ViT
-from step import learning_rate, make_optimizer, update
+import toy
+from adapter import Adapter, replacing
+from checkpoints import load_llama, read_base
+from cli import Real, device_options, one_line_errors
+from comparison import (
+    FULL,
+    GATES_AT_ONE,
+    LORA,
+    ONE_SOFTMAX,
+    POSITIONS,
+    WARMUP_EPOCHS,
+    ZERO_INIT,
+    Setting,
+    World,
+    run,
+    tune,
+    untouched,
+)
+from data import Example, load_tokenizer, read_text, tokenize
+from evaluate import likeliest_answers, written_answers
+from generate import Question, Responder
+from heads import some
+from model import LLaMA, choose
+from prepare import split
+from step import mean_loss
+from tasks import TASKS, Problem, accuracies, read_problems, read_task
 
-
-def ungated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    gate: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
-    """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
-
-    Shapes as for `gated_attention`; the gate is left out.
-    """
-    B, _, T, _ = q.shape
-    prompt_k, prompt_v = prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1)
-    seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)
-    words = (seen.tril() if causal else seen) if mask is None else mask
-    words = words.expand(B, 1, T, k.shape[2])
-    prompts = torch.ones(B, 1, T, prompt_k.shape[2], dtype=torch.bool, device=q.device)
-    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-    return attend(q, k, v, torch.cat([prompts, words], dim=3))
+# ---------------------------------------------------------------------------------------------------
+# Tables and pictures
 
 
-class LoRALinear(nn.Module):
-    """W x + B A x, of rank r (Hu et al., 2022); B is zero at the start."""
-
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
-        super().__init__()
-        self.linear = linear
-        bound = linear.in_features**-0.5
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + (x @ self.a.T) @ self.b.T
-
-
-class Headed(nn.Module):
-    """A head, and what else is trained with it: in the place of a HeadAdapter, without prompts."""
-
-    def __init__(self, head: nn.Module, trained: Sequence[nn.Parameter]):
-        super().__init__()
-        self.head, self.trained = head, nn.ParameterList(trained)
-
-    def forward(self, dtype: torch.dtype | None = None) -> list:
-        return []
-
-
-def with_lora(model: ViT | Roberta, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
-    """Put it on wq and wv of every layer; returns what is trained."""
-    for layer in model.layers:
-        layer.attention.wq = LoRALinear(layer.attention.wq, rank, generator)
-        layer.attention.wv = LoRALinear(layer.attention.wv, rank, generator)
-    return [p for layer in model.layers for x in (layer.attention.wq, layer.attention.wv) for p in (x.a, x.b)]
-
-
-METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
-
-
-def prepare(method: str, base: Path, seed: int, classes: int, length: int, rank: int):
-    """Model, what is trained, and its optimizer, for one of the methods; the head is the base's own if it fits."""
-    generator = torch.Generator().manual_seed(seed)
-    attention = ungated_attention if method == "no gates" else gated_attention
-    model, head = load_encoder(base, attention=attention)
-    layers = model.config.n_layers
-    adapter = heads.head_adapter(model, head, classes, layers=layers, length=length, generator=generator)
-    if method in ("prompts and gates", "no gates"):
-        if method == "no gates":
-            adapter.gates.requires_grad_(False)
-        return model, adapter, make_optimizer(adapter, weight_decay=0.02)
-    inside = []
-    if method == "LoRA":
-        inside = with_lora(model, rank, generator)
-    if method == "full tuning":
-        inside = list(model.requires_grad_(True).parameters())
-    headed = Headed(adapter.head, inside)
-    groups = [{"params": list(headed.parameters()), "weight_decay": 0.02, "scale": 1.0}]
-    return model, headed, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-
-
-def fit(model, adapter, optimizer, examples: list, objective, *, epochs: int, batch_size: int, lr: float, seed: int):
-    """train.py's steps, without its files."""
-    lengths = [example.size for example in examples]
-    per_epoch = math.ceil(len(examples) / batch_size)
-    steps = [batch for epoch in range(epochs) for batch in epoch_batches(lengths, batch_size, seed, epoch)]
-    for step, batch in enumerate(tqdm(steps, unit="step", file=sys.stderr, leave=False)):
-        rate = learning_rate(step, peak=lr, warmup=per_epoch, total=len(steps))
-        update(model, adapter, optimizer, [examples[i] for i in batch], rate, 16384, False, objective)
-
-
-def accuracy(model: nn.Module, adapter: nn.Module, examples: list) -> float:
-    found = heads.classify(model, adapter, examples, 16384)
-    return sum(best == example.labels[0] for best, example in zip(found, examples)) / len(examples)
-
-
-def compare(
-    base: Path,
-    training: list,
-    testing: list,
-    classes: int,
-    rates: dict[str, float],
-    seeds: Sequence[int],
-    *,
-    epochs: int,
-    batch_size: int,
-    length: int,
-    rank: int,
-) -> dict[str, dict]:
-    """Accuracy of every method on the testing examples, seed by seed, and what it trains and takes."""
+def compare(world: World, settings: dict[str, Setting], seeds: int) -> dict[str, dict[str, list]]:
+    """Every setting with every seed, a line printed for each; returns lists of what `run` says, seed by seed."""
+    click.echo(f"{'':36}{'trained':>12}{'exact':>9}{'±':>7}{'loss held out':>15}{'last epoch':>12}{'seconds':>9}")
     rows = {}
-    for method, lr in rates.items():
-        accuracies, start = [], time.perf_counter()
-        for seed in seeds:
-            model, adapter, optimizer = prepare(method, base, seed, classes, length, rank)
-            how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-            fit(model, adapter, optimizer, training, heads.Labels(spans=False), **how)
-            accuracies.append(accuracy(model, adapter, testing))
-        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        rows[method] = {
-            "trained": trained,
-            "lr": lr,
-            "accuracy": accuracies,
-            "seconds": (time.perf_counter() - start) / len(seeds),
-        }
-        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    for label, setting in settings.items():
+        runs = [run(world, setting, seed) for seed in range(seeds)]
+        rows[label] = {name: [one[name] for one in runs] for name in runs[0]} | {"setting": setting._asdict()}
+        exact, held_out, last, seconds = (
+            statistics.mean(rows[label][name]) for name in ("accuracy", "val_loss", "train_loss", "seconds")
+        )
         click.echo(
-            f"{method:20}{trained:>10,}{lr:>9g}{statistics.mean(accuracies):>10.2%} ± {spread:.2%}"
-            f"{rows[method]['seconds']:>8.0f} s   " + ", ".join(f"{share:.2%}" for share in accuracies)
+            f"{label:36}{runs[0]['trained']:>12,}{exact:>9.1%}{spread(rows[label]['accuracy']):>7.1%}"
+            f"{held_out:>15.4f}{last:>12.4f}{seconds:>9.1f}"
         )
     return rows
 
 
-def try_rates(base: Path, examples: list, classes: int, how: dict) -> None:
-    """Every method at every learning rate, asked about the first tenth of the examples; ValueError if there is none."""
-    if len(examples) < 10:
-        raise ValueError(f"{len(examples)} examples have no tenth to try learning rates on")
-    tenth = len(examples) // 10
-    for lr in RATES:
-        compare(base, examples[tenth:], examples[:tenth], classes, dict.fromkeys(METHODS, lr), [0], **how)
+def spread(values: Sequence[float]) -> float:
+    """Their standard deviation."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def report(name: str, rows: dict) -> None:
-    """experiments/NAME.json."""
-    path = Path(__file__).parent / "experiments" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+def rounded(value: object) -> object:
+    """A value for JSON, its numbers to six digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def comparing(epochs: int):
-    """The options of commands that compare the methods; they differ in how many epochs suit the data."""
+def report(out: Path, name: str, values: dict, figure: Figure | None = None) -> None:
+    """NAME.json and NAME.png in the folder; what is known from the paper is printed as well."""
+    for what, figures in values.get("paper", {}).items():
+        click.echo(f"the paper, {what}: " + ", ".join(f"{name}: {figure}" for name, figure in figures.items()))
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rounded(values), indent=1)
+    with replacing(out / f"{name}.json") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    if figure is not None:
+        with replacing(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
+    click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {out}\n")
+
+
+def table(rows: dict[str, dict]) -> dict[str, dict]:
+    """Rows as they are written: without the loss of every step."""
+    return {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
+
+
+def draw_bars(axes: Axes, values: dict[str, Sequence[float]], xlabel: str) -> None:
+    """A bar for the mean of each list, a dot for each of its values."""
+    labels = list(values)
+    axes.barh(labels, [statistics.mean(row) for row in values.values()], color="#9ecae1")
+    for i, row in enumerate(values.values()):
+        axes.plot(row, [i] * len(row), "o", color="#08519c", markersize=4)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    axes.set_xlabel(xlabel)
+
+
+def draw_line(axes: Axes, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str | None = None) -> None:
+    """Means over seeds, joined, and a dot for each seed."""
+    (line,) = axes.plot(xs, [statistics.mean(row) for row in rows], label=label)
+    for x, row in zip(xs, rows):
+        axes.plot([x] * len(row), row, "o", color=line.get_color(), markersize=4)
+
+
+def percent(values: Sequence[float]) -> list[float]:
+    return [100 * value for value in values]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The experiments: each is given a world, the number of seeds, and the folder for what it writes
+
+
+def zero_init(world: World, seeds: int, out: Path) -> None:
+    """Figure 5 and Table 5: zero-init attention against random init, at four learning rates."""
+    inits, lrs = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE), [factor * world.default.lr for factor in (0.1, 1, 3, 10)]
+    settings = {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in lrs for method in inits}
+    rows = compare(world, settings, seeds)
+    paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
+
+    figure = Figure(figsize=(4 * (len(lrs) + 1), 4), layout="constrained")
+    *panels, last = figure.subplots(1, len(lrs) + 1)
+    low = min(min(losses) for row in rows.values() for losses in row["losses"])
+    high = max(max(losses) for row in rows.values() for losses in row["losses"])
+    for axes, lr in zip(panels, lrs):
+        for method in inits:
+            losses = np.array(rows[f"{method}, {lr:.3g}"]["losses"])  # (seeds, steps)
+            axes.plot(losses.mean(axis=0), label=method, linewidth=1)
+        axes.set(title=f"learning rate {lr:.3g}", xlabel="step", ylabel="training loss", yscale="log", ylim=(low, high))
+    panels[0].legend()
+    for method in inits:
+        draw_line(last, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
+    last.set(title="held-out questions", xlabel="learning rate", xscale="log", ylabel="answered exactly, %")
+    per_epoch = math.ceil(len(world.tuning) / world.batch_size)
+    curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
+    report(out, "zero_init", {"paper": paper, "rows": table(rows), "loss_by_epoch": curves}, figure)
+
+
+def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
+    return [statistics.mean(losses[start : start + per_epoch]) for start in range(0, len(losses), per_epoch)]
+
+
+def layers(world: World, seeds: int, out: Path) -> None:
+    """Table 4: the number of adapted layers, which they are, and the prompts' length."""
+    N, default = world.layers, world.default
+    counts = sorted({max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)})
+    lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
+    names = {L: f"topmost {L} of {N} layers" for L in counts}
+    low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
+    settings = {names[L]: default._replace(layers=L) for L in counts}
+    settings |= {name: default._replace(layers=L, where="bottom") for L, name in low.items()}
+    settings |= {f"K = {K}": default._replace(length=K) for K in lengths}
+    rows = compare(world, settings, seeds)
+    paper = {"ScienceQA, validation, %, by topmost layers of 32": {10: 55.95, 20: 73.36, 30: 83.85}}
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_line(left, counts, [percent(rows[names[L]]["accuracy"]) for L in counts], "topmost")
+    draw_line(left, list(low), [percent(rows[name]["accuracy"]) for name in low.values()], "lowest")
+    left.set(xlabel=f"adapted layers of {N}", ylabel="answered exactly, %", xticks=counts)
+    left.legend()
+    draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
+    right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
+    right.set_xticks(lengths, list(map(str, lengths)), minor=False)
+    report(out, "layers", {"paper": paper, "rows": table(rows)}, figure)
+
+
+EPOCHS = (15, 30, 60)
+
+
+def epochs(world: World, seeds: int, out: Path) -> None:
+    """Table 6: does it over-fit? Training loss, held-out loss and accuracy after 15, 30 and 60 epochs."""
+    rows = compare(world, {f"{n} epochs": world.default._replace(epochs=n) for n in EPOCHS}, seeds)
+    columns = ("training loss", "validation loss", "ScienceQA, validation, %")
+    published = {15: (0.022, 0.136, 82.08), 30: (0.004, 0.241, 83.85), 60: (0.001, 0.282, 83.94)}
+    paper = {f"{n} epochs": dict(zip(columns, figures)) for n, figures in published.items()}
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("train_loss", "last epoch of training"), ("val_loss", "held out")):
+        draw_line(left, EPOCHS, [rows[f"{n} epochs"][name] for n in EPOCHS], label)
+    left.set(xlabel="epochs", ylabel="loss", xticks=EPOCHS, yscale="log")
+    left.legend()
+    draw_line(right, EPOCHS, [percent(rows[f"{n} epochs"]["accuracy"]) for n in EPOCHS])
+    right.set(xlabel="epochs", ylabel="answered exactly, %", xticks=EPOCHS)
+    report(out, "epochs", {"paper": paper, "rows": table(rows)}, figure)
+
+
+# The best on a tenth of the tuning questions' entities, as `rates` finds them.
+RATES = {ZERO_INIT: 0.05, ONE_SOFTMAX: 0.15, LORA: 0.03, FULL: 0.0003}
+
+
+def methods(world: World, seeds: int, out: Path) -> None:
+    """Table 3: full tuning, LoRA and the adapter: parameters, storage, time, and what the base forgets."""
+    unit = world.default.lr / RATES[ZERO_INIT]
+    settings = {method: world.default._replace(method=method, lr=unit * rate) for method, rate in RATES.items()}
+    for seed in range(seeds):  # in rounds, so that their times can be compared
+        for setting in settings.values():
+            run(world, setting, seed)
+    rows, before = compare(world, settings, seeds), untouched(world)[0]
+    click.echo(f"\n{'':36}{'bytes':>12}{'own text, before':>18}{'after':>9}{'base again':>12}{'after merging':>15}")
+    for label, row in rows.items():
+        after = "-" if before is None else f"{statistics.mean(row['perplexity']):.2f}"
+        again, merged = (
+            {True: "yes", False: "no", None: "-"}[row[name][0]] for name in ("recovered", "recovered_after_merging")
+        )
+        ours = "-" if before is None else f"{before:.2f}"
+        click.echo(f"{label:36}{row['bytes'][0]:>12,}{ours:>18}{after:>9}{again:>12}{merged:>15}")
+    paper = {
+        "full tuning (Alpaca)": {"trained": "7B", "storage": "13 GB", "hours on 8 A100": 3},
+        "LoRA (Alpaca-LoRA)": {"trained": "4.2M", "storage": "16.8 MB", "hours on 8 A100": 1.5},
+        "LLaMA-Adapter": {"trained": "1.2M", "storage": "4.7 MB", "hours on 8 A100": 1},
+    }
+
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    draw_bars(panels[0], {label: percent(row["accuracy"]) for label, row in rows.items()}, "answered exactly, %")
+    draw_bars(panels[1], {label: row["trained"] for label, row in rows.items()}, "parameters trained")
+    panels[1].set_xscale("log")
+    draw_bars(panels[2], {label: row["seconds"] for label, row in rows.items()}, "seconds")
+    if before is not None:
+        draw_bars(panels[3], {label: row["perplexity"] for label, row in rows.items()}, "perplexity of the base's text")
+        panels[3].axvline(before, color="black", linewidth=1)
+    report(out, "methods", {"paper": paper, "perplexity_before": before, "rows": table(rows)}, figure)
+
+
+def rates(world: World, seeds: int, out: Path) -> None:
+    """Which learning rate suits each method of Table 3; no held-out question is used."""
+    unit, settings = world.default.lr / RATES[ZERO_INIT], {}
+    for method, rate in RATES.items():
+        tried = [unit * rate * factor for factor in (0.1, 0.3, 1, 3, 10)]
+        settings |= {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in tried}
+    report(out, "rates", {"rows": table(compare(world, settings, seeds))})
+
+
+def design(world: World, seeds: int, out: Path) -> None:
+    """What readers ask: how prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate."""
+    default = world.default
+    settings = {"as it is": default}
+    settings |= {f"prompts start {scale:g} times as large": default._replace(scale=scale) for scale in (0.02, 0.2, 5)}
+    settings |= {
+        "gates without tanh": default._replace(activation="identity"),
+        "one gate per layer": default._replace(gate_per="layer"),
+        "weight decay 0.02 on gates": default._replace(gate_decay=0.02),
+        "weight decay 1 on gates": default._replace(gate_decay=1.0),
+    }
+    factors = (0.1, 0.3, 3, 10)
+    settings |= {f"learning rate {default.lr * f:.3g}": default._replace(lr=default.lr * f) for f in factors}
+    rows = compare(world, settings, seeds)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    draw_bars(
+        figure.subplots(), {label: percent(row["accuracy"]) for label, row in rows.items()}, "answered exactly, %"
+    )
+    report(out, "design", {"rows": table(rows)}, figure)
+
+
+def gates(world: World, seeds: int, out: Path) -> None:
+    """How the gates open: pictures of layers x heads at several steps. One seed."""
+    openings = []
+    tune(world, world.default, 0, lambda adapter, step: openings.append(adapter.opening().detach().cpu().numpy().copy()))
+    N, (L, H), last = world.layers, openings[0].shape, len(openings) - 1
+    shown = sorted({round(last * share) for share in (0, 0.05, 0.1, 0.2, 0.4, 1)})
+    look = {"cmap": "RdBu_r", "origin": "lower", "aspect": "auto", "extent": (-0.5, H - 0.5, N - L - 0.5, N - 0.5)}
+    bound = max(np.abs(opening).max() for opening in openings)
+    look |= {"vmin": -bound, "vmax": bound}
+
+    figure = Figure(figsize=(2.2 * len(shown) + 4, 2.8), layout="constrained")
+    first, *panels = figure.subplots(1, len(shown) + 1, width_ratios=[2] + [1] * len(shown))
+    for i in range(L):
+        first.plot([np.abs(opening[i]).mean() for opening in openings], label=f"layer {N - L + i}")
+    first.set(xlabel="step", ylabel="mean |tanh g|")
+    if L <= 8:
+        first.legend(fontsize="small")
+    for axes, step in zip(panels, shown):
+        image = axes.imshow(openings[step], **look)
+        axes.set(title=f"step {step}", xlabel="head", ylabel="layer")
+    figure.colorbar(image, ax=panels)
+
+    report(out, "gates", {"steps": shown, "opening": [openings[step].tolist() for step in shown]}, figure)
+    click.echo(f"{'step':>8}" + "".join(f"{f'layer {N - L + i}':>10}" for i in range(L)) + "   (mean |tanh g|)")
+    for step in shown:
+        click.echo(f"{step:>8}" + "".join(f"{np.abs(openings[step][i]).mean():>10.3f}" for i in range(L)))
+
+
+def choices(world: World, problems: list[Problem], model: LLaMA, adapter: Adapter | None) -> dict[str, list]:
+    """Which answer to every problem is written, and which is held for the likeliest."""
+    name = "base" if adapter is None else "adapter"
+    speakers = {} if adapter is None else {"adapter": adapter}
+    how = {"max_new_tokens": 16, "eos_id": world.tokenizer.eos_id}
+    responder = Responder(model, world.tokenizer, speakers, strength=1.0, raw=False, **how)
+    questions = [Question(problem.text(), "", name, None) for problem in problems]
+    texts = written_answers(responder, questions, 64, "problem")
+    likeliest = likeliest_answers(responder, questions, [problem.answers() for problem in problems], 64, "problem")
+    return {
+        "written": [None if text is None else problem.chosen(text) for problem, text in zip(problems, texts)],
+        "likeliest": likeliest,
+    }
+
+
+def science_qa(world: World, seeds: int, out: Path, problems: list[Problem]) -> None:
+    """Table 5 on its own data, without the images: ScienceQA's validation split."""
+    chance = statistics.mean(1 / len(problem.choices) for problem in problems)
+    click.echo(
+        f"{len(world.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"
+        f"{'':36}{'written':>9}{'±':>7}{'likeliest':>11}{'±':>7}{'loss held out':>15}"
+    )
+    rows: dict[str, dict] = {}
+    base, _ = load_llama(world.base, world.dtype, world.device)
+    for method in ("base", ZERO_INIT, ONE_SOFTMAX):
+        row = rows[method] = {"written": [], "likeliest": [], "columns": [], "val_loss": []}
+        for seed in range(seeds if method != "base" else 1):
+            model, adapter = base, None
+            if method != "base":
+                model, adapter, _, _ = tune(world, world.default._replace(method=method), seed)
+                row["val_loss"].append(mean_loss(model, adapter, world.held_out, POSITIONS))
+            for way, chosen in choices(world, problems, model, adapter).items():
+                marks = accuracies(problems, chosen)
+                row[way].append(marks["Avg"] / 100)
+                if way == "likeliest":
+                    row["columns"].append(marks)
+        loss = f"{statistics.mean(row['val_loss']):.4f}" if row["val_loss"] else "-"
+        click.echo(
+            f"{method:36}"
+            + "".join(
+                f"{statistics.mean(row[way]):>{width}.1%}{spread(row[way]):>7.1%}"
+                for way, width in (("written", 9), ("likeliest", 11))
+            )
+            + f"{loss:>15}"
+        )
+    paper = {"validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    axes = figure.subplots()
+    draw_bars(axes, {method: percent(row["likeliest"]) for method, row in rows.items()}, "likeliest answer right, %")
+    axes.axvline(100 * chance, color="black", linewidth=1)
+    values = {"paper": paper, "chance": chance, "problems": len(problems), "tuned_on": len(world.tuning), "rows": rows}
+    report(out, "scienceqa", values, figure)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
+    """toy.py's, to tune on and to be asked. A search asks nothing held out, but a tenth of the entities of tuning."""
+    sets = toy.instructions()
+    tuning, asked = sets["tuning"], [question for name in toy.HELD_OUT for question in sets[name]]
+    if searching:
+        entities = sorted({question.entity for question in tuning})
+        tenth = set(np.random.default_rng(0).permutation(entities)[: len(entities) // 10])
+        asked = [question for question in tuning if question.entity in tenth]
+        tuning = [question for question in tuning if question.entity not in tenth]
+    return [question.example for question in tuning], [question.example for question in asked]
+
+
+def make_world(
+    base: Path,
+    tuning: list[Example],
+    asked: list[Example],
+    stream: list[int],
+    default: Setting,
+    batch_size: int,
+    max_seq_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> World:
+    """Of the examples, those that fit; `stream` is text of the base's kind. ValueError where nothing is left."""
+    model, tokenizer = load_llama(base, dtype, device)
+    length = min(max_seq_len, model.config.max_seq_len or max_seq_len)
+    tokens, _ = tokenize(tokenizer, tuning, length)
+    fitting = [(example, found[0]) for example in asked if (found := tokenize(tokenizer, [example], length)[0])]
+    if not tokens or not fitting:
+        raise ValueError(f"{len(tokens)} examples to learn from and {len(fitting)} to be asked fit {length} tokens")
+    questions, held_out = map(list, zip(*fitting))
+    row = min(toy.ROW, length)
+    rows = torch.tensor(stream[: min(64, len(stream) // row) * row], dtype=torch.long).view(-1, row)
+    if default.layers > model.config.n_layers:
+        raise ValueError(f"--layers {default.layers}: {base} has only {model.config.n_layers}")
+    layers = model.config.n_layers
+    return World(base, layers, tokenizer, tokens, held_out, questions, rows, batch_size, default, device, dtype)
+
+
+def read_world(
+    base: Path | None,
+    data: Path | None,
+    task: str,
+    text: Path | None,
+    limit: int | None,
+    held_out: int | None,
+    batch_size: int | None,
+    max_seq_len: int,
+    device: str,
+    dtype: str,
+    searching: bool = False,
+    asked: list[Example] | None = None,
+    **changed,
+) -> World:
+    """As the options say; what is asked is held out of the data, or given. Raises OSError or ValueError."""
+    place = choose(device, dtype)
+    if (base is None) != (data is None):
+        raise ValueError("--base and --data go together; without them it is toy.py's")
+    if base is None:
+        tuning, asked = toy_examples(searching)
+        base, batch_size = toy.make_base(), batch_size or toy.TUNING["batch_size"]
+        default = Setting(layers=toy.TUNING["layers"], lr=toy.TUNING["lr"])
+        documents = islice(toy.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
+    else:
+        config, _ = read_base(base)
+        examples = [example._replace(image="") for example in read_task(task, data, data.parent)]
+        tuning, asked = split(examples, 0.1, seed=0) if asked is None else (examples, asked)
+        if searching:
+            tuning, asked = split(tuning, 0.1, seed=0)
+        batch_size = batch_size or 64
+        default = Setting(layers=max(1, config.n_layers - 2), lr=9e-3 * batch_size / 256)
+        documents = [] if text is None else [read_text(text)[:100_000]]
+    tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
+    stream = [id for document in documents for id in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
+    default = default._replace(**{name: value for name, value in changed.items() if value is not None})
+    return make_world(
+        base, some(tuning, limit), some(asked, held_out), stream, default, batch_size, max_seq_len, *place
+    )
+
+
+def world_options(command):
+    """What all commands take."""
     options = [
-        click.option("--train", "train_path", type=click.Path(path_type=Path), required=True),
-        click.option("--test", "test_path", type=click.Path(path_type=Path), required=True),
+        click.option("--base", type=click.Path(path_type=Path), help="Another base.  [default: toy.py's]"),
+        click.option("--data", type=click.Path(path_type=Path), help="What to tune it on.  [default: toy.py's]"),
+        click.option("--task", type=click.Choice(TASKS), default="instructions", help="As for train.py."),
+        click.option("--text", type=click.Path(path_type=Path), help="Text of the kind that the base was made of."),
+        click.option("--limit", type=click.IntRange(1), help="Tune on so many examples only, drawn from all."),
+        click.option("--held-out", type=click.IntRange(1), help="Ask only so many.  [default: all; a tenth of --data]"),
+        click.option("--batch-size", type=click.IntRange(1), help="[default: 64; toy.py's 32]"),
+        click.option("--max-seq-len", type=click.IntRange(2), default=512),
+        click.option("--lr", type=Real(0, 1e3), help="[default: 9e-3 * batch size / 256; toy.py's 0.05]"),
+        click.option("--layers", type=click.IntRange(1), help="[default: all but two; toy.py's 4]"),
+        click.option("--length", type=click.IntRange(1), help="K.  [default: 10]"),
+        click.option("--epochs", type=click.IntRange(WARMUP_EPOCHS + 1), help="[default: 5]"),
+        device_options,
         click.option("--seeds", type=click.IntRange(1), default=3),
-        click.option("--epochs", type=click.IntRange(2), default=epochs),
-        click.option("--batch-size", type=click.IntRange(1), default=64),
-        click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer."),
-        click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA."),
-        click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples."),
+        click.option("--out", type=click.Path(path_type=Path), default=HERE, show_default="experiments"),
     ]
-
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-HEADER = f"{'':20}{'trained':>10}{'rate':>9}{'accuracy':>10}{'':10}{'each':>8}"
+HERE = Path(__file__).parent / "experiments"
+EXPERIMENTS = {  # `all` runs them in this order; methods come first, while nothing is known yet and all must be timed
+    "methods": methods,
+    "zero-init": zero_init,
+    "layers": layers,
+    "epochs": epochs,
+    "design": design,
+    "gates": gates,
+}
 
 
 @click.group(context_settings={"show_default": True})
 def main():
-    """Run an experiment: a table, and a file in experiments/."""
+    """Run the paper's experiments again: each prints a table, and writes figures and a picture."""
 
 
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-# The best of these for each method on a tenth of the training digits, as --search finds them.
-VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.01}
+def add_command(name: str, function: Callable) -> None:
+    @main.command(name, help=function.__doc__, context_settings={"show_default": True})
+    @world_options
+    def command(seeds: int, out: Path, **options) -> None:
+        with one_line_errors():
+            function(read_world(**options, searching=function is rates), seeds, out)
 
 
-@main.command(context_settings={"show_default": True})
-@click.option("--base", type=click.Path(path_type=Path), required=True, help="A vision transformer with a head.")
-@comparing(epochs=5)
-def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
-    """Other pictures for a trained vision transformer: head only, prompts and gates, LoRA, full tuning."""
+for name, function in (EXPERIMENTS | {"rates": rates}).items():
+    add_command(name, function)
+
+
+@main.command("all", context_settings={"show_default": True})
+@world_options
+def run_all(seeds: int, out: Path, **options) -> None:
+    """All of these, one after the other; what several need is done once."""
     with one_line_errors():
-        model, head = load_encoder(base)
-        if head is None:
-            raise ValueError(f"{base}: has no head")
-        classes = list(map(str, range(head[-1].out_features)))
-        task = "image-classification"
-        training, testing = (
-            heads.read_lesson(task, model, base, path, 512, classes).examples for path in (train_path, test_path)
-        )
-        how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
-        click.echo(f"{len(training):,} pictures to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
-        if search:
-            return try_rates(base, training, len(classes), how)
-        share = accuracy(model, heads.head_adapter(model, head, len(classes), layers=1, length=1), testing)
-        click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
-        rows = compare(base, training, testing, len(classes), VIT_RATES, range(seeds), **how)
-        report("vit", {"untuned": share, "options": how, "methods": rows})
+        world, start = read_world(**options), time.perf_counter()
+        for name, function in EXPERIMENTS.items():
+            click.echo(f"{name}. {function.__doc__}\n")
+            function(world, seeds, out)
+        click.echo(f"{(time.perf_counter() - start) / 60:.1f} minutes", err=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# RoBERTa
-
-SMALL = RobertaConfig(50265, 130, 128, 4, 4, 512)
-MASK = 50264
-ROW, ROWS, STEPS, PEAK_LR, WARMUP = 64, 32, 1000, 1e-3, 100  # tokens in a row, rows in a step
-
-
-def masked_rows(texts: Sequence[str], tokenizer: heads.RobertaTokenizer) -> Tensor:
-    """Text cut into rows (number, ROW), each from <s> to </s>."""
-    ids = [id for text in texts for id in tokenizer.encode(text)]
-    number = len(ids) // (ROW - 2)
-    if not number:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than a row of {ROW - 2}")
-    rows = torch.tensor(ids[: number * (ROW - 2)]).view(number, -1)
-    edge = torch.ones(number, 1, dtype=torch.long)
-    return torch.cat([tokenizer.bos_id * edge, rows, tokenizer.eos_id * edge], dim=1)
-
-
-def pretrain(rows: Tensor, steps: int = STEPS, config: RobertaConfig = SMALL) -> Roberta:
-    """Masked-language modelling: of 15 % of the words, hidden in four of five cases, else another or the same."""
-    random = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model = Roberta(config)
-    for embedding in (model.words, model.positions, model.types):
-        nn.init.normal_(embedding.weight, std=0.02)
-    dense, norm = nn.Linear(config.dim, config.dim), nn.LayerNorm(config.dim)
-    bias = nn.Parameter(torch.zeros(config.vocab_size))
-    parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    bar = tqdm(range(steps), desc="pre-training RoBERTa", unit="step", file=sys.stderr)
-    for step in bar:
-        ids = rows[torch.randint(len(rows), (ROWS,), generator=random)]  # (B, T)
-        asked = (torch.rand(ids.shape, generator=random) < 0.15) & (ids > 3)
-        lot = torch.rand(ids.shape, generator=random)
-        shown = ids.masked_fill(asked & (lot < 0.8), MASK)
-        other = torch.randint(4, MASK, ids.shape, generator=random)
-        shown = torch.where(asked & (lot >= 0.9), other, shown)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=PEAK_LR, warmup=WARMUP, total=steps)
-        states = norm(F.gelu(dense(model.encode(shown)[asked])))  # (R, C)
-        loss = F.cross_entropy(states @ model.words.weight.T + bias, ids[asked])
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return model
-
-
-def small_roberta(texts: Sequence[Path], tokenizer: Path) -> Path:
-    """The folder of a small RoBERTa that has read these texts; made at the first call."""
-    names = ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt")
-    files = [*texts, *(tokenizer / name for name in names if (tokenizer / name).exists())]
-    recipe = repr((SMALL, ROW, ROWS, STEPS, PEAK_LR, WARMUP)) + inspect.getsource(pretrain)
-    content = hashlib.sha256(recipe.encode() + b"".join(map(Path.read_bytes, files))).hexdigest()[:8]
-    folder = Path(__file__).parent / f"toy-roberta-{content}"
-    if not (folder / "config.json").exists():
-        rows = masked_rows([read_text(path) for path in texts], heads.RobertaTokenizer(tokenizer))
-        folder.mkdir(exist_ok=True)
-        for file in files[len(texts) :]:
-            shutil.copy(file, folder / file.name)
-        save_roberta(pretrain(rows), folder)
-    return folder
-
-
-# Guessed from those, not searched.
-ROBERTA_RATES = {"head only": 0.01, "prompts and gates": 0.03, "no gates": 0.03, "LoRA": 0.01, "full tuning": 0.001}
-
-
-@main.command(context_settings={"show_default": True})
-@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="To pre-train on.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="RoBERTa's, a folder.")
-@comparing(epochs=2)
-def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, length, rank, search):
-    """Sentences for a small RoBERTa, pre-trained here: head only, prompts and gates, LoRA, full tuning."""
+@main.command("scienceqa", help=science_qa.__doc__, context_settings={"show_default": True})
+@world_options
+def science_qa_command(seeds: int, out: Path, **options) -> None:
     with one_line_errors():
-        base, task = small_roberta(texts, tokenizer), "text-classification"
-        model, _ = load_encoder(base)
-        lesson = heads.read_lesson(task, model, base, train_path, 128)
-        testing = heads.read_lesson(task, model, base, test_path, 128, lesson.classes).examples
-        training, classes = lesson.examples, len(lesson.classes)
-        how = {"epochs": epochs, "batch_size": batch_size, "length": length, "rank": rank}
-        click.echo(f"{len(training):,} sentences to learn from, {len(testing):,} to be asked about\n\n{HEADER}")
-        if search:
-            return try_rates(base, training, classes, how)
-        most = max(sum(example.labels[0] == c for example in testing) for c in range(classes)) / len(testing)
-        click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{most:>10.2%}")
-        rows = compare(base, training, testing, classes, ROBERTA_RATES, range(seeds), **how)
-        report("roberta", {"majority": most, "options": how, "methods": rows})
+        if options["base"] is None or options["data"] is None:
+            raise ValueError("--base and --data (ScienceQA's problems.json) are missing")
+        data, held_out = options["data"], options["held_out"]
+        problems = some(read_problems(data, "val", data.parent), held_out)
+        asked = [Example(problem.text(), "", problem.answers()[problem.answer]) for problem in problems]
+        world = read_world(**options | {"task": "scienceqa"}, asked=asked)
+        science_qa(world, seeds, out, problems)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,19 @@ def args(tiny_base, instructions, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def bpe(tmp_path_factory):
+    """A small byte-level BPE in Hugging Face's layout: all bytes, and a few merges."""
+    folder = tmp_path_factory.mktemp("bpe")
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = ["Ġ t", "h e", "Ġt he", "k m", "Ġ km"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(m.replace(" ", "") for m in merges), *letters, "<mask>"]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return folder
+
+
 def split_for_parallel(weights, n, vocabulary_first):
     """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
     shards = [{} for _ in range(n)]

@@ -9,16 +9,13 @@ from click.testing import CliRunner
 from conftest import command, make_tokens, run
 from PIL import Image
 from safetensors.torch import load_file
-from test_encoders import make_roberta, make_vit, vary
+from test_encoders import make_roberta, vary
 from test_parallel import Ranks
-from torch.nn.functional import cross_entropy
 
 import evaluate
-import experiments
 import heads
 from adapter import Adapter
-from encoder_files import load_encoder, save_roberta
-from encoders import RobertaConfig, ViTConfig, make_head
+from encoders import ViTConfig
 from exchange import load_adapter
 from heads import (
     HeadAdapter,
@@ -175,19 +172,6 @@ def test_squad_s_format(tmp_path):
     (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"qas": [{}]}]}]}')
     with pytest.raises(ValueError, match="x.json: is not in SQuAD's format: KeyError: 'id'"):
         read_squad(tmp_path / "x.json")
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    """A small byte-level BPE in Hugging Face's layout: all bytes, and a few merges."""
-    folder = tmp_path_factory.mktemp("bpe")
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    merges = ["Ġ t", "h e", "Ġt he", "k m", "Ġ km"]
-    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(m.replace(" ", "") for m in merges), *letters, "<mask>"]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    return folder
 
 
 def test_the_tokenizer_merges_and_keeps_its_place(bpe):
@@ -449,93 +433,3 @@ def test_a_run_on_questions(reader, tmp_path):
         "--epochs", 3,
     )  # fmt: skip
     assert short.exit_code == 0 and "1 dropped (the answer is beyond 40 tokens)" in short.stderr, short.output
-
-
-# ---------------------------------------------------------------------------------------------------
-# What it is compared with
-
-
-def test_attention_without_gates_is_one_softmax():
-    """LoRA at B = 0 is the base, bit for bit."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 5, 8)
-    prompt_k, prompt_v = torch.randn(2, 1, 4, 3, 8)
-    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    mask[1, ..., 3:] = False
-    ours = experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, mask)
-    scores = q @ torch.cat([prompt_k.expand(2, -1, -1, -1), k], 2).transpose(2, 3) / 8**0.5
-    scores[..., 3:] = scores[..., 3:].masked_fill(~mask, -torch.inf)
-    expected = scores.softmax(-1) @ torch.cat([prompt_v.expand(2, -1, -1, -1), v], 2)
-    torch.testing.assert_close(ours, expected)
-    causal = experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, None, True)
-    before = torch.ones(5, 5, dtype=torch.bool).tril()
-    torch.testing.assert_close(causal, experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None, before))
-    assert not torch.allclose(causal, experiments.ungated_attention(q, k, v, prompt_k, prompt_v, None))
-
-    model = make_vit()
-    image = torch.randn(1, 3, 24, 24)
-    before = model.encode(image)
-    trained = experiments.with_lora(model, 2, torch.Generator().manual_seed(0))
-    assert torch.equal(model.encode(image), before)
-    assert sum(p.numel() for p in trained) == 3 * 2 * 2 * (128 + 128)
-
-
-@pytest.mark.parametrize("method", experiments.METHODS)
-def test_every_method_learns(tmp_path, method):
-    """And trains what it says, and nothing else."""
-    from test_encoders import timm_names
-
-    config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
-    torch.save(timm_names(make_vit(config), make_head([64, 3], "tanh")), tmp_path / "vit.pth")
-    model, adapter, optimizer = experiments.prepare(method, tmp_path / "vit.pth", 0, 3, length=2, rank=1)
-    frozen = {name: p.clone() for name, p in model.named_parameters()}
-    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
-    before = mean_loss(model, adapter, examples, 1000, Labels(False))
-    experiments.fit(model, adapter, optimizer, examples, Labels(False), epochs=8, batch_size=4, lr=0.01, seed=0)
-    assert mean_loss(model, adapter, examples, 1000, Labels(False)) < before - 0.05
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])}
-    assert changed == {
-        "head only": set(), "prompts and gates": set(), "no gates": set(), "full tuning": set(frozen),
-        "LoRA": {name for name in frozen if name.endswith((".a", ".b"))},
-    }[method]  # fmt: skip
-    if method == "no gates":
-        assert adapter.gates.abs().max() == 0
-
-
-def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
-    """And is read again by our loader and by transformers."""
-    monkeypatch.setattr(experiments, "MASK", 265)
-    monkeypatch.setattr(experiments, "WARMUP", 5)
-    tokenizer = RobertaTokenizer(bpe)
-    rows = experiments.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
-    assert rows.shape[1] == 64 and (rows[:, 0] == 0).all() and (rows[:, -1] == 2).all()
-    config = RobertaConfig(266, 70, 32, 2, 4, 48)
-    losses = []
-    monkeypatch.setattr(experiments.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
-    model = experiments.pretrain(rows, steps=80, config=config)
-    assert losses[-1].item() < losses[0].item() - 1.5
-    save_roberta(model, tmp_path / "small")
-    loaded, head = load_encoder(tmp_path / "small")
-    ids = rows[:2, :9]
-    assert head is None and loaded.config == config and torch.equal(loaded.encode(ids), model.encode(ids))
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.RobertaModel.from_pretrained(tmp_path / "small")
-    torch.testing.assert_close(theirs(ids).last_hidden_state, model.encode(ids), rtol=1e-4, atol=1e-4)
-
-
-def test_the_vit_experiment(tmp_path, data, monkeypatch):
-    """On a few real digits, from the command line to its file."""
-    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
-    usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
-    for name, number in (("train", 200), ("test", 100)):
-        images = (
-            np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).round().astype(np.uint8)
-        )
-        np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
-    args = ["vit", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 1, "--epochs", 2]
-    args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz"]
-    result = CliRunner().invoke(experiments.main, list(map(str, args)))
-    assert result.exit_code == 0, result.output
-    values = json.loads((tmp_path / "experiments" / "vit.json").read_text())
-    assert 0.5 < values["untuned"] < 0.9 and set(values["methods"]) == set(experiments.METHODS)

@@ -15,6 +15,7 @@ from conftest import ROOT, before_step, command, make_adapter, make_model, make_
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+import prepare
 import step
 import train
 from adapter import Adapter
@@ -189,14 +190,14 @@ def no_data(rank):
         def fail(task, path, images):
             raise FileNotFoundError(2, "No such file or directory", str(path))
 
-        train.read_task = fail
+        prepare.read_task = fail
 
 
 def no_compiler(rank):
     def fail(device, int8):
         raise ValueError("--compile needs a C++ compiler")
 
-    train.prepare_to_compile = fail
+    prepare.prepare_to_compile = fail
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil, fail
 
 def killed_while_loading(rank):
     if rank == 1:
-        train.load_llama = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        prepare.load_llama = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_ends_before_the_first_step(forks, args):
@@ -290,9 +291,9 @@ def test_a_rank_that_ends_before_the_first_step(forks, args):
 
 
 def other_options(rank):
-    parse = train.read_task
+    parse = prepare.read_task
     if rank == 1:
-        train.read_task = lambda *a: parse(*a)[:-1]
+        prepare.read_task = lambda *a: parse(*a)[:-1]
 
 
 def test_ranks_with_other_data_end_all(forks, args):

@@ -18,9 +18,10 @@ from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
 from checkpoints import load_llama
 from data import Tokens
 from model import KVCache, compile_layers
+from prepare import split
 from runs import draw_curves, read_metrics
 from step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
-from train import CTRL_C, signals, split
+from train import CTRL_C, signals
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
@@ -187,14 +188,13 @@ def test_a_run_on_a_gpu_in_bfloat16(args, tmp_path):
 
 def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
-    import train
     from data import read_examples, tokenize
 
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    _, held_out = train.split(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
+    _, held_out = split(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_after"], rel=1e-5)
     torch.nn.init.zeros_(adapter.gates)
     assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_before"], rel=1e-5)

@@ -1,0 +1,136 @@
+"""The experiments, every command end to end."""
+
+import json
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import experiments
+import toy
+from comparison import ONE_SOFTMAX, ZERO_INIT
+from experiments import RATES, toy_examples
+
+
+def test_learning_rates_are_searched_without_held_out_questions():
+    sets, (tuning, asked) = toy.instructions(), toy_examples(searching=True)
+    questions = {question.example: question.entity for question in sets["tuning"]}
+    assert len(tuning) + len(asked) == len(questions) == len(toy_examples(searching=False)[0])
+    assert set(tuning) | set(asked) == set(questions)
+    assert not {questions[example] for example in tuning} & {questions[example] for example in asked}
+    held_out = {question.example for name in toy.HELD_OUT for question in sets[name]}
+    assert set(toy_examples(searching=False)[1]) == held_out and not held_out & set(questions)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+def invoke(*args):
+    return CliRunner().invoke(experiments.main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def small(tiny_base, instructions, tmp_path):
+    return [
+        "--base", tiny_base, "--data", instructions, "--epochs", 3, "--batch-size", 16, "--length", 3, "--lr", 0.05,
+        "--seeds", 2, "--limit", 16, "--held-out", 3, "--out", tmp_path / "out", "--device", "cpu",
+    ]  # fmt: skip
+
+
+ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 12}
+
+
+def test_all_of_them(small, tmp_path, monkeypatch):
+    """From the command line to figures and pictures; a setting that several need is run once."""
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of Peru is Lima. " * 100)
+    began = []
+    tune = experiments.tune
+    monkeypatch.setattr(experiments, "tune", lambda *args: began.append(args[1:3]) or tune(*args))
+    monkeypatch.setattr(experiments, "EPOCHS", (3, 4))
+    result = invoke("all", *small, "--text", text)
+    assert result.exit_code == 0, result.output
+    runs = [key for key in began[:-1]]  # the last is that of the gates, which looks on
+    assert len(runs) == len(set(runs))
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {f"{name}.{kind}" for name in [*ROWS, "gates"] for kind in ("json", "png")}
+    values = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ROWS}
+    assert {name: len(value["rows"]) for name, value in values.items()} == ROWS | {"epochs": 2}
+    for name, value in values.items():
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 5
+        for label, row in value["rows"].items():
+            assert label in result.output and len(row["accuracy"]) == len(row["val_loss"]) == 2
+    assert values["zero_init"]["paper"]["ScienceQA, validation, %"]["random-init attention"] == 40.77
+    assert "random-init attention: 40.77" in result.output and "10: 55.95, 20: 73.36, 30: 83.85" in result.output
+    # the same setting is the same row wherever it stands
+    default = values["methods"]["rows"][ZERO_INIT]
+    assert values["design"]["rows"]["as it is"] == default == values["zero_init"]["rows"][f"{ZERO_INIT}, 0.05"]
+    assert values["layers"]["rows"]["K = 3"] == default and default["setting"]["lr"] == 0.05
+    means = values["zero_init"]["loss_by_epoch"][f"{ZERO_INIT}, 0.05"]
+    assert len(means) == 2 and len(means[0]) == 3 and means[0][-1] == default["train_loss"][0]
+
+
+def test_the_same_numbers_again(small, tmp_path):
+    """A new process knows nothing of the first run, nor does this world; only the seconds differ."""
+    written = []
+    for _ in range(2):
+        assert invoke("methods", *small).exit_code == 0
+        rows = json.loads((tmp_path / "out" / "methods.json").read_text())["rows"]
+        written.append({label: {k: v for k, v in row.items() if k != "seconds"} for label, row in rows.items()})
+    assert written[0] == written[1] and list(written[0]) == list(RATES)
+
+
+def test_learning_rates_are_tried(small, tmp_path):
+    """Five of each method, about its own in Table 3's command."""
+    assert invoke("rates", *small, "--seeds", 1).exit_code == 0
+    rows = json.loads((tmp_path / "out" / "rates.json").read_text())["rows"]
+    assert len(rows) == 5 * len(RATES) and not (tmp_path / "out" / "rates.png").exists()
+    for method, rate in RATES.items():
+        assert f"{method}, {rate / RATES[ZERO_INIT] * 0.05:.3g}" in rows
+
+
+def test_gates_open(small, tmp_path):
+    assert invoke("gates", *small, "--layers", 2).exit_code == 0
+    values = json.loads((tmp_path / "out" / "gates.json").read_text())
+    openings = torch.tensor(values["opening"])
+    assert values["steps"][0] == 0 and values["steps"][-1] == 3 and openings.shape == (len(values["steps"]), 2, 2)
+    assert openings[0].abs().max() == 0 and openings[-1].abs().min() > 0
+
+
+def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
+    problems = {}
+    for i in range(12):
+        problems[str(i)] = {
+            "question": f"Is {i} even?", "choices": ["yes", "no", "perhaps"][: 2 + i % 2], "answer": i % 2, "hint": "",
+            "image": None, "grade": "grade3", "subject": "natural science", "split": ["train", "val"][i % 3 == 2],
+        }  # fmt: skip
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    options = small[:2] + ["--data", tmp_path / "problems.json"] + small[4:]
+    result = invoke("scienceqa", *options)
+    assert result.exit_code == 0, result.output
+    assert "8 problems to learn from, 3 to be asked" in result.output
+    values = json.loads((tmp_path / "out" / "scienceqa.json").read_text())
+    assert values["problems"] == 3 and 1 / 3 < values["chance"] < 1 / 2
+    assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
+    assert [len(row["likeliest"]) for row in values["rows"].values()] == [1, 2, 2]
+    for row in values["rows"].values():
+        marks = row["columns"][0]
+        assert marks["NAT"] == marks["Avg"] == pytest.approx(100 * row["likeliest"][0]) and marks["SOC"] is None
+
+
+@pytest.mark.parametrize("args, message", [
+    (["zero-init", "--base", "x"], "--base and --data go together"),
+    (["scienceqa"], "--base and --data .* are missing"),
+    (["gates", "--layers", 9], "--layers 9: .* has only 3"),
+    (["gates", "--max-seq-len", 2], "0 examples to learn from and 0 to be asked fit 2 tokens"),
+])  # fmt: skip
+def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
+    args = args if args[0] != "gates" else ["gates", *small, *args[1:]]
+    result = invoke(*args, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.output
+    assert re.search("error: .*" + message, result.stderr), result.stderr
+    assert not (tmp_path / "out").exists()
