@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -115,7 +114,7 @@ class AllWeights(Responses):
         return F.cross_entropy(model.output(hidden).float(), targets[learnt], reduction="sum")
 
 
-POSITIONS = 16384  # per forward pass
+POSITIONS = 8192  # per forward pass
 WEIGHT_DECAY = 0.02
 
 
@@ -133,7 +132,10 @@ def fit(
     seed: int,
     watch: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """train.py's steps, without its files; the loss of each. `watch` is called before every step, and at the end."""
+    """train.py's steps, without its files; the loss of each. `watch` is called before every step, and at the end.
+
+    Where values are no longer finite it ends, with the parameters before that step; the losses from there on are NaN.
+    """
     lengths = [example.size for example in examples]
     per_epoch = math.ceil(len(examples) / batch_size)
     steps = [batch for epoch in range(epochs) for batch in epoch_batches(lengths, batch_size, seed, epoch)]
@@ -142,7 +144,11 @@ def fit(
         watch(step)
         rate = learning_rate(step, peak=lr, warmup=warmup_epochs * per_epoch, total=len(steps))
         how = POSITIONS, False, objective
-        losses.append(update(model, learner, optimizer, [examples[i] for i in batch], rate, *how))
+        try:
+            losses.append(update(model, learner, optimizer, [examples[i] for i in batch], rate, *how))
+        except FloatingPointError:
+            losses += [math.nan] * (len(steps) - step)
+            break
     watch(len(steps))
     return losses
 
@@ -157,12 +163,12 @@ LORA, FULL = "LoRA", "full tuning"
 class Setting(NamedTuple):
     """How to tune. What is not said in a table is as here, or as its command's options say."""
 
+    layers: int  # L
+    lr: float
     method: str = ZERO_INIT
-    layers: int = 4  # L
     where: str = "top"
     length: int = 10  # K
     epochs: int = 5  # the paper's, and its two epochs of warm-up
-    lr: float = 0.05
     scale: float = 1.0  # prompts start as N(0, scale^2)
     activation: str = "tanh"
     gate_per: str = "head"
@@ -178,12 +184,12 @@ class World:
     """A base, what it is tuned on, what it is asked, and text like that which it was pre-trained on."""
 
     base: Path
-    layers: int  # N
     tokenizer: Tokenizer
     tuning: list[Tokens]
     held_out: list[Tokens]
     questions: list[Example]  # those of held_out
     text: Tensor  # (rows, T) token ids; of no rows where there is no such text
+    layers: int  # N
     batch_size: int
     default: Setting
     device: torch.device
@@ -191,14 +197,17 @@ class World:
 
 
 def set_up(world: World, setting: Setting, seed: int) -> tuple[LLaMA, nn.Module, torch.optim.Optimizer, Responses]:
-    """A fresh base, what learns, its optimizer, and what is to be learnt."""
+    """A fresh base, what learns, its optimizer, and what is to be learnt. What learns is always in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    if setting.method == FULL:
+        model, _ = load_llama(world.base, torch.float32, world.device)
+        learner = Inside(model.requires_grad_(True).parameters())
+        return model, learner, learner.optimizer(WEIGHT_DECAY), AllWeights()
     attention = ungated_attention if setting.method == ONE_SOFTMAX else gated_attention
     model, _ = load_llama(world.base, world.dtype, world.device, attention)
-    generator = torch.Generator().manual_seed(seed)
-    if setting.method in (LORA, FULL):
-        trained = model.requires_grad_(True).parameters() if setting.method == FULL else None
-        learner = Inside(trained or with_lora(model, setting.rank, generator)).to(world.device)
-        return model, learner, learner.optimizer(WEIGHT_DECAY), AllWeights() if trained else RESPONSES
+    if setting.method == LORA:
+        learner = Inside(with_lora(model, setting.rank, generator)).to(world.device)
+        return model, learner, learner.optimizer(WEIGHT_DECAY), RESPONSES
     shape = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim, "generator": generator}
     shape["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # a layer's only gate is for all heads
     shape["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
@@ -239,32 +248,40 @@ def perplexity(world: World, model: LLaMA, prompts: Sequence[Prompt] = ()) -> fl
     if not len(world.text):
         return None
     losses = [
-        F.cross_entropy(model(rows[:, :-1], prompts).float().flatten(0, 1), rows[:, 1:].flatten())
+        F.cross_entropy(model(rows[:, :-1], prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
         for rows in world.text.to(world.device).split(8)
     ]
-    return math.exp(torch.stack(losses).mean().item())
+    return (torch.stack(losses).sum() / world.text[:, 1:].numel()).exp().item()
 
 
 @cache
 def untouched(world: World) -> tuple[float | None, Tensor]:
-    """The base's perplexity, and its logits for the first row of a question."""
+    """The base's perplexity, and its logits for some questions."""
     model, _ = load_llama(world.base, world.dtype, world.device)
     return perplexity(world, model), logits_of(world, model)
 
 
 @torch.no_grad()
 def logits_of(world: World, model: LLaMA, prompts: Sequence[Prompt] = ()) -> Tensor:
-    return model(torch.tensor([world.held_out[0].ids], device=world.device), prompts)
+    """(tokens, V), for the first few questions and their answers."""
+    rows = [torch.tensor([tokens.ids], device=world.device) for tokens in world.held_out[:8]]
+    return torch.cat([model(row, prompts)[0] for row in rows])
 
 
 @torch.no_grad()
-def recovered(world: World, model: LLaMA, learner: nn.Module) -> bool:
-    """Whether the base's logits are had again, bit for bit, when what was learnt is left out. LoRA's B becomes zero."""
+def recovered(world: World, setting: Setting, model: LLaMA, learner: nn.Module) -> bool:
+    """Whether the base's logits are had again, bit for bit, from the tuned model without what was learnt.
+
+    Gates are shut, prompts without gates and LoRA's matrices are left out; of full tuning nothing can be.
+    """
+    kept = [lora.b.clone() for lora in loras(model)]
     for lora in loras(model):
         lora.b.zero_()
-    gated = isinstance(learner, Adapter) and learner.gates.requires_grad
-    prompts = learner(strength=0.0, dtype=world.dtype) if gated else ()
-    return torch.equal(logits_of(world, model, prompts), untouched(world)[1])
+    prompts = () if setting.method == ONE_SOFTMAX else learner(strength=0.0, dtype=world.dtype)
+    same = torch.equal(logits_of(world, model, prompts), untouched(world)[1])
+    for lora, b in zip(loras(model), kept):
+        lora.b.copy_(b)
+    return same
 
 
 @torch.no_grad()
@@ -283,7 +300,7 @@ def run(world: World, setting: Setting, seed: int) -> dict:
     """Tune, and measure: what stands in a table, for one seed."""
     model, learner, losses, seconds = tune(world, setting, seed)
     prompts = learner(dtype=world.dtype)
-    trained = {str(i): p.detach().contiguous() for i, p in enumerate(learner.parameters()) if p.requires_grad}
+    trained = [p for p in learner.parameters() if p.requires_grad]
     last_epoch = losses[-(len(losses) // setting.epochs) :]
     with torch.no_grad():
         return {
@@ -291,10 +308,10 @@ def run(world: World, setting: Setting, seed: int) -> dict:
             "train_loss": statistics.mean(last_epoch),
             "val_loss": mean_loss(model, learner, world.held_out, POSITIONS),
             "seconds": seconds,
-            "trained": sum(p.numel() for p in trained.values()),
-            "bytes": len(save(trained)),
+            "trained": sum(p.numel() for p in trained),
+            "bytes": sum(p.numel() * p.element_size() for p in trained),
             "perplexity": perplexity(world, model, prompts),
+            "recovered": recovered(world, setting, model, learner),
             "recovered_after_merging": recovered_after_merging(model),
-            "recovered": recovered(world, model, learner),  # the last, for it takes LoRA away
             "losses": losses,
         }

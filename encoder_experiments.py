@@ -172,6 +172,7 @@ def vit(base, train_path, test_path, seeds, epochs, batch_size, length, rank, ou
         share = accuracy(model, heads.head_adapter(model, head, len(classes), layers=1, length=1), testing)
         click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
         rows = compare(base, training, testing, len(classes), VIT_RATES, range(seeds), **how)
+        out.mkdir(parents=True, exist_ok=True)
         values = {"untuned": share, "options": how, "methods": rows}
         report(out, "vit", values, draw(rows, {"untuned": share}))
 
@@ -265,6 +266,7 @@ def roberta(texts, tokenizer, train_path, test_path, seeds, epochs, batch_size, 
         most = max(sum(example.labels[0] == c for example in testing) for c in range(classes)) / len(testing)
         click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{most:>10.2%}")
         rows = compare(base, training, testing, classes, ROBERTA_RATES, range(seeds), **how)
+        out.mkdir(parents=True, exist_ok=True)
         values = {"majority": most, "options": how, "methods": rows}
         report(out, "roberta", values, draw(rows, {"always the commonest": most}))
 

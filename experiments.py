@@ -4,11 +4,12 @@ Every command prints a table and writes its figures and a picture to experiments
 tunes toy.py's base on toy.py's instructions, or any --base on any --data.
 """
 
+import inspect
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def spread(values: Sequence[float]) -> float:
 
 
 def rounded(value: object) -> object:
-    """A value for JSON, its numbers to six digits."""
+    """A value with its numbers to six digits; None (null in JSON) where a run came to no finite one."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
@@ -82,21 +83,22 @@ def rounded(value: object) -> object:
 
 def report(out: Path, name: str, values: dict, figure: Figure | None = None) -> None:
     """NAME.json and NAME.png in the folder; what is known from the paper is printed as well."""
-    for what, figures in values.get("paper", {}).items():
-        click.echo(f"the paper, {what}: " + ", ".join(f"{name}: {figure}" for name, figure in figures.items()))
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rounded(values), indent=1)
-    with replacing(out / f"{name}.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    for what, published in values.get("paper", {}).items():
+        click.echo(f"the paper, {what}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
     if figure is not None:
         with replacing(out / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=100)
+    with replacing(out / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(rounded(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {out}\n")
 
 
 def table(rows: dict[str, dict]) -> dict[str, dict]:
-    """Rows as they are written: without the loss of every step."""
-    return {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
+    """Rows as they are written: without the loss of every step, but with mean and standard deviation."""
+    written = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
+    for row in written.values():
+        row |= {"mean": statistics.mean(row["accuracy"]), "standard_deviation": spread(row["accuracy"])}
+    return written
 
 
 def draw_bars(axes: Axes, values: dict[str, Sequence[float]], xlabel: str) -> None:
@@ -126,20 +128,23 @@ def percent(values: Sequence[float]) -> list[float]:
 
 def zero_init(world: World, seeds: int, out: Path) -> None:
     """Figure 5 and Table 5: zero-init attention against random init, at four learning rates."""
-    inits, lrs = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE), [factor * world.default.lr for factor in (0.1, 1, 3, 10)]
+    inits, lrs = (
+        (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE),
+        [rounded(factor * world.default.lr) for factor in (0.1, 1, 3, 10)],
+    )
     settings = {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in lrs for method in inits}
     rows = compare(world, settings, seeds)
     paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
 
     figure = Figure(figsize=(4 * (len(lrs) + 1), 4), layout="constrained")
     *panels, last = figure.subplots(1, len(lrs) + 1)
-    low = min(min(losses) for row in rows.values() for losses in row["losses"])
-    high = max(max(losses) for row in rows.values() for losses in row["losses"])
+    all_losses = np.array([row["losses"] for row in rows.values()])  # (rows, seeds, steps)
+    limits = np.nanmin(all_losses), np.nanmax(all_losses)
     for axes, lr in zip(panels, lrs):
         for method in inits:
             losses = np.array(rows[f"{method}, {lr:.3g}"]["losses"])  # (seeds, steps)
             axes.plot(losses.mean(axis=0), label=method, linewidth=1)
-        axes.set(title=f"learning rate {lr:.3g}", xlabel="step", ylabel="training loss", yscale="log", ylim=(low, high))
+        axes.set(title=f"learning rate {lr:.3g}", xlabel="step", ylabel="training loss", yscale="log", ylim=limits)
     panels[0].legend()
     for method in inits:
         draw_line(last, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
@@ -154,9 +159,12 @@ def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
 
 
 def layers(world: World, seeds: int, out: Path) -> None:
-    """Table 4: the number of adapted layers, which they are, and the prompts' length."""
+    """Table 4: the number of adapted layers, which they are, and the prompts' length.
+
+    (The lowest layers' runs take longer than they need: the layers above have prompts as well, behind shut gates.)
+    """
     N, default = world.layers, world.default
-    counts = sorted({max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)})
+    counts = sorted({max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers})
     lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
     names = {L: f"topmost {L} of {N} layers" for L in counts}
     low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
@@ -199,14 +207,16 @@ def epochs(world: World, seeds: int, out: Path) -> None:
     report(out, "epochs", {"paper": paper, "rows": table(rows)}, figure)
 
 
-# The best on a tenth of the tuning questions' entities, as `rates` finds them.
-RATES = {ZERO_INIT: 0.05, ONE_SOFTMAX: 0.15, LORA: 0.03, FULL: 0.0003}
+# The best on a fifth of what the toy is tuned on, as `rates` finds them.
+RATES = {ZERO_INIT: toy.TUNING["lr"], ONE_SOFTMAX: 0.15, LORA: 0.03, FULL: 0.0003}
 
 
 def methods(world: World, seeds: int, out: Path) -> None:
-    """Table 3: full tuning, LoRA and the adapter: parameters, storage, time, and what the base forgets."""
+    """Table 3: full tuning, LoRA and the adapter, and prompts without gates: parameters, storage, time, forgetting."""
     unit = world.default.lr / RATES[ZERO_INIT]
-    settings = {method: world.default._replace(method=method, lr=unit * rate) for method, rate in RATES.items()}
+    settings = {
+        method: world.default._replace(method=method, lr=rounded(unit * rate)) for method, rate in RATES.items()
+    }
     for seed in range(seeds):  # in rounds, so that their times can be compared
         for setting in settings.values():
             run(world, setting, seed)
@@ -215,7 +225,8 @@ def methods(world: World, seeds: int, out: Path) -> None:
     for label, row in rows.items():
         after = "-" if before is None else f"{statistics.mean(row['perplexity']):.2f}"
         again, merged = (
-            {True: "yes", False: "no", None: "-"}[row[name][0]] for name in ("recovered", "recovered_after_merging")
+            "-" if None in row[name] else "yes" if all(row[name]) else "no"
+            for name in ("recovered", "recovered_after_merging")
         )
         ours = "-" if before is None else f"{before:.2f}"
         click.echo(f"{label:36}{row['bytes'][0]:>12,}{ours:>18}{after:>9}{again:>12}{merged:>15}")
@@ -241,7 +252,7 @@ def rates(world: World, seeds: int, out: Path) -> None:
     """Which learning rate suits each method of Table 3; no held-out question is used."""
     unit, settings = world.default.lr / RATES[ZERO_INIT], {}
     for method, rate in RATES.items():
-        tried = [unit * rate * factor for factor in (0.1, 0.3, 1, 3, 10)]
+        tried = [rounded(unit * rate * factor) for factor in (0.1, 0.3, 1, 3, 10)]
         settings |= {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in tried}
     report(out, "rates", {"rows": table(compare(world, settings, seeds))})
 
@@ -258,7 +269,7 @@ def design(world: World, seeds: int, out: Path) -> None:
         "weight decay 1 on gates": default._replace(gate_decay=1.0),
     }
     factors = (0.1, 0.3, 3, 10)
-    settings |= {f"learning rate {default.lr * f:.3g}": default._replace(lr=default.lr * f) for f in factors}
+    settings |= {f"learning rate {default.lr * f:.3g}": default._replace(lr=rounded(default.lr * f)) for f in factors}
     rows = compare(world, settings, seeds)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     draw_bars(
@@ -269,8 +280,12 @@ def design(world: World, seeds: int, out: Path) -> None:
 
 def gates(world: World, seeds: int, out: Path) -> None:
     """How the gates open: pictures of layers x heads at several steps. One seed."""
-    openings = []
-    tune(world, world.default, 0, lambda adapter, step: openings.append(adapter.opening().detach().cpu().numpy().copy()))
+    openings = []  # (L, H) each
+
+    def look_on(adapter: Adapter, step: int) -> None:
+        openings.append(adapter.opening().detach().cpu().numpy().copy())
+
+    tune(world, world.default, 0, look_on)
     N, (L, H), last = world.layers, openings[0].shape, len(openings) - 1
     shown = sorted({round(last * share) for share in (0, 0.05, 0.1, 0.2, 0.4, 1)})
     look = {"cmap": "RdBu_r", "origin": "lower", "aspect": "auto", "extent": (-0.5, H - 0.5, N - L - 0.5, N - 0.5)}
@@ -311,7 +326,7 @@ def choices(world: World, problems: list[Problem], model: LLaMA, adapter: Adapte
 
 
 def science_qa(world: World, seeds: int, out: Path, problems: list[Problem]) -> None:
-    """Table 5 on its own data, without the images: ScienceQA's validation split."""
+    """Table 5 on its own data: ScienceQA's validation split; of a problem with an image, the text alone."""
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
     click.echo(
         f"{len(world.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"
@@ -324,7 +339,8 @@ def science_qa(world: World, seeds: int, out: Path, problems: list[Problem]) -> 
         for seed in range(seeds if method != "base" else 1):
             model, adapter = base, None
             if method != "base":
-                model, adapter, _, _ = tune(world, world.default._replace(method=method), seed)
+                lr = rounded(world.default.lr / RATES[ZERO_INIT] * RATES[method])
+                model, adapter, _, _ = tune(world, world.default._replace(method=method, lr=lr), seed)
                 row["val_loss"].append(mean_loss(model, adapter, world.held_out, POSITIONS))
             for way, chosen in choices(world, problems, model, adapter).items():
                 marks = accuracies(problems, chosen)
@@ -354,14 +370,18 @@ def science_qa(world: World, seeds: int, out: Path, problems: list[Problem]) -> 
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
-    """toy.py's, to tune on and to be asked. A search asks nothing held out, but a tenth of the entities of tuning."""
+    """toy.py's, to tune on and to be asked. A search asks nothing held out, but a fifth of what tuning is about."""
     sets = toy.instructions()
     tuning, asked = sets["tuning"], [question for name in toy.HELD_OUT for question in sets[name]]
     if searching:
-        entities = sorted({question.entity for question in tuning})
-        tenth = set(np.random.default_rng(0).permutation(entities)[: len(entities) // 10])
-        asked = [question for question in tuning if question.entity in tenth]
-        tuning = [question for question in tuning if question.entity not in tenth]
+
+        def about(question: toy.Question) -> str:
+            return min(question.entity, question.answer) if question.kind == "opposite" else question.entity
+
+        things = sorted(set(map(about, tuning)))
+        fifth = set(np.random.default_rng(0).permutation(things)[: len(things) // 5])
+        asked = [question for question in tuning if about(question) in fifth]
+        tuning = [question for question in tuning if about(question) not in fifth]
     return [question.example for question in tuning], [question.example for question in asked]
 
 
@@ -369,33 +389,40 @@ def make_world(
     base: Path,
     tuning: list[Example],
     asked: list[Example],
-    stream: list[int],
+    documents: Iterable[str],
     default: Setting,
     batch_size: int,
     max_seq_len: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> World:
-    """Of the examples, those that fit; `stream` is text of the base's kind. ValueError where nothing is left."""
-    model, tokenizer = load_llama(base, dtype, device)
-    length = min(max_seq_len, model.config.max_seq_len or max_seq_len)
+    """Of the examples, those that fit; `documents` are of the base's own kind. ValueError where nothing is left."""
+    config, _ = read_base(base)
+    if default.layers > config.n_layers:
+        raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
+    tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
+    length = min(max_seq_len, config.max_seq_len or max_seq_len)
     tokens, _ = tokenize(tokenizer, tuning, length)
     fitting = [(example, found[0]) for example in asked if (found := tokenize(tokenizer, [example], length)[0])]
     if not tokens or not fitting:
-        raise ValueError(f"{len(tokens)} examples to learn from and {len(fitting)} to be asked fit {length} tokens")
+        raise ValueError(
+            f"within {length} tokens there are {len(tokens)} of {len(tuning)} examples to learn from, "
+            f"and {len(fitting)} of {len(asked)} to be asked"
+        )
     questions, held_out = map(list, zip(*fitting))
+    stream = [id for document in documents for id in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
     row = min(toy.ROW, length)
+    if 0 < len(stream) < row:
+        raise ValueError(f"--text has {len(stream)} tokens, fewer than a row of {row}")
     rows = torch.tensor(stream[: min(64, len(stream) // row) * row], dtype=torch.long).view(-1, row)
-    if default.layers > model.config.n_layers:
-        raise ValueError(f"--layers {default.layers}: {base} has only {model.config.n_layers}")
-    layers = model.config.n_layers
-    return World(base, layers, tokenizer, tokens, held_out, questions, rows, batch_size, default, device, dtype)
+    shape = {"layers": config.n_layers, "batch_size": batch_size, "default": default, "device": device, "dtype": dtype}
+    return World(base, tokenizer, tokens, held_out, questions, rows, **shape)
 
 
 def read_world(
     base: Path | None,
     data: Path | None,
-    task: str,
+    task: str | None,
     text: Path | None,
     limit: int | None,
     held_out: int | None,
@@ -412,25 +439,30 @@ def read_world(
     if (base is None) != (data is None):
         raise ValueError("--base and --data go together; without them it is toy.py's")
     if base is None:
-        tuning, asked = toy_examples(searching)
+        if task or text:
+            raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
         base, batch_size = toy.make_base(), batch_size or toy.TUNING["batch_size"]
         default = Setting(layers=toy.TUNING["layers"], lr=toy.TUNING["lr"])
+        tuning, asked = toy_examples(searching)
         documents = islice(toy.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
     else:
         config, _ = read_base(base)
-        examples = [example._replace(image="") for example in read_task(task, data, data.parent)]
-        tuning, asked = split(examples, 0.1, seed=0) if asked is None else (examples, asked)
-        if searching:
-            tuning, asked = split(tuning, 0.1, seed=0)
-        batch_size = batch_size or 64
+        batch_size, held_out = batch_size or 64, held_out or 200
         default = Setting(layers=max(1, config.n_layers - 2), lr=9e-3 * batch_size / 256)
+        examples = read_task(task or "instructions", data, data.parent)
+        tuning = [example._replace(image="") for example in examples]
+        for _ in range((asked is None) + searching):  # a search has its own questions, from what is tuned on
+            if len(tuning) < 2:
+                raise ValueError(f"{data}: {len(examples)} examples are too few to learn from some and ask others")
+            tuning, asked = split(tuning, max(1, len(tuning) // 10), seed=0)
         documents = [] if text is None else [read_text(text)[:100_000]]
-    tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
-    stream = [id for document in documents for id in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
     default = default._replace(**{name: value for name, value in changed.items() if value is not None})
     return make_world(
-        base, some(tuning, limit), some(asked, held_out), stream, default, batch_size, max_seq_len, *place
+        base, some(tuning, limit), some(asked, held_out), documents, default, batch_size, max_seq_len, *place
     )
+
+
+HERE = Path(__file__).parent / "experiments"
 
 
 def world_options(command):
@@ -438,13 +470,13 @@ def world_options(command):
     options = [
         click.option("--base", type=click.Path(path_type=Path), help="Another base.  [default: toy.py's]"),
         click.option("--data", type=click.Path(path_type=Path), help="What to tune it on.  [default: toy.py's]"),
-        click.option("--task", type=click.Choice(TASKS), default="instructions", help="As for train.py."),
+        click.option("--task", type=click.Choice(TASKS), help="What the data is, as for train.py."),
         click.option("--text", type=click.Path(path_type=Path), help="Text of the kind that the base was made of."),
         click.option("--limit", type=click.IntRange(1), help="Tune on so many examples only, drawn from all."),
-        click.option("--held-out", type=click.IntRange(1), help="Ask only so many.  [default: all; a tenth of --data]"),
+        click.option("--held-out", type=click.IntRange(1), help="Ask so many.  [default: all; 200 of --data]"),
         click.option("--batch-size", type=click.IntRange(1), help="[default: 64; toy.py's 32]"),
         click.option("--max-seq-len", type=click.IntRange(2), default=512),
-        click.option("--lr", type=Real(0, 1e3), help="[default: 9e-3 * batch size / 256; toy.py's 0.05]"),
+        click.option("--lr", type=Real(0, 1e3, min_open=True), help="[default: 9e-3 * batch size/256; toy.py's 0.05]"),
         click.option("--layers", type=click.IntRange(1), help="[default: all but two; toy.py's 4]"),
         click.option("--length", type=click.IntRange(1), help="K.  [default: 10]"),
         click.option("--epochs", type=click.IntRange(WARMUP_EPOCHS + 1), help="[default: 5]"),
@@ -457,7 +489,6 @@ def world_options(command):
     return command
 
 
-HERE = Path(__file__).parent / "experiments"
 EXPERIMENTS = {  # `all` runs them in this order; methods come first, while nothing is known yet and all must be timed
     "methods": methods,
     "zero-init": zero_init,
@@ -473,12 +504,17 @@ def main():
     """Run the paper's experiments again: each prints a table, and writes figures and a picture."""
 
 
+ERRORS = OSError, ValueError, torch.OutOfMemoryError  # which are said in one line
+
+
 def add_command(name: str, function: Callable) -> None:
     @main.command(name, help=function.__doc__, context_settings={"show_default": True})
     @world_options
     def command(seeds: int, out: Path, **options) -> None:
-        with one_line_errors():
-            function(read_world(**options, searching=function is rates), seeds, out)
+        with one_line_errors(*ERRORS):
+            world = read_world(**options, searching=function is rates)
+            out.mkdir(parents=True, exist_ok=True)
+            function(world, seeds, out)
 
 
 for name, function in (EXPERIMENTS | {"rates": rates}).items():
@@ -488,25 +524,29 @@ for name, function in (EXPERIMENTS | {"rates": rates}).items():
 @main.command("all", context_settings={"show_default": True})
 @world_options
 def run_all(seeds: int, out: Path, **options) -> None:
-    """All of these, one after the other; what several need is done once."""
-    with one_line_errors():
-        world, start = read_world(**options), time.perf_counter()
+    """All that follow but rates and scienceqa; what several need is done once."""
+    with one_line_errors(*ERRORS):
+        start, world = time.perf_counter(), read_world(**options)
+        out.mkdir(parents=True, exist_ok=True)
         for name, function in EXPERIMENTS.items():
-            click.echo(f"{name}. {function.__doc__}\n")
+            click.echo(f"{name}. {inspect.getdoc(function)}\n")
             function(world, seeds, out)
-        click.echo(f"{(time.perf_counter() - start) / 60:.1f} minutes", err=True)
+        minutes = (time.perf_counter() - start) / 60
+        report(out, "all", {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        click.echo(f"{minutes:.1f} minutes, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
 
 
 @main.command("scienceqa", help=science_qa.__doc__, context_settings={"show_default": True})
 @world_options
 def science_qa_command(seeds: int, out: Path, **options) -> None:
-    with one_line_errors():
-        if options["base"] is None or options["data"] is None:
-            raise ValueError("--base and --data (ScienceQA's problems.json) are missing")
-        data, held_out = options["data"], options["held_out"]
-        problems = some(read_problems(data, "val", data.parent), held_out)
+    with one_line_errors(*ERRORS):
+        data, task = options["data"], options.pop("task")
+        if options["base"] is None or data is None or task not in (None, "scienceqa"):
+            raise ValueError("this needs --base and --data, ScienceQA's problems.json, and no other --task")
+        problems = some(read_problems(data, "val", data.parent), options["held_out"])
         asked = [Example(problem.text(), "", problem.answers()[problem.answer]) for problem in problems]
-        world = read_world(**options | {"task": "scienceqa"}, asked=asked)
+        world = read_world(**options | {"held_out": len(problems)}, task="scienceqa", asked=asked)
+        out.mkdir(parents=True, exist_ok=True)
         science_qa(world, seeds, out, problems)
 
 

@@ -2,16 +2,35 @@
 
 import json
 import re
+from itertools import islice
 
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import comparison
 import experiments
 import toy
-from comparison import ONE_SOFTMAX, ZERO_INIT
-from experiments import RATES, toy_examples
+from comparison import ONE_SOFTMAX, ZERO_INIT, Setting
+from experiments import RATES, read_world, toy_examples
+
+
+def test_the_toy_is_the_default(tiny_base, monkeypatch):
+    """With train.py's options for it, and text that its base has not seen."""
+    monkeypatch.setattr(toy, "make_base", lambda: tiny_base)
+    options = dict.fromkeys(("base", "data", "task", "text", "limit", "held_out", "batch_size", "layers", "lr"))
+    world = read_world(**options | {"layers": 3}, max_seq_len=512, device="cpu", dtype="auto")
+    assert world.default == Setting(layers=3, lr=toy.TUNING["lr"]) and world.batch_size == toy.TUNING["batch_size"]
+    assert len(world.tuning) == 824 and len(world.held_out) == len(world.questions) == 1020
+    assert world.questions[0].output == toy.instructions()["entities"][0].example.output
+    seen = [world.tokenizer.encode(document) for document in islice(toy.documents(seed=0), 3)]
+    first = world.text[0].tolist()
+    assert world.text.shape == (64, toy.ROW) and first[0] == world.tokenizer.bos_id
+    assert not any(first[1 : 1 + len(ids)] == ids for ids in seen)
+    options |= {"layers": 1, "limit": 5, "held_out": 7}
+    limited = read_world(**options, max_seq_len=512, device="cpu", dtype="auto")
+    assert (len(limited.tuning), len(limited.held_out), limited.default.layers) == (5, 7, 1)
 
 
 def test_learning_rates_are_searched_without_held_out_questions():
@@ -20,6 +39,10 @@ def test_learning_rates_are_searched_without_held_out_questions():
     assert len(tuning) + len(asked) == len(questions) == len(toy_examples(searching=False)[0])
     assert set(tuning) | set(asked) == set(questions)
     assert not {questions[example] for example in tuning} & {questions[example] for example in asked}
+    assert not {example.output for example in tuning} & {example.output for example in asked}
+    opposites = toy.kinds()["opposite"].facts
+    answers = {opposites.get(questions[example]) for example in asked if "opposite" in example.output}
+    assert answers and not answers & {questions[example] for example in tuning if "opposite" in example.output}
     held_out = {question.example for name in toy.HELD_OUT for question in sets[name]}
     assert set(toy_examples(searching=False)[1]) == held_out and not held_out & set(questions)
 
@@ -43,20 +66,23 @@ def small(tiny_base, instructions, tmp_path):
 ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 12}
 
 
+def every_row(out):
+    return [row for name in ROWS for row in json.loads((out / f"{name}.json").read_text())["rows"].values()]
+
+
 def test_all_of_them(small, tmp_path, monkeypatch):
     """From the command line to figures and pictures; a setting that several need is run once."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
     began = []
-    tune = experiments.tune
-    monkeypatch.setattr(experiments, "tune", lambda *args: began.append(args[1:3]) or tune(*args))
+    tune = comparison.tune
+    monkeypatch.setattr(comparison, "tune", lambda *args: began.append(args[1:3]) or tune(*args))
     monkeypatch.setattr(experiments, "EPOCHS", (3, 4))
     result = invoke("all", *small, "--text", text)
     assert result.exit_code == 0, result.output
-    runs = [key for key in began[:-1]]  # the last is that of the gates, which looks on
-    assert len(runs) == len(set(runs))
+    assert len(began) == len(set(began)) == 2 * len({json.dumps(row["setting"]) for row in every_row(tmp_path / "out")})
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {f"{name}.{kind}" for name in [*ROWS, "gates"] for kind in ("json", "png")}
+    assert files == {f"{name}.{kind}" for name in [*ROWS, "gates"] for kind in ("json", "png")} | {"all.json"}
     values = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ROWS}
     assert {name: len(value["rows"]) for name, value in values.items()} == ROWS | {"epochs": 2}
     for name, value in values.items():
@@ -64,6 +90,9 @@ def test_all_of_them(small, tmp_path, monkeypatch):
             assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 5
         for label, row in value["rows"].items():
             assert label in result.output and len(row["accuracy"]) == len(row["val_loss"]) == 2
+            assert row["mean"] == pytest.approx(sum(row["accuracy"]) / 2, abs=1e-5)
+            difference = abs(row["accuracy"][0] - row["accuracy"][1])
+            assert row["standard_deviation"] == pytest.approx(difference / 2**0.5, abs=1e-5)
     assert values["zero_init"]["paper"]["ScienceQA, validation, %"]["random-init attention"] == 40.77
     assert "random-init attention: 40.77" in result.output and "10: 55.95, 20: 73.36, 30: 83.85" in result.output
     # the same setting is the same row wherever it stands
@@ -122,14 +151,45 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
         assert marks["NAT"] == marks["Avg"] == pytest.approx(100 * row["likeliest"][0]) and marks["SOC"] is None
 
 
+def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
+    """The base alone, then for each method the model with its attention and the adapter, gates open or not there."""
+    asked = []
+
+    def note(responder, questions, *_):
+        (name,) = {question.adapter for question in questions}
+        adapter = responder.adapters.get(name)
+        gates = None if adapter is None else adapter.gates.abs().max().item() > 0
+        asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
+        return [None] * len(questions)
+
+    monkeypatch.setattr(experiments, "written_answers", note)
+    monkeypatch.setattr(experiments, "likeliest_answers", note)
+    problem = {
+        "question": "Even?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None, "grade": "grade3",
+        "subject": "natural science",
+    }  # fmt: skip
+    problems = {str(i): problem | {"split": ["train", "val"][i % 2]} for i in range(4)}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    options = small[:2] + ["--data", tmp_path / "problems.json"] + small[4:]
+    assert invoke("scienceqa", *options, "--seeds", 1).exit_code == 0
+    expected = [("base", "gated_attention", None), ("adapter", "gated_attention", True)]
+    assert asked[::2] == asked[1::2] == [*expected, ("adapter", "ungated_attention", False)]
+
+
 @pytest.mark.parametrize("args, message", [
     (["zero-init", "--base", "x"], "--base and --data go together"),
-    (["scienceqa"], "--base and --data .* are missing"),
+    (["zero-init", "--text", "x"], "--task and --text need --base and --data"),
+    (["scienceqa"], "this needs --base and --data"),
     (["gates", "--layers", 9], "--layers 9: .* has only 3"),
-    (["gates", "--max-seq-len", 2], "0 examples to learn from and 0 to be asked fit 2 tokens"),
+    (["gates", "--max-seq-len", 2], "within 2 tokens there are 0 of 16 examples to learn from, and 0 of 3"),
+    (["gates", "--text", "SHORT"], "--text has .* tokens, fewer than a row of 128"),
+    (["gates", "--data", "ONE"], "1 examples are too few"),
 ])  # fmt: skip
 def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
-    args = args if args[0] != "gates" else ["gates", *small, *args[1:]]
+    (tmp_path / "short.txt").write_text("A few words.")
+    (tmp_path / "one.json").write_text('[{"instruction": "Say a.", "output": "a"}]')
+    files = {"SHORT": tmp_path / "short.txt", "ONE": tmp_path / "one.json"}
+    args = args if args[0] != "gates" else ["gates", *small, *(files.get(arg, arg) for arg in args[1:])]
     result = invoke(*args, "--out", tmp_path / "out")
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.output
     assert re.search("error: .*" + message, result.stderr), result.stderr
