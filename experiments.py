@@ -128,10 +128,8 @@ def percent(values: Sequence[float]) -> list[float]:
 
 def zero_init(world: World, seeds: int, out: Path) -> None:
     """Figure 5 and Table 5: zero-init attention against random init, at four learning rates."""
-    inits, lrs = (
-        (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE),
-        [rounded(factor * world.default.lr) for factor in (0.1, 1, 3, 10)],
-    )
+    inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
+    lrs = [rounded(factor * world.default.lr) for factor in (0.1, 1, 3, 10)]
     settings = {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in lrs for method in inits}
     rows = compare(world, settings, seeds)
     paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
@@ -213,10 +211,8 @@ RATES = {ZERO_INIT: toy.TUNING["lr"], ONE_SOFTMAX: 0.15, LORA: 0.03, FULL: 0.000
 
 def methods(world: World, seeds: int, out: Path) -> None:
     """Table 3: full tuning, LoRA and the adapter, and prompts without gates: parameters, storage, time, forgetting."""
-    unit = world.default.lr / RATES[ZERO_INIT]
-    settings = {
-        method: world.default._replace(method=method, lr=rounded(unit * rate)) for method, rate in RATES.items()
-    }
+    lrs = {method: rounded(world.default.lr / RATES[ZERO_INIT] * rate) for method, rate in RATES.items()}
+    settings = {method: world.default._replace(method=method, lr=lr) for method, lr in lrs.items()}
     for seed in range(seeds):  # in rounds, so that their times can be compared
         for setting in settings.values():
             run(world, setting, seed)

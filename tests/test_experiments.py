@@ -156,7 +156,7 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     asked = []
 
     def note(responder, questions, *_):
-        (name,) = {question.adapter for question in questions}
+        (name,) = {question.name for question in questions}
         adapter = responder.adapters.get(name)
         gates = None if adapter is None else adapter.gates.abs().max().item() > 0
         asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
