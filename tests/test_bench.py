@@ -68,7 +68,7 @@ def test_the_commands_write_their_figures(tiny, tmp_path):
     path = tmp_path / "figures.json"
     common = ["--json", path, "--device", "cpu"]
     for command in (
-        ["train", "--repeat", 2, "--examples", 12, "--batch-size", 4, "--peers"],
+        ["train", "--repeat", 2, "--examples", 4, "--batch-size", 4, "--peers"],
         ["train", "--repeat", 1, "--examples", 4, "--batch-size", 4, "--ablation"],
         ["generate", "--repeat", 2, "--tokens", 4, "--peers"],
         ["memory", "--size", "15M"],

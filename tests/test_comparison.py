@@ -216,7 +216,7 @@ def test_perplexity_of_the_base_s_own_text(world):
     found = []
     for prompts in ((), adapter()):
         log_p = model(world.text, prompts).double().log_softmax(dim=2)
-        total = sum(log_p[row, t, world.text[row, t + 1]] for row in range(rows) for t in range(127))
+        total = sum(log_p[row, t, world.text[row, t + 1]].item() for row in range(rows) for t in range(127))
         found.append(math.exp(-total / (rows * 127)))
         assert perplexity(world, model, prompts) == pytest.approx(found[-1], rel=1e-5)
     assert untouched(world)[0] == pytest.approx(found[0], rel=1e-5) and found[0] != found[1]

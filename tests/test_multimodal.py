@@ -255,9 +255,8 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     assert likeliest == [0, 1, 2]
 
     monkeypatch.setattr("multimodal.global_features", lambda *_: 1 / 0)  # the second run finds them in the cache
-    assert run(train, *train_args, "--out", tmp_path / "again").exit_code == 0
-    one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "again"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert run(train, *train_args, "--epochs", 2, "--out", tmp_path / "again").exit_code == 0
+    assert read_metrics(tmp_path / "again" / "metrics.jsonl")[0]["loss"] == losses[0]
 
 
 def test_asking_about_pictures(train_args, album, tmp_path):

@@ -136,7 +136,7 @@ def test_signals_outside_of_the_steps(args, monkeypatch):
         time.sleep(5)
 
     for where, said in (
-        ("load_llama", "there is nothing yet to go on from"),
+        ("prepare", "there is nothing yet to go on from"),
         ("draw_curves", "to go on, add --resume"),
     ):
         with monkeypatch.context() as patch:
