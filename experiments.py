@@ -246,12 +246,28 @@ def methods(world: World, seeds: int, out: Path) -> None:
 
 
 def rates(world: World, seeds: int, out: Path) -> None:
-    """Which learning rate suits each method of Table 3; no held-out question is used."""
+    """Which learning rate suits each method of Table 3, and what it costs the base; no held-out question is used."""
     unit, settings = world.default.lr / RATES[ZERO_INIT], {}
     for method, rate in RATES.items():
         tried = [rounded(unit * rate * factor) for factor in (0.1, 0.3, 1, 3, 10)]
         settings |= {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in tried}
-    report(out, "rates", {"rows": table(compare(world, settings, seeds))})
+    rows = compare(world, settings, seeds)
+    report(out, "rates", {"rows": table(rows)}, draw_rates(rows) if len(world.text) else None)
+
+
+def draw_rates(rows: dict[str, dict]) -> Figure:
+    """Accuracy against perplexity: up is what is learnt, to the right what is forgotten."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in RATES:
+        ours = [row for row in rows.values() if row["setting"]["method"] == method]
+        xs, ys = ([statistics.mean(row[name]) for row in ours] for name in ("perplexity", "accuracy"))
+        axes.plot(xs, percent(ys), "o-", label=method)
+    least = min(statistics.mean(row["perplexity"]) for row in rows.values())
+    axes.set(xlabel="perplexity of the base's text", xscale="log", xlim=(0.9 * least, 15 * least))
+    axes.set(ylabel="answered exactly, %", title="A point for each learning rate, the lowest first")
+    axes.legend()
+    return figure
 
 
 def design(world: World, seeds: int, out: Path) -> None:

@@ -1,6 +1,6 @@
 """From the options of a training run to all that it needs: a base, an adapter, examples; each of them checked.
 
-The one road is for a LLaMA, the other for an encoder with a head; both end in `Prepared`.
+One road is for a LLaMA, the other for an encoder with a head; both end in `Prepared`.
 """
 
 import hashlib

@@ -571,8 +571,8 @@ def test_real_alpaca_on_a_real_model(data, tmp_path):
     """stories260K learns the form of real instructions within a few steps."""
     result = run(
         "--base", data / "stories260K", "--data", data / "instructions" / "alpaca_data.json.xz", "--limit", 200,
-        "--out", tmp_path / "run", "--epochs", 2, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-size", 40, "--batch-size", 32,
-        "--max-seq-len", 256,
+        "--out", tmp_path / "run", "--epochs", 2, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-size", 40,
+        "--batch-size", 32, "--max-seq-len", 256,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
