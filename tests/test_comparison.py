@@ -129,19 +129,19 @@ def test_full_tuning_has_the_whole_gradient():
 
 def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
     """The same losses, and the same adapter to the last bit."""
-    options = [*args, "--warmup-epochs", 1]
+    options = [*args, "--warmup-epochs", 1, "--seed", 3]
     assert run(*options).exit_code == 0
     theirs = load_file(tmp_path / "run" / "adapter.safetensors")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
 
     model, tokenizer = load_llama(tiny_base)
     tokens, _ = tokenize(tokenizer, read_examples(instructions), 512)
-    training, _ = split(tokens, 4, seed=0)
-    adapter = Adapter(layers=1, length=3, dim=16, heads=2, generator=torch.Generator().manual_seed(0))
+    training, _ = split(tokens, 4, seed=3)
+    adapter = Adapter(layers=1, length=3, dim=16, heads=2, generator=torch.Generator().manual_seed(3))
     watched = []
     ours = fit(
         model, adapter, make_optimizer(adapter, 0.02), training, RESPONSES,
-        epochs=3, warmup_epochs=1, batch_size=8, lr=0.05, seed=0, watch=watched.append,
+        epochs=3, warmup_epochs=1, batch_size=8, lr=0.05, seed=3, watch=watched.append,
     )  # fmt: skip
     assert ours == losses and watched == list(range(len(losses) + 1))
     assert torch.equal(adapter.prompts, theirs["prompts"]) and torch.equal(adapter.gates, theirs["gates"])

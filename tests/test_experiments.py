@@ -113,12 +113,19 @@ def test_the_same_numbers_again(small, tmp_path):
     assert written[0] == written[1] and list(written[0]) == list(RATES)
 
 
-def test_learning_rates_are_tried(small, tmp_path):
-    """Five of each method, about its own in Table 3's command."""
+def test_learning_rates_are_tried(small, tmp_path, monkeypatch):
+    """Five of each method, about its own in Table 3's command, on questions of the search's own."""
+    how = []
+    read = experiments.read_world
+    monkeypatch.setattr(
+        experiments, "read_world", lambda **options: how.append(options["searching"]) or read(**options)
+    )
+    assert invoke("gates", *small).exit_code == 0
     (tmp_path / "text.txt").write_text("The capital of Peru is Lima. " * 100)
     assert invoke("rates", *small, "--seeds", 1, "--text", tmp_path / "text.txt").exit_code == 0
     rows = json.loads((tmp_path / "out" / "rates.json").read_text())["rows"]
     assert len(rows) == 5 * len(RATES) and (tmp_path / "out" / "rates.png").exists()
+    assert how == [False, True]
     for method, rate in RATES.items():
         assert f"{method}, {rate / RATES[ZERO_INIT] * 0.05:.3g}" in rows
 
