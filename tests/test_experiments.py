@@ -202,3 +202,13 @@ def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.output
     assert re.search("error: .*" + message, result.stderr), result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_rates_are_those_that_the_search_found():
+    """As kept in experiments/; zero-init has the toy's own, within what seeds differ by."""
+    rows = json.loads((experiments.HERE / "rates.json").read_text())["rows"].values()
+    for method, rate in RATES.items():
+        ours = [row for row in rows if row["setting"]["method"] == method]
+        best = max(ours, key=lambda row: row["mean"])
+        (used,) = (row for row in ours if row["setting"]["lr"] == rate)
+        assert used is best or (method == ZERO_INIT and best["mean"] - used["mean"] < best["standard_deviation"])
