@@ -33,6 +33,7 @@ from parallel import (
     Everywhere,
     Lost,
     all_ranks,
+    finish,
     from_first,
     highest,
     join,
@@ -375,4 +376,7 @@ def report(adapter: Adapter, out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        finish(end.code)

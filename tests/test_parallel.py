@@ -400,6 +400,17 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
         assert 0.5 * size < peak < 0.85 * size
 
 
+@pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
+def test_a_rank_ends_at_once(ranks, printed):
+    """With what it has printed, and its exit code; a process alone ends as any other."""
+    code = "import atexit, parallel; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
+    result = subprocess.run(
+        [sys.executable, "-c", code + "parallel.finish(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (3, printed), result.stderr
+
+
 def test_torchrun(args, tmp_path):
     """The real thing, once; and no --strategy fsdp without it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
