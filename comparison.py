@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from adapter import Adapter, Prompt, attend, gated_attention
 from checkpoints import load_llama
-from data import IGNORE, Batch, Example, Tokenizer, Tokens, epoch_batches
+from data import Batch, Example, Tokenizer, Tokens, epoch_batches
 from evaluate import ask
 from model import LLaMA
-from step import IDLE, RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, update
+from step import IDLE, RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, states_and_answers, update
 
 
 def ungated_attention(
@@ -106,12 +106,8 @@ class AllWeights(Responses):
     """Responses as an objective where the output head learns, too: step.py's loss has no gradient for it."""
 
     def loss_sum(self, model: LLaMA, adapter: nn.Module, batch: Batch | None, recompute: bool = False) -> Tensor:
-        batch = IDLE if batch is None else batch
-        device = model.tok_embeddings.weight.device
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        learnt = targets != IGNORE  # (B, T), R of them
-        hidden = model.hidden_states(inputs, wanted=learnt, shared=batch.shared, recompute=recompute)  # (R, C)
-        return F.cross_entropy(model.output(hidden).float(), targets[learnt], reduction="sum")
+        hidden, answers = states_and_answers(model, (), IDLE if batch is None else batch, recompute)
+        return F.cross_entropy(model.output(hidden).float(), answers, reduction="sum")
 
 
 POSITIONS = 8192  # per forward pass
@@ -302,16 +298,15 @@ def run(world: World, setting: Setting, seed: int) -> dict:
     prompts = learner(dtype=world.dtype)
     trained = [p for p in learner.parameters() if p.requires_grad]
     last_epoch = losses[-(len(losses) // setting.epochs) :]
-    with torch.no_grad():
-        return {
-            "accuracy": exact(world, model, prompts),
-            "train_loss": statistics.mean(last_epoch),
-            "val_loss": mean_loss(model, learner, world.held_out, POSITIONS),
-            "seconds": seconds,
-            "trained": sum(p.numel() for p in trained),
-            "bytes": sum(p.numel() * p.element_size() for p in trained),
-            "perplexity": perplexity(world, model, prompts),
-            "recovered": recovered(world, setting, model, learner),
-            "recovered_after_merging": recovered_after_merging(model),
-            "losses": losses,
-        }
+    return {
+        "accuracy": exact(world, model, prompts),
+        "train_loss": statistics.mean(last_epoch),
+        "val_loss": mean_loss(model, learner, world.held_out, POSITIONS),
+        "seconds": seconds,
+        "trained": sum(p.numel() for p in trained),
+        "bytes": sum(p.numel() * p.element_size() for p in trained),
+        "perplexity": perplexity(world, model, prompts),
+        "recovered": recovered(world, setting, model, learner),
+        "recovered_after_merging": recovered_after_merging(model),
+        "losses": losses,
+    }

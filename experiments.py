@@ -43,6 +43,7 @@ from generate import Question, Responder
 from heads import some
 from model import LLaMA, choose
 from prepare import split
+from runs import paint_gates
 from step import mean_loss
 from tasks import TASKS, Problem, accuracies, read_problems, read_task
 
@@ -210,10 +211,14 @@ def epochs(world: World, seeds: int, out: Path) -> None:
 RATES = {ZERO_INIT: toy.TUNING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
 
 
+def rate_for(world: World, method: str, factor: float = 1.0) -> float:
+    """So many times the method's learning rate, in proportion to the world's own."""
+    return rounded(world.default.lr / RATES[ZERO_INIT] * RATES[method] * factor)
+
+
 def methods(world: World, seeds: int, out: Path) -> None:
     """Table 3: full tuning, LoRA and the adapter, and prompts without gates: parameters, storage, time, forgetting."""
-    lrs = {method: rounded(world.default.lr / RATES[ZERO_INIT] * rate) for method, rate in RATES.items()}
-    settings = {method: world.default._replace(method=method, lr=lr) for method, lr in lrs.items()}
+    settings = {method: world.default._replace(method=method, lr=rate_for(world, method)) for method in RATES}
     for seed in range(seeds):  # in rounds, so that their times can be compared
         for setting in settings.values():
             run(world, setting, seed)
@@ -247,9 +252,9 @@ def methods(world: World, seeds: int, out: Path) -> None:
 
 def rates(world: World, seeds: int, out: Path) -> None:
     """Which learning rate suits each method of Table 3, and what it costs the base; no held-out question is used."""
-    unit, settings = world.default.lr / RATES[ZERO_INIT], {}
-    for method, rate in RATES.items():
-        tried = [rounded(unit * rate * factor) for factor in (0.1, 0.3, 1, 3, 10)]
+    settings = {}
+    for method in RATES:
+        tried = [rate_for(world, method, factor) for factor in (0.1, 0.3, 1, 3, 10)]
         settings |= {f"{method}, {lr:.3g}": world.default._replace(method=method, lr=lr) for lr in tried}
     rows = compare(world, settings, seeds)
     report(out, "rates", {"rows": table(rows)}, draw_rates(rows) if len(world.text) else None)
@@ -299,11 +304,9 @@ def gates(world: World, seeds: int, out: Path) -> None:
         openings.append(adapter.opening().detach().cpu().numpy().copy())
 
     tune(world, world.default, 0, look_on)
-    N, (L, H), last = world.layers, openings[0].shape, len(openings) - 1
+    N, L, last = world.layers, len(openings[0]), len(openings) - 1
     shown = sorted({round(last * share) for share in (0, 0.05, 0.1, 0.2, 0.4, 1)})
-    look = {"cmap": "RdBu_r", "origin": "lower", "aspect": "auto", "extent": (-0.5, H - 0.5, N - L - 0.5, N - 0.5)}
     bound = max(np.abs(opening).max() for opening in openings)
-    look |= {"vmin": -bound, "vmax": bound}
 
     figure = Figure(figsize=(2.2 * len(shown) + 4, 2.8), layout="constrained")
     first, *panels = figure.subplots(1, len(shown) + 1, width_ratios=[2] + [1] * len(shown))
@@ -313,8 +316,8 @@ def gates(world: World, seeds: int, out: Path) -> None:
     if L <= 8:
         first.legend(fontsize="small")
     for axes, step in zip(panels, shown):
-        image = axes.imshow(openings[step], **look)
-        axes.set(title=f"step {step}", xlabel="head", ylabel="layer")
+        image = paint_gates(axes, openings[step], N - L, bound)
+        axes.set(title=f"step {step}")
     figure.colorbar(image, ax=panels)
 
     report(out, "gates", {"steps": shown, "opening": [openings[step].tolist() for step in shown]}, figure)
@@ -352,8 +355,8 @@ def science_qa(world: World, seeds: int, out: Path, problems: list[Problem]) -> 
         for seed in range(seeds if method != "base" else 1):
             model, adapter = base, None
             if method != "base":
-                lr = rounded(world.default.lr / RATES[ZERO_INIT] * RATES[method])
-                model, adapter, _, _ = tune(world, world.default._replace(method=method, lr=lr), seed)
+                setting = world.default._replace(method=method, lr=rate_for(world, method))
+                model, adapter, _, _ = tune(world, setting, seed)
                 row["val_loss"].append(mean_loss(model, adapter, world.held_out, POSITIONS))
             for way, chosen in choices(world, problems, model, adapter).items():
                 marks = accuracies(problems, chosen)

@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from adapter import Adapter, replacing
 from checkpoints import first_line, load_pth, read_json
@@ -174,15 +176,19 @@ def draw_gates(axes: Axes, adapter: Adapter) -> None:
     """The gates as a picture of layers x heads, white where they are closed."""
     gates = adapter.opening().detach().cpu()  # (L, H)
     first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
-    bound = max(gates.abs().max().item(), 1e-6)
+    image = paint_gates(axes, gates.numpy(), first_layer, max(gates.abs().max().item(), 1e-6))
+    axes.set(title="How far each gate is open")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def paint_gates(axes: Axes, gates: np.ndarray, first_layer: int, bound: float) -> AxesImage:
+    """Gates (L, H) from -bound to bound; `first_layer` is that of row 0."""
     edges = (-0.5, gates.shape[1] - 0.5, first_layer - 0.5, first_layer + len(gates) - 0.5)
-    image = axes.imshow(
-        gates.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower", extent=edges
-    )
-    axes.set(xlabel="head", ylabel="layer", title="How far each gate is open")
+    image = axes.imshow(gates, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower", extent=edges)
+    axes.set(xlabel="head", ylabel="layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
-    axes.figure.colorbar(image, ax=axes)
+    return image
 
 
 def peak_memory(device: torch.device) -> int:

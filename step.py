@@ -80,13 +80,21 @@ def prompts_for(batch: Batch, adapter: Adapter, dtype: torch.dtype) -> list[Prom
     return adapter(adapter.condition(batch.features.to(device), batch.seen.to(device)), dtype=dtype)
 
 
-def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: bool = False) -> Tensor:
-    """Cross entropy summed over the response tokens; the last layer and the output head see only these."""
+def states_and_answers(
+    model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What the output head reads at the response tokens, (R, C), and what should come of it, (R,)."""
     device = model.tok_embeddings.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     learnt = targets != IGNORE  # (B, T), R of them
-    hidden = model.hidden_states(inputs, prompts, wanted=learnt, shared=batch.shared, recompute=recompute)  # (R, C)
-    return HeadLoss.apply(hidden, model.output.weight, targets[learnt])
+    hidden = model.hidden_states(inputs, prompts, wanted=learnt, shared=batch.shared, recompute=recompute)
+    return hidden, targets[learnt]
+
+
+def loss_sum(model: LLaMA, prompts: Sequence[Prompt], batch: Batch, recompute: bool = False) -> Tensor:
+    """Cross entropy summed over the response tokens; the last layer and the output head see only these."""
+    hidden, answers = states_and_answers(model, prompts, batch, recompute)
+    return HeadLoss.apply(hidden, model.output.weight, answers)
 
 
 # A rank out of work goes through the model with the others all the same, which may have to gather its layers.

@@ -42,7 +42,7 @@ ABOVE = {
     "prepare": ANSWERS | {"heads", "tasks", "toy", "digits", "step"},
     "train": ANSWERS | {"heads", "tasks", "toy", "digits", "evaluate", "runs", "step", "prepare"},
     "comparison": {"adapter", "data", "model", "checkpoints", "evaluate", "step"},
-    "experiments": ANSWERS | {"heads", "tasks", "toy", "generate", "evaluate", "step", "prepare", "comparison"},
+    "experiments": ANSWERS | {"heads", "tasks", "toy", "generate", "evaluate", "runs", "step", "prepare", "comparison"},
     "encoder_experiments": {
         "adapter",
         "cli",
