@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import toy
 from adapter import Adapter, replacing
-from cli import Real, device_options, one_line_errors
+from runtime.cli import Real, device_options, one_line_errors
 from data import (
     IGNORE,
     SentencePieceTokenizer,

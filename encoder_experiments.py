@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import heads
 from adapter import gated_attention
-from cli import one_line_errors
+from runtime.cli import one_line_errors
 from comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora
 from data import read_text
 from encoder_files import load_encoder, save_roberta

@@ -17,7 +17,7 @@ import digits
 import heads
 import toy
 from adapter import Adapter, Prompt, replacing
-from cli import device_options, one_line_errors
+from runtime.cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
 from encoder_files import load_encoder
 from generate import Eyes, Question, Responder, generate, load, mix, see

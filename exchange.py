@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adapter import Adapter, replacing
 from checkpoints import check_dense, load_pth, open_tensors
-from cli import one_line_errors
+from runtime.cli import one_line_errors
 from heads import HeadAdapter
 from multimodal import ImageAdapter
 from runs import draw_gates

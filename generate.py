@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from adapter import Adapter, Prompt, replacing
 from checkpoints import load_llama
-from cli import SEED, Real, device_options, one_line_errors
+from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from encoder_files import load_vit
 from exchange import load_adapter, reading_of

@@ -23,7 +23,7 @@ import digits
 import heads
 import toy
 from adapter import Adapter, replacing
-from cli import SEED, Real, device_options, one_line_errors
+from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import Tokens, epoch_batches
 from evaluate import examine, examine_pictures
 from model import (
