@@ -40,9 +40,9 @@ from data import (
 )
 from generate import compiled_decoding
 from model import SIZES, Config, LLaMA, choose, compile_layers, number_of_weights, prepare_to_compile
-from parallel import too_large
+from training.distributed import too_large
 from peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
-from step import HeadLoss, accumulate_gradient
+from training.step import HeadLoss, accumulate_gradient
 
 SHAPES = {
     #            dim layers heads kv D hidden vocab

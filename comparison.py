@@ -24,7 +24,7 @@ from checkpoints import load_llama
 from data import Batch, Example, Tokenizer, Tokens, epoch_batches
 from evaluate import ask
 from model import LLaMA
-from step import IDLE, RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, states_and_answers, update
+from training.step import IDLE, RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, states_and_answers, update
 
 
 def ungated_attention(

@@ -24,7 +24,7 @@ from data import read_text
 from encoder_files import load_encoder, save_roberta
 from encoders import Roberta, RobertaConfig
 from experiments import HERE, draw_bars, percent, report, spread
-from step import learning_rate, make_optimizer
+from training.step import learning_rate, make_optimizer
 
 
 class Headed(Inside):

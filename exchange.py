@@ -26,7 +26,7 @@ from checkpoints import check_dense, load_pth, open_tensors
 from runtime.cli import one_line_errors
 from heads import HeadAdapter
 from multimodal import ImageAdapter
-from runs import draw_gates
+from training.runs import draw_gates
 
 
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tanh", length: int = 10) -> Adapter:

@@ -42,9 +42,9 @@ from evaluate import likeliest_answers, written_answers
 from generate import Question, Responder
 from heads import some
 from model import LLaMA, choose
-from prepare import split
-from runs import paint_gates
-from step import mean_loss
+from training.prepare import split
+from training.runs import paint_gates
+from training.step import mean_loss
 from tasks import TASKS, Problem, accuracies, read_problems, read_task
 
 # ---------------------------------------------------------------------------------------------------

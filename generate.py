@@ -30,7 +30,7 @@ from multimodal import (
     load_function,
     tower_fingerprint,
 )
-from parallel import Everywhere, started
+from training.distributed import Everywhere, started
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

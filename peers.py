@@ -17,7 +17,7 @@ from adapter import Adapter
 from data import IGNORE, Tokens, collate
 from generate import generate, next_logits
 from model import LLaMA, rope_turns, rotate
-from step import loss_sum, make_optimizer
+from training.step import loss_sum, make_optimizer
 
 
 class Contestant:

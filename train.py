@@ -29,7 +29,7 @@ from evaluate import examine, examine_pictures
 from model import (
     choose,
 )
-from parallel import (
+from training.distributed import (
     Everywhere,
     Lost,
     all_ranks,
@@ -44,8 +44,8 @@ from parallel import (
     together,
     world,
 )
-from prepare import check_ranks, check_source, examples_for, prepare, prepare_encoder
-from runs import (
+from training.prepare import check_ranks, check_source, examples_for, prepare, prepare_encoder
+from training.runs import (
     bound,
     draw_curves,
     load_checkpoint,
@@ -57,7 +57,7 @@ from runs import (
     trim_metrics,
     write_metrics,
 )
-from step import RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, update
+from training.step import RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, update
 from tasks import TASKS
 
 # Why to stop, and the exit status. Where ranks differ, the highest of these counts.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import click
 
-from parallel import Everywhere, line_of, started
+from training.distributed import Everywhere, line_of, started
 
 
 class Real(click.FloatRange):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from adapter import Adapter  # noqa: E402
 from model import Config, LLaMA  # noqa: E402
-from runs import read_metrics  # noqa: E402
+from training.runs import read_metrics  # noqa: E402
 
 DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
 

@@ -12,7 +12,7 @@ import bench
 from data import Tokens
 from model import Config, hold_in_8_bits
 from peers import HuggingFace, LitGPT, Ours, Plain
-from step import accumulate_gradient
+from training.step import accumulate_gradient
 
 EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, n) for n in (9, 6, 21)]
 

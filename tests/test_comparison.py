@@ -35,9 +35,9 @@ from comparison import (
 from comparison import run as run_one
 from data import Tokens, collate, read_examples, tokenize
 from experiments import make_world
-from prepare import split
-from runs import read_metrics
-from step import RESPONSES, make_optimizer, mean_loss
+from training.prepare import split
+from training.runs import read_metrics
+from training.step import RESPONSES, make_optimizer, mean_loss
 
 
 def test_attention_without_gates_is_one_softmax():

@@ -15,7 +15,7 @@ from comparison import fit
 from encoder_files import load_encoder, save_roberta
 from encoders import RobertaConfig, ViTConfig, make_head
 from heads import Labelled, Labels, RobertaTokenizer
-from step import mean_loss
+from training.step import mean_loss
 
 
 @pytest.mark.parametrize("method", encoder_experiments.METHODS)

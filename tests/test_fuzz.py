@@ -19,7 +19,7 @@ from checkpoints import load_llama
 from data import read_examples
 from exchange import load_adapter
 from model import Config
-from runs import read_metrics
+from training.runs import read_metrics
 
 TIMES = 150  # of each kind of file: over 2,000 in all
 

@@ -31,8 +31,8 @@ from heads import (
     read_squad,
     span_of,
 )
-from runs import read_metrics
-from step import accumulate_gradient, mean_loss
+from training.runs import read_metrics
+from training.step import accumulate_gradient, mean_loss
 
 HALF = (0.5, 0.5, 0.5)
 

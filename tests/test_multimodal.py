@@ -34,7 +34,7 @@ from multimodal import (
     preprocess,
     views,
 )
-from runs import read_metrics
+from training.runs import read_metrics
 
 SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
 

@@ -15,14 +15,14 @@ from conftest import ROOT, before_step, command, make_adapter, make_model, make_
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-import prepare
-import step
+from training import prepare
+from training import step
 import train
 from adapter import Adapter
 from checkpoints import load_llama
 from data import Tokens, micro_batches, shares
-from parallel import choose_strategy, join, own_device, splitter
-from runs import read_metrics
+from training.distributed import choose_strategy, join, own_device, splitter
+from training.runs import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -326,8 +326,8 @@ def test_which_strategy_and_which_device(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100))
     assert choose_strategy("auto", 71, gpu) == "ddp"  # nothing to split it over
-    monkeypatch.setattr("parallel.world", lambda: 2)
-    monkeypatch.setattr("parallel.highest", lambda number: number)
+    monkeypatch.setattr("training.distributed.world", lambda: 2)
+    monkeypatch.setattr("training.distributed.highest", lambda number: number)
     assert [choose_strategy("auto", size, gpu) for size in (70, 71)] == ["ddp", "fsdp"]
     assert choose_strategy("auto", 71, CPU) == "ddp" and choose_strategy("fsdp", 1, CPU) == "fsdp"
     with monkeypatch.context() as patch:

@@ -18,9 +18,9 @@ from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
 from checkpoints import load_llama
 from data import Tokens
 from model import KVCache, compile_layers
-from prepare import split
-from runs import draw_curves, read_metrics
-from step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
+from training.prepare import split
+from training.runs import draw_curves, read_metrics
+from training.step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
 from train import CTRL_C, signals
 
 
@@ -453,7 +453,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
                 self.param_groups[0]["params"][0][0, 0, 0] = math.inf
 
     with monkeypatch.context() as patch:
-        patch.setattr("step.accumulate_gradient", fail)
+        patch.setattr("training.step.accumulate_gradient", fail)
         patch.setattr(torch.optim.AdamW, "step", overshoot)
         result = run(*args)
     assert result.exit_code == 2

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 
 from adapter import Adapter, replacing
 from checkpoints import first_line, load_pth, read_json
-from parallel import from_first, together
+from training.distributed import from_first, together
 
 # Options in which a run and its resumption may differ.
 FREE = {

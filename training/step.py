@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapter import Adapter, Prompt
 from data import IGNORE, Batch, Tokens, micro_batches, response_tokens, shares
 from model import LLaMA
-from parallel import add_up, rank, world
+from training.distributed import add_up, rank, world
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:

@@ -23,8 +23,8 @@ from data import Example, Tokenizer, Tokens, tokenize
 from encoder_files import load_encoder, load_vit
 from model import compile_layers, fingerprint, hash_of, hold_in_8_bits, number_of_weights, prepare_to_compile
 from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_function, tower_fingerprint
-from parallel import Everywhere, choose_strategy, from_first, local_rank, rank, splitter, together
-from step import RESPONSES, Responses
+from training.distributed import Everywhere, choose_strategy, from_first, local_rank, rank, splitter, together
+from training.step import RESPONSES, Responses
 from tasks import read_task, with_images
 
 
