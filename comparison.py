@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapter import Adapter, Prompt, attend, gated_attention
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import Batch, Example, Tokenizer, Tokens, epoch_batches
 from evaluate import ask
 from model import LLaMA

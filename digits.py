@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import toy
 from data import Example
-from encoder_files import save_vit
+from formats.encoders import save_vit
 from encoders import ViT, ViTConfig
 from multimodal import open_image, preprocess
 

@@ -21,7 +21,7 @@ from adapter import gated_attention
 from runtime.cli import one_line_errors
 from comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora
 from data import read_text
-from encoder_files import load_encoder, save_roberta
+from formats.encoders import load_encoder, save_roberta
 from encoders import Roberta, RobertaConfig
 from experiments import HERE, draw_bars, percent, report, spread
 from training.step import learning_rate, make_optimizer

@@ -19,7 +19,7 @@ import toy
 from adapter import Adapter, Prompt, replacing
 from runtime.cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
-from encoder_files import load_encoder
+from formats.encoders import load_encoder
 from generate import Eyes, Question, Responder, generate, load, mix, see
 from model import LLaMA, choose
 from multimodal import ImageAdapter

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import toy
 from adapter import Adapter, replacing
-from checkpoints import load_llama, read_base
+from formats.bases import load_llama, read_base
 from runtime.cli import Real, device_options, one_line_errors
 from comparison import (
     FULL,

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapter import Adapter, Prompt, replacing
-from checkpoints import load_llama
+from formats.bases import load_llama
 from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
-from encoder_files import load_vit
-from exchange import load_adapter, reading_of
+from formats.encoders import load_vit
+from convert import load_adapter, reading_of
 from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
 from multimodal import (
     DEPTHS,

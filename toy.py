@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from adapter import replacing
-from checkpoints import meta_config
+from formats.bases import meta_config
 from data import TEMPLATES, Example, SentencePieceTokenizer, Tokenizer
 from model import LLaMA
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import copy_base, make_model, peak_anonymous, split_for_parallel
 
-from checkpoints import load_llama, meta_config
+from formats.bases import load_llama, meta_config
 from model import SIZES, Config, LLaMA
 
 LLAMA_13B = dict(dim=5120, multiple_of=256, n_heads=40, n_layers=40, norm_eps=1e-6, vocab_size=-1)

@@ -12,7 +12,7 @@ from test_encoders import make_vit
 
 import comparison
 from adapter import Adapter, gated_attention
-from checkpoints import load_llama
+from formats.bases import load_llama
 from comparison import (
     FULL,
     GATES_AT_ONE,

@@ -12,8 +12,8 @@ import digits
 import evaluate
 import toy
 from adapter import Adapter
-from checkpoints import load_llama
-from encoder_files import load_vit
+from formats.bases import load_llama
+from formats.encoders import load_vit
 from encoders import ViTConfig
 from generate import Question, Responder
 from multimodal import ImageAdapter, open_image, preprocess
@@ -68,7 +68,7 @@ def test_the_base_reads_of_numbers_but_is_never_asked_of_them_in_text():
 
 def test_a_tower_is_the_same_when_read_again(small_digits, tmp_path):
     """And transformers reads it, too."""
-    from encoder_files import save_vit
+    from formats.encoders import save_vit
 
     tower, image = make_vit(SMALL), torch.randn(2, 3, 16, 16)
     save_vit(tower, tmp_path / "tower")

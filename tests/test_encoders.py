@@ -9,7 +9,7 @@ import torch
 from conftest import make_adapter
 
 from adapter import gated_attention, gated_attention_paper
-from encoder_files import load_encoder, load_vit
+from formats.encoders import load_encoder, load_vit
 from encoders import TOWERS, Roberta, RobertaConfig, ViT, ViTConfig
 
 SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from conftest import make_adapter, make_model, make_tokens
 
 from adapter import Adapter
-from exchange import describe, load_adapter, main, write_peft
+from convert import describe, load_adapter, main, write_peft
 from generate import main as generate_main
 
 

@@ -15,9 +15,9 @@ from conftest import copy_base, make_adapter, make_model
 from safetensors.torch import load_file, save_file
 
 from adapter import Adapter
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import read_examples
-from exchange import load_adapter
+from convert import load_adapter
 from model import Config
 from training.runs import read_metrics
 

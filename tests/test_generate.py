@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import ROOT, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, Prompt
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import format_prompt
 from generate import compiled_decoding, generate, main, sample, stream, text_pieces
 from model import fingerprint

@@ -16,7 +16,7 @@ import evaluate
 import heads
 from adapter import Adapter
 from encoders import ViTConfig
-from exchange import load_adapter
+from convert import load_adapter
 from heads import (
     HeadAdapter,
     Labelled,

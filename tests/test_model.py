@@ -5,7 +5,7 @@ import torch
 from conftest import CONFIGS, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
-from checkpoints import load_llama
+from formats.bases import load_llama
 from model import Config, KVCache, choose, fingerprint, rope_turns, rotate
 from peers import as_transformers
 

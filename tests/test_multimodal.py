@@ -16,9 +16,9 @@ from test_parallel import Ranks
 import generate
 import train
 from adapter import Adapter
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import check_record, tokenize_prompt
-from encoder_files import load_vit
+from formats.encoders import load_vit
 from encoders import ViTConfig
 from multimodal import (
     MEAN,

@@ -19,7 +19,7 @@ from training import prepare
 from training import step
 import train
 from adapter import Adapter
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import Tokens, micro_batches, shares
 from training.distributed import choose_strategy, join, own_device, splitter
 from training.runs import read_metrics

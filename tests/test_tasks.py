@@ -16,7 +16,7 @@ from test_multimodal import SEEING
 import evaluate
 import tasks
 from adapter import Adapter
-from checkpoints import load_llama
+from formats.bases import load_llama
 from generate import Question, Responder
 from multimodal import ImageAdapter
 from tasks import (

@@ -10,7 +10,7 @@ from conftest import make_adapter
 import evaluate
 import toy
 from adapter import Adapter
-from checkpoints import load_llama
+from formats.bases import load_llama
 
 
 def words(*texts):

@@ -15,7 +15,7 @@ from conftest import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_m
 from safetensors.torch import load_file
 
 from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
-from checkpoints import load_llama
+from formats.bases import load_llama
 from data import Tokens
 from model import KVCache, compile_layers
 from training.prepare import split

@@ -18,9 +18,9 @@ import digits
 import heads
 import toy
 from adapter import Adapter
-from checkpoints import load_llama, read_base
+from formats.bases import load_llama, read_base
 from data import Example, Tokenizer, Tokens, tokenize
-from encoder_files import load_encoder, load_vit
+from formats.encoders import load_encoder, load_vit
 from model import compile_layers, fingerprint, hash_of, hold_in_8_bits, number_of_weights, prepare_to_compile
 from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_function, tower_fingerprint
 from training.distributed import Everywhere, choose_strategy, from_first, local_rank, rank, splitter, together

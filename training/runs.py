@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from adapter import Adapter, replacing
-from checkpoints import first_line, load_pth, read_json
+from formats.bases import first_line, load_pth, read_json
 from training.distributed import from_first, together
 
 # Options in which a run and its resumption may differ.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapter import gated_attention, replacing
-from checkpoints import check_dense, copy, filled, load_pth, named, open_shards, read_json
+from formats.bases import check_dense, copy, filled, load_pth, named, open_shards, read_json
 from encoders import Roberta, RobertaConfig, ViT, ViTConfig, make_head
 
 # Our names, part by part, and theirs.

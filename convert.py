@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter import Adapter, replacing
-from checkpoints import check_dense, load_pth, open_tensors
+from formats.bases import check_dense, load_pth, open_tensors
 from runtime.cli import one_line_errors
 from heads import HeadAdapter
 from multimodal import ImageAdapter
