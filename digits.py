@@ -20,7 +20,7 @@ from tqdm import tqdm
 import toy
 from data import Example
 from formats.encoders import save_vit
-from encoders import ViT, ViTConfig
+from encoders.models import ViT, ViTConfig
 from multimodal import open_image, preprocess
 
 # What train.py takes for its options on this data, where the user says nothing.

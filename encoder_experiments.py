@@ -22,7 +22,7 @@ from runtime.cli import one_line_errors
 from comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora
 from data import read_text
 from formats.encoders import load_encoder, save_roberta
-from encoders import Roberta, RobertaConfig
+from encoders.models import Roberta, RobertaConfig
 from experiments import HERE, draw_bars, percent, report, spread
 from training.step import learning_rate, make_optimizer
 

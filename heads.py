@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from adapter import Adapter
 from data import check_text, read_records, read_text, read_value
-from encoders import HEAD_ACTIVATIONS, Roberta, ViT, ViTConfig, make_head
+from encoders.models import HEAD_ACTIVATIONS, Roberta, ViT, ViTConfig, make_head
 from model import hash_of
 from multimodal import open_image
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapter import Adapter, replacing
-from encoders import ViT
+from encoders.models import ViT
 from model import hash_of
 
 # Of the pictures that CLIP was trained on, per channel.

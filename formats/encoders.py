@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapter import gated_attention, replacing
 from formats.bases import check_dense, copy, filled, load_pth, named, open_shards, read_json
-from encoders import Roberta, RobertaConfig, ViT, ViTConfig, make_head
+from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig, make_head
 
 # Our names, part by part, and theirs.
 CLIP = {

@@ -14,7 +14,7 @@ import toy
 from adapter import Adapter
 from formats.bases import load_llama
 from formats.encoders import load_vit
-from encoders import ViTConfig
+from encoders.models import ViTConfig
 from generate import Question, Responder
 from multimodal import ImageAdapter, open_image, preprocess
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import encoder_experiments
 from comparison import fit
 from formats.encoders import load_encoder, save_roberta
-from encoders import RobertaConfig, ViTConfig, make_head
+from encoders.models import RobertaConfig, ViTConfig, make_head
 from heads import Labelled, Labels, RobertaTokenizer
 from training.step import mean_loss
 

@@ -10,7 +10,7 @@ from conftest import make_adapter
 
 from adapter import gated_attention, gated_attention_paper
 from formats.encoders import load_encoder, load_vit
-from encoders import TOWERS, Roberta, RobertaConfig, ViT, ViTConfig
+from encoders.models import TOWERS, Roberta, RobertaConfig, ViT, ViTConfig
 
 SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
 
@@ -224,7 +224,7 @@ def timm_names(model, head):
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_timm_s_names(tmp_path, folder):
-    from encoders import make_head
+    from encoders.models import make_head
 
     half = (0.5, 0.5, 0.5)
     config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", clip=False, mean=half, std=half)

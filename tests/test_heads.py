@@ -15,7 +15,7 @@ from test_parallel import Ranks
 import evaluate
 import heads
 from adapter import Adapter
-from encoders import ViTConfig
+from encoders.models import ViTConfig
 from convert import load_adapter
 from heads import (
     HeadAdapter,

@@ -19,7 +19,7 @@ from adapter import Adapter
 from formats.bases import load_llama
 from data import check_record, tokenize_prompt
 from formats.encoders import load_vit
-from encoders import ViTConfig
+from encoders.models import ViTConfig
 from multimodal import (
     MEAN,
     STD,
