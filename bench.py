@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import toy
+from toy import almanac as toy
 from adapter import Adapter, replacing
 from runtime.cli import Real, device_options, one_line_errors
 from data import (

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import digits
+from toy import digits
 import heads
-import toy
+from toy import almanac as toy
 from adapter import Adapter, Prompt, replacing
 from runtime.cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt

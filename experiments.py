@@ -19,7 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import toy
+from toy import almanac as toy
 from adapter import Adapter, replacing
 from formats.bases import load_llama, read_base
 from runtime.cli import Real, device_options, one_line_errors

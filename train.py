@@ -19,9 +19,9 @@ from click.core import ParameterSource
 from torch import nn
 from tqdm import tqdm
 
-import digits
+from toy import digits
 import heads
-import toy
+from toy import almanac as toy
 from adapter import Adapter, replacing
 from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import Tokens, epoch_batches

@@ -77,7 +77,7 @@ def make_tokens(model, *shape, seed=2):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder in Meta's layout: toy.py's tokenizer and a random model of 2 layers."""
-    import toy
+    from toy import almanac as toy
 
     folder = tmp_path_factory.mktemp("tiny-base")
     tokenizer = toy.train_tokenizer(folder / "tokenizer.model", seed=0)

@@ -7,7 +7,7 @@ import lzma
 import pytest
 import torch
 
-import toy
+from toy import almanac as toy
 from data import (
     IGNORE,
     Example,

@@ -8,9 +8,9 @@ from conftest import run
 from PIL import Image
 from test_encoders import make_vit
 
-import digits
+from toy import digits
 import evaluate
-import toy
+from toy import almanac as toy
 from adapter import Adapter
 from formats.bases import load_llama
 from formats.encoders import load_vit

@@ -11,7 +11,7 @@ from PIL import Image
 
 import comparison
 import experiments
-import toy
+from toy import almanac as toy
 from comparison import ONE_SOFTMAX, ZERO_INIT, Setting
 from experiments import RATES, read_world, toy_examples
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import make_adapter
 
 import evaluate
-import toy
+from toy import almanac as toy
 from adapter import Adapter
 from formats.bases import load_llama
 

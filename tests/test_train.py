@@ -551,7 +551,7 @@ def test_default_rate_is_the_papers(args, tmp_path):
 
 def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
     """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
-    import toy
+    from toy import almanac as toy
 
     monkeypatch.setattr(toy, "make_base", lambda: tiny_base)
     monkeypatch.setattr(toy, "TUNING", toy.TUNING | {"layers": 3, "epochs": 2})

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import digits
+from toy import digits
 import heads
-import toy
+from toy import almanac as toy
 from adapter import Adapter
 from formats.bases import load_llama, read_base
 from data import Example, Tokenizer, Tokens, tokenize

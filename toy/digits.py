@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import toy
+from toy import almanac as toy
 from data import Example
 from formats.encoders import save_vit
 from encoders.models import ViT, ViTConfig
