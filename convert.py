@@ -24,7 +24,7 @@ from torch import Tensor
 from adapter import Adapter, replacing
 from formats.bases import check_dense, load_pth, open_tensors
 from runtime.cli import one_line_errors
-from heads import HeadAdapter
+from encoder_tuning.heads import HeadAdapter
 from multimodal import ImageAdapter
 from training.runs import draw_gates
 

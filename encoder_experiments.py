@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import heads
+from encoder_tuning import heads
 from adapter import gated_attention
 from runtime.cli import one_line_errors
 from comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from toy import digits
-import heads
+from encoder_tuning import heads
 from toy import almanac as toy
 from adapter import Adapter, Prompt, replacing
 from runtime.cli import device_options, one_line_errors

@@ -40,7 +40,7 @@ from comparison import (
 from data import Example, load_tokenizer, read_text, tokenize
 from evaluate import likeliest_answers, written_answers
 from generate import Question, Responder
-from heads import some
+from encoder_tuning.heads import some
 from model import LLaMA, choose
 from training.prepare import split
 from training.runs import paint_gates

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from toy import digits
-import heads
+from encoder_tuning import heads
 from toy import almanac as toy
 from adapter import Adapter, replacing
 from runtime.cli import SEED, Real, device_options, one_line_errors

@@ -14,7 +14,7 @@ import encoder_experiments
 from comparison import fit
 from formats.encoders import load_encoder, save_roberta
 from encoders.models import RobertaConfig, ViTConfig, make_head
-from heads import Labelled, Labels, RobertaTokenizer
+from encoder_tuning.heads import Labelled, Labels, RobertaTokenizer
 from training.step import mean_loss
 
 

@@ -13,11 +13,11 @@ from test_encoders import make_roberta, vary
 from test_parallel import Ranks
 
 import evaluate
-import heads
+from encoder_tuning import heads
 from adapter import Adapter
 from encoders.models import ViTConfig
 from convert import load_adapter
-from heads import (
+from encoder_tuning.heads import (
     HeadAdapter,
     Labelled,
     Labels,

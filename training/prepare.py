@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from toy import digits
-import heads
+from encoder_tuning import heads
 from toy import almanac as toy
 from adapter import Adapter
 from formats.bases import load_llama, read_base
