@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from conftest import make_adapter, make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from benchmarks import speed as bench
 from data import Tokens
 from model import Config, hold_in_8_bits
-from peers import HuggingFace, LitGPT, Ours, Plain
+from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
 from training.step import accumulate_gradient
 
 EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, n) for n in (9, 6, 21)]

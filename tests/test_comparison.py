@@ -10,10 +10,10 @@ from conftest import make_adapter, make_model, make_tokens, run
 from safetensors.torch import load_file
 from test_encoders import make_vit
 
-import comparison
+from experiments import comparison
 from adapter import Adapter, gated_attention
 from formats.bases import load_llama
-from comparison import (
+from experiments.comparison import (
     FULL,
     GATES_AT_ONE,
     LORA,
@@ -32,9 +32,9 @@ from comparison import (
     untouched,
     with_lora,
 )
-from comparison import run as run_one
+from experiments.comparison import run as run_one
 from data import Tokens, collate, read_examples, tokenize
-from experiments import make_world
+from experiments.paper import make_world
 from training.prepare import split
 from training.runs import read_metrics
 from training.step import RESPONSES, make_optimizer, mean_loss

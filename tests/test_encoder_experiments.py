@@ -10,8 +10,8 @@ from test_encoders import make_vit, timm_names
 from test_heads import HALF
 from torch.nn.functional import cross_entropy
 
-import encoder_experiments
-from comparison import fit
+from experiments import encoders as encoder_experiments
+from experiments.comparison import fit
 from formats.encoders import load_encoder, save_roberta
 from encoders.models import RobertaConfig, ViTConfig, make_head
 from encoder_tuning.heads import Labelled, Labels, RobertaTokenizer

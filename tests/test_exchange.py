@@ -94,7 +94,7 @@ def test_lit_file(tmp_path, heads):
 def peft_model(config, layers=2, length=5):
     """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, gates closed."""
     peft = pytest.importorskip("peft")
-    from peers import as_transformers
+    from benchmarks.peers import as_transformers
 
     model = make_model(config)
     theirs = as_transformers(model)

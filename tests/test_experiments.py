@@ -9,11 +9,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import comparison
-import experiments
+from experiments import comparison
+from experiments import paper as experiments
 from toy import almanac as toy
-from comparison import ONE_SOFTMAX, ZERO_INIT, Setting
-from experiments import RATES, read_world, toy_examples
+from experiments.comparison import ONE_SOFTMAX, ZERO_INIT, Setting
+from experiments.paper import RATES, read_world, toy_examples
 
 
 def test_the_toy_is_the_default(tiny_base, monkeypatch):

@@ -7,7 +7,7 @@ from conftest import CONFIGS, make_adapter, make_model, make_tokens
 from adapter import gated_attention_paper
 from formats.bases import load_llama
 from model import Config, KVCache, choose, fingerprint, rope_turns, rotate
-from peers import as_transformers
+from benchmarks.peers import as_transformers
 
 
 @pytest.mark.parametrize("config", CONFIGS)

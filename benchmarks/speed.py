@@ -41,7 +41,7 @@ from data import (
 from generate import compiled_decoding
 from model import SIZES, Config, LLaMA, choose, compile_layers, number_of_weights, prepare_to_compile
 from training.distributed import too_large
-from peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
+from benchmarks.peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
 from training.step import HeadLoss, accumulate_gradient
 
 SHAPES = {

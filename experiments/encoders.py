@@ -19,11 +19,11 @@ from tqdm import tqdm
 from encoder_tuning import heads
 from adapter import gated_attention
 from runtime.cli import one_line_errors
-from comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora
+from experiments.comparison import POSITIONS, WEIGHT_DECAY, Inside, fit, ungated_attention, with_lora
 from data import read_text
 from formats.encoders import load_encoder, save_roberta
 from encoders.models import Roberta, RobertaConfig
-from experiments import HERE, draw_bars, percent, report, spread
+from experiments.paper import HERE, draw_bars, percent, report, spread
 from training.step import learning_rate, make_optimizer
 
 

@@ -23,7 +23,7 @@ from toy import almanac as toy
 from adapter import Adapter, replacing
 from formats.bases import load_llama, read_base
 from runtime.cli import Real, device_options, one_line_errors
-from comparison import (
+from experiments.comparison import (
     FULL,
     GATES_AT_ONE,
     LORA,
