@@ -19,8 +19,6 @@ Notation, here and in every other file:
 """
 
 import math
-import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from runtime.files import atomic_write
 
 
 class Prompt(NamedTuple):
@@ -107,6 +107,9 @@ def gated_attention(
     return words + gate * prompts
 
 
+ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the same function, two ways
+
+
 class Adapter(nn.Module):
     """The learnable part: K prompts and H gates for each of the topmost L layers.
 
@@ -134,27 +137,27 @@ class Adapter(nn.Module):
         self.metadata: dict[str, str] = {}
 
     def forward(
-        self, condition: Tensor | None = None, strength: float = 1.0, dtype: torch.dtype | None = None
+        self, condition: Tensor | None = None, gate_scale: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[Prompt]:
         """The prompts of the L adapted layers, lowest first, in the base's dtype.
 
         `condition` (B, C), an image's global feature say, is added to every prompt (section 3.3).
-        `strength` scales the gates after their activation: 0 is the frozen base, exactly.
+        `gate_scale` scales the gates after their activation: 0 is the frozen base, exactly.
         """
         tokens = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:
             tokens = tokens + condition[None, :, None, :]  # (L, B, K, C)
-        gates = strength * self.opening()[:, None, :, None, None]  # (L, 1, H, 1, 1)
+        gates = gate_scale * self.gate_values()[:, None, :, None, None]  # (L, 1, H, 1, 1)
         dtype = dtype or tokens.dtype
         return [Prompt(p, g) for p, g in zip(tokens.to(dtype), gates.to(dtype))]  # the one cast
 
-    def opening(self) -> Tensor:
-        """How far each gate is open, (L, H): tanh(g)."""
+    def gate_values(self) -> Tensor:
+        """How far each gate is open, (L, H): tanh(g), or g itself where `gate_activation` is "identity"."""
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
     @classmethod
-    def more(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
-        """What a kind of adapter with further tensors is made with, found in a file's."""
+    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+        """What a subclass with further tensors is made with besides, as a file's tensors and metadata say."""
         return {}
 
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
@@ -179,7 +182,7 @@ class Adapter(nn.Module):
             "gate_activation": self.gate_activation,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(save(tensors, metadata=self.metadata))
 
     @classmethod
@@ -218,26 +221,9 @@ class Adapter(nn.Module):
         shape = dict(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
         try:
             with torch.device("meta"):
-                adapter = cls(**shape, **cls.more(tensors, metadata))
+                adapter = cls(**shape, **cls.extra_arguments(tensors, metadata))
             adapter.load_state_dict(tensors, assign=True)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
         adapter.metadata = dict(metadata)
         return adapter
-
-
-@contextmanager
-def replacing(path: str | Path):
-    """A temporary name to write to, renamed to `path` at the end: a reader sees the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file)  # all of it is on the disk before the old one goes
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # where the disk is full Python names no file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from formats.bases import check_dense, load_pth, open_tensors
 from runtime.cli import one_line_errors
 from encoder_tuning.heads import HeadAdapter
@@ -165,7 +166,7 @@ def reading_of(adapter: Adapter) -> str:
 
 def write_peft(adapter: Adapter, folder: Path) -> None:
     """A folder that PEFT loads. Raises ValueError where the gates of a layer differ: PEFT has one for all heads."""
-    opening = adapter.opening().detach()  # (L, H); PEFT has no tanh
+    opening = adapter.gate_values().detach()  # (L, H); PEFT has no tanh
     for i, row in enumerate(opening):
         if (row != row[0]).any():
             spread = f"the gates of adapted layer {i + 1} are from {row.min():.4f} to {row.max():.4f}"
@@ -190,16 +191,16 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "adapter_model.safetensors") as temporary:
+    with atomic_write(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    with replacing(folder / "adapter_config.json") as temporary:
+    with atomic_write(folder / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(adapter: Adapter) -> str:
     """What there is to say of an adapter, and its gates drawn as text: a row a layer, topmost first, a mark a head."""
     (layers, length, dim), heads = adapter.prompts.shape, adapter.gates.shape[1]
-    opening = adapter.opening().detach()
+    opening = adapter.gate_values().detach()
     lines = {
         "layers x length x width": f"{layers} x {length} x {dim}, {heads} heads",
         "parameters": f"{sum(p.numel() for p in adapter.parameters()):,}",
@@ -253,7 +254,7 @@ def show(path, png, **reading):
         if png:
             figure = Figure(figsize=(6, 4), layout="constrained")
             draw_gates(figure.subplots(), adapter)
-            with replacing(png) as temporary:
+            with atomic_write(png) as temporary:
                 figure.savefig(temporary, format="png", dpi=120)
 
 

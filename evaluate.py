@@ -16,12 +16,13 @@ from tqdm import tqdm
 from toy import digits
 from encoder_tuning import heads
 from toy import almanac as toy
-from adapter import Adapter, Prompt, replacing
+from adapter import Adapter, Prompt
+from runtime.files import atomic_write
 from runtime.cli import device_options, one_line_errors
 from data import IGNORE, Example, Tokenizer, Tokens, collate, tokenize_prompt
 from formats.encoders import load_encoder
-from generate import Eyes, Question, Responder, generate, load, mix, see
-from model import LLaMA, choose
+from generate import Eyes, Question, Responder, generate, load, concat_prompts, encode_images
+from model import LLaMA, select_device
 from multimodal import ImageAdapter
 from tasks import (
     COLUMNS,
@@ -150,7 +151,7 @@ def questions_about(
     if isinstance(adapter, ImageAdapter):
         pictured, paths = [item for item in items if item.image], [folder / item.image for item in items if item.image]
         if paths:
-            seen = see(paths, eyes, adapter, responder.model.tok_embeddings.weight.dtype)
+            seen = encode_images(paths, eyes, adapter, responder.model.tok_embeddings.weight.dtype)
             features = {item.name: row for item, row in zip(pictured, seen)}
     return [Question(text, "", name, features.get(item.name)) for item, text in zip(items, texts)]
 
@@ -204,7 +205,7 @@ def log_likelihoods(responder: Responder, rows: Sequence[tuple[Question, str]]) 
     batch, device = collate(tokens), model.tok_embeddings.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     asked = targets != IGNORE  # (B, T), R of them
-    prompts = mix([responder.prompts(question) for question, _ in rows])
+    prompts = concat_prompts([responder.prompts(question) for question, _ in rows])
     log_p = model.output(model.hidden_states(inputs, prompts, wanted=asked)).float().log_softmax(dim=1)  # (R, V)
     of_token = log_p.gather(1, targets[asked][:, None]).squeeze(1)  # (R,)
     of_row = torch.zeros(len(rows), device=device).index_add(0, asked.nonzero()[:, 0], of_token)  # (B,)
@@ -251,7 +252,7 @@ ABOUT_IMAGES = [
 
 def ready(adapter_path, base, device, dtype, max_new_tokens) -> tuple[Responder, str]:
     """Who answers, always with the likeliest token, and under what name. Raises OSError or ValueError."""
-    device, dtype = choose(device, dtype)
+    device, dtype = select_device(device, dtype)
     model, tokenizer, adapters = load([adapter_path] if adapter_path else [], base, device, dtype)
     sampling = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id}
     return Responder(model, tokenizer, adapters, strength=1.0, raw=False, **sampling), next(iter(adapters), "base")
@@ -271,7 +272,7 @@ def present(items: Sequence[Item], folder: Path, skip_missing: bool, responder: 
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -292,7 +293,7 @@ def check_results(results, choosing, adapter_path, base, **_) -> None:
 def encoder(data, task, out, limit, micro_batch_tokens, adapter_path, base, device, dtype):
     """Accuracy of a ViT or RoBERTa with an adapter, or with the head that it came with; of questions F1."""
     with one_line_errors():
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         adapter = heads.HeadAdapter.load(adapter_path).to(device) if adapter_path else None
         metadata = adapter.metadata if adapter else {}
         task, base = task or metadata.get("task"), base or metadata.get("base")
@@ -346,7 +347,7 @@ def examine_toy(adapter_path, images, base, device, dtype):
     with one_line_errors():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing")
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         model, tokenizer, adapters = load([adapter_path], base, device, dtype)
         (adapter,) = adapters.values()
         if images:

@@ -13,24 +13,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter import Adapter, Prompt, replacing
+from adapter import Adapter, Prompt
+from runtime.files import atomic_write
 from formats.bases import load_llama
 from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import TEMPLATES, Tokenizer, check_record, read_records, tokenize_prompt
 from formats.encoders import load_vit
 from convert import load_adapter, reading_of
-from model import KVCache, LLaMA, choose, fingerprint, hold_in_8_bits, prepare_to_compile
+from model import KVCache, LLaMA, select_device, fingerprint, quantize_int8, prepare_to_compile
 from multimodal import (
     DEPTHS,
     ImageAdapter,
-    existing,
+    require_file,
     features_by,
     features_of,
     files_in,
     load_function,
     tower_fingerprint,
 )
-from training.distributed import Everywhere, started
+from training.distributed import AllRanksError, launched_rank
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -169,7 +170,7 @@ def text_pieces(ids: Iterator[list[int | None]], tokenizer: Tokenizer) -> Iterat
     yield tokenizer.decode(so_far)[len(shown) :]
 
 
-def mix(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+def concat_prompts(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
     """The prompts of a batch whose samples each have an adapter of their own: a concatenation along B.
 
     All have the same K. Where a sample has fewer layers than another, or none (the base), its gates are closed.
@@ -190,8 +191,8 @@ def load(
 
     Raises OSError or ValueError where the files don't fit each other, or torchrun started several processes.
     """
-    if started()[1] > 1:
-        raise Everywhere("only train.py runs under torchrun: answers are made by one process, on one device")
+    if launched_rank()[1] > 1:
+        raise AllRanksError("only train.py runs under torchrun: answers are made by one process, on one device")
     paths: dict[str, str] = {}
     for path in adapter_paths:
         name, _, file = path.partition("=")
@@ -293,7 +294,7 @@ class Responder:
     def answer_batch(self, questions: Sequence[Question], bar: tqdm) -> list[str]:
         """Of as many questions, the names and images mixed; the bar moves on by all of them at the end."""
         tokens, limits = zip(*map(self.tokens, questions))
-        prompts = mix(list(map(self.prompts, questions)))
+        prompts = concat_prompts(list(map(self.prompts, questions)))
         answers: list[list[int]] = [[] for _ in questions]
         for ids in stream(self.model, tokens, prompts, **self.sampling | {"max_new_tokens": max(limits)}):
             for answer, id, limit in zip(answers, ids, limits):
@@ -321,7 +322,7 @@ class Eyes(NamedTuple):
     encoder: str | None = None
 
 
-def see(paths: Sequence[Path], eyes: Eyes, adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
+def encode_images(paths: Sequence[Path], eyes: Eyes, adapter: Adapter | None, dtype: torch.dtype) -> list[Tensor]:
     """The features (F,) of every image. Raises OSError or ValueError where the adapter cannot see them."""
     if not isinstance(adapter, ImageAdapter):
         raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
@@ -362,7 +363,7 @@ def describe(responder: Responder, questions: dict[str, Question], batch_size: i
                 bar.write(f"{name}: " + answer.replace("\n", "\\n"), file=sys.stdout)
 
 
-def converse(responder: Responder, context: str, names: Sequence[str], stdin: TextIO) -> None:
+def chat(responder: Responder, context: str, names: Sequence[str], stdin: TextIO) -> None:
     """Answer every line; on a terminal, /adapter NAME and /none change who does."""
     terminal = stdin.isatty()
     while True:
@@ -405,7 +406,7 @@ def answer_file(
         try:
             responder.tokens(questions[-1])
             if example.image:
-                pictured[name][index] = existing(Path(source).parent / example.image)
+                pictured[name][index] = require_file(Path(source).parent / example.image)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from None
     for name, pictures in pictured.items():
@@ -417,7 +418,7 @@ def answer_file(
         raise ValueError(f"{source}: adapters of different lengths cannot share a batch: {lengths}")
     bar = tqdm(total=len(records), unit="record", file=sys.stderr)
     # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file, bar:
+    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file, bar:
         for start in range(0, len(records), batch_size):
             batch = slice(start, start + batch_size)
             for record, output in zip(records[batch], responder.answer_batch(questions[batch], bar)):
@@ -491,12 +492,12 @@ def main(
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         if images and (prompt is None or compare or len(adapter_paths) != 1):
             raise ValueError("--image goes with a PROMPT and one --adapter")
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         if how["compile"]:
             prepare_to_compile(device, how["int8"])
         model, tokenizer, adapters = load(adapter_paths, base, device, dtype)
         if how.pop("int8"):
-            hold_in_8_bits(model)
+            quantize_int8(model)
         if how.pop("greedy"):
             how["temperature"] = 0.0
         if how.pop("compile"):
@@ -507,7 +508,7 @@ def main(
         names = ["base", *adapters] if compare else [first]
         if images:
             paths = files_in(images, of_any_kind=encoder is not None)
-            seen = zip(map(str, paths), see(paths, Eyes(tower, encoder), adapters[first], dtype))
+            seen = zip(map(str, paths), encode_images(paths, Eyes(tower, encoder), adapters[first], dtype))
             questions = {path: Question(prompt, context, first, features) for path, features in seen}
             describe(responder, questions, batch_size)
         elif prompt_file is not None:
@@ -515,7 +516,7 @@ def main(
         elif prompt is not None:
             show(responder, prompt, context, names)
         elif sys.stdin is not None:
-            converse(responder, context, names, sys.stdin)
+            chat(responder, context, names, sys.stdin)
         else:
             raise ValueError("no PROMPT, and no standard input to read one from")
 

@@ -3,10 +3,7 @@
 Parameters carry the names of Meta's checkpoints. Notation as in adapter.py.
 """
 
-import hashlib
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,85 +92,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Linear):
-    """Without bias.
-
-    In compiled code on a CPU a single row goes through as a product and a sum, which become one pass over
-    the weights, and that is quicker than the library's matrix product.
-    """
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dim() == 2 and len(x) == 1:
-            return (x.float() * self.weight).sum(dim=1).to(x.dtype)[None]
-        return F.linear(x, self.weight)
-
-
-def rope_turns(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """What `rotate` needs for positions (n,): cos (n, 1, D/2, 1), and -sin and sin (n, 1, D/2, 2).
+def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, T, 1, D/2), in float32, of the angles by which `apply_rope` turns positions (B, T).
 
     Made anew at each forward, for all layers at once: less work than one row of one matrix product,
     and a table kept in the module would be rounded by `model.bfloat16()`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), turns per token times 2 pi
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
     if config.rope_scaling is not None:
         factor, low, high, context = config.rope_scaling
-        turns = context * frequencies / (2 * math.pi)  # within the pre-trained context
+        turns = context * frequencies / (2 * math.pi)  # whole turns within the pre-trained context
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay, 0: slow ones are stretched
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    angles = positions[:, None, None, None] * frequencies[:, None]  # float32
-    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+    angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
+    return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x (n, H, D): neighbours 2i and 2i+1 are a pair, as in Meta's checkpoints.
-
-    (a, b) becomes (a cos - b sin, b cos + a sin).
-    """
-    cos, sin = turns
-    pairs = x.unflatten(-1, (-1, 2))  # (n, H, D/2, 2)
-    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).to(x.dtype)
-
-
-class Layout(NamedTuple):
-    """How the tokens of one forward pass lie, the same for all layers.
-
-    All but attention looks at one token at a time. So the layers work on a list of tokens, x (n, C), in which
-    the first P tokens of the B rows of T, where they are the same in all rows (an instruction template), occur
-    once: n = P + B (T - P). Under causal attention what follows them cannot tell.
-    """
-
-    batch: int  # B
-    shared: int  # P
-    positions: Tensor  # (B, T)
-    mask: Tensor | None  # (B, 1, T, S), or None for plain causal attention
-
-    def rows(self, x: Tensor) -> Tensor:
-        """(n, ...) to (B, T, ...)."""
-        own = x[self.shared :].unflatten(0, (self.batch, -1))
-        if not self.shared:
-            return own
-        return torch.cat([x[: self.shared].expand(self.batch, *[-1] * x.dim()), own], dim=1)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """(B, T, ...) to (n, ...)."""
-        if not self.shared:
-            return x.flatten(0, 1)
-        return torch.cat([x[0, : self.shared], x[:, self.shared :].flatten(0, 1)])
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, H, D): neighbours 2i and 2i+1 are a pair, as in Meta's checkpoints."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 class LayerCache:
     """One layer's keys and values of the tokens so far, and of its prompt."""
 
     def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v  # (B, Hkv, length, D)
+        self.k, self.v = k, v  # (B, Hkv, capacity, D)
         self.prompt: tuple[Tensor, Tensor] | None = None  # projected once, at the first forward
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, Hkv, T, D) at positions (B, T); return the whole cache (B, Hkv, length, D)."""
+        """Put k, v (B, Hkv, T, D) at positions (B, T); return the whole cache (B, Hkv, capacity, D)."""
         index = positions[:, None, :, None].expand_as(k)
         self.k.scatter_(2, index, k)
         self.v.scatter_(2, index, v)
@@ -188,12 +138,21 @@ class KVCache:
     right, each advanced by its own length, and what the padding wrote is overwritten by what follows.
     """
 
-    def __init__(self, model: "LLaMA", batch: int, length: int):
+    def __init__(self, model: "LLaMA", batch: int, capacity: int):
         weight, config = model.tok_embeddings.weight, model.config
-        shape = (batch, config.n_kv_heads, length, config.head_dim)
+        shape = (batch, config.n_kv_heads, capacity, config.head_dim)
         self.layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.capacity = length
+        self.capacity = capacity
+
+
+class Positions(NamedTuple):
+    """Where the tokens of one forward pass are, and what each may look at; the same for all layers."""
+
+    index: Tensor  # (1|B, T)
+    cos: Tensor  # (1|B, T, 1, D/2), of `rope_cos_sin`
+    sin: Tensor
+    mask: Tensor | None  # (B, 1, T, capacity) over a cache; None without one: plain causal attention
 
 
 class Attention(nn.Module):
@@ -201,14 +160,14 @@ class Attention(nn.Module):
         super().__init__()
         C, H, Hkv, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.head_dim = D
-        self.wq = Linear(C, H * D)
-        self.wk = Linear(C, Hkv * D)
-        self.wv = Linear(C, Hkv * D)
-        self.wo = Linear(H * D, C)
+        self.wq = nn.Linear(C, H * D, bias=False)
+        self.wk = nn.Linear(C, Hkv * D, bias=False)
+        self.wv = nn.Linear(C, Hkv * D, bias=False)
+        self.wo = nn.Linear(H * D, C, bias=False)
         self.gated = gated
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # (..., H*D) -> (..., H, D)
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H*D) -> (B, T, H, D)
 
     def project_prompt(self, prompt: Prompt, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt's tokens, unrotated: a prompt has no position."""
@@ -220,29 +179,19 @@ class Attention(nn.Module):
             cache.prompt = kv
         return kv
 
-    def forward(
-        self,
-        x: Tensor,  # (n, C)
-        turns: tuple[Tensor, Tensor],  # as of rope_turns
-        layout: Layout,
-        prompt: Prompt | None,
-        cache: LayerCache | None,
-        wanted: Tensor | None,  # (R,)
-    ) -> Tensor:
-        """(n, C), or (R, C) at those of the n tokens that are wanted."""
-        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (n, H|Hkv, D)
-        q, k = rotate(q, turns), rotate(k, turns)
-        q, k, v = (layout.rows(y).transpose(1, 2) for y in (q, k, v))  # (B, H|Hkv, T, D)
+    def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
+        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, T, H|Hkv, D)
+        q, k = apply_rope(q, positions.cos, positions.sin), apply_rope(k, positions.cos, positions.sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|Hkv, T, D)
         if cache is not None:
-            k, v = cache.write(k, v, layout.positions)  # (B, Hkv, S, D)
-        causal = layout.mask is None
+            k, v = cache.write(k, v, positions.index)  # (B, Hkv, S, D)
+        mask, causal = positions.mask, positions.mask is None
         if prompt is None:
-            output = attend(q, k, v, layout.mask, causal)  # (B, H, T, D)
+            output = attend(q, k, v, mask, causal)  # (B, H, T, D)
         else:
             prompt_k, prompt_v = self.project_prompt(prompt, cache)
-            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, layout.mask, causal)
-        output = layout.tokens(output.transpose(1, 2)).flatten(1)  # (n, H*D)
-        return self.wo(output if wanted is None else output[wanted])
+            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, mask, causal)
+        return self.wo(output.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -250,9 +199,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim)
-        self.w2 = Linear(config.hidden_dim, config.dim)
-        self.w3 = Linear(config.dim, config.hidden_dim)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -266,9 +215,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, turns, layout, prompt, cache, wanted) -> Tensor:  # as of Attention
-        attended = self.attention(self.attention_norm(x), turns, layout, prompt, cache, wanted)
-        x = (x if wanted is None else x[wanted]) + attended
+    def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, prompt, cache)  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -281,122 +229,42 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
-        # Held in memory as (C, V): a single row goes through it up to three times as fast on a CPU, uncompiled.
-        self.output.weight = nn.Parameter(self.output.weight.detach().T.contiguous().T)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def hidden_states(
         self,
         tokens: Tensor,  # (B, T)
         prompts: Sequence[Prompt] = (),
         cache: KVCache | None = None,
-        *,
-        wanted: Tensor | None = None,  # (B, T)
-        shared: int = 0,
-        recompute: bool = False,
+        checkpoint_activations: bool = False,
     ) -> Tensor:
-        """What the output head reads, (B, T, C), or (R, C) at the R positions where `wanted` is True.
+        """What the output head reads, (B, T, C). The last len(prompts) layers get the prompts.
 
-        The last len(prompts) layers get them. The first `shared` tokens, known to be the same in all rows, are
-        computed once; then there is no cache, and no row has a prompt of its own. Raises ValueError where that
-        cannot be.
-        With `recompute` a layer keeps only its input for the backward pass, and is run again there.
+        With `checkpoint_activations` a layer keeps only its input for the backward pass, and is run again there.
+        Raises ValueError where there are more prompts than layers.
         """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
             raise ValueError(f"{len(prompts)} layers of prompts for a model of {len(self.layers)} layers")
-        B, T = tokens.shape
-        if shared and (shared >= T or cache is not None or any(len(p) > 1 for prompt in prompts for p in prompt)):
-            raise ValueError(f"{B} rows of {T}, with a cache or prompts of their own, cannot share {shared} tokens")
-        positions, mask = torch.arange(T, device=tokens.device).expand(B, T), None
+        index, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
         if cache is not None:
-            positions = cache.lengths[:, None] + positions
-            mask = torch.arange(cache.capacity, device=tokens.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        layout = Layout(B, shared, positions, mask)
-        turns = rope_turns(layout.tokens(positions), self.config)
+            index = cache.lengths[:, None] + index  # (B, T)
+            mask = torch.arange(cache.capacity, device=tokens.device) <= index[:, None, :, None]  # (B, 1, T, capacity)
+        positions = Positions(index, *rope_cos_sin(index, self.config), mask)
 
-        x = self.tok_embeddings(layout.tokens(tokens))  # (n, C)
-        if wanted is not None:
-            wanted = layout.rows(torch.arange(len(x), device=x.device))[wanted]  # (R,), which of the n they are
+        x = self.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(self.layers):
             prompt = prompts[i - first_adapted] if i >= first_adapted else None
-            last = i == len(self.layers) - 1  # from its attention on, only what is wanted matters
-            kept = cache.layers[i] if cache is not None else None
-            inputs = (x, turns, layout, prompt, kept, wanted if last else None)
-            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-        x = self.norm(x)
-        return layout.rows(x) if wanted is None else x
+            inputs = (x, positions, prompt, cache.layers[i] if cache is not None else None)
+            x = checkpoint(block, *inputs, use_reentrant=False) if checkpoint_activations else block(*inputs)
+        return self.norm(x)
 
     def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T)."""
         return self.output(self.hidden_states(tokens, prompts, cache))
 
 
-def number_of_weights(config: Config) -> int:
+def num_parameters(config: Config) -> int:
+    """Of a LLaMA of that shape, without making it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in LLaMA(config).parameters())
-
-
-def prepare_to_compile(device: torch.device, int8: bool = False) -> None:
-    """Before `compile_layers` or `compiled_decoding`. Raises ValueError where torch.compile would fail later."""
-    if int8 and device.type == "cpu":
-        raise ValueError("--int8 and --compile go together on a GPU only")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
-    # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.
-    torch._dynamo.config.cache_size_limit = 32
-
-
-def compile_layers(model: LLaMA) -> None:
-    """torch.compile every layer, in place; its code is compiled anew only for a few kinds of call.
-
-    Below the adapted layers, at the first of them, above it, and at the last; with and without a shared beginning;
-    for one row and for several; with and without gradients. Lengths and numbers of rows are variables of that code.
-    """
-    for block in model.layers:
-        block.compile(dynamic=True)
-
-
-def hold_in_8_bits(model: LLaMA) -> None:
-    """Round the layers' weights, in place, to 8 bits with a scale per row. Raises ValueError without torchao.
-
-    They are widened again wherever they are used, and autograd would keep the wide ones of all layers for the
-    backward pass: train with `recompute`.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise ValueError("--int8 needs a package that is not installed: pip install torchao") from None
-    quantize_(model.layers, Int8WeightOnlyConfig(set_inductor_config=False))
-
-
-def fingerprint(model: LLaMA) -> str:
-    """A hash of a few weights, rounded to bfloat16 so that it is the same in whatever dtype they are held."""
-    first, last = model.layers[0], model.layers[-1]
-    some = (model.tok_embeddings, first.attention.wq, last.feed_forward.w2, model.output)
-    weights = [module.weight.detach() for module in some]
-    weights = [getattr(weight, "full_tensor", lambda: weight)() for weight in weights]  # of a base split over ranks
-    return hash_of([weight[:4] for weight in weights])
-
-
-def hash_of(weights: Sequence[Tensor]) -> str:
-    """Of their values, rounded to bfloat16."""
-    rounded = torch.cat([weight.detach().flatten().to("cpu", torch.bfloat16) for weight in weights])
-    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
-
-
-def choose(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Where a base lives and in what dtype, decided here alone: bfloat16 on a GPU, float32 elsewhere.
-
-    Raises ValueError where this machine, or this PyTorch, has no such device.
-    """
-    torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
-    return torch.device(device), getattr(torch, dtype)

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from encoders.models import ViT
 from model import hash_of
 
@@ -37,7 +38,7 @@ FRAMES = 8  # of a video
 
 def open_image(path: str | Path) -> Image.Image:
     """A picture in RGB, the right way up. Raises FileNotFoundError, or ValueError that says what is wrong with it."""
-    existing(path)
+    require_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -62,7 +63,7 @@ def showing(image: Image.Image, path: str | Path) -> Image.Image:
 
 def open_video(path: str | Path, number: int = FRAMES) -> list[Image.Image]:
     """So many frames in RGB, evenly spread over a video, or all that it has. Raises FileNotFoundError or ValueError."""
-    existing(path)
+    require_file(path)
     try:
         import av
     except ImportError:
@@ -128,7 +129,7 @@ def features_of(
     """
     size, kept = tower.config.image_size, {}
     folder = None if cache is None else cache / f"{tower_fingerprint(tower)}-{size}-{number}"
-    names = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in map(existing, paths)]
+    names = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in map(require_file, paths)]
     for name in set(names):
         if folder is not None and (folder / f"{name}.npy").exists():
             kept[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
@@ -143,7 +144,7 @@ def features_of(
             kept[name] = frames.mean(dim=0)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                with atomic_write(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
                     np.save(file, kept[name].numpy())
     return [kept[name] for name in names]
 
@@ -172,7 +173,7 @@ def features_by(paths: Sequence[str | Path], encode: Callable[[Path], object]) -
     Raises OSError, or ValueError where the encoder fails, or yields something else.
     """
     found: dict[Path, Tensor] = {}
-    for path in tqdm(list(dict.fromkeys(map(existing, paths))), unit="file", file=sys.stderr):
+    for path in tqdm(list(dict.fromkeys(map(require_file, paths))), unit="file", file=sys.stderr):
         try:
             rows = torch.as_tensor(encode(path)).detach().float().cpu()  # (M, Cv)
         except (Exception, SystemExit) as error:  # it is any code
@@ -201,11 +202,11 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
                 raise ValueError(f"{path}: holds no images")
             found += inside
         else:
-            found.append(existing(path))
+            found.append(require_file(path))
     return found
 
 
-def existing(path: str | Path) -> Path:
+def require_file(path: str | Path) -> Path:
     """The path; raises FileNotFoundError where no file is."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such image")
@@ -235,7 +236,7 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         return shift if seen is None else shift * seen[:, None]
 
     @classmethod
-    def more(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         down = tensors.get("projection.0.weight")
         if down is None or down.dim() != 2:
             raise ValueError("has no projection: it is not an adapter for images")

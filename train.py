@@ -22,38 +22,39 @@ from tqdm import tqdm
 from toy import digits
 from encoder_tuning import heads
 from toy import almanac as toy
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from runtime.cli import SEED, Real, device_options, one_line_errors
 from data import Tokens, epoch_batches
 from evaluate import examine, examine_pictures
 from model import (
-    choose,
+    select_device,
 )
 from training.distributed import (
-    Everywhere,
-    Lost,
-    all_ranks,
-    finish,
-    from_first,
-    highest,
-    join,
-    leave,
+    AllRanksError,
+    RankLostError,
+    detect_lost_ranks,
+    exit_rank,
+    broadcast_from_rank0,
+    all_reduce_max,
+    init_distributed,
+    destroy_distributed,
     local_rank,
-    own_device,
+    rank_device,
     rank,
-    together,
-    world,
+    sync_errors,
+    world_size,
 )
 from training.prepare import check_ranks, check_source, examples_for, prepare, prepare_encoder
 from training.runs import (
-    bound,
+    fixed_options,
     draw_curves,
     load_checkpoint,
     peak_memory,
     read_metrics,
     resolved,
     save_checkpoint,
-    standing,
+    run_state,
     trim_metrics,
     write_metrics,
 )
@@ -85,7 +86,7 @@ def signals(between_steps: bool):
         reason = CTRL_C if number == signal.SIGINT else SIGTERM
         if not between_steps:
             raise Stopped(reason)
-        if reason == CTRL_C and CTRL_C in asked and world() == 1:
+        if reason == CTRL_C and CTRL_C in asked and world_size() == 1:
             raise KeyboardInterrupt
         asked.append(reason)
 
@@ -121,7 +122,7 @@ def train(
     `options` are the command's, `deadline` is a time of `time.perf_counter`. The order of the data and the learning
     rate follow from the step alone, and nothing on the way is random: a resumed run goes on as if it had never stopped,
     on whatever number of ranks. The first rank writes a line to out/metrics.jsonl for every step and evaluation.
-    Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, Lost where another rank is
+    Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, RankLostError where another rank is
     gone, all of them with the last good state saved, and OSError where it cannot be.
     """
     lengths = [example.size for example in training]
@@ -137,7 +138,7 @@ def train(
 
     def validate() -> None:
         if validation:
-            with all_ranks():
+            with detect_lost_ranks():
                 val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"], objective)
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"the validation loss is {val_loss}")
@@ -158,29 +159,29 @@ def train(
                 lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
                 examples = [training[i] for i in batch]
                 how = options["micro_batch_tokens"], options["checkpoint_activations"]
-                with all_ranks():
+                with detect_lost_ranks():
                     loss = update(model, adapter, optimizer, examples, lr, *how, objective)
 
                 tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
                 done["step"] += 1
                 done["tokens"] += tokens
                 done["seconds"] += seconds
-                speed, gate = tokens / seconds, adapter.opening().abs().mean().item()
+                speed, gate = tokens / seconds, adapter.gate_values().abs().mean().item()
                 line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
                 record(line | {"tokens_per_second": speed, "gate_mean_abs": gate})
                 bar.update()
                 if done["step"] % options["log_every"] == 0:
                     bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
                 over = TIME if time.perf_counter() > deadline else 0
-                with all_ranks():
-                    reason = highest(max(over, asked()))
+                with detect_lost_ranks():
+                    reason = all_reduce_max(max(over, asked()))
                 if reason:
                     raise Stopped(reason, done["step"])
                 if done["step"] % options["save_every"] == 0:
                     save()
             validate()
             save()
-        except (Stopped, FloatingPointError, torch.OutOfMemoryError, Lost):
+        except (Stopped, FloatingPointError, torch.OutOfMemoryError, RankLostError):
             save()
             raise
 
@@ -261,12 +262,12 @@ def main(context, **options):
         options["lr"] = options["blr"] * options["batch_size"] / 256
 
     with one_line_errors(OSError, ValueError, torch.OutOfMemoryError):
-        join()
-        with all_ranks():
+        init_distributed()
+        with detect_lost_ranks():
             code = run(options, start)
-            with together():  # nobody leaves while others are still at work
+            with sync_errors():  # nobody leaves while others are still at work
                 pass
-        leave()
+        destroy_distributed()
     sys.exit(code)
 
 
@@ -290,8 +291,8 @@ def run(options: dict, start: float) -> int:
 def run_through(options: dict, start: float, say: Callable[[str], None]) -> None:
     """From the options to the summary."""
     out, first = options["out"], rank() == 0
-    with together():
-        device, dtype = choose(own_device(options.pop("device")), options["dtype"])
+    with sync_errors():
+        device, dtype = select_device(rank_device(options.pop("device")), options["dtype"])
         options["dtype"] = str(dtype)
         check_source(options)
         if options["toy"] != "text" and local_rank() == 0:
@@ -299,7 +300,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     for_encoder = options["task"] in heads.TASKS
-    with together():
+    with sync_errors():
         if for_encoder:
             prepared = prepare_encoder(options, dtype, device)
         else:
@@ -307,7 +308,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
             options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     if for_encoder:
         check_ranks(options)
-    state = from_first(lambda: standing(out, options["resume"], options))
+    state = broadcast_from_rank0(lambda: run_state(out, options["resume"], options))
     if state == "finished":
         say(f"{out}: this run is finished, nothing is left to do")
         return
@@ -317,7 +318,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
     say(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
-        + (f", {options['strategy']} over {world()} ranks" if world() > 1 else "")
+        + (f", {options['strategy']} over {world_size()} ranks" if world_size() > 1 else "")
         + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
         f"dropped ({'the answer is beyond' if for_encoder else 'the prompt alone fills'} "
         f"{options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
@@ -325,7 +326,7 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
     optimizer, done = make_optimizer(adapter, options["weight_decay"]), {"step": 0, "tokens": 0, "seconds": 0.0}
     if state == "begun":
         done = load_checkpoint(out / "checkpoint.pt", adapter, optimizer, options)
-    with together():
+    with sync_errors():
         if first:
             out.mkdir(parents=True, exist_ok=True)
             for stale in ("summary.json", "curves.png"):  # of an earlier run
@@ -337,9 +338,9 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
         train(model, adapter, optimizer, training, validation, out, options, done, deadline, objective)
     except FloatingPointError as error:
         where, advice = f"in step {done['step'] + 1}", "a lower --lr may help, with another --out"
-        raise Everywhere(f"{where}: {error}; {files} {done['step']}; {advice}") from None
-    except Lost as error:
-        raise Lost(f"{error}; {files} {done['step']}; to go on, add --resume") from None
+        raise AllRanksError(f"{where}: {error}; {files} {done['step']}; {advice}") from None
+    except RankLostError as error:
+        raise RankLostError(f"{error}; {files} {done['step']}; to go on, add --resume") from None
     except torch.OutOfMemoryError as error:
         less = f"fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
         less = less if for_encoder else f"--checkpoint-activations or {less}"
@@ -355,8 +356,8 @@ def run_through(options: dict, start: float, say: Callable[[str], None]) -> None
         summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
         summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]} | examination
         summary |= {"wall_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(device)}
-        summary |= {"options": bound(options) | {"base": resolved(options["base"])}}
-        with replacing(out / "summary.json") as temporary:
+        summary |= {"options": fixed_options(options) | {"base": resolved(options["base"])}}
+        with atomic_write(out / "summary.json") as temporary:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (out / "checkpoint.pt").unlink()
     say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
@@ -379,4 +380,4 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        finish(end.code)
+        exit_rank(end.code)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adapter import Adapter
 from data import IGNORE, Tokens, collate
 from generate import generate, next_logits
-from model import LLaMA, rope_turns, rotate
+from model import LLaMA, rope_cos_sin, apply_rope
 from training.step import loss_sum, make_optimizer
 
 
@@ -79,13 +79,13 @@ class Plain(Ours):
     def logits(self, tokens: Tensor, start: int, cache: list | None) -> Tensor:
         model, prompts = self.model, self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
         (B, T), group = tokens.shape, model.config.n_heads // model.config.n_kv_heads
-        turns = rope_turns(torch.arange(start, start + T, device=tokens.device).repeat(B), model.config)
+        turns = rope_cos_sin(torch.arange(start, start + T, device=tokens.device).repeat(B), model.config)
         mask = torch.full((T, start + T), -math.inf, device=tokens.device).triu(start + 1)
         x = model.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(model.layers):
             attention, normed = block.attention, block.attention_norm(x)
             q, k, v = (attention.heads(w(normed)) for w in (attention.wq, attention.wk, attention.wv))
-            q, k = (rotate(y.flatten(0, 1), turns).unflatten(0, (B, T)) for y in (q, k))
+            q, k = (apply_rope(y.flatten(0, 1), turns).unflatten(0, (B, T)) for y in (q, k))
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H|Hkv, T, D)
             if cache is not None:
                 cache[i][0][:, :, start : start + T], cache[i][1][:, :, start : start + T] = k, v

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from toy import almanac as toy
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from runtime.cli import Real, device_options, one_line_errors
 from data import (
     IGNORE,
@@ -39,7 +40,7 @@ from data import (
     tokenize,
 )
 from generate import compiled_decoding
-from model import SIZES, Config, LLaMA, choose, compile_layers, number_of_weights, prepare_to_compile
+from model import SIZES, Config, LLaMA, select_device, compile_layers, number_of_weights, prepare_to_compile
 from training.distributed import too_large
 from benchmarks.peers import Contestant, HuggingFace, LitGPT, Ours, Plain, installed, padded
 from training.step import HeadLoss, accumulate_gradient
@@ -209,7 +210,7 @@ def shared_options(command):
 def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, device, dtype, number, batch_size, **how):
     """Seconds of one epoch, every optimizer step included, over the same examples."""
     with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         if compiled:
             prepare_to_compile(device)
         config, examples = SHAPES[size], load_examples(data, tokenizer, number)
@@ -277,7 +278,7 @@ def bench_train(size, data, tokenizer, repeat, peers, compiled, json_path, devic
 def bench_generate(size, data, tokenizer, repeat, peers, compiled, json_path, device, dtype, number):
     """Tokens per second at batch 1, greedy, prefill included."""
     with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         if compiled:
             prepare_to_compile(device)
         config, examples = SHAPES[size], load_examples(data, tokenizer, 1000)
@@ -320,7 +321,7 @@ def bench_generate(size, data, tokenizer, repeat, peers, compiled, json_path, de
 def bench_memory(size, check, json_path, device, dtype):
     """Bytes of a training step by kind, by the number of tokens in a micro-batch, for a base in bfloat16."""
     with one_line_errors(ValueError, OSError, torch.OutOfMemoryError):
-        device, dtype = choose(device, dtype)
+        device, dtype = select_device(device, dtype)
         config, itemsize = SHAPES[size], dtype.itemsize if check else 2
         rows = {}
         for recompute in (False, True):
@@ -566,7 +567,7 @@ def report(kind: str, rows: dict[str, dict], columns: dict[str, Callable], about
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         special = [name for name in ("checkpoint_activations", "check") if about.get(name)]
         known[" ".join([kind, about["size"], about["dtype"], *special])] = about | {"rows": rows}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         draw(known, path.with_suffix(".png"))
 
@@ -587,7 +588,7 @@ def draw(known: dict[str, dict], path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=title, xlabel="time, in times ours (less is better)")
         axes.margins(x=0.12)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

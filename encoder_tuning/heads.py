@@ -49,7 +49,7 @@ class HeadAdapter(Adapter):
         self.metadata["head_activation"] = head_activation
 
     @classmethod
-    def more(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
         if not weights or any(weight.dim() != 2 for weight in weights):
             raise ValueError("has no head: it is not an adapter for an encoder")

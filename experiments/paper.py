@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from toy import almanac as toy
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from formats.bases import load_llama, read_base
 from runtime.cli import Real, device_options, one_line_errors
 from experiments.comparison import (
@@ -41,7 +42,7 @@ from data import Example, load_tokenizer, read_text, tokenize
 from evaluate import likeliest_answers, written_answers
 from generate import Question, Responder
 from encoder_tuning.heads import some
-from model import LLaMA, choose
+from model import LLaMA, select_device
 from training.prepare import split
 from training.runs import paint_gates
 from training.step import mean_loss
@@ -87,9 +88,9 @@ def report(out: Path, name: str, values: dict, figure: Figure | None = None) -> 
     for what, published in values.get("paper", {}).items():
         click.echo(f"the paper, {what}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
     if figure is not None:
-        with replacing(out / f"{name}.png") as temporary:
+        with atomic_write(out / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=100)
-    with replacing(out / f"{name}.json") as temporary:
+    with atomic_write(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(rounded(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {out}\n")
 
@@ -301,7 +302,7 @@ def gates(world: World, seeds: int, out: Path) -> None:
     openings = []  # (L, H) each
 
     def look_on(adapter: Adapter, step: int) -> None:
-        openings.append(adapter.opening().detach().cpu().numpy().copy())
+        openings.append(adapter.gate_values().detach().cpu().numpy().copy())
 
     tune(world, world.default, 0, look_on)
     N, L, last = world.layers, len(openings[0]), len(openings) - 1
@@ -451,7 +452,7 @@ def read_world(
     **changed,
 ) -> World:
     """As the options say; what is asked is held out of the data, or given. Raises OSError or ValueError."""
-    place = choose(device, dtype)
+    place = select_device(device, dtype)
     if (base is None) != (data is None):
         raise ValueError("--base and --data go together; without them it is toy.py's")
     if base is None:

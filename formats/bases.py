@@ -231,7 +231,7 @@ def read_meta(folder: Path) -> tuple[Config, Weights]:
 def read_meta_shard(file: Path) -> dict[str, Tensor]:
     """Tensors by name, mapped from the file and not yet read."""
     tensors = load_pth(file)
-    tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_turns computes
+    tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_cos_sin computes
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
             raise ValueError(f"{file}: {name} is no vector or matrix")
@@ -294,7 +294,7 @@ def read_hugging_face(folder: Path) -> tuple[Config, Weights]:
 
     weights: Weights = {}
     for name, fetch in open_shards(folder).items():
-        if name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_turns computes
+        if name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_cos_sin computes
             continue
         ours = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight"}.get(
             name, name

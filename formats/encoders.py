@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapter import gated_attention, replacing
+from adapter import gated_attention
+from runtime.files import atomic_write
 from formats.bases import check_dense, copy, filled, load_pth, named, open_shards, read_json
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig, make_head
 
@@ -199,10 +200,10 @@ def save_as(model: ViT | Roberta, folder: Path, names: dict[str, str], shape: di
     """The weights and the shape by their names of others; `values` are what else config.json says."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
     values = values | {theirs: getattr(model.config, ours) for ours, theirs in shape.items()}
-    with replacing(folder / "config.json") as temporary:
+    with atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 

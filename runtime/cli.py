@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import click
 
-from training.distributed import Everywhere, line_of, started
+from training.distributed import AllRanksError, line_of, launched_rank
 
 
 class Real(click.FloatRange):
@@ -35,8 +35,8 @@ def one_line_errors(*kinds: type[Exception]):
     try:
         yield
     except kinds or (ValueError, OSError) as error:
-        number, processes = started()
-        if not isinstance(error, Everywhere):
+        number, processes = launched_rank()
+        if not isinstance(error, AllRanksError):
             who = f"\nerror: rank {number}" if processes > 1 else "error"  # apart from the first rank's progress bar
             click.echo(f"{who}: {line_of(error)}", err=True)
         elif number == 0:

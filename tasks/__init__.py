@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from data import Example, check_record, check_text, read_examples, read_value
-from multimodal import existing
+from multimodal import require_file
 
 # ---------------------------------------------------------------------------------------------------
 # ScienceQA (Lu et al., 2022)
@@ -307,7 +307,7 @@ def with_images(items: Sequence[Item], folder: str | Path, skip_missing: bool) -
     kept, paths = [], []
     for item in items:
         try:
-            paths += [existing(Path(folder) / item.image)] if item.image else []
+            paths += [require_file(Path(folder) / item.image)] if item.image else []
         except FileNotFoundError as error:
             if not skip_missing:
                 raise FileNotFoundError(f"{item.name}: {error}") from None

@@ -1,34 +1,17 @@
-"""Small models with open gates, and where the real data is, if it is anywhere."""
+"""Fixtures: devices, where the real data is if it is anywhere, tiny bases, and instructions to tune them on."""
 
 import json
 import multiprocessing
 import os
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from safetensors.torch import load_file
+from helpers import DATA, ROOT, copy_base, split_for_parallel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from adapter import Adapter  # noqa: E402
-from model import Config, LLaMA  # noqa: E402
-from training.runs import read_metrics  # noqa: E402
-
-DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
+from model import Config, LLaMA
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
-CONFIGS = {
-    "mha": Config(32, 3, 4, 4, 8, 48, 50),
-    "gqa": Config(32, 3, 4, 2, 8, 48, 50),
-    "mqa": Config(32, 3, 4, 1, 8, 48, 50),
-    "wide": Config(32, 3, 4, 2, 12, 48, 50),
-}
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -43,35 +26,6 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"needs the real data at {DATA} (or LLAMA_ADAPTER_DATA)")
     return DATA
-
-
-def make_model(config="gqa", seed=0, **options):
-    """A frozen random LLaMA whose layers all matter: untrained weights of order one."""
-    torch.manual_seed(seed)
-    model = LLaMA(CONFIGS.get(config, config), **options)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
-    return model.requires_grad_(False)
-
-
-def make_adapter(model, layers=2, length=5, seed=1, gates=True):
-    """An adapter with its gates open, half of them the wrong way: gate zero hides every bug."""
-    config = model.config
-    adapter = Adapter(
-        layers=layers,
-        length=length,
-        dim=config.dim,
-        heads=config.n_heads,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    if gates:
-        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed + 1))
-    return adapter
-
-
-def make_tokens(model, *shape, seed=2):
-    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")
@@ -89,68 +43,15 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
-def copy_base(source, target, **changes):
-    """The same base in another folder, params.json changed; None takes a field away."""
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    params = json.loads((target / "params.json").read_text()) | changes
-    (target / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
-    return target
-
-
 @pytest.fixture(scope="session")
 def forks():
     """Processes that begin with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train", "torch._dynamo"])
+    context.set_forkserver_preload(["helpers", "train", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")  # for the server, which starts with the first
         context.Process(target=time.time).start()
     return context
-
-
-def run(*args):
-    """train.py, in this process."""
-    import train
-
-    return CliRunner().invoke(train.main, [str(arg) for arg in args])
-
-
-def command(args, spoil=None):
-    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
-    torch.set_num_threads(1)
-    if spoil is not None:
-        spoil(int(os.environ.get("RANK", 0)))
-    result = run(*args)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def before_step(n, act):
-    """train.update, which calls act() before the n-th step from now."""
-    import train
-
-    update, calls = train.update, []
-
-    def acting(*arguments):
-        calls.append(1)
-        if len(calls) == n:
-            act()
-        return update(*arguments)
-
-    return acting
-
-
-def tensors_and_metrics(out):
-    """What a run left, all but the clock."""
-    lines = [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
-        for line in read_metrics(out / "metrics.jsonl")
-    ]
-    tensors = {name: tensor.tolist() for name, tensor in load_file(out / "adapter.safetensors").items()}
-    return tensors, lines
 
 
 @pytest.fixture(scope="session")
@@ -191,17 +92,6 @@ def bpe(tmp_path_factory):
     return folder
 
 
-def split_for_parallel(weights, n, vocabulary_first):
-    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
-    shards = [{} for _ in range(n)]
-    for name, tensor in weights.items():
-        by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
-        whole = tensor.dim() == 1
-        for i, shard in enumerate(shards):
-            shard[name] = tensor if whole else tensor.chunk(n, dim=1 if by_columns else 0)[i].clone()
-    return shards
-
-
 @pytest.fixture(scope="session")
 def large_base(tiny_base, tmp_path_factory):
     """260 MB in bfloat16, in two of Meta's files: 10 layers of width 1024."""
@@ -212,25 +102,3 @@ def large_base(tiny_base, tmp_path_factory):
     for i, shard in enumerate(split_for_parallel(weights, 2, False)):
         torch.save(shard, folder / f"consolidated.{i:02}.pth")
     return folder
-
-
-def peak_anonymous(act):
-    """What act() returns, and by how many bytes the process grew meanwhile, at most: without pages of mapped files."""
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("reads /proc")
-
-    def anonymous():
-        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-    before, seen, done = anonymous(), [], threading.Event()
-
-    def watch():
-        while not done.wait(0.0005):
-            seen.append(anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = act()
-    done.set()
-    thread.join()
-    return result, max(seen) - before

@@ -18,7 +18,7 @@ def rms_norm(x, weight, eps):
     return x / torch.sqrt((x * x).mean() + eps) * weight
 
 
-def rotate(vector, position, theta):
+def apply_rope(vector, position, theta):
     """Turn each pair (2i, 2i+1) of one head's vector by position * theta^(-2i/D)."""
     D = len(vector)
     turned = []
@@ -59,8 +59,8 @@ def logits(weights, config, tokens, prompts=None, gates=None):
             for h in range(H):
                 kv = h // (H // Hkv)  # the key/value head that query head h shares
                 of_q, of_kv = slice(h * D, (h + 1) * D), slice(kv * D, (kv + 1) * D)
-                q = rotate((matrices["wq"] @ normed[t])[of_q], t, config.rope_theta)
-                keys = [rotate((matrices["wk"] @ normed[s])[of_kv], s, config.rope_theta) for s in range(t + 1)]
+                q = apply_rope((matrices["wq"] @ normed[t])[of_q], t, config.rope_theta)
+                keys = [apply_rope((matrices["wk"] @ normed[s])[of_kv], s, config.rope_theta) for s in range(t + 1)]
                 values = [(matrices["wv"] @ normed[s])[of_kv] for s in range(t + 1)]
                 prompt_keys = [(matrices["wk"] @ p)[of_kv] for p in prompt]
                 prompt_values = [(matrices["wv"] @ p)[of_kv] for p in prompt]

@@ -5,7 +5,7 @@ import math
 import pytest
 import reference
 import torch
-from conftest import CONFIGS, make_adapter, make_model, make_tokens
+from helpers import CONFIGS, make_adapter, make_model, make_tokens
 from safetensors.torch import load_file, save_file
 
 from adapter import Adapter, attend, gated_attention, gated_attention_paper
@@ -204,7 +204,7 @@ def test_file_keeps_its_gate_activation(tmp_path):
     torch.nn.init.constant_(adapter.gates, 3.0)
     adapter.save(tmp_path / "a.safetensors")
     again = Adapter.load(tmp_path / "a.safetensors")
-    assert (again.opening() == 3.0).all()
+    assert (again.gate_values() == 3.0).all()
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter, make_model, make_tokens
+from helpers import make_adapter, make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import speed as bench
-from data import Tokens
-from model import Config, hold_in_8_bits
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
+from data import Tokens
+from model import Config, quantize_int8
 from training.step import accumulate_gradient
 
 EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, n) for n in (9, 6, 21)]
@@ -124,7 +124,7 @@ def test_a_plan_splits_what_does_not_fit():
 def test_8_bits_train():
     pytest.importorskip("torchao")
     model, rounded = (make_model(Config(64, 3, 4, 4, 16, 96, 50)) for _ in range(2))
-    hold_in_8_bits(rounded)
+    quantize_int8(rounded)
     adapters = [make_adapter(model) for _ in range(2)]
     losses = [accumulate_gradient(m, a, EXAMPLES, 10_000, True) for m, a in zip((model, rounded), adapters)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]

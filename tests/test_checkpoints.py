@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import copy_base, make_model, peak_anonymous, split_for_parallel
+from helpers import copy_base, make_model, peak_anonymous, split_for_parallel
 
 from formats.bases import load_llama, meta_config
 from model import SIZES, Config, LLaMA

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import make_adapter, make_model, make_tokens, run
+from helpers import make_adapter, make_model, make_tokens, make_vit, run
 from safetensors.torch import load_file
-from test_encoders import make_vit
 
-from experiments import comparison
 from adapter import Adapter, gated_attention
-from formats.bases import load_llama
+from data import Tokens, collate, read_examples, tokenize
+from experiments import comparison
 from experiments.comparison import (
     FULL,
     GATES_AT_ONE,
@@ -33,8 +32,8 @@ from experiments.comparison import (
     with_lora,
 )
 from experiments.comparison import run as run_one
-from data import Tokens, collate, read_examples, tokenize
 from experiments.paper import make_world
+from formats.bases import load_llama
 from training.prepare import split
 from training.runs import read_metrics
 from training.step import RESPONSES, make_optimizer, mean_loss

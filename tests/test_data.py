@@ -7,7 +7,6 @@ import lzma
 import pytest
 import torch
 
-from toy import almanac as toy
 from data import (
     IGNORE,
     Example,
@@ -24,6 +23,7 @@ from data import (
     response_tokens,
     tokenize,
 )
+from toy import almanac as toy
 
 RECORDS = [
     {"instruction": "Añade 1.", "input": "2", "output": "3"},

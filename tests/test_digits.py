@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import run
+from helpers import make_vit, run
 from PIL import Image
-from test_encoders import make_vit
 
-from toy import digits
 import evaluate
-from toy import almanac as toy
 from adapter import Adapter
+from encoders.models import ViTConfig
 from formats.bases import load_llama
 from formats.encoders import load_vit
-from encoders.models import ViTConfig
 from generate import Question, Responder
 from multimodal import ImageAdapter, open_image, preprocess
+from toy import almanac as toy
+from toy import digits
 
 SMALL = ViTConfig(image_size=16, patch_size=8, dim=16, n_layers=4, n_heads=2, hidden_dim=16)
 

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_encoders import make_vit, timm_names
-from test_heads import HALF
+from helpers import HALF, make_vit, timm_names
 from torch.nn.functional import cross_entropy
 
+from encoder_tuning.heads import Labelled, Labels, RobertaTokenizer
+from encoders.models import RobertaConfig, ViTConfig, make_head
 from experiments import encoders as encoder_experiments
 from experiments.comparison import fit
 from formats.encoders import load_encoder, save_roberta
-from encoders.models import RobertaConfig, ViTConfig, make_head
-from encoder_tuning.heads import Labelled, Labels, RobertaTokenizer
 from training.step import mean_loss
 
 

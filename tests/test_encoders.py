@@ -6,27 +6,11 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from conftest import make_adapter
+from helpers import SMALL, make_adapter, make_images, make_roberta, make_vit, openai_names, timm_names, vary
 
 from adapter import gated_attention, gated_attention_paper
+from encoders.models import TOWERS, ViT, ViTConfig
 from formats.encoders import load_encoder, load_vit
-from encoders.models import TOWERS, Roberta, RobertaConfig, ViT, ViTConfig
-
-SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
-
-
-def make_vit(config=SMALL, seed=0, **options):
-    """Frozen, random, with norms and biases that matter."""
-    torch.manual_seed(seed)
-    model = ViT(config, **options)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.requires_grad_(False)
-
-
-def make_images(number=2, size=24):
-    return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
 def hugging_face(vision_only):
@@ -58,29 +42,6 @@ def test_every_layer_is_that_of_transformers(tmp_path, vision_only):
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.norm(ours(images)[-1][:, 0]), output.pooler_output, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in ours.parameters())
-
-
-def openai_names(model):
-    """OpenAI's state dict of a tower of ours, and a tensor of the text tower."""
-    weights = dict(model.named_parameters())
-    named = {
-        "class_embedding": weights["class_embedding"],
-        "positional_embedding": weights["positions"],
-        "conv1.weight": weights["patch_embedding.weight"],
-        "proj": torch.zeros(model.config.dim, 5),
-    }
-    for kind in ("weight", "bias"):
-        named |= {f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"], f"ln_post.{kind}": weights[f"norm.{kind}"]}
-        for i in range(model.config.n_layers):
-            ours, theirs = f"layers.{i}", f"transformer.resblocks.{i}"
-            three = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]
-            named[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(three)
-            for a, b in (
-                ("attention.wo", "attn.out_proj"), ("attention_norm", "ln_1"), ("ffn_norm", "ln_2"),
-                ("w1", "mlp.c_fc"), ("w2", "mlp.c_proj"),
-            ):  # fmt: skip
-                named[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
-    return {f"visual.{name}": tensor for name, tensor in named.items()} | {"ln_final.weight": torch.ones(4)}
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -170,14 +131,6 @@ def test_what_is_no_tower(tmp_path, tiny_base):
 # Other vision transformers, and RoBERTa
 
 
-def vary(model):
-    """Weights of order one, norms and biases that matter."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.2)
-    return model.eval()
-
-
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 
 
@@ -196,30 +149,6 @@ def test_a_vision_transformer_is_that_of_transformers(tmp_path):
         torch.testing.assert_close(head(ours.encode(images)[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
     assert ours.config.mean == (0.5, 0.5, 0.5)
     assert not any(p.requires_grad for p in ours.parameters()) and all(p.requires_grad for p in head.parameters())
-
-
-def timm_names(model, head):
-    """timm's state dict of a vision transformer of ours; its heads are 64 wide."""
-    weights = dict(model.named_parameters())
-    tensors = {
-        "cls_token": weights["class_embedding"][None, None],
-        "pos_embed": weights["positions"][None],
-        "head.weight": head[0].weight, "head.bias": head[0].bias,
-    }  # fmt: skip
-    for kind in ("weight", "bias"):
-        tensors |= {
-            f"patch_embed.proj.{kind}": weights[f"patch_embedding.{kind}"],
-            f"norm.{kind}": weights[f"norm.{kind}"],
-        }
-        for i in range(model.config.n_layers):
-            ours, theirs = f"layers.{i}", f"blocks.{i}"
-            tensors[f"{theirs}.attn.qkv.{kind}"] = torch.cat(
-                [weights[f"{ours}.attention.{x}.{kind}"] for x in ("wq", "wk", "wv")]
-            )
-            for a, b in (("attention.wo", "attn.proj"), ("attention_norm", "norm1"), ("ffn_norm", "norm2"),
-                         ("w1", "mlp.fc1"), ("w2", "mlp.fc2")):  # fmt: skip
-                tensors[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -278,14 +207,6 @@ def test_roberta_is_that_of_transformers(tmp_path, kind):
         else:
             both = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
             torch.testing.assert_close(head(states)[words], both[words], rtol=1e-4, atol=1e-4)
-
-
-def make_roberta(seed=0, **options):
-    torch.manual_seed(seed)
-    model = Roberta(RobertaConfig(60, 20, 32, 3, 4, 48), **options)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.3)
-    return model.requires_grad_(False)
 
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])

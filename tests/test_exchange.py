@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter, make_model, make_tokens
+from helpers import make_adapter, make_model, make_tokens
 
 from adapter import Adapter
 from convert import describe, load_adapter, main, write_peft
@@ -80,7 +80,7 @@ def test_lit_file(tmp_path, heads):
     adapter = load_adapter(tmp_path / "theirs.pth", heads=4)
     assert adapter.gate_activation == "identity" and adapter.metadata["base_layers"] == "3"
     gates = torch.stack([tensors[f"transformer.h.{i}.attn.gating_factor"].flatten().expand(4) for i in (1, 2)])
-    assert torch.equal(adapter.opening(), gates)
+    assert torch.equal(adapter.gate_values(), gates)
     assert torch.equal(adapter.prompts[0], tensors["transformer.h.1.attn.adapter_wte.weight"])
     with torch.no_grad():
         adapter.gates /= 4
@@ -135,7 +135,7 @@ def test_exported_to_peft_it_computes_the_same(tmp_path, config):
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, adapter()), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     again = load_adapter(tmp_path / "theirs", heads=4)
-    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.opening(), adapter.opening())
+    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gate_values(), adapter.gate_values())
 
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):

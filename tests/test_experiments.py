@@ -11,9 +11,9 @@ from PIL import Image
 
 from experiments import comparison
 from experiments import paper as experiments
-from toy import almanac as toy
 from experiments.comparison import ONE_SOFTMAX, ZERO_INIT, Setting
 from experiments.paper import RATES, read_world, toy_examples
+from toy import almanac as toy
 
 
 def test_the_toy_is_the_default(tiny_base, monkeypatch):

@@ -11,13 +11,13 @@ import struct
 
 import pytest
 import torch
-from conftest import copy_base, make_adapter, make_model
+from helpers import copy_base, make_adapter, make_model
 from safetensors.torch import load_file, save_file
 
 from adapter import Adapter
-from formats.bases import load_llama
-from data import read_examples
 from convert import load_adapter
+from data import read_examples
+from formats.bases import load_llama
 from model import Config
 from training.runs import read_metrics
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, make_adapter, make_model, make_tokens
+from helpers import ROOT, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, Prompt
-from formats.bases import load_llama
 from data import format_prompt
+from formats.bases import load_llama
 from generate import compiled_decoding, generate, main, sample, stream, text_pieces
 from model import fingerprint
 
@@ -465,7 +465,7 @@ def test_a_prompt_beyond_the_context_is_refused_and_answers_end_with_it(data):
     assert len(mixed.stdout.splitlines()) == 2
 
 
-def converse(lines, *args):
+def chat(lines, *args):
     """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
@@ -482,7 +482,7 @@ def converse(lines, *args):
 
 
 def test_a_terminal_becomes_a_conversation(tiny_adapter):
-    stdout, stderr = converse("Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter)
+    stdout, stderr = chat("Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter)
     assert len(stdout.splitlines()) >= 2
     assert stderr.count("> ") == 4  # the empty line in between is not an instruction
 
@@ -490,7 +490,7 @@ def test_a_terminal_becomes_a_conversation(tiny_adapter):
 def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     chef, poet = chef_and_poet
     lines = "Hello\n/adapter poet\nHello\n/none\nHello\n/adapter cook\nHello\n/adapter chef\nHello\n"
-    stdout, stderr = converse(lines, "--adapter", chef, "--adapter", poet)
+    stdout, stderr = chat(lines, "--adapter", chef, "--adapter", poet)
     args = ("--greedy", "--max-new-tokens", 5, "Hello")
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout

@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import command, make_tokens, run
+from helpers import HALF, Ranks, command, make_roberta, make_tokens, run, vary
 from PIL import Image
 from safetensors.torch import load_file
-from test_encoders import make_roberta, vary
-from test_parallel import Ranks
 
 import evaluate
-from encoder_tuning import heads
 from adapter import Adapter
-from encoders.models import ViTConfig
 from convert import load_adapter
+from encoder_tuning import heads
 from encoder_tuning.heads import (
     HeadAdapter,
     Labelled,
@@ -31,10 +28,9 @@ from encoder_tuning.heads import (
     read_squad,
     span_of,
 )
+from encoders.models import ViTConfig
 from training.runs import read_metrics
 from training.step import accumulate_gradient, mean_loss
-
-HALF = (0.5, 0.5, 0.5)
 
 
 def make_head_adapter(model, classes, gates=True, **more):

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # What whoever runs a base with an adapter, on words and images, needs of ours.
 ANSWERS = {"adapter", "data", "cli", "model", "checkpoints", "encoder_files", "multimodal", "parallel"}

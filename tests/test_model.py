@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, make_adapter, make_model, make_tokens
+from helpers import CONFIGS, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
-from formats.bases import load_llama
-from model import Config, KVCache, choose, fingerprint, rope_turns, rotate
 from benchmarks.peers import as_transformers
+from formats.bases import load_llama
+from model import Config, KVCache, apply_rope, fingerprint, rope_cos_sin, select_device
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -82,7 +82,7 @@ def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
     """A table kept in the model would be rounded with it, and mix up positions beyond 256."""
     model = make_model().bfloat16()
     seen = []
-    monkeypatch.setattr("model.rotate", lambda x, turns: seen.append(turns) or rotate(x, turns))
+    monkeypatch.setattr("model.apply_rope", lambda x, turns: seen.append(turns) or apply_rope(x, turns))
     model(make_tokens(model, 1, 300))
     position = torch.arange(300, dtype=torch.float64)[:, None]
     angles = position * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
@@ -96,7 +96,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def at(vector, position):
-        return rotate(vector, rope_turns(torch.tensor([position]), Config(head_dim=8)))
+        return apply_rope(vector, rope_cos_sin(torch.tensor([position]), Config(head_dim=8)))
 
     torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=0)
     near, far = ((at(x, p) * at(y, p + 3)).sum() for p in (0, 50))
@@ -129,12 +129,12 @@ def test_numbers_that_make_no_model(numbers, message):
 
 
 def test_choose():
-    assert choose("cpu", "auto") == (torch.device("cpu"), torch.float32)
-    assert choose("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    assert choose("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert select_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert select_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
+    assert select_device("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     for absent in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=f"device '{absent}' is not to be had"):
-            choose(absent)
+            select_device(absent)
 
 
 def test_fingerprint_knows_the_weights_and_not_the_dtype(tiny_base):

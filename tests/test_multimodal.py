@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, command, make_model, make_tokens
+from helpers import ROOT, SEEING, Ranks, command, make_images, make_model, make_tokens, make_vit, openai_names
 from PIL import Image
 from safetensors.torch import load_file
-from test_encoders import make_images, make_vit, openai_names
-from test_parallel import Ranks
 
 import generate
 import train
 from adapter import Adapter
-from formats.bases import load_llama
 from data import check_record, tokenize_prompt
-from formats.encoders import load_vit
 from encoders.models import ViTConfig
+from formats.bases import load_llama
+from formats.encoders import load_vit
 from multimodal import (
     MEAN,
     STD,
@@ -35,8 +33,6 @@ from multimodal import (
     views,
 )
 from training.runs import read_metrics
-
-SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
 
 
 def picture(width=60, height=40, mode="RGB", seed=0):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,48 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, before_step, command, make_adapter, make_model, make_tokens, peak_anonymous, run
+from helpers import ROOT, Ranks, before_step, command, make_adapter, make_model, make_tokens, peak_anonymous, run
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from training import prepare
-from training import step
 import train
 from adapter import Adapter
-from formats.bases import load_llama
 from data import Tokens, micro_batches, shares
-from training.distributed import choose_strategy, join, own_device, splitter
+from formats.bases import load_llama
+from training import prepare, step
+from training.distributed import choose_strategy, fsdp_sharder, init_distributed, rank_device
 from training.runs import read_metrics
 
 CPU = torch.device("cpu")
-
-
-def begin(rank, world, port, results, target, args):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    results.put((rank, target(*args)))
-
-
-class Ranks:
-    """What torchrun does: `world` processes that run target(*args); `results` has what they return, by rank."""
-
-    def __init__(self, forks, world, target, *args):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.queue = forks.Queue()
-        every = [(rank, world, port, self.queue, target, args) for rank in range(world)]
-        self.processes = [forks.Process(target=begin, args=each) for each in every]
-        for process in self.processes:
-            process.start()
-
-    def results(self, expected=None, timeout=60):
-        number = len(self.processes) if expected is None else expected
-        results = dict(self.queue.get(timeout=timeout) for _ in range(number))
-        for process in self.processes:
-            process.join(timeout)
-            assert process.exitcode is not None, "a rank hangs"
-        return [results.get(rank) for rank in range(len(self.processes))]
 
 
 @pytest.fixture
@@ -121,7 +91,7 @@ def test_every_example_falls_to_one_rank(number, world):
 
 def validate(lengths):
     torch.set_num_threads(1)
-    join()
+    init_distributed()
     model = make_model("gqa")
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     return step.mean_loss(model, make_adapter(model), examples, 30)
@@ -144,11 +114,11 @@ def one_step(strategy):
     from torch.profiler import profile
 
     torch.set_num_threads(1)
-    join()
+    init_distributed()
     model, numbers = make_model("wide"), {}
     layer = sum(weight.numel() for weight in model.layers[0].parameters())
     if strategy == "fsdp":
-        split = splitter(CPU)
+        split = fsdp_sharder(CPU)
         for block in model.layers:
             split(block)
         split(model)
@@ -336,11 +306,11 @@ def test_which_strategy_and_which_device(monkeypatch):
             choose_strategy("auto", 71, gpu)
 
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device("cpu") == "cpu" and own_device("cuda") == "cuda:3"
+    assert rank_device("cpu") == "cpu" and rank_device("cuda") == "cuda:3"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert own_device("auto") == "auto"
+    assert rank_device("auto") == "auto"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert own_device("auto") == "cuda:3"
+    assert rank_device("auto") == "cuda:3"
 
 
 def test_what_is_not_finite_is_said_once(forks, args):
@@ -374,8 +344,8 @@ def test_a_resumed_run_cannot_change_its_options_on_any_rank(forks, args):
 
 def load_split(base):
     torch.set_num_threads(1)
-    join()
-    model, _ = load_llama(base, split=splitter(CPU))
+    init_distributed()
+    model, _ = load_llama(base, split=fsdp_sharder(CPU))
     whole, _ = load_llama(base)
     rows = make_tokens(whole, 2, 9)
     adapter = make_adapter(whole)
@@ -388,9 +358,9 @@ def test_a_split_base_is_the_same_model(forks, tiny_base):
 
 
 def load_and_watch(tiny_base, base):
-    join()
-    load_llama(tiny_base, split=splitter(CPU))  # so that the libraries' own memory doesn't count
-    (model, _), peak = peak_anonymous(lambda: load_llama(base, split=splitter(CPU)))
+    init_distributed()
+    load_llama(tiny_base, split=fsdp_sharder(CPU))  # so that the libraries' own memory doesn't count
+    (model, _), peak = peak_anonymous(lambda: load_llama(base, split=fsdp_sharder(CPU)))
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak
 
 
@@ -405,7 +375,7 @@ def test_a_rank_ends_at_once(ranks, printed):
     """With what it has printed, and its exit code; a process alone ends as any other."""
     code = "import atexit, parallel; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
     result = subprocess.run(
-        [sys.executable, "-c", code + "parallel.finish(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code + "parallel.exit_rank(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (3, printed), result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import before_step, command, run, tensors_and_metrics
+from helpers import before_step, command, run, tensors_and_metrics
 
 import train
 from adapter import Adapter

@@ -8,10 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter, run
+from helpers import SEEING, make_adapter, make_vit, openai_names, run
 from PIL import Image
-from test_encoders import make_vit, openai_names
-from test_multimodal import SEEING
 
 import evaluate
 import tasks

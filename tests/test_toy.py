@@ -5,12 +5,12 @@ import re
 
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter
+from helpers import make_adapter
 
 import evaluate
-from toy import almanac as toy
 from adapter import Adapter
 from formats.bases import load_llama
+from toy import almanac as toy
 
 
 def words(*texts):

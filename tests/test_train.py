@@ -11,17 +11,17 @@ import time
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
+from helpers import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
 from safetensors.torch import load_file
 
 from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
-from formats.bases import load_llama
 from data import Tokens
+from formats.bases import load_llama
 from model import KVCache, compile_layers
+from train import CTRL_C, signals
 from training.prepare import split
 from training.runs import draw_curves, read_metrics
 from training.step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
-from train import CTRL_C, signals
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):

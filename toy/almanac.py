@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from adapter import replacing
+from runtime.files import atomic_write
 from formats.bases import meta_config
 from data import TEMPLATES, Example, SentencePieceTokenizer, Tokenizer
 from model import LLaMA
@@ -341,7 +341,7 @@ def make_base(seed: int = 0) -> Path:
         tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
         (folder / "params.json").write_text(json.dumps(PARAMS))
         model = pretrain(tokenizer, seed, TOKENS)
-        with replacing(weights) as temporary:
+        with atomic_write(weights) as temporary:
             torch.save(model.state_dict(), temporary)
     return folder
 
@@ -363,7 +363,7 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)
 

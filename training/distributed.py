@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model import LLaMA
 
 
-def started() -> tuple[int, int]:
+def launched_rank() -> tuple[int, int]:
     """Which of how many processes this is, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -28,38 +28,38 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join() -> None:
+def init_distributed() -> None:
     """Meet the other processes, if there are any. What lies on a GPU will go over NCCL, all else over gloo."""
-    if started()[1] > 1:
+    if launched_rank()[1] > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     """At an end that all ranks come to. After an error of one alone this would wait for the others, on a GPU."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def finish(code: int | None) -> NoReturn:
+def exit_rank(code: int | None) -> NoReturn:
     """End the process; under torchrun at once, without PyTorch's own clearing up.
 
     There threads of a group that was split over may outlive it, and now and then abort a process whose work is done.
     """
-    if started()[1] == 1:
+    if launched_rank()[1] == 1:
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code or 0)
 
 
-def own_device(name: str) -> str:
+def rank_device(name: str) -> str:
     """The device of this rank, where "auto" and "cuda" mean one for each. Raises ValueError at one for all."""
-    if world() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if world_size() == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return name
     if name not in ("auto", "cuda"):
         raise ValueError(f"--device {name}: of several processes each has its own; say cuda, cpu or auto")
@@ -71,29 +71,29 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-class Everywhere(ValueError):
+class AllRanksError(ValueError):
     """An error that all ranks raise, so that the first alone has to say it."""
 
 
-class Lost(Everywhere):
+class RankLostError(AllRanksError):
     """Another rank is gone."""
 
 
 @contextmanager
-def all_ranks():
-    """Raises Lost where PyTorch says that a rank is gone, in whatever words it has for it."""
+def detect_lost_ranks():
+    """Raises RankLostError where PyTorch says that a rank is gone, in whatever words it has for it."""
     try:
         yield
     except RuntimeError as error:
-        if world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
-            raise Lost(f"another rank has ended ({line_of(error)[:100]} ...)") from error
+        if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+            raise RankLostError(f"another rank has ended ({line_of(error)[:100]} ...)") from error
         raise
 
 
 @contextmanager
-def together():
+def sync_errors():
     """Where any rank meets an error of input or memory in this block, all of them raise it, at its end."""
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     line = None
@@ -101,11 +101,11 @@ def together():
         yield
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         line = line_of(error)
-    lines: list[str | None] = [None] * world()
+    lines: list[str | None] = [None] * world_size()
     dist.all_gather_object(lines, line)
     for number, line in enumerate(lines):
         if line is not None:
-            raise Everywhere(line if lines.count(line) == world() else f"rank {number}: {line}")
+            raise AllRanksError(line if lines.count(line) == world_size() else f"rank {number}: {line}")
 
 
 def line_of(error: Exception) -> str:
@@ -115,28 +115,28 @@ def line_of(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def from_first(read: Callable):
+def broadcast_from_rank0(read: Callable):
     """What `read` returns on the first rank, on every rank; it may raise OSError or ValueError."""
-    with together():
+    with sync_errors():
         value = [read() if rank() == 0 else None]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(value)
     return value[0]
 
 
-def highest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The highest that any rank has."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     tensor = torch.tensor(number)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place."""
-    if world() > 1:
-        highest(0)  # if a rank is gone, this says so, over gloo; NCCL would wait for it
+    if world_size() > 1:
+        all_reduce_max(0)  # if a rank is gone, this says so, over gloo; NCCL would wait for it
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -153,15 +153,15 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
     """
     if strategy == "auto":
         large = device.type == "cuda" and too_large(weights, torch.cuda.get_device_properties(device).total_memory)
-        strategy = "fsdp" if highest(int(world() > 1 and large)) else "ddp"
-    if strategy == "fsdp" and world() == 1:
+        strategy = "fsdp" if all_reduce_max(int(world_size() > 1 and large)) else "ddp"
+    if strategy == "fsdp" and world_size() == 1:
         raise ValueError("--strategy fsdp needs several processes: torchrun --nproc_per_node 8 train.py ...")
     if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, this is {torch.__version__}")
     return strategy
 
 
-def splitter(device: torch.device) -> Callable[[nn.Module], None]:
+def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
     """What `load_llama` is to do with every layer as soon as it is read, and with the model at the end.
 
     Embeddings, norm and output head, a few per cent of a large model, stay whole on every rank.
@@ -169,7 +169,7 @@ def splitter(device: torch.device) -> Callable[[nn.Module], None]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (world(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
 
     def split(module: nn.Module) -> None:
         if not isinstance(module, LLaMA):

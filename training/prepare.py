@@ -21,9 +21,9 @@ from adapter import Adapter
 from formats.bases import load_llama, read_base
 from data import Example, Tokenizer, Tokens, tokenize
 from formats.encoders import load_encoder, load_vit
-from model import compile_layers, fingerprint, hash_of, hold_in_8_bits, number_of_weights, prepare_to_compile
+from model import compile_layers, fingerprint, hash_of, quantize_int8, number_of_weights, prepare_to_compile
 from multimodal import DEPTHS, ImageAdapter, features_by, features_of, load_function, tower_fingerprint
-from training.distributed import Everywhere, choose_strategy, from_first, local_rank, rank, splitter, together
+from training.distributed import AllRanksError, choose_strategy, broadcast_from_rank0, local_rank, rank, fsdp_sharder, sync_errors
 from training.step import RESPONSES, Responses
 from tasks import read_task, with_images
 
@@ -91,8 +91,8 @@ def check_limits(options: dict, base: Path, layers: int, positions: float) -> No
 def check_ranks(options: dict) -> None:
     """Raise ValueError, on all ranks, where they have different options."""
     paths = ("out", "data", "base", "tower", "encoder", "images", "features")  # which may be others on another machine
-    theirs = from_first(lambda: {name: value for name, value in options.items() if name not in paths})
-    with together():
+    theirs = broadcast_from_rank0(lambda: {name: value for name, value in options.items() if name not in paths})
+    with sync_errors():
         for name, value in theirs.items():
             if options[name] != value:
                 raise ValueError(f"{name} is {options[name]} here, {value} on the first rank")
@@ -169,32 +169,32 @@ def prepare(
 
     Fills in the options that depend on the base. Raises OSError or ValueError.
     """
-    with together():
+    with sync_errors():
         check_warmup(options)
         if options["compile"]:
             prepare_to_compile(device, options["int8"])
         if options["base"] is None and local_rank() == 0:
             toy.make_base()  # one of a machine's ranks for all of them
-    with together():
+    with sync_errors():
         base = toy.make_base() if options["base"] is None else Path(options["base"])
         config, weights = read_base(base)
         check_limits(options, base, config.n_layers, config.max_seq_len or math.inf)
     size = number_of_weights(config) * dtype.itemsize
     options["strategy"] = choose_strategy(options["strategy"], size, device)
     if options["strategy"] == "fsdp" and (options["int8"] or options["compile"]):
-        raise Everywhere("--int8 and --compile need the base whole on every rank: --strategy ddp")
-    split_up = splitter(device) if options["strategy"] == "fsdp" else None
-    with together():
+        raise AllRanksError("--int8 and --compile need the base whole on every rank: --strategy ddp")
+    split_up = fsdp_sharder(device) if options["strategy"] == "fsdp" else None
+    with sync_errors():
         model, tokenizer = load_llama(base, dtype, device, split=split_up, opened=(config, weights))
         if options["int8"]:
-            hold_in_8_bits(model)
+            quantize_int8(model)
             options["checkpoint_activations"] = True
         if options["compile"]:
             compile_layers(model)
     options["base_fingerprint"] = fingerprint(model)
     check_ranks(options)
     features: list[torch.Tensor] = []
-    with together():
+    with sync_errors():
         if options["encoder"] is not None:
             features = features_by(pictures, load_function(options["encoder"]))
             options["features_hash"] = hash_of(features)
@@ -203,7 +203,7 @@ def prepare(
             options["tower_fingerprint"] = tower_fingerprint(tower)
             if local_rank() == 0:  # which keeps them for a machine's other ranks
                 features = features_of(pictures, tower, cache=options["features"])
-    with together():
+    with sync_errors():
         if pictures and options["encoder"] is None and local_rank() > 0:
             features = features_of(pictures, tower, cache=options["features"])
         tokens, cut = tokenize(tokenizer, examples, options["max_seq_len"], features)

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from adapter import Adapter, replacing
+from adapter import Adapter
+from runtime.files import atomic_write
 from formats.bases import first_line, load_pth, read_json
-from training.distributed import from_first, together
+from training.distributed import broadcast_from_rank0, sync_errors
 
 # Options in which a run and its resumption may differ.
 FREE = {
@@ -37,12 +38,12 @@ FREE = {
 }
 
 
-def bound(options: dict) -> dict:
+def fixed_options(options: dict) -> dict:
     """The options in which a run and its resumption must be the same."""
     return {name: value for name, value in options.items() if name not in FREE}
 
 
-def standing(out: Path, resume: str | None, options: dict) -> str:
+def run_state(out: Path, resume: str | None, options: dict) -> str:
     """How a run stands in its folder: "new", "begun" or "finished".
 
     Raises ValueError where --resume does not suit that, or the run that finished there had other options.
@@ -82,7 +83,7 @@ def trim_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         if [line["step"] for line in kept if "loss" in line] != list(range(1, step + 1)):
             raise ValueError(f"{path}: does not have every step up to {step}, where checkpoint.pt stands")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
@@ -121,11 +122,11 @@ def save_checkpoint(
         "progress": progress,
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "options": bound(options),
+        "options": fixed_options(options),
     }
     content = io.BytesIO()
     torch.save(state, content)
-    with replacing(out / "checkpoint.pt") as temporary:
+    with atomic_write(out / "checkpoint.pt") as temporary:
         temporary.write_bytes(content.getvalue())
 
 
@@ -134,8 +135,8 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
 
     Raises FileNotFoundError, or ValueError where the file is broken or of a run with other options.
     """
-    content = from_first(path.read_bytes)
-    with together():
+    content = broadcast_from_rank0(path.read_bytes)
+    with sync_errors():
         checkpoint = load_pth(path, content)
         check_options(checkpoint.get("options"), options, path)
         try:
@@ -150,7 +151,7 @@ def check_options(before: object, options: dict, path: Path) -> None:
     """Raise ValueError where a run that left `path` had other options than now."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not say the options of its run")
-    for name, value in bound(options).items():
+    for name, value in fixed_options(options).items():
         if before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
             raise ValueError(f"{was}: a resumed run cannot change it")
@@ -168,13 +169,13 @@ def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
     left.set_ylim(bottom=0)
     left.legend()
     draw_gates(right, adapter)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def draw_gates(axes: Axes, adapter: Adapter) -> None:
     """The gates as a picture of layers x heads, white where they are closed."""
-    gates = adapter.opening().detach().cpu()  # (L, H)
+    gates = adapter.gate_values().detach().cpu()  # (L, H)
     first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
     image = paint_gates(axes, gates.numpy(), first_layer, max(gates.abs().max().item(), 1e-6))
     axes.set(title="How far each gate is open")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapter import Adapter, Prompt
 from data import IGNORE, Batch, Tokens, micro_batches, response_tokens, shares
 from model import LLaMA
-from training.distributed import add_up, rank, world
+from training.distributed import all_reduce_sum, rank, world_size
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
@@ -135,7 +135,7 @@ def accumulate_gradient(
     """
     learnt = objective.learnt(examples)
     loss = torch.zeros((), device=next(adapter.parameters()).device)
-    parts = [objective.batches(share, max_tokens) for share in shares(examples, world())]
+    parts = [objective.batches(share, max_tokens) for share in shares(examples, world_size())]
     rounds, mine = max(map(len, parts)), parts[rank()]
     for batch in mine + [None] * (rounds - len(mine)):
         part = objective.loss_sum(model, adapter, batch, recompute) / learnt
@@ -144,7 +144,7 @@ def accumulate_gradient(
     for parameter in adapter.parameters():
         if parameter.grad is None:  # the projection's, where there was no image
             parameter.grad = torch.zeros_like(parameter)
-    add_up([loss, *(parameter.grad for parameter in adapter.parameters())])
+    all_reduce_sum([loss, *(parameter.grad for parameter in adapter.parameters())])
     return loss.item()
 
 
@@ -154,11 +154,11 @@ def mean_loss(
 ) -> float:
     """Mean loss over all that is learnt of the examples, the same to the last bit on any number of ranks."""
     batches = objective.batches(examples, max_tokens)
-    losses = torch.zeros(math.ceil(len(batches) / world()) * world(), device=next(adapter.parameters()).device)
+    losses = torch.zeros(math.ceil(len(batches) / world_size()) * world_size(), device=next(adapter.parameters()).device)
     batches += [None] * (len(losses) - len(batches))
-    for i in range(rank(), len(batches), world()):
+    for i in range(rank(), len(batches), world_size()):
         losses[i] = objective.loss_sum(model, adapter, batches[i])
-    add_up([losses])
+    all_reduce_sum([losses])
     return sum(losses.tolist()) / objective.learnt(examples)
 
 

@@ -1,0 +1,1 @@
+"""What others wrote to disk: base models, encoders, adapters, tokenizers."""

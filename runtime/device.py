@@ -1,0 +1,34 @@
+"""Where tensors live and in what dtype: decided here alone."""
+
+import sys
+
+import torch
+
+
+def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Of a base: a GPU in bfloat16 if there is one, else Apple's or a CPU in float32, unless something else is asked for.
+
+    Raises ValueError where this machine, or this PyTorch, has no such device.
+    """
+    torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
+    return torch.device(device), getattr(torch, dtype)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, elsewhere the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,257 @@
+"""Small models with open gates, names of others' weights, runs of train.py in processes, and where the real data is."""
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from adapter import Adapter
+from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
+from model import Config, LLaMA
+from training.runs import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DATA = Path(os.environ.get("LLAMA_ADAPTER_DATA", ROOT.parent / "shared" / "data"))
+
+CONFIGS = {
+    "mha": Config(32, 3, 4, 4, 8, 48, 50),
+    "gqa": Config(32, 3, 4, 2, 8, 48, 50),
+    "mqa": Config(32, 3, 4, 1, 8, 48, 50),
+    "wide": Config(32, 3, 4, 2, 12, 48, 50),
+}
+
+
+def make_model(config="gqa", seed=0, **options):
+    """A frozen random LLaMA whose layers all matter: untrained weights of order one."""
+    torch.manual_seed(seed)
+    model = LLaMA(CONFIGS.get(config, config), **options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
+    return model.requires_grad_(False)
+
+
+def make_adapter(model, layers=2, length=5, seed=1, gates=True):
+    """An adapter with its gates open, half of them the wrong way: gate zero hides every bug."""
+    config = model.config
+    adapter = Adapter(
+        layers=layers,
+        length=length,
+        dim=config.dim,
+        heads=config.n_heads,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if gates:
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed + 1))
+    return adapter
+
+
+def make_tokens(model, *shape, seed=2):
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def copy_base(source, target, **changes):
+    """The same base in another folder, params.json changed; None takes a field away."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    params = json.loads((target / "params.json").read_text()) | changes
+    (target / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not None}))
+    return target
+
+
+def run(*args):
+    """train.py, in this process."""
+    import train
+
+    return CliRunner().invoke(train.main, [str(arg) for arg in args])
+
+
+def command(args, spoil=None):
+    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
+    torch.set_num_threads(1)
+    if spoil is not None:
+        spoil(int(os.environ.get("RANK", 0)))
+    result = run(*args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def before_step(n, act):
+    """train.update, which calls act() before the n-th step from now."""
+    import train
+
+    update, calls = train.update, []
+
+    def acting(*arguments):
+        calls.append(1)
+        if len(calls) == n:
+            act()
+        return update(*arguments)
+
+    return acting
+
+
+def tensors_and_metrics(out):
+    """What a run left, all but the clock."""
+    lines = [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
+    tensors = {name: tensor.tolist() for name, tensor in load_file(out / "adapter.safetensors").items()}
+    return tensors, lines
+
+
+def split_for_parallel(weights, n, vocabulary_first):
+    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
+    shards = [{} for _ in range(n)]
+    for name, tensor in weights.items():
+        by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
+        whole = tensor.dim() == 1
+        for i, shard in enumerate(shards):
+            shard[name] = tensor if whole else tensor.chunk(n, dim=1 if by_columns else 0)[i].clone()
+    return shards
+
+
+def peak_anonymous(act):
+    """What act() returns, and by how many bytes the process grew meanwhile, at most: without pages of mapped files."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("reads /proc")
+
+    def anonymous():
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before, seen, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            seen.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = act()
+    done.set()
+    thread.join()
+    return result, max(seen) - before
+
+
+SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
+
+
+def make_vit(config=SMALL, seed=0, **options):
+    """Frozen, random, with norms and biases that matter."""
+    torch.manual_seed(seed)
+    model = ViT(config, **options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.requires_grad_(False)
+
+
+def make_images(number=2, size=24):
+    return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def openai_names(model):
+    """OpenAI's state dict of a tower of ours, and a tensor of the text tower."""
+    weights = dict(model.named_parameters())
+    named = {
+        "class_embedding": weights["class_embedding"],
+        "positional_embedding": weights["positions"],
+        "conv1.weight": weights["patch_embedding.weight"],
+        "proj": torch.zeros(model.config.dim, 5),
+    }
+    for kind in ("weight", "bias"):
+        named |= {f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"], f"ln_post.{kind}": weights[f"norm.{kind}"]}
+        for i in range(model.config.n_layers):
+            ours, theirs = f"layers.{i}", f"transformer.resblocks.{i}"
+            three = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]
+            named[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(three)
+            for a, b in (
+                ("attention.wo", "attn.out_proj"), ("attention_norm", "ln_1"), ("ffn_norm", "ln_2"),
+                ("w1", "mlp.c_fc"), ("w2", "mlp.c_proj"),
+            ):  # fmt: skip
+                named[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
+    return {f"visual.{name}": tensor for name, tensor in named.items()} | {"ln_final.weight": torch.ones(4)}
+
+
+def vary(model):
+    """Weights of order one, norms and biases that matter."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.2)
+    return model.eval()
+
+
+def timm_names(model, head):
+    """timm's state dict of a vision transformer of ours; its heads are 64 wide."""
+    weights = dict(model.named_parameters())
+    tensors = {
+        "cls_token": weights["class_embedding"][None, None],
+        "pos_embed": weights["positions"][None],
+        "head.weight": head[0].weight, "head.bias": head[0].bias,
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        tensors |= {
+            f"patch_embed.proj.{kind}": weights[f"patch_embedding.{kind}"],
+            f"norm.{kind}": weights[f"norm.{kind}"],
+        }
+        for i in range(model.config.n_layers):
+            ours, theirs = f"layers.{i}", f"blocks.{i}"
+            tensors[f"{theirs}.attn.qkv.{kind}"] = torch.cat(
+                [weights[f"{ours}.attention.{x}.{kind}"] for x in ("wq", "wk", "wv")]
+            )
+            for a, b in (("attention.wo", "attn.proj"), ("attention_norm", "norm1"), ("ffn_norm", "norm2"),
+                         ("w1", "mlp.fc1"), ("w2", "mlp.fc2")):  # fmt: skip
+                tensors[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def make_roberta(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Roberta(RobertaConfig(60, 20, 32, 3, 4, 48), **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.3)
+    return model.requires_grad_(False)
+
+
+SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def begin(rank, world, port, results, target, args):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    results.put((rank, target(*args)))
+
+
+class Ranks:
+    """What torchrun does: `world` processes that run target(*args); `results` has what they return, by rank."""
+
+    def __init__(self, forks, world, target, *args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.queue = forks.Queue()
+        every = [(rank, world, port, self.queue, target, args) for rank in range(world)]
+        self.processes = [forks.Process(target=begin, args=each) for each in every]
+        for process in self.processes:
+            process.start()
+
+    def results(self, expected=None, timeout=60):
+        number = len(self.processes) if expected is None else expected
+        results = dict(self.queue.get(timeout=timeout) for _ in range(number))
+        for process in self.processes:
+            process.join(timeout)
+            assert process.exitcode is not None, "a rank hangs"
+        return [results.get(rank) for rank in range(len(self.processes))]
