@@ -24,76 +24,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from adapter import Adapter
-from data import check_text, read_records, read_text, read_value
-from encoders.models import HEAD_ACTIVATIONS, Roberta, ViT, ViTConfig, make_head
-from model import hash_of
-from multimodal import open_image
+from data import check_text, read_records
+from encoders.heads import HeadAdapter
+from encoders.media import open_image
+from encoders.roberta import Roberta
+from encoders.vit import ViT, ViTConfig
+from runtime.files import read_json, read_text
+from runtime.fingerprints import hash_tensors
 
 TASKS = ("image-classification", "text-classification", "question-answering")
-
-
-class HeadAdapter(Adapter):
-    """An Adapter with a head for an encoder: linear layers of these widths, from C to the number of classes."""
-
-    def __init__(
-        self,
-        *,
-        widths: Sequence[int],
-        head_activation: str = "tanh",
-        generator: torch.Generator | None = None,
-        **shape,
-    ):
-        super().__init__(generator=generator, **shape)
-        self.head = make_head(widths, head_activation, generator)
-        self.metadata["head_activation"] = head_activation
-
-    @classmethod
-    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
-        weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
-        if not weights or any(weight.dim() != 2 for weight in weights):
-            raise ValueError("has no head: it is not an adapter for an encoder")
-        widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
-        if widths[0] != tensors["prompts"].shape[2]:
-            raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
-        if activation not in HEAD_ACTIVATIONS:
-            raise ValueError(f"head_activation {activation!r} is none of {list(HEAD_ACTIVATIONS)}")
-        return {"widths": widths, "head_activation": activation}
-
-
-def head_adapter(
-    model: ViT | Roberta,
-    own_head: nn.Sequential | None,
-    outputs: int,
-    *,
-    layers: int,
-    length: int,
-    generator: torch.Generator | None = None,
-) -> HeadAdapter:
-    """An adapter for an encoder, its gates closed; its head is the encoder's own where that has as many outputs."""
-    C, own = model.config.dim, own_head if own_head is not None and own_head[-1].out_features == outputs else None
-    adapter = HeadAdapter(
-        layers=layers,
-        length=length,
-        dim=C,
-        heads=model.config.n_heads,
-        widths=[C, outputs] if own is None else [C, *(linear.out_features for linear in own[::2])],
-        head_activation="tanh" if own is None else activation_of(own),
-        generator=generator,
-    )
-    if own is not None:
-        adapter.head.load_state_dict(own.state_dict())
-    return adapter.to(next(model.parameters()).device)
 
 
 def suits(head: nn.Sequential | None, task: str) -> bool:
     """Whether a head that an encoder came with is one for the task: RoBERTa's for sentences has two linear layers."""
     return head is not None and (task == "image-classification" or (len(head) == 1) == (task == "question-answering"))
-
-
-def activation_of(head: nn.Sequential) -> str:
-    """By its name in `encoders.HEAD_ACTIVATIONS`."""
-    return next((name for name, kind in HEAD_ACTIVATIONS.items() if len(head) > 1 and type(head[1]) is kind), "tanh")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -186,7 +130,7 @@ def read_squad(path: Path) -> list[Question]:
 
     Raises OSError, or ValueError that names the question.
     """
-    values = read_value(path)
+    values = read_json(path)
     try:
         paragraphs = [paragraph for article in values["data"] for paragraph in article["paragraphs"]]
         found = [
@@ -265,11 +209,11 @@ class RobertaTokenizer:
     def roberta_ids(folder: Path, ranks: dict[bytes, int], letters: dict[str, int]) -> dict[int, int]:
         """RoBERTa's id of every rank."""
         if (folder / "vocab.json").is_file():
-            vocabulary = read_value(folder / "vocab.json")
+            vocabulary = read_json(folder / "vocab.json")
             tokens = {token: id for token, id in vocabulary.items() if all(letter in letters for letter in token)}
             as_bytes = {bytes(letters[letter] for letter in token): id for token, id in tokens.items()}
             return {rank: as_bytes[token] for token, rank in ranks.items()}
-        theirs = read_value(folder / "encoder.json").values()  # GPT-2's ids, which are the ranks, and <|endoftext|>'s
+        theirs = read_json(folder / "encoder.json").values()  # GPT-2's ids, which are the ranks, and <|endoftext|>'s
         lines = [line.split(" ")[0] for line in read_text(folder / "dict.txt").splitlines()[: len(theirs)]]
         return {int(number): 4 + i for i, number in enumerate(lines) if number.isdecimal()}
 
@@ -365,7 +309,7 @@ def tokenizer_for(model: Roberta, base: Path) -> RobertaTokenizer:
 
 def fingerprint(model: ViT | Roberta) -> str:
     """A hash of a few weights."""
-    return hash_of([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
+    return hash_tensors([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
 
 
 def check_task(task: str, model: ViT | Roberta, base: Path) -> None:

@@ -1,1 +1,1 @@
-"""Frozen encoders: ViT, of which CLIP's vision tower is one, and RoBERTa; pictures, videos and sounds made ready."""
+"""Frozen encoders, ViT and RoBERTa; heads on top of them; pictures and videos made ready for them."""

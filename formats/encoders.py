@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from runtime.files import atomic_write
 from formats.bases import check_dense, copy, filled, load_pth, named, open_shards, read_json
-from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig, make_head
+from encoders.heads import make_head
+from encoders.roberta import Roberta, RobertaConfig
+from encoders.vit import ViT, ViTConfig
 
 # Our names, part by part, and theirs.
 CLIP = {

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from adapter import Adapter
-from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
+from encoders.roberta import Roberta, RobertaConfig
+from encoders.vit import ViT, ViTConfig
 from model import Config, LLaMA
 from training.runs import read_metrics
 

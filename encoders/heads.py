@@ -1,0 +1,81 @@
+"""Heads on top of frozen encoders, and the adapter with one (section 3.4 of the paper). Notation as in adapter.py."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adapter import Adapter
+from encoders.roberta import Roberta
+from encoders.vit import ViT
+
+HEAD_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
+
+
+def make_head(widths: Sequence[int], activation: str, generator: torch.Generator | None = None) -> nn.Sequential:
+    """Linear layers from the width of an encoder to the number of classes, with an activation between any two."""
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:]):
+        linear = nn.Linear(before, after)
+        for parameter in (linear.weight, linear.bias):
+            nn.init.uniform_(parameter, -(before**-0.5), before**-0.5, generator=generator)
+        layers += [linear, HEAD_ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+class HeadAdapter(Adapter):
+    """An Adapter with a head for an encoder: linear layers of these widths, from C to the number of classes."""
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        head_activation: str = "tanh",
+        generator: torch.Generator | None = None,
+        **shape,
+    ):
+        super().__init__(generator=generator, **shape)
+        self.head = make_head(widths, head_activation, generator)
+        self.metadata["head_activation"] = head_activation
+
+    @classmethod
+    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+        weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
+        if not weights or any(weight.dim() != 2 for weight in weights):
+            raise ValueError("has no head: it is not an adapter for an encoder")
+        widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
+        if widths[0] != tensors["prompts"].shape[2]:
+            raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
+        if activation not in HEAD_ACTIVATIONS:
+            raise ValueError(f"head_activation {activation!r} is none of {list(HEAD_ACTIVATIONS)}")
+        return {"widths": widths, "head_activation": activation}
+
+
+def head_adapter(
+    model: ViT | Roberta,
+    own_head: nn.Sequential | None,
+    outputs: int,
+    *,
+    layers: int,
+    length: int,
+    generator: torch.Generator | None = None,
+) -> HeadAdapter:
+    """An adapter for an encoder, its gates closed; its head is the encoder's own where that has as many outputs."""
+    C, own = model.config.dim, own_head if own_head is not None and own_head[-1].out_features == outputs else None
+    adapter = HeadAdapter(
+        layers=layers,
+        length=length,
+        dim=C,
+        heads=model.config.n_heads,
+        widths=[C, outputs] if own is None else [C, *(linear.out_features for linear in own[::2])],
+        head_activation="tanh" if own is None else activation_of(own),
+        generator=generator,
+    )
+    if own is not None:
+        adapter.head.load_state_dict(own.state_dict())
+    return adapter.to(next(model.parameters()).device)
+
+
+def activation_of(head: nn.Sequential) -> str:
+    """By its name in `HEAD_ACTIVATIONS`."""
+    return next((name for name, kind in HEAD_ACTIVATIONS.items() if len(head) > 1 and type(head[1]) is kind), "tanh")

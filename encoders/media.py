@@ -1,0 +1,107 @@
+"""Pictures and videos opened, and made ready for a vision transformer."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from encoders.vit import ViTConfig
+from runtime.files import require_file
+
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+FRAMES = 8  # of a video
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture in RGB, the right way up. Raises FileNotFoundError, or ValueError that says what is wrong with it."""
+    require_file(path, "image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: is not an image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # whatever a broken file makes a decoder meet
+        raise ValueError(f"{path}: is a broken image: {error}") from None
+    return showing(image, path)
+
+
+def showing(image: Image.Image, path: str | Path) -> Image.Image:
+    """The image; raises ValueError where it is a mere dot or thread."""
+    width, height = image.size
+    if min(image.size) < 2 or max(image.size) > 100 * min(image.size):
+        raise ValueError(f"{path}: {width} x {height} pixels show nothing")
+    return image
+
+
+def open_video(path: str | Path, number: int = FRAMES) -> list[Image.Image]:
+    """So many frames in RGB, evenly spread over a video, or all that it has. Raises FileNotFoundError or ValueError."""
+    require_file(path, "image")
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
+    try:
+        with av.open(str(path)) as file:
+            stream = file.streams.video[0]
+            total = stream.frames or sum(1 for _ in file.decode(stream))  # not all formats say how many they have
+            file.seek(0)
+            wanted = {(2 * i + 1) * total // (2 * number) for i in range(number)}
+            frames = [frame.to_image() for i, frame in enumerate(file.decode(stream)) if i in wanted]
+    except Exception as error:  # whatever a broken file makes a decoder meet
+        raise ValueError(f"{path}: is a broken video, or none: {error}") from None
+    if not frames:
+        raise ValueError(f"{path}: has no frames")
+    return [showing(frame, path) for frame in frames]
+
+
+def frames_of(path: str | Path) -> list[Image.Image]:
+    """What there is to see: a video's frames, or a picture. Raises FileNotFoundError or ValueError."""
+    return open_video(path) if Path(path).suffix.lower() in VIDEOS else [open_image(path)]
+
+
+def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
+    """As CLIP does it: the short side to S pixels, the middle S of the long one, bicubic, normalised; (3, S, S)."""
+    S, short = config.image_size, min(image.size)
+    width, height = (S * side // short for side in image.size)
+    left, top = (width - S) // 2, (height - S) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return normalised(image.crop((left, top, left + S, top + S)), config)
+
+
+def preprocess_whole(image: Image.Image, config: ViTConfig) -> Tensor:
+    """As other vision transformers take it: all of it squeezed to S x S pixels, bilinear, normalised; (c, S, S)."""
+    image = image.convert("L" if config.channels == 1 else "RGB")
+    return normalised(image.resize((config.image_size, config.image_size), Image.Resampling.BILINEAR), config)
+
+
+def normalised(image: Image.Image, config: ViTConfig) -> Tensor:
+    """Of S x S pixels in [0, 255], with the mean and the deviation that the encoder was trained with; (c, S, S)."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(*image.size, config.channels) / 255
+    return ((pixels - torch.tensor(config.mean)) / torch.tensor(config.std)).permute(2, 0, 1)
+
+
+def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Path]:
+    """The files among them, and the pictures and videos (or all files) in folders among them, by name.
+
+    Raises OSError or ValueError where there are none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            readable = VIDEOS | set(Image.registered_extensions())
+            inside = [file for file in sorted(path.iterdir()) if of_any_kind or file.suffix.lower() in readable]
+            inside = list(filter(Path.is_file, inside))
+            if not inside:
+                raise ValueError(f"{path}: holds no images")
+            found += inside
+        else:
+            found.append(require_file(path, "image"))
+    return found
