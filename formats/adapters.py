@@ -1,0 +1,214 @@
+"""Adapter files, ours and those of others.
+
+The published implementations compute the same attention and differ in their files and in the gate:
+
+- the authors' release: one .pth, `adapter_query.weight` (L*K, C) and a gate per head in every layer. Their training
+  code puts tanh around the gate, their published inference code does not;
+- lit-llama and litgpt: one .pth, `adapter_wte` and `gating_factor` per adapted layer, the gate as it is; older files
+  have one gate for all heads;
+- PEFT's AdaptionPrompt: a folder, one gate a layer, as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapter import Adapter
+from encoders.heads import HeadAdapter
+from formats.tensors import check_dense, load_pth, named, open_tensors
+from multimodal import ImageAdapter
+from runtime.files import atomic_write, read_json_object, require_file, write_json
+
+
+def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tanh", length: int = 10) -> Adapter:
+    """An adapter of ours or of anybody; what lies at `path` tells whose.
+
+    `heads` is the base's H, needed where a file has one gate for all of them. `gate` and `length` are what the authors'
+    files leave unsaid: their activation and K. Raises FileNotFoundError or ValueError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = peft_weights(path)
+        tensors = {name: fetch() for name, fetch in open_tensors(path).items()}
+    elif not is_pickle(require_file(path, "adapter file")):
+        return adapter_class(path).load(path)
+    else:
+        tensors = load_pth(path)
+        tensors = tensors.get("model", tensors)  # litgpt's are one level down
+        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+            raise ValueError(f"{path}: not a file of tensors by name")
+    with named(path):
+        layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
+        if layers is None:
+            raise ValueError(f"an adapter of no kind known; it holds {', '.join(sorted(tensors)[:3])} ...")
+        adapter = from_layers(layers, heads)
+    adapter.metadata["imported_from"] = f"{layers.origin}: {path.name}"
+    return adapter
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether the file begins as torch.save writes it, or wrote it before PyTorch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+
+
+def adapter_class(path: Path) -> type[Adapter]:
+    """For words, for images, or for an encoder: what tensors a file of ours has beside prompts and gates."""
+    classes = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
+    try:
+        with safe_open(path, "pt") as file:
+            return next((classes[name] for name in classes if name in file.keys()), Adapter)
+    except SafetensorError:
+        return Adapter  # which will say what is wrong
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files of others
+
+
+class LayerTensors(NamedTuple):
+    """What a file of others has, by layer of the base."""
+
+    origin: str
+    prompts: dict[int, Tensor]  # (K, C) each
+    gates: dict[int, Tensor]  # H values each, or 1 for all heads
+    gate_activation: str
+
+
+def read_authors(tensors: Mapping[str, Tensor], gate: str, length: int) -> LayerTensors | None:
+    """None where the tensors are not by the names of the authors' release. Raises ValueError."""
+    query = tensors.get("adapter_query.weight")
+    if query is None:
+        return None
+    shape = tuple(getattr(query, "shape", ()))
+    if getattr(query, "layout", None) != torch.strided or len(shape) != 2 or shape[0] == 0 or shape[0] % length:
+        raise ValueError(f"adapter_query.weight {shape} is no whole number of layers of {length} prompts each")
+    gates = by_layer(tensors, r"layers\.(\d+)\.attention\.gate")
+    layers = len(query) // length
+    if len(gates) < layers:
+        raise ValueError(f"has prompts for {layers} layers of {length} each, but gates for {len(gates)}")
+    topmost = sorted(gates)[-layers:]
+    prompts = dict(zip(topmost, query.split(length)))
+    return LayerTensors("the authors' release", prompts, {i: gates[i] for i in topmost}, gate)
+
+
+def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
+    """None where the tensors are not by lit-llama's names."""
+    prompts = by_layer(tensors, r"transformer\.h\.(\d+)\.attn\.adapter_wte\.weight")
+    gates = by_layer(tensors, r"transformer\.h\.(\d+)\.attn\.gating_factor")
+    return LayerTensors("lit-llama or litgpt", prompts, gates, "identity") if prompts else None
+
+
+def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
+    """None where the tensors are not by PEFT's names. Raises ValueError."""
+    prompts = by_layer(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_prompt")
+    gates = by_layer(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
+    for i, prompt in prompts.items():
+        if not isinstance(prompt, Tensor) or prompt.dim() != 3 or len(prompt) != 1:
+            raise ValueError(f"the prompt of layer {i} is {tuple(getattr(prompt, 'shape', ()))}, not (1, K, C)")
+    prompts = {i: prompt[0] for i, prompt in prompts.items()}
+    return LayerTensors("PEFT", prompts, gates, "identity") if prompts else None
+
+
+def by_layer(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
+    """Those whose name has the pattern, by the number in it."""
+    matches = {name: re.fullmatch(pattern, name) for name in tensors}
+    return {int(match[1]): tensors[name] for name, match in matches.items() if match and match[1] == str(int(match[1]))}
+
+
+def from_layers(layers: LayerTensors, heads: int | None) -> Adapter:
+    """Raises ValueError where prompts and gates don't fit each other, or the base's number of heads."""
+    _, prompts, gates, activation = layers
+    numbers = sorted(prompts)
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers != sorted(gates):
+        raise ValueError(f"has prompts for layers {numbers} and gates for layers {sorted(gates)}")
+    for i in numbers:
+        try:
+            for tensor in (prompts[i], gates[i]):
+                check_dense(tensor)
+                if not tensor.float().isfinite().all():
+                    raise ValueError("holds values that are not finite")
+        except ValueError as error:
+            raise ValueError(f"layer {i}: {error}") from None
+        if prompts[i].dim() != 2 or 0 in prompts[i].shape or prompts[i].shape != prompts[numbers[0]].shape:
+            shapes = f"{tuple(prompts[i].shape)} in layer {i}, {tuple(prompts[numbers[0]].shape)} in layer {numbers[0]}"
+            raise ValueError(f"prompts are {shapes}, not (K, C) in all")
+    widths = {gates[i].numel() for i in numbers}
+    if widths == {1} and heads is None:
+        raise ValueError("has one gate for all heads; how many has the base? say --heads, or --base to generate.py")
+    heads = heads or max(widths)
+    if not widths <= {1, heads} or 0 in widths:
+        raise ValueError(f"layers have {sorted(widths)} gates, the base has {heads} heads")
+    length, dim = prompts[numbers[0]].shape
+    adapter = Adapter(layers=len(numbers), length=length, dim=dim, heads=heads, gate_activation=activation)
+    with torch.no_grad():
+        adapter.prompts.copy_(torch.stack([prompts[i].float() for i in numbers]))
+        adapter.gates.copy_(torch.stack([gates[i].float().flatten().expand(heads) for i in numbers]))
+    adapter.metadata["base_layers"] = str(numbers[-1] + 1)
+    return adapter
+
+
+def describe_reading(adapter: Adapter) -> str:
+    """In a line, how a file of others was understood: what it leaves unsaid may be wrong."""
+    layers, length, dim = adapter.prompts.shape
+    origin = adapter.metadata.get("imported_from", "an adapter of ours")
+    return f"{origin}: read as {layers} layers of {length} prompts of width {dim}, gates with {adapter.gate_activation}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# PEFT's folder
+
+
+def peft_weights(folder: Path) -> Path:
+    """The file of tensors. Raises FileNotFoundError or ValueError where the folder is not of an AdaptionPrompt."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: no such file, so {folder} is no adapter of PEFT's")
+    try:
+        kind = read_json_object(config)["peft_type"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{config}: not JSON with a peft_type") from None
+    if kind != "ADAPTION_PROMPT":
+        raise ValueError(f"{config}: peft_type is {kind!r}, not 'ADAPTION_PROMPT'")
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: has neither adapter_model.safetensors nor adapter_model.bin")
+
+
+def write_peft(adapter: Adapter, folder: Path) -> None:
+    """A folder that PEFT loads. Raises ValueError where the gates of a layer differ: PEFT has one for all heads."""
+    gates = adapter.gate_values().detach()  # (L, H); PEFT has no tanh
+    for i, row in enumerate(gates):
+        if (row != row[0]).any():
+            spread = f"the gates of adapted layer {i + 1} are from {row.min():.4f} to {row.max():.4f}"
+            raise ValueError(
+                f"{spread}; PEFT has one gate for all heads of a layer, so nothing there would be the same"
+            )
+    if "base_layers" not in adapter.metadata:
+        raise ValueError("the adapter's file does not say how many layers its base has")
+    layers, length = adapter.prompts.shape[:2]
+    first = int(adapter.metadata["base_layers"]) - layers
+    tensors = {}
+    for i in range(layers):
+        place = f"base_model.model.model.layers.{first + i}.self_attn"
+        tensors[f"{place}.adaption_prompt"] = adapter.prompts[i].detach()[None].clone()  # (1, K, C)
+        tensors[f"{place}.adaption_gate"] = gates[i, :1].clone()
+    config = {
+        "peft_type": "ADAPTION_PROMPT",
+        "task_type": "CAUSAL_LM",
+        "target_modules": "self_attn",
+        "adapter_len": length,
+        "adapter_layers": layers,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+    write_json(folder / "adapter_config.json", config, indent=2)

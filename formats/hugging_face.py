@@ -1,0 +1,114 @@
+"""Hugging Face's layout of a LLaMA, LlamaForCausalLM: config.json, and model*.safetensors or pytorch_model*.bin."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from formats.tensors import Weights, check_dense, copy, named, open_shards
+from model import Config, RopeScaling
+from runtime.files import read_json_object
+
+TOLD_BY = "config.json"
+
+# Meta's names of the modules with weights, and Hugging Face's; {} is the number of a layer.
+TO_HUGGING_FACE = {
+    "tok_embeddings": "model.embed_tokens",
+    "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.feed_forward.w1": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.feed_forward.w2": "model.layers.{}.mlp.down_proj",
+    "layers.{}.feed_forward.w3": "model.layers.{}.mlp.up_proj",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
+ROTATED = (".wq.weight", ".wk.weight")  # a rotated pair: rows i and i + D/2 of a head there, 2i and 2i + 1 at Meta's
+
+
+def translated(name: str, modules: Mapping[str, str]) -> str:
+    """The name of a weight in the other layout; one that is in neither stays as it is."""
+    numbers = re.findall(r"layers\.(\d+)\.", name)
+    module = modules.get(re.sub(r"layers\.\d+\.", "layers.{}.", name).removesuffix(".weight"))
+    return f"{module.replace('{}', ''.join(numbers))}.weight" if module and name.endswith(".weight") else name
+
+
+def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The weights of a LLaMA as LlamaForCausalLM's."""
+    weights = {}
+    for name, weight in state_dict.items():
+        if name.endswith(ROTATED):
+            weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        weights[translated(name, TO_HUGGING_FACE)] = weight
+    return weights
+
+
+def matches(path: Path) -> bool:
+    return (path / TOLD_BY).exists() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
+
+
+def read(folder: Path) -> tuple[Config, Weights]:
+    """Raises OSError, or ValueError at what a LLaMA does not have."""
+    values = read_json_object(folder / TOLD_BY)
+    with named(folder / TOLD_BY):
+        config = hugging_face_config(values)
+
+    def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor) -> None:
+        source = fetch()
+        check_dense(source)
+        if rotated and source.shape == target.shape:
+            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+            target = target.unflatten(0, (-1, config.head_dim // 2, 2))
+        copy(source, target)
+
+    weights: Weights = {}
+    for name, fetch in open_shards(folder).items():
+        if not name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_cos_sin computes
+            name = translated(name, TO_META)
+            weights[name] = partial(fill, fetch, name.endswith(ROTATED))
+    if values.get("tie_word_embeddings") and "tok_embeddings.weight" in weights:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    return config, weights
+
+
+def hugging_face_config(values: dict) -> Config:
+    """Of config.json. Raises KeyError, or ValueError at an architecture other than LLaMA's."""
+    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for name, value in (only | {"quantization_config": None}).items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}")
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(*(rope[name] for name in fields))
+    elif kind != "default":
+        raise ValueError(f"rope_type is {kind!r}; only 'default' and 'llama3' are supported")
+    dim, n_heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        try:
+            head_dim = dim // n_heads
+        except (TypeError, ZeroDivisionError):
+            raise ValueError(f"hidden_size {dim!r} and num_attention_heads {n_heads!r} make no model") from None
+    return Config(
+        dim=dim,
+        n_layers=values["num_hidden_layers"],
+        n_heads=n_heads,
+        n_kv_heads=n_heads if values.get("num_key_value_heads") is None else values["num_key_value_heads"],
+        head_dim=head_dim,
+        hidden_dim=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        rope_scaling=scaling,
+        max_seq_len=values.get("max_position_embeddings"),
+    )

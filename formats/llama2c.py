@@ -1,0 +1,86 @@
+"""llama2.c's float32 .bin: a header of integers, then every tensor in a fixed order, each stacked over the layers."""
+
+import struct
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from formats.tensors import Weights, copy
+from model import Config
+
+TOLD_BY = "one llama2.c .bin"
+
+
+def matches(path: Path) -> bool:
+    """A file of any name, for the older of its two layouts begins with nothing to know it by; or the folder of one."""
+    return path.is_file() or len(list(path.glob("*.bin"))) == 1
+
+
+def read(path: Path) -> tuple[Config, Weights]:
+    """Raises ValueError where the header, or the size that follows from it, is not that of such a file."""
+    file = path if path.is_file() else next(path.glob("*.bin"))
+    config, start, modern, tied = read_header(file)
+    floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
+    stacked, place = {}, 0
+    for name, shape in layout(config, modern, tied).items():
+        stacked[name] = torch.from_numpy(floats[place : place + prod(shape)]).view(shape)
+        place += prod(shape)
+
+    weights: Weights = {}
+    for name, tensor in stacked.items():
+        if name.startswith("layers."):
+            _, module = name.split(".", 1)
+            weights |= {f"layers.{i}.{module}.weight": partial(copy, tensor[i]) for i in range(config.n_layers)}
+        elif not name.startswith("rope."):
+            weights[f"{name}.weight"] = partial(copy, tensor)
+    if tied:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    return config, weights
+
+
+def read_header(file: Path) -> tuple[Config, int, bool, bool]:
+    """The shape, the byte where the tensors begin, whether it is the newer layout, and whether the head is tied."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        raw = opened.read(256)
+    modern = raw[:4] == b"24ka"  # "ak42", little-endian
+    start = 256 if modern else 28
+    if size < start:
+        raise ValueError(f"{file}: {size} bytes are not a llama2.c checkpoint")
+    version = struct.unpack("<i", raw[4:8])[0]
+    if modern and version != 1:
+        raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
+    header = struct.unpack("<7i", raw[8:36] if modern else raw[:28])
+    C, hidden, N, H, Hkv, V, max_seq_len = header
+    tied = bool(raw[36]) if modern else V > 0
+    try:
+        config = Config(C, N, H, Hkv, C // H, hidden, abs(V), max_seq_len=max_seq_len)
+        if C % H:
+            raise ValueError(f"width {C}, {H} heads")
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: not a llama2.c checkpoint (its header reads {header}: {error})") from None
+    expected = start + 4 * sum(map(prod, layout(config, modern, tied).values()))
+    if size != expected:
+        raise ValueError(f"{file}: {size} bytes, but its header asks for {expected}")
+    return config, start, modern, tied
+
+
+def layout(config: Config, modern: bool, tied: bool) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors, in the order of the file."""
+    C, N, D, hidden, V = config.dim, config.n_layers, config.head_dim, config.hidden_dim, config.vocab_size
+    kv = config.n_kv_heads * D
+    attention_norm, ffn_norm = {"layers.attention_norm": (N, C)}, {"layers.ffn_norm": (N, C)}
+    attention = {"wq": (N, C, C), "wk": (N, kv, C), "wv": (N, kv, C), "wo": (N, C, C)}
+    attention = {f"layers.attention.{name}": shape for name, shape in attention.items()}
+    mlp = {"w1": (N, hidden, C), "w2": (N, C, hidden), "w3": (N, hidden, C)}
+    mlp = {f"layers.feed_forward.{name}": shape for name, shape in mlp.items()}
+    embeddings, norm = {"tok_embeddings": (V, C)}, {"norm": (C,)}
+    if modern:
+        shapes = attention_norm | ffn_norm | norm | embeddings | attention | mlp
+    else:
+        tables = {"rope.cos": (config.max_seq_len, D // 2), "rope.sin": (config.max_seq_len, D // 2)}
+        shapes = embeddings | attention_norm | attention | ffn_norm | mlp | norm | tables
+    return shapes if tied else shapes | {"output": (V, C)}

@@ -1,0 +1,104 @@
+"""Meta's layout of a LLaMA: params.json, consolidated.00.pth and, of larger models, further ones."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from formats.tensors import Weights, check_dense, copy, load_pth, named
+from model import Config, RopeScaling
+from runtime.files import read_json_object
+
+TOLD_BY = "params.json"
+
+
+def matches(path: Path) -> bool:
+    return (path / TOLD_BY).exists() or any(path.glob("consolidated.*.pth"))
+
+
+def read(folder: Path) -> tuple[Config, Weights]:
+    """Each of n files has a part of every weight, as the model ran on n GPUs in parallel. Raises OSError, ValueError."""
+    params = read_json_object(folder / TOLD_BY)
+    files = sorted(folder.glob("consolidated.*.pth"))
+    names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]
+    if [file.name for file in files] != names:
+        found = ", ".join(file.name for file in files) or "no weights"
+        raise ValueError(f"{folder}: has {found}, not {', '.join(names)}")
+    shards = [read_shard(file) for file in files]
+    for file, shard in zip(files, shards):
+        if differing := sorted(shard.keys() ^ shards[0].keys()):
+            raise ValueError(f"{file}: {differing[0]} is in only one of it and {files[0].name}")
+
+    weights: Weights = {name: partial(join, [shard[name] for shard in shards]) for name in shards[0]}
+    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
+        if name not in weights:
+            raise ValueError(f"{folder}: has no weight {name}")
+    if "output.weight" in weights:  # always split by rows; params.json often says -1
+        vocab_size = sum(len(shard["output.weight"]) for shard in shards)
+    else:
+        vocab_size = len(shards[0]["tok_embeddings.weight"])
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    with named(folder / TOLD_BY):
+        if params.get("vocab_size", -1) not in (-1, vocab_size):
+            raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights have {vocab_size} tokens")
+        return meta_config(params, vocab_size), weights
+
+
+def read_shard(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, mapped from the file and not yet read."""
+    tensors = load_pth(file)
+    tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_cos_sin computes
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
+            raise ValueError(f"{file}: {name} is no vector or matrix")
+    return tensors
+
+
+def join(parts: list[Tensor], target: Tensor) -> None:
+    """Copy a weight's parts, equal cuts along one dimension, to where they belong; a norm is whole in each file.
+
+    Raises ValueError where they do not make up the target.
+    """
+    n, shape, whole = len(parts), tuple(parts[0].shape), tuple(target.shape)
+    for part in parts:
+        check_dense(part)
+    if any(part.shape != parts[0].shape for part in parts):
+        raise ValueError(f"has different shapes in the {n} files")
+    for dim in range(len(shape) if n > 1 else 0):
+        if shape[:dim] + (n * shape[dim],) + shape[dim + 1 :] == whole:
+            for part, place in zip(parts, target.chunk(n, dim)):
+                copy(part, place)
+            return
+    if n > 1 and len(shape) > 1:
+        raise ValueError(f"is {shape} in each of {n} files, its configuration says {whole} in all")
+    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        raise ValueError(f"is not the same in the {n} files")
+    copy(parts[0], target)
+
+
+def meta_config(params: dict, vocab_size: int) -> Config:
+    """Of params.json, which leaves the feed-forward's width to a formula. Raises KeyError or ValueError."""
+    dim, n_heads, multiple_of = params["dim"], params["n_heads"], params["multiple_of"]
+    multiplier = params.get("ffn_dim_multiplier") or 1
+    try:
+        hidden_dim = int(multiplier * int(2 * 4 * dim / 3))
+        hidden_dim += -hidden_dim % multiple_of  # up to the next multiple
+        head_dim = dim // n_heads
+    except (TypeError, ArithmeticError, ValueError) as error:
+        raise ValueError(f"dim, n_heads, multiple_of and ffn_dim_multiplier make no model: {error}") from None
+    scaling = None
+    if params.get("use_scaled_rope"):  # params.json leaves the factor to Meta's code: 8 in 3.1, 32 in 3.2's 1B and 3B
+        scaling = RopeScaling(32.0 if dim < 4096 else 8.0, 1.0, 4.0, 8192)
+    return Config(
+        dim=dim,
+        n_layers=params["n_layers"],
+        n_heads=n_heads,
+        n_kv_heads=n_heads if params.get("n_kv_heads") is None else params["n_kv_heads"],
+        head_dim=head_dim,
+        hidden_dim=hidden_dim,
+        vocab_size=vocab_size,
+        norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling=scaling,
+    )

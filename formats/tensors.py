@@ -1,0 +1,119 @@
+"""Files of tensors by name, safetensors or torch.save's: what all formats share.
+
+Files are mapped, not read: a tensor's bytes are touched when it is copied to where it belongs.
+"""
+
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from runtime.files import first_line, read_json_object
+
+Weights = dict[str, Callable[[Tensor], None]]  # of a base, by Meta's names: what copies each into a tensor of its shape
+
+
+@contextmanager
+def named(file: Path):
+    """What is missing from a file or wrong in it is said with the file's name: KeyError and ValueError inside."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file}: has no field {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def check_dense(tensor: object) -> None:
+    """Raise ValueError where it is no dense tensor of floating-point numbers."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError("is no dense tensor")
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"is of {tensor.dtype}, not of floating-point numbers")
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """Raises ValueError, with both shapes, where they differ, and where the source is no dense tensor."""
+    check_dense(source)
+    if source.shape != target.shape:
+        raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(target.shape)}")
+    target.copy_(source)
+
+
+def filled(
+    like: Tensor, write: Callable[[Tensor], None], where: str, dtype: torch.dtype, device: torch.device | str
+) -> nn.Parameter:
+    """A frozen parameter of the shape and strides of another, after `write`. Raises ValueError, which `where` begins."""
+    try:
+        target = torch.empty_like(like, dtype=dtype, device=device)
+        write(target)
+    except (ValueError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{where} {first_line(error)}") from None
+    return nn.Parameter(target, requires_grad=False)
+
+
+def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
+    """What torch.save wrote, by name; no code in it is run. Tensors are mapped, unless the content is given.
+
+    Raises ValueError, whatever is broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange protocols: what matters raises
+            source = file if content is None else io.BytesIO(content)
+            mapped = content is None and zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
+            values = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file}: not a file of tensors alone: it is broken, or holds code, which is not run"
+        ) from None
+    except Exception as error:  # torch.load raises whatever a broken file makes it meet
+        raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{file}: not a file of tensors by name")
+    return values
+
+
+def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    """How to get every tensor of a file by name, of safetensors by its ending, else of what torch.save wrote."""
+    if file.suffix != ".safetensors":
+        mapped = load_pth(file)
+        return {name: partial(mapped.get, name) for name in mapped}
+    try:
+        handle = safe_open(file, "pt")
+        return {name: partial(handle.get_tensor, name) for name in handle.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+
+
+def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """How to get every tensor by name, of the single file of a Hugging Face folder or of all that its index names."""
+    singles = ["model.safetensors", "pytorch_model.bin"]
+    indexes = [folder / f"{name}.index.json" for name in singles if (folder / f"{name}.index.json").exists()]
+    found = [name for name in singles if (folder / name).exists()]
+    if indexes:
+        places = read_json_object(indexes[0]).get("weight_map")
+        if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{indexes[0]}: has no weight_map from tensors to files")
+        names = sorted(set(places.values()))
+    elif found:
+        places, names = {}, found[:1]
+    else:
+        raise ValueError(f"{folder}: has neither model.safetensors, nor pytorch_model.bin, nor an index of several")
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for name in names:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise FileNotFoundError(f"{file}: {indexes[0].name} names it, but there is no such file")
+        tensors |= open_tensors(file)
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise ValueError(f"{indexes[0]}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
+    return tensors
