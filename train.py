@@ -1,211 +1,432 @@
-"""Tune an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out."""
+"""Tune an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
+
+In this order: the configuration, the optimizer and its learning rate, the loss, one step, the loop; then what a run
+is made of, a run with its files, and the command. Notation as in adapter.py.
+"""
 
 import hashlib
-import io
-import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
 from click.core import ParameterSource
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from toy import digits
-from encoder_tuning import heads
-from toy import almanac as toy
-from adapter import Adapter
-from runtime.files import atomic_write
-from runtime.cli import SEED, Real, device_options, one_line_errors
-from data import Tokens, epoch_batches
-from evaluate import examine, examine_pictures
-from model import (
-    select_device,
+from adapter import ATTENTIONS, Adapter
+from data import IGNORE, Batch, Example, Tokenizer
+from data import epoch_batches, hold_out, micro_batches, num_targets, split_over_ranks, tokenize
+from formats.bases import base_fingerprint, load_llama, read_base
+from formats.image_encoders import load_image_encoder
+from model import LLaMA, num_parameters
+from multimodal import ImageAdapter
+from runtime.cli import SEED, Real, device_options
+from runtime.compilation import compile_layers, prepare_to_compile
+from runtime.device import select_device
+from runtime.errors import AllRanksError
+from runtime.fingerprints import hash_tensors
+from runtime.quantization import quantize_int8
+from tasks import TASKS, attach_features, with_images
+from toy import TOYS
+from training import distributed
+from training.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
+from training.launch import launch, say
+from training.loss import chunked_cross_entropy
+from training.run import (
+    BaseOptions,
+    DataOptions,
+    Prepared,
+    Recorder,
+    RunOptions,
+    Step,
+    begin,
+    finish,
+    pick,
+    run_options,
 )
-from training.distributed import (
-    AllRanksError,
-    RankLostError,
-    detect_lost_ranks,
-    exit_rank,
-    broadcast_from_rank0,
-    all_reduce_max,
-    init_distributed,
-    destroy_distributed,
-    local_rank,
-    rank_device,
-    rank,
-    sync_errors,
-    world_size,
-)
-from training.prepare import check_ranks, check_source, examples_for, prepare, prepare_encoder
-from training.runs import (
-    fixed_options,
-    draw_curves,
-    load_checkpoint,
-    peak_memory,
-    read_metrics,
-    resolved,
-    save_checkpoint,
-    run_state,
-    trim_metrics,
-    write_metrics,
-)
-from training.step import RESPONSES, Responses, learning_rate, make_optimizer, mean_loss, update
-from tasks import TASKS
-
-# Why to stop, and the exit status. Where ranks differ, the highest of these counts.
-TIME, SIGTERM, CTRL_C = 1, 2, 3
-REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
+from training.run_files import run_state
 
 
-class Stopped(Exception):
-    """By the user, a scheduler or the clock."""
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every hyper-parameter, the paper's where it says one (section 4.1)."""
 
-    def __init__(self, reason: int, step: int | None = None):
-        text, self.code = REASONS[reason]
-        super().__init__(text if step is None else f"{text} after step {step}")
+    layers: int | None = None  # L, the topmost so many; None is all but two: 30 of 32 in the paper
+    length: int = 10  # K
+    epochs: int = 5
+    warmup_epochs: float = 2  # the learning rate rises over these, then falls along half a cosine to zero
+    batch_size: int = 64  # examples of an optimizer step, over all ranks
+    blr: float = 9e-3  # a base rate, as the authors have it: for a batch of 256
+    lr: float | None = None  # the peak itself, in place of blr
+    weight_decay: float = 0.02  # of the prompts; none of the gates, which it would pull shut
+    gradient_clip: float | None = None  # the highest norm of the gradient: off, as in the paper
+    max_seq_len: int = 512  # tokens; longer responses are cut
+    val_size: float = 0.02  # held out: a share if below 1, else a number of examples
+    seed: int = 0  # of prompts, what is held out, and the order of examples
+    micro_batch_tokens: int = 8192  # positions of one forward pass: memory, not what is learnt
+    checkpoint_activations: bool = False  # run each layer again for the backward pass: less memory, more time
 
+    @property
+    def peak_lr(self) -> float:
+        return self.blr * self.batch_size / 256 if self.lr is None else self.lr
 
-@contextmanager
-def signals(between_steps: bool):
-    """SIGTERM, which schedulers send, and Ctrl-C raise Stopped; or between steps can be asked for, and raise nothing.
-
-    There a second Ctrl-C raises KeyboardInterrupt; but under torchrun it may be the first one, sent on by torchrun.
-    """
-    asked = [0]
-
-    def handle(number, _):
-        reason = CTRL_C if number == signal.SIGINT else SIGTERM
-        if not between_steps:
-            raise Stopped(reason)
-        if reason == CTRL_C and CTRL_C in asked and world_size() == 1:
-            raise KeyboardInterrupt
-        asked.append(reason)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: max(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def batches_from(step: int, lengths: Sequence[int], options: dict) -> Iterator[tuple[int, list[int]]]:
-    """The epoch and the indices of the examples of every step from `step` to the last."""
-    how = lengths, options["batch_size"], options["seed"]
-    steps = ((epoch, batch) for epoch in range(options["epochs"]) for batch in epoch_batches(*how, epoch))
-    return islice(steps, step, None)
+    def for_base(self, base: Path | str, n_layers: int, context: float) -> "TrainConfig":
+        """With L decided. Raises ValueError at more than a base of so many layers, reading so far, has."""
+        if self.warmup_epochs >= self.epochs:
+            warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
+            raise ValueError(f"{warmup}: the learning rate would never get to fall")
+        config = replace(self, layers=max(1, n_layers - 2) if self.layers is None else self.layers)
+        for name, limit in (("layers", n_layers), ("max_seq_len", context)):
+            if getattr(config, name) > limit:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {base} has only {limit}")
+        return config
 
 
-def train(
-    model: nn.Module,
-    adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
-    training: list[Tokens],
-    validation: list[Tokens],
-    out: Path,
-    options: dict,
-    done: dict[str, float],
-    deadline: float = math.inf,
-    objective: Responses = RESPONSES,
-) -> None:
-    """Tune the adapter in place, from where `done` says; keeps that up to date: steps, tokens and seconds so far.
+# AdamW moves a number by about the learning rate in each step, however large it is. What suits the prompts would throw
+# over the projection of images, or a head, whose weights are far smaller.
+LINEAR_LR_SCALE = 0.1
 
-    `options` are the command's, `deadline` is a time of `time.perf_counter`. The order of the data and the learning
-    rate follow from the step alone, and nothing on the way is random: a resumed run goes on as if it had never stopped,
-    on whatever number of ranks. The first rank writes a line to out/metrics.jsonl for every step and evaluation.
-    Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, RankLostError where another rank is
-    gone, all of them with the last good state saved, and OSError where it cannot be.
-    """
-    lengths = [example.size for example in training]
-    steps_per_epoch = math.ceil(len(training) / options["batch_size"])
-    total = options["epochs"] * steps_per_epoch
-    warmup = round(options["warmup_epochs"] * steps_per_epoch)
-    first = rank() == 0
-    bar = tqdm(total=total, initial=done["step"], unit="step", file=sys.stderr, dynamic_ncols=True, disable=not first)
 
-    def record(line: dict) -> None:
-        if first:
-            write_metrics(out / "metrics.jsonl", line)
+def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the adapter alone, the base has no part in it. A group's rate is the schedule's times `lr_scale`."""
+    groups = [
+        {"params": [adapter.prompts], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [adapter.gates], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    linear = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
+    if linear:
+        groups.append({"params": linear, "weight_decay": weight_decay, "lr_scale": LINEAR_LR_SCALE})
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
-    def validate() -> None:
-        if validation:
-            with detect_lost_ranks():
-                val_loss = mean_loss(model, adapter, validation, options["micro_batch_tokens"], objective)
-            if not math.isfinite(val_loss):
-                raise FloatingPointError(f"the validation loss is {val_loss}")
-            record({"step": done["step"], "val_loss": val_loss})
-            if first:
-                bar.write(f"step {done['step']}: validation loss {val_loss:.4f}", file=sys.stderr)
 
-    def save() -> None:
-        if first:
-            save_checkpoint(out, adapter, optimizer, done, options)
-
-    with bar, signals(between_steps=True) as asked:
-        try:
-            for epoch, batch in batches_from(done["step"], lengths, options):
-                if done["step"] % steps_per_epoch == 0:
-                    validate()
-                start = time.perf_counter()
-                lr = learning_rate(done["step"], peak=options["lr"], warmup=warmup, total=total)
-                examples = [training[i] for i in batch]
-                how = options["micro_batch_tokens"], options["checkpoint_activations"]
-                with detect_lost_ranks():
-                    loss = update(model, adapter, optimizer, examples, lr, *how, objective)
-
-                tokens, seconds = sum(lengths[i] for i in batch), time.perf_counter() - start
-                done["step"] += 1
-                done["tokens"] += tokens
-                done["seconds"] += seconds
-                speed, gate = tokens / seconds, adapter.gate_values().abs().mean().item()
-                line = {"step": done["step"], "epoch": epoch, "loss": loss, "lr": lr}
-                record(line | {"tokens_per_second": speed, "gate_mean_abs": gate})
-                bar.update()
-                if done["step"] % options["log_every"] == 0:
-                    bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
-                over = TIME if time.perf_counter() > deadline else 0
-                with detect_lost_ranks():
-                    reason = all_reduce_max(max(over, asked()))
-                if reason:
-                    raise Stopped(reason, done["step"])
-                if done["step"] % options["save_every"] == 0:
-                    save()
-            validate()
-            save()
-        except (Stopped, FloatingPointError, torch.OutOfMemoryError, RankLostError):
-            save()
-            raise
+def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Of step 0 .. total-1: up in a line over `warmup` steps, then down to zero along half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 # ---------------------------------------------------------------------------------------------------
-# The command
+# The loss, the step, the loop
+
+NOTHING = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
+
+
+def response_loss(model: LLaMA, adapter: Adapter, batch: Batch | None, checkpoint_activations: bool = False) -> Tensor:
+    """Cross entropy, summed over the R response tokens of a micro-batch; None is a batch without any.
+
+    The output head sees the positions that have a loss, and no others: prompts are half of Alpaca.
+    """
+    batch = batch or NOTHING
+    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
+    if batch.features is None:
+        prompts = adapter(dtype=dtype)
+    else:
+        prompts = adapter(batch.features.to(device), batch.has_image.to(device), dtype=dtype)
+    hidden = model.hidden_states(inputs, prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
+    loss_mask = targets != IGNORE  # (B, T)
+    return chunked_cross_entropy(hidden[loss_mask], model.output.weight, targets[loss_mask])
+
+
+class Objective(NamedTuple):
+    """What is learnt, from examples that have a `size` in positions and a `name`."""
+
+    num_targets: Callable[[Sequence], int]  # the loss is a mean over so many
+    micro_batches: Callable[[Sequence, int], list]  # of at most so many positions each
+    loss_sum: Callable[..., Tensor]  # as response_loss; it has a gradient for None, too
+
+
+RESPONSES = Objective(num_targets, micro_batches, response_loss)
+
+
+def train_step(
+    model: nn.Module,
+    adapter: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence,
+    lr: float,
+    config: TrainConfig,
+    objective: Objective = RESPONSES,
+) -> float:
+    """One optimizer step on a batch, in micro-batches and over all ranks; returns the mean loss before it.
+
+    Raises FloatingPointError, with the adapter as before, where the loss or its gradient is not finite.
+    """
+    parameters = list(adapter.parameters())
+    optimizer.zero_grad()
+    # Dividing by the targets of the whole batch, not of each part, makes the parts' gradients add up to the gradient of
+    # one large batch, however it is split, and over however many ranks.
+    targets = objective.num_targets(examples)
+    loss = torch.zeros((), device=parameters[0].device)
+    shares = [
+        objective.micro_batches(part, config.micro_batch_tokens) for part in split_over_ranks(examples, world_size())
+    ]
+    mine, rounds = shares[rank()], max(map(len, shares))
+    for batch in mine + [None] * (rounds - len(mine)):  # a rank out of work goes along: FSDP gathers layers together
+        part = objective.loss_sum(model, adapter, batch, config.checkpoint_activations) / targets
+        part.backward()
+        loss += part.detach()
+    for parameter in parameters:
+        if parameter.grad is None:  # of a projection, where there was no image
+            parameter.grad = torch.zeros_like(parameter)
+    all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
+
+    norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
+    if not (loss.isfinite() and norm.isfinite()):
+        names = ", ".join(dict.fromkeys(example.name for example in examples))
+        raise FloatingPointError(f"a loss of {loss.item()} led to values that are not finite, from {names}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError as error:  # some parameters may have moved: only what is on the disk is whole
+        raise ValueError(f"no memory for the optimizer's step: {error}; what was saved last stands") from None
+    return loss.item()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, adapter: nn.Module, examples: Sequence, config: TrainConfig, objective: Objective = RESPONSES
+) -> float:
+    """Mean loss over all targets of the examples, the same to the last bit on any number of ranks."""
+    batches = objective.micro_batches(examples, config.micro_batch_tokens)
+    losses = torch.zeros(
+        math.ceil(len(batches) / world_size()) * world_size(), device=next(adapter.parameters()).device
+    )
+    batches += [None] * (len(losses) - len(batches))
+    for i in range(rank(), len(batches), world_size()):
+        losses[i] = objective.loss_sum(model, adapter, batches[i])
+    all_reduce_sum([losses])
+    return sum(losses.tolist()) / objective.num_targets(examples)
+
+
+def training_steps(
+    model: nn.Module,
+    adapter: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence,
+    config: TrainConfig,
+    objective: Objective = RESPONSES,
+    first_step: int = 0,
+) -> Iterator[Step]:
+    """The training loop: takes the steps from `first_step` on, and says each of them.
+
+    The order of examples and the learning rate follow from the step alone, and nothing on the way is random: a resumed
+    run goes on as if it had never stopped, on whatever number of ranks. Raises as `train_step`, and RankLostError.
+    """
+    sizes = [example.size for example in examples]
+    steps_per_epoch = math.ceil(len(examples) / config.batch_size)
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    for step in range(first_step, total):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == first_step:
+            batches = epoch_batches(sizes, config.batch_size, config.seed, epoch)
+        lr = learning_rate(step, peak=config.peak_lr, warmup=warmup, total=total)
+        start = time.perf_counter()
+        with distributed.detect_lost_ranks():
+            batch = [examples[i] for i in batches[position]]
+            loss = train_step(model, adapter, optimizer, batch, lr, config, objective)
+        yield Step(step + 1, epoch, loss, lr, sum(example.size for example in batch), time.perf_counter() - start)
+
+
+# ---------------------------------------------------------------------------------------------------
+# From the options to all that the loop needs
+
+
+def read_examples(source: DataOptions) -> tuple[list[Example], DataOptions]:
+    """The examples to use; and where their images are and what sees them, as the options or the toy say.
+
+    Raises OSError or ValueError, naming the record.
+    """
+    if source.data is None:
+        examples, source = TOYS[source.toy].examples(source)
+    else:
+        source = replace(source, images=source.images or str(Path(source.data).parent))
+        examples = TASKS[source.task].read(source.data, source.images)
+    examples = examples[: source.limit]
+    if source.tower is None and source.encoder is None:
+        return [replace(example, image="") for example in examples], source
+    used = with_images(examples, source.images, source.skip_missing, source.data)
+    if len(used) < len(examples):
+        say(f"{len(examples) - len(used):,} of {len(examples):,} left out: their image is not there")
+    return used, source
+
+
+def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
+    """The frozen base, its tokenizer, and the strategy: whole on every rank ("ddp", or a process alone), or "fsdp".
+
+    What travels with ddp is the gradient of the adapter, summed in `train_step`. With fsdp the layers are split over the
+    ranks as well, and gathered when it is their turn. Raises ValueError.
+    """
+    dtype = getattr(torch, base.dtype)
+    strategy = distributed.choose_strategy(base.strategy, num_parameters(opened[0]) * dtype.itemsize, device)
+    if strategy == "fsdp" and (base.int8 or base.compile):
+        raise AllRanksError("--int8 and --compile need the base whole on every rank: --strategy ddp")
+    shard = distributed.fsdp_sharder(device) if strategy == "fsdp" else None
+    with sync_errors():
+        model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened)
+        if base.int8:
+            quantize_int8(model.layers)
+        if base.compile:
+            compile_layers(model.layers)
+    return model, tokenizer, strategy
+
+
+def fixed_options(config: TrainConfig, source: DataOptions, base: BaseOptions, examples: list) -> dict[str, object]:
+    """What a run and its resumption must have in common, as far as it is known before the base is loaded."""
+    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
+    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
+    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    changeable = {"micro_batch_tokens", "checkpoint_activations"} | ({"layers"} if config.layers is None else set())
+    return {name: value for name, value in options.items() if name not in changeable}
+
+
+def prepare(
+    config: TrainConfig, source: DataOptions, base: BaseOptions, examples: list[Example], device: torch.device
+) -> tuple[Prepared, TrainConfig]:
+    """All that training a LLaMA needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
+    with sync_errors():
+        if base.compile:
+            prepare_to_compile(device, base.int8)
+        path = TOYS[source.toy].base() if base.base is None else Path(base.base)
+        opened = read_base(path)
+        config = config.for_base(path, opened[0].n_layers, opened[0].max_seq_len or math.inf)
+        if base.int8:
+            config = replace(
+                config, checkpoint_activations=True
+            )  # autograd would keep the widened weights of all layers
+    model, tokenizer, strategy = load_base(base, path, opened, device)
+    options = fixed_options(config, source, base, examples) | {"base_fingerprint": base_fingerprint(model)}
+    distributed.check_same_on_all_ranks(options | asdict(config) | {"strategy": strategy, "compile": base.compile})
+
+    shape = {"layers": config.layers, "length": config.length, "dim": model.config.dim, "heads": model.config.n_heads}
+    generator = torch.Generator().manual_seed(config.seed)
+    about = {"base": str(path.resolve()), "base_layers": str(model.config.n_layers), "prompt_template": "alpaca"}
+    if any(example.image for example in examples):
+        examples, encoder = see_images(examples, source, getattr(torch, base.dtype), device)
+        features = [example.features for example in examples if example.features is not None]
+        options |= {"features_hash": hash_tensors(features)} if source.encoder else encoder.metadata
+        about |= encoder.metadata
+        adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
+    else:
+        adapter = Adapter(generator=generator, **shape).to(device)
+    with sync_errors():
+        tokens, cut = tokenize(tokenizer, examples, config.max_seq_len)
+        training, validation = hold_out(tokens, config.val_size, config.seed)
+    counts = {
+        "examples": len(training),
+        "held_out": len(validation),
+        "dropped": len(examples) - len(tokens),
+        "cut": cut,
+    }
+    about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
+    known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
+    adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
+    return Prepared(model, tokenizer, adapter, training, validation, counts, options, strategy), config
+
+
+def see_images(examples: list[Example], source: DataOptions, dtype: torch.dtype, device: torch.device):
+    """The examples with the features of their images, and the encoder. Raises OSError or ValueError."""
+    with sync_errors():
+        encoder = load_image_encoder(source.tower, source.encoder, dtype, device)
+    for turn in (local_rank() == 0, local_rank() > 0):  # the first on a machine keeps them for the others
+        with sync_errors():
+            if turn:
+                examples = attach_features(examples, source.images, encoder, cache=source.features)
+    return examples, encoder
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run with its files, and the command
+
+
+def tune(
+    prepared: Prepared,
+    config: TrainConfig,
+    run: RunOptions,
+    state: str,
+    started: float,
+    base: str | None,
+    objective: Objective = RESPONSES,
+    evaluate: Callable | None = None,
+) -> None:
+    """The training loop, followed with metrics, validation and checkpoints, from the beginning or where a run stopped.
+
+    `state` is of `run_state`, `started` of `time.perf_counter`; `evaluate(model, tokenizer, adapter)` is asked at the end.
+    """
+    model, adapter, training = prepared.model, prepared.adapter, prepared.training
+    optimizer = make_optimizer(adapter, config.weight_decay)
+    recorder = Recorder(prepared, optimizer, run, begin(prepared, optimizer, run, state))
+    first_step, steps_per_epoch = recorder.progress.step, math.ceil(len(training) / config.batch_size)
+    steps = training_steps(model, adapter, optimizer, training, config, objective, first_step)
+    less_memory = f"fewer than --micro-batch-tokens {config.micro_batch_tokens}"
+    if objective is RESPONSES:
+        less_memory = f"--checkpoint-activations or {less_memory}"
+    recorder.follow(
+        steps,
+        partial(mean_loss, model, adapter, prepared.validation, config, objective),
+        total=config.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        deadline=started + 60 * (run.max_minutes or math.inf),
+        less_memory=less_memory,
+    )
+    finish(prepared, run, recorder.progress, started, base, evaluate)
+
+
+def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions, started: float) -> None:
+    """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
+    with sync_errors():
+        check_source(source)
+        device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
+        base = replace(base, dtype=str(dtype).removeprefix("torch."))
+        if base.base is None and local_rank() == 0:
+            TOYS[source.toy].make()  # one of a machine's ranks for all of them
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with sync_errors():
+        examples, source = read_examples(source)
+    options = fixed_options(config, source, base, examples)
+    state = distributed.broadcast_from_rank0(lambda: run_state(run.out, run.resume, options, base.base))
+    if state == "finished":
+        say(f"{run.out}: this run is finished, nothing is left to do")
+        return
+    prepared, config = prepare(config, source, base, examples, device)
+    evaluate = TOYS[source.toy].evaluate if source.data is None else None
+    tune(prepared, config, run, state, started, base.base, evaluate=evaluate)
+
+
+def check_source(source: DataOptions) -> None:
+    """Raise ValueError where options about the data contradict each other."""
+    if source.tower is not None and source.encoder is not None:
+        raise ValueError("--clip and --encoder: one of them makes the features of an image")
+    if source.data is not None and source.toy != "text":
+        raise ValueError(f"--toy {source.toy} brings its own data: leave out --data {source.data}")
+    given = {"--clip": source.tower, "--encoder": source.encoder, "--images": source.images}
+    given["--task"] = None if source.task == "instructions" else source.task
+    what = next((name for name, value in given.items() if value is not None), None)
+    if source.data is None and what is not None:
+        raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
+
+
+TOY_HELP = (
+    "Without --data: instructions about an almanac; with questions about handwritten digits; those, images withheld."
+)
+STRATEGY_HELP = "Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit."
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: toy.py's]")
+@click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]")
+@click.option("--toy", type=click.Choice(list(TOYS)), default="text", help=TOY_HELP)
 @click.option(
-    "--toy",
-    type=click.Choice(["text", "images", "blind"]),
-    default="text",
-    help="Without --data: toy.py's instructions; with digits.py's questions about images; those, images withheld.",
+    "--task", type=click.Choice(list(TASKS)), default="instructions", help="What the data is: see docs/tasks.md."
 )
-@click.option(
-    "--task",
-    type=click.Choice(TASKS + heads.TASKS),
-    default="instructions",
-    help="What the data is: Alpaca-format records, ScienceQA's problems.json, COCO's annotations; the others are for "
-    "ViT and RoBERTa, as --base.",
-)
-@click.option("--base", type=click.Path(), help="The model to adapt.  [default: toy.py's, made at the first use]")
+@click.option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
 @click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
 @click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
@@ -221,6 +442,9 @@ def train(
 @click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits; checkpoints activations as well.")
 @click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
+@click.option(
+    "--attention", type=click.Choice(list(ATTENTIONS)), default="fused", help="The same, two ways: adapter.py."
+)
 @click.option("--blr", type=Real(0, 1e3), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
 @click.option("--weight-decay", type=Real(0, 1e3), default=0.02, help="On prompts; gates have none.")
@@ -229,155 +453,26 @@ def train(
 @click.option("--limit", type=click.IntRange(1), help="Use only the first so many examples.")
 @click.option("--seed", type=SEED, default=0, help="Of prompts, split and order.")
 @device_options
-@click.option("--log-every", type=click.IntRange(1), default=1, help="Steps between readings on the progress bar.")
-@click.option("--save-every", type=click.IntRange(1), default=100, help="Steps between checkpoints.")
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value="yes",
-    type=click.Choice(["yes", "auto"]),
-    help="Go on from the checkpoint in --out, with the same options; auto: if there is one.",
-)
-@click.option("--max-minutes", type=Real(0, min_open=True), help="Save and stop when so many have gone by.")
-@click.option(
-    "--strategy",
-    type=click.Choice(["auto", "ddp", "fsdp"]),
-    default="auto",
-    help="Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit.",
-)
+@click.option("--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help=STRATEGY_HELP)
+@run_options
 @click.pass_context
 def main(context, **options):
     """Tune a LLaMA-Adapter: the base stays frozen, a few prompts and gates learn to follow instructions.
 
     Without --data and --base this makes a tiny LLaMA that knows an almanac by heart, tunes it with options
-    of its own (toy.TUNING, digits.TUNING), and shows what the adapter brought out of it.
+    of its own, and shows what the adapter brought out of it.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     if options["data"] is None and options["base"] is None:
         given = {name for name in options if context.get_parameter_source(name) != ParameterSource.DEFAULT}
         given |= {"lr"} if "blr" in given else set()
-        tuning = toy.TUNING if options["toy"] == "text" else digits.TUNING
-        options |= {name: value for name, value in tuning.items() if name not in given}
-    if options["lr"] is None:
-        options["lr"] = options["blr"] * options["batch_size"] / 256
-
-    with one_line_errors(OSError, ValueError, torch.OutOfMemoryError):
-        init_distributed()
-        with detect_lost_ranks():
-            code = run(options, start)
-            with sync_errors():  # nobody leaves while others are still at work
-                pass
-        destroy_distributed()
-    sys.exit(code)
-
-
-def run(options: dict, start: float) -> int:
-    """What the command does once the ranks have met; `start` is when it began. Returns the exit code.
-
-    Raises OSError, ValueError or torch.OutOfMemoryError.
-    """
-    say = partial(click.echo, err=True) if rank() == 0 else lambda text: None
-    try:
-        with signals(between_steps=False):
-            run_through(options, start, say)
-        return 0
-    except (Stopped, KeyboardInterrupt) as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(CTRL_C)
-        begun = (options["out"] / "checkpoint.pt").exists()
-        say(f"{stopped}: {'to go on, add --resume' if begun else 'there is nothing yet to go on from'}")
-        return stopped.code
-
-
-def run_through(options: dict, start: float, say: Callable[[str], None]) -> None:
-    """From the options to the summary."""
-    out, first = options["out"], rank() == 0
-    with sync_errors():
-        device, dtype = select_device(rank_device(options.pop("device")), options["dtype"])
-        options["dtype"] = str(dtype)
-        check_source(options)
-        if options["toy"] != "text" and local_rank() == 0:
-            digits.make()  # one of a machine's ranks for all of them
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    for_encoder = options["task"] in heads.TASKS
-    with sync_errors():
-        if for_encoder:
-            prepared = prepare_encoder(options, dtype, device)
-        else:
-            examples, pictures = examples_for(options)
-            options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
-    if for_encoder:
-        check_ranks(options)
-    state = broadcast_from_rank0(lambda: run_state(out, options["resume"], options))
-    if state == "finished":
-        say(f"{out}: this run is finished, nothing is left to do")
-        return
-    if not for_encoder:
-        prepared = prepare(options, examples, pictures, dtype, device)
-    model, tokenizer, adapter, training, validation, counts, objective = prepared
-    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
-    say(
-        f"{trainable:,} parameters to train, {frozen:,} frozen, on {device} in {options['dtype']}"
-        + (f", {options['strategy']} over {world_size()} ranks" if world_size() > 1 else "")
-        + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
-        f"dropped ({'the answer is beyond' if for_encoder else 'the prompt alone fills'} "
-        f"{options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
-    )
-    optimizer, done = make_optimizer(adapter, options["weight_decay"]), {"step": 0, "tokens": 0, "seconds": 0.0}
-    if state == "begun":
-        done = load_checkpoint(out / "checkpoint.pt", adapter, optimizer, options)
-    with sync_errors():
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            for stale in ("summary.json", "curves.png"):  # of an earlier run
-                (out / stale).unlink(missing_ok=True)
-            trim_metrics(out / "metrics.jsonl", done["step"])
-    deadline = start + 60 * (options["max_minutes"] or math.inf)
-    files = f"{out}/checkpoint.pt and adapter.safetensors are as of step"
-    try:
-        train(model, adapter, optimizer, training, validation, out, options, done, deadline, objective)
-    except FloatingPointError as error:
-        where, advice = f"in step {done['step'] + 1}", "a lower --lr may help, with another --out"
-        raise AllRanksError(f"{where}: {error}; {files} {done['step']}; {advice}") from None
-    except RankLostError as error:
-        raise RankLostError(f"{error}; {files} {done['step']}; to go on, add --resume") from None
-    except torch.OutOfMemoryError as error:
-        less = f"fewer than --micro-batch-tokens {options['micro_batch_tokens']}"
-        less = less if for_encoder else f"--checkpoint-activations or {less}"
-        raise ValueError(f"{error}; {files} {done['step']}; to go on, add --resume and {less}") from None
-
-    examination = {}
-    if options["data"] is None and (first or options["strategy"] == "fsdp"):  # a split model needs all ranks
-        with redirect_stdout(sys.stdout if first else io.StringIO()):
-            if options["toy"] != "text":
-                examination |= examine_pictures(model, tokenizer, adapter)
-            examination |= examine(model, tokenizer, adapter)
-    if first:
-        summary = {"trainable_parameters": trainable} | counts | report(adapter, out)
-        summary |= {"tokens": done["tokens"], "tokens_per_second": done["tokens"] / done["seconds"]} | examination
-        summary |= {"wall_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(device)}
-        summary |= {"options": fixed_options(options) | {"base": resolved(options["base"])}}
-        with atomic_write(out / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        (out / "checkpoint.pt").unlink()
-    say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
-
-
-def report(adapter: Adapter, out: Path) -> dict:
-    """Write the adapter with its final losses, and the curves; returns what the summary says of them."""
-    metrics = read_metrics(out / "metrics.jsonl")
-    losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
-    adapter.save(out / "adapter.safetensors", val_loss_before=losses[0], val_loss_after=losses[-1])
-    draw_curves(metrics, adapter, out / "curves.png")
-    return {
-        "adapter_bytes": (out / "adapter.safetensors").stat().st_size,
-        "val_loss_before": losses[0],
-        "val_loss_after": losses[-1],
-    }
+        options |= {name: value for name, value in TOYS[options["toy"]].tuning.items() if name not in given}
+    parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
+    launch(lambda: tune_llama(*parts, started), options["out"])
 
 
 if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        exit_rank(end.code)
+        distributed.exit_rank(end.code)

@@ -5,8 +5,11 @@ import sys
 from contextlib import contextmanager
 
 import click
+import torch
 
-from training.distributed import AllRanksError, line_of, launched_rank
+from runtime.errors import AllRanksError, error_line, launched_rank
+
+SEED = click.IntRange(0, 2**63 - 1)
 
 
 class Real(click.FloatRange):
@@ -19,26 +22,23 @@ class Real(click.FloatRange):
         return number
 
 
-SEED = click.IntRange(0, 2**63 - 1)
-
-
 def device_options(command):
-    """--device and --dtype, which `model.choose` makes sense of."""
+    """--device and --dtype, which `select_device` makes sense of."""
     dtypes = click.Choice(["auto", "float32", "bfloat16"])
     command = click.option("--dtype", type=dtypes, default="auto", help="Of the base.")(command)
     return click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")(command)
 
 
 @contextmanager
-def one_line_errors(*kinds: type[Exception]):
-    """Turns errors of these kinds, by default ValueError and OSError, into one line and exit code 2."""
+def one_line_errors():
+    """Turns errors of input, files and memory into one line and exit code 2."""
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
-        number, processes = launched_rank()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        rank, processes = launched_rank()
         if not isinstance(error, AllRanksError):
-            who = f"\nerror: rank {number}" if processes > 1 else "error"  # apart from the first rank's progress bar
-            click.echo(f"{who}: {line_of(error)}", err=True)
-        elif number == 0:
-            click.echo(f"error: {line_of(error)}", err=True)
+            who = f"\nerror: rank {rank}" if processes > 1 else "error"  # apart from the first rank's progress bar
+            click.echo(f"{who}: {error_line(error)}", err=True)
+        elif rank == 0:
+            click.echo(f"error: {error_line(error)}", err=True)
         sys.exit(2)

@@ -17,14 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import LLaMA
-
-
-def launched_rank() -> tuple[int, int]:
-    """Which of how many processes this is, as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+from runtime.errors import AllRanksError, error_line, launched_rank
 
 
 def rank() -> int:
+    """Which of the ranks this process is; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -71,10 +68,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-class AllRanksError(ValueError):
-    """An error that all ranks raise, so that the first alone has to say it."""
-
-
 class RankLostError(AllRanksError):
     """Another rank is gone."""
 
@@ -86,7 +79,7 @@ def detect_lost_ranks():
         yield
     except RuntimeError as error:
         if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
-            raise RankLostError(f"another rank has ended ({line_of(error)[:100]} ...)") from error
+            raise RankLostError(f"another rank has ended ({error_line(error)[:100]} ...)") from error
         raise
 
 
@@ -100,7 +93,7 @@ def sync_errors():
     try:
         yield
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        line = line_of(error)
+        line = error_line(error)
     lines: list[str | None] = [None] * world_size()
     dist.all_gather_object(lines, line)
     for number, line in enumerate(lines):
@@ -108,11 +101,19 @@ def sync_errors():
             raise AllRanksError(line if lines.count(line) == world_size() else f"rank {number}: {line}")
 
 
-def line_of(error: Exception) -> str:
-    message = str(error)
-    if isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {error.strerror}"
-    return " ".join(message.split())
+def barrier() -> None:
+    """Wait for all ranks."""
+    with sync_errors():
+        pass
+
+
+def check_same_on_all_ranks(values: dict) -> None:
+    """Raise ValueError, on all ranks, where one has another value than the first."""
+    theirs = broadcast_from_rank0(lambda: values)
+    with sync_errors():
+        for name, value in theirs.items():
+            if values[name] != value:
+                raise ValueError(f"{name} is {values[name]} here, {value} on the first rank")
 
 
 def broadcast_from_rank0(read: Callable):

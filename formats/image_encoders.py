@@ -1,0 +1,79 @@
+"""What makes features of images for an adapter: CLIP's vision tower, or a function of the user's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from adapter import Adapter
+from formats.encoders import load_vit
+from multimodal import DEPTHS, ImageAdapter, encode_images, encode_with_function, load_function, tower_fingerprint
+from runtime.files import resolved
+
+
+class TowerEncoder:
+    """A frozen tower, read at M depths. `metadata` is what the file of an adapter says of it."""
+
+    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, depths: int = DEPTHS):
+        self.tower, self.depths = load_vit(path, dtype, device), depths
+        self.num_features = depths * self.tower.config.dim
+        fingerprint = tower_fingerprint(self.tower)
+        self.metadata = {"tower": resolved(path), "tower_fingerprint": fingerprint, "tower_depths": str(depths)}
+
+    def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
+        """(F,) for each. Raises OSError or ValueError."""
+        return encode_images(paths, self.tower, self.depths, cache)
+
+
+class FunctionEncoder:
+    """A function of the user's, FILE.py:NAME, whose features are not kept: nobody knows what it depends on."""
+
+    def __init__(self, where: str, num_features: int | None = None):
+        self.where, self.function, self.num_features = where, load_function(where), num_features
+        self.metadata = {"encoder": where}
+
+    def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
+        """(F,) for each. Raises OSError, or ValueError where these are not as many as the adapter was made for."""
+        features = encode_with_function(paths, self.function)
+        if self.num_features not in (None, len(features[0])):
+            made_for = f"the adapter was made for {self.num_features}"
+            raise ValueError(f"{self.where}: has {len(features[0])} features, {made_for}")
+        return features
+
+
+def load_image_encoder(
+    tower: str | None,
+    encoder: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Adapter | None = None,
+) -> TowerEncoder | FunctionEncoder:
+    """The tower at a path, or the function of a name; for an adapter that is tuned, by default the one that it names.
+
+    Raises OSError, or ValueError where the adapter cannot see what it makes. Warns where it is another than in tuning.
+    """
+    if tower is not None and encoder is not None:
+        raise ValueError("--clip and --encoder: one of them makes the features of an image")
+    if adapter is None:
+        return FunctionEncoder(encoder) if encoder is not None else TowerEncoder(tower, dtype, device)
+    if not isinstance(adapter, ImageAdapter):
+        raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
+    metadata, made_for = adapter.metadata, adapter.projection[0].in_features
+    if encoder is not None:
+        theirs = metadata.get("encoder", metadata.get("tower", encoder))
+        if Path(theirs).name != Path(encoder).name:
+            click.echo(f"warning: the adapter was tuned with {theirs}, not with {encoder}", err=True)
+        return FunctionEncoder(encoder, made_for)
+    tower = tower or metadata.get("tower")
+    if tower is None and "encoder" in metadata:
+        raise ValueError(f"the adapter was tuned with {metadata['encoder']}; to run that code, give --encoder")
+    if tower is None:
+        raise ValueError("the adapter does not say which vision tower it is for; give --clip PATH")
+    found = TowerEncoder(tower, dtype, device, int(metadata.get("tower_depths", DEPTHS)))
+    if found.num_features != made_for:
+        raise ValueError(f"{tower}: has {found.num_features} features, the adapter was made for {made_for}")
+    if metadata.get("tower_fingerprint", "") not in ("", found.metadata["tower_fingerprint"]):
+        click.echo(f"warning: the adapter was tuned with other weights than those of {tower}", err=True)
+    return found

@@ -1,0 +1,68 @@
+"""A base and the adapters over it, as commands that answer are told of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from adapter import ATTENTIONS, Adapter
+from data import TEMPLATES, Tokenizer
+from formats.adapters import describe_reading, load_adapter
+from formats.bases import base_fingerprint, load_llama
+from model import LLaMA
+from runtime.errors import AllRanksError, launched_rank
+
+
+def name_adapters(paths: Sequence[str]) -> dict[str, str]:
+    """Names to files, of NAME=FILE, or FILE, whose name is its own. Raises ValueError where a name is taken."""
+    files: dict[str, str] = {}
+    for path in paths:
+        name, _, file = path.partition("=")
+        if not file or Path(path).exists():
+            name, file = Path(path).name if Path(path).is_dir() else Path(path).stem, path
+        if name in files or name == "base":
+            raise ValueError(f"{file}: the name {name!r} is taken; give it another, --adapter NAME={file}")
+        files[name] = file
+    return files
+
+
+def load_with_adapters(
+    adapter_paths: Sequence[str],
+    base: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "fused",
+) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
+    """The base, by default the one that the first adapter names, and adapters, whosever they are, by name.
+
+    Raises OSError or ValueError where the files don't fit each other, or torchrun started several processes. Warns
+    where an adapter was tuned on other weights, and says how files of others were understood.
+    """
+    if launched_rank()[1] > 1:
+        raise AllRanksError("only train.py runs under torchrun: answers are made by one process, on one device")
+    paths, adapters = name_adapters(adapter_paths), {}
+    if base is None and not paths:
+        raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
+    if base is None:
+        name, path = next(iter(paths.items()))
+        adapters[name] = load_adapter(path)
+        base = adapters[name].metadata.get("base")
+        if base is None:
+            raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
+    model, tokenizer = load_llama(base, dtype, device, ATTENTIONS[attention])
+    config, fingerprint = model.config, base_fingerprint(model)
+    for name, path in paths.items():
+        adapter = adapters[name] if name in adapters else load_adapter(path, heads=config.n_heads)
+        adapters[name], metadata = adapter.to(device), adapter.metadata
+        try:
+            adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit {base}: {error}") from None
+        if metadata.get("prompt_template", "alpaca") not in TEMPLATES:
+            raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
+        if metadata.get("base_fingerprint", fingerprint) != fingerprint:
+            click.echo(f"warning: {path} was tuned on other weights than those of {base}", err=True)
+        if "format" not in metadata:  # not a file of ours
+            click.echo(f"{path}: {describe_reading(adapter)}", err=True)
+    return model, tokenizer, adapters

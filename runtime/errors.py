@@ -1,0 +1,20 @@
+"""Errors as one line, and which process of several says them."""
+
+import os
+
+
+def launched_rank() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class AllRanksError(ValueError):
+    """An error that all ranks raise, so that the first alone has to say it."""
+
+
+def error_line(error: Exception) -> str:
+    """What to tell a person, in one line."""
+    message = str(error)
+    if isinstance(error, OSError) and error.filename:
+        message = f"{error.filename}: {error.strerror}"
+    return " ".join(message.split())

@@ -1,0 +1,79 @@
+"""How a training command begins and ends: on all ranks, stopped by a signal or the clock, with one exit code."""
+
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from runtime.cli import one_line_errors
+from training.distributed import barrier, destroy_distributed, detect_lost_ranks, init_distributed, rank, world_size
+
+# Why to stop, and the exit status. Where ranks differ, the highest of these counts.
+TIME, SIGTERM, CTRL_C = 1, 2, 3
+REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
+
+
+class Stopped(Exception):
+    """By the user, a scheduler or the clock."""
+
+    def __init__(self, reason: int, step: int | None = None):
+        text, self.code = REASONS[reason]
+        super().__init__(text if step is None else f"{text} after step {step}")
+
+
+@contextmanager
+def signals(between_steps: bool):
+    """SIGTERM, which schedulers send, and Ctrl-C raise Stopped; or between steps can be asked for, and raise nothing.
+
+    There a second Ctrl-C raises KeyboardInterrupt; but under torchrun it may be the first one, sent on by torchrun.
+    """
+    asked = [0]
+
+    def handle(number, _):
+        reason = CTRL_C if number == signal.SIGINT else SIGTERM
+        if not between_steps:
+            raise Stopped(reason)
+        if reason == CTRL_C and CTRL_C in asked and world_size() == 1:
+            raise KeyboardInterrupt
+        asked.append(reason)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: max(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """To standard error, by the first rank."""
+    if rank() == 0:
+        click.echo(text, err=True)
+
+
+def launch(work: Callable[[], None], out: Path) -> NoReturn:
+    """Meet the other ranks, work, and exit, as scripts do: errors of input are one line and exit code 2."""
+    with one_line_errors():
+        init_distributed()
+        with detect_lost_ranks():
+            code = exit_code(work, out)
+            barrier()  # nobody leaves while others are still at work
+        destroy_distributed()
+    sys.exit(code)
+
+
+def exit_code(work: Callable[[], None], out: Path) -> int:
+    """0, or what stopped the work; `out` is the run's folder."""
+    try:
+        with signals(between_steps=False):
+            work()
+        return 0
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(CTRL_C)
+        begun = (out / "checkpoint.pt").exists()
+        say(f"{stopped}: {'to go on, add --resume' if begun else 'there is nothing yet to go on from'}")
+        return stopped.code

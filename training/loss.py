@@ -1,0 +1,38 @@
+"""Cross entropy of many positions and a large vocabulary in little memory."""
+
+import torch
+from torch import Tensor
+
+ROWS = 256  # positions whose logits are in memory at a time
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Few rows of logits at a time, and the gradient taken while they are at hand.
+
+    By a row's logits it is softmax - 1 at the target, softmax elsewhere.
+    """
+
+    @staticmethod
+    def forward(context, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for rows, right in zip(hidden.split(ROWS), targets[:, None].split(ROWS)):
+            log_p = (rows @ head.T).log_softmax(dim=1, dtype=torch.float32)  # (ROWS, V)
+            total -= log_p.gather(1, right).sum()
+            if context.needs_input_grad[0]:
+                by_logits = log_p.exp_().scatter_add_(1, right, -torch.ones_like(log_p[:, :1]))  # (ROWS, V)
+                gradients.append(by_logits.to(head.dtype) @ head)  # (ROWS, C)
+        context.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(context, scale: Tensor):
+        return scale * torch.cat(context.saved_tensors), None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy, summed over R positions: of hidden states (R, C) through a frozen output head (V, C), targets (R,).
+
+    The same as `F.cross_entropy(hidden @ head.T, targets, reduction="sum")`, in float32; but with 32,000 words and more
+    the logits of a whole batch, and the gradient by them, would take gigabytes. The head gets no gradient.
+    """
+    return ChunkedCrossEntropy.apply(hidden, head, targets)

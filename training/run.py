@@ -1,0 +1,246 @@
+"""A training run with its files: what it is made of, and its steps followed with metrics, validation, checkpoints."""
+
+import io
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from adapter import Adapter
+from data import Tokenizer
+from runtime.cli import Real
+from runtime.device import peak_memory
+from runtime.errors import AllRanksError
+from runtime.files import resolved, write_json
+from training.curves import draw_curves
+from training.distributed import RankLostError, all_reduce_max, detect_lost_ranks, rank, sync_errors, world_size
+from training.launch import TIME, Stopped, say, signals
+from training.run_files import Progress, begin_in_folder, load_checkpoint, read_metrics, save_checkpoint, write_metrics
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Which frozen model, and how it is held; nothing of this is learnt."""
+
+    base: str | None
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "fused"  # a key of adapter.ATTENTIONS
+    int8: bool = False
+    compile: bool = False
+    strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What there is to learn from."""
+
+    data: str | None
+    task: str = "instructions"  # a key of tasks.TASKS
+    toy: str = "text"  # a key of toy.TOYS, where there is no data
+    limit: int | None = None  # only the first so many examples
+    tower: str | None = None  # CLIP's, for images
+    encoder: str | None = None  # or a function of the user's, FILE.py:NAME
+    images: str | None = None  # the folder that they are in
+    skip_missing: bool = False
+    features: Path = Path("features")  # keeps what the tower makes of images
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes on and off; a resumed one may have others."""
+
+    out: Path
+    resume: str | None = None  # None, "yes" or "auto"
+    log_every: int = 1
+    save_every: int = 100
+    max_minutes: float | None = None
+
+
+def pick(record: type, options: dict):
+    """The record, filled with those of the command's options that it has."""
+    return record(**{field.name: options[field.name] for field in fields(record) if field.name in options})
+
+
+def run_options(command):
+    """The options of a training command that RunOptions holds, all but --out."""
+    resume = "Go on from the checkpoint in --out, with the same options; auto: if there is one."
+    options = [
+        click.option(
+            "--log-every", type=click.IntRange(1), default=1, help="Steps between readings on the progress bar."
+        ),
+        click.option("--save-every", type=click.IntRange(1), default=100, help="Steps between checkpoints."),
+        click.option("--resume", is_flag=False, flag_value="yes", type=click.Choice(["yes", "auto"]), help=resume),
+        click.option("--max-minutes", type=Real(0, min_open=True), help="Save and stop when so many have gone by."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+class Prepared(NamedTuple):
+    """All that training needs, found, loaded and checked."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    adapter: Adapter
+    training: list  # examples
+    validation: list  # held out
+    counts: dict[str, int]  # of examples: examples, held_out, dropped, cut
+    options: dict[str, object]  # the fixed ones: a resumed run must have the same
+    strategy: str = "ddp"
+    why_dropped: str = "the prompt alone fills"
+
+
+class Step(NamedTuple):
+    """An optimizer step that was taken."""
+
+    number: int  # from 1
+    epoch: int  # from 0
+    loss: float  # before it
+    lr: float
+    tokens: int
+    seconds: float
+
+
+def begin(prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions, state: str) -> Progress:
+    """Say what will be done, fill adapter and optimizer from a checkpoint if one is gone on from, ready the folder."""
+    counts, options = prepared.counts, prepared.options
+    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (prepared.adapter, prepared.model))
+    say(
+        f"{trainable:,} parameters to train, {frozen:,} frozen, on {prepared.adapter.gates.device} in {options['dtype']}"
+        + (f", {prepared.strategy} over {world_size()} ranks" if world_size() > 1 else "")
+        + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
+        f"dropped ({prepared.why_dropped} {options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
+    )
+    progress = Progress()
+    if state == "begun":
+        progress = load_checkpoint(run.out / "checkpoint.pt", prepared.adapter, optimizer, options)
+    with sync_errors():
+        if rank() == 0:
+            begin_in_folder(run.out, progress.step)
+    return progress
+
+
+class Recorder:
+    """Follows the steps of a run: a line of metrics for each, validation at every epoch, checkpoints, reasons to stop.
+
+    `progress` is always that of the adapter and the optimizer as they are. Only the first rank writes.
+    """
+
+    def __init__(self, prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions, progress: Progress):
+        self.prepared, self.optimizer, self.run, self.progress = prepared, optimizer, run, progress
+
+    def follow(
+        self,
+        steps: Iterator[Step],
+        validation_loss: Callable[[], float],
+        *,
+        total: int,
+        steps_per_epoch: int,
+        deadline: float,
+        less_memory: str,
+    ) -> None:
+        """Take all steps; `deadline` is a time of `time.perf_counter`, `less_memory` what would take less.
+
+        Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, RankLostError where
+        another rank is gone, all of them with the last good state saved, and OSError where it cannot be.
+        """
+        bar = tqdm(total=total, initial=self.progress.step, unit="step", file=sys.stderr, disable=rank() > 0)
+        with self.advise(less_memory), bar, signals(between_steps=True) as asked:
+            try:
+                if self.progress.step % steps_per_epoch == 0:
+                    self.validate(validation_loss, bar)
+                for step in steps:
+                    self.record_step(step, bar)
+                    late = TIME if time.perf_counter() > deadline else 0
+                    with detect_lost_ranks():
+                        reason = all_reduce_max(max(late, asked()))
+                    if reason:
+                        raise Stopped(reason, step.number)
+                    if step.number % steps_per_epoch == 0:
+                        self.validate(validation_loss, bar)
+                    if step.number % self.run.save_every == 0 or step.number == total:
+                        self.save()
+            except (Stopped, FloatingPointError, torch.OutOfMemoryError, RankLostError):
+                self.save()
+                raise
+
+    def record_step(self, step: Step, bar: tqdm) -> None:
+        tokens, seconds = self.progress.tokens + step.tokens, self.progress.seconds + step.seconds
+        self.progress = Progress(step.number, tokens, seconds)
+        speed, gates = step.tokens / step.seconds, self.prepared.adapter.gate_values()
+        line = {"epoch": step.epoch, "loss": step.loss, "lr": step.lr, "tokens_per_second": speed}
+        self.record(line | {"gate_mean_abs": gates.abs().mean().item()})
+        bar.update()
+        if step.number % self.run.log_every == 0:
+            bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
+
+    def validate(self, validation_loss: Callable[[], float], bar: tqdm) -> None:
+        if not self.prepared.validation:
+            return
+        with detect_lost_ranks():
+            loss = validation_loss()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss}")
+        self.record({"val_loss": loss})
+        if rank() == 0:
+            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}", file=sys.stderr)
+
+    def record(self, line: dict) -> None:
+        if rank() == 0:
+            write_metrics(self.run.out / "metrics.jsonl", {"step": self.progress.step} | line)
+
+    def save(self) -> None:
+        if rank() == 0:
+            save_checkpoint(self.run.out, self.prepared.adapter, self.optimizer, self.progress, self.prepared.options)
+
+    @contextmanager
+    def advise(self, less_memory: str):
+        """Tells what ended the run with what is saved, and what may help."""
+        files = f"{self.run.out}/checkpoint.pt and adapter.safetensors are as of step"
+        try:
+            yield
+        except FloatingPointError as error:
+            where, advice = f"in step {self.progress.step + 1}", "a lower --lr may help, with another --out"
+            raise AllRanksError(f"{where}: {error}; {files} {self.progress.step}; {advice}") from None
+        except RankLostError as error:
+            raise RankLostError(f"{error}; {files} {self.progress.step}; to go on, add --resume") from None
+        except torch.OutOfMemoryError as error:
+            advice = f"to go on, add --resume and {less_memory}"
+            raise ValueError(f"{error}; {files} {self.progress.step}; {advice}") from None
+
+
+def finish(
+    prepared: Prepared, run: RunOptions, progress: Progress, started: float, base: str | None, evaluate: Callable | None
+) -> None:
+    """What `evaluate` says of the tuned adapter, the adapter with its losses, curves, and summary.json."""
+    scores = {}
+    if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
+        with redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
+            scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
+    if rank() == 0:
+        adapter, out = prepared.adapter, run.out
+        metrics = read_metrics(out / "metrics.jsonl")
+        losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
+        change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
+        adapter.save(out / "adapter.safetensors", **change)
+        draw_curves(metrics, adapter, out / "curves.png")
+        summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts
+        summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change
+        summary |= {"tokens": progress.tokens, "tokens_per_second": progress.tokens / progress.seconds} | scores
+        summary |= {"wall_seconds": time.perf_counter() - started}
+        summary |= {"peak_memory_bytes": peak_memory(adapter.gates.device)}
+        summary |= {"options": prepared.options | {"base": resolved(base)}}
+        write_json(out / "summary.json", summary, indent=2)
+        (out / "checkpoint.pt").unlink()
+    say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {run.out}")
