@@ -18,7 +18,7 @@ def matches(path: Path) -> bool:
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
-    """Each of n files has a part of every weight, as the model ran on n GPUs in parallel. Raises OSError, ValueError."""
+    """Each of n files has a part of every weight, as the model ran on n GPUs. Raises OSError or ValueError."""
     params = read_json_object(folder / TOLD_BY)
     files = sorted(folder.glob("consolidated.*.pth"))
     names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]

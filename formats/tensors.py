@@ -51,7 +51,7 @@ def copy(source: Tensor, target: Tensor) -> None:
 def filled(
     like: Tensor, write: Callable[[Tensor], None], where: str, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Parameter:
-    """A frozen parameter of the shape and strides of another, after `write`. Raises ValueError, which `where` begins."""
+    """A frozen parameter with the shape and strides of `like`, filled by `write`. `where` begins its ValueErrors."""
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
         write(target)
@@ -72,9 +72,7 @@ def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
             mapped = content is None and zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
             values = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file}: not a file of tensors alone: it is broken, or holds code, which is not run"
-        ) from None
+        raise ValueError(f"{file}: not a file of tensors alone: broken, or with code in it, which is not run") from None
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
         raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

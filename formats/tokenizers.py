@@ -78,14 +78,12 @@ class TiktokenTokenizer(Tokenizer):
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a base's folder; its content tells the kind. Raises FileNotFoundError or ValueError."""
-    places = [
-        Path(folder) / "tokenizer.model",
-        Path(folder) / "original" / "tokenizer.model",
-    ]  # Llama 3's on Hugging Face
+    folder = Path(folder)
+    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # Llama 3's on Hugging Face is below
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         hint = ""
-        if (Path(folder) / "tokenizer.json").is_file():
+        if (folder / "tokenizer.json").is_file():
             hint = "; fetch it (Llama 3: original/tokenizer.model) from where tokenizer.json came from"
         raise FileNotFoundError(f"{places[0]}: no such tokenizer file{hint}")
     with open(path, "rb") as file:

@@ -30,11 +30,11 @@ def data():
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A folder in Meta's layout: toy.py's tokenizer and a random model of 2 layers."""
-    from toy import almanac as toy
+    """A folder in Meta's layout: the almanac's tokenizer and a random model of 3 layers."""
+    from toy.language_model import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-base")
-    tokenizer = toy.train_tokenizer(folder / "tokenizer.model", seed=0)
+    tokenizer = train_tokenizer(folder / "tokenizer.model", seed=0)
     params = dict(dim=16, n_layers=3, n_heads=2, multiple_of=8, norm_eps=1e-5, vocab_size=-1)
     (folder / "params.json").write_text(json.dumps(params))
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from adapter import Adapter
 from encoders.roberta import Roberta, RobertaConfig
 from encoders.vit import ViT, ViTConfig
 from model import Config, LLaMA
-from training.runs import read_metrics
+from training.run_files import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -256,3 +256,52 @@ class Ranks:
             process.join(timeout)
             assert process.exitcode is not None, "a rank hangs"
         return [results.get(rank) for rank in range(len(self.processes))]
+
+
+class Malicious:
+    """In a pickle: runs code when it is read."""
+
+    def __reduce__(self):
+        return (print, ("a pickle ran code",))
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {
+    "mha": dict(num_attention_heads=4, num_key_value_heads=4),
+    "gqa": dict(num_attention_heads=4, num_key_value_heads=2),
+    "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "wide heads": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24),
+    "llama3 rope": dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+}
+
+
+def save_hugging_face(folder, tiny_base, shard_size="1GB", **kind):
+    """A random LlamaForCausalLM of logits of order 10, written by save_pretrained."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1056,  # more than the tokenizer has, as in many published models
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        rms_norm_eps=1e-6,
+        **kind,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        model.lm_head.weight *= 5
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    return model

@@ -1,0 +1,99 @@
+"""Loading a base, whatever its layout: strictly, into little more memory than it has, with its tokenizer."""
+
+import pytest
+import torch
+from helpers import KINDS, copy_base, make_model, peak_anonymous, save_hugging_face
+
+from formats.bases import base_fingerprint, load_llama
+from model import Config, LLaMA
+
+
+def test_meta_folder(tiny_base):
+    model, tokenizer = load_llama(tiny_base)
+    weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.config == Config(16, 3, 2, 2, 8, 48, tokenizer.vocab_size)
+    assert load_llama(tiny_base, torch.bfloat16)[0].norm.weight.dtype == torch.bfloat16
+
+
+def test_missing_and_unknown_weights_are_named(tiny_base, tmp_path):
+    folder = copy_base(tiny_base, tmp_path / "base")
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save(weights | {"layers.1.attention.wq.bias": torch.zeros(16)}, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="has a weight layers.1.attention.wq.bias that"):
+        load_llama(folder)
+    del weights["norm.weight"]
+    torch.save(weights, folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="has no weight norm.weight"):
+        load_llama(folder)
+
+
+def test_an_id_beyond_the_tokenizer_has_no_text(tiny_base):
+    """Embeddings are often padded beyond the vocabulary, and such an id can be sampled."""
+    _, tokenizer = load_llama(tiny_base)
+    ids = tokenizer.encode("cat")
+    assert tokenizer.decode([*ids, 1024, 5000]) == "cat"
+
+
+def test_tokenizer_with_more_tokens_than_embeddings(tiny_base, tmp_path):
+    folder = copy_base(tiny_base, tmp_path / "base")
+    torch.save(LLaMA(Config(16, 3, 2, 2, 8, 48, 1000)).state_dict(), folder / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="1000 embeddings, but its tokenizer has 1024 tokens"):
+        load_llama(folder)
+
+
+def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
+    (folder / "original").mkdir()
+    (folder / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
+    assert load_llama(folder)[1].vocab_size == 1024
+
+
+def test_a_name_that_is_no_folder_is_told_how_to_become_one():
+    with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"):
+        load_llama("meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large_base, dtype):
+    """At most 1.15 times the model."""
+    results = forks.SimpleQueue()
+    process = forks.Process(target=load_and_watch, args=(tiny_base, large_base, dtype, results))
+    process.start()
+    size, peak = results.get()
+    process.join()
+    assert size > 250e6
+    assert 0.9 * size < peak < 1.15 * size
+
+
+def load_and_watch(tiny_base, base, dtype, results):
+    load_llama(tiny_base)  # so that the libraries' own memory doesn't count
+    (model, _), peak = peak_anonymous(lambda: load_llama(base, dtype))
+    results.put((sum(p.numel() * p.element_size() for p in model.parameters()), peak))
+
+
+def test_a_loaded_head_lies_transposed_on_a_cpu(tiny_base, data):
+    """(C, V) in memory, which is what makes it fast there; a file has it as (V, C). A tied head is the embeddings."""
+    model, _ = load_llama(tiny_base)
+    assert LLaMA(model.config).output.weight.stride() == (model.config.dim, 1)
+    assert model.output.weight.stride() == (1, model.config.vocab_size)
+    tied, _ = load_llama(data / "stories260K")
+    assert tied.output.weight is tied.tok_embeddings.weight and tied.output.weight.is_contiguous()
+
+
+def test_layers_are_sharded_one_by_one_and_the_model_last(tiny_base):
+    seen = []
+
+    def shard(module):
+        assert not any(parameter.is_meta for parameter in module.parameters())
+        seen.append(module)
+
+    model, _ = load_llama(tiny_base, shard=shard)
+    assert seen == [*model.layers, model]
+
+
+def test_fingerprint_knows_the_weights_and_not_the_dtype(tiny_base):
+    model, same = load_llama(tiny_base)[0], load_llama(tiny_base, torch.bfloat16)[0]
+    assert base_fingerprint(model) == base_fingerprint(same) != base_fingerprint(make_model())

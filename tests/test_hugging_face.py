@@ -1,0 +1,159 @@
+"""Hugging Face's layout of a base, against transformers itself, and every way in which its files can be wrong."""
+
+import json
+
+import pytest
+import torch
+from helpers import KINDS, LLAMA3_ROPE, Malicious, copy_base, save_hugging_face, split_for_parallel
+from safetensors.torch import load_file, save_file
+
+from formats.bases import load_llama
+from formats.hugging_face import to_hugging_face
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugging_face_folder_gives_transformers_logits(tiny_base, tmp_path, kind, shard_size):
+    theirs = save_hugging_face(tmp_path / "hf", tiny_base, shard_size, **KINDS[kind])
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 2) == (shard_size == "100KB")
+    model, _ = load_llama(tmp_path / "hf")
+    tokens = torch.randint(1056, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        difference = (model(tokens) - expected).abs().max()
+    assert expected.abs().max() > 5
+    assert difference < 1e-4
+    assert model.config.max_seq_len == 256
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
+    """Before transformers 5 rope_theta stood by itself, and rope_scaling beside it."""
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["llama3 rope"])
+    new, _ = load_llama(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    values = json.loads(file.read_text())
+    scaling = values.pop("rope_parameters")
+    values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    del values["head_dim"]
+    file.write_text(json.dumps(values))
+    assert load_llama(tmp_path / "hf")[0].config == new.config
+
+
+def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_base, tmp_path):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    first, _ = load_llama(tmp_path / "hf")
+    params = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-6, ffn_dim_multiplier=0.5)
+    folder = copy_base(tiny_base, tmp_path / "meta", **params)
+    for i, shard in enumerate(split_for_parallel(first.state_dict(), 2, False)):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    second, _ = load_llama(folder)
+    tokens = torch.arange(50)[None]
+    assert torch.equal(first(tokens), second(tokens))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="qwen2"), "config.json: model_type is 'qwen2'; only 'llama' is supported"),
+        (dict(attention_bias=True), "config.json: attention_bias is True; only False"),
+        (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
+        (dict(quantization_config={"bits": 4}), "config.json: quantization_config is"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json: rope_type is 'yarn'"),
+        (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
+        (dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}), "config.json: rope_scaling has '8'"),
+        (dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}), "config.json: rope_scaling .* no room"),
+        (dict(hidden_size=None), "config.json: has no field 'hidden_size'"),
+        (dict(hidden_size=128), r"is \(\d+,.*its configuration says"),
+        (dict(num_hidden_layers=4), "weights of 3 layers, its configuration says 4"),
+        (dict(intermediate_size=97), r"w\d.weight is \(\d+, \d+\), its configuration says"),
+        (dict(num_key_value_heads=3), "config.json: 4 query heads cannot share 3"),
+        (dict(vocab_size=1000), "1000 embeddings, but its tokenizer has 1024"),
+        (dict(max_position_embeddings="many"), "config.json: max_seq_len is 'many'"),
+        (dict(rms_norm_eps=10**400), "config.json: norm_eps is 1"),
+        (dict(hidden_size=2**23, head_dim=16, vocab_size=2**23), "tok_embeddings.weight"),
+    ],
+)
+def test_config_json_that_does_not_fit(tiny_base, tmp_path, changes, message):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    with pytest.raises(ValueError, match=message):
+        load_llama(tmp_path / "hf")
+
+
+def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, "100KB", **KINDS["gqa"])
+    index = folder / "model.safetensors.index.json"
+    good = index.read_text()
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shard.name}: .* names it"):
+        load_llama(folder)
+    for broken in (content[:-1], content[:20], b""):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{shard.name}: not a whole safetensors file"):
+            load_llama(folder)
+    shard.write_bytes(content)
+    for text, message in [
+        ("{", "not JSON"),
+        ("[]", "is a list, not an object"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        (good.replace(shard.name, "../" + shard.name), "names it"),
+        (good.replace("model.norm.weight", "model.norm.scale"), "says that model.norm.scale is in"),
+    ]:
+        index.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_llama(folder)
+    index.unlink()
+    with pytest.raises(ValueError, match="has neither model.safetensors, nor pytorch_model.bin, nor an index"):
+        load_llama(folder)
+    with pytest.raises(ValueError, match=f"{shard.name}: is a part of a base model; give its folder"):
+        load_llama(shard)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pytorch_model_bin_is_read_as_well(tiny_base, tmp_path, shards):
+    """Older repositories, many of Vicuna's among them, have pickles alone: tensors are read, code is not run."""
+    folder = tmp_path / "hf"
+    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
+    expected, _ = load_llama(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        places = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            torch.save({name: tensors[name] for name in names if places[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded, _ = load_llama(folder)
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in expected.state_dict().items())
+    torch.save({"model.norm.weight": Malicious()}, next(folder.glob("pytorch_model*.bin")))
+    with pytest.raises(ValueError, match="not a file of tensors alone"):
+        load_llama(folder)
+
+
+def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match="has a weight model.layers.0.self_attn.q_proj.bias that a LLaMA does not have"
+    ):
+        load_llama(tmp_path / "hf")
+
+
+def test_written_by_their_names_it_is_read_as_the_same_model(tiny_base, tmp_path):
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    model, _ = load_llama(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    theirs = load_file(file)
+    written = to_hugging_face(model.state_dict(), model.config)
+    assert written.keys() == theirs.keys() and all(torch.equal(written[name], theirs[name]) for name in theirs)
