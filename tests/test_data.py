@@ -10,20 +10,20 @@ import torch
 from data import (
     IGNORE,
     Example,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
     Tokens,
     check_record,
     collate,
     epoch_batches,
     format_prompt,
-    load_tokenizer,
+    hold_out,
     micro_batches,
+    num_targets,
     read_examples,
-    response_tokens,
+    split_over_ranks,
     tokenize,
 )
-from toy import almanac as toy
+from formats.tokenizers import SentencePieceTokenizer
+from toy.language_model import train_tokenizer
 
 RECORDS = [
     {"instruction": "Añade 1.", "input": "2", "output": "3"},
@@ -34,7 +34,7 @@ EXAMPLES = [Example("Añade 1.", "2", "3", name="record 0"), Example("Hi", "", "
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return toy.train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", seed=0)
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", seed=0)
 
 
 @pytest.mark.parametrize("opener", [open, gzip.open, lzma.open])
@@ -166,37 +166,30 @@ def test_micro_batches_keep_to_the_budget(budget):
     parts = list(micro_batches(examples, budget))
     assert sorted(i for inputs, *_ in parts for i in inputs[:, 0].tolist()) == list(range(64))
     assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, *_ in parts)
-    assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == response_tokens(examples)
+    assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == num_targets(examples)
     if budget == 10**6:
         assert len(parts) == 1
 
 
-def test_micro_batches_are_of_one_kind_and_say_what_all_rows_share():
-    """Two forms of a template differ after a few tokens: mixed, their rows would share only these."""
-    beginnings = {"a": [1, 5, 6, 7], "b": [1, 5, 9, 9, 9]}
-    examples = [Tokens(beginnings["ab"[i % 2]] + [20 + i] * 3, 3, i, "ab"[i % 2]) for i in range(8)]
-    parts = list(micro_batches(examples, 1000))
-    assert [(len(part.inputs), part.shared) for part in parts] == [(4, 4), (4, 5)]
+def test_rows_with_and_without_an_image_share_a_batch():
+    features = [torch.tensor([1.0, 2.0]), None, torch.tensor([3.0, 4.0])]
+    (batch,) = micro_batches([Tokens([1, 5, 6 + i], 2, i, seen) for i, seen in enumerate(features)], 100)
+    assert batch.features.tolist() == [[1, 2], [0, 0], [3, 4]] and batch.has_image.tolist() == [True, False, True]
+    (batch,) = micro_batches([Tokens([1, 5, 6], 2, 0)], 100)
+    assert batch.features is batch.has_image is None
 
 
-def test_missing_and_broken_tokenizers(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file$"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="fetch it"):
-        load_tokenizer(tmp_path)
-    for content, message in [
-        (b"\x00junk", "neither a SentencePiece model nor a tiktoken file"),
-        (b"", "neither"),
-        (b"YQ== 0\nYg== 7\n", "its 2 tokens do not have the ranks 0 to 1"),
-        (b"YQ== 0\nYQ== 1\n", "do not have the ranks"),
-        (b"YQ== 0\nnot a line\n", "not a tiktoken file"),
-        (b"YQ== 0\n\xff\xff 1\n", "not a tiktoken file"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"tokenizer.model: .*{message}"):
-            load_tokenizer(tmp_path)
+def test_features_stay_with_their_example(tokenizer):
+    """Whatever is dropped or cut on the way: they were paired by their order once."""
+    length = tokenize(tokenizer, EXAMPLES[:1], 512)[0][0].prompt_length
+    examples = [
+        Example("a " * 100, "", "dropped", features=torch.tensor([0.0])),
+        Example("Hi", "", "first", features=torch.tensor([1.0])),
+        Example("Hi", "", "none"),
+        Example("Hi", "", "second", features=torch.tensor([2.0])),
+    ]
+    kept, _ = tokenize(tokenizer, examples, length + 40)
+    assert [None if tokens.features is None else tokens.features.item() for tokens in kept] == [1, None, 2]
 
 
 def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
@@ -217,74 +210,6 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
     assert merged > 0  # in one go, the prompt's own ids change: why they are tokenized apart
 
 
-SAMPLES = [
-    "Hello  world,   it's 12345 o'clock.\n\n\tIndented\r\n  twice ",
-    "def f(x: int) -> str:\n\treturn f'{x**2:>8}'  # naïve\n\n\nprint(f(3))",
-    "Příliš žluťoučký kůň — “übergroß”, ça va ? ¿Mañana? Łódź",
-    "Ελληνικά, русский язык, українська; العربية والعبرية עברית",
-    "हिन्दी में लिखा, ไทย, 日本語のテキスト、简体中文。 한국어 문장",
-    "🦙🦙 family: 👩‍👩‍👧 flag: 🇪🇺 skin: 👍🏽 rare: 𒀀 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-    " leading, trailing ",
-    "<s> and </s> and <|begin_of_text|> are text here, <|eot_id|> too",
-    "1 22 333 4444 55555 3.14159 1e-7 $9,999.99 50%",
-    "I'LL we've THEY'RE don't 'tis",
-]
-
-
-def sentencepiece_by_other_means(path):
-    """Hugging Face's BPE in Rust, its merges put together from the pieces and their scores."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import models, normalizers
-
-    model = SentencePieceProcessor(model_file=str(path))
-    vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges = []
-    for piece, i in vocabulary.items():
-        for cut in range(1, len(piece)):
-            parts = piece[:cut], piece[cut:]
-            if all(part in vocabulary for part in parts):
-                merges.append((-model.get_score(i), *(vocabulary[part] for part in parts), parts))
-    merges = [merge[-1] for merge in sorted(merges)]
-    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return bpe
-
-
-def tiktoken_by_other_means(path):
-    """Transformers' conversion of the same file; the pattern is that of Llama 3's model card."""
-    pytest.importorskip("transformers")
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return TikTokenConverter(vocab_file=str(path), pattern=words, extra_special_tokens=[]).converted()
-
-
-@pytest.mark.parametrize(
-    "name, kind, oracle, vocabulary",
-    [
-        ("llama2_tokenizer.model", SentencePieceTokenizer, sentencepiece_by_other_means, (1, 2, 32000)),
-        ("llama3_tokenizer.model", TiktokenTokenizer, tiktoken_by_other_means, (128000, 128001, 128256)),
-    ],
-)
-def test_real_tokenizers_give_the_ids_of_other_implementations(data, tmp_path, name, kind, oracle, vocabulary):
-    """Languages, code, emoji, real instructions; and the kind is told by the content, for the name is the same."""
-    (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / name).read_bytes())
-    tokenizer = load_tokenizer(tmp_path)
-    assert type(tokenizer) is kind
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == vocabulary
-    other = oracle(data / "tokenizers" / name)
-    examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::40]
-    for text in SAMPLES + [example.output for example in examples if example.output]:
-        ids = tokenizer.encode(text)
-        assert ids == other.encode(text, add_special_tokens=False).ids, text
-        assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]) == "hello"
-    with pytest.raises(ValueError):
-        tokenizer.encode("half \ud83e a llama")
-
-
 def test_real_lengths_need_no_padding(data):
     """Padding every example to 512 makes 4.03 positions per real one; batches of like length 1.05 at most."""
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
@@ -295,4 +220,20 @@ def test_real_lengths_need_no_padding(data):
 
 
 def test_check_record_ignores_other_fields():
-    assert check_record({"instruction": "a", "output": "b", "id": 3}, "here") == Example("a", "", "b")
+    assert check_record({"instruction": "a", "output": "b", "id": 3}, "f", "r") == Example("a", "", "b", name="r")
+
+
+def test_held_out_examples_are_the_others():
+    training, validation = hold_out(list(range(100)), 0.2, seed=0)
+    assert len(validation) == 20 and sorted(training + validation) == list(range(100))
+    assert hold_out(list(range(100)), 20, seed=0) == (training, validation) != hold_out(list(range(100)), 20, seed=1)
+    with pytest.raises(ValueError, match="holds out 3 of the 3 examples"):
+        hold_out([1, 2, 3], 3, seed=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_every_example_falls_to_one_rank(ranks):
+    examples = [Tokens([i] * length, 1, i) for i, length in enumerate([3, 50, 7, 7, 20, 9, 30])]
+    parts = split_over_ranks(examples, ranks)
+    assert len(parts) == ranks and sorted(e.name for part in parts for e in part) == list(range(7))
+    assert max(sum(e.size for e in part) for part in parts) <= sum(e.size for e in examples) / ranks + 50

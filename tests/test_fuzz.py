@@ -11,15 +11,15 @@ import struct
 
 import pytest
 import torch
-from helpers import copy_base, make_adapter, make_model
+from helpers import KINDS, copy_base, make_adapter, make_model, save_hugging_face
 from safetensors.torch import load_file, save_file
 
 from adapter import Adapter
-from convert import load_adapter
 from data import read_examples
+from formats.adapters import load_adapter
 from formats.bases import load_llama
 from model import Config
-from training.runs import read_metrics
+from training.run_files import read_metrics
 
 TIMES = 150  # of each kind of file: over 2,000 in all
 
@@ -46,6 +46,9 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
+STRANGE = [None, True, 0, -1, 3, 2.5, 10**30, 10**400, float("nan"), float("inf"), "", "x", [], {}, [1], "\ud800"]
+
+
 def mutate_json(content: bytes, rng: random.Random) -> bytes:
     """Still JSON, with a value of another kind or size somewhere, or a field less."""
     values = json.loads(content)
@@ -61,59 +64,8 @@ def mutate_json(content: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.2:
             del inside[key]
         else:
-            strange = [
-                None,
-                True,
-                0,
-                -1,
-                3,
-                2.5,
-                10**30,
-                10**400,
-                float("nan"),
-                float("inf"),
-                "",
-                "x",
-                [],
-                {},
-                [1],
-                "\ud800",
-            ]
-            inside[key] = rng.choice(strange)
+            inside[key] = rng.choice(STRANGE)
         return json.dumps(values).encode()
-
-
-def hugging_face_folder(tiny_base, folder):
-    from test_checkpoints import KINDS, save_hugging_face
-
-    pytest.importorskip("transformers")
-    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
-    return folder
-
-
-def llama2c_file(tiny_base, folder):
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
-    w = make_model(Config(16, 1, 2, 2, 8, 24, 1024)).state_dict()
-    names = [
-        "tok_embeddings",
-        "layers.0.attention_norm",
-        *(f"layers.0.attention.{n}" for n in ("wq", "wk", "wv", "wo")),
-    ]
-    names += ["layers.0.ffn_norm", *(f"layers.0.feed_forward.{n}" for n in ("w1", "w2", "w3")), "norm"]
-    tensors = [w[f"{name}.weight"] for name in names] + [torch.zeros(2, 32, 4)]
-    header = struct.pack("<7i", 16, 24, 1, 2, 2, 1024, 32)
-    (folder / "model.bin").write_bytes(header + b"".join(t.numpy().tobytes() for t in tensors))
-    return folder
-
-
-def peft_folder(folder):
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
-    place = "base_model.model.model.layers.2.self_attn.adaption_"
-    save_file(
-        {place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, folder / "adapter_model.safetensors"
-    )
 
 
 def check_adapter(adapter: Adapter):
@@ -128,66 +80,145 @@ def check_model(loaded):
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, model.config.vocab_size)
 
 
-ADAPTERS = ["adapter", "authors", "lit", "old pickle", "peft", "peft config"]
-BASES = ["pth", "params", "tokenizer", "tiktoken", "safetensors", "config", "index", "llama2c"]
+# Each makes the files of its kind in an empty folder, and returns the one to change.
 
 
-@pytest.mark.parametrize("kind", [*ADAPTERS, *BASES, "alpaca", "metrics"])
+def adapter_file(folder, tiny_base):
+    make_adapter(make_model()).save(folder / "a.safetensors", base_layers=3)
+    return folder / "a.safetensors"
+
+
+def authors_file(folder, tiny_base):
+    tensors = {"adapter_query.weight": torch.ones(10, 32), "layers.0.attention.gate": torch.ones(1, 4, 1, 1)}
+    torch.save(tensors, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+def lit_file(folder, tiny_base, **options):
+    tensors = {"transformer.h.1.attn.adapter_wte.weight": torch.ones(5, 32)}
+    tensors["transformer.h.1.attn.gating_factor"] = torch.ones(1, 4, 1, 1)
+    torch.save(tensors, folder / "theirs.pth", **options)
+    return folder / "theirs.pth"
+
+
+def old_pickle(folder, tiny_base):
+    return lit_file(folder, tiny_base, _use_new_zipfile_serialization=False)
+
+
+def peft_tensors(folder, tiny_base):
+    (folder / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
+    place = "base_model.model.model.layers.2.self_attn.adaption_"
+    tensors = {place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder / "adapter_model.safetensors"
+
+
+def peft_config(folder, tiny_base):
+    return peft_tensors(folder, tiny_base).with_name("adapter_config.json")
+
+
+def meta_weights(folder, tiny_base):
+    return copy_base(tiny_base, folder / "base") / "consolidated.00.pth"
+
+
+def meta_params(folder, tiny_base):
+    return copy_base(tiny_base, folder / "base") / "params.json"
+
+
+def sentencepiece_file(folder, tiny_base):
+    return copy_base(tiny_base, folder / "base") / "tokenizer.model"
+
+
+def tiktoken_file(folder, tiny_base):
+    path = sentencepiece_file(folder, tiny_base)
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return path
+
+
+def hugging_face_weights(folder, tiny_base):
+    save_hugging_face(folder / "base", tiny_base, **KINDS["gqa"])
+    return folder / "base" / "model.safetensors"
+
+
+def hugging_face_config_json(folder, tiny_base):
+    return hugging_face_weights(folder, tiny_base).with_name("config.json")
+
+
+def hugging_face_index(folder, tiny_base):
+    weights = hugging_face_weights(folder, tiny_base)
+    path = weights.with_name("model.safetensors.index.json")
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(weights), weights.name)}))
+    return path
+
+
+def llama2c_file(folder, tiny_base):
+    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    w = make_model(Config(16, 1, 2, 2, 8, 24, 1024)).state_dict()
+    attention = [f"layers.0.attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+    mlp = [f"layers.0.feed_forward.{name}" for name in ("w1", "w2", "w3")]
+    names = ["tok_embeddings", "layers.0.attention_norm", *attention, "layers.0.ffn_norm", *mlp, "norm"]
+    tensors = [w[f"{name}.weight"] for name in names] + [torch.zeros(2, 32, 4)]
+    header = struct.pack("<7i", 16, 24, 1, 2, 2, 1024, 32)
+    (folder / "model.bin").write_bytes(header + b"".join(t.numpy().tobytes() for t in tensors))
+    return folder / "model.bin"
+
+
+def alpaca_file(folder, tiny_base):
+    path = folder / "a.json"
+    path.write_text('[{"instruction": "Añade 1.", "input": "2", "output": "3"}, {"instruction": "a", "output": "b"}]')
+    return path
+
+
+def metrics_file(folder, tiny_base):
+    path = folder / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "val_loss": 2.0}\n')
+    return path
+
+
+def read_adapter(path):
+    check_adapter(load_adapter(path, heads=4))
+
+
+def read_peft_folder(path):
+    check_adapter(load_adapter(path.parent, heads=4))
+
+
+def read_base_folder(path):
+    check_model(load_llama(path.parent))
+
+
+CASES = [
+    (adapter_file, read_adapter),
+    (authors_file, read_adapter),
+    (lit_file, read_adapter),
+    (old_pickle, read_adapter),
+    (peft_tensors, read_peft_folder),
+    (peft_config, read_peft_folder),
+    (meta_weights, read_base_folder),
+    (meta_params, read_base_folder),
+    (sentencepiece_file, read_base_folder),
+    (tiktoken_file, read_base_folder),
+    (hugging_face_weights, read_base_folder),
+    (hugging_face_config_json, read_base_folder),
+    (hugging_face_index, read_base_folder),
+    (llama2c_file, read_base_folder),
+    (alpaca_file, read_examples),
+    (metrics_file, read_metrics),
+]
+
+
+@pytest.mark.parametrize("make, read", CASES, ids=[make.__name__ for make, _ in CASES])
 @pytest.mark.filterwarnings("ignore")
-def test_changed_files(tiny_base, tmp_path, kind):
-    base = tmp_path / "base"
-    if kind in ("pth", "params", "tokenizer", "tiktoken"):
-        copy_base(tiny_base, base)
-        path = base / {"pth": "consolidated.00.pth", "params": "params.json"}.get(kind, "tokenizer.model")
-        if kind == "tiktoken":
-            tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
-            path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
-    elif kind in ("safetensors", "config", "index"):
-        hugging_face_folder(tiny_base, base)
-        path = base / {"safetensors": "model.safetensors", "config": "config.json"}.get(
-            kind, "model.safetensors.index.json"
-        )
-        if kind == "index":
-            names = load_file(base / "model.safetensors")
-            path.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
-    elif kind == "llama2c":
-        path = llama2c_file(tiny_base, base) / "model.bin"
-    elif kind == "adapter":
-        make_adapter(make_model()).save(path := tmp_path / "a.safetensors", base_layers=3)
-    elif kind in ("authors", "lit", "old pickle"):
-        path = tmp_path / "theirs.pth"
-        tensors = {"transformer.h.1.attn.adapter_wte.weight": torch.ones(5, 32)}
-        tensors["transformer.h.1.attn.gating_factor"] = torch.ones(1, 4, 1, 1)
-        if kind == "authors":
-            tensors = {"adapter_query.weight": torch.ones(10, 32), "layers.0.attention.gate": torch.ones(1, 4, 1, 1)}
-        torch.save(tensors, path, _use_new_zipfile_serialization=kind != "old pickle")
-    elif kind.startswith("peft"):
-        peft_folder(tmp_path / "peft")
-        path = tmp_path / "peft" / ("adapter_config.json" if kind == "peft config" else "adapter_model.safetensors")
-    elif kind == "alpaca":
-        path = tmp_path / "a.json"
-        path.write_text(
-            '[{"instruction": "Añade 1.", "input": "2", "output": "3"}, {"instruction": "a", "output": "b"}]'
-        )
-    else:
-        path = tmp_path / "metrics.jsonl"
-        path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "val_loss": 2.0}\n')
-
-    def read():
-        if kind in ADAPTERS:
-            check_adapter(load_adapter(path.parent if kind.startswith("peft") else path, heads=4))
-        elif kind in BASES:
-            check_model(load_llama(base))
-        else:
-            {"alpaca": read_examples, "metrics": read_metrics}[kind](path)
-
-    read()
-    whole, rng, refused = path.read_bytes(), random.Random(kind), 0
+def test_changed_files(tiny_base, tmp_path, make, read):
+    path = make(tmp_path, tiny_base)
+    read(path)
+    whole, rng, refused = path.read_bytes(), random.Random(make.__name__), 0
     for number in range(TIMES):
-        is_json = kind in ("params", "config", "index", "alpaca", "peft config") and rng.random() < 0.7
+        is_json = path.suffix == ".json" and rng.random() < 0.7
         path.write_bytes((mutate_json if is_json else mutate)(whole, rng))
         try:
-            read()
+            read(path)
         except (ValueError, OSError) as error:
             refused += 1
             assert len(str(error).splitlines()) == 1, (number, error)

@@ -4,18 +4,16 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
-from helpers import make_adapter, make_model, make_tokens
+from helpers import Malicious, make_adapter, make_model, make_tokens
 
 from adapter import Adapter
-from convert import describe, load_adapter, main, write_peft
+from encoders.heads import HeadAdapter
+from formats.adapters import describe_reading, load_adapter, write_peft
 from generate import main as generate_main
+from multimodal import ImageAdapter
 
 
-def run(*args):
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def values(*shape, seed=0):
+def random_values(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -23,8 +21,8 @@ def values(*shape, seed=0):
 
 
 def authors_file(path, **changes):
-    tensors = {"adapter_query.weight": values(10, 32).half()}
-    tensors |= {f"layers.{i}.attention.gate": values(1, 4, 1, 1, seed=i).half() for i in range(3)}
+    tensors = {"adapter_query.weight": random_values(10, 32).half()}
+    tensors |= {f"layers.{i}.attention.gate": random_values(1, 4, 1, 1, seed=i).half() for i in range(3)}
     torch.save(tensors | changes, path)
     return tensors
 
@@ -32,8 +30,8 @@ def authors_file(path, **changes):
 def lit_file(path, heads=4, **changes):
     tensors = {}
     for i in (1, 2):
-        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = values(5, 32, seed=i)
-        tensors[f"transformer.h.{i}.attn.gating_factor"] = values(1, heads, 1, 1, seed=10 + i)
+        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = random_values(5, 32, seed=i)
+        tensors[f"transformer.h.{i}.attn.gating_factor"] = random_values(1, heads, 1, 1, seed=10 + i)
     torch.save({"model": tensors | changes}, path)
     return tensors
 
@@ -50,11 +48,8 @@ def logits_by_reference(prompts, gates):
 def test_authors_file(tmp_path, gate):
     """adapter_query (L*K, C), lowest layer first; gates in all layers, of which the topmost L count."""
     tensors = authors_file(tmp_path / "theirs.pth")
-    assert (
-        run("import", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", "--gate", gate, "--length", 5).exit_code
-        == 0
-    )
-    adapter = Adapter.load(tmp_path / "ours.safetensors")
+    load_adapter(tmp_path / "theirs.pth", gate=gate, length=5).save(tmp_path / "ours.safetensors")
+    adapter = load_adapter(tmp_path / "ours.safetensors")
     assert adapter.gate_activation == adapter.metadata["gate_activation"] == gate
     assert torch.equal(adapter.prompts[1, 2], tensors["adapter_query.weight"][7].float())
     gates = torch.stack([tensors[f"layers.{i}.attention.gate"].flatten().float() for i in (1, 2)])
@@ -109,9 +104,9 @@ def test_pefts_forward_is_ours(tmp_path, config):
     theirs = peft.get_peft_model(theirs, options)
     for seed, (name, parameter) in enumerate(theirs.named_parameters()):
         if "adaption_gate" in name:
-            parameter.data = values(1, seed=seed)
+            parameter.data = random_values(1, seed=seed)
         if "adaption_prompt" in name:
-            parameter.data = values(*parameter.shape, seed=seed)
+            parameter.data = random_values(*parameter.shape, seed=seed)
     theirs.save_pretrained(tmp_path / "theirs")
     adapter = load_adapter(tmp_path / "theirs", heads=4)
     tokens = make_tokens(model, 2, 9)
@@ -127,9 +122,9 @@ def test_exported_to_peft_it_computes_the_same(tmp_path, config):
     model, theirs, _, peft = peft_model(config)
     adapter = make_adapter(model)
     with torch.no_grad():
-        adapter.gates.copy_(values(2, 1).expand(2, 4))
-    adapter.save(tmp_path / "ours.safetensors", base_layers=3)
-    assert run("export", tmp_path / "ours.safetensors", tmp_path / "theirs").exit_code == 0
+        adapter.gates.copy_(random_values(2, 1).expand(2, 4))
+    adapter.metadata["base_layers"] = "3"
+    write_peft(adapter, tmp_path / "theirs")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "theirs")
     tokens = make_tokens(model, 2, 9)
     with torch.no_grad():
@@ -139,19 +134,18 @@ def test_exported_to_peft_it_computes_the_same(tmp_path, config):
 
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):
-    make_adapter(make_model()).save(tmp_path / "ours.safetensors", base_layers=3)
-    result = run("export", tmp_path / "ours.safetensors", tmp_path / "theirs")
-    assert result.exit_code == 2 and "PEFT has one gate for all heads" in result.stderr
-    assert not (tmp_path / "theirs").exists()
+    with pytest.raises(ValueError, match="PEFT has one gate for all heads"):
+        write_peft(make_adapter(make_model()), tmp_path / "theirs")
     with pytest.raises(ValueError, match="does not say how many layers"):
         write_peft(make_adapter(make_model(), gates=False), tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_generate_takes_whosever_adapter(tiny_base, tmp_path):
     """generate.py --adapter theirs, its one gate spread over the base's heads."""
     tensors = {}
     for i in (1, 2):
-        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = values(5, 16, seed=i)
+        tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = random_values(5, 16, seed=i)
         tensors[f"transformer.h.{i}.attn.gating_factor"] = torch.full((1,), 2.0)
     torch.save(tensors, tmp_path / "lit.pth")
     args = ["--base", str(tiny_base), "--greedy", "--max-new-tokens", "8", "hello"]
@@ -160,11 +154,6 @@ def test_generate_takes_whosever_adapter(tiny_base, tmp_path):
     )
     assert alone.exit_code == adapted.exit_code == 0, adapted.output
     assert alone.stdout != adapted.stdout
-
-
-class Malicious:
-    def __reduce__(self):
-        return (print, ("a pickle ran code",))
 
 
 def test_broken_files_of_others_are_named(tmp_path, capsys):
@@ -178,10 +167,10 @@ def test_broken_files_of_others_are_named(tmp_path, capsys):
     authors_file(path)
     refused("no whole number of layers of 10000", length=10000)
     refused("prompts for 5 layers of 2 each, but gates for 3", length=2)
-    authors_file(path, **{"layers.2.attention.gate": values(1, 3, 1, 1)})
+    authors_file(path, **{"layers.2.attention.gate": random_values(1, 3, 1, 1)})
     refused(r"layers have \[3, 4\] gates", length=5)
     for gate in (
-        values(1, 4, 1, 1).to_sparse(),
+        random_values(1, 4, 1, 1).to_sparse(),
         torch.ones(4, dtype=torch.long),
         torch.ones(4).to(torch.float8_e4m3fn),
     ):
@@ -189,18 +178,18 @@ def test_broken_files_of_others_are_named(tmp_path, capsys):
         refused("layer 2: is (no dense tensor|of torch.*, not of floating-point numbers)", length=5)
     authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
     refused("layer 2: holds values that are not finite", length=5)
-    authors_file(path, **{"adapter_query.weight": values(10, 32).to_sparse()})
+    authors_file(path, **{"adapter_query.weight": random_values(10, 32).to_sparse()})
     refused("adapter_query.weight", length=5)
     authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
     refused("layer 1: holds values that are not finite", length=5)
     lit_file(path)
     refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
-    lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": values(4, 32)})
+    lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
     refused(r"prompts are \(4, 32\) in layer 2, \(5, 32\) in layer 1")
-    lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": values(5, 32)})
+    lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": random_values(5, 32)})
     refused(r"prompts for layers \[1, 2, 7\] and gates for layers \[1, 2\]")
-    torch.save({"something": values(2)}, path)
-    refused("an adapter of neither kind known; it holds something")
+    torch.save({"something": random_values(2)}, path)
+    refused("an adapter of no kind known; it holds something")
     torch.save({"adapter_query.weight": Malicious()}, path)
     refused("not a file of tensors")
     assert "ran code" not in capsys.readouterr().out
@@ -236,16 +225,25 @@ def test_broken_folders_of_peft_are_named(tmp_path):
         load_adapter(tmp_path, heads=4)
 
 
-def test_show_tells_what_there_is(tmp_path):
-    adapter = Adapter(layers=2, length=3, dim=8, heads=3)
-    with torch.no_grad():
-        adapter.gates.copy_(torch.tensor([[0.0, 0.5, 1.0], [-1.0, 0.0, 0.0]]))
-    adapter.save(tmp_path / "a.safetensors", base_layers=7, data="alpaca.json", steps=12)
-    result = run("show", tmp_path / "a.safetensors", "--png", tmp_path / "gates.png")
-    assert result.exit_code == 0
-    for part in ("2 x 3 x 8, 3 heads", "54", "alpaca.json", "steps:", "12", "    6 |@  |", "    5 | +@|"):
-        assert part in result.stdout
-    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
-    assert "|   |" in describe(Adapter(layers=1, length=1, dim=2, heads=3))  # all closed
-    result = run("show", tmp_path / "absent")
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+def test_a_file_of_ours_tells_its_class(tmp_path):
+    shape = dict(layers=2, length=3, dim=8, heads=2)
+    for adapter in (
+        Adapter(**shape),
+        ImageAdapter(features=6, bottleneck=4, **shape),
+        HeadAdapter(widths=[8, 3], **shape),
+    ):
+        adapter.save(tmp_path / "a.safetensors")
+        loaded = load_adapter(tmp_path / "a.safetensors")
+        assert type(loaded) is type(adapter)
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in adapter.state_dict().items())
+    (tmp_path / "a.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="a.safetensors: not a whole safetensors file"):
+        load_adapter(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="absent: no such adapter file"):
+        load_adapter(tmp_path / "absent")
+
+
+def test_how_a_file_was_read_is_one_line(tmp_path):
+    authors_file(tmp_path / "theirs.pth")
+    line = describe_reading(load_adapter(tmp_path / "theirs.pth", length=5))
+    assert line == "the authors' release: theirs.pth: read as 2 layers of 5 prompts of width 32, gates with tanh"
