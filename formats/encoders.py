@@ -1,21 +1,20 @@
 """Reading encoders in the layouts they come in, and writing those that are trained here."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapter import gated_attention
-from runtime.files import atomic_write
-from formats.bases import check_dense, copy, filled, load_pth, named, open_shards, read_json
 from encoders.heads import make_head
 from encoders.roberta import Roberta, RobertaConfig
 from encoders.vit import ViT, ViTConfig
+from formats.tensors import check_dense, copy, filled, named, open_shards, open_tensors
+from runtime.files import atomic_write, read_json_object, write_json
 
 # Our names, part by part, and theirs.
 CLIP = {
@@ -106,6 +105,9 @@ ROBERTA = {
 SHAPE = {
     "image_size": "image_size",
     "patch_size": "patch_size",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "pad_id": "pad_token_id",
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -113,19 +115,53 @@ SHAPE = {
     "norm_eps": "layer_norm_eps",
     "activation": "hidden_act",
 }
+HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels, where a file says nothing else
+
+Tensors = dict[str, Callable[[], Tensor]]  # by their names in a file
 
 
-VOCABULARY = {"vocab_size": "vocab_size", "max_positions": "max_position_embeddings", "pad_id": "pad_token_id"}
-
-
-class Source(NamedTuple):
-    """An encoder in a file: its shape, its tensors by our names, and those of its head's linear layers by theirs."""
+@dataclass
+class Source:
+    """An encoder in a file: its shape, its tensors, and how others name them."""
 
     config: ViTConfig | RobertaConfig
-    fetch: Callable[[str], Tensor]
-    unused: Callable[[], list[str]]  # tensors of layers that were not fetched
-    head: Sequence[str] = ()
+    tensors: Tensors
+    names: dict[str, str]
+    prefix: str = ""
+    head: Sequence[str] = ()  # its linear layers
     head_activation: str = "tanh"
+    used: set[str] = field(default_factory=set)
+
+    def fetch(self, name: str) -> Tensor:
+        """By our name. Raises KeyError."""
+        packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
+        theirs = renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
+        self.used.add(self.prefix + theirs)
+        tensor = self.tensors[self.prefix + theirs]()
+        if packed:
+            return tensor.chunk(3)["qkv".index(packed[0])]  # one matrix has all three
+        if name in ("class_embedding", "positions") and tensor.dim() == 3:  # (1, 1, C) and (1, T, C)
+            return tensor[0, 0] if name == "class_embedding" else tensor[0]
+        return tensor
+
+    def unused(self) -> list[str]:
+        """Tensors of layers that were not fetched."""
+        layers = self.prefix + self.names["layers."]
+        return sorted(name for name in self.tensors if name.startswith(layers) and name not in self.used)
+
+
+class VitPytorch(Source):
+    """Of vit-pytorch's first versions, which cut patches row by row, channels innermost, have no biases of q, k and v,
+    and score q k / sqrt(C), not / sqrt(D)."""
+
+    def fetch(self, name: str) -> Tensor:
+        config = self.config
+        if re.search(r"attention\.w[qkv]\.bias", name):
+            return torch.zeros(config.dim)
+        tensor = super().fetch(name)
+        if name == "patch_embedding.weight":  # (C, P * P * channels)
+            return tensor.view(-1, config.patch_size, config.patch_size, config.channels).permute(0, 3, 1, 2)
+        return tensor * config.n_heads**-0.5 if name.endswith("attention.wq.weight") else tensor
 
 
 def load_encoder(
@@ -143,23 +179,26 @@ def load_encoder(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such encoder")
-    source = read_folder(path) if path.is_dir() else read_state_dict(load_weights(path), path)
+    source = read_folder(path) if path.is_dir() else read_state_dict(open_weights(path), path)
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)
     left = source.unused()
     if left:
         raise ValueError(f"{path}: has {len(left)} weights that such an encoder has no place for: {left[0]} ...")
-    if not source.head:
-        return model.requires_grad_(False), None
+    return model.requires_grad_(False), read_head(source, path, device) if source.head else None
+
+
+def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequential:
+    """In float32, not frozen. Raises ValueError."""
+    numbers = dict(zip(("0", "2"), source.head))  # of linear layers; there is an activation between
     try:
-        linears = [source.fetch(f"{name}.weight") for name in source.head]
+        widths = [source.config.dim, *(len(source.tensors[f"{name}.weight"]()) for name in source.head)]
     except KeyError as error:
         raise ValueError(f"{path}: has no weight {error}") from None
-    head = make_head([model.config.dim, *map(len, linears)], source.head_activation)
-    numbers = dict(zip((0, 2), source.head))
-    fill(head, lambda name: source.fetch(f"{numbers[int(name[0])]}{name[1:]}"), path, torch.float32, device)
-    return model.requires_grad_(False), head.requires_grad_(True)
+    head = make_head(widths, source.head_activation)
+    fill(head, lambda name: source.tensors[numbers[name[0]] + name[1:]](), path, torch.float32, device)
+    return head.requires_grad_(True)
 
 
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
@@ -189,74 +228,61 @@ def fill(
 
 def save_vit(model: ViT, folder: Path) -> None:
     """Write a tower as Hugging Face's CLIPVisionModel: model.safetensors, then config.json."""
-    save_as(model, folder, CLIP, SHAPE, {"model_type": "clip_vision_model"})
+    save_as(model, folder, CLIP, {"model_type": "clip_vision_model"})
 
 
 def save_roberta(model: Roberta, folder: Path) -> None:
     """Write an encoder as Hugging Face's RobertaModel: model.safetensors, then config.json."""
-    shape = {ours: theirs for ours, theirs in (SHAPE | VOCABULARY).items() if hasattr(model.config, ours)}
-    save_as(model, folder, ROBERTA, shape, {"model_type": "roberta", "type_vocab_size": 1})
+    save_as(model, folder, ROBERTA, {"model_type": "roberta", "type_vocab_size": 1})
 
 
-def save_as(model: ViT | Roberta, folder: Path, names: dict[str, str], shape: dict[str, str], values: dict) -> None:
+def save_as(model: ViT | Roberta, folder: Path, names: dict[str, str], values: dict) -> None:
     """The weights and the shape by their names of others; `values` are what else config.json says."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
-    values = values | {theirs: getattr(model.config, ours) for ours, theirs in shape.items()}
-    with atomic_write(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    config = model.config
+    shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items() if hasattr(config, ours)}
+    write_json(folder / "config.json", values | shape, indent=2)
 
 
 def read_folder(folder: Path) -> Source:
     """Of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor..., RobertaFor..., or of timm's."""
     file = folder / "config.json"
-    values = read_json(file)
-    kind = values.get("model_type")
-    if kind is None and "architecture" in values:  # timm's
-        pixels = values.get("pretrained_cfg") if isinstance(values.get("pretrained_cfg"), dict) else {}
+    values = read_json_object(file)
+    if values.get("model_type") is None and "architecture" in values:  # timm's
         with named(file):
-            pixels = {name: numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
-        return read_state_dict({name: tensor() for name, tensor in open_shards(folder).items()}, file, pixels)
+            pixels = values.get("pretrained_cfg")
+            return read_state_dict(open_shards(folder), file, pixels if isinstance(pixels, dict) else {})
     with named(file):
+        kind = values.get("model_type")
         if kind not in ("clip", "clip_vision_model", "vit", "roberta"):
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
-        values = values.get("vision_config", values)
-        shape = {ours: values[theirs] for ours, theirs in SHAPE.items() if theirs in values}
         if kind == "vit":
             image = folder / "preprocessor_config.json"
-            pixels = read_json(image) if image.exists() else {}
+            pixels = read_json_object(image) if image.exists() else {}
             channels = values.get("num_channels", 3)
-            half = (0.5,) * (channels if channels == 1 else 3)
-            defaults = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12}
+            half = HALF if channels == 3 else HALF[:1]
             mean, std = (numbers(pixels.get(f"image_{name}", half), name) for name in ("mean", "std"))
             more = {"channels": channels, "mean": mean, "std": std, "clip": False}
-            config, names, prefix = ViTConfig(**defaults | shape | more), HUGGING_FACE_VIT, "vit."
+            defaults = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12}
+            config, names, prefix = ViTConfig(**defaults | shape_of(ViTConfig, values) | more), HUGGING_FACE_VIT, "vit."
         elif kind == "roberta":
-            shape |= {ours: values[theirs] for ours, theirs in VOCABULARY.items() if theirs in values}
-            shape = {name: value for name, value in shape.items() if name not in ("image_size", "patch_size")}
-            config, names, prefix = RobertaConfig(**shape), ROBERTA, "roberta."
+            config, names, prefix = RobertaConfig(**shape_of(RobertaConfig, values)), ROBERTA, "roberta."
         else:
+            shape = shape_of(ViTConfig, values.get("vision_config", values))
             config, names, prefix = ViTConfig(**shape), CLIP, "vision_model."
     tensors = open_shards(folder)
     prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     heads = (["classifier.dense", "classifier.out_proj"], ["classifier"], ["qa_outputs"])
     head = next((head for head in heads if f"{head[0]}.weight" in tensors), ())
+    return Source(config, tensors, names, prefix, head)
 
-    used = set()
 
-    def fetch(name: str) -> Tensor:
-        if any(name.startswith(f"{part}.") for part in head):
-            return tensors[name]()
-        used.add(prefix + renamed(name, names))
-        return unbatched(name, tensors[prefix + renamed(name, names)]())
-
-    def unused() -> list[str]:
-        layers = prefix + names["layers."]
-        return sorted(name for name in tensors if name.startswith(layers) and name not in used)
-
-    return Source(config, fetch, unused, head)
+def shape_of(kind: type, values: dict) -> dict[str, object]:
+    """Those fields of a configuration of this kind that a config.json has."""
+    return {f.name: values[SHAPE[f.name]] for f in fields(kind) if SHAPE.get(f.name) in values}
 
 
 def numbers(values: object, name: str) -> tuple[float, ...]:
@@ -265,10 +291,10 @@ def numbers(values: object, name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def load_weights(file: Path) -> dict[str, Tensor]:
-    """A state dict. Raises ValueError."""
+def open_weights(file: Path) -> Tensors:
+    """Of a state dict. Raises ValueError."""
     try:
-        return load_pth(file)
+        return open_tensors(file)
     except ValueError as error:
         if "TorchScript" not in str(error):
             raise
@@ -276,87 +302,46 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: is a program, as OpenAI offers it; give its weights alone: {weights}") from None
 
 
-def read_state_dict(
-    tensors: dict[str, Tensor], file: Path, pixels: dict[str, tuple[float, ...]] | None = None
-) -> Source:
+def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) -> Source:
     """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads."""
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
+    kind, head, more = Source, (), {"activation": "gelu", "clip": False}
     if "conv1.weight" in tensors:
-        names, head, more = OPENAI, (), {}
+        names, more = OPENAI, {}
     elif "patch_embed.proj.weight" in tensors:
-        names, head = TIMM, [name for name in ["head"] if "head.weight" in tensors]
-        half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        more = {"activation": "gelu", "norm_eps": 1e-6, "clip": False} | half | (pixels or {})
+        names, head = TIMM, ["head"] if "head.weight" in tensors else ()
+        with named(file):
+            more |= {name: numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")} | {
+                "norm_eps": 1e-6
+            }
     elif "patch_to_embedding.weight" in tensors:
-        names, head = VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
-        # It has 8 heads by default, and scores q k / sqrt(C), not / sqrt(D).
-        more = {"activation": "gelu", "clip": False, "final_norm": False, "n_heads": 8}
+        kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
+        more |= {"final_norm": False, "n_heads": 8}  # so many by default
     else:
         raise ValueError(f"{file}: is of none of the kinds that are known: CLIP's, timm's and vit-pytorch's weights")
 
-    used = set()
-
-    def theirs(name: str) -> Tensor:
-        used.add(renamed(name, names))
-        return tensors[renamed(name, names)]
-
     with named(file):
-        patches, first = theirs("patch_embedding.weight"), theirs("layers.0.w1.weight")
-        for tensor in (patches, first, theirs("positions")):
+        shapes = [
+            tensors[renamed(name, names)]() for name in ("patch_embedding.weight", "positions", "layers.0.w1.weight")
+        ]
+        for tensor in shapes:
             check_dense(tensor)
-        if names is VIT_PYTORCH:  # a matrix, of patches that lie row by row, channels innermost
-            channels = 1 if (patches.shape[1] ** 0.5).is_integer() else 3
-            P = round((patches.shape[1] / channels) ** 0.5)
-            if channels * P * P != patches.shape[1]:
-                raise ValueError(f"patches of {patches.shape[1]} numbers are no squares")
-            patches = patches.view(-1, P, P, channels).permute(0, 3, 1, 2)
+        patches, positions, first = (tuple(tensor.shape) for tensor in shapes)
+        if kind is VitPytorch:
+            channels = 1 if (patches[1] ** 0.5).is_integer() else 3
+            P = round((patches[1] / channels) ** 0.5)
+            if channels * P * P != patches[1]:
+                raise ValueError(f"patches of {patches[1]} numbers are no squares")
             if channels == 1:  # MNIST's
                 more |= {"mean": (0.1307,), "std": (0.3081,)}
-        C, channels, P, _ = patches.shape
-        depth = {
-            int(found[1]) for name in tensors if (found := re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name))
-        }
-        config = ViTConfig(
-            **{
-                "image_size": round((theirs("positions").shape[-2] - 1) ** 0.5) * P,
-                "patch_size": P,
-                "dim": C,
-                "n_layers": len(depth),
-                "n_heads": max(1, C // 64),
-                "hidden_dim": len(first),
-                "channels": channels,
-            }
-            | more
-        )
-
-    def fetch(name: str) -> Tensor:
-        if name in tensors:  # of the head
-            return tensors[name]
-        if name == "patch_embedding.weight":
-            return patches
-        for i, projection in enumerate(("wq", "wk", "wv")):  # one matrix has all three
-            part, found, kind = name.partition(f".attention.{projection}.")
-            if found:
-                one = renamed(f"{part}.attention.qkv.{kind}", names)
-                if kind == "bias" and names is VIT_PYTORCH:
-                    return torch.zeros(C)
-                used.add(one)
-                tensor = tensors[one].chunk(3)[i]
-                return tensor * config.n_heads**-0.5 if names is VIT_PYTORCH and i == 0 else tensor
-        return unbatched(name, theirs(name))
-
-    def unused() -> list[str]:
-        return sorted(name for name in tensors if name.startswith(names["layers."]) and name not in used)
-
-    return Source(config, fetch, unused, head, "gelu")
-
-
-def unbatched(name: str, tensor: Tensor) -> Tensor:
-    """Class token (C,) and positions (T, C), which others keep as (1, 1, C) and (1, T, C)."""
-    if name in ("class_embedding", "positions") and tensor.dim() == 3:
-        return tensor[0, 0] if name == "class_embedding" else tensor[0]
-    return tensor
+        else:
+            _, channels, P, _ = patches
+        layers = [re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name) for name in tensors]
+        shape = {"dim": patches[0], "patch_size": P, "channels": channels, "hidden_dim": first[0]}
+        shape |= {"image_size": round((positions[-2] - 1) ** 0.5) * P, "n_heads": max(1, patches[0] // 64)}
+        config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **shape | more)
+    return kind(config, tensors, names, head=head, head_activation="gelu")
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

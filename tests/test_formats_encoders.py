@@ -1,0 +1,197 @@
+"""Encoders of every layout: read as transformers reads them, or refused in one line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import SMALL, make_images, make_vit, openai_names, timm_names, vary
+
+from encoders.heads import make_head
+from encoders.vit import ViTConfig
+from formats.encoders import load_encoder, load_vit
+
+
+def hugging_face(vision_only):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        image_size=24, patch_size=8, hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96
+    )
+    if vision_only:
+        model = CLIPVisionModel(vision)
+    else:
+        text = CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+        model = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text.to_dict()))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("vision_only", [True, False])
+def test_every_layer_is_that_of_transformers(tmp_path, vision_only):
+    theirs = hugging_face(vision_only)
+    theirs.save_pretrained(tmp_path)
+    ours, images = load_vit(tmp_path), make_images()
+    vision = theirs if vision_only else theirs.vision_model
+    with torch.no_grad():
+        output = vision(images, output_hidden_states=True)
+    for state, expected in zip(ours(images), output.hidden_states[1:], strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.norm(ours(images)[-1][:, 0]), output.pooler_output, rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_openais_files(tmp_path, whole):
+    model = make_vit()
+    state = openai_names(model)
+    if not whole:
+        state = {name.removeprefix("visual."): tensor for name, tensor in state.items() if "visual" in name}
+    torch.save(state, tmp_path / "ViT.pt")
+    loaded = load_vit(tmp_path / "ViT.pt")
+    assert loaded.config == SMALL
+    assert all(torch.equal(a, b) for a, b in zip(model(make_images()), loaded(make_images()), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_is_told_how_to_become_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT.pt")
+    with pytest.raises(ValueError, match=r"ViT.pt: is a program.*torch.jit.load\('ViT.pt', 'cpu'\).state_dict"):
+        load_vit(tmp_path / "ViT.pt")
+
+
+def broken(tmp_path, change):
+    state = openai_names(make_vit())
+    change(state)
+    torch.save(state, tmp_path / "ViT.pt")
+    return tmp_path / "ViT.pt"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("visual.ln_pre.bias"), "ViT.pt: has no weight 'ln_pre.bias'"),
+        (lambda s: s.pop("visual.positional_embedding"), "ViT.pt: has no field 'positional_embedding'"),
+        (
+            lambda s: s.update({"visual.ln_1": torch.ones(1), "visual.ln_post.bias": torch.ones(7)}),
+            r"norm.bias is \(7,\)",
+        ),
+        (lambda s: s.update({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}), "do not share|is "),
+    ],
+)
+def test_broken_towers_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_vit(broken(tmp_path, change))
+
+
+def test_what_is_no_tower(tmp_path, tiny_base):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such vision tower"):
+        load_vit("nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="config.json: model_type is 'llama'; only 'clip', 'clip_vision_model'"):
+        load_vit(tmp_path)
+    (tmp_path / "x.pt").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="x.pt: not a file of tensors"):
+        load_vit(tmp_path / "x.pt")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other vision transformers, and RoBERTa
+
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+
+
+def test_a_vision_transformer_is_that_of_transformers(tmp_path):
+    from transformers import ViTConfig as Config
+    from transformers import ViTForImageClassification
+
+    theirs = vary(ViTForImageClassification(Config(image_size=24, patch_size=8, num_labels=5, **SHAPE)))
+    theirs.save_pretrained(tmp_path)
+    ours, head = load_encoder(tmp_path)
+    images = make_images()
+    with torch.no_grad():
+        expected = theirs(images, output_hidden_states=True)
+        for state, hidden in zip(ours(images), expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(state, hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head(ours.encode(images)[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
+    assert ours.config.mean == (0.5, 0.5, 0.5)
+    assert not any(p.requires_grad for p in ours.parameters()) and all(p.requires_grad for p in head.parameters())
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_timm_s_names(tmp_path, folder):
+    half = (0.5, 0.5, 0.5)
+    config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", clip=False, mean=half, std=half)
+    model, head = make_vit(config), make_head([128, 7], "tanh")
+    if folder:
+        from safetensors.torch import save_file
+
+        save_file(timm_names(model, head), tmp_path / "model.safetensors")
+        values = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": half}}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config = replace(config, mean=(0.1, 0.2, 0.3))
+        loaded, its_head = load_encoder(tmp_path)
+    else:
+        torch.save(timm_names(model, head), tmp_path / "vit.pth")
+        loaded, its_head = load_encoder(tmp_path / "vit.pth")
+    extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # DINOv2's, which scales a layer
+    torch.save(extra, tmp_path / "more.pth")
+    with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder has no place for: blocks.0.ls1"):
+        load_encoder(tmp_path / "more.pth")
+    images = make_images()
+    assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))
+    assert torch.equal(its_head(torch.ones(128)), head(torch.ones(128)))
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token", "question"])
+def test_roberta_is_that_of_transformers(tmp_path, kind):
+    """Rows of unequal length, padded to the right."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=60, max_position_embeddings=20, type_vocab_size=1, num_labels=3, layer_norm_eps=1e-5, **SHAPE
+    )
+    name = {"sequence": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering"}[kind]
+    if kind == "question":
+        config.num_labels = 2
+    theirs = vary(getattr(transformers, f"RobertaFor{name}")(config))
+    theirs.save_pretrained(tmp_path)
+    ours, head = load_encoder(tmp_path)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[1, 7:], ids[2, 4:] = 0, 1, 1
+    words = ids != 1
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=words.long(), output_hidden_states=True)
+        for state, hidden in zip(ours(ids), expected.hidden_states[1:], strict=True):
+            torch.testing.assert_close(state[words], hidden[words], rtol=1e-4, atol=1e-4)
+        states = ours.encode(ids)
+        if kind == "sequence":
+            torch.testing.assert_close(head(states[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
+        elif kind == "token":
+            torch.testing.assert_close(head(states)[words], expected.logits[words], rtol=1e-4, atol=1e-4)
+        else:
+            both = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
+            torch.testing.assert_close(head(states)[words], both[words], rtol=1e-4, atol=1e-4)
+
+
+def test_the_real_vit_of_mnist(data):
+    """97.94 % on the MNIST test set: the figure that its file has by the definitions it was trained with."""
+    import gzip
+
+    import numpy as np
+
+    model, head = load_encoder(data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth")
+    raw = gzip.decompress((data / "vision" / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
+    images = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).copy()).view(-1, 1, 28, 28).float() / 255
+    labels = gzip.decompress((data / "vision" / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy())
+    images = (images - model.config.mean[0]) / model.config.std[0]
+    with torch.no_grad():
+        right = [head(model.encode(part)[:, 0]).argmax(1) for part in images.split(1000)]
+    assert (torch.cat(right) == labels).float().mean().item() == pytest.approx(0.9794, abs=1e-6)
+    parameters = [*model.named_parameters(), *head.named_parameters()]
+    biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))  # it has none
+    assert sum(p.numel() for _, p in parameters) - biases == 213_642
