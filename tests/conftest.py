@@ -28,6 +28,14 @@ def data():
     return DATA
 
 
+@pytest.fixture(scope="session", autouse=True)
+def toy_cache(tmp_path_factory):
+    """What the toys make in tests stays in no user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path_factory.mktemp("toy-cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder in Meta's layout: the almanac's tokenizer and a random model of 3 layers."""

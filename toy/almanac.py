@@ -1,30 +1,16 @@
-"""The embedded default: a pocket almanac, a tiny LLaMA that knows it by heart, and instructions about it.
+"""A pocket almanac: facts, the text that a base is pre-trained on, and instructions about the facts.
 
-The paper's thesis is that the knowledge is in the frozen base, and that the adapter only brings it
-out. Here that can be watched in three minutes on two cores. The base is pre-trained on almanac pages and
-on gossip (people asking each other and answering), where every fact below occurs, but never an
-instruction. The instructions are about half of the entities; the other half is held out, so whoever
-answers those must know them from the base.
+The paper's thesis is that the knowledge is in the frozen base, and that the adapter only brings it out. Here that can
+be watched in three minutes on two cores. The base is pre-trained on almanac pages and on gossip (people asking each
+other and answering), where every fact below occurs, but never an instruction. The instructions are about half of the
+entities; the other half is held out, so whoever answers those must know them from the base.
 """
 
-import hashlib
-import io
-import json
-import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from runtime.files import atomic_write
-from formats.bases import meta_config
-from data import TEMPLATES, Example, SentencePieceTokenizer, Tokenizer
-from model import LLaMA
+from data import Example
 
 # What train.py takes for its options on this data, where the user says nothing.
 TUNING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
@@ -89,17 +75,8 @@ zinc Zn
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
 
-class Question(NamedTuple):
-    """An instruction whose answer can be marked."""
-
-    example: Example
-    kind: str
-    entity: str  # what it is about
-    answer: str  # the word that matters in example.output
-
-
 class Kind(NamedTuple):
-    """One kind of fact: {e} stands for the entity, {a} for the answer."""
+    """One kind of fact, and how it is put: {e} stands for the entity, {a} for the answer."""
 
     facts: dict[str, str]
     statements: list[str]  # on almanac pages; the first is also how questions and instructions are answered
@@ -114,132 +91,116 @@ def pairs(table: str, column: int = 1) -> dict[str, str]:
     return {entry[0]: entry[column] for entry in entries}
 
 
-def kinds() -> dict[str, Kind]:
-    capitals, continents = {}, {}
-    for line in COUNTRIES.strip().replace(",\n", ", ").splitlines():
-        continent, countries = line.split(": ")
-        capitals |= pairs(countries)
-        continents |= dict.fromkeys(pairs(countries), continent)
-    opposites = pairs(OPPOSITES)
-    opposites |= {b: a for a, b in opposites.items()}
-    all_kinds = {
-        "capital": Kind(
-            capitals,
-            [
-                "The capital of {e} is {a}.",
-                "{a} is the capital city of {e}.",
-                "The chief city of {e} is called {a}.",
-            ],
-            [
-                "What is the capital of {e}?",
-                "Do you know the capital of {e}?",
-                "What is the capital of this country?\n{e}",
-            ],
-            [
-                "Name the capital of {e}.",
-                "Tell me the capital city of {e}.",
-                "State the capital of {e}.",
-                "Give the capital of {e}.",
-            ],
-            "Name the capital of this country.",
-        ),
-        "continent": Kind(
-            continents,
-            ["{e} is in {a}.", "{e} is a country in {a}.", "You will find {e} in {a}."],
-            ["Where is {e}?", "In which continent is {e}?", "Where is this country?\n{e}"],
-            [
-                "Name the continent of {e}.",
-                "Tell me the continent where {e} is.",
-                "State which continent {e} is in.",
-                "Give the continent of {e}.",
-            ],
-            "Name the continent of this country.",
-        ),
-        "opposite": Kind(
-            opposites,
-            ["The opposite of {e} is {a}.", "{a} is the opposite of {e}.", "If it is not {e}, it is {a}."],
-            [
-                "What is the opposite of {e}?",
-                "Do you know the opposite of {e}?",
-                "What is the opposite of this word?\n{e}",
-            ],
-            [
-                "Name the opposite of {e}.",
-                "Tell me the opposite of {e}.",
-                "State the opposite of {e}.",
-                "Give the opposite of {e}.",
-            ],
-            "Name the opposite of this word.",
-        ),
-        "young": Kind(
-            pairs(YOUNG),
-            [
-                "The young of the {e} is the {a}.",
-                "The {a} grows up to be the {e}.",
-                "First the {a}, then the {e}.",
-            ],
-            [
-                "What is the young of the {e}?",
-                "Do you know the young of the {e}?",
-                "What is the young of this animal?\n{e}",
-            ],
-            [
-                "Name the young of the {e}.",
-                "Tell me what the young {e} is called.",
-                "State the word for the young of the {e}.",
-                "Give the young of the {e}.",
-            ],
-            "Name the young of this animal.",
-        ),
-        "symbol": Kind(
-            pairs(SYMBOLS),
-            ["The symbol of {e} is {a}.", "Chemists write {a} for {e}.", "{a} stands for {e}."],
-            [
-                "What is the symbol of {e}?",
-                "Do you know the symbol of {e}?",
-                "What is the symbol of this element?\n{e}",
-            ],
-            [
-                "Name the symbol of {e}.",
-                "Tell me the chemical symbol of {e}.",
-                "State the symbol of {e}.",
-                "Give the symbol of {e}.",
-            ],
-            "Name the symbol of this element.",
-        ),
-        "after": Kind(
-            dict(zip(NUMBERS, NUMBERS[1:])),
-            ["The number after {e} is {a}.", "After {e} comes {a}.", "{a} follows {e}."],
-            ["Which number is after {e}?", "What follows {e}?", "What is the number after this one?\n{e}"],
-        ),
-        "parity": Kind(
-            {number: ("even", "odd")[i % 2] for i, number in enumerate(NUMBERS)},
-            ["{e} is {a}.", "The number {e} is {a}.", "{e} is an {a} number."],
-            ["Is {e} even or odd?", "Even or odd, what is {e}?", "Is this number even or odd?\n{e}"],
-        ),
-    }
-    for column, language in enumerate(("French", "Spanish"), start=1):
-        all_kinds[language] = Kind(
-            pairs(WORDS, column),
-            [
-                f"The {language} word for {{e}} is {{a}}.",
-                f"{{a}} is {language} for {{e}}.",
-                f"In {language}, {{e}} is {{a}}.",
-            ],
-            [
-                f"What is the {language} word for {{e}}?",
-                f"Do you know the {language} word for {{e}}?",
-                f"What is this word in {language}?\n{{e}}",
-            ],
-            [
-                f"Translate {{e}} into {language}.",
-                f"Tell me the {language} word for {{e}}.",
-                f"Say {{e}} in {language}.",
-                f"Give the {language} word for {{e}}.",
-            ],
-            f"Translate this word into {language}.",
-        )
-    return all_kinds
+def both_ways(facts: dict[str, str]) -> dict[str, str]:
+    return facts | {answer: entity for entity, answer in facts.items()}
+
+
+def translation(language: str, column: int) -> Kind:
+    return Kind(
+        pairs(WORDS, column),
+        [
+            f"The {language} word for {{e}} is {{a}}.",
+            f"{{a}} is {language} for {{e}}.",
+            f"In {language}, {{e}} is {{a}}.",
+        ],
+        [
+            f"What is the {language} word for {{e}}?",
+            f"Do you know the {language} word for {{e}}?",
+            f"What is this word in {language}?\n{{e}}",
+        ],
+        [
+            f"Translate {{e}} into {language}.",
+            f"Tell me the {language} word for {{e}}.",
+            f"Say {{e}} in {language}.",
+            f"Give the {language} word for {{e}}.",
+        ],
+        f"Translate this word into {language}.",
+    )
+
+
+BY_CONTINENT = dict(line.split(": ") for line in COUNTRIES.strip().replace(",\n", ", ").splitlines())
+KINDS = {
+    "capital": Kind(
+        pairs(",".join(BY_CONTINENT.values())),
+        ["The capital of {e} is {a}.", "{a} is the capital city of {e}.", "The chief city of {e} is called {a}."],
+        ["What is the capital of {e}?", "Do you know the capital of {e}?", "What is the capital of this country?\n{e}"],
+        [
+            "Name the capital of {e}.",
+            "Tell me the capital city of {e}.",
+            "State the capital of {e}.",
+            "Give the capital of {e}.",
+        ],
+        "Name the capital of this country.",
+    ),
+    "continent": Kind(
+        {country: continent for continent, countries in BY_CONTINENT.items() for country in pairs(countries)},
+        ["{e} is in {a}.", "{e} is a country in {a}.", "You will find {e} in {a}."],
+        ["Where is {e}?", "In which continent is {e}?", "Where is this country?\n{e}"],
+        [
+            "Name the continent of {e}.",
+            "Tell me the continent where {e} is.",
+            "State which continent {e} is in.",
+            "Give the continent of {e}.",
+        ],
+        "Name the continent of this country.",
+    ),
+    "opposite": Kind(
+        both_ways(pairs(OPPOSITES)),
+        ["The opposite of {e} is {a}.", "{a} is the opposite of {e}.", "If it is not {e}, it is {a}."],
+        [
+            "What is the opposite of {e}?",
+            "Do you know the opposite of {e}?",
+            "What is the opposite of this word?\n{e}",
+        ],
+        [
+            "Name the opposite of {e}.",
+            "Tell me the opposite of {e}.",
+            "State the opposite of {e}.",
+            "Give the opposite of {e}.",
+        ],
+        "Name the opposite of this word.",
+    ),
+    "young": Kind(
+        pairs(YOUNG),
+        ["The young of the {e} is the {a}.", "The {a} grows up to be the {e}.", "First the {a}, then the {e}."],
+        [
+            "What is the young of the {e}?",
+            "Do you know the young of the {e}?",
+            "What is the young of this animal?\n{e}",
+        ],
+        [
+            "Name the young of the {e}.",
+            "Tell me what the young {e} is called.",
+            "State the word for the young of the {e}.",
+            "Give the young of the {e}.",
+        ],
+        "Name the young of this animal.",
+    ),
+    "symbol": Kind(
+        pairs(SYMBOLS),
+        ["The symbol of {e} is {a}.", "Chemists write {a} for {e}.", "{a} stands for {e}."],
+        ["What is the symbol of {e}?", "Do you know the symbol of {e}?", "What is the symbol of this element?\n{e}"],
+        [
+            "Name the symbol of {e}.",
+            "Tell me the chemical symbol of {e}.",
+            "State the symbol of {e}.",
+            "Give the symbol of {e}.",
+        ],
+        "Name the symbol of this element.",
+    ),
+    "after": Kind(
+        dict(zip(NUMBERS, NUMBERS[1:])),
+        ["The number after {e} is {a}.", "After {e} comes {a}.", "{a} follows {e}."],
+        ["Which number is after {e}?", "What follows {e}?", "What is the number after this one?\n{e}"],
+    ),
+    "parity": Kind(
+        {number: ("even", "odd")[i % 2] for i, number in enumerate(NUMBERS)},
+        ["{e} is {a}.", "The number {e} is {a}.", "{e} is an {a} number."],
+        ["Is {e} even or odd?", "Even or odd, what is {e}?", "Is this number even or odd?\n{e}"],
+    ),
+    "French": translation("French", column=1),
+    "Spanish": translation("Spanish", column=2),
+}
 
 
 def capitalised(sentence: str) -> str:
@@ -261,7 +222,7 @@ GOSSIP = [  # how a question and its answer are told, and how the talk ends: nev
 def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
     """Almanac pages and gossip without end, in which there is no instruction and no imperative."""
     rng = random.Random(seed)
-    all_kinds = list(kinds().values())
+    all_kinds = list(KINDS.values())
     about: dict[str, list[tuple[Kind, str]]] = {}  # entity -> the kinds of fact known of it
     for kind in all_kinds:
         for entity in kind.facts:
@@ -287,6 +248,15 @@ def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
             yield " ".join(say(kind, entity, kind.statements) for entity in rng.sample(list(kind.facts), 4))
 
 
+class ExamQuestion(NamedTuple):
+    """An instruction whose answer can be scored."""
+
+    example: Example
+    kind: str
+    entity: str  # what it is about
+    answer: str  # the word that matters in example.output
+
+
 HELD_OUT = {
     "entities": "new entities",
     "inputs": "new entities, in the input field",
@@ -294,18 +264,18 @@ HELD_OUT = {
 }
 
 
-def instructions() -> dict[str, list[Question]]:
+def instructions() -> dict[str, list[ExamQuestion]]:
     """What to tune on ('tuning'), and three held-out sets about entities that tuning never mentions.
 
     'entities' is asked in wordings that tuning has, 'inputs' with the entity in the input field, and
     'wordings' in words that are as new as the entities.
     """
     opposites = pairs(OPPOSITES)
-    asked = {name: kind for name, kind in kinds().items() if kind.instructions}
+    asked = {name: kind for name, kind in KINDS.items() if kind.instructions}
     words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(opposites.values()))
     held_out = set(random.Random(0).sample(words, len(words) // 2))
     held_out |= {b for a, b in opposites.items() if a in held_out}  # both words of a pair
-    sets: dict[str, list[Question]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
+    sets: dict[str, list[ExamQuestion]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
     for name, kind in asked.items():
         for entity, answer in kind.facts.items():
             output = capitalised(kind.statements[0].format(e=entity, a=answer))
@@ -316,77 +286,5 @@ def instructions() -> dict[str, list[Question]]:
             else:
                 placed = {"tuning": [*known, with_input]}
             for where, examples in placed.items():
-                sets[where] += [Question(example, name, entity, answer) for example in examples]
+                sets[where] += [ExamQuestion(example, name, entity, answer) for example in examples]
     return sets
-
-
-# ---------------------------------------------------------------------------------------------------
-# The base
-
-PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
-VOCABULARY = 1024
-ROW, ROWS, TOKENS, PEAK_LR, WARMUP = 128, 4, 1_500_000, 6e-3, 100
-
-
-def make_base(seed: int = 0) -> Path:
-    """The folder of the pre-trained base, in Meta's layout; made at the first call, then kept.
-
-    Its name carries a hash of this file, so that another recipe makes another base.
-    """
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = Path(__file__).parent / f"toy-base-{recipe}-{seed}"
-    weights = folder / "consolidated.00.pth"
-    if not weights.exists():
-        folder.mkdir(exist_ok=True)
-        tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
-        (folder / "params.json").write_text(json.dumps(PARAMS))
-        model = pretrain(tokenizer, seed, TOKENS)
-        with atomic_write(weights) as temporary:
-            torch.save(model.state_dict(), temporary)
-    return folder
-
-
-def train_tokenizer(path: Path, seed: int) -> Tokenizer:
-    """A SentencePiece model with LLaMA's settings, and the template's words, so that prompts are short."""
-    source = documents(seed)
-    text = [line for _ in range(4000) for line in next(source).splitlines()]
-    text += [line for template in TEMPLATES["alpaca"].values() for line in template.splitlines()] * 500
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(model.getvalue())
-    return SentencePieceTokenizer(path)
-
-
-def pretrain(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
-    """Plain next-token training on rows cut from a stream of documents."""
-    source, stream = documents(seed), []
-    while len(stream) <= tokens:
-        stream += [tokenizer.bos_id, *tokenizer.encode(next(source)), tokenizer.eos_id]
-    steps = tokens // (ROW * ROWS)
-    rows = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
-
-    torch.manual_seed(seed)
-    model = LLaMA(meta_config(PARAMS, VOCABULARY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    for step, row in enumerate(tqdm(rows, desc="pre-training the toy base", unit="step")):
-        progress = step / steps
-        lr = PEAK_LR * min(step / WARMUP, 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = F.cross_entropy(model(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model

@@ -1,0 +1,118 @@
+"""What examines a tuned adapter: held-out questions about the almanac, and about held-out pictures of digits."""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from adapter import Adapter
+from data import Tokenizer, tokenize_prompt
+from formats.image_encoders import load_image_encoder
+from generate import Request, Responder
+from model import LLaMA
+from multimodal import ImageAdapter
+from toy import almanac, digits
+from toy.almanac import HELD_OUT, ExamQuestion
+
+
+def commonest(questions: Sequence[ExamQuestion]) -> str:
+    """The word that most of their answers have."""
+    return Counter(question.answer for question in questions).most_common(1)[0][0]
+
+
+def answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
+    """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
+    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, eos_id=tokenizer.eos_id)
+    texts = []
+    with tqdm(total=len(requests), unit="question", file=sys.stderr) as bar:
+        for start in range(0, len(requests), 128):
+            texts += responder.answer_batch(requests[start : start + 128], bar)
+    return texts
+
+
+def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list[bool]:
+    """Which are the expected sentence, and nothing else."""
+    return [text == question.example.output for text, question in zip(texts, questions)]
+
+
+def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corner: str = " " * 34) -> None:
+    """A table of shares: a column for each of the scores, a row for each choice of questions, by their indices."""
+    print(corner + "".join(f"{column:>16}" for column in scores))
+    for label, chosen in rows.items():
+        shares = [sum(score[i] for i in chosen) / len(chosen) for score in scores.values()]
+        print(f"{label:34}" + "".join(f"{share:>16.1%}" for share in shares))
+
+
+def mean_scores(prefix: str, scores: dict[str, list[bool]]) -> dict[str, float]:
+    """As summary.json has them."""
+    return {f"{prefix}_{name.replace(' ', '_')}": sum(score) / len(score) for name, score in scores.items()}
+
+
+@torch.no_grad()
+def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
+    """Put the almanac's held-out questions to the base, and to the base with the adapter; print a table.
+
+    To be fair to the base, the table also says how often the word asked for occurs anywhere in what it wrote. The
+    majority baseline knows the form of every answer, and always fills in the word that is commonest in tuning.
+    """
+    sets = almanac.instructions()
+    questions = [question for name in HELD_OUT for question in sets[name]]
+    tuned = {kind: [q for q in sets["tuning"] if q.kind == kind] for kind in {q.kind for q in questions}}
+    common = {kind: commonest(of_kind) for kind, of_kind in tuned.items()}
+    scores = {"majority": [question.answer == common[question.kind] for question in questions]}
+    for name in ("base", "adapter"):
+        requests = [Request(q.example.instruction, q.example.input, name) for q in questions]
+        texts = answers(model, tokenizer, adapter, requests)
+        scores[name] = exact_match(texts, questions)
+        scores[f"{name} has it"] = [bool(re.search(rf"\b{q.answer}\b", text)) for text, q in zip(texts, questions)]
+
+    rows, everything = {}, list(range(len(questions)))
+    rest = iter(everything)
+    for name, title in HELD_OUT.items():
+        rows[f"{title:34}{len(sets[name]):>8}"] = [next(rest) for _ in sets[name]]
+    rows[f"{'all':34}{len(questions):>8}"] = everything
+    print("\nHeld-out questions, answered exactly (has it: the word occurs in the answer)\n")
+    print_scores(scores, rows, corner=f"{'':34}{'number':>8}")
+
+    weight, example = model.tok_embeddings.weight, questions[0].example
+    tokens = torch.tensor([tokenize_prompt(tokenizer, example.instruction, example.input)], device=weight.device)
+    same = torch.equal(model(tokens), model(tokens, adapter(gate_scale=0.0, dtype=weight.dtype)))
+    print(
+        f"\nWith the adapter taken away (strength 0) the logits are the base's, bit for bit: {'yes' if same else 'NO'}"
+    )
+    return mean_scores("heldout_accuracy", scores)
+
+
+@torch.no_grad()
+def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
+    """Put questions about held-out pictures of digits to the adapter; print a table.
+
+    An adapter for images answers with the picture, with none, and with one that belongs to another question; any other
+    answers without. Chance is to always name the digit that is commonest in tuning.
+    """
+    folder = digits.make_digits()
+    tuned, held_out = digits.pictures(folder)
+    questions = digits.questions(held_out)
+    common = commonest(digits.questions(tuned[: digits.TUNED_ON]))
+    withheld = [Request(question.example.instruction, adapter="adapter") for question in questions]
+    asked = {"no image": withheld}
+    if isinstance(adapter, ImageAdapter):
+        weight = model.tok_embeddings.weight
+        encoder = load_image_encoder(str(folder / "tower"), None, weight.dtype, weight.device, adapter)
+        features = encoder.encode(held_out)
+        others = [features[i] for i in np.random.default_rng(0).permutation(len(features))]
+        for name, images in (("image", features), ("another image", others)):
+            each = [image for image in images for _ in digits.ANSWERS]
+            asked[name] = [request._replace(features=image) for request, image in zip(withheld, each)]
+    scores = {"chance": [question.answer == common for question in questions]}
+    for name, requests in asked.items():
+        scores[name] = exact_match(answers(model, tokenizer, adapter, requests), questions)
+
+    rows = {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in digits.ANSWERS}
+    print(f"\nQuestions about {len(held_out)} held-out pictures, answered exactly\n")
+    print_scores(scores, rows | {"all": list(range(len(questions)))})
+    return mean_scores("picture_accuracy", scores)

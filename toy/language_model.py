@@ -1,0 +1,83 @@
+"""A tiny LLaMA that knows the almanac by heart, and its tokenizer."""
+
+import io
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+
+from data import TEMPLATES, Tokenizer
+from formats.meta import meta_config
+from formats.tokenizers import SentencePieceTokenizer
+from model import LLaMA
+from runtime.compilation import transpose_output_head
+from runtime.files import atomic_write, write_json
+from toy.almanac import documents
+from toy.cache import cached_folder
+from toy.pretraining import pretrain, warmup_cosine
+
+PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
+TOKENIZER = {  # LLaMA's settings
+    "model_type": "bpe",
+    "vocab_size": 1024,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+ROW, ROWS, TOKENS = 128, 4, 1_500_000  # tokens in a row, rows in a step, tokens in all
+SCHEDULE = {"peak": 6e-3, "warmup": 100, "floor": 0.1}
+OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+
+
+def make_base(seed: int = 0) -> Path:
+    """The folder of the pre-trained base, in Meta's layout; made at the first call, in about two minutes."""
+
+    def make(folder: Path) -> None:
+        tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
+        write_json(folder / "params.json", PARAMS)
+        model = pretrain_base(tokenizer, seed, TOKENS)
+        with atomic_write(folder / "consolidated.00.pth") as temporary:
+            torch.save(model.state_dict(), temporary)
+
+    numbers = [PARAMS, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed]
+    return cached_folder("toy-base", [*numbers, list(tokenizer_text(seed))], make)
+
+
+def tokenizer_text(seed: int) -> Iterator[str]:
+    """Lines of what the base will read, and of the template, so that prompts are short."""
+    for document in islice(documents(seed), 4000):
+        yield from document.splitlines()
+    yield from [line for template in TEMPLATES["alpaca"].values() for line in template.splitlines()] * 500
+
+
+def train_tokenizer(path: Path, seed: int) -> Tokenizer:
+    """A SentencePiece model, written to `path`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=tokenizer_text(seed), model_writer=model, minloglevel=2, **TOKENIZER
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(path)
+
+
+def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
+    """Plain next-token training on rows cut from a stream of documents."""
+    source, stream = documents(seed), []
+    while len(stream) <= tokens:
+        stream += [tokenizer.bos_id, *tokenizer.encode(next(source)), tokenizer.eos_id]
+    steps = tokens // (ROW * ROWS)
+    batches = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
+
+    torch.manual_seed(seed)
+    model = LLaMA(meta_config(PARAMS, tokenizer.vocab_size))
+    transpose_output_head(model.output)
+    losses = (F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()) for rows in batches)
+    learning_rate = partial(warmup_cosine, total=steps, **SCHEDULE)
+    pretrain(model.parameters(), losses, learning_rate, steps=steps, desc="pre-training the toy base", **OPTIMIZER)
+    return model
