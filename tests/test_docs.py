@@ -1,0 +1,243 @@
+"""README.md and docs/ against the code: what they link to, name, and tell one to type is there."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import click
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+
+from formats import bases
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = {f"{name}.py": name for name in ("train", "generate", "evaluate", "convert")}
+PACKAGES = ("experiments", "benchmarks", "encoder_tuning")  # python -m NAME
+FOREIGN = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--local-dir"}  # torchrun's, and those of `hf download`
+
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text, language=None):
+    """The code blocks of a page, of one language or of all."""
+    return [
+        re.sub(f"^{found[1]}", "", found[3], flags=re.MULTILINE)
+        for found in FENCED.finditer(text)
+        if language is None or found[2] == language
+    ]
+
+
+def inline(text):
+    """What a page has in `backticks`; it may go over the end of a line."""
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCED.sub("", text))]
+
+
+def command_of(words):
+    """The click command that a line of words runs, and its arguments; None where it is another's program."""
+    for i, word in enumerate(words):
+        if word in PROGRAMS:
+            return importlib.import_module(PROGRAMS[word]).main, words[i + 1 :]
+        if word == "-m" and words[i + 1] in PACKAGES:
+            return importlib.import_module(f"{words[i + 1]}.__main__").main, words[i + 2 :]
+    return None
+
+
+def options_of(command):
+    return {name for parameter in command.params for name in parameter.opts} | {"--help"}
+
+
+def all_options(command):
+    """Of a command, and of its subcommands."""
+    parts = command.commands.values() if isinstance(command, click.Group) else ()
+    return options_of(command).union(*map(all_options, parts))
+
+
+def wrong_in_line(line):
+    """Options and subcommands in a line of shell that do not exist."""
+    try:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+    except ValueError as error:  # an open quotation
+        return [f"{line}: {error}"]
+    wrong = []
+    found = command_of(words)
+    if found is None:
+        return []
+    command, arguments = found
+    if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
+        if arguments[0].isupper() or "|" in arguments[0]:  # NAME, or show|import|export
+            names, subcommands = set(arguments[0].split("|")) - {"NAME"}, []
+        else:
+            names, subcommands = {arguments[0]}, [command.commands.get(arguments[0])]
+        wrong += [f"{line}: there is no command {name}" for name in names - set(command.commands)]
+        command = subcommands[0] if subcommands and subcommands[0] is not None else command
+    known = all_options(command)
+    for argument in arguments:
+        if argument in ("&&", "|", ";"):
+            break
+        if argument.startswith("--") and argument.split("=")[0] not in known:
+            wrong.append(f"{line}: there is no option {argument}")
+    return wrong
+
+
+def every_option():
+    commands = [importlib.import_module(name).main for name in PROGRAMS.values()]
+    commands += [importlib.import_module(f"{name}.__main__").main for name in PACKAGES]
+    return set().union(*map(all_options, commands))
+
+
+def wrong_commands(text):
+    lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
+    spans = inline(text)
+    wrong = [problem for line in lines + spans for problem in wrong_in_line(line)]
+    mentioned = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+    return wrong + [f"{option} is no option of any command" for option in mentioned - every_option() - FOREIGN]
+
+
+def anchors(text):
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(text, folder):
+    """Relative links to files, or to headings of pages, that are not there."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = folder / path
+        if path and not target.exists():
+            broken.append(link)
+        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8") if path else text):
+            broken.append(link)
+    return broken
+
+
+def tree(text):
+    """What the README's tree says there is on the top level: the names that begin its lines, and those of its last."""
+    block = next(block for block in blocks(text) if block.startswith("adapter.py "))
+    *lines, last = block.splitlines()
+    return {line.split()[0] for line in lines} | set(re.findall(r"[\w.-]+\.(?:md|txt|ini)|LICENSE", last))
+
+
+def on_the_top_level():
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git, to know which files belong to the project")
+    paths = [line.split("/") for line in listed.splitlines() if (ROOT / line).exists()]
+    names = {parts[0] + ("/" if len(parts) > 1 else "") for parts in paths}
+    return {name for name in names if not name.startswith(".")}
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    assert wrong_commands(page.read_text(encoding="utf-8")) == []
+
+
+def test_the_tree_is_the_top_level():
+    assert tree(README.read_text(encoding="utf-8")) == on_the_top_level()
+
+
+def test_every_page_is_in_the_readme():
+    text = README.read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+
+
+def test_ci_runs_the_line_for_a_fresh_machine():
+    """.ci/run takes the first line with `python -m pytest`."""
+    first = next(line for line in README.read_text(encoding="utf-8").splitlines() if "python -m pytest" in line)
+    assert first.startswith("python3 -m venv .venv && ") and "requirements-dev.txt" in first
+
+
+def test_line_counts_are_about_right():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| ([\d,]+) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == ["adapter.py", "model.py", "data.py", "train.py", "generate.py"]
+    for name, count in rows:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(count)) <= 0.1 * lines, f"{name} has {lines} lines"
+
+
+def test_the_method_is_quoted_from_its_file():
+    first = blocks(README.read_text(encoding="utf-8"), "python")[0]
+    lines = {line.strip() for line in (ROOT / "adapter.py").read_text(encoding="utf-8").splitlines()}
+    assert [line for line in first.splitlines() if not line.startswith("#") and line.strip() not in lines] == []
+
+
+def test_the_readme_s_python_runs(tiny_base, instructions, tmp_path):
+    """On a CPU and a tiny base, with the shape of its adapter."""
+    code = blocks(README.read_text(encoding="utf-8"), "python")[1]
+    for theirs, ours in {
+        "LLaMA-7B": str(tiny_base),
+        "alpaca.json": str(instructions),
+        "a.safetensors": str(tmp_path / "a.safetensors"),
+        '"cuda"': '"cpu"',
+        "layers=30, length=10, dim=4096, heads=32": "layers=2, length=3, dim=16, heads=2",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert (tmp_path / "a.safetensors").exists()
+    assert torch.equal(names["logits"], names["model"](names["tokens"]))
+
+
+def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
+    """docs/base_models.md shows a format for NumPy's archives."""
+    page = (ROOT / "docs" / "base_models.md").read_text(encoding="utf-8")
+    (tmp_path / "numpy_folder.py").write_text(blocks(page, "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numpy_folder", raising=False)
+    numpy_folder = importlib.import_module("numpy_folder")
+    model, _ = bases.load_llama(tiny_base)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    np.savez(base / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
+    shape = {field: getattr(model.config, field) for field in numpy_folder.SHAPE}
+    (base / "shape.json").write_text(str(shape).replace("'", '"'))
+    with pytest.raises(ValueError, match="holds neither"):
+        bases.load_llama(base)
+    monkeypatch.setattr(bases, "FORMATS", (numpy_folder, *bases.FORMATS))
+    tokens = torch.tensor([[1, 5, 7]])
+    assert torch.equal(bases.load_llama(base)[0](tokens), model(tokens))
+    (base / "shape.json").write_text("{}")
+    with pytest.raises(ValueError, match="shape.json: has no field 'dim'"):
+        bases.load_llama(base)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("```sh\npython train.py --data x --no-such y\n```\n", "no option --no-such"),
+        ("```sh\npython train.py --data x \\\n    --no-such y\n```\n", "no option --no-such"),
+        ("```\n$ torchrun --nproc_per_node 8 train.py --gread\n```\n", "no option --gread"),
+        ("```sh\npython convert.py exchange a b\n```\n", "no command exchange"),
+        ("`python convert.py show|burn`", "no command burn"),
+        ("`python generate.py --gready`", "no option --gready"),
+        ("`--streng` blends", "--streng is no option of any command"),
+    ],
+)
+def test_wrong_commands_are_found(text, problem):
+    assert any(problem in found for found in wrong_commands(text))
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "page.md").write_text("# A page\n\n## Its `part`, two\n")
+    text = "[a](page.md) [b](page.md#its-part-two) [c](no.md) [d](page.md#no) [e](https://x.org/no.md) [f](#no)"
+    assert broken_links(text, tmp_path) == ["no.md", "page.md#no", "#no"]
