@@ -22,10 +22,13 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
     processes that make the same folder one wins. Raises OSError where it cannot be written, and what `make` raises.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    root = cache_root()
+    try:
+        root = cache_root()
+        root.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # there may be no home
+        raise OSError(f"{error}; $LLAMA_ADAPTER_CACHE can name another folder for what the toys make") from None
     folder = root / f"{name}-{digest}"
     if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as unfinished:
             made = Path(unfinished) / name
             made.mkdir()

@@ -1,0 +1,53 @@
+"""The almanac: what is held out is held out, and the base never sees an instruction."""
+
+import itertools
+import re
+
+from toy.almanac import HELD_OUT, KINDS, capitalised, documents, instructions
+
+
+def words(*texts):
+    return set(re.findall(r"\w+", " ".join(texts).lower()))
+
+
+def test_facts_are_complete():
+    assert {name: len(kind.facts) for name, kind in KINDS.items()} == {
+        "capital": 80, "continent": 80, "opposite": 80, "young": 40, "symbol": 40, "French": 45, "Spanish": 45,
+        "after": 10, "parity": 11,
+    }  # fmt: skip
+    assert KINDS["capital"].facts["Bulgaria"] == "Sofia" and KINDS["continent"].facts["Peru"] == "South America"
+    assert KINDS["opposite"].facts["cold"] == "hot" and KINDS["opposite"].facts["hot"] == "cold"
+    assert KINDS["French"].facts["dog"] == "chien" and KINDS["Spanish"].facts["dog"] == "perro"
+
+
+def test_held_out_entities_never_occur_in_tuning():
+    """Not in the instruction, the input or the answer, and not as the other word of a pair of opposites."""
+    sets = instructions()
+    examples = [question.example for question in sets["tuning"]]
+    tuned = words(*(text for example in examples for text in (example.instruction, example.input, example.output)))
+    held_out = {question.entity.lower() for name in HELD_OUT for question in sets[name]}
+    assert len(held_out) > 120
+    assert not held_out & tuned
+
+
+def test_held_out_wordings_never_occur_in_tuning():
+    sets = instructions()
+    assert not any(q.example.instruction.startswith("Give") for q in sets["tuning"] + sets["entities"] + sets["inputs"])
+    assert all(q.example.instruction.startswith("Give") for q in sets["wordings"])
+    examples = [q.example for name in sets for q in sets[name]]
+    assert len(set(examples)) == len(examples)
+
+
+def test_the_base_reads_every_fact_and_no_instruction():
+    text = " ".join(itertools.islice(documents(0), 20_000))
+    for kind in KINDS.values():
+        for entity, answer in kind.facts.items():
+            assert capitalised(kind.statements[0].format(e=entity, a=answer)) in text
+        openings = {wording.split("{e}")[0].strip() for wording in (*kind.instructions, kind.with_input)}
+        assert not any(opening in text for opening in openings if len(opening) > 4)
+    assert not words("Name Tell State Give Translate Below instruction response") & words(text)
+
+
+def test_the_base_reads_of_numbers_but_is_never_asked_of_them_in_text():
+    asked = {question.kind for questions in instructions().values() for question in questions}
+    assert {"after", "parity"} <= set(KINDS) and not {"after", "parity"} & asked
