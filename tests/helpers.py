@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file
 
 from adapter import Adapter
@@ -87,16 +88,16 @@ def command(args, spoil=None):
 
 
 def before_step(n, act):
-    """train.update, which calls act() before the n-th step from now."""
+    """train.train_step, which calls act() before the n-th step from now."""
     import train
 
-    update, calls = train.update, []
+    step, calls = train.train_step, []
 
     def acting(*arguments):
         calls.append(1)
         if len(calls) == n:
             act()
-        return update(*arguments)
+        return step(*arguments)
 
     return acting
 
@@ -305,3 +306,46 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", **kind):
     model.save_pretrained(folder, max_shard_size=shard_size)
     (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
     return model
+
+
+SCIENCEQA = {
+    "7": ("Which is a solid?", ["water", "a stone"], 1, "", None, "grade2", "natural science", "train"),
+    "12": ("Which is north?", ["A", "B", "C"], 2, "Look at the map.", "image.png", "grade7", "social science", "test"),
+    "30": ("Which is a verb?", ["run", "red"], 0, "", None, "grade6", "language science", "test"),
+    "31": ("Which is hot?", ["ice", "fire"], 1, "", "image.png", "grade12", "natural science", "test"),
+}
+
+
+def save_problems(folder, **changes):
+    """problems.json with fields of problem 12 changed, or, where ... is the value, taken away; returns its path."""
+    fields = ("question", "choices", "answer", "hint", "image", "grade", "subject", "split")
+    values = {id: dict(zip(fields, row)) for id, row in SCIENCEQA.items()}
+    values["12"] |= changes
+    values["12"] = {name: value for name, value in values["12"].items() if value is not ...}
+    path = folder / "problems.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def save_problem_images(folder):
+    """An image for each of the problems that have one."""
+    for id in ("12", "31"):
+        (folder / id).mkdir()
+        Image.new("RGB", (20, 20), (int(id) * 8, 0, 0)).save(folder / id / "image.png")
+
+
+COCO = {
+    "images": [{"id": 5, "file_name": "5.jpg"}, {"id": 9, "file_name": "9.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+    "annotations": [
+        {"id": 1, "image_id": 9, "caption": "Two dogs run over the green grass.\n"},
+        {"id": 2, "image_id": 5, "caption": "A man rides a horse."},
+        {"id": 3, "image_id": 9, "caption": "Dogs are running in a field."},
+    ],
+}
+
+
+def save_coco(folder, **changes):
+    """captions.json, with other lists if so said; returns its path."""
+    path = folder / "captions.json"
+    path.write_text(json.dumps(COCO | changes))
+    return path

@@ -1,0 +1,182 @@
+"""The commands of evaluate.py: what they print and write, with a model and without, and what they refuse."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import SEEING, make_vit, openai_names, run, save_coco, save_problem_images, save_problems
+from PIL import Image
+
+import evaluate
+from adapter import Adapter
+from multimodal import ImageAdapter
+from tasks.captions import coco_scorers
+
+
+def run_evaluate(*args):
+    return CliRunner().invoke(evaluate.main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_problems(tmp_path)
+    save_problem_images(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def seeing(tiny_base, tmp_path):
+    """An adapter for images, with open gates, and its tower."""
+    torch.save(openai_names(make_vit(SEEING)), tmp_path / "ViT.pt")
+    adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=512, bottleneck=5)
+    torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
+    adapter.save(tmp_path / "a.safetensors", base=str(tiny_base), tower=str(tmp_path / "ViT.pt"))
+    return tmp_path / "a.safetensors"
+
+
+@pytest.fixture
+def text_only(tiny_base, tmp_path):
+    Adapter(layers=1, length=2, dim=16, heads=2).save(tmp_path / "t.safetensors", base=str(tiny_base))
+    return tmp_path / "t.safetensors"
+
+
+@pytest.mark.parametrize("how", [[], ["--choose"]])
+def test_scienceqa_command(folder, seeing, how):
+    args = ["--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
+    result = run_evaluate("scienceqa", *args, "--adapter", seeing, *how)
+    assert result.exit_code == 0, result.output
+    values = json.loads((folder / "out" / "results.json").read_text())
+    assert values["count"] == 3 and set(values["results"]) == {"12", "30", "31"}
+    assert values["acc"] == pytest.approx(100 * values["correct"] / 3)
+    last = [line for line in result.stdout.splitlines() if line.startswith("a ")][0].split()
+    assert last[1] == "2,763" and last[-1] == f"{values['acc']:.2f}"
+    wrong = (folder / "out" / "wrong.txt").read_text()
+    assert wrong.count("problem ") == 3 - values["correct"]
+    if how:
+        assert set(values["results"].values()) <= {0, 1, 2} and not values["unclear"] and "outputs" not in values
+    else:
+        assert len(values["outputs"]) == 3 and values["unclear"] == ["12", "30", "31"]  # a random model says nothing
+        assert "3 answers name none of the options" in result.stdout
+
+    twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", seeing)
+    assert twice.exit_code == 2 and "--results has the answers" in twice.stderr
+    again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
+    assert again.exit_code == 0, again.output
+    assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
+
+
+def test_missing_images_are_an_error_or_skipped(folder, seeing, monkeypatch):
+    args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
+    (folder / "12" / "image.png").unlink()
+    result = run_evaluate(*args, "--adapter", seeing)
+    assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such image" in result.stderr
+    result = run_evaluate(*args, "--adapter", seeing, "--skip-missing")
+    assert result.exit_code == 0 and "1 of 3 left out: their image is not there" in result.stderr
+    assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
+    result = run_evaluate(*args, "--adapter", seeing, "--skip-missing", "--limit", 1)
+    assert result.exit_code == 2 and "none of its 1 examples has an image that is there" in result.stderr
+
+
+def test_every_answer_is_about_its_own_image(folder, seeing, monkeypatch):
+    """Asked in the order of their lengths, with the features of another image the likelihoods would be others."""
+    asked = {}
+
+    def note(responder, requests, *_):
+        asked.update({request.instruction: request.features for request in requests})
+        return ["" for _ in requests]
+
+    monkeypatch.setattr(evaluate, "written_answers", note)
+    args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
+    assert run_evaluate(*args, "--adapter", seeing).exit_code == 0
+    problems = {problem.instruction: problem for problem in evaluate.TASKS["scienceqa"].read(args[2], split="test")}
+    adapter = ImageAdapter.load(seeing)
+    encoder = evaluate.load_image_encoder(None, None, torch.float32, torch.device("cpu"), adapter)
+    for instruction, features in asked.items():
+        image = problems[instruction].image
+        assert (features is None) == (image == "")
+        if image:
+            torch.testing.assert_close(features, encoder.encode([folder / image])[0])
+    assert len(asked) == 3
+
+
+def test_a_text_only_adapter_needs_no_images(folder, text_only):
+    (folder / "12" / "image.png").unlink()
+    args = ["scienceqa", "--data", folder / "problems.json", "--adapter", text_only, "--device", "cpu"]
+    assert run_evaluate(*args, "--out", folder / "out").exit_code == 0
+    result = run_evaluate(*args, "--out", folder / "out", "--clip", folder / "ViT.pt")
+    assert result.exit_code == 2 and "--clip or --encoder needs an adapter with a projection" in result.stderr
+
+
+@pytest.mark.parametrize("how", [[], ["--choose"]])
+def test_a_problem_that_does_not_fit_is_said(folder, tiny_base, monkeypatch, how):
+    load = evaluate.load_with_adapters
+
+    def load_short(*args):
+        model, *more = load(*args)
+        model.config = replace(model.config, max_seq_len=150)
+        return model, *more
+
+    monkeypatch.setattr(evaluate, "load_with_adapters", load_short)
+    args = ["scienceqa", "--data", folder / "problems.json", "--base", tiny_base, "--out", folder / "out", *how]
+    assert run_evaluate(*args, "--device", "cpu").exit_code == 0
+    assert json.loads((folder / "out" / "results.json").read_text())["too_long"] == []
+    save_problems(folder, hint="very " * 60)
+    result = run_evaluate(*args, "--device", "cpu")
+    assert result.exit_code == 0 and "1 problems are too long for the base" in result.stdout, result.output
+    values = json.loads((folder / "out" / "results.json").read_text())
+    assert values["too_long"] == ["12"] and values["results"]["12"] == -1 and "12" not in values["unclear"]
+
+
+def test_captions_command(tmp_path, seeing, text_only):
+    try:
+        coco_scorers()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for i in (5, 9):
+        Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(tmp_path / f"{i}.jpg")
+    args = ["captions", "--data", save_coco(tmp_path), "--device", "cpu", "--out", tmp_path / "out"]
+    result = run_evaluate(*args, "--adapter", seeing, "--max-new-tokens", 9)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [row["image_id"] for row in rows] == [5, 9] and scores["images"] == 2
+    again = run_evaluate(*args, "--results", tmp_path / "out" / "results.json")
+    assert again.exit_code == 0 and again.stdout == result.stdout
+    refused = run_evaluate(*args, "--adapter", text_only)
+    assert refused.exit_code == 2 and "captions need an adapter with a projection" in refused.stderr
+
+
+def test_tuned_on_captions_and_asked(tmp_path, seeing, tiny_base):
+    """Every caption is an example to tune on, and every image is asked about once."""
+    try:
+        coco_scorers()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for i in (5, 9):
+        Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(tmp_path / f"{i}.jpg")
+    path = save_coco(tmp_path)
+    tuning = ["--epochs", 2, "--warmup-epochs", 1, "--val-size", 0, "--features", tmp_path / "kept", "--device", "cpu"]
+    result = run(
+        "--data", path, "--task", "captions", "--base", tiny_base, "--clip", tmp_path / "ViT.pt", "--out",
+        tmp_path / "run", *tuning,
+    )  # fmt: skip
+    assert result.exit_code == 0 and "3 examples to train on" in result.stderr, result.output
+    assert len(list((tmp_path / "kept").rglob("*.npy"))) == 2
+    adapter = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--max-new-tokens", 5, "--device", "cpu"]
+    result = run_evaluate("captions", "--data", path, "--out", tmp_path / "out", *adapter)
+    assert result.exit_code == 0 and "captions of 2 images" in result.stdout, result.output
+
+
+def test_a_task_has_a_command_where_it_has_scores():
+    assert set(evaluate.main.commands) == {"toy", "scienceqa", "captions"}
+    offered = {name: {option.name for option in command.params} for name, command in evaluate.main.commands.items()}
+    assert offered["scienceqa"] - offered["captions"] == {"split", "choose"}
+    refused = run_evaluate("captions", "--data", "x", "--choose")
+    assert refused.exit_code == 2 and "No such option" in refused.stderr
+
+
+def test_the_toy_needs_an_adapter():
+    result = run_evaluate("toy")
+    assert result.exit_code == 2 and "error: --adapter FILE is missing" in result.stderr
