@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import DATA, ROOT, copy_base, split_for_parallel
 
+from encoders.vit import ViTConfig
 from model import Config, LLaMA
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
@@ -49,6 +50,22 @@ def tiny_base(tmp_path_factory):
     model = LLaMA(Config(16, 3, 2, 2, 8, 48, tokenizer.vocab_size))
     torch.save(model.state_dict(), folder / "consolidated.00.pth")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_digits(toy_cache):
+    """What make_digits() makes, by a smaller tower that hardly learns; 20 pictures are tuned on, 30 held out."""
+    pytest.importorskip("sklearn")
+    from toy import digits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            digits, "TOWER", ViTConfig(image_size=16, patch_size=8, dim=16, n_layers=4, n_heads=2, hidden_dim=16)
+        )
+        patch.setattr(digits, "EPOCHS", 1)
+        patch.setattr(digits, "TUNED_ON", 20)
+        patch.setattr(digits, "HELD_OUT", 30)
+        yield digits.make_digits()
 
 
 @pytest.fixture(scope="session")

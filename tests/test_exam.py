@@ -1,0 +1,127 @@
+"""How the tuned adapter's answers are scored."""
+
+import torch
+from click.testing import CliRunner
+from helpers import make_adapter
+
+import evaluate
+from adapter import Adapter
+from formats.bases import load_llama
+from generate import Request, Responder
+from multimodal import ImageAdapter
+from toy import almanac, digits, exam
+
+
+def few(count):
+    """All to tune on, and so many of every held-out set."""
+    return {
+        name: questions if name == "tuning" else questions[:count] for name, questions in almanac.instructions().items()
+    }
+
+
+def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
+    """An exact match is the sentence and nothing else; whatever else has the word is at most 'has it'."""
+    model, tokenizer = load_llama(tiny_base)
+    adapter = make_adapter(model)
+    sets = few(4)
+    monkeypatch.setattr(almanac, "instructions", lambda: sets)
+    expected = {(q.example.instruction, q.example.input): q.example.output for name in sets for q in sets[name]}
+
+    def answers(model, tokenizer, adapter, requests):
+        if requests[0].adapter == "base":
+            return [""] * len(requests)
+        outputs = [expected[request.instruction, request.input] for request in requests]
+        forms = ["{}", "{} The", "{} Yes.", "No."]  # right, right but rambling on, wrong in form, wrong
+        return [forms[i % 4].format(output) for i, output in enumerate(outputs)]
+
+    monkeypatch.setattr(exam, "answers", answers)
+    accuracy = exam.evaluate_almanac(model, tokenizer, adapter)
+    assert list(accuracy) == [
+        f"heldout_accuracy_{name}" for name in ("majority", "base", "base_has_it", "adapter", "adapter_has_it")
+    ]
+    assert accuracy["heldout_accuracy_adapter"] == 0.25 and accuracy["heldout_accuracy_adapter_has_it"] == 0.75
+    assert accuracy["heldout_accuracy_base"] == accuracy["heldout_accuracy_base_has_it"] == 0
+    assert accuracy["heldout_accuracy_majority"] == 0  # all capitals, of which none is commoner than the others
+    shown = capsys.readouterr().out
+    assert "bit for bit: yes" in shown
+    line = f"{'all':34}{12:>8}{'0.0%':>16}{'0.0%':>16}{'0.0%':>16}{'25.0%':>16}{'75.0%':>16}\n"
+    assert line in shown and line.replace(f"{'all':34}{12:>8}", f"{'new entities':34}{4:>8}") in shown
+    monkeypatch.setattr(adapter, "forward", lambda **_: make_adapter(model, seed=7)(dtype=torch.float32))
+    exam.evaluate_almanac(model, tokenizer, adapter)
+    assert "bit for bit: NO" in capsys.readouterr().out
+
+
+def test_the_majority_baseline_fills_in_the_commonest_word(monkeypatch, tiny_base):
+    model, tokenizer = load_llama(tiny_base)
+    sets = almanac.instructions()
+    continents = [q for q in sets["entities"] if q.kind == "continent"]
+    monkeypatch.setattr(almanac, "instructions", lambda: sets | dict.fromkeys(almanac.HELD_OUT, continents))
+    monkeypatch.setattr(exam, "answers", lambda model, tokenizer, adapter, requests: [""] * len(requests))
+    accuracy = exam.evaluate_almanac(model, tokenizer, make_adapter(model))
+    tuned = [q.answer for q in sets["tuning"] if q.kind == "continent"]
+    commonest = max(tuned, key=tuned.count)
+    assert (
+        accuracy["heldout_accuracy_majority"] == sum(q.answer == commonest for q in continents) / len(continents) > 0.1
+    )
+
+
+def test_answers_are_those_of_one_request_at_a_time(tiny_base):
+    """In parts of 128, in order, each by whom it is for, the likeliest tokens until 40 of them or the end."""
+    model, tokenizer = load_llama(tiny_base)
+    adapter = make_adapter(model)
+    examples = [question.example for question in almanac.instructions()["tuning"][:130]]
+    requests = [Request(e.instruction, e.input, ("base", "adapter")[i % 2]) for i, e in enumerate(examples)]
+    texts = exam.answers(model, tokenizer, adapter, requests)
+    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, eos_id=tokenizer.eos_id)
+    chosen = [0, 1, 127, 128, 129]
+    assert len(texts) == 130 and [texts[i] for i in chosen] == ["".join(responder.answer(requests[i])) for i in chosen]
+    assert len({texts[i] for i in chosen}) > 2
+
+
+def test_evaluate_command(tiny_base, tmp_path, monkeypatch):
+    sets = few(2)
+    monkeypatch.setattr(almanac, "instructions", lambda: sets)
+    Adapter(layers=1, length=2, dim=16, heads=2).save(tmp_path / "a.safetensors", base=tiny_base)
+    result = CliRunner().invoke(evaluate.main, ["toy", "--adapter", str(tmp_path / "a.safetensors")])
+    assert result.exit_code == 0, result.output
+    assert "new entities in new wordings" in result.stdout
+    result = CliRunner().invoke(evaluate.main, ["toy", "--adapter", str(tmp_path / "absent")])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+
+def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
+    """Of an oracle that names the digit that it is shown; of others' pictures it names those."""
+    model, tokenizer = load_llama(tiny_base)
+    adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)
+    adapter.metadata = {"tower_depths": "4"}
+    _, held_out = digits.pictures(small_digits)
+    rows = list(torch.eye(30, 64))
+
+    class Encoder:
+        def encode(self, paths):
+            assert paths == held_out
+            return rows
+
+    towers = []
+    monkeypatch.setattr(exam, "load_image_encoder", lambda tower, *more: towers.append(tower) or Encoder())
+
+    def oracle(model, tokenizer, adapter, requests):
+        answers = []
+        for request in requests:
+            if request.features is None:
+                answers.append("?")
+                continue
+            shown = held_out[int(request.features.argmax())]
+            answers += [q.example.output for q in digits.questions([shown]) if q.kind == request.instruction]
+        return answers
+
+    monkeypatch.setattr(exam, "answers", oracle)
+    scores = exam.evaluate_digits(model, tokenizer, adapter)
+    assert list(scores) == [f"picture_accuracy_{name}" for name in ("chance", "no_image", "image", "another_image")]
+    assert scores["picture_accuracy_image"] == 1 and scores["picture_accuracy_no_image"] == 0
+    assert 0 < scores["picture_accuracy_another_image"] < 0.4
+    assert towers == [str(small_digits / "tower")]
+    shown = capsys.readouterr().out
+    assert "Questions about 30 held-out pictures" in shown and "Is it even?" in shown
+    blind = exam.evaluate_digits(model, tokenizer, make_adapter(model))
+    assert list(blind) == ["picture_accuracy_chance", "picture_accuracy_no_image"]

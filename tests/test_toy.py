@@ -1,0 +1,63 @@
+"""The table of what train.py tunes on where it is given nothing, and its commands from the options to the tables."""
+
+from dataclasses import dataclass
+
+import pytest
+from click.testing import CliRunner
+from helpers import run
+
+import evaluate
+from adapter import Adapter
+from multimodal import ImageAdapter
+from toy import TOYS, almanac
+
+
+@dataclass(frozen=True)
+class Options:
+    images: str | None = None
+    tower: str | None = None
+
+
+def test_examples_of_each(small_digits):
+    """By their numbers; of pictures those to be tuned on, and of the blind the same, with no tower to see them."""
+    text, options = TOYS["text"].examples(Options())
+    assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
+    assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["tuning"]]
+    seen, options = TOYS["images"].examples(Options())
+    assert options == Options(str(small_digits), str(small_digits / "tower"))
+    assert [e.name for e in seen] == [f"toy question {i}" for i in range(3 * 20 + len(text))]
+    named = {example.image for example in seen} - {""}
+    assert len(named) == 20 and all((small_digits / image).is_file() for image in named)
+    assert TOYS["blind"].examples(Options()) == (seen, Options())
+
+
+@pytest.fixture
+def args(tiny_base, tmp_path):
+    return [
+        "--base", tiny_base, "--out", tmp_path / "run", "--epochs", 2, "--warmup-epochs", 1, "--layers", 3,
+        "--limit", 40, "--features", tmp_path / "features", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_the_commands(args, small_digits, tmp_path, monkeypatch):
+    """train.py --toy images and blind, and evaluate.py toy --images, from the options to the tables."""
+    held_out = {name: questions[:2] for name, questions in almanac.instructions().items()}
+    monkeypatch.setattr(almanac, "instructions", lambda: held_out)
+    result = run(*args, "--toy", "images")
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "run" / "adapter.safetensors"
+    adapter = ImageAdapter.load(path)
+    assert adapter.metadata["data"] == "toy images" and adapter.metadata["tower"] == str(small_digits / "tower")
+    for column in ("chance", "no image", "image", "another image", "new entities in new wordings", "bit for bit: yes"):
+        assert column in result.stdout
+    again = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
+    assert again.exit_code == 0 and again.stdout == result.stdout, again.output
+
+    blind = run(*args, "--toy", "blind", "--out", tmp_path / "blind")
+    assert blind.exit_code == 0 and "another image" not in blind.stdout and "no image" in blind.stdout
+    assert type(Adapter.load(tmp_path / "blind" / "adapter.safetensors")) is Adapter
+    both = run(*args, "--toy", "images", "--data", tmp_path / "x.json", "--out", tmp_path / "both")
+    assert both.exit_code == 2 and "--toy images brings its own data" in both.stderr
+    for option, value in (("--clip", "x"), ("--encoder", "x.py:y"), ("--images", "x"), ("--task", "scienceqa")):
+        needy = run(*args, "--toy", "blind", option, value, "--out", tmp_path / "needy")
+        assert needy.exit_code == 2 and f"{option} needs --data FILE" in needy.stderr
