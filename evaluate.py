@@ -5,7 +5,7 @@ There is a command for every task of tasks/ that has scores, and `toy`, for the 
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -48,10 +48,11 @@ class EvalConfig:
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     """From a file of examples to answers, scores, and what is written of them. Raises OSError or ValueError."""
-    read, folder = task.read_for_scoring or task.read, config.images or config.data.parent
-    examples = read(config.data, images=folder, split=config.split)[: config.limit]
+    config = replace(config, images=config.images or config.data.parent)
+    read = task.read_for_scoring or task.read
+    examples = read(config.data, images=config.images, split=config.split)[: config.limit]
     if config.results is None:
-        answers = answer(name, task, examples, folder, config)
+        answers = answer(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
         raise ValueError("--results has the answers: no --adapter, --base or --choose beside it")
     else:
@@ -60,7 +61,7 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     task.write_results(answers, task.score(answers.examples, answers.texts), config.out)
 
 
-def answer(name: str, task: Task, examples: list[Example], folder: Path, config: EvalConfig) -> Answers:
+def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
     """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
@@ -68,14 +69,14 @@ def answer(name: str, task: Task, examples: list[Example], folder: Path, config:
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens, eos_id=tokenizer.eos_id)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):
-        kept = with_images(examples, folder, config.skip_missing, config.data)
+        kept = with_images(examples, config.images, config.skip_missing, config.data)
         if len(kept) < len(examples):
             left_out = f"{len(examples) - len(kept):,} of {len(examples):,} left out"
             click.echo(f"{left_out}: their image is not there", err=True)
         examples = kept
         if any(example.image for example in examples):
             encoder = load_image_encoder(config.tower, config.encoder, dtype, device, adapter)
-            examples = attach_features(examples, folder, encoder)
+            examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
         raise ValueError(f"{name} need an adapter with a projection, one that was tuned on images")
     elif config.tower or config.encoder:

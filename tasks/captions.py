@@ -52,14 +52,14 @@ def read_pictures(path: str | Path) -> list[Picture]:
         raise ValueError(f"{path}: has no lists 'images' and 'annotations', as COCO's captions_*.json")
     files: dict[int, str] = {}
     for index, record in enumerate(values["images"]):
-        if not isinstance(record, dict) or type(record.get("id")) is not int or not is_text(record.get("file_name")):
+        if not isinstance(record, dict) or type(record.get("id")) is not int or not record.get("file_name"):
             raise ValueError(f"{path}: images[{index}]: has no number 'id' or no name 'file_name'")
         check_text(record["file_name"], f"{path}: images[{index}]", "file_name")
         files[record["id"]] = record["file_name"]
     captions: dict[int, list[str]] = {}
     for index, record in enumerate(values["annotations"]):
         where = f"{path}: annotations[{index}]"
-        if not isinstance(record, dict) or not is_text(record.get("caption")):
+        if not isinstance(record, dict) or not record.get("caption"):
             raise ValueError(f"{where}: has no text 'caption'")
         if type(record.get("image_id")) is not int or record["image_id"] not in files:
             raise ValueError(f"{where}: image_id {record.get('image_id')} is none of its images")
@@ -72,10 +72,6 @@ def read_pictures(path: str | Path) -> list[Picture]:
         for id, file in files.items()
         if id in captions
     ]
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def read_answers(path: str | Path, pictures: Sequence[Picture]) -> list[str]:

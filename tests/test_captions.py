@@ -39,6 +39,8 @@ def test_pictures_and_their_captions(tmp_path):
         ({"annotations": [{"image_id": 4, "caption": "x"}]}, r"annotations\[0\]: image_id 4 is none of its images"),
         ({"annotations": [{"image_id": [5], "caption": "x"}]}, r"annotations\[0\]: image_id \[5\] is none of its"),
         ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: has no text 'caption'"),
+        ({"annotations": [{"image_id": 5, "caption": ""}]}, r"annotations\[0\]: has no text 'caption'"),
+        ({"annotations": [{"image_id": 5, "caption": 7}]}, r"annotations\[0\]: field 'caption' is a int, not a string"),
         ({"annotations": [{"image_id": 5, "caption": "\ud800"}]}, r"annotations\[0\]: field 'caption' has half a char"),
         ({"annotations": []}, "holds no captions"),
         ({"images": [{"id": "5"}]}, r"images\[0\]: has no number 'id'"),

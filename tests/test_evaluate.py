@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 from adapter import Adapter
+from model import LLaMA
 from multimodal import ImageAdapter
 from tasks.captions import coco_scorers
 
@@ -180,3 +181,16 @@ def test_a_task_has_a_command_where_it_has_scores():
 def test_the_toy_needs_an_adapter():
     result = run_evaluate("toy")
     assert result.exit_code == 2 and "error: --adapter FILE is missing" in result.stderr
+
+
+@pytest.mark.parametrize("images", [[], ["--images"]])
+def test_the_toy_s_questions_are_put_to_the_adapter(text_only, monkeypatch, images):
+    put = []
+    for name in ("evaluate_almanac", "evaluate_digits"):
+        monkeypatch.setattr(evaluate.exam, name, lambda *args, name=name: put.append((name, *map(type, args[::2]))))
+    result = run_evaluate("toy", "--adapter", text_only, *images, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    asked = ["evaluate_digits", "evaluate_almanac"] if images else ["evaluate_almanac"]
+    assert put == [(name, LLaMA, Adapter) for name in asked]
+    result = run_evaluate("toy", "--adapter", text_only.with_name("absent"))
+    assert result.exit_code == 2 and "absent" in result.stderr
