@@ -1,1 +1,1 @@
-"""Speed and memory, ours and the peers': python -m benchmarks NAME; what it finds is kept in results/."""
+"""Speed and memory on this machine, ours and others' in the same run."""

@@ -1,7 +1,7 @@
-"""The same tuning and the same decoding as others do them, over the same weights: what bench.py measures against.
+"""The same tuning and the same decoding as others do them, over the same weights: whom ours is measured against.
 
-Each contestant has `loss(examples)`, of which the gradient is taken, and, if it decodes, `decode(tokens, n)`, n new
-ids. The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
+Each contestant has `loss(examples)`, the mean over response tokens, and `continuation(tokens, n)`, n new ids, greedy.
+The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
 do what the authors' script does.
 """
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Adapter
-from data import IGNORE, Tokens, collate
-from generate import generate, next_logits
-from model import LLaMA, rope_cos_sin, apply_rope
-from training.step import loss_sum, make_optimizer
+from data import IGNORE, Tokens, collate, num_targets
+from formats.hugging_face import to_hugging_face
+from generate import decode, generate
+from model import LLaMA, apply_rope, rope_cos_sin
+from train import make_optimizer, response_loss
 
 
 class Contestant:
@@ -32,13 +33,17 @@ class Contestant:
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.02)
 
-    def backward(self, examples: list[Tokens]) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
+        optimizer.zero_grad()
         self.loss(examples).backward()
+        optimizer.step()
 
 
 class Ours(Contestant):
-    def __init__(self, model: LLaMA, adapter: Adapter, decode: Callable = next_logits):
-        self.model, self.adapter, self.step = model, adapter, decode
+    """A model and its adapter, or None: the base alone. `decode` is generate.py's, plain or compiled."""
+
+    def __init__(self, model: LLaMA, adapter: Adapter | None, decode: Callable[..., Tensor] = decode):
+        self.model, self.adapter, self.decode = model, adapter, decode
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.adapter.parameters())
@@ -50,14 +55,12 @@ class Ours(Contestant):
         return optimizer
 
     def loss(self, examples: list[Tokens]) -> Tensor:
-        batch = collate(examples)
-        prompts = self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
-        return loss_sum(self.model, prompts, batch) / (batch.targets != IGNORE).sum()
+        return response_loss(self.model, self.adapter, collate(examples)) / num_targets(examples)
 
     @torch.no_grad()
-    def decode(self, tokens: list[int], n: int) -> list[int]:
+    def continuation(self, tokens: list[int], n: int) -> list[int]:
         prompts = self.adapter(dtype=self.model.tok_embeddings.weight.dtype) if self.adapter else ()
-        return generate(self.model, [tokens], prompts, max_new_tokens=n, decode=self.step)[0]
+        return generate(self.model, [tokens], prompts, max_new_tokens=n, decode=self.decode)[0]
 
 
 class Plain(Ours):
@@ -79,14 +82,13 @@ class Plain(Ours):
     def logits(self, tokens: Tensor, start: int, cache: list | None) -> Tensor:
         model, prompts = self.model, self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
         (B, T), group = tokens.shape, model.config.n_heads // model.config.n_kv_heads
-        turns = rope_cos_sin(torch.arange(start, start + T, device=tokens.device).repeat(B), model.config)
+        cos, sin = rope_cos_sin(torch.arange(start, start + T, device=tokens.device)[None], model.config)
         mask = torch.full((T, start + T), -math.inf, device=tokens.device).triu(start + 1)
         x = model.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(model.layers):
             attention, normed = block.attention, block.attention_norm(x)
             q, k, v = (attention.heads(w(normed)) for w in (attention.wq, attention.wk, attention.wv))
-            q, k = (apply_rope(y.flatten(0, 1), turns).unflatten(0, (B, T)) for y in (q, k))
-            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H|Hkv, T, D)
+            q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             if cache is not None:
                 cache[i][0][:, :, start : start + T], cache[i][1][:, :, start : start + T] = k, v
                 k, v = (kept[:, :, : start + T] for kept in cache[i])
@@ -104,7 +106,7 @@ class Plain(Ours):
         return F.linear(model.norm(x), self.head)
 
     @torch.no_grad()
-    def decode(self, tokens: list[int], n: int) -> list[int]:
+    def continuation(self, tokens: list[int], n: int) -> list[int]:
         model, config = self.model, self.model.config
         shape = (1, config.n_kv_heads, len(tokens) + n, config.head_dim)
         cache = [[model.tok_embeddings.weight.new_zeros(shape) for _ in "kv"] for _ in model.layers]
@@ -146,7 +148,7 @@ class HuggingFace(Contestant):
         ).loss
 
     @torch.no_grad()
-    def decode(self, tokens: list[int], n: int) -> list[int]:
+    def continuation(self, tokens: list[int], n: int) -> list[int]:
         ids = torch.tensor([tokens], device=self.model.device)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
         self.model.generation_config.eos_token_id = None  # n tokens, whatever they are
@@ -159,6 +161,7 @@ class LitGPT(Contestant):
 
     def __init__(self, model: LLaMA, layers: int, length: int):
         from litgpt.adapter import GPT, Config, mark_only_adapter_as_trainable
+        from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 
         c, weight = model.config, model.tok_embeddings.weight
         config = Config(
@@ -181,25 +184,8 @@ class LitGPT(Contestant):
             adapter_prompt_length=length,
             adapter_start_layer=c.n_layers - layers,
         )
-        theirs = to_hugging_face(model.state_dict(), c)
-        weights = {
-            "transformer.wte.weight": theirs["model.embed_tokens.weight"],
-            "transformer.ln_f.weight": theirs["model.norm.weight"],
-            "lm_head.weight": theirs["lm_head.weight"],
-        }
-        names = {
-            "self_attn.o_proj": "attn.proj",
-            "mlp.gate_proj": "mlp.fc_1",
-            "mlp.up_proj": "mlp.fc_2",
-            "mlp.down_proj": "mlp.proj",
-            "input_layernorm": "norm_1",
-            "post_attention_layernorm": "norm_2",
-        }
-        for i in range(c.n_layers):
-            of_layer = {name: theirs[f"model.layers.{i}.self_attn.{name}_proj.weight"] for name in "qkv"}
-            weights[f"transformer.h.{i}.attn.qkv.weight"] = torch.cat(list(of_layer.values()))
-            for a, b in names.items():
-                weights[f"transformer.h.{i}.{b}.weight"] = theirs[f"model.layers.{i}.{a}.weight"]
+        weights: dict[str, Tensor] = {}
+        copy_weights_hf_llama(config, {}, weights, to_hugging_face(model.state_dict(), c))
         self.model = GPT(config).to(weight.device, weight.dtype)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         if unexpected or any("adapter" not in name and "gating" not in name for name in missing):
@@ -220,7 +206,7 @@ class LitGPT(Contestant):
         return F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=IGNORE)
 
     @torch.no_grad()
-    def decode(self, tokens: list[int], n: int) -> list[int]:
+    def continuation(self, tokens: list[int], n: int) -> list[int]:
         from litgpt.generate.base import generate as theirs
 
         device = self.model.lm_head.weight.device
@@ -240,37 +226,16 @@ def padded(examples: list[Tokens], length: int) -> tuple[Tensor, Tensor]:
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
 
 
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def to_hugging_face(weights: dict[str, Tensor], config) -> dict[str, Tensor]:
-    """Meta's names to Hugging Face's, rows of q and k from neighbouring pairs to halves."""
-
-    def halves(w: Tensor) -> Tensor:
-        return w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-    renamed = {
-        "model.embed_tokens.weight": weights["tok_embeddings.weight"],
-        "model.norm.weight": weights["norm.weight"],
-        "lm_head.weight": weights["output.weight"],
-    }
-    names = {
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    for n in range(config.n_layers):
-        ours, theirs = f"layers.{n}.", f"model.layers.{n}."
-        for a, b in names.items():
-            renamed[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
-        for a, b in (("wq", "q_proj"), ("wk", "k_proj")):
-            renamed[f"{theirs}self_attn.{b}.weight"] = halves(weights[f"{ours}attention.{a}.weight"])
-    return renamed
+def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
+    """The peers that are installed, those on transformers in these kinds; with as many layers as the adapter has."""
+    layers, length, _ = adapter.prompts.shape
+    peers: dict[str, Contestant] = {"plain, as the authors'": Plain(model, adapter)}
+    if importlib.util.find_spec("peft"):
+        for kind in kinds:
+            peers[kind if kind == "full tuning" else f"PEFT {kind}"] = HuggingFace(model, kind, layers, length)
+    if importlib.util.find_spec("litgpt"):
+        peers["litgpt adapter"] = LitGPT(model, layers, length)
+    return peers
 
 
 def as_transformers(model: LLaMA) -> nn.Module:

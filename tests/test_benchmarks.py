@@ -8,13 +8,17 @@ from click.testing import CliRunner
 from helpers import make_adapter, make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import speed as bench
+from benchmarks import workload
+from benchmarks.__main__ import main
+from benchmarks.memory import kept_per_token
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
+from benchmarks.plan import plan_run
+from benchmarks.training import Ablation, OursTraining, epoch
 from data import Tokens
-from model import Config, quantize_int8
-from training.step import accumulate_gradient
+from model import SIZES, Config
+from train import TrainConfig, make_optimizer, train_step
 
-EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, n) for n in (9, 6, 21)]
+EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
 
 
 @pytest.mark.parametrize("config", ["mha", "gqa"])
@@ -28,18 +32,31 @@ def test_the_plain_baseline_is_the_same_model(config):
     torch.testing.assert_close(ours.adapter.prompts.grad, plain.adapter.prompts.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.adapter.gates.grad, plain.adapter.gates.grad, rtol=1e-4, atol=1e-6)
     row = make_tokens(model, 6).tolist()
-    assert ours.decode(row, 10) == plain.decode(row, 10)
+    assert ours.continuation(row, 10) == plain.continuation(row, 10)
 
 
-@pytest.mark.parametrize("level", bench.Ablation.LEVELS)
+@pytest.mark.parametrize("level", Ablation.LEVELS)
 def test_every_level_of_the_ablation_is_the_same_model(level):
     model = make_model()
-    ours, ablation = Ours(model, make_adapter(model)), bench.Ablation(model, make_adapter(model), level)
+    ours, ablation = Ours(model, make_adapter(model)), Ablation(model, make_adapter(model), level)
     losses = [contestant.loss(EXAMPLES) for contestant in (ours, ablation)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(ours.adapter.prompts.grad, ablation.adapter.prompts.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_ours_takes_the_steps_that_the_ladder_leads_to():
+    """On the same batches of like length the step of train.py, in micro-batches, is that of the plain loss."""
+    model = make_model()
+    ours = OursTraining(model, make_adapter(model), TrainConfig(micro_batch_tokens=20))
+    ablation = Ablation(model, make_adapter(model), Ablation.LEVELS[-1])
+    for contestant in (ours, ablation):
+        epoch(contestant, EXAMPLES, batch_size=2)()
+    before = make_adapter(model).prompts
+    assert (ours.adapter.prompts - before).abs().min() > 1e-4
+    torch.testing.assert_close(ours.adapter.prompts, ablation.adapter.prompts, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.adapter.gates, ablation.adapter.gates, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["adaption prompt", "lora", "full tuning", "litgpt"])
@@ -50,30 +67,30 @@ def test_peers_have_the_same_base(kind):
     ours = Ours(model, make_adapter(model, gates=False))
     torch.testing.assert_close(peer.loss(EXAMPLES), ours.loss(EXAMPLES), rtol=1e-4, atol=1e-4)
     row = make_tokens(model, 6).tolist()
-    assert peer.decode(row, 10) == ours.decode(row, 10)
+    assert peer.continuation(row, 10) == ours.continuation(row, 10)
     peer.loss(EXAMPLES).backward()
     assert any(parameter.grad.abs().sum() > 0 for parameter in peer.parameters() if parameter.grad is not None)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
+    monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
 
 
 def run(*args):
-    return CliRunner().invoke(bench.main, [str(arg) for arg in args])
+    return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def test_the_commands_write_their_figures(tiny, tmp_path):
+def test_the_commands_write_their_figures(tiny, instructions, tiny_base, tmp_path):
     path = tmp_path / "figures.json"
-    common = ["--json", path, "--device", "cpu"]
+    data = ["--data", instructions, "--tokenizer", tiny_base / "tokenizer.model"]
     for command in (
-        ["train", "--repeat", 2, "--examples", 4, "--batch-size", 4, "--peers"],
-        ["train", "--repeat", 1, "--examples", 4, "--batch-size", 4, "--ablation"],
-        ["generate", "--repeat", 2, "--tokens", 4, "--peers"],
+        ["train", *data, "--repeat", 2, "--examples", 4, "--batch-size", 4, "--peers"],
+        ["train", *data, "--repeat", 1, "--examples", 4, "--batch-size", 4, "--ablation"],
+        ["generate", *data, "--repeat", 2, "--tokens", 4, "--peers"],
         ["memory", "--size", "15M"],
     ):
-        result = run(*command, *common)
+        result = run(*command, "--json", path, "--device", "cpu")
         assert result.exit_code == 0, result.output
     figures = json.loads(path.read_text())
     kinds = ("train", "ablation", "generate", "memory")
@@ -81,6 +98,7 @@ def test_the_commands_write_their_figures(tiny, tmp_path):
     rows = figures["train 15M float32"]["rows"]
     assert rows["ours"]["ratio"] == {"median": 1, "least": 1, "most": 1}
     assert len(rows["plain, as the authors'"]["seconds"]) == 2
+    assert list(figures["ablation 15M float32"]["rows"]) == ["plain", *Ablation.LEVELS, Ablation.LAST]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -93,40 +111,32 @@ def test_other_work_is_not_timed(tiny, monkeypatch):
 
 def test_what_is_kept_is_counted():
     config = Config(32, 4, 4, 4, 8, 48, 2000)
-    assert bench.kept_per_token(config, True) == 32  # a layer's input
+    assert kept_per_token(config, True) == 32  # a layer's input
     # Two norms (input; one number), q, k, v, the attention over words and its sum, over prompts, the same numbers of
     # heads (logarithms of sums), gate, up, their silu.
-    kept = bench.kept_per_token(config, False)
+    kept = kept_per_token(config, False)
     assert 32 * 7 + 3 * 48 <= kept <= 32 * 12 + 4 * 48
 
 
 def test_the_plan_counts_what_the_model_does():
     """Bytes and operations of the formulas against those of a model: within the few things that they leave out."""
     config = Config(256, 12, 4, 4, 64, 688, 500)
-    plan = bench.plan(config, 1, 80e9, 1e12)
+    plan = plan_run(config, 1, 80e9, 1e12)
     model = make_model(config)
     assert plan["weights"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.01)
-    assert 7 * 256 + 3 * 688 == pytest.approx(bench.kept_per_token(config, False), rel=0.02)
-    examples = [Tokens(row, 62, i) for i, row in enumerate(make_tokens(model, 4, 128).tolist())]
+    assert 7 * 256 + 3 * 688 == pytest.approx(kept_per_token(config, False), rel=0.02)
+    examples = [Tokens(row, 62, f"row {i}") for i, row in enumerate(make_tokens(model, 4, 128).tolist())]
     with FlopCounterMode(display=False) as counter:
-        accumulate_gradient(model, make_adapter(model, layers=10, length=10), examples, 10_000)
+        adapter = make_adapter(model, layers=10, length=10)
+        train_step(
+            model, adapter, make_optimizer(adapter, 0.02), examples, 1e-3, TrainConfig(micro_batch_tokens=10_000)
+        )
     assert plan["operations"] == pytest.approx(counter.get_total_flops() / 4, rel=0.1)
 
 
 def test_a_plan_splits_what_does_not_fit():
-    one, eight = (bench.plan(bench.SIZES["LLaMA-65B"], gpus, 80e9, 1e14) for gpus in (1, 8))
+    one, eight = (plan_run(SIZES["LLaMA-65B"], gpus, 80e9, 1e14) for gpus in (1, 8))
     assert not one["fits"] and eight["fits"] and eight["strategy"] == "fsdp"
     assert eight["weights"] < one["weights"] / 4 and eight["travels"] > 100e9
-    seven = bench.plan(bench.SIZES["LLaMA-7B"], 8, 80e9, 1e14)
+    seven = plan_run(SIZES["LLaMA-7B"], 8, 80e9, 1e14)
     assert seven["strategy"] == "ddp" and seven["travels"] == pytest.approx(2 * 7 / 8 * 4 * 1_229_760)
-
-
-def test_8_bits_train():
-    pytest.importorskip("torchao")
-    model, rounded = (make_model(Config(64, 3, 4, 4, 16, 96, 50)) for _ in range(2))
-    quantize_int8(rounded)
-    adapters = [make_adapter(model) for _ in range(2)]
-    losses = [accumulate_gradient(m, a, EXAMPLES, 10_000, True) for m, a in zip((model, rounded), adapters)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
-    a, b = (adapter.prompts.grad.flatten() for adapter in adapters)
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99

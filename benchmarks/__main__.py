@@ -1,0 +1,19 @@
+"""How fast and how large: python -m benchmarks train|generate|memory|plan; with --peers, others in the same run."""
+
+import click
+
+from benchmarks.generation import time_generation
+from benchmarks.memory import count_memory
+from benchmarks.plan import plan_runs
+from benchmarks.training import time_training
+
+
+@click.group(
+    commands=[time_training, time_generation, count_memory, plan_runs], context_settings={"show_default": True}
+)
+def main():
+    """Measure on this machine; with --peers also PEFT, LoRA, full tuning, litgpt, and plain code as the authors'."""
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,58 @@
+"""Tokens per second at batch 1, greedy, prefill included."""
+
+from copy import deepcopy
+
+import click
+import torch
+
+from benchmarks.measuring import compare_seconds, copy_speed, interleave
+from benchmarks.peers import Contestant, Ours, installed_peers
+from benchmarks.tables import json_option, measured_on, publish, ratio_text
+from benchmarks.workload import prepare_workload, workload_options
+from generate import decode
+from runtime.cli import one_line_errors
+from runtime.compilation import compile_decoding
+
+COLUMNS = {
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "times ours": ratio_text,
+    "weights read, of the copy speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %",
+}
+
+
+def check_same_texts(contestants: dict[str, Contestant], prompt: list[int], number: int, dtype: torch.dtype) -> None:
+    """Raise ValueError where one goes on otherwise than ours; in bfloat16, where rounding decides, let it."""
+    texts = {name: contestant.continuation(prompt, number) for name, contestant in contestants.items()}
+    for name, text in texts.items():
+        if dtype == torch.float32 and text != texts["ours"]:
+            raise ValueError(f"{name} goes on {text[:8]}, ours {texts['ours'][:8]}: not the same work")
+
+
+@click.command("generate")
+@workload_options
+@json_option
+@click.option("--tokens", "number", type=click.IntRange(2), default=128, help="New ones, after a prompt of 60.")
+@one_line_errors()
+def time_generation(json_path, number, **options):
+    """Tokens per second at batch 1, greedy, prefill included."""
+    workload = prepare_workload(**options)
+    prompt = (workload.examples(1000)[0].ids * 60)[:60]
+    model, adapter = workload.new_model(), workload.new_adapter()
+    contestants: dict[str, Contestant] = {"ours": Ours(model, adapter), "ours, base alone": Ours(model, None)}
+    if workload.compiled:
+        other = deepcopy(model)  # its linear layers will be replaced
+        contestants["ours, compiled"] = Ours(other, adapter, compile_decoding(decode, other))
+    if workload.peers:
+        contestants |= installed_peers(model, adapter, ["adaption prompt"])
+    check_same_texts(contestants, prompt, number, workload.dtype)
+
+    runs = {name: lambda its=each: its.continuation(prompt, number) for name, each in contestants.items()}
+    rows = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
+    weights = sum(weight.nbytes for weight in model.parameters()) - model.tok_embeddings.weight.nbytes
+    speed = copy_speed(workload.device)
+    for row in rows.values():
+        row["tokens_per_second"] = number / row["median"]
+        row["bandwidth_share"] = weights * number / row["median"] / speed
+    about = measured_on(workload.size, workload.device, workload.dtype)
+    about |= {"new_tokens": number, "bytes_per_token": weights, "copy_bytes_per_second": speed}
+    publish("generate", rows, COLUMNS, about, json_path)

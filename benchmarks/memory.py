@@ -1,0 +1,103 @@
+"""Bytes of a training step by kind: counted, for a model of any size, and measured, for one that fits here."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import peak_growth
+from benchmarks.tables import json_option, measured_on, publish
+from benchmarks.workload import LENGTH, SHAPES, random_adapter, random_model
+from data import Tokens
+from model import Config, num_parameters
+from runtime.cli import device_options, one_line_errors
+from runtime.device import select_device
+from train import TrainConfig, make_optimizer, train_step
+from training.loss import ROWS
+
+
+@cache
+def kept_per_token(config: Config, checkpoint_activations: bool) -> int:
+    """How many numbers autograd keeps of each token in an adapted layer: what a third one adds to two."""
+    two, three = (kept_numbers(config, layers, 256, checkpoint_activations) for layers in (2, 3))
+    return (three - two) // 256
+
+
+def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activations: bool) -> int:
+    """How many numbers autograd keeps for the backward pass, found in a float32 model on the CPU; weights don't count.
+
+    `layers` are adapted, and one below them is not.
+    """
+    small = Config(config.dim, layers + 1, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
+    model = random_model(small, torch.device("cpu"), torch.float32)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    prompts, ids = random_adapter(small, torch.device("cpu"), layers)(), torch.zeros(1, tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden_states(ids, prompts, checkpoint_activations=checkpoint_activations)
+    return sum(storage.nbytes() for storage in kept.values()) // 4
+
+
+def count_bytes(config: Config, tokens: int, itemsize: int, checkpoint_activations: bool) -> dict[str, int]:
+    """Bytes by kind, at the worst moment of a step."""
+    adapted = config.n_layers - 2
+    kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
+    adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
+    rows = {
+        "weights": num_parameters(config) * itemsize,
+        "adapter, gradient, AdamW": adapter * 4,
+        "activations kept": adapted * kept,
+        # The gradients in it, and what it computes again.
+        "one layer at work": whole * (2 if checkpoint_activations else 1),
+        "logits of a few rows": ROWS * config.vocab_size * (itemsize + 4 + 4),  # and twice log p
+    }
+    return rows | {"sum": sum(rows.values())}
+
+
+def measure_step(
+    config: Config, tokens: int, device: torch.device, dtype: torch.dtype, checkpoint_activations: bool
+) -> int:
+    """The peak, in bytes, of a step on examples of 128 tokens, half of them response, the weights included."""
+    model, adapter = random_model(config, device, dtype), random_adapter(config, device)
+    optimizer = make_optimizer(adapter, 0.02)
+    how = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (tokens // 128, 129), generator=generator).tolist()
+    examples = [Tokens(row, 64, f"row {i}") for i, row in enumerate(ids)]
+    train_step(model, adapter, optimizer, examples[:1], 1e-3, how)
+    grown = peak_growth(lambda: train_step(model, adapter, optimizer, examples, 1e-3, how), device)
+    return grown + sum(weight.nbytes for weight in model.parameters())
+
+
+@click.command("memory")
+@click.option("--size", type=click.Choice(list(SHAPES)), default="7B")
+@click.option("--check", is_flag=True, help="Also measure a step of this size here, beside the count.")
+@json_option
+@device_options
+@one_line_errors()
+def count_memory(size, check, json_path, device, dtype):
+    """Bytes of a training step by kind, by the number of tokens in a micro-batch, for a base in bfloat16."""
+    device, dtype = select_device(device, dtype)
+    config, itemsize, rows = SHAPES[size], dtype.itemsize if check else 2, {}
+    for again in (False, True):
+        for tokens in (512, 1024, 2048, 4096, 8192):
+            row = count_bytes(config, tokens, itemsize, again)
+            if check:
+                fresh = multiprocessing.get_context("spawn")  # no memory left over from before
+                with ProcessPoolExecutor(1, fresh) as process:
+                    row["measured"] = process.submit(measure_step, config, tokens, device, dtype, again).result()
+            rows[f"{tokens} tokens{', --checkpoint-activations' if again else ''}"] = row
+    about = measured_on(size, device, dtype) | {"K": LENGTH, "L": config.n_layers - 2, "check": check}
+    about["dtype"] = {2: "bfloat16", 4: "float32"}[itemsize]
+    columns = {name: lambda row, name=name: f"{row[name] / 2**30:.2f} GiB" for name in next(iter(rows.values()))}
+    publish("memory", rows, columns, about, json_path)

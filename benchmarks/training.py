@@ -1,0 +1,160 @@
+"""Seconds of one epoch, every optimizer step included: ours, the way to it measure by measure, and others."""
+
+from collections.abc import Callable
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from adapter import Adapter
+from benchmarks.measuring import compare_seconds, interleave, matmul_speed, peak_growth
+from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
+from benchmarks.tables import json_option, measured_on, publish, ratio_text
+from benchmarks.workload import Workload, prepare_workload, workload_options
+from data import IGNORE, Tokens, collate, epoch_batches, num_targets
+from model import LLaMA
+from runtime.cli import one_line_errors
+from runtime.compilation import compile_layers
+from train import TrainConfig, train_step
+
+LR = 1e-3
+COLUMNS = {
+    "seconds": lambda row: f"{row['median']:.2f}",
+    "times ours": ratio_text,
+    "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
+    "response tokens/s": lambda row: f"{row['response_tokens_per_second']:,.0f}",
+    "memory beyond the model": lambda row: f"{row['peak_bytes_beyond_the_model'] / 2**20:,.0f} MiB",
+    "of the matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %" if row["utilisation"] else "",
+}
+
+
+class OursTraining(Ours):
+    """The step of train.py: batches of like length, in micro-batches."""
+
+    like_length = True
+
+    def __init__(self, model: LLaMA, adapter: Adapter, config: TrainConfig):
+        super().__init__(model, adapter)
+        self.config = config
+
+    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
+        train_step(self.model, self.adapter, optimizer, examples, LR, self.config)
+
+
+class Ablation(Ours):
+    """From `Plain` to ours: each level has the measures of those before it, and one more; ours has LAST as well."""
+
+    LEVELS = [
+        "+ fused attention",
+        "+ logits at response tokens only",
+        "+ padded to the longest of the batch",
+        "+ batches of like length",
+    ]
+    LAST = "+ gradient by the logits in few rows: ours"
+
+    def __init__(self, model: LLaMA, adapter: Adapter, level: str):
+        super().__init__(model, adapter)
+        self.level = self.LEVELS.index(level)
+        self.like_length = self.level >= 3
+
+    def loss(self, examples: list[Tokens]) -> Tensor:
+        inputs, targets = padded(examples, 512) if self.level < 2 else collate(examples)[:2]
+        device = self.model.tok_embeddings.weight.device
+        inputs, targets = inputs.to(device), targets.to(device)
+        hidden = self.model.hidden_states(inputs, self.adapter(dtype=self.model.tok_embeddings.weight.dtype))
+        if self.level >= 1:
+            hidden, targets = hidden[targets != IGNORE], targets[targets != IGNORE]
+        logits = self.model.output(hidden).float().flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
+
+
+def epoch(contestant: Contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
+    """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
+    optimizer = contestant.optimizer(LR)
+    if contestant.like_length:
+        batches = epoch_batches([example.size for example in examples], batch_size, seed=0, epoch=0)
+    else:
+        order = np.random.default_rng(0).permutation(len(examples)).tolist()
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def run_epoch() -> None:
+        for batch in batches:
+            contestant.step(optimizer, [examples[i] for i in batch])
+
+    return run_epoch
+
+
+def training_contestants(workload: Workload, config: TrainConfig, ablation: bool) -> tuple[dict[str, Contestant], str]:
+    """Who takes part, and the name of ours."""
+    model, ours = workload.new_model(), Ablation.LAST if ablation else "ours"
+    contestants: dict[str, Contestant] = {}
+    if ablation:
+        contestants["plain"] = Plain(model, workload.new_adapter())
+        for level in Ablation.LEVELS:
+            contestants[level] = Ablation(model, workload.new_adapter(), level)
+    contestants[ours] = OursTraining(model, workload.new_adapter(), config)
+    if workload.compiled:
+        other = workload.new_model()
+        compile_layers(other.layers)
+        contestants["ours, compiled"] = OursTraining(other, workload.new_adapter(), config)
+    if workload.peers:
+        contestants |= installed_peers(model, workload.new_adapter(), ["adaption prompt", "lora", "full tuning"])
+    return contestants, ours
+
+
+@torch.no_grad()
+def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[Tokens]) -> dict[str, float]:
+    """Raises ValueError where one differs from ours: it would be compared for nothing."""
+    losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
+    for name, loss in losses.items():
+        if abs(loss - losses[ours]) > 1e-3 * losses[ours]:
+            raise ValueError(f"{name} has a first loss of {loss:.5f}, ours is {losses[ours]:.5f}: not the same work")
+    return losses
+
+
+@click.command("train")
+@workload_options
+@json_option
+@click.option("--examples", "number", type=click.IntRange(1), default=32, help="So many of the data file.")
+@click.option("--batch-size", type=click.IntRange(1), default=8)
+@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192)
+@click.option("--checkpoint-activations", is_flag=True)
+@click.option("--ablation", is_flag=True, help="What each measure brings, one added to the other.")
+@one_line_errors()
+def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_activations, ablation, **options):
+    """Seconds of one epoch, every optimizer step included, over the same examples."""
+    workload = prepare_workload(**options)
+    config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=checkpoint_activations)
+    device, examples = workload.device, workload.examples(number)
+    contestants, ours = training_contestants(workload, config, ablation)
+    losses = first_losses(contestants, ours, examples[:batch_size])
+    epochs = {name: epoch(contestant, examples, batch_size) for name, contestant in contestants.items()}
+    for run_epoch in epochs.values():
+        run_epoch()
+    peaks = {name: peak_growth(run_epoch, device) for name, run_epoch in epochs.items()}
+    rows = compare_seconds(interleave(epochs, workload.repeat, device), ours)
+    with FlopCounterMode(display=False) as counter:
+        epochs[ours]()
+    speed, flops = matmul_speed(device, workload.dtype), counter.get_total_flops()
+    for name, row in rows.items():
+        row["examples_per_second"] = len(examples) / row["median"]
+        row["response_tokens_per_second"] = num_targets(examples) / row["median"]
+        row["peak_bytes_beyond_the_model"] = peaks[name]
+        row["first_loss"] = losses[name]
+        is_ours = isinstance(contestants[name], OursTraining)
+        row["utilisation"] = flops / row["median"] / speed if is_ours else None
+    about = measured_on(workload.size, device, workload.dtype) | {
+        "examples": len(examples),
+        "batch_size": batch_size,
+        "micro_batch_tokens": micro_batch_tokens,
+        "checkpoint_activations": checkpoint_activations,
+        "ablation": ablation,
+        "tokens": sum(example.size for example in examples),
+        "flops_of_ours": flops,
+        "matmul_flops_per_second": speed,
+        "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    }
+    publish("ablation" if ablation else "train", rows, COLUMNS, about, json_path)

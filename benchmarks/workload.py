@@ -1,0 +1,105 @@
+"""What is run: the shape of a model, random weights for it, and examples whose lengths are real."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from adapter import Adapter
+from data import Tokens, read_examples, tokenize
+from formats.tokenizers import SentencePieceTokenizer
+from model import SIZES, Config, LLaMA
+from runtime.cli import device_options
+from runtime.compilation import prepare_to_compile, transpose_output_head
+from runtime.device import select_device
+from toy.almanac import instructions
+from toy.language_model import train_tokenizer
+
+SHAPES = {
+    #            dim layers heads kv D hidden vocab
+    "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # of llama2.c's stories15M, with a head of its own: 24M in all
+    "110M": Config(768, 12, 12, 12, 64, 2048, 32000),
+    "7B": SIZES["LLaMA-7B"],
+}
+LENGTH = 10  # K
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What contestants are timed on, and which there are: the options that the commands have in common."""
+
+    size: str  # a key of SHAPES
+    data: str | None  # an Alpaca file, and the SentencePiece model to cut it with; None is the toy's
+    tokenizer: str | None
+    repeat: int  # rounds
+    peers: bool  # others too
+    compiled: bool  # ours under torch.compile too
+    device: torch.device
+    dtype: torch.dtype  # of the base
+
+    def new_model(self) -> LLaMA:
+        return random_model(SHAPES[self.size], self.device, self.dtype)
+
+    def new_adapter(self) -> Adapter:
+        return random_adapter(SHAPES[self.size], self.device)
+
+    def examples(self, number: int) -> list[Tokens]:
+        """So many, evenly spread over the file. Raises OSError or ValueError."""
+        if self.data is None:
+            examples = [question.example for question in instructions()["tuning"]]
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer = train_tokenizer(Path(folder) / "tokenizer.model", seed=0)
+        elif self.tokenizer is None:
+            raise ValueError(f"--data {self.data} needs --tokenizer FILE")
+        else:
+            examples, tokenizer = read_examples(self.data), SentencePieceTokenizer(self.tokenizer)
+        return tokenize(tokenizer, examples[:: max(1, len(examples) // number)][:number], 512)[0]
+
+
+def workload_options(command):
+    """Those that `prepare_workload` makes sense of."""
+    for option in (
+        click.option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too."),
+        click.option("--peers", is_flag=True, help="The others too, as far as they are installed."),
+        click.option("--repeat", type=click.IntRange(1), default=5, help="Rounds; the contestants take turns."),
+        click.option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
+        click.option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),
+        click.option("--size", type=click.Choice(list(SHAPES)), default="15M"),
+        device_options,
+    ):
+        command = option(command)
+    return command
+
+
+def prepare_workload(device: str, dtype: str, compiled: bool, **options) -> Workload:
+    """As the options say. Raises ValueError."""
+    device, dtype = select_device(device, dtype)
+    if compiled:
+        prepare_to_compile(device)
+    return Workload(device=device, dtype=dtype, compiled=compiled, **options)
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LLaMA:
+    """Frozen, with weights of which only the size matters, made where they are to be, laid out as `load_llama` does."""
+    with torch.device("meta"):
+        model = LLaMA(config)
+    if device.type == "cpu":
+        transpose_output_head(model.output)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def random_adapter(config: Config, device: torch.device, layers: int | None = None) -> Adapter:
+    """Of all layers but two, unless `layers` says how many."""
+    return Adapter(
+        layers=layers or max(1, config.n_layers - 2),
+        length=LENGTH,
+        dim=config.dim,
+        heads=config.n_heads,
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)

@@ -1,0 +1,24 @@
+"""Weights of the base in 8 bits."""
+
+import pytest
+import torch
+from helpers import make_adapter, make_model, make_tokens
+
+from data import Tokens
+from model import Config
+from runtime.quantization import quantize_int8
+from train import TrainConfig, make_optimizer, train_step
+
+
+def test_8_bits_train():
+    pytest.importorskip("torchao")
+    model, rounded = (make_model(Config(64, 3, 4, 4, 16, 96, 50)) for _ in range(2))
+    quantize_int8(rounded.layers)
+    examples = [Tokens(make_tokens(model, n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
+    losses, gradients = [], []
+    for base in (model, rounded):
+        adapter, config = make_adapter(model), TrainConfig(checkpoint_activations=True)
+        losses.append(train_step(base, adapter, make_optimizer(adapter, 0.02), examples, 1e-3, config))
+        gradients.append(adapter.prompts.grad.flatten())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
