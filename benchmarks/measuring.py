@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; small ones would not keep the device busy
+COPIED = {"cuda": 2**28, "cpu": 2**26}  # numbers of 4 bytes; fewer would fit a cache
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -28,14 +31,14 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
 def copy_speed(device: torch.device) -> float:
     """Bytes/s that a large copy moves, read and written."""
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    source = torch.zeros(COPIED.get(device.type, COPIED["cpu"]), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
 
