@@ -6,6 +6,7 @@ import socket
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -349,3 +350,39 @@ def save_coco(folder, **changes):
     path = folder / "captions.json"
     path.write_text(json.dumps(COCO | changes))
     return path
+
+
+def make_testbed(base, instructions, folder):
+    """Of experiments: thirty instructions to tune on, ten to be asked, a text; three epochs of two layers."""
+    from data import read_examples
+    from experiments import testbed
+
+    records = json.loads(instructions.read_text())
+    (folder / "thirty.json").write_text(json.dumps(records[:30]))
+    (folder / "text.txt").write_text("The capital of Peru is Lima, and Anna went home.\n" * 100)
+    options = testbed.TestbedOptions(
+        base, folder / "thirty.json", text=folder / "text.txt", batch_size=8, layers=2, lr=0.05, length=3, epochs=3,
+        device="cpu",
+    )  # fmt: skip
+    return testbed.read_testbed(options, asked=read_examples(instructions)[30:])
+
+
+def picture(width=60, height=40, mode="RGB", seed=0):
+    """Smooth in places, sharp in others."""
+    random = np.random.default_rng(seed)
+    rough = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rough[: height // 2] = np.linspace(0, 255, width)[None, :, None].astype(np.uint8)
+    return Image.fromarray(rough).convert(mode)
+
+
+def film(path, colours):
+    """A second for every colour."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colour in colours:
+            for _ in range(5):
+                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
+                file.mux(stream.encode(frame))
+        file.mux(stream.encode())

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, SEEING, Ranks, command, make_images, make_model, make_tokens, make_vit, openai_names
+from helpers import (
+    ROOT,
+    SEEING,
+    Ranks,
+    command,
+    film,
+    make_images,
+    make_model,
+    make_tokens,
+    make_vit,
+    openai_names,
+    picture,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,97 +27,12 @@ import generate
 import train
 from adapter import Adapter
 from data import check_record, tokenize_prompt
-from encoders.models import ViTConfig
+from encoders.media import open_video, preprocess
+from encoders.vit import ViTConfig
 from formats.bases import load_llama
 from formats.encoders import load_vit
-from multimodal import (
-    MEAN,
-    STD,
-    ImageAdapter,
-    depths,
-    features_by,
-    features_of,
-    global_features,
-    load_function,
-    open_image,
-    open_video,
-    preprocess,
-    views,
-)
+from multimodal import ImageAdapter, depths, features_by, features_of, global_features, load_function
 from training.runs import read_metrics
-
-
-def picture(width=60, height=40, mode="RGB", seed=0):
-    """Smooth in places, sharp in others."""
-    random = np.random.default_rng(seed)
-    rough = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    rough[: height // 2] = np.linspace(0, 255, width)[None, :, None].astype(np.uint8)
-    return Image.fromarray(rough).convert(mode)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
-@pytest.mark.parametrize("size", [(60, 40), (41, 300), (224, 224), (9, 7), (451, 226)])
-def test_pictures_are_prepared_as_clip_does(tmp_path, mode, size):
-    transformers = pytest.importorskip("transformers")
-    image = picture(*size, mode="I" if mode == "I;16" else mode)
-    file = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
-    image.save(file)
-    theirs = transformers.CLIPImageProcessor()(Image.open(file), return_tensors="pt")["pixel_values"][0]
-    ours = preprocess(open_image(file), 224)
-    assert ours.shape == (3, 224, 224)
-    grey_level = 1 / 255 / torch.tensor(STD)[:, None, None]
-    assert ((ours - theirs).abs() <= 1.01 * grey_level).all()
-
-
-def test_a_picture_on_its_side_is_turned(tmp_path):
-    """EXIF orientation 6: to be shown turned by 90 degrees."""
-    image, exif = picture(), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
-
-
-def test_normalisation():
-    grey = preprocess(Image.new("RGB", (8, 8), (255, 0, 0)), 8)
-    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(STD)
-    torch.testing.assert_close(grey, expected[:, None, None].expand(3, 8, 8))
-
-
-def bad(tmp_path, kind):
-    file = tmp_path / f"{kind}.jpg"
-    if kind == "text":
-        file.write_text("not an image at all")
-    if kind == "truncated":
-        picture(200, 200).save(file)
-        file.write_bytes(file.read_bytes()[:3000])
-    if kind == "bomb":
-        Image.new("1", (20_000, 20_000)).save(file, format="PNG")
-    if kind == "dot":
-        picture(1, 1).save(file)
-    if kind == "thread":
-        Image.new("RGB", (9000, 3)).save(file)
-    return file
-
-
-@pytest.mark.parametrize(
-    "kind, message",
-    [
-        ("text", "text.jpg: is not an image"),
-        ("truncated", "truncated.jpg: is a broken image: "),
-        ("bomb", "bomb.jpg: has more than 89,478,485 pixels"),
-        ("dot", "dot.jpg: 1 x 1 pixels show nothing"),
-        ("thread", "thread.jpg: 9000 x 3 pixels show nothing"),
-    ],
-)
-def test_bad_pictures_are_one_line(tmp_path, kind, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        open_image(bad(tmp_path, kind))
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_missing_picture_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
-        open_image(tmp_path / "nowhere.png")
 
 
 def test_features_are_the_class_tokens_at_even_depths():
@@ -328,28 +255,6 @@ def test_ranks_on_pictures(forks, train_args, tmp_path, strategy):
 # Videos and sounds
 
 
-def film(path, colours):
-    """A second for every colour."""
-    av = pytest.importorskip("av")
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for colour in colours:
-            for _ in range(5):
-                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
-                file.mux(stream.encode(frame))
-        file.mux(stream.encode())
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "avi"])
-def test_frames_are_spread_over_a_video(tmp_path, suffix):
-    film(tmp_path / f"x.{suffix}", ["red", "lime", "blue", "white"])
-    frames = open_video(tmp_path / f"x.{suffix}")
-    means = [np.asarray(frame).mean(axis=(0, 1)) for frame in frames]
-    assert [int(mean.argmax()) for mean in means[:6]] == [0, 0, 1, 1, 2, 2] and min(means[7]) > 200
-    assert len(frames) == 8 and len(open_video(tmp_path / f"x.{suffix}", 3)) == 3
-
-
 def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     film(tmp_path / "x.mp4", ["red", "lime", "blue"])
     tower = make_vit(SEEING)
@@ -360,25 +265,9 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     )
     torch.testing.assert_close(moving, alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(still, again) and not torch.allclose(still, moving)
-    frames = torch.stack([preprocess(frame, 24) for frame in open_video(tmp_path / "x.mp4")])
+    frames = torch.stack([preprocess(frame, tower.config) for frame in open_video(tmp_path / "x.mp4")])
     torch.testing.assert_close(moving, global_features(tower, frames).mean(0), rtol=1e-4, atol=1e-4)
     assert torch.equal(features_of([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
-
-
-def test_bad_videos_are_one_line(tmp_path, monkeypatch):
-    pytest.importorskip("av")
-    (tmp_path / "x.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match="x.mp4: is a broken video, or none: "):
-        views(tmp_path / "x.mp4")
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match="x.mp4: reading videos needs PyAV: pip install av"):
-        views(tmp_path / "x.mp4")
-
-
-def test_real_videos(data):
-    pytest.importorskip("av")
-    for file in sorted((data / "media" / "llamafactory_mllm_demo_data").glob("*.[ma][pv][4i]")):
-        assert len(open_video(file)) == 8, file
 
 
 ENCODERS = """

@@ -48,24 +48,6 @@ def make_head_adapter(model, classes, gates=True, **more):
 # The file
 
 
-@pytest.mark.parametrize("widths", [[32, 5], [32, 7, 5]])
-def test_the_file_has_the_head(tmp_path, widths):
-    adapter = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=widths, head_activation="gelu")
-    adapter.save(tmp_path / "a.safetensors", task="text-classification")
-    for load in (HeadAdapter.load, load_adapter):
-        loaded = load(tmp_path / "a.safetensors")
-        assert type(loaded) is HeadAdapter
-        assert torch.equal(loaded.head(torch.ones(32)), adapter.head(torch.ones(32)))
-        assert torch.equal(loaded.prompts, adapter.prompts)
-    names = set(load_file(tmp_path / "a.safetensors"))
-    assert names == {"prompts", "gates"} | {
-        f"head.{i}.{k}" for i in range(0, 2 * len(widths) - 2, 2) for k in ("weight", "bias")
-    }
-    Adapter(layers=1, length=1, dim=8, heads=2).save(tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="text.safetensors: has no head: it is not an adapter for an encoder"):
-        HeadAdapter.load(tmp_path / "text.safetensors")
-
-
 # ---------------------------------------------------------------------------------------------------
 # Data
 
@@ -103,18 +85,6 @@ def test_pictures_by_folder_and_by_array(tmp_path):
         read_pictures(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("size", [(60, 40), (16, 16), (31, 90)])
-def test_pictures_are_prepared_as_transformers_does(size):
-    transformers = pytest.importorskip("transformers")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    theirs = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
-    if "Fast" in type(theirs).__name__ or hasattr(theirs, "_fuse_mean_std_and_rescale_factor"):
-        theirs = pytest.importorskip("transformers").models.vit.image_processing_pil_vit.ViTImageProcessorPil(
-            size={"height": 24, "width": 24}
-        )
-    expected = theirs(image, return_tensors="pt")["pixel_values"][0]
-    ours = prepared_picture(image, ViTConfig(24, 8, mean=HALF, std=HALF, clip=False))
-    assert ((ours - expected).abs() <= 1.01 * 2 / 255).all()
 
 
 def test_sentences(tmp_path):
@@ -168,29 +138,6 @@ def test_squad_s_format(tmp_path):
     (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"qas": [{}]}]}]}')
     with pytest.raises(ValueError, match="x.json: is not in SQuAD's format: KeyError: 'id'"):
         read_squad(tmp_path / "x.json")
-
-
-def test_the_tokenizer_merges_and_keeps_its_place(bpe):
-    tokenizer = RobertaTokenizer(bpe)
-    assert tokenizer.encode(" the km")[:1] == [6] and tokenizer.encode(" km") == [8]
-    ids, starts = tokenizer.encode_with_starts("Añil the km")
-    assert len(ids) == len(starts) and starts[-1] == 8 and starts[-2] == 4 and starts[:3] == [0, 1, 1]
-    with pytest.raises(FileNotFoundError, match="has neither merges.txt nor vocab.bpe"):
-        RobertaTokenizer(bpe.parent)
-
-
-def test_the_tokenizer_is_that_of_transformers(bpe):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.RobertaTokenizer(str(bpe / "vocab.json"), str(bpe / "merges.txt"))
-    for text in ("the the km", " a the\n\n  thé 12kms 🙂", "don't he'll THE"):
-        assert RobertaTokenizer(bpe).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
-
-
-def test_the_real_tokenizer(data):
-    """RoBERTa's ids of words whose ids are known."""
-    tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
-    assert tokenizer.encode("Hello world") == [31414, 232]
-    assert tokenizer.encode(".") == [4] and tokenizer.encode(" the,") == [5, 6]
 
 
 def test_spans(bpe, tmp_path):

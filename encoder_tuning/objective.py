@@ -1,0 +1,113 @@
+"""What encoders learn with their heads, and what they answer.
+
+    image classification    the class token's state to classes
+    text classification     the state of <s> to classes
+    question answering      each token's state to how well the answer begins and ends there
+
+Notation as in adapter.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import group_by_size
+from encoder_tuning.data import Labelled, SquadQuestion, span_of
+from encoders.heads import HeadAdapter
+from encoders.roberta import Roberta
+from encoders.vit import ViT
+from formats.roberta_tokenizer import RobertaTokenizer
+from train import Objective
+
+
+class LabelledBatch(NamedTuple):
+    """Examples side by side."""
+
+    inputs: Tensor  # ids (B, T), padded to the right, or pixels (B, c, S, S)
+    labels: Tensor  # (B, 1) or (B, 2)
+
+
+def collate_labelled(examples: Sequence[Labelled], pad_id: int = RobertaTokenizer.pad_id) -> LabelledBatch:
+    inputs = nn.utils.rnn.pad_sequence([example.inputs for example in examples], batch_first=True, padding_value=pad_id)
+    return LabelledBatch(inputs, torch.tensor([example.labels for example in examples]))
+
+
+def labelled_batches(examples: Sequence[Labelled], max_tokens: int) -> list[LabelledBatch]:
+    """The examples, shortest first, in parts of at most `max_tokens` positions (or of one example)."""
+    return [collate_labelled(part) for part in group_by_size(examples, max_tokens)]
+
+
+def encoder_states(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
+    """What the head reads, (B, T, C) in float32."""
+    weight = next(model.parameters())
+    inputs = inputs.to(weight.device) if inputs.dtype == torch.long else inputs.to(weight.device, weight.dtype)
+    return model.encode(inputs, adapter(dtype=weight.dtype)).float()
+
+
+def class_scores(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
+    """Of every class, (B, classes, 1)."""
+    return adapter.head(encoder_states(model, adapter, inputs)[:, 0])[:, :, None]
+
+
+def span_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
+    """How well the answer begins and ends at every token, (B, T, 2); -inf where there is padding."""
+    scores = adapter.head(encoder_states(model, adapter, inputs))
+    return scores.masked_fill((inputs == model.config.pad_id).to(scores.device)[:, :, None], -torch.inf)
+
+
+def num_labels(examples: Sequence[Labelled]) -> int:
+    return sum(len(example.labels) for example in examples)
+
+
+def label_loss(
+    score: Callable[..., Tensor],
+    model: ViT | Roberta,
+    adapter: HeadAdapter,
+    batch: LabelledBatch | None,
+    checkpoint_activations: bool = False,
+) -> Tensor:
+    """Cross entropy, summed over the labels, a class or the ends of a span; for None a zero that has a gradient."""
+    if batch is None:
+        return sum(parameter.sum() * 0 for parameter in adapter.parameters())
+    scores = score(model, adapter, batch.inputs)  # (B, classes or T, labels)
+    return F.cross_entropy(scores, batch.labels.to(scores.device), reduction="sum")
+
+
+CLASSIFICATION = Objective(num_labels, labelled_batches, partial(label_loss, class_scores))
+SPANS = Objective(num_labels, labelled_batches, partial(label_loss, span_scores))
+
+
+@torch.no_grad()
+def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
+    """The likeliest class of each."""
+    batches, order = (
+        labelled_batches(examples, max_tokens),
+        sorted(range(len(examples)), key=lambda i: examples[i].size),
+    )
+    likeliest = torch.cat([class_scores(model, adapter, batch.inputs).argmax(dim=1) for batch in batches])[:, 0]
+    return [best for _, best in sorted(zip(order, likeliest.tolist()))]
+
+
+@torch.no_grad()
+def answer_squad(
+    model: Roberta,
+    adapter: HeadAdapter,
+    tokenizer: RobertaTokenizer,
+    question: SquadQuestion,
+    max_length: int,
+    longest: int = 30,
+) -> str:
+    """The likeliest span of at most `longest` tokens of the context."""
+    span = span_of(question, tokenizer, max_length)
+    if not span.offsets:
+        return ""
+    begin, end = span_scores(model, adapter, torch.tensor([span.ids]))[0].unbind(dim=1)  # (T,) each
+    context = slice(span.first, span.first + len(span.offsets))
+    pairs = begin[context, None] + end[None, context]  # of every first and last token
+    allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
+    first, last = divmod(pairs.masked_fill(~allowed, -torch.inf).argmax().item(), len(span.offsets))
+    return span.text(question.context, span.first + first, span.first + last)

@@ -1,0 +1,127 @@
+"""Pictures and videos opened, and prepared as CLIP and other vision transformers have them."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import HALF, film, picture
+from PIL import Image
+
+from encoders.media import files_in, frames_of, open_image, open_video, preprocess, preprocess_whole
+from encoders.vit import ViTConfig
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(60, 40), (41, 300), (224, 224), (9, 7), (451, 226)])
+def test_pictures_are_prepared_as_clip_does(tmp_path, mode, size):
+    transformers = pytest.importorskip("transformers")
+    image = picture(*size, mode="I" if mode == "I;16" else mode)
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    image.save(file)
+    theirs = transformers.CLIPImageProcessor()(Image.open(file), return_tensors="pt")["pixel_values"][0]
+    ours = preprocess(open_image(file), ViTConfig())
+    assert ours.shape == (3, 224, 224)
+    grey_level = 1 / 255 / torch.tensor(ViTConfig.std)[:, None, None]
+    assert ((ours - theirs).abs() <= 1.01 * grey_level).all()
+
+
+@pytest.mark.parametrize("size", [(60, 40), (16, 16), (31, 90)])
+def test_pictures_are_prepared_as_transformers_does(size):
+    transformers = pytest.importorskip("transformers")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    theirs = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
+    if "Fast" in type(theirs).__name__ or hasattr(theirs, "_fuse_mean_std_and_rescale_factor"):
+        theirs = pytest.importorskip("transformers").models.vit.image_processing_pil_vit.ViTImageProcessorPil(
+            size={"height": 24, "width": 24}
+        )
+    expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+    ours = preprocess_whole(image, ViTConfig(24, 8, mean=HALF, std=HALF, clip=False))
+    assert ((ours - expected).abs() <= 1.01 * 2 / 255).all()
+
+
+def test_a_picture_on_its_side_is_turned(tmp_path):
+    """EXIF orientation 6: to be shown turned by 90 degrees."""
+    image, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
+
+
+def test_normalisation():
+    grey = preprocess(Image.new("RGB", (8, 8), (255, 0, 0)), ViTConfig(image_size=8, patch_size=4))
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(ViTConfig.mean)) / torch.tensor(ViTConfig.std)
+    torch.testing.assert_close(grey, expected[:, None, None].expand(3, 8, 8))
+
+
+def bad(tmp_path, kind):
+    file = tmp_path / f"{kind}.jpg"
+    if kind == "text":
+        file.write_text("not an image at all")
+    if kind == "truncated":
+        picture(200, 200).save(file)
+        file.write_bytes(file.read_bytes()[:3000])
+    if kind == "bomb":
+        Image.new("1", (20_000, 20_000)).save(file, format="PNG")
+    if kind == "dot":
+        picture(1, 1).save(file)
+    if kind == "thread":
+        Image.new("RGB", (9000, 3)).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("text", "text.jpg: is not an image"),
+        ("truncated", "truncated.jpg: is a broken image: "),
+        ("bomb", "bomb.jpg: has more than 89,478,485 pixels"),
+        ("dot", "dot.jpg: 1 x 1 pixels show nothing"),
+        ("thread", "thread.jpg: 9000 x 3 pixels show nothing"),
+    ],
+)
+def test_bad_pictures_are_one_line(tmp_path, kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_image(bad(tmp_path, kind))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
+        open_image(tmp_path / "nowhere.png")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_frames_are_spread_over_a_video(tmp_path, suffix):
+    film(tmp_path / f"x.{suffix}", ["red", "lime", "blue", "white"])
+    frames = open_video(tmp_path / f"x.{suffix}")
+    means = [np.asarray(frame).mean(axis=(0, 1)) for frame in frames]
+    assert [int(mean.argmax()) for mean in means[:6]] == [0, 0, 1, 1, 2, 2] and min(means[7]) > 200
+    assert len(frames) == 8 and len(open_video(tmp_path / f"x.{suffix}", 3)) == 3
+
+
+def test_bad_videos_are_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="x.mp4: is a broken video, or none: "):
+        frames_of(tmp_path / "x.mp4")
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(ValueError, match="x.mp4: reading videos needs PyAV: pip install av"):
+        frames_of(tmp_path / "x.mp4")
+
+
+def test_real_videos(data):
+    pytest.importorskip("av")
+    for file in sorted((data / "media" / "llamafactory_mllm_demo_data").glob("*.[ma][pv][4i]")):
+        assert len(open_video(file)) == 8, file
+
+
+def test_a_folder_s_pictures_by_name(tmp_path):
+    for name in ("b.PNG", "a.mp4", "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    found = files_in([tmp_path, tmp_path / "c.txt"])
+    assert [file.name for file in found] == ["a.mp4", "b.PNG", "c.txt"]
+    assert [file.name for file in files_in([tmp_path], of_any_kind=True)] == ["a.mp4", "b.PNG", "c.txt"]
+    with pytest.raises(ValueError, match="empty: holds no images"):
+        files_in([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match="d.png: no such image"):
+        files_in([tmp_path / "d.png"])
