@@ -2,57 +2,21 @@
 
 import json
 import re
-from itertools import islice
 
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from experiments import comparison
-from experiments import paper as experiments
-from experiments.comparison import ONE_SOFTMAX, ZERO_INIT, Setting
-from experiments.paper import RATES, read_world, toy_examples
-from toy import almanac as toy
-
-
-def test_the_toy_is_the_default(tiny_base, monkeypatch):
-    """With train.py's options for it, and text that its base has not seen."""
-    monkeypatch.setattr(toy, "make_base", lambda: tiny_base)
-    options = dict.fromkeys(("base", "data", "task", "text", "limit", "held_out", "batch_size", "layers", "lr"))
-    world = read_world(**options | {"layers": 3}, max_seq_len=512, device="cpu", dtype="auto")
-    assert world.default == Setting(layers=3, lr=toy.TUNING["lr"]) and world.batch_size == toy.TUNING["batch_size"]
-    assert len(world.tuning) == 824 and len(world.held_out) == len(world.questions) == 1020
-    assert world.questions[0].output == toy.instructions()["entities"][0].example.output
-    seen = [world.tokenizer.encode(document) for document in islice(toy.documents(seed=0), 3)]
-    first = world.text[0].tolist()
-    assert world.text.shape == (64, toy.ROW) and first[0] == world.tokenizer.bos_id
-    assert not any(first[1 : 1 + len(ids)] == ids for ids in seen)
-    options |= {"layers": 1, "limit": 5, "held_out": 7}
-    limited = read_world(**options, max_seq_len=512, device="cpu", dtype="auto")
-    assert (len(limited.tuning), len(limited.held_out), limited.default.layers) == (5, 7, 1)
-
-
-def test_learning_rates_are_searched_without_held_out_questions():
-    sets, (tuning, asked) = toy.instructions(), toy_examples(searching=True)
-    questions = {question.example: question.entity for question in sets["tuning"]}
-    assert len(tuning) + len(asked) == len(questions) == len(toy_examples(searching=False)[0])
-    assert set(tuning) | set(asked) == set(questions)
-    assert not {questions[example] for example in tuning} & {questions[example] for example in asked}
-    assert not {example.output for example in tuning} & {example.output for example in asked}
-    opposites = toy.kinds()["opposite"].facts
-    answers = {opposites.get(questions[example]) for example in asked if "opposite" in example.output}
-    assert answers and not answers & {questions[example] for example in tuning if "opposite" in example.output}
-    held_out = {question.example for name in toy.HELD_OUT for question in sets[name]}
-    assert set(toy_examples(searching=False)[1]) == held_out and not held_out & set(questions)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The commands
+from experiments import __main__ as commands
+from experiments import ablations, measures, scienceqa
+from experiments.efficiency import RATES
+from experiments.methods import ONE_SOFTMAX, ZERO_INIT
+from experiments.tables import RESULTS
 
 
 def invoke(*args):
-    return CliRunner().invoke(experiments.main, [str(arg) for arg in args])
+    return CliRunner().invoke(commands.main, [str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -75,9 +39,9 @@ def test_all_of_them(small, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
     began = []
-    tune = comparison.tune
-    monkeypatch.setattr(comparison, "tune", lambda *args: began.append(args[1:3]) or tune(*args))
-    monkeypatch.setattr(experiments, "EPOCHS", (3, 4))
+    set_up = measures.set_up
+    monkeypatch.setattr(measures, "set_up", lambda *args: began.append(args[:2]) or set_up(*args))
+    monkeypatch.setattr(ablations, "EPOCHS", (3, 4))
     result = invoke("all", *small, "--text", text)
     assert result.exit_code == 0, result.output
     assert len(began) == len(set(began)) == 2 * len({json.dumps(row["setting"]) for row in every_row(tmp_path / "out")})
@@ -94,7 +58,10 @@ def test_all_of_them(small, tmp_path, monkeypatch):
             difference = abs(row["accuracy"][0] - row["accuracy"][1])
             assert row["standard_deviation"] == pytest.approx(difference / 2**0.5, abs=1e-5)
     assert values["zero_init"]["paper"]["ScienceQA, validation, %"]["random-init attention"] == 40.77
-    assert "random-init attention: 40.77" in result.output and "10: 55.95, 20: 73.36, 30: 83.85" in result.output
+    assert (
+        "random-init attention: 40.77" in result.output
+        and "10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03" in result.output
+    )
     # the same setting is the same row wherever it stands
     default = values["methods"]["rows"][ZERO_INIT]
     assert values["design"]["rows"]["as it is"] == default == values["zero_init"]["rows"][f"{ZERO_INIT}, 0.05"]
@@ -116,9 +83,9 @@ def test_the_same_numbers_again(small, tmp_path):
 def test_learning_rates_are_tried(small, tmp_path, monkeypatch):
     """Five of each method, about its own in Table 3's command, on questions of the search's own."""
     how = []
-    read = experiments.read_world
+    read = commands.read_testbed
     monkeypatch.setattr(
-        experiments, "read_world", lambda **options: how.append(options["searching"]) or read(**options)
+        commands, "read_testbed", lambda options, searching: how.append(searching) or read(options, searching)
     )
     assert invoke("gates", *small).exit_code == 0
     (tmp_path / "text.txt").write_text("The capital of Peru is Lima. " * 100)
@@ -155,23 +122,23 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
     assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
     assert [len(row["likeliest"]) for row in values["rows"].values()] == [1, 2, 2]
     for row in values["rows"].values():
-        marks = row["columns"][0]
-        assert marks["NAT"] == marks["Avg"] == pytest.approx(100 * row["likeliest"][0]) and marks["SOC"] is None
+        scores = row["columns"][0]
+        assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["likeliest"][0]) and scores["SOC"] is None
 
 
 def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     """The base alone, then for each method the model with its attention and the adapter, gates open or not there."""
     asked = []
 
-    def note(responder, questions, *_):
-        (name,) = {question.name for question in questions}
+    def note(responder, requests, *_, **__):
+        (name,) = {request.adapter for request in requests}
         adapter = responder.adapters.get(name)
         gates = None if adapter is None else adapter.gates.abs().max().item() > 0
         asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
-        return [None] * len(questions)
+        return [None] * len(requests)
 
-    monkeypatch.setattr(experiments, "written_answers", note)
-    monkeypatch.setattr(experiments, "likeliest_answers", note)
+    monkeypatch.setattr(scienceqa, "written_answers", note)
+    monkeypatch.setattr(scienceqa, "likeliest_answers", note)
     problem = {
         "question": "Even?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None, "grade": "grade3",
         "subject": "natural science",
@@ -188,6 +155,7 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     (["zero-init", "--base", "x"], "--base and --data go together"),
     (["zero-init", "--text", "x"], "--task and --text need --base and --data"),
     (["scienceqa"], "this needs --base and --data"),
+    (["vit", "--base", "x", "--train", "x", "--test", "x"], "x: no such encoder"),
     (["gates", "--layers", 9], "--layers 9: .* has only 3"),
     (["gates", "--max-seq-len", 2], "within 2 tokens there are 0 of 16 examples to learn from, and 0 of 3"),
     (["gates", "--text", "SHORT"], "--text has .* tokens, fewer than a row of 128"),
@@ -205,8 +173,8 @@ def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
 
 
 def test_the_rates_are_those_that_the_search_found():
-    """As kept in experiments/; zero-init has the toy's own, within what seeds differ by."""
-    rows = json.loads((experiments.HERE / "rates.json").read_text())["rows"].values()
+    """As kept in experiments/results/; zero-init has the toy's own, within what seeds differ by."""
+    rows = json.loads((RESULTS / "rates.json").read_text())["rows"].values()
     for method, rate in RATES.items():
         ours = [row for row in rows if row["setting"]["method"] == method]
         best = max(ours, key=lambda row: row["mean"])

@@ -1,0 +1,108 @@
+"""The paper's experiments, at a scale that fits two cores: python -m experiments all.
+
+Every command prints a table and writes its figures and a picture to experiments/results/, the paper's own figures
+beside. Most tune the toy's base on the toy's instructions, or any --base on any --data.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+from encoder_tuning.data import subset
+from experiments.ablations import compare_designs, compare_epochs, compare_inits, compare_shapes, watch_gates
+from experiments.efficiency import compare_methods, search_rates
+from experiments.encoders import roberta, vit
+from experiments.methods import WARMUP_EPOCHS
+from experiments.scienceqa import compare_on_scienceqa
+from experiments.tables import RESULTS, write_results
+from experiments.testbed import TestbedOptions, read_testbed
+from runtime.cli import Real, device_options, one_line_errors
+from tasks import TASKS
+from tasks.scienceqa import read as read_problems
+
+
+def testbed_options(command):
+    """What all commands take that tune a LLaMA."""
+    options = [
+        click.option("--base", type=click.Path(path_type=Path), help="Another base.  [default: the toy's]"),
+        click.option("--data", type=click.Path(path_type=Path), help="What to tune it on.  [default: the toy's]"),
+        click.option("--task", type=click.Choice(list(TASKS)), help="What the data is, as for train.py."),
+        click.option("--text", type=click.Path(path_type=Path), help="Text of the kind that the base was made of."),
+        click.option("--limit", type=click.IntRange(1), help="Tune on so many examples only, drawn from all."),
+        click.option("--held-out", type=click.IntRange(1), help="Ask so many.  [default: all; 200 of --data]"),
+        click.option("--batch-size", type=click.IntRange(1), help="[default: 64; the toy's 32]"),
+        click.option("--max-seq-len", type=click.IntRange(2), default=512),
+        click.option("--lr", type=Real(0, 1e3, min_open=True), help="[default: 9e-3 * batch size/256; the toy's 0.05]"),
+        click.option("--layers", type=click.IntRange(1), help="[default: all but two; the toy's 4]"),
+        click.option("--length", type=click.IntRange(1), help="K.  [default: 10]"),
+        click.option("--epochs", type=click.IntRange(WARMUP_EPOCHS + 1), help="[default: 5]"),
+        device_options,
+        click.option("--seeds", type=click.IntRange(1), default=3),
+        click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default="experiments/results"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+EXPERIMENTS = {  # `all` runs them in this order; methods come first, while nothing is known yet and all must be timed
+    "methods": compare_methods,
+    "zero-init": compare_inits,
+    "layers": compare_shapes,
+    "epochs": compare_epochs,
+    "design": compare_designs,
+    "gates": watch_gates,
+}
+
+
+@click.group(context_settings={"show_default": True})
+def main():
+    """Run the paper's experiments again: each prints a table, and writes figures and a picture."""
+
+
+def add_command(name: str, experiment: Callable) -> None:
+    @main.command(name, help=experiment.__doc__, context_settings={"show_default": True})
+    @testbed_options
+    def command(seeds: int, out: Path, **options) -> None:
+        with one_line_errors():
+            experiment(read_testbed(TestbedOptions(**options), searching=experiment is search_rates), seeds, out)
+
+
+for name, experiment in (EXPERIMENTS | {"rates": search_rates}).items():
+    add_command(name, experiment)
+main.add_command(vit)
+main.add_command(roberta)
+
+
+@main.command("all", context_settings={"show_default": True})
+@testbed_options
+def run_all(seeds: int, out: Path, **options) -> None:
+    """Methods, zero-init, layers, epochs, design and gates; what several need is done once."""
+    with one_line_errors():
+        start, testbed = time.perf_counter(), read_testbed(TestbedOptions(**options))
+        for name, experiment in EXPERIMENTS.items():
+            click.echo(f"{name}. {inspect.getdoc(experiment)}\n")
+            experiment(testbed, seeds, out)
+        minutes = (time.perf_counter() - start) / 60
+        write_results(out, "all", {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        click.echo(f"{minutes:.1f} minutes, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+
+
+@main.command("scienceqa", help=compare_on_scienceqa.__doc__, context_settings={"show_default": True})
+@testbed_options
+def scienceqa(seeds: int, out: Path, **options) -> None:
+    with one_line_errors():
+        data = options["data"]
+        if options["base"] is None or data is None or options["task"] not in (None, "scienceqa"):
+            raise ValueError("this needs --base and --data, ScienceQA's problems.json, and no other --task")
+        problems = subset(read_problems(data, split="val"), options["held_out"])
+        options |= {"task": "scienceqa", "held_out": len(problems)}
+        compare_on_scienceqa(read_testbed(TestbedOptions(**options), asked=problems), seeds, out, problems)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The paper's ablations, and what readers ask besides: each is given a testbed, the number of seeds, and a folder.
+
+Tables and figures are numbered as in the final version of the paper, "v1" is the first.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.methods import GATES_AT_ONE, ONE_SOFTMAX, ZERO_INIT, finite_steps, set_up
+from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, without_losses, write_results
+from experiments.testbed import Testbed
+from training.curves import paint_gates
+
+
+def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
+    """Table 5 and Figure 7 (v1: 5): zero-init attention against random init, at four learning rates."""
+    inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
+    default = testbed.default
+    lrs = [rounded(factor * default.lr) for factor in (0.1, 1, 3, 10)]
+    settings = {f"{method}, {lr:.3g}": default._replace(method=method, lr=lr) for lr in lrs for method in inits}
+    rows = compare_settings(testbed, settings, seeds)
+    paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
+
+    figure = Figure(figsize=(4 * (len(lrs) + 1), 4), layout="constrained")
+    *panels, last = figure.subplots(1, len(lrs) + 1)
+    all_losses = np.array([row["losses"] for row in rows.values()])  # (rows, seeds, steps)
+    limits = np.nanmin(all_losses), np.nanmax(all_losses)
+    for axes, lr in zip(panels, lrs):
+        for method in inits:
+            losses = np.array(rows[f"{method}, {lr:.3g}"]["losses"])  # (seeds, steps)
+            axes.plot(losses.mean(axis=0), label=method, linewidth=1)
+        axes.set(title=f"learning rate {lr:.3g}", xlabel="step", ylabel="training loss", yscale="log", ylim=limits)
+    panels[0].legend()
+    for method in inits:
+        draw_line(last, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
+    last.set(title="held-out questions", xlabel="learning rate", xscale="log", ylabel="answered exactly, %")
+    per_epoch = math.ceil(len(testbed.tuning) / testbed.batch_size)
+    curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
+    values = {"paper": paper, "rows": without_losses(rows), "loss_by_epoch": curves}
+    write_results(out, "zero_init", values, figure)
+
+
+def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
+    return [statistics.mean(losses[start : start + per_epoch]) for start in range(0, len(losses), per_epoch)]
+
+
+def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
+    """Table 4: the number of adapted layers, which they are, and the prompts' length.
+
+    (The lowest layers' runs take longer than they need: the layers above have prompts as well, behind shut gates.)
+    """
+    N, default = testbed.n_layers, testbed.default
+    counts = sorted({max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers})
+    lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
+    names = {L: f"topmost {L} of {N} layers" for L in counts}
+    low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
+    settings = {names[L]: default._replace(layers=L) for L in counts}
+    settings |= {name: default._replace(layers=L, where="bottom") for L, name in low.items()}
+    settings |= {f"K = {K}": default._replace(length=K) for K in lengths}
+    rows = compare_settings(testbed, settings, seeds)
+    paper = {"ScienceQA, validation, %, by topmost layers of 32": {10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03}}
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_line(left, counts, [percent(rows[names[L]]["accuracy"]) for L in counts], "topmost")
+    low |= {N: names[N]}  # all
+    draw_line(left, list(low), [percent(rows[name]["accuracy"]) for name in low.values()], "lowest")
+    left.set(xlabel=f"adapted layers of {N}", ylabel="answered exactly, %", xticks=counts)
+    left.legend()
+    draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
+    right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
+    right.set_xticks(lengths, list(map(str, lengths)), minor=False)
+    write_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
+
+
+EPOCHS = (15, 30, 60)
+
+
+def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
+    """Table 6 of v1: does it over-fit? Training loss, held-out loss and accuracy after 15, 30 and 60 epochs."""
+    settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
+    rows = compare_settings(testbed, settings, seeds)
+    columns = ("training loss", "validation loss", "ScienceQA, validation, %")
+    published = {15: (0.022, 0.136, 82.08), 30: (0.004, 0.241, 83.85), 60: (0.001, 0.282, 83.94)}
+    paper = {f"{epochs} epochs": dict(zip(columns, row)) for epochs, row in published.items()}
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("train_loss", "last epoch of training"), ("val_loss", "held out")):
+        draw_line(left, EPOCHS, [row[name] for row in rows.values()], label)
+    left.set(xlabel="epochs", ylabel="loss", xticks=EPOCHS, yscale="log")
+    left.legend()
+    draw_line(right, EPOCHS, [percent(row["accuracy"]) for row in rows.values()])
+    right.set(xlabel="epochs", ylabel="answered exactly, %", xticks=EPOCHS)
+    write_results(out, "epochs", {"paper": paper, "rows": without_losses(rows)}, figure)
+
+
+def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
+    """What readers ask: how prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate."""
+    default = testbed.default
+    settings = {"as it is": default}
+    settings |= {f"prompts start {scale:g} times as large": default._replace(scale=scale) for scale in (0.02, 0.2, 5)}
+    settings |= {
+        "gates without tanh": default._replace(activation="identity"),
+        "one gate per layer": default._replace(gate_per="layer"),
+        "weight decay 0.02 on gates": default._replace(gate_decay=0.02),
+        "weight decay 1 on gates": default._replace(gate_decay=1.0),
+    }
+    lrs = [default.lr * factor for factor in (0.1, 0.3, 3, 10)]
+    settings |= {f"learning rate {lr:.3g}": default._replace(lr=rounded(lr)) for lr in lrs}
+    rows = compare_settings(testbed, settings, seeds)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    shares = {label: percent(row["accuracy"]) for label, row in rows.items()}
+    draw_bars(figure.subplots(), shares, "answered exactly, %")
+    write_results(out, "design", {"rows": without_losses(rows)}, figure)
+
+
+def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
+    """How the gates open: pictures of layers x heads at several steps. One seed."""
+    tunable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
+
+    def gate_values() -> np.ndarray:  # (L, H)
+        return tunable.adapter.gate_values().detach().cpu().numpy().copy()
+
+    values = [gate_values()]
+    values += [
+        gate_values() for _ in finite_steps(tunable, testbed.tuning, testbed.train_config(testbed.default, seed=0))
+    ]
+    N, L, last = testbed.n_layers, len(values[0]), len(values) - 1
+    shown = sorted({round(last * share) for share in (0, 0.05, 0.1, 0.2, 0.4, 1)})
+    bound = max(np.abs(value).max() for value in values)
+
+    figure = Figure(figsize=(2.2 * len(shown) + 4, 2.8), layout="constrained")
+    first, *panels = figure.subplots(1, len(shown) + 1, width_ratios=[2] + [1] * len(shown))
+    for i in range(L):
+        first.plot([np.abs(value[i]).mean() for value in values], label=f"layer {N - L + i}")
+    first.set(xlabel="step", ylabel="mean |tanh g|")
+    if L <= 8:
+        first.legend(fontsize="small")
+    for axes, step in zip(panels, shown):
+        image = paint_gates(axes, values[step], N - L, bound)
+        axes.set(title=f"step {step}")
+    figure.colorbar(image, ax=panels)
+
+    write_results(out, "gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
+    click.echo(f"{'step':>8}" + "".join(f"{f'layer {N - L + i}':>10}" for i in range(L)) + "   (mean |tanh g|)")
+    for step in shown:
+        click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))

@@ -1,0 +1,118 @@
+"""What is measured of a tuned model: exact answers, perplexity of the base's own text, whether the base is had back."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter import Prompt
+from data import tokenize_prompt
+from experiments.methods import LORA, ONE_SOFTMAX, Setting, Tunable, finite_steps, lora_layers, set_up
+from experiments.testbed import Testbed
+from formats.bases import load_llama
+from generate import generate
+from model import LLaMA
+from train import TrainConfig, mean_loss
+
+
+@torch.no_grad()
+def exact_accuracy(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt]) -> float:
+    """The share of the held-out questions that are answered in the very words expected, and no more."""
+    tokenizer, questions = testbed.tokenizer, testbed.questions
+    limit = 1 + max(len(tokens.ids) - tokens.prompt_length for tokens in testbed.held_out)
+    answers: list[list[int]] = []
+    for start in range(0, len(questions), 128):
+        batch = [tokenize_prompt(tokenizer, q.instruction, q.input) for q in questions[start : start + 128]]
+        answers += generate(model, batch, prompts, max_new_tokens=limit, eos_id=tokenizer.eos_id)
+    right = [len(ids) < limit and tokenizer.decode(ids) == q.output for ids, q in zip(answers, questions)]
+    return sum(right) / len(right)
+
+
+@torch.no_grad()
+def perplexity(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> float | None:
+    """Of the base's own kind of text."""
+    if not len(testbed.text):
+        return None
+    losses = [
+        F.cross_entropy(model(rows[:, :-1], prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        for rows in testbed.text.to(testbed.device).split(8)
+    ]
+    return (torch.stack(losses).sum() / testbed.text[:, 1:].numel()).exp().item()
+
+
+@torch.no_grad()
+def first_logits(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> Tensor:
+    """(tokens, V), for the first few questions and their answers."""
+    rows = [torch.tensor([tokens.ids], device=testbed.device) for tokens in testbed.held_out[:8]]
+    return torch.cat([model(row, prompts)[0] for row in rows])
+
+
+@cache
+def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
+    """The untuned base's perplexity, and its `first_logits`."""
+    model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
+    return perplexity(testbed, model), first_logits(testbed, model)
+
+
+@torch.no_grad()
+def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
+    """Whether the base's logits are had again, bit for bit, from the tuned model without what was learnt.
+
+    Gates are shut, prompts without gates are left out, and so are LoRA's matrices, from here on; of full tuning nothing
+    can be.
+    """
+    if method == LORA:
+        for layer in lora_layers(model):
+            layer.enable_adapters(False)
+    prompts = () if method == ONE_SOFTMAX else adapter(gate_scale=0.0, dtype=testbed.dtype)
+    return torch.equal(first_logits(testbed, model, prompts), base_measures(testbed)[1])
+
+
+def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool | None:
+    """The same of LoRA, once it was added to the weights and subtracted again. None of other methods."""
+    if method != LORA:
+        return None
+    for layer in lora_layers(model):
+        layer.merge()
+        layer.unmerge()
+    return base_recovered(testbed, method, model, adapter)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run
+
+
+def tune_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Tunable, list[float], float]:
+    """What was tuned, the loss of every step (NaN from where values are no longer finite), and the seconds it took."""
+    config = testbed.train_config(setting, seed)
+    tunable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
+    start = time.perf_counter()
+    losses = [step.loss for step in finite_steps(tunable, testbed.tuning, config)]
+    total = config.epochs * math.ceil(len(testbed.tuning) / config.batch_size)
+    return tunable, losses + [math.nan] * (total - len(losses)), time.perf_counter() - start
+
+
+@cache
+def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
+    """Tune, and measure: what stands in a table, for one seed."""
+    (model, adapter, _, _), losses, seconds = tune_setting(testbed, setting, seed)
+    prompts = adapter(dtype=testbed.dtype)
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    last_epoch = losses[-(len(losses) // setting.epochs) :]
+    return {
+        "accuracy": exact_accuracy(testbed, model, prompts),
+        "train_loss": statistics.mean(last_epoch),
+        "val_loss": mean_loss(model, adapter, testbed.held_out, TrainConfig()),
+        "seconds": seconds,
+        "trained": sum(p.numel() for p in trained),
+        "bytes": sum(p.numel() * p.element_size() for p in trained),
+        "perplexity": perplexity(testbed, model, prompts),
+        "recovered": base_recovered(testbed, setting.method, model, adapter),
+        "recovered_after_merging": recovered_after_merging(testbed, setting.method, model, adapter),
+        "losses": losses,
+    }

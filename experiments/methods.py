@@ -1,0 +1,196 @@
+"""What zero-init attention is compared with: prompts without gates, prompts of the lowest layers, LoRA, full tuning.
+
+All of it is trained by train.py's loop. Where weights of the base are trained there are no prompts: `NoPrompts` holds
+these weights in the adapter's place. Notation as in adapter.py.
+"""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adapter import Adapter, Prompt, attend, gated_attention
+from data import IGNORE, Batch
+from formats.bases import load_llama
+from model import LLaMA
+from train import RESPONSES, Objective, Step, TrainConfig, make_optimizer, training_steps
+
+ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
+LORA, FULL = "LoRA", "full tuning"
+
+WARMUP_EPOCHS = 2  # of every setting, as in the paper
+WEIGHT_DECAY = TrainConfig.weight_decay
+
+
+class Setting(NamedTuple):
+    """How to tune. What is not said in a table is as here, or as its command's options say."""
+
+    layers: int  # L
+    lr: float
+    method: str = ZERO_INIT
+    where: str = "top"
+    length: int = 10  # K
+    epochs: int = 5  # the paper's
+    scale: float = 1.0  # prompts start as N(0, scale^2)
+    activation: str = "tanh"
+    gate_per: str = "head"
+    gate_decay: float = 0.0
+    rank: int = 8  # of LoRA
+
+
+def ungated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    gate: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
+
+    Shapes as for `gated_attention`; the gate is left out.
+    """
+    B, _, T, _ = q.shape
+    prompt_k, prompt_v = prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1)
+    visible = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)
+    words = (visible.tril() if causal else visible) if mask is None else mask
+    words = words.expand(B, 1, T, k.shape[2])
+    prompts = torch.ones(B, 1, T, prompt_k.shape[2], dtype=torch.bool, device=q.device)
+    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+    return attend(q, k, v, torch.cat([prompts, words], dim=3))
+
+
+class LowAdapter(Adapter):
+    """An adapter of the lowest layers: the `above` others have prompts as well, but their gates stay shut."""
+
+    def __init__(self, *, above: int, **shape):
+        super().__init__(**shape)
+        self.above = above
+
+    def forward(self, *args, **options) -> list[Prompt]:
+        prompts = super().forward(*args, **options)
+        shut = Prompt(prompts[0].tokens.detach(), torch.zeros_like(prompts[0].gate))
+        return prompts + [shut] * self.above
+
+
+class NoPrompts(nn.Module):
+    """In the adapter's place where weights of the base are trained: these weights, and an encoder's head."""
+
+    def __init__(self, trained: Iterable[nn.Parameter], head: nn.Module | None = None):
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self.head = head
+
+    def forward(self, *_, **__) -> list[Prompt]:
+        return []
+
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """As train.make_optimizer has it for an adapter."""
+        groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+
+
+def whole_model_loss(model: LLaMA, adapter: nn.Module, batch: Batch, checkpoint_activations: bool = False) -> Tensor:
+    """As train.response_loss, which has no gradient for the output head; of one process, so there is always a batch."""
+    device = model.tok_embeddings.weight.device
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
+    hidden = model.hidden_states(inputs, checkpoint_activations=checkpoint_activations)  # (B, T, C)
+    loss_mask = targets != IGNORE  # (B, T)
+    logits = model.output(hidden[loss_mask]).float()  # (R, V)
+    return F.cross_entropy(logits, targets[loss_mask], reduction="sum")
+
+
+WHOLE_MODEL = RESPONSES._replace(loss_sum=whole_model_loss)
+
+# ---------------------------------------------------------------------------------------------------
+# LoRA (Hu et al., 2022), which is PEFT's
+
+
+def import_peft():
+    """The package. Raises ValueError where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("the comparison with LoRA needs a package of its own: pip install peft") from None
+    return peft
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
+    """Put LoRA on wq and wv of every layer, as Alpaca-LoRA does; returns what is trained, always in float32."""
+    peft = import_peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained
+
+
+def lora_layers(model: nn.Module) -> list[nn.Module]:
+    """Those that can be merged, unmerged and disabled."""
+    return [module for module in model.modules() if isinstance(module, import_peft().tuners.lora.LoraLayer)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# A setting made ready, and its steps
+
+
+class Tunable(NamedTuple):
+    """What the training loop needs besides examples."""
+
+    model: nn.Module
+    adapter: nn.Module  # or NoPrompts: what is trained, always in float32
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+
+
+def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Tunable:
+    """A fresh base, and what is tuned of it or beside it."""
+    if setting.method in (LORA, FULL):
+        model, _ = load_llama(base, torch.float32 if setting.method == FULL else dtype, device)
+        if setting.method == LORA:
+            trained, objective = add_lora(model, setting.rank, seed), RESPONSES
+        else:
+            trained, objective = model.requires_grad_(True).parameters(), WHOLE_MODEL
+        adapter = NoPrompts(trained)
+        return Tunable(model, adapter, adapter.make_optimizer(), objective)
+    model, _ = load_llama(base, dtype, device, ungated_attention if setting.method == ONE_SOFTMAX else gated_attention)
+    adapter = make_prompts(model, setting, seed).to(device)
+    optimizer = make_optimizer(adapter, WEIGHT_DECAY)
+    optimizer.param_groups[1]["weight_decay"] = setting.gate_decay
+    return Tunable(model, adapter, optimizer, RESPONSES)
+
+
+def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
+    """The adapter of a setting, its gates trained in zero-init attention only."""
+    shape = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim}
+    shape["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # a layer's only gate is for all heads
+    shape["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
+    shape["generator"] = torch.Generator().manual_seed(seed)
+    above = model.config.n_layers - setting.layers if setting.where == "bottom" else 0
+    adapter = LowAdapter(above=above, **shape) if above else Adapter(**shape)
+    with torch.no_grad():
+        adapter.prompts *= setting.scale
+        if setting.method == GATES_AT_ONE:
+            adapter.gates.fill_(1.0)
+    adapter.gates.requires_grad_(setting.method == ZERO_INIT)
+    return adapter
+
+
+def finite_steps(tunable: Tunable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:
+    """train.py's steps, with a progress bar; they end where the next would lead to values that are not finite."""
+    total = config.epochs * math.ceil(len(examples) / config.batch_size)
+    steps = training_steps(tunable.model, tunable.adapter, tunable.optimizer, examples, config, tunable.objective)
+    with suppress(FloatingPointError), tqdm(steps, total=total, unit="step", file=sys.stderr, leave=False) as bar:
+        yield from bar

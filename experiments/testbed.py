@@ -1,0 +1,153 @@
+"""What settings are compared on: a base, what it is tuned on, what it is asked, and text of the base's own kind."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import toy
+from data import Example, Tokenizer, Tokens, hold_out, tokenize
+from encoder_tuning.data import subset
+from experiments.methods import WARMUP_EPOCHS, Setting
+from formats.bases import read_base
+from formats.tokenizers import load_tokenizer
+from runtime.device import select_device
+from runtime.files import read_text
+from tasks import TASKS
+from toy import almanac
+from toy.language_model import ROW
+from train import TrainConfig
+
+
+@dataclass(frozen=True)
+class TestbedOptions:
+    """Of every command, as its help says them; None is the toy's, or the default there."""
+
+    base: Path | None = None
+    data: Path | None = None
+    task: str | None = None
+    text: Path | None = None
+    limit: int | None = None
+    held_out: int | None = None
+    batch_size: int | None = None
+    max_seq_len: int = 512
+    layers: int | None = None
+    lr: float | None = None
+    length: int | None = None
+    epochs: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+class Source(NamedTuple):
+    """Where a testbed comes from."""
+
+    base: Path
+    default: Setting
+    batch_size: int
+    tuning: list[Example]
+    asked: list[Example]
+    documents: Iterable[str]  # of the base's own kind
+
+
+@dataclass(eq=False)
+class Testbed:
+    """What all settings have in common. No two are equal: what is cached of one is its own."""
+
+    base: Path
+    tokenizer: Tokenizer
+    tuning: list[Tokens]
+    held_out: list[Tokens]
+    questions: list[Example]  # those of held_out
+    text: Tensor  # (rows, T) token ids, of the kind that the base was pre-trained on; of no rows where there is none
+    n_layers: int  # N
+    batch_size: int
+    default: Setting
+    device: torch.device
+    dtype: torch.dtype
+
+    def train_config(self, setting: Setting, seed: int) -> TrainConfig:
+        how = {"epochs": setting.epochs, "warmup_epochs": WARMUP_EPOCHS, "lr": setting.lr}
+        return TrainConfig(batch_size=self.batch_size, seed=seed, **how)
+
+
+def toy_source(options: TestbedOptions, searching: bool) -> Source:
+    """Raises ValueError where options are for another base."""
+    if options.task or options.text:
+        raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
+    tuning, asked = toy_examples(searching)
+    default = Setting(layers=toy.TUNING["layers"], lr=toy.TUNING["lr"])
+    documents = islice(almanac.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
+    batch_size = options.batch_size or toy.TUNING["batch_size"]
+    return Source(toy.make_base(), default, batch_size, tuning, subset(asked, options.held_out), documents)
+
+
+def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
+    """To tune on and to be asked; a search asks nothing that is held out, but a fifth of what tuning is about."""
+    sets = almanac.instructions()
+    tuning, asked = sets["tuning"], [question for name in almanac.HELD_OUT for question in sets[name]]
+    if searching:
+
+        def about(question: almanac.ExamQuestion) -> str:
+            return min(question.entity, question.answer) if question.kind == "opposite" else question.entity
+
+        things = sorted(set(map(about, tuning)))
+        fifth = set(np.random.default_rng(0).permutation(things)[: len(things) // 5])
+        asked = [question for question in tuning if about(question) in fifth]
+        tuning = [question for question in tuning if about(question) not in fifth]
+    return [question.example for question in tuning], [question.example for question in asked]
+
+
+def data_source(options: TestbedOptions, searching: bool, asked: list[Example] | None) -> Source:
+    """What is asked is a tenth of the data, held out, or given. Raises OSError or ValueError."""
+    n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
+    default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
+    tuning = examples = TASKS[options.task or "instructions"].read(options.data)
+    for _ in range((asked is None) + searching):  # a search has its own questions, from what is tuned on
+        if len(tuning) < 2:
+            raise ValueError(f"{options.data}: {len(examples)} examples are too few to learn from some and ask others")
+        tuning, asked = hold_out(tuning, max(1, len(tuning) // 10), seed=0)
+    documents = [] if options.text is None else [read_text(options.text)[:100_000]]
+    return Source(options.base, default, batch_size, tuning, subset(asked, options.held_out or 200), documents)
+
+
+def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
+    """As the options say; of the examples, those that fit. Raises OSError, or ValueError where nothing is left."""
+    device, dtype = select_device(options.device, options.dtype)
+    if (options.base is None) != (options.data is None):
+        raise ValueError("--base and --data go together; without them it is the toy's")
+    source = toy_source(options, searching) if options.base is None else data_source(options, searching, asked)
+    changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
+    default = source.default._replace(**{name: value for name, value in changed.items() if value is not None})
+    base, (config, _) = source.base, read_base(source.base)
+    if default.layers > config.n_layers:
+        raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
+    tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
+    max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
+    tuning = subset(source.tuning, options.limit)
+    tokens, _ = tokenize(tokenizer, tuning, max_length)
+    fitting = [
+        (example, found[0]) for example in source.asked if (found := tokenize(tokenizer, [example], max_length)[0])
+    ]
+    if not tokens or not fitting:
+        raise ValueError(
+            f"within {max_length} tokens there are {len(tokens)} of {len(tuning)} examples to learn from, "
+            f"and {len(fitting)} of {len(source.asked)} to be asked"
+        )
+    questions, held_out = map(list, zip(*fitting))
+    text = text_rows(tokenizer, source.documents, min(ROW, max_length))
+    shape = {"n_layers": config.n_layers, "batch_size": source.batch_size, "default": default}
+    return Testbed(base, tokenizer, tokens, held_out, questions, text, **shape, device=device, dtype=dtype)
+
+
+def text_rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Tensor:
+    """The documents, one after the other, in at most 64 rows (rows, length) of ids. ValueError where they fill none."""
+    ids = [id for document in documents for id in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
+    if 0 < len(ids) < length:
+        raise ValueError(f"--text has {len(ids)} tokens, fewer than a row of {length}")
+    return torch.tensor(ids[: min(64, len(ids) // length) * length], dtype=torch.long).view(-1, length)

@@ -1,0 +1,118 @@
+"""The comparisons for encoders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import HALF, make_vit, timm_names
+from torch.nn.functional import cross_entropy
+
+from encoder_tuning.data import Labelled
+from encoder_tuning.objective import CLASSIFICATION
+from encoders.heads import make_head
+from encoders.roberta import Roberta, RobertaConfig
+from encoders.vit import ViTConfig
+from experiments import encoders, small_roberta
+from experiments.__main__ import main
+from experiments.methods import finite_steps
+from formats.encoders import load_encoder, save_roberta
+from formats.roberta_tokenizer import RobertaTokenizer
+from train import TrainConfig, mean_loss
+
+
+@pytest.mark.parametrize("method", encoders.METHODS)
+def test_every_method_learns(tmp_path, method):
+    """And trains what it says, and nothing else."""
+    config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
+    torch.save(timm_names(make_vit(config), make_head([64, 3], "tanh")), tmp_path / "vit.pth")
+    setting = encoders.EncoderSetting(epochs=8, batch_size=4, length=2, rank=1)
+    tunable = encoders.set_up_encoder(method, tmp_path / "vit.pth", 3, setting, seed=0)
+    model, adapter = tunable.model, tunable.adapter
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
+    config = TrainConfig(epochs=8, warmup_epochs=1, batch_size=4, lr=0.01)
+    before = mean_loss(model, adapter, examples, config, CLASSIFICATION)
+    assert len(list(finite_steps(tunable, examples, config))) == 8 * 3
+    assert mean_loss(model, adapter, examples, config, CLASSIFICATION) < before - 0.05
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])}
+    assert changed == {
+        "head only": set(), "prompts and gates": set(), "no gates": set(), "full tuning": set(frozen),
+        "LoRA": {name for name in frozen if "lora_" in name},
+    }[method]  # fmt: skip
+    if method == "no gates":
+        assert adapter.gates.abs().max() == 0
+
+
+def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
+    """And is read again by our loader and by transformers."""
+    monkeypatch.setattr(small_roberta, "MASK", 265)
+    monkeypatch.setitem(small_roberta.SCHEDULE, "warmup", 5)
+    tokenizer = RobertaTokenizer(bpe)
+    rows = small_roberta.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
+    assert rows.shape[1] == 64 and (rows[:, 0] == 0).all() and (rows[:, -1] == 2).all()
+    config = RobertaConfig(266, 70, 32, 2, 4, 48)
+    losses = []
+    monkeypatch.setattr(small_roberta.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
+    model = small_roberta.pretrain_roberta(rows, steps=80, config=config)
+    assert losses[-1].item() < losses[0].item() - 1.5
+    save_roberta(model, tmp_path / "small")
+    loaded, head = load_encoder(tmp_path / "small")
+    ids = rows[:2, :9]
+    assert head is None and loaded.config == config and torch.equal(loaded.encode(ids), model.encode(ids))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.RobertaModel.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(theirs(ids).last_hidden_state, model.encode(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_vit_experiment(tmp_path, data):
+    """On a few real digits, from the command line to its file."""
+    usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
+    for name, number in (("train", 200), ("test", 100)):
+        images = (
+            np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).round().astype(np.uint8)
+        )
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
+    args = ["vit", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 1, "--epochs", 2]
+    args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "out" / "vit.json").read_text())
+    assert 0.5 < values["untuned"] < 0.9 and set(values["methods"]) == set(encoders.METHODS)
+
+
+def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
+    """From the command line to its file; a RoBERTa that has read the same texts is there the next time."""
+    made = []
+
+    def pretrain_roberta(rows):
+        made.append(rows)
+        torch.manual_seed(0)
+        return Roberta(RobertaConfig(266, 130, 32, 2, 4, 48))
+
+    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(small_roberta, "pretrain_roberta", pretrain_roberta)
+    (tmp_path / "text.txt").write_text("the km the 12 km of the river " * 80)
+    lines = [
+        "sentence\tlabel",
+        *(f"the {word} {i}\t{label}" for i in range(10) for label, word in enumerate(("km", "river"))),
+    ]
+    (tmp_path / "lines.tsv").write_text("\n".join(lines))
+    args = ["roberta", "--text", tmp_path / "text.txt", "--tokenizer", bpe, "--seeds", 1, "--out", tmp_path / "out"]
+    args += ["--train", tmp_path / "lines.tsv", "--test", tmp_path / "lines.tsv"]
+    for more in ([], ["--search"]):
+        result = CliRunner().invoke(main, list(map(str, [*args, *more])))
+        assert result.exit_code == 0, result.output
+        assert "20 sentences to learn from, 20 to be asked about" in result.output
+    values = json.loads((tmp_path / "out" / "roberta.json").read_text())
+    assert values["majority"] == 0.5 and set(values["methods"]) == set(encoders.METHODS)
+    assert values["options"] == {"epochs": 2, "batch_size": 64, "length": 10, "rank": 3}
+    assert values["methods"]["head only"]["trained"] == 2 * (32 + 1)
+    assert result.output.count("full tuning") == len(encoders.RATES)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(made) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
+    (tmp_path / "text.txt").write_text("the river of the km " * 80)
+    small_roberta.make_roberta([tmp_path / "text.txt"], bpe)
+    assert len(made) == 2
