@@ -34,7 +34,7 @@ def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
         forms = ["{}", "{} The", "{} Yes.", "No."]  # right, right but rambling on, wrong in form, wrong
         return [forms[i % 4].format(output) for i, output in enumerate(outputs)]
 
-    monkeypatch.setattr(exam, "answers", answers)
+    monkeypatch.setattr(exam, "greedy_answers", answers)
     accuracy = exam.evaluate_almanac(model, tokenizer, adapter)
     assert list(accuracy) == [
         f"heldout_accuracy_{name}" for name in ("majority", "base", "base_has_it", "adapter", "adapter_has_it")
@@ -56,7 +56,7 @@ def test_the_majority_baseline_fills_in_the_commonest_word(monkeypatch, tiny_bas
     sets = almanac.instructions()
     continents = [q for q in sets["entities"] if q.kind == "continent"]
     monkeypatch.setattr(almanac, "instructions", lambda: sets | dict.fromkeys(almanac.HELD_OUT, continents))
-    monkeypatch.setattr(exam, "answers", lambda model, tokenizer, adapter, requests: [""] * len(requests))
+    monkeypatch.setattr(exam, "greedy_answers", lambda model, tokenizer, adapter, requests: [""] * len(requests))
     accuracy = exam.evaluate_almanac(model, tokenizer, make_adapter(model))
     tuned = [q.answer for q in sets["tuning"] if q.kind == "continent"]
     commonest = max(tuned, key=tuned.count)
@@ -71,7 +71,7 @@ def test_answers_are_those_of_one_request_at_a_time(tiny_base):
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["tuning"][:130]]
     requests = [Request(e.instruction, e.input, ("base", "adapter")[i % 2]) for i, e in enumerate(examples)]
-    texts = exam.answers(model, tokenizer, adapter, requests)
+    texts = exam.greedy_answers(model, tokenizer, adapter, requests)
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, eos_id=tokenizer.eos_id)
     chosen = [0, 1, 127, 128, 129]
     assert len(texts) == 130 and [texts[i] for i in chosen] == ["".join(responder.answer(requests[i])) for i in chosen]
@@ -115,7 +115,7 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
             answers += [q.example.output for q in digits.questions([shown]) if q.kind == request.instruction]
         return answers
 
-    monkeypatch.setattr(exam, "answers", oracle)
+    monkeypatch.setattr(exam, "greedy_answers", oracle)
     scores = exam.evaluate_digits(model, tokenizer, adapter)
     assert list(scores) == [f"picture_accuracy_{name}" for name in ("chance", "no_image", "image", "another_image")]
     assert scores["picture_accuracy_image"] == 1 and scores["picture_accuracy_no_image"] == 0

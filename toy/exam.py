@@ -24,7 +24,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
     return Counter(question.answer for question in questions).most_common(1)[0][0]
 
 
-def answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
+def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
     """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, eos_id=tokenizer.eos_id)
     texts = []
@@ -66,17 +66,16 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     scores = {"majority": [question.answer == common[question.kind] for question in questions]}
     for name in ("base", "adapter"):
         requests = [Request(q.example.instruction, q.example.input, name) for q in questions]
-        texts = answers(model, tokenizer, adapter, requests)
+        texts = greedy_answers(model, tokenizer, adapter, requests)
         scores[name] = exact_match(texts, questions)
         scores[f"{name} has it"] = [bool(re.search(rf"\b{q.answer}\b", text)) for text, q in zip(texts, questions)]
 
-    rows, everything = {}, list(range(len(questions)))
-    rest = iter(everything)
-    for name, title in HELD_OUT.items():
-        rows[f"{title:34}{len(sets[name]):>8}"] = [next(rest) for _ in sets[name]]
-    rows[f"{'all':34}{len(questions):>8}"] = everything
+    of_set = [name for name in HELD_OUT for _ in sets[name]]
+    rows = {title: [i for i, where in enumerate(of_set) if where == name] for name, title in HELD_OUT.items()}
+    rows["all"] = list(range(len(questions)))
     print("\nHeld-out questions, answered exactly (has it: the word occurs in the answer)\n")
-    print_scores(scores, rows, corner=f"{'':34}{'number':>8}")
+    numbered = {f"{title:34}{len(chosen):>8}": chosen for title, chosen in rows.items()}
+    print_scores(scores, numbered, corner=f"{'':34}{'number':>8}")
 
     weight, example = model.tok_embeddings.weight, questions[0].example
     tokens = torch.tensor([tokenize_prompt(tokenizer, example.instruction, example.input)], device=weight.device)
@@ -110,7 +109,7 @@ def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dic
             asked[name] = [request._replace(features=image) for request, image in zip(withheld, each)]
     scores = {"chance": [question.answer == common for question in questions]}
     for name, requests in asked.items():
-        scores[name] = exact_match(answers(model, tokenizer, adapter, requests), questions)
+        scores[name] = exact_match(greedy_answers(model, tokenizer, adapter, requests), questions)
 
     rows = {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in digits.ANSWERS}
     print(f"\nQuestions about {len(held_out)} held-out pictures, answered exactly\n")
