@@ -386,3 +386,14 @@ def film(path, colours):
                 frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
                 file.mux(stream.encode(frame))
         file.mux(stream.encode())
+
+
+def tune_rank(args):
+    """python -m encoder_tuning train, as one of several ranks: exit code, standard output, standard error."""
+    from encoder_tuning.__main__ import main
+
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(main, ["train", *map(str, args)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr

@@ -6,31 +6,27 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import HALF, Ranks, command, make_roberta, make_tokens, run, vary
+from helpers import Ranks, make_roberta, make_tokens, tune_rank, vary
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate
-from adapter import Adapter
-from convert import load_adapter
-from encoder_tuning import heads
-from encoder_tuning.heads import (
-    HeadAdapter,
+from encoder_tuning import objective
+from encoder_tuning.__main__ import main
+from encoder_tuning.data import (
     Labelled,
-    Labels,
-    RobertaTokenizer,
+    SquadQuestion,
     class_names,
-    exact_match,
-    f1,
-    prepared_picture,
-    read_pictures,
-    read_sentences,
+    read_labelled_images,
+    read_labelled_texts,
     read_squad,
     span_of,
 )
-from encoders.models import ViTConfig
-from training.runs import read_metrics
-from training.step import accumulate_gradient, mean_loss
+from encoder_tuning.metrics import accuracy, squad_scores
+from encoder_tuning.objective import CLASSIFICATION, SPANS, answer_squad, classify
+from encoders.heads import HeadAdapter
+from formats.roberta_tokenizer import RobertaTokenizer
+from train import TrainConfig, make_optimizer, mean_loss, train_step
+from training.run_files import read_metrics
 
 
 def make_head_adapter(model, classes, gates=True, **more):
@@ -45,10 +41,6 @@ def make_head_adapter(model, classes, gates=True, **more):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The file
-
-
-# ---------------------------------------------------------------------------------------------------
 # Data
 
 
@@ -57,21 +49,21 @@ def test_pictures_by_folder_and_by_array(tmp_path):
         (tmp_path / "by-class" / label).mkdir(parents=True)
         for i in range(number):
             Image.new("RGB", (9, 7), (i, 0, 0)).save(tmp_path / "by-class" / label / f"{i}.png")
-    assert [(label, name) for _, label, name in read_pictures(tmp_path / "by-class")] == [
+    assert [(label, name) for _, label, name in read_labelled_images(tmp_path / "by-class")] == [
         ("cat", "cat/0.png"), ("cat", "cat/1.png"), ("dog", "dog/0.png"),
     ]  # fmt: skip
     images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.array([7, 10, 7]))
-    picture, label, name = read_pictures(tmp_path / "x.npz")[1]
+    picture, label, name = read_labelled_images(tmp_path / "x.npz")[1]
     assert (label, name) == ("10", "image 1") and np.array_equal(np.asarray(picture), images[1])
     assert class_names(["10", "7", "9", "b", "a"]) == ["7", "9", "10", "a", "b"]
     for content in (b"", b"PK\x03\x04 torn"):
         (tmp_path / "torn.npz").write_bytes(content)
         with pytest.raises(ValueError, match="torn.npz: is no .npz"):
-            read_pictures(tmp_path / "torn.npz")
+            read_labelled_images(tmp_path / "torn.npz")
     np.save(tmp_path / "one.npy", images)
     with pytest.raises(ValueError, match="one.npy: is no .npz"):
-        read_pictures(tmp_path / "one.npy")
+        read_labelled_images(tmp_path / "one.npy")
     for arrays, message in (
         (dict(images=images), "is no .npz with arrays 'images' and 'labels'"),
         (dict(images=images / 2, labels=np.arange(3)), "images are float64"),
@@ -79,21 +71,19 @@ def test_pictures_by_folder_and_by_array(tmp_path):
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=f"bad.npz: {message}"):
-            read_pictures(tmp_path / "bad.npz")
+            read_labelled_images(tmp_path / "bad.npz")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no folders of images"):
-        read_pictures(tmp_path / "empty")
-
-
+        read_labelled_images(tmp_path / "empty")
 
 
 def test_sentences(tmp_path):
     (tmp_path / "a.tsv").write_text('sentence\tlabel\nit \'s "good"\t1\nbad\t0\n')
-    assert read_sentences(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
+    assert read_labelled_texts(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
     (tmp_path / "a.csv").write_text('text,label\n"one, two",x\n')
-    assert read_sentences(tmp_path / "a.csv") == [("one, two", "x", "record 0")]
+    assert read_labelled_texts(tmp_path / "a.csv") == [("one, two", "x", "record 0")]
     (tmp_path / "a.json").write_text('[{"text": "hi", "label": 3}]')
-    assert read_sentences(tmp_path / "a.json") == [("hi", "3", "record 0")]
+    assert read_labelled_texts(tmp_path / "a.json") == [("hi", "3", "record 0")]
     for text, message in (
         ('[{"text": "hi"}]', "record 0: has no fields 'text'"),
         ('[{"text": 3, "label": "x"}]', "record 0: field 'text' is a int"),
@@ -101,7 +91,7 @@ def test_sentences(tmp_path):
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_sentences(tmp_path / "a.json")
+            read_labelled_texts(tmp_path / "a.json")
 
 
 SQUAD = {
@@ -155,27 +145,27 @@ def test_spans(bpe, tmp_path):
     assert len(cut.ids) == whole - 12 and cut.positions(38, 43) is None and cut.positions(4, 9) is not None
 
 
-def test_squad_s_marks():
-    """By hand, after the definitions: case, articles and punctuation are of no account; F1 is of words."""
-    assert exact_match("The  Panthers!", ["panthers"]) and not exact_match("Panther", ["panthers"])
-    assert exact_match("a, b", ["x", "b"]) and f1("", ["x"]) == 0
-    assert f1("the big red dog", ["red dog", "cat"]) == pytest.approx(2 * 2 / (3 + 2))
-    assert f1("dog dog", ["dog"]) == pytest.approx(2 * 1 / (2 + 1))
-
-
-def test_squad_s_marks_are_torchmetrics_s():
-    """An independent implementation of the official definitions, on odd texts."""
-    squad_of = pytest.importorskip("torchmetrics.functional.text").squad
-    texts = ["The cat's, hat", "an apple", "a", "12 km", "Über—alles", "x y z x"]
-    for text in texts:
-        for answer in texts:
-            theirs = squad_of(
-                [{"prediction_text": text, "id": "1"}],
-                [{"answers": {"answer_start": [0], "text": [answer]}, "id": "1"}],
-            )
-            assert exact_match(text, [answer]) == (theirs["exact_match"] == 100)
-            if heads.normalised(answer) or heads.normalised(text):
-                assert f1(text, [answer]) == pytest.approx(theirs["f1"].item() / 100)
+def test_squad_s_scores(monkeypatch):
+    """By hand, after the definitions: case, articles and punctuation are of no account; F1 is of words, at its best."""
+    pytest.importorskip("torchmetrics")
+    for text, answers, exact, f1 in (
+        ("The  Panthers!", ["panthers"], 1, 1),
+        ("Panther", ["panthers"], 0, 0),
+        ("a, b", ["x", "b"], 1, 1),
+        ("", ["x"], 0, 0),
+        ("the big red dog", ["red dog", "cat"], 0, 2 * 2 / (3 + 2)),
+        ("dog dog", ["dog"], 0, 2 * 1 / (2 + 1)),
+        ("red red dog", ["cat", "the red"], 0, 2 * 1 / (3 + 1)),
+        ("in 1976, twice", ["twice in 1976"], 0, 1),
+    ):
+        questions = [SquadQuestion("id", "?", "", answers, [0])]
+        assert squad_scores([text], questions) == pytest.approx({"exact_match": exact, "f1": f1}), text
+    both = [SquadQuestion("same id", "?", "", [answer], [0]) for answer in ("yes", "no way")]
+    assert squad_scores(["Yes.", "no"], both) == pytest.approx({"exact_match": 1 / 2, "f1": (1 + 2 / 3) / 2})
+    assert accuracy([0, 2, 1, 1], [0, 1, 1, 0]) == 0.5
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional.text", None)
+    with pytest.raises(ValueError, match="not installed: pip install torchmetrics"):
+        squad_scores(["Yes.", "no"], both)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -203,21 +193,44 @@ def test_the_loss_is_that_of_every_example_alone(spans):
         of_labels = scores.T if spans else scores[:1]
         expected += [-of_labels[i].log_softmax(0)[label].item() for i, label in enumerate(example.labels)]
     for max_tokens in (12, 1000):
-        loss = mean_loss(model, adapter, examples, max_tokens, Labels(spans))
+        config, of = TrainConfig(micro_batch_tokens=max_tokens), SPANS if spans else CLASSIFICATION
+        loss = mean_loss(model, adapter, examples, config, of)
         assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-        adapter.zero_grad()
-        assert accumulate_gradient(model, adapter, examples, max_tokens, objective=Labels(spans)) == pytest.approx(loss)
+        before_step = train_step(model, adapter, make_optimizer(adapter, 0.0), examples, 0.0, config, of)
+        assert before_step == pytest.approx(loss)
         assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("of", [CLASSIFICATION, SPANS])
+def test_a_rank_out_of_work_has_a_gradient_of_zero(of):
+    model = make_roberta()
+    adapter = make_head_adapter(model, 2)
+    loss = of.loss_sum(model, adapter, None)
+    loss.backward()
+    assert loss.item() == 0 and all(parameter.grad.abs().max() == 0 for parameter in adapter.parameters())
 
 
 def test_the_gates_of_encoders_open_first():
     """At gate zero the prompts have no gradient, the gates and the head have one."""
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
-    accumulate_gradient(model, adapter, examples_of(model, False), 100, objective=Labels(False))
+    optimizer = make_optimizer(adapter, 0.0)
+    train_step(model, adapter, optimizer, examples_of(model, False), 0.0, TrainConfig(), CLASSIFICATION)
     assert adapter.prompts.grad.abs().max() == 0
     assert adapter.gates.grad.abs().min() > 0 and adapter.head[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("max_tokens", [10, 1000])
+def test_classes_are_in_the_order_of_the_examples(max_tokens):
+    """Each as alone, however they are put together."""
+    model = make_roberta()
+    adapter, examples = make_head_adapter(model, 3), examples_of(model, False, sizes=(9, 5, 12, 7, 5, 3, 11, 9))
+    with torch.no_grad():
+        scores = torch.stack([adapter.head(model.encode(e.inputs[None], adapter())[0, 0]) for e in examples])
+        adapter.head[0].bias -= scores.mean(dim=0)  # so that not one class is the likeliest of all
+        alone = (scores - scores.mean(dim=0)).argmax(dim=1).tolist()
+    assert len(set(alone)) == 3 and classify(model, adapter, examples, max_tokens) == alone
 
 
 def test_likeliest_answers(bpe, tmp_path, monkeypatch):
@@ -228,11 +241,11 @@ def test_likeliest_answers(bpe, tmp_path, monkeypatch):
     for _ in range(20):
         found = torch.randn(len(span.ids), 2, generator=random)
         found[1] = 50  # in the question
-        monkeypatch.setattr(heads, "scores", lambda *_: found[None])
-        pairs = [(a, b) for a in range(len(span.starts)) for b in range(a, min(a + 6, len(span.starts)))]
+        monkeypatch.setattr(objective, "span_scores", lambda *_: found[None])
+        pairs = [(a, b) for a in range(len(span.offsets)) for b in range(a, min(a + 6, len(span.offsets)))]
         a, b = max(pairs, key=lambda pair: found[span.first + pair[0], 0] + found[span.first + pair[1], 1])
-        text = heads.answer(None, None, tokenizer, first, 200, longest=6)
-        assert text == first.context[span.starts[a] : span.ends[b]].strip()
+        text = answer_squad(None, None, tokenizer, first, 200, longest=6)
+        assert text == first.context[span.offsets[a][0] : span.offsets[b][1]].strip()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -256,8 +269,14 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def measure(*args):
-    return CliRunner().invoke(evaluate.main, [str(arg) for arg in args])
+def tune(*args):
+    """python -m encoder_tuning train, in this process."""
+    return CliRunner().invoke(main, ["train", *map(str, args)])
+
+
+def ask(*args):
+    """python -m encoder_tuning evaluate, in this process."""
+    return CliRunner().invoke(main, ["evaluate", *map(str, args)])
 
 
 def pictures_args(pictures):
@@ -270,43 +289,43 @@ def pictures_args(pictures):
 
 def test_a_run_on_pictures(pictures):
     args = pictures_args(pictures)
-    result = run(*args)
+    result = tune(*args)
     assert result.exit_code == 0, result.output
     losses = [line["val_loss"] for line in read_metrics(pictures / "run" / "metrics.jsonl") if "val_loss" in line]
     assert losses[-1] < losses[0] / 2
     assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (pictures / "run").iterdir()}
     file = pictures / "run" / "adapter.safetensors"
-    marked = ["encoder", "--adapter", file, "--data", pictures / "data", "--device", "cpu"]
-    marks = measure(*marked)
-    assert marks.exit_code == 0 and "24 examples: accuracy 100.00%" in marks.stdout, marks.output
-    few = measure(*marked, "--limit", 12)
+    asked = ["--adapter", file, "--data", pictures / "data", "--device", "cpu"]
+    scores = ask(*asked)
+    assert scores.exit_code == 0 and "24 examples: accuracy 100.00%" in scores.stdout, scores.output
+    few = ask(*asked, "--limit", 12)
     assert (
         few.exit_code == 0 and "12 examples: accuracy 100.00%" in few.stdout and "always 'dark': 100" not in few.stdout
     )
-    other = measure(*marked, "--task", "question-answering")
+    other = ask(*asked, "--task", "question-answering")
     assert other.exit_code == 2 and "is for image-classification, not for question-answering" in other.stderr
-    assert run(*args, "--int8").stderr.startswith("error: --int8 is for a LLaMA")
-    wrong = run(*args, "--task", "text-classification", "--out", pictures / "other")
+    assert "No such option '--int8'" in tune(*args, "--int8").stderr
+    wrong = tune(*args, "--task", "text-classification", "--out", pictures / "other")
     assert wrong.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong.stderr
-    deep = run(*args, "--layers", 4, "--out", pictures / "deep")
+    deep = tune(*args, "--layers", 4, "--out", pictures / "deep")
     assert deep.exit_code == 2 and "--layers 4: " in deep.stderr and "has only 3" in deep.stderr
 
 
 def test_a_resumed_run_is_the_same(pictures):
     args = pictures_args(pictures)
-    assert run(*args).exit_code == 0
-    stopped = run(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
+    assert tune(*args).exit_code == 0
+    stopped = tune(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
     assert stopped.exit_code == 0 and "stopped by --max-minutes after step 1" in stopped.stderr, stopped.output
-    assert run(*args, "--out", pictures / "parts", "--resume").exit_code == 0
+    assert tune(*args, "--out", pictures / "parts", "--resume").exit_code == 0
     one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_ranks(forks, pictures):
     args = [*pictures_args(pictures), "--batch-size", 3, "--epochs", 2]
-    results = Ranks(forks, 2, command, args).results()
+    results = Ranks(forks, 2, tune_rank, args).results()
     assert [code for code, _, _ in results] == [0, 0], results
-    assert run(*args, "--out", pictures / "alone").exit_code == 0
+    assert tune(*args, "--out", pictures / "alone").exit_code == 0
     one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "alone"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)
@@ -330,48 +349,39 @@ def reader(tmp_path, bpe):
 def test_a_run_on_sentences(reader, tmp_path):
     lines = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(32)]
     (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
-    result = run(
+    result = tune(
         "--task", "text-classification", "--base", reader, "--data", tmp_path / "a.tsv", "--out", tmp_path / "run",
         "--epochs", 30, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 0, "--lr", 0.03, "--max-seq-len", 64,
         "--layers", 2, "--device", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     file = tmp_path / "run" / "adapter.safetensors"
-    marks = measure(
-        "encoder", "--adapter", file, "--data", tmp_path / "a.tsv", "--device", "cpu", "--out", tmp_path / "x.json"
-    )
-    assert marks.exit_code == 0 and "32 examples: accuracy " in marks.stdout, marks.output
+    scores = ask("--adapter", file, "--data", tmp_path / "a.tsv", "--device", "cpu", "--out", tmp_path / "x.json")
+    assert scores.exit_code == 0 and "32 examples: accuracy " in scores.stdout, scores.output
     answers = json.loads((tmp_path / "x.json").read_text())
     right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
-    assert right >= 28 and f"({right} right)" in marks.stdout
+    assert right >= 28 and f"({right} right)" in scores.stdout
     (tmp_path / "one.tsv").write_text("sentence\tlabel\na\tx\nb\tx\n")
-    alike = [
-        "--task",
-        "text-classification",
-        "--base",
-        reader,
-        "--data",
-        tmp_path / "one.tsv",
-        "--out",
-        tmp_path / "one",
-    ]
-    alike = run(*alike, "--max-seq-len", 64, "--layers", 1, "--device", "cpu")
+    alike = tune(
+        "--task", "text-classification", "--base", reader, "--data", tmp_path / "one.tsv", "--out", tmp_path / "one",
+        "--max-seq-len", 64, "--layers", 1, "--device", "cpu",
+    )  # fmt: skip
     assert alike.exit_code == 2 and "has only one class, 'x'" in alike.stderr
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nfilm\tnew\n")
-    new = measure("encoder", "--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
+    new = ask("--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
     assert new.exit_code == 2 and "record 0: its class 'new' is none of 0, 1" in new.stderr
 
 
 def test_a_run_on_questions(reader, tmp_path):
     args = ["--data", squad(tmp_path), "--device", "cpu"]
-    result = run(
+    result = tune(
         "--task", "question-answering", "--base", reader, "--out", tmp_path / "run", "--epochs", 60,
         "--warmup-epochs", 1, "--val-size", 0, "--lr", 0.1, "--max-seq-len", 100, "--layers", 2, *args,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    marks = measure("encoder", "--adapter", tmp_path / "run" / "adapter.safetensors", *args)
-    assert marks.exit_code == 0 and "2 questions: exact match 100.00%, F1 100.00%" in marks.stdout, marks.output
-    short = run(
+    scores = ask("--adapter", tmp_path / "run" / "adapter.safetensors", *args)
+    assert scores.exit_code == 0 and "2 questions: exact match 100.00%, F1 100.00%" in scores.stdout, scores.output
+    short = tune(
         "--task", "question-answering", "--base", reader, "--out", tmp_path / "cut", "--max-seq-len", 40, *args,
         "--epochs", 3,
     )  # fmt: skip

@@ -1,0 +1,233 @@
+"""ViT and RoBERTa tuned by prompts, gates and a head.
+
+python -m encoder_tuning train --task image-classification --base vit --data pictures --out out
+python -m encoder_tuning evaluate --adapter out/adapter.safetensors --data more-pictures
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import hold_out
+from encoder_tuning.data import HEAD_TASKS, check_head_task, read_labelled, read_squad, roberta_tokenizer, subset
+from encoder_tuning.metrics import accuracy, squad_metric, squad_scores
+from encoder_tuning.objective import CLASSIFICATION, SPANS, answer_squad, classify
+from encoders.heads import HeadAdapter, head_adapter
+from encoders.roberta import Roberta
+from encoders.vit import ViT
+from formats.encoders import load_encoder
+from runtime.cli import device_options, one_line_errors
+from runtime.device import select_device
+from runtime.files import write_json
+from runtime.fingerprints import hash_tensors
+from train import TrainConfig, tune
+from train import main as train_llama
+from training.distributed import broadcast_from_rank0, check_same_on_all_ranks, exit_rank, rank_device, sync_errors
+from training.launch import launch, say
+from training.run import BaseOptions, DataOptions, Prepared, RunOptions, fixed_options, pick
+from training.run_files import run_state
+
+
+def encoder_fingerprint(model: ViT | Roberta) -> str:
+    """A hash of a few weights."""
+    return hash_tensors([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
+
+
+def suits(head: nn.Sequential | None, task: str) -> bool:
+    """Whether a head that an encoder came with is one for the task: RoBERTa's for sentences has two linear layers."""
+    return head is not None and (task == "image-classification" or (len(head) == 1) == (task == "question-answering"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tuning
+
+
+def prepare_encoder(
+    config: TrainConfig, source: DataOptions, base: BaseOptions, device: torch.device
+) -> tuple[Prepared, TrainConfig]:
+    """All that training needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
+    path, task = Path(base.base), source.task
+    model, own_head = load_encoder(path, getattr(torch, base.dtype), device)
+    check_head_task(task, model, path)
+    config = config.for_base(path, model.config.n_layers, getattr(model.config, "max_length", math.inf))
+    data = read_labelled(task, model, path, Path(source.data), config.max_seq_len, limit=source.limit)
+    contents = [(row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in data.examples]
+    options = fixed_options(config, source, base, [data.classes, *contents])
+    options["base_fingerprint"] = encoder_fingerprint(model)
+    training, validation = hold_out(data.examples, config.val_size, config.seed)
+
+    adapter = head_adapter(
+        model,
+        own_head if suits(own_head, task) else None,
+        len(data.classes) or 2,
+        layers=config.layers,
+        length=config.length,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    adapter.metadata |= {
+        "task": task,
+        "classes": json.dumps(data.classes),
+        "base": str(path.resolve()),
+        "base_layers": str(model.config.n_layers),
+        "data": Path(source.data).name,
+        "examples": str(len(training)),
+    }
+    known = ("base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
+    adapter.metadata |= {name: str(options[name]) for name in known}
+    counts = {"examples": len(training), "held_out": len(validation), "dropped": data.dropped, "cut": data.cut}
+    why_dropped = "the answer is beyond"
+    return Prepared(model, None, adapter, training, validation, counts, options, why_dropped=why_dropped), config
+
+
+def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions, started: float) -> None:
+    """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
+    with sync_errors():
+        device, dtype = select_device(rank_device(base.device), base.dtype)
+        base = replace(base, dtype=str(dtype).removeprefix("torch."))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with sync_errors():
+        prepared, config = prepare_encoder(config, source, base, device)
+    check_same_on_all_ranks(prepared.options | asdict(config))
+    state = broadcast_from_rank0(lambda: run_state(run.out, run.resume, prepared.options, base.base))
+    if state == "finished":
+        say(f"{run.out}: this run is finished, nothing is left to do")
+        return
+    objective = SPANS if source.task == "question-answering" else CLASSIFICATION
+    tune(prepared, config, run, state, started, base.base, objective)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Answers
+
+
+class TunedEncoder(NamedTuple):
+    """Who answers."""
+
+    model: ViT | Roberta
+    adapter: HeadAdapter
+    task: str
+    base: Path
+    max_length: int  # tokens
+    name: str  # the adapter's file, or the base
+
+
+def load_tuned(
+    adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
+) -> TunedEncoder:
+    """An encoder with an adapter, or with the head that it came with. Raises OSError or ValueError."""
+    adapter = HeadAdapter.load(adapter_path).to(device) if adapter_path else None
+    metadata = adapter.metadata if adapter else {}
+    task, base = task or metadata.get("task"), base or metadata.get("base")
+    if task not in HEAD_TASKS or base is None:
+        raise ValueError("--base and --task are missing, and no adapter says them")
+    if task != metadata.get("task", task):
+        raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
+    model, own_head = load_encoder(base, dtype, device)
+    check_head_task(task, model, Path(base))
+    if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
+        click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
+    if adapter is None:
+        if not suits(own_head, task):
+            raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
+        adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
+    config = model.config
+    adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+    max_length = min(int(metadata.get("max_seq_len", 512)), getattr(config, "max_length", 2**20))
+    return TunedEncoder(model, adapter, task, Path(base), max_length, adapter_path or base)
+
+
+def evaluate_squad(tuned: TunedEncoder, data: Path, limit: int | None) -> dict[str, str]:
+    """Say exact match and F1; returns the answers by question. Raises OSError or ValueError."""
+    squad_metric()  # or say at once that it is missing
+    model, adapter, _, base, max_length, _ = tuned
+    tokenizer, questions = roberta_tokenizer(model, base), subset(read_squad(data), limit)
+    bar = tqdm(questions, unit="question", file=sys.stderr)
+    texts = [answer_squad(model, adapter, tokenizer, question, max_length) for question in bar]
+    scores = squad_scores(texts, questions)
+    click.echo(f"{len(questions):,} questions: exact match {scores['exact_match']:.2%}, F1 {scores['f1']:.2%}")
+    return {question.id: text for question, text in zip(questions, texts)}
+
+
+def evaluate_classes(tuned: TunedEncoder, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
+    """Say the accuracy, and that of the commonest class; returns classes by example. Raises OSError or ValueError."""
+    model, adapter, task, base, max_length, name = tuned
+    outputs = adapter.head[-1].out_features
+    classes = json.loads(adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
+    if len(classes) != outputs:
+        raise ValueError(f"{name}: names {len(classes)} classes, its head has {outputs} outputs")
+    examples = read_labelled(task, model, base, data, max_length, classes, limit).examples
+    predicted, labels = classify(model, adapter, examples, max_tokens), [example.labels[0] for example in examples]
+    share = accuracy(predicted, labels)
+    [(commonest, number)] = Counter(labels).most_common(1)
+    click.echo(
+        f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} right); "
+        f"always {classes[commonest]!r}: {number / len(labels):.2%}"
+    )
+    return {example.name: classes[best] for example, best in zip(examples, predicted)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+@click.group(context_settings={"show_default": True})
+def main():
+    """Tune the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
+
+
+@main.command("train")
+@click.option("--task", type=click.Choice(HEAD_TASKS), required=True)
+@click.option("--base", type=click.Path(), required=True, help="A ViT, CLIP's tower, or a RoBERTa with its tokenizer.")
+@click.option("--data", type=click.Path(), required=True, help="Folders of pictures or .npz; .tsv, .csv, JSON; SQuAD.")
+@click.option("--limit", type=click.IntRange(1), help="Use only so many examples, drawn from all.")
+def train_command(**options):
+    """Tune an adapter and a head: the encoder stays frozen."""
+    started = time.perf_counter()
+    parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
+    launch(lambda: tune_encoder(*parts, started), options["out"])
+
+
+# And those of train.py that make sense here; encoders are too small to need activation checkpointing.
+SHARED = {field.name for record in (TrainConfig, RunOptions) for field in fields(record)} | {"device", "dtype"}
+train_command.params += [option for option in train_llama.params if option.name in SHARED - {"checkpoint_activations"}]
+
+
+@main.command("evaluate")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="As train takes it for the task.")
+@click.option("--task", type=click.Choice(HEAD_TASKS), help="[default: the adapter's]")
+@click.option("--adapter", "adapter_path", type=click.Path(), help="[default: none, and the head that the base has]")
+@click.option("--base", type=click.Path(), help="[default: the one that the adapter names]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON.")
+@click.option("--limit", type=click.IntRange(1), help="Ask only about so many, drawn from all.")
+@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, help="Positions per forward pass.")
+@device_options
+def evaluate_command(data, task, adapter_path, base, out, limit, micro_batch_tokens, device, dtype):
+    """Accuracy of an encoder with an adapter, or with the head that it came with; of answers, exact match and F1."""
+    with one_line_errors():
+        device, dtype = select_device(device, dtype)
+        tuned = load_tuned(adapter_path, task, base, dtype, device)
+        if tuned.task == "question-answering":
+            answers = evaluate_squad(tuned, data, limit)
+        else:
+            answers = evaluate_classes(tuned, data, limit, micro_batch_tokens)
+        if out is not None:
+            write_json(out, answers, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SystemExit as end:
+        exit_rank(end.code)
