@@ -4,7 +4,6 @@ In this order: the configuration, the optimizer and its learning rate, the loss,
 is made of, a run with its files, and the command. Notation as in adapter.py.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,18 @@ from click.core import ParameterSource
 from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
-from data import IGNORE, Batch, Example, Tokenizer
-from data import epoch_batches, hold_out, micro_batches, num_targets, split_over_ranks, tokenize
+from data import (
+    IGNORE,
+    Batch,
+    Example,
+    Tokenizer,
+    epoch_batches,
+    hold_out,
+    micro_batches,
+    num_targets,
+    split_over_ranks,
+    tokenize,
+)
 from formats.bases import base_fingerprint, load_llama, read_base
 from formats.image_encoders import load_image_encoder
 from model import LLaMA, num_parameters
@@ -29,7 +38,6 @@ from runtime.cli import SEED, Real, device_options
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import AllRanksError
-from runtime.fingerprints import hash_tensors
 from runtime.quantization import quantize_int8
 from tasks import TASKS, attach_features, with_images
 from toy import TOYS
@@ -37,18 +45,8 @@ from training import distributed
 from training.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
-from training.run import (
-    BaseOptions,
-    DataOptions,
-    Prepared,
-    Recorder,
-    RunOptions,
-    Step,
-    begin,
-    finish,
-    pick,
-    run_options,
-)
+from training.run import BaseOptions, DataOptions, RunOptions, fixed_options, pick, run_options
+from training.run import Prepared, Recorder, Step
 from training.run_files import run_state
 
 
@@ -252,17 +250,19 @@ def read_examples(source: DataOptions) -> tuple[list[Example], DataOptions]:
     examples = examples[: source.limit]
     if source.tower is None and source.encoder is None:
         return [replace(example, image="") for example in examples], source
-    used = with_images(examples, source.images, source.skip_missing, source.data)
+    used = with_images(examples, source.images, source.skip_missing, source.data or f"the toy {source.toy}")
     if len(used) < len(examples):
         say(f"{len(examples) - len(used):,} of {len(examples):,} left out: their image is not there")
+    if not any(example.image for example in used):
+        raise ValueError(f"{source.data}: none of its {len(examples)} examples has an image that is there")
     return used, source
 
 
 def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
     """The frozen base, its tokenizer, and the strategy: whole on every rank ("ddp", or a process alone), or "fsdp".
 
-    What travels with ddp is the gradient of the adapter, summed in `train_step`. With fsdp the layers are split over the
-    ranks as well, and gathered when it is their turn. Raises ValueError.
+    What travels with ddp is the gradient of the adapter, summed in `train_step`. With fsdp the layers are split over
+    the ranks as well, and gathered when it is their turn. Raises ValueError.
     """
     dtype = getattr(torch, base.dtype)
     strategy = distributed.choose_strategy(base.strategy, num_parameters(opened[0]) * dtype.itemsize, device)
@@ -278,15 +278,6 @@ def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device
     return model, tokenizer, strategy
 
 
-def fixed_options(config: TrainConfig, source: DataOptions, base: BaseOptions, examples: list) -> dict[str, object]:
-    """What a run and its resumption must have in common, as far as it is known before the base is loaded."""
-    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
-    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
-    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
-    changeable = {"micro_batch_tokens", "checkpoint_activations"} | ({"layers"} if config.layers is None else set())
-    return {name: value for name, value in options.items() if name not in changeable}
-
-
 def prepare(
     config: TrainConfig, source: DataOptions, base: BaseOptions, examples: list[Example], device: torch.device
 ) -> tuple[Prepared, TrainConfig]:
@@ -297,10 +288,8 @@ def prepare(
         path = TOYS[source.toy].base() if base.base is None else Path(base.base)
         opened = read_base(path)
         config = config.for_base(path, opened[0].n_layers, opened[0].max_seq_len or math.inf)
-        if base.int8:
-            config = replace(
-                config, checkpoint_activations=True
-            )  # autograd would keep the widened weights of all layers
+        if base.int8:  # autograd would keep the widened weights of all layers
+            config = replace(config, checkpoint_activations=True)
     model, tokenizer, strategy = load_base(base, path, opened, device)
     options = fixed_options(config, source, base, examples) | {"base_fingerprint": base_fingerprint(model)}
     distributed.check_same_on_all_ranks(options | asdict(config) | {"strategy": strategy, "compile": base.compile})
@@ -311,7 +300,7 @@ def prepare(
     if any(example.image for example in examples):
         examples, encoder = see_images(examples, source, getattr(torch, base.dtype), device)
         features = [example.features for example in examples if example.features is not None]
-        options |= {"features_hash": hash_tensors(features)} if source.encoder else encoder.metadata
+        options |= encoder.fixed_options(features)
         about |= encoder.metadata
         adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
     else:
@@ -319,12 +308,8 @@ def prepare(
     with sync_errors():
         tokens, cut = tokenize(tokenizer, examples, config.max_seq_len)
         training, validation = hold_out(tokens, config.val_size, config.seed)
-    counts = {
-        "examples": len(training),
-        "held_out": len(validation),
-        "dropped": len(examples) - len(tokens),
-        "cut": cut,
-    }
+    dropped = len(examples) - len(tokens)
+    counts = {"examples": len(training), "held_out": len(validation), "dropped": dropped, "cut": cut}
     about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
     known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
@@ -358,11 +343,12 @@ def tune(
 ) -> None:
     """The training loop, followed with metrics, validation and checkpoints, from the beginning or where a run stopped.
 
-    `state` is of `run_state`, `started` of `time.perf_counter`; `evaluate(model, tokenizer, adapter)` is asked at the end.
+    `state` is of `run_state`, `started` of `time.perf_counter`; `evaluate` is asked of the tuned adapter.
     """
     model, adapter, training = prepared.model, prepared.adapter, prepared.training
     optimizer = make_optimizer(adapter, config.weight_decay)
-    recorder = Recorder(prepared, optimizer, run, begin(prepared, optimizer, run, state))
+    recorder = Recorder(prepared, optimizer, run)
+    recorder.begin(state)
     first_step, steps_per_epoch = recorder.progress.step, math.ceil(len(training) / config.batch_size)
     steps = training_steps(model, adapter, optimizer, training, config, objective, first_step)
     less_memory = f"fewer than --micro-batch-tokens {config.micro_batch_tokens}"
@@ -376,13 +362,13 @@ def tune(
         deadline=started + 60 * (run.max_minutes or math.inf),
         less_memory=less_memory,
     )
-    finish(prepared, run, recorder.progress, started, base, evaluate)
+    recorder.finish(started, base, evaluate)
 
 
 def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions, started: float) -> None:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
-        check_source(source)
+        source.check()
         device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
         if base.base is None and local_rank() == 0:
@@ -401,28 +387,14 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
     tune(prepared, config, run, state, started, base.base, evaluate=evaluate)
 
 
-def check_source(source: DataOptions) -> None:
-    """Raise ValueError where options about the data contradict each other."""
-    if source.tower is not None and source.encoder is not None:
-        raise ValueError("--clip and --encoder: one of them makes the features of an image")
-    if source.data is not None and source.toy != "text":
-        raise ValueError(f"--toy {source.toy} brings its own data: leave out --data {source.data}")
-    given = {"--clip": source.tower, "--encoder": source.encoder, "--images": source.images}
-    given["--task"] = None if source.task == "instructions" else source.task
-    what = next((name for name, value in given.items() if value is not None), None)
-    if source.data is None and what is not None:
-        raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
-
-
-TOY_HELP = (
-    "Without --data: instructions about an almanac; with questions about handwritten digits; those, images withheld."
-)
-STRATEGY_HELP = "Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit."
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]")
-@click.option("--toy", type=click.Choice(list(TOYS)), default="text", help=TOY_HELP)
+@click.option(
+    "--toy",
+    type=click.Choice(list(TOYS)),
+    default="text",
+    help="Without --data: words, pictures too, or pictures withheld.",
+)
 @click.option(
     "--task", type=click.Choice(list(TASKS)), default="instructions", help="What the data is: see docs/tasks.md."
 )
@@ -453,7 +425,9 @@ STRATEGY_HELP = "Under torchrun: the base whole on every rank, or split over the
 @click.option("--limit", type=click.IntRange(1), help="Use only the first so many examples.")
 @click.option("--seed", type=SEED, default=0, help="Of prompts, split and order.")
 @device_options
-@click.option("--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help=STRATEGY_HELP)
+@click.option(
+    "--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help="Of ranks: docs/distributed.md."
+)
 @run_options
 @click.pass_context
 def main(context, **options):

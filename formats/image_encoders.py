@@ -11,6 +11,7 @@ from adapter import Adapter
 from formats.encoders import load_vit
 from multimodal import DEPTHS, ImageAdapter, encode_images, encode_with_function, load_function, tower_fingerprint
 from runtime.files import resolved
+from runtime.fingerprints import hash_tensors
 
 
 class TowerEncoder:
@@ -25,6 +26,10 @@ class TowerEncoder:
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
         """(F,) for each. Raises OSError or ValueError."""
         return encode_images(paths, self.tower, self.depths, cache)
+
+    def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
+        """What a run that is resumed must see images with, too."""
+        return {"tower_fingerprint": self.metadata["tower_fingerprint"]}
 
 
 class FunctionEncoder:
@@ -41,6 +46,10 @@ class FunctionEncoder:
             made_for = f"the adapter was made for {self.num_features}"
             raise ValueError(f"{self.where}: has {len(features[0])} features, {made_for}")
         return features
+
+    def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
+        """What a run that is resumed must see images with, too: the features themselves."""
+        return {"features_hash": hash_tensors(features)}
 
 
 def load_image_encoder(

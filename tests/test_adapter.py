@@ -91,7 +91,7 @@ def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, device):
     """PEFT's zero gate is not the base model (it adds the bias of Wo twice); ours is, exactly."""
     model = make_model().to(device, dtype)
     adapter = make_adapter(model, layers=3, gates=closed_by == "strength").to(device)
-    prompts = adapter(strength=0.0 if closed_by == "strength" else 1.0, dtype=dtype)
+    prompts = adapter(gate_scale=0.0 if closed_by == "strength" else 1.0, dtype=dtype)
     tokens = make_tokens(model, 2, 7).to(device)
     assert torch.equal(model(tokens, prompts), model(tokens))
 
@@ -159,7 +159,7 @@ def test_condition_is_added_to_every_prompt():
 
 def test_strength_scales_the_gate_after_its_activation():
     adapter = make_adapter(make_model())
-    for full, half in zip(adapter(), adapter(strength=0.5)):
+    for full, half in zip(adapter(), adapter(gate_scale=0.5)):
         assert torch.equal(half.gate, full.gate / 2)
         assert torch.equal(half.tokens, full.tokens)
     assert torch.equal(adapter()[0].gate.flatten(), adapter.gates[0].tanh())

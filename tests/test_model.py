@@ -6,8 +6,7 @@ from helpers import CONFIGS, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
 from benchmarks.peers import as_transformers
-from formats.bases import load_llama
-from model import Config, KVCache, apply_rope, fingerprint, rope_cos_sin, select_device
+from model import Config, KVCache, apply_rope, rope_cos_sin
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -30,7 +29,7 @@ def test_decoding_equals_rescoring(config, form, device):
     lengths = torch.tensor([7, 4, 1], device=device)
     whole = model(tokens, prompts)
 
-    cache = KVCache(model, batch=3, length=16)
+    cache = KVCache(model, batch=3, capacity=16)
     padded = tokens[:, :7].clone()
     padded[1, 4:], padded[2, 1:] = 0, 0  # what follows a row's own tokens is of no account
     logits = model(padded, prompts, cache)
@@ -50,8 +49,8 @@ def test_closed_gates_are_the_base_in_cached_decoding_too(dtype, device):
     model = make_model().to(device, dtype)
     tokens = make_tokens(model, 2, 9).to(device)
     runs = []
-    for prompts in ((), make_adapter(model).to(device)(strength=0.0, dtype=dtype)):
-        cache, logits = KVCache(model, batch=2, length=9), []
+    for prompts in ((), make_adapter(model).to(device)(gate_scale=0.0, dtype=dtype)):
+        cache, logits = KVCache(model, batch=2, capacity=9), []
         for chunk in tokens.split([5, 1, 1, 1, 1], dim=1):
             logits.append(model(chunk, prompts, cache))
             cache.lengths += chunk.shape[1]
@@ -65,7 +64,7 @@ def test_prompts_are_projected_once_per_generation():
     adapter = make_adapter(model, layers=1)
     projected = []
     model.layers[-1].attention.wk.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[-2]))
-    cache = KVCache(model, batch=1, length=8)
+    cache = KVCache(model, batch=1, capacity=8)
     for token in make_tokens(model, 1, 3).split(1, dim=1):
         model(token, adapter(), cache)
         cache.lengths += 1
@@ -82,21 +81,21 @@ def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
     """A table kept in the model would be rounded with it, and mix up positions beyond 256."""
     model = make_model().bfloat16()
     seen = []
-    monkeypatch.setattr("model.apply_rope", lambda x, turns: seen.append(turns) or apply_rope(x, turns))
+    monkeypatch.setattr("model.apply_rope", lambda x, cos, sin: seen.append((cos, sin)) or apply_rope(x, cos, sin))
     model(make_tokens(model, 1, 300))
     position = torch.arange(300, dtype=torch.float64)[:, None]
     angles = position * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    cos, sin = (part.squeeze(1) for part in seen[0])  # (300, 4, 1), (300, 4, 2)
+    cos, sin = (part[0, :, 0] for part in seen[0])  # (300, 4)
     assert cos.dtype == sin.dtype == torch.float32
-    torch.testing.assert_close(cos[..., 0].double(), angles.cos(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(sin.double(), torch.stack([-angles.sin(), angles.sin()], -1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def at(vector, position):
-        return apply_rope(vector, rope_cos_sin(torch.tensor([position]), Config(head_dim=8)))
+        return apply_rope(vector, *rope_cos_sin(torch.tensor([[position]]), Config(head_dim=8)))
 
     torch.testing.assert_close(at(x, 7).norm(), x.norm(), rtol=1e-6, atol=0)
     near, far = ((at(x, p) * at(y, p + 3)).sum() for p in (0, 50))
@@ -126,18 +125,3 @@ def test_norms_of_large_values_survive_bfloat16_and_float16():
 def test_numbers_that_make_no_model(numbers, message):
     with pytest.raises(ValueError, match=message):
         Config(**numbers)
-
-
-def test_choose():
-    assert select_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
-    assert select_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
-    assert select_device("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    for absent in ("nonsense", "cuda:99", "meta"):
-        with pytest.raises(ValueError, match=f"device '{absent}' is not to be had"):
-            select_device(absent)
-
-
-def test_fingerprint_knows_the_weights_and_not_the_dtype(tiny_base):
-    model, _ = load_llama(tiny_base)
-    same, _ = load_llama(tiny_base, torch.bfloat16)
-    assert fingerprint(model) == fingerprint(same) != fingerprint(make_model())

@@ -25,7 +25,7 @@ class Child:
 
     @staticmethod
     def run(args, spoil, n, there):
-        train.update = before_step(n, there.set)
+        train.train_step = before_step(n, there.set)
         raise SystemExit(command(args, spoil)[0])
 
     def exit_code(self):
@@ -93,7 +93,7 @@ def test_twenty_kills(forks, args, tmp_path):
 def test_sigterm_saves_and_is_no_failure(args, tmp_path, monkeypatch):
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(train, "train_step", before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         result = run(*args)
     assert result.exit_code == 0 and "stopped by SIGTERM after step 7: to go on, add --resume" in result.stderr
     assert run(*args, "--resume").exit_code == 0
@@ -136,33 +136,40 @@ def test_signals_outside_of_the_steps(args, monkeypatch):
         time.sleep(5)
 
     for where, said in (
-        ("prepare", "there is nothing yet to go on from"),
-        ("draw_curves", "to go on, add --resume"),
+        ("train.prepare", "there is nothing yet to go on from"),
+        ("training.run.draw_curves", "to go on, add --resume"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(train, where, signalled)
+            patch.setattr(where, signalled)
             result = run(*args)
         assert result.exit_code == 0 and result.stderr.splitlines()[-1] == f"stopped by SIGTERM: {said}"
     assert run(*args, "--resume").exit_code == 0
 
 
-def test_memory_that_runs_out_loses_nothing(args, tmp_path, monkeypatch):
-    """Amid the optimizer's step, even: what it had changed by then is put back."""
+@pytest.mark.parametrize("where, kept", [("train.chunked_cross_entropy", 6), ("torch.optim.AdamW.step", 4)])
+def test_memory_that_runs_out(args, tmp_path, monkeypatch, where, kept):
+    """In a forward pass nothing is lost; amid the optimizer's step, which may be half done, the last checkpoint is."""
+    args += ["--val-size", 0]
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
-    step, calls = torch.optim.AdamW.step, []
+    function, calls = train.chunked_cross_entropy if kept == 6 else torch.optim.AdamW.step, []
 
-    def halfway(self, *more):
+    def halfway(*more):
         calls.append(1)
-        step(self, *more)
+        result = function(*more)
         if len(calls) == 7:
             raise torch.OutOfMemoryError("no memory left")
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", halfway)
-        result = run(*args)
+        patch.setattr(where, halfway)
+        result = run(*args, "--save-every", 4)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: no memory left; ") and "as of step 6; to go on, add --resume and" in last
+    if kept == 6:
+        assert last.startswith("error: no memory left; ") and "as of step 6; to go on, add --resume and" in last
+    else:
+        assert last == "error: no memory for the optimizer's step: no memory left; what was saved last stands"
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept
     assert run(*args, "--resume").exit_code == 0
     assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
 
@@ -186,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", before_step(8, fill_up))
+        patch.setattr(train, "train_step", before_step(8, fill_up))
         result = run(*args, "--save-every", 3)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 2 and "Traceback" not in result.output

@@ -14,25 +14,32 @@ import torch
 from helpers import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
 from safetensors.torch import load_file
 
-from adapter import Adapter, Prompt, gated_attention, gated_attention_paper
-from data import Tokens
+from adapter import Adapter, gated_attention, gated_attention_paper
+from data import Tokens, hold_out, read_examples, tokenize
 from formats.bases import load_llama
-from model import KVCache, compile_layers
-from train import CTRL_C, signals
-from training.prepare import split
-from training.runs import draw_curves, read_metrics
-from training.step import HeadLoss, accumulate_gradient, learning_rate, make_optimizer, mean_loss, update
+from runtime.compilation import compile_layers
+from toy import TOYS
+from train import TrainConfig, learning_rate, make_optimizer, mean_loss, train_step
+from training.launch import CTRL_C, signals
+from training.loss import chunked_cross_entropy
+from training.run_files import read_metrics
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
-    """Two kinds, each with 2 tokens to begin with."""
+    """Of unequal lengths, as are their prompts."""
     random = torch.Generator().manual_seed(seed)
     examples = []
     for record, (prompt_length, length) in enumerate(lengths):
-        kind = "ab"[record % 2]
         ids = [record % 2, 7] + torch.randint(vocab_size, (length - 2,), generator=random).tolist()
-        examples.append(Tokens(ids, prompt_length, record, kind))
+        examples.append(Tokens(ids, prompt_length, record))
     return examples
+
+
+def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activations=False):
+    """train_step's loss, with a rate of zero: the gradient is left in the adapter, which stays as it is."""
+    optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
+    config = TrainConfig(micro_batch_tokens=max_tokens, checkpoint_activations=checkpoint_activations)
+    return train_step(model, adapter, optimizer, examples, 0.0, config)
 
 
 def naive_loss(model, adapter, examples):
@@ -47,52 +54,34 @@ def naive_loss(model, adapter, examples):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("form", [gated_attention, gated_attention_paper])
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("max_tokens, recompute", [(1, False), (40, True), (10_000, False), (10_000, True)])
-def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, recompute, monkeypatch):
-    """Shared beginnings, cut last layer, head by rows, recomputation, unequal parts: one loss, one gradient."""
-    monkeypatch.setattr(HeadLoss, "ROWS", 7)
+@pytest.mark.parametrize("max_tokens, checkpointed", [(1, False), (40, True), (10_000, False), (10_000, True)])
+def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, checkpointed, monkeypatch):
+    """Logits in few rows at the response alone, checkpointing, unequal micro-batches: one loss, one gradient."""
+    monkeypatch.setattr("training.loss.ROWS", 7)
     model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
     examples += examples[:1]
     plain, fast = make_adapter(model, layers), make_adapter(model, layers)
     loss = naive_loss(model, plain, examples)
     loss.backward()
-    assert accumulate_gradient(model, fast, examples, max_tokens, recompute) == pytest.approx(loss.item(), rel=1e-5)
+    assert loss_and_gradient(model, fast, examples, max_tokens, checkpointed) == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in plain.named_parameters():
         gradient = fast.get_parameter(name).grad
         assert (gradient - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
-    assert mean_loss(model, fast, examples, max_tokens) == pytest.approx(loss.item(), rel=1e-5)
+    config = TrainConfig(micro_batch_tokens=max_tokens)
+    assert mean_loss(model, fast, examples, config) == pytest.approx(loss.item(), rel=1e-5)
     assert all(weight.grad is None for weight in model.parameters())
-
-
-def test_shared_beginnings_are_computed_once():
-    model, seen = make_model(), []
-    model.layers[0].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    model.layers[-1].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    examples = [Tokens([5, 6, 7, i, 9, 10], 5, i) for i in range(4)]
-    mean_loss(model, make_adapter(model), examples, 100)
-    assert seen == [3 + 4 * 2, 4]  # three tokens shared, two of each row's own; one answer a row
 
 
 @pytest.mark.parametrize("ids, number", [([5, 6, 7, 8], 2), ([5, 6], 3), ([5, 6, 7], 1)])
 def test_rows_that_are_all_alike(ids, number):
-    """All but the last input is shared, and so are answers."""
     model = make_model()
     examples = [Tokens(ids, 1, 0)] * number
     plain, fast = make_adapter(model), make_adapter(model)
     loss = naive_loss(model, plain, examples)
     loss.backward()
-    assert accumulate_gradient(model, fast, examples, 100) == pytest.approx(loss.item(), rel=1e-5)
+    assert loss_and_gradient(model, fast, examples, 100) == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(fast.prompts.grad, plain.prompts.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_what_cannot_be_shared_is_refused():
-    model, adapter = make_model(), make_adapter(make_model())
-    tokens = torch.ones(2, 3, dtype=torch.long)
-    own = [Prompt(p.tokens.repeat(2, 1, 1), p.gate) for p in adapter()]
-    for options in (dict(shared=3), dict(shared=1, prompts=own), dict(shared=1, cache=KVCache(model, 2, 9))):
-        with pytest.raises(ValueError, match="2 rows of 3, .* cannot share"):
-            model.hidden_states(tokens, **options)
 
 
 def test_compiled_layers_are_the_plain_ones():
@@ -102,12 +91,12 @@ def test_compiled_layers_are_the_plain_ones():
     plain, compiled = make_model(), make_model()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_layers(compiled)
+    compile_layers(compiled.layers)
     for seed, lengths in enumerate([((3, 9), (4, 12)) * 3, ((6, 31), (3, 9)) * 5]):
         examples = make_examples(plain.config.vocab_size, lengths, seed)
         a, b = make_adapter(plain, layers=1), make_adapter(plain, layers=1)
-        loss = accumulate_gradient(plain, a, examples, 10_000)
-        assert accumulate_gradient(compiled, b, examples, 10_000) == pytest.approx(loss, rel=1e-5)
+        loss = loss_and_gradient(plain, a, examples, 10_000)
+        assert loss_and_gradient(compiled, b, examples, 10_000) == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(b.prompts.grad, a.prompts.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(b.gates.grad, a.gates.grad, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # below the adapted layer, and it
@@ -188,16 +177,14 @@ def test_a_run_on_a_gpu_in_bfloat16(args, tmp_path):
 
 def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
-    from data import read_examples, tokenize
-
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    _, held_out = split(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
-    assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_after"], rel=1e-5)
+    _, held_out = hold_out(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
+    assert mean_loss(model, adapter, held_out, TrainConfig()) == pytest.approx(summary["val_loss_after"], rel=1e-5)
     torch.nn.init.zeros_(adapter.gates)
-    assert mean_loss(model, adapter, held_out, 10_000) == pytest.approx(summary["val_loss_before"], rel=1e-5)
+    assert mean_loss(model, adapter, held_out, TrainConfig()) == pytest.approx(summary["val_loss_before"], rel=1e-5)
 
 
 def test_base_is_untouched_and_only_the_adapter_trains(tiny_base, tmp_path):
@@ -206,7 +193,7 @@ def test_base_is_untouched_and_only_the_adapter_trains(tiny_base, tmp_path):
     adapter = make_adapter(model, layers=1, gates=False)
     optimizer = make_optimizer(adapter, weight_decay=0.02)
     for _ in range(3):
-        update(model, adapter, optimizer, make_examples(model.config.vocab_size), 0.1, 50)
+        train_step(model, adapter, optimizer, make_examples(model.config.vocab_size), 0.1, TrainConfig())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
     assert adapter.gates.abs().min() > 0
@@ -217,10 +204,10 @@ def test_no_example_is_both_trained_on_and_held_out():
     """The authors validate on the first 200 rows that they train on."""
     examples = make_examples(50, lengths=[(2, 5)] * 30)
     for size, number in ((0, 0), (0.1, 3), (7, 7)):
-        training, held_out = split(examples, size, seed=0)
+        training, held_out = hold_out(examples, size, seed=0)
         assert len(held_out) == number
         assert sorted(e.name for e in training + held_out) == list(range(30))
-    assert split(examples, 7, seed=0) != split(examples, 7, seed=1)
+    assert hold_out(examples, 7, seed=0) != hold_out(examples, 7, seed=1)
 
 
 def test_the_schedule_reaches_the_optimizer(args, tmp_path, monkeypatch):
@@ -244,7 +231,7 @@ def test_every_epoch_has_an_order_of_its_own_and_all_of_the_examples(args, monke
     import train
 
     seen = []
-    monkeypatch.setattr(train, "update", lambda *a: seen.append([e.name for e in a[3]]) or update(*a))
+    monkeypatch.setattr(train, "train_step", lambda *a: seen.append([e.name for e in a[3]]) or train_step(*a))
     assert run(*args).exit_code == 0
     epochs = [seen[i : i + 5] for i in (0, 5, 10)]
     records = [sorted(r for batch in epoch for r in batch) for epoch in epochs]
@@ -260,22 +247,6 @@ def test_the_seed_is_that_of_prompts_and_split_too(args, tmp_path):
         drawn.append(Adapter.load(tmp_path / str(seed) / "adapter.safetensors").prompts)
         first.append(read_metrics(tmp_path / str(seed) / "metrics.jsonl")[0]["val_loss"])
     assert not torch.equal(*drawn) and first[0] != first[1]
-
-
-@pytest.mark.filterwarnings("ignore:No artists")
-def test_curves_show_the_losses_and_the_gates(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    shown = []
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: shown.append((list(x), list(y))))
-    imshow = Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda self, image, **more: shown.append(image) or imshow(self, image, **more))
-    adapter = make_adapter(make_model())
-    lines = [{"step": 0, "val_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
-    draw_curves(lines, adapter, tmp_path / "curves.png")
-    training, validation, gates = shown
-    assert training == ([1, 2], [2.5, 2.0]) and validation == ([0], [3.0])
-    assert torch.equal(torch.as_tensor(gates), adapter.gates.tanh())
 
 
 def test_same_seed_same_adapter(args, tmp_path):
@@ -324,7 +295,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
     """Let the process be signalled in so many steps from now."""
-    monkeypatch.setattr("train.update", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
+    monkeypatch.setattr("train.train_step", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
 
 
 @pytest.mark.parametrize(
@@ -363,12 +334,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path):
     """kill -9 after the checkpoint of step 2 or 4: what metrics.jsonl has beyond it is made again, the same."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import os, train; update, calls = train.update, []\n"
+        "import sys; sys.path.insert(0, 'tests'); import os, train; step, calls = train.train_step, []\n"
         "def fatal(*a):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
-        "    return update(*a)\n"
-        "train.update = fatal; train.main()"
+        "    return step(*a)\n"
+        "train.train_step = fatal; train.main()"
     )
     command = [sys.executable, "-c", code, *map(str, args), "--save-every", "2"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
@@ -429,32 +400,26 @@ def test_a_real_ctrl_c(args, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient", "parameters"])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
     """ "Loss is nan, stopping" (OGV 144, 67, 59): ours names the records and keeps what was good."""
-    calls, adapters = [], []
+    clip, calls, adapters = torch.nn.utils.clip_grad_norm_, [], []
 
-    def fail(model, adapter, *rest):
+    def spoil(parameters, *more):
+        """What the step looks at before it is taken."""
         calls.append(1)
-        adapters.append([p.detach().clone() for p in adapter.parameters()])
-        loss = accumulate_gradient(model, adapter, *rest)
-        if len(calls) == 4 and broken == "loss":
-            return math.nan
+        adapters.append([p.detach().clone() for p in parameters])
         if len(calls) == 4 and broken == "gradient":
-            adapter.prompts.grad[0, 0, 0] = math.inf
-        return loss
+            parameters[0].grad[0, 0, 0] = math.inf
+        return clip(parameters, *more)
 
-    step = torch.optim.AdamW.step
-
-    def overshoot(self, *more):
-        step(self, *more)
-        if len(calls) == 4 and broken == "parameters":
-            with torch.no_grad():
-                self.param_groups[0]["params"][0][0, 0, 0] = math.inf
+    def not_finite(*more):
+        loss = chunked_cross_entropy(*more)
+        return loss * math.nan if len(calls) == 3 and broken == "loss" and loss.requires_grad else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.step.accumulate_gradient", fail)
-        patch.setattr(torch.optim.AdamW, "step", overshoot)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+        patch.setattr("train.chunked_cross_entropy", not_finite)
         result = run(*args)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
@@ -551,10 +516,9 @@ def test_default_rate_is_the_papers(args, tmp_path):
 
 def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
     """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
-    from toy import almanac as toy
-
-    monkeypatch.setattr(toy, "make_base", lambda: tiny_base)
-    monkeypatch.setattr(toy, "TUNING", toy.TUNING | {"layers": 3, "epochs": 2})
+    tuning = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
+    tiny = TOYS["text"]._replace(tuning=tuning, make=lambda: None, base=lambda: tiny_base)
+    monkeypatch.setitem(TOYS, "text", tiny)
     seen = {}
     for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):
         result = run("--out", tmp_path / name, "--limit", 64, "--device", "cpu", *more)

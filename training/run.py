@@ -1,12 +1,13 @@
 """A training run with its files: what it is made of, and its steps followed with metrics, validation, checkpoints."""
 
+import hashlib
 import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,18 @@ class DataOptions:
     skip_missing: bool = False
     features: Path = Path("features")  # keeps what the tower makes of images
 
+    def check(self) -> None:
+        """Raise ValueError where they contradict each other."""
+        if self.tower is not None and self.encoder is not None:
+            raise ValueError("--clip and --encoder: one of them makes the features of an image")
+        if self.data is not None and self.toy != "text":
+            raise ValueError(f"--toy {self.toy} brings its own data: leave out --data {self.data}")
+        given = {"--clip": self.tower, "--encoder": self.encoder, "--images": self.images}
+        given["--task"] = None if self.task == "instructions" else self.task
+        what = next((name for name, value in given.items() if value is not None), None)
+        if self.data is None and what is not None:
+            raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -87,6 +100,19 @@ def run_options(command):
     return command
 
 
+def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list) -> dict[str, object]:
+    """What a run and its resumption must have in common, as far as it is known before the base is loaded.
+
+    `config` is a train.TrainConfig.
+    """
+    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
+    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
+    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
+    unknown = {"layers"} if config.layers is None else set()
+    return {name: value for name, value in options.items() if name not in changeable | unknown}
+
+
 class Prepared(NamedTuple):
     """All that training needs, found, loaded and checked."""
 
@@ -112,33 +138,34 @@ class Step(NamedTuple):
     seconds: float
 
 
-def begin(prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions, state: str) -> Progress:
-    """Say what will be done, fill adapter and optimizer from a checkpoint if one is gone on from, ready the folder."""
-    counts, options = prepared.counts, prepared.options
-    trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (prepared.adapter, prepared.model))
-    say(
-        f"{trainable:,} parameters to train, {frozen:,} frozen, on {prepared.adapter.gates.device} in {options['dtype']}"
-        + (f", {prepared.strategy} over {world_size()} ranks" if world_size() > 1 else "")
-        + f"\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} "
-        f"dropped ({prepared.why_dropped} {options['max_seq_len']} tokens), {counts['cut']:,} cut to fit"
-    )
-    progress = Progress()
-    if state == "begun":
-        progress = load_checkpoint(run.out / "checkpoint.pt", prepared.adapter, optimizer, options)
-    with sync_errors():
-        if rank() == 0:
-            begin_in_folder(run.out, progress.step)
-    return progress
-
-
 class Recorder:
     """Follows the steps of a run: a line of metrics for each, validation at every epoch, checkpoints, reasons to stop.
 
     `progress` is always that of the adapter and the optimizer as they are. Only the first rank writes.
     """
 
-    def __init__(self, prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions, progress: Progress):
-        self.prepared, self.optimizer, self.run, self.progress = prepared, optimizer, run, progress
+    def __init__(self, prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions):
+        self.prepared, self.optimizer, self.run, self.progress = prepared, optimizer, run, Progress()
+
+    def begin(self, state: str) -> None:
+        """Say what will be done, make the folder ready; to go on, fill adapter and optimizer from the checkpoint.
+
+        `state` is of `run_state`. Raises OSError, or ValueError where the files of a run don't fit.
+        """
+        adapter, model, counts, options = (getattr(self.prepared, n) for n in ("adapter", "model", "counts", "options"))
+        trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
+        ranks = f", {self.prepared.strategy} over {world_size()} ranks" if world_size() > 1 else ""
+        say(
+            f"{trainable:,} parameters to train, {frozen:,} frozen, on {adapter.gates.device} in {options['dtype']}"
+            f"{ranks}\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, "
+            f"{counts['dropped']:,} dropped ({self.prepared.why_dropped} {options['max_seq_len']} tokens), "
+            f"{counts['cut']:,} cut to fit"
+        )
+        if state == "begun":
+            self.progress = load_checkpoint(self.run.out / "checkpoint.pt", adapter, self.optimizer, options)
+        with sync_errors():
+            if rank() == 0:
+                begin_in_folder(self.run.out, self.progress.step)
 
     def follow(
         self,
@@ -219,28 +246,28 @@ class Recorder:
             advice = f"to go on, add --resume and {less_memory}"
             raise ValueError(f"{error}; {files} {self.progress.step}; {advice}") from None
 
+    def finish(self, started: float, base: str | None, evaluate: Callable | None) -> None:
+        """Write the adapter with its losses, curves, and summary.json, with what `evaluate` says of the tuned adapter.
 
-def finish(
-    prepared: Prepared, run: RunOptions, progress: Progress, started: float, base: str | None, evaluate: Callable | None
-) -> None:
-    """What `evaluate` says of the tuned adapter, the adapter with its losses, curves, and summary.json."""
-    scores = {}
-    if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
-        with redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
-            scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
-    if rank() == 0:
-        adapter, out = prepared.adapter, run.out
-        metrics = read_metrics(out / "metrics.jsonl")
-        losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
-        change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
-        adapter.save(out / "adapter.safetensors", **change)
-        draw_curves(metrics, adapter, out / "curves.png")
-        summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts
-        summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change
-        summary |= {"tokens": progress.tokens, "tokens_per_second": progress.tokens / progress.seconds} | scores
-        summary |= {"wall_seconds": time.perf_counter() - started}
-        summary |= {"peak_memory_bytes": peak_memory(adapter.gates.device)}
-        summary |= {"options": prepared.options | {"base": resolved(base)}}
-        write_json(out / "summary.json", summary, indent=2)
-        (out / "checkpoint.pt").unlink()
-    say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {run.out}")
+        `evaluate` is called with model, tokenizer and adapter; `started` is of `time.perf_counter`.
+        """
+        prepared, out, scores = self.prepared, self.run.out, {}
+        if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
+            with redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
+                scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
+        if rank() == 0:
+            adapter, metrics = prepared.adapter, read_metrics(out / "metrics.jsonl")
+            losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
+            change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
+            adapter.save(out / "adapter.safetensors", **change)
+            draw_curves(metrics, adapter, out / "curves.png")
+            summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts
+            summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change
+            speed = self.progress.tokens / self.progress.seconds
+            summary |= {"tokens": self.progress.tokens, "tokens_per_second": speed} | scores
+            summary |= {"wall_seconds": time.perf_counter() - started}
+            summary |= {"peak_memory_bytes": peak_memory(adapter.gates.device)}
+            summary |= {"options": prepared.options | {"base": resolved(base)}}
+            write_json(out / "summary.json", summary, indent=2)
+            (out / "checkpoint.pt").unlink()
+        say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
