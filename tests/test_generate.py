@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from helpers import ROOT, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, Prompt
 from data import format_prompt
-from formats.bases import load_llama
-from generate import compiled_decoding, generate, main, sample, stream, text_pieces
-from model import fingerprint
+from formats.bases import base_fingerprint, load_llama
+from generate import decode, generate, main, sample, stream, text_pieces
+from runtime.compilation import compile_decoding
 
 
 def run(*args, input=None):
@@ -29,7 +30,7 @@ def tiny_adapter(tiny_base, tmp_path_factory):
     adapter = make_adapter(model)
     torch.nn.init.constant_(adapter.gates, 2.0)
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    adapter.save(path, base=tiny_base, base_layers=3, base_fingerprint=fingerprint(model), prompt_template="alpaca")
+    adapter.save(path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca")
     return path
 
 
@@ -58,16 +59,17 @@ def test_compiled_decoding_is_the_plain_one():
     prompts = make_adapter(model)()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    decode = compiled_decoding(model)
+    other = deepcopy(model)  # its linear layers are replaced
+    compiled = compile_decoding(decode, other)
     for length in (5, 9, 14):
         row = [make_tokens(model, length, seed=length).tolist()]
         plain = generate(model, row, prompts, max_new_tokens=12)
-        assert generate(model, row, prompts, max_new_tokens=12, decode=decode) == plain
+        assert generate(other, row, prompts, max_new_tokens=12, decode=compiled) == plain
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
 
 
 def test_no_compiler_is_a_line(tiny_adapter, monkeypatch):
-    monkeypatch.setattr("model.shutil.which", lambda name: None)
+    monkeypatch.setattr("runtime.compilation.shutil.which", lambda name: None)
     result = run("--adapter", tiny_adapter, "--device", "cpu", "--compile", "Hello.")
     assert result.exit_code == 2 and "needs a C++ compiler" in result.output
 
@@ -188,11 +190,12 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
         assert tokens == [tokenizer.bos_id, *tokenizer.encode(text)]
         assert options.pop("generator").initial_seed() == 0
         # The paper's sampling, not another (OGV 133).
+        assert options.pop("decode") is decode
         assert options == {"max_new_tokens": 256, "eos_id": tokenizer.eos_id, "temperature": 0.1, "top_p": 0.75}
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
     options = seen.pop()[1]
-    assert options.pop("generator").initial_seed() == 7
+    assert options.pop("generator").initial_seed() == 7 and options.pop("decode") is decode
     assert options == {"max_new_tokens": 3, "eos_id": tokenizer.eos_id, "temperature": 0.5, "top_p": 0.9}
     run("--adapter", tiny_adapter, "--greedy", "cat")
     assert seen.pop()[1]["temperature"] == 0
@@ -314,7 +317,7 @@ def chef_and_poet(tiny_base, tmp_path_factory):
         adapter = make_adapter(model, layers=layers, seed=seed)
         torch.nn.init.constant_(adapter.gates, 2.0)
         paths.append(tmp_path_factory.mktemp("adapters") / f"{name}.safetensors")
-        adapter.save(paths[-1], base=tiny_base, base_layers=3, base_fingerprint=fingerprint(model))
+        adapter.save(paths[-1], base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model))
     return paths
 
 
@@ -427,7 +430,7 @@ def test_twenty_adapters_cost_their_own_memory_and_nothing_else(tmp_path):
     Adapter(layers=30, length=10, dim=4096, heads=32).save(tmp_path / "a.safetensors")
     code = (
         "import torch\n"
-        "from exchange import load_adapter\n"
+        "from formats.adapters import load_adapter\n"
         "def anonymous(): return 1024 * int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
         f"def ready(): a = load_adapter({str(tmp_path / 'a.safetensors')!r}); return a, a(dtype=torch.bfloat16)\n"
         "with torch.no_grad(): first = ready(); before = anonymous(); twenty = [ready() for _ in range(20)]\n"
