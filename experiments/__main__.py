@@ -18,7 +18,7 @@ from experiments.efficiency import compare_methods, search_rates
 from experiments.encoders import roberta, vit
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
-from experiments.tables import RESULTS, write_results
+from experiments.tables import RESULTS, save_results
 from experiments.testbed import TestbedOptions, read_testbed
 from runtime.cli import Real, device_options, one_line_errors
 from tasks import TASKS
@@ -88,7 +88,7 @@ def run_all(seeds: int, out: Path, **options) -> None:
             click.echo(f"{name}. {inspect.getdoc(experiment)}\n")
             experiment(testbed, seeds, out)
         minutes = (time.perf_counter() - start) / 60
-        write_results(out, "all", {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        save_results(out, "all", {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__})
         click.echo(f"{minutes:.1f} minutes, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
 
 

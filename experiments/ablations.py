@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.methods import GATES_AT_ONE, ONE_SOFTMAX, ZERO_INIT, finite_steps, set_up
-from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, without_losses, write_results
+from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, save_results, without_losses
 from experiments.testbed import Testbed
 from training.curves import paint_gates
 
@@ -43,7 +43,7 @@ def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
     per_epoch = math.ceil(len(testbed.tuning) / testbed.batch_size)
     curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
     values = {"paper": paper, "rows": without_losses(rows), "loss_by_epoch": curves}
-    write_results(out, "zero_init", values, figure)
+    save_results(out, "zero_init", values, figure)
 
 
 def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
@@ -76,7 +76,7 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
     right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
-    write_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
+    save_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
 EPOCHS = (15, 30, 60)
@@ -98,7 +98,7 @@ def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
     left.legend()
     draw_line(right, EPOCHS, [percent(row["accuracy"]) for row in rows.values()])
     right.set(xlabel="epochs", ylabel="answered exactly, %", xticks=EPOCHS)
-    write_results(out, "epochs", {"paper": paper, "rows": without_losses(rows)}, figure)
+    save_results(out, "epochs", {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
 def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
@@ -118,7 +118,7 @@ def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     shares = {label: percent(row["accuracy"]) for label, row in rows.items()}
     draw_bars(figure.subplots(), shares, "answered exactly, %")
-    write_results(out, "design", {"rows": without_losses(rows)}, figure)
+    save_results(out, "design", {"rows": without_losses(rows)}, figure)
 
 
 def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
@@ -148,7 +148,7 @@ def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
         axes.set(title=f"step {step}")
     figure.colorbar(image, ax=panels)
 
-    write_results(out, "gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
+    save_results(out, "gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
     click.echo(f"{'step':>8}" + "".join(f"{f'layer {N - L + i}':>10}" for i in range(L)) + "   (mean |tanh g|)")
     for step in shown:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))

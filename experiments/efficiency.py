@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import toy
 from experiments.measures import base_measures, run_setting
 from experiments.methods import FULL, LORA, ONE_SOFTMAX, ZERO_INIT, import_peft
-from experiments.tables import compare_settings, draw_bars, percent, rounded, without_losses, write_results
+from experiments.tables import compare_settings, draw_bars, percent, rounded, save_results, without_losses
 from experiments.testbed import Testbed
 
 # The best on a fifth of what the toy is tuned on, as `search_rates` finds them.
@@ -46,7 +46,7 @@ def compare_methods(testbed: Testbed, seeds: int, out: Path) -> None:
         draw_bars(panels[3], {label: row["perplexity"] for label, row in rows.items()}, "perplexity of the base's text")
         panels[3].axvline(before, color="black", linewidth=1)
     values = {"paper": paper, "perplexity_before": before, "rows": without_losses(rows)}
-    write_results(out, "methods", values, figure)
+    save_results(out, "methods", values, figure)
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
@@ -70,7 +70,7 @@ def search_rates(testbed: Testbed, seeds: int, out: Path) -> None:
         tried = [rate_for(testbed, method, factor) for factor in (0.1, 0.3, 1, 3, 10)]
         settings |= {f"{method}, {lr:.3g}": testbed.default._replace(method=method, lr=lr) for lr in tried}
     rows = compare_settings(testbed, settings, seeds)
-    write_results(out, "rates", {"rows": without_losses(rows)}, draw_rates(rows) if len(testbed.text) else None)
+    save_results(out, "rates", {"rows": without_losses(rows)}, draw_rates(rows) if len(testbed.text) else None)
 
 
 def draw_rates(rows: dict[str, dict]) -> Figure:

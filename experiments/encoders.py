@@ -19,13 +19,13 @@ from encoder_tuning.objective import CLASSIFICATION, classify
 from encoders.heads import head_adapter
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
 from experiments.small_roberta import make_roberta
-from experiments.tables import RESULTS, draw_bars, percent, spread, write_results
+from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
 from formats.encoders import load_encoder
 from runtime.cli import one_line_errors
 from train import TrainConfig, make_optimizer
 
 METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
-RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 # The best of these for each method on a tenth of the training digits, as --search finds them.
 VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.01}
 # Guessed from those, not searched.
@@ -105,7 +105,7 @@ def search_encoder_rates(sets: LabelledSets, setting: EncoderSetting) -> None:
     if not tenth:
         raise ValueError(f"{len(sets.training)} examples have no tenth to try learning rates on")
     inner = LabelledSets(sets.base, sets.training[tenth:], sets.training[:tenth], sets.num_classes)
-    for lr in RATES:
+    for lr in TRIED_RATES:
         compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0])
 
 
@@ -168,7 +168,7 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
         click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
         rows = compare_encoder_methods(sets, VIT_RATES, setting, range(seeds))
         values = {"untuned": share, "options": asdict(setting), "methods": rows}
-        write_results(out, "vit", values, draw_accuracies(rows, "untuned", share))
+        save_results(out, "vit", values, draw_accuracies(rows, "untuned", share))
 
 
 @click.command(context_settings={"show_default": True})
@@ -190,4 +190,4 @@ def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setti
         click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{commonest:>10.2%}")
         rows = compare_encoder_methods(sets, ROBERTA_RATES, setting, range(seeds))
         values = {"majority": commonest, "options": asdict(setting), "methods": rows}
-        write_results(out, "roberta", values, draw_accuracies(rows, "always the commonest", commonest))
+        save_results(out, "roberta", values, draw_accuracies(rows, "always the commonest", commonest))

@@ -10,7 +10,7 @@ from adapter import Adapter
 from experiments.efficiency import rate_for
 from experiments.measures import tune_setting
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
-from experiments.tables import draw_bars, percent, spread, write_results
+from experiments.tables import draw_bars, percent, save_results, spread
 from experiments.testbed import Testbed
 from formats.bases import load_llama
 from generate import Request, Responder
@@ -51,7 +51,7 @@ def compare_on_scienceqa(testbed: Testbed, seeds: int, out: Path, problems: list
     draw_bars(axes, {method: percent(row["likeliest"]) for method, row in rows.items()}, "likeliest answer right, %")
     axes.axvline(100 * chance, color="black", linewidth=1)
     values = {"paper": paper, "chance": chance, "problems": len(problems), "tuned_on": len(testbed.tuning)}
-    write_results(out, "scienceqa", values | {"rows": rows}, figure)
+    save_results(out, "scienceqa", values | {"rows": rows}, figure)
 
 
 def scienceqa_row(testbed: Testbed, problems: list[Problem], method: str, seeds: int) -> dict[str, list]:

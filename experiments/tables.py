@@ -56,7 +56,7 @@ def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
     return written
 
 
-def write_results(out: Path, name: str, values: dict, figure: Figure | None = None) -> None:
+def save_results(out: Path, name: str, values: dict, figure: Figure | None = None) -> None:
     """NAME.json and NAME.png in the folder; what is known from the paper is printed as well."""
     for what, published in values.get("paper", {}).items():
         click.echo(f"the paper, {what}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))

@@ -44,7 +44,7 @@ class TestbedOptions:
     dtype: str = "auto"
 
 
-class Source(NamedTuple):
+class TestbedParts(NamedTuple):
     """Where a testbed comes from."""
 
     base: Path
@@ -76,7 +76,7 @@ class Testbed:
         return TrainConfig(batch_size=self.batch_size, seed=seed, **how)
 
 
-def toy_source(options: TestbedOptions, searching: bool) -> Source:
+def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     """Raises ValueError where options are for another base."""
     if options.task or options.text:
         raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
@@ -84,7 +84,7 @@ def toy_source(options: TestbedOptions, searching: bool) -> Source:
     default = Setting(layers=toy.TUNING["layers"], lr=toy.TUNING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
     batch_size = options.batch_size or toy.TUNING["batch_size"]
-    return Source(toy.make_base(), default, batch_size, tuning, subset(asked, options.held_out), documents)
+    return TestbedParts(toy.make_base(), default, batch_size, tuning, subset(asked, options.held_out), documents)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
@@ -103,7 +103,7 @@ def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
     return [question.example for question in tuning], [question.example for question in asked]
 
 
-def data_source(options: TestbedOptions, searching: bool, asked: list[Example] | None) -> Source:
+def data_parts(options: TestbedOptions, searching: bool, asked: list[Example] | None) -> TestbedParts:
     """What is asked is a tenth of the data, held out, or given. Raises OSError or ValueError."""
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
@@ -113,7 +113,7 @@ def data_source(options: TestbedOptions, searching: bool, asked: list[Example] |
             raise ValueError(f"{options.data}: {len(examples)} examples are too few to learn from some and ask others")
         tuning, asked = hold_out(tuning, max(1, len(tuning) // 10), seed=0)
     documents = [] if options.text is None else [read_text(options.text)[:100_000]]
-    return Source(options.base, default, batch_size, tuning, subset(asked, options.held_out or 200), documents)
+    return TestbedParts(options.base, default, batch_size, tuning, subset(asked, options.held_out or 200), documents)
 
 
 def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
@@ -121,27 +121,27 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
         raise ValueError("--base and --data go together; without them it is the toy's")
-    source = toy_source(options, searching) if options.base is None else data_source(options, searching, asked)
+    parts = toy_parts(options, searching) if options.base is None else data_parts(options, searching, asked)
     changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
-    default = source.default._replace(**{name: value for name, value in changed.items() if value is not None})
-    base, (config, _) = source.base, read_base(source.base)
+    default = parts.default._replace(**{name: value for name, value in changed.items() if value is not None})
+    base, (config, _) = parts.base, read_base(parts.base)
     if default.layers > config.n_layers:
         raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
     tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
     max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
-    tuning = subset(source.tuning, options.limit)
+    tuning = subset(parts.tuning, options.limit)
     tokens, _ = tokenize(tokenizer, tuning, max_length)
     fitting = [
-        (example, found[0]) for example in source.asked if (found := tokenize(tokenizer, [example], max_length)[0])
+        (example, found[0]) for example in parts.asked if (found := tokenize(tokenizer, [example], max_length)[0])
     ]
     if not tokens or not fitting:
         raise ValueError(
             f"within {max_length} tokens there are {len(tokens)} of {len(tuning)} examples to learn from, "
-            f"and {len(fitting)} of {len(source.asked)} to be asked"
+            f"and {len(fitting)} of {len(parts.asked)} to be asked"
         )
     questions, held_out = map(list, zip(*fitting))
-    text = text_rows(tokenizer, source.documents, min(ROW, max_length))
-    shape = {"n_layers": config.n_layers, "batch_size": source.batch_size, "default": default}
+    text = text_rows(tokenizer, parts.documents, min(ROW, max_length))
+    shape = {"n_layers": config.n_layers, "batch_size": parts.batch_size, "default": default}
     return Testbed(base, tokenizer, tokens, held_out, questions, text, **shape, device=device, dtype=dtype)
 
 

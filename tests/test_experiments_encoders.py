@@ -110,7 +110,7 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
     assert values["majority"] == 0.5 and set(values["methods"]) == set(encoders.METHODS)
     assert values["options"] == {"epochs": 2, "batch_size": 64, "length": 10, "rank": 3}
     assert values["methods"]["head only"]["trained"] == 2 * (32 + 1)
-    assert result.output.count("full tuning") == len(encoders.RATES)
+    assert result.output.count("full tuning") == len(encoders.TRIED_RATES)
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(made) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
     (tmp_path / "text.txt").write_text("the river of the km " * 80)
