@@ -13,7 +13,7 @@ from generate import decode
 from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding
 
-COLUMNS = {
+GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
     "times ours": ratio_text,
     "weights read, of the copy speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %",
@@ -55,4 +55,4 @@ def time_generation(json_path, number, **options):
         row["bandwidth_share"] = weights * number / row["median"] / speed
     about = measured_on(workload.size, workload.device, workload.dtype)
     about |= {"new_tokens": number, "bytes_per_token": weights, "copy_bytes_per_second": speed}
-    publish("generate", rows, COLUMNS, about, json_path)
+    publish("generate", rows, GENERATION_COLUMNS, about, json_path)

@@ -123,17 +123,13 @@ class HuggingFace(Contestant):
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
         import peft
 
-        config = {
-            "adaption prompt": lambda: peft.AdaptionPromptConfig(
-                adapter_len=length, adapter_layers=layers, task_type="CAUSAL_LM"
-            ),
-            "lora": lambda: peft.LoraConfig(  # as Alpaca-LoRA does it
-                r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-            ),
-        }
         self.model = as_transformers(model)
-        if kind in config:
-            self.model = peft.get_peft_model(self.model, config[kind]())
+        if kind == "adaption prompt":
+            config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=length, adapter_layers=layers)
+            self.model = peft.get_peft_model(self.model, config)
+        elif kind == "lora":  # as Alpaca-LoRA does it
+            config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+            self.model = peft.get_peft_model(self.model, config)
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         longest = max(len(example.ids) for example in examples)
@@ -164,7 +160,8 @@ class LitGPT(Contestant):
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 
         c, weight = model.config, model.tok_embeddings.weight
-        config = Config(
+        config = Config.from_name(
+            "Llama-2-7b-hf",
             block_size=1024,
             n_layer=c.n_layers,
             n_embd=c.dim,
@@ -174,12 +171,7 @@ class LitGPT(Contestant):
             intermediate_size=c.hidden_dim,
             padded_vocab_size=c.vocab_size,
             vocab_size=c.vocab_size,
-            norm_class_name="RMSNorm",
             norm_eps=c.norm_eps,
-            mlp_class_name="LLaMAMLP",
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
             rope_base=int(c.rope_theta),
             adapter_prompt_length=length,
             adapter_start_layer=c.n_layers - layers,

@@ -8,13 +8,14 @@ from benchmarks.tables import publish
 from benchmarks.workload import LENGTH
 from model import SIZES, Config
 from runtime.cli import Real
+from train import TrainConfig
 from training.distributed import too_large
 
-# Stanford Alpaca in LLaMA's tokens, an example on average; 2 % are held out.
-EXAMPLES, TOKENS, RESPONSE = 52_002, 127.1, 65.5
-BATCH, EPOCHS = 64, 5
+PAPER = TrainConfig()
+EXAMPLES = 52_002  # of Stanford Alpaca, those held out among them
+EXAMPLE_TOKENS, RESPONSE_TOKENS = 127.1, 65.5  # LLaMA's, on average
 
-COLUMNS = {
+PLAN_COLUMNS = {
     "strategy": lambda row: row["strategy"],
     "weights": lambda row: f"{row['weights'] / 1e9:.0f} GB",
     "activations": lambda row: f"{row['activations'] / 1e9:.0f} GB",
@@ -28,6 +29,7 @@ COLUMNS = {
 def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     """For one size on so many GPUs of so many bytes and operations per second, with a base in bfloat16."""
     C, N, adapted = config.dim, config.n_layers, config.n_layers - 2
+    step_tokens = PAPER.batch_size * EXAMPLE_TOKENS
     heads = config.n_heads + config.n_kv_heads
     layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # numbers
     outside = 2 * config.vocab_size * C
@@ -35,7 +37,7 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     # A split base: a part of each layer, and two whole ones, the one at work and the next.
     weights = 2 * (outside + (N * layer / gpus + 2 * layer if strategy == "fsdp" else N * layer))
 
-    positions = min(8192, BATCH * TOKENS / gpus)  # of a micro-batch
+    positions = min(PAPER.micro_batch_tokens, step_tokens / gpus)  # of a micro-batch
     kept = 2 * positions * (7 * C + 3 * config.hidden_dim)  # bytes in a layer, as memory.kept_per_token counts them
     activations, checkpointed = (adapted + 1) * kept, False
     if weights + activations > 0.9 * memory:
@@ -45,12 +47,12 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     # Two operations a weight and token forward; as many backwards where there are prompts; and where activations are
     # not kept, forward again. The head sees the response alone, forward and backwards.
     per_token = 2 * layer * (N + adapted * (2 if checkpointed else 1))
-    operations = TOKENS * per_token + RESPONSE * 4 * config.vocab_size * C
+    operations = EXAMPLE_TOKENS * per_token + RESPONSE_TOKENS * 4 * config.vocab_size * C
     travels = 0.0
     if gpus > 1:
         travels = 2 * (gpus - 1) / gpus * adapter  # around a ring
     if strategy == "fsdp":
-        travels += (gpus - 1) / gpus * 2 * layer * (N + adapted) * math.ceil(BATCH * TOKENS / gpus / positions)
+        travels += (gpus - 1) / gpus * 2 * layer * (N + adapted) * math.ceil(step_tokens / gpus / positions)
     total = weights + activations + 4 * adapter
     return {
         "strategy": strategy if gpus > 1 else "",
@@ -59,7 +61,7 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
         "sum": total,
         "fits": total < 0.95 * memory,
         "checkpointed": checkpointed,
-        "hours": EPOCHS * 0.98 * EXAMPLES * operations / (gpus * speed) / 3600,
+        "hours": PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * operations / (gpus * speed) / 3600,
         "operations": operations,
         "travels": travels,
     }
@@ -77,4 +79,4 @@ def plan_runs(gpu_memory, peak, utilisation):
         for gpus in (1, 8)
     }
     about = {"GB a GPU": gpu_memory, "TFLOP/s": peak, "utilisation": utilisation, "K": LENGTH}
-    publish("plan", rows, COLUMNS, about)
+    publish("plan", rows, PLAN_COLUMNS, about)

@@ -21,7 +21,7 @@ from runtime.compilation import compile_layers
 from train import TrainConfig, train_step
 
 LR = 1e-3
-COLUMNS = {
+TRAINING_COLUMNS = {
     "seconds": lambda row: f"{row['median']:.2f}",
     "times ours": ratio_text,
     "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
@@ -157,4 +157,4 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         "matmul_flops_per_second": speed,
         "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
-    publish("ablation" if ablation else "train", rows, COLUMNS, about, json_path)
+    publish("ablation" if ablation else "train", rows, TRAINING_COLUMNS, about, json_path)
