@@ -1,6 +1,7 @@
 """Pictures as CLIP sees them, their features, and what they do to prompts."""
 
 import json
+import shutil
 import wave
 
 import numpy as np
@@ -31,14 +32,22 @@ from encoders.media import open_video, preprocess
 from encoders.vit import ViTConfig
 from formats.bases import load_llama
 from formats.encoders import load_vit
-from multimodal import ImageAdapter, depths, features_by, features_of, global_features, load_function
-from training.runs import read_metrics
+from multimodal import (
+    ImageAdapter,
+    encode_images,
+    encode_with_function,
+    global_features,
+    layers_at_depths,
+    load_function,
+)
+from training.run_files import read_metrics
 
 
 def test_features_are_the_class_tokens_at_even_depths():
-    assert depths(24, 4) == [5, 11, 17, 23] and depths(3, 2) == [0, 2] and depths(5, 5) == [0, 1, 2, 3, 4]
+    assert layers_at_depths(24, 4) == [5, 11, 17, 23] and layers_at_depths(3, 2) == [0, 2]
+    assert layers_at_depths(5, 5) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="4 depths, of a tower of 3 layers"):
-        depths(3, 4)
+        layers_at_depths(3, 4)
     tower, images = make_vit(), make_images(3)
     features = global_features(tower, images, 2)
     states = [tower(images)[i][:, 0].double() for i in (0, 2)]
@@ -73,21 +82,21 @@ def test_every_sample_sees_its_own_image_or_none(config):
     tokens = make_tokens(model, 3, 6)
     seen = torch.tensor([True, False, True])
     with torch.no_grad():
-        logits = model(tokens, adapter(adapter.condition(features, seen)))
+        logits = model(tokens, adapter(features, seen))
         for i in range(3):
-            prompts = adapter(adapter.condition(features[i : i + 1])) if seen[i] else adapter()
+            prompts = adapter(features[i : i + 1]) if seen[i] else adapter()
             torch.testing.assert_close(logits[i : i + 1], model(tokens[i : i + 1], prompts), rtol=1e-4, atol=1e-4)
-        others = model(tokens, adapter(adapter.condition(features.flip(0), seen)))
+        others = model(tokens, adapter(features.flip(0), seen))
         changed = (logits - others).abs().amax(dim=(1, 2))
         assert changed[0] > 0.01 and changed[1] == 0 and changed[2] > 0.01
-        assert torch.equal(model(tokens, adapter(adapter.condition(features), strength=0.0)), model(tokens))
+        assert torch.equal(model(tokens, adapter(features, gate_scale=0.0)), model(tokens))
 
 
 def test_projection_and_prompts_learn_and_the_tower_does_not():
     model, tower = make_model(), make_vit()
     adapter = make_image_adapter(model)
     features = global_features(tower, make_images(2), 2)
-    model(make_tokens(model, 2, 6), adapter(adapter.condition(features))).sum().backward()
+    model(make_tokens(model, 2, 6), adapter(features)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
     assert all(p.grad is None for module in (model, tower) for p in module.parameters())
 
@@ -105,7 +114,7 @@ def test_the_file(tmp_path):
     loaded = ImageAdapter.load(tmp_path / "a.safetensors")
     assert loaded.metadata["encoder"] == "ViT-L/14"
     features = torch.randn(2, 256)
-    assert torch.equal(loaded.condition(features), adapter.condition(features))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(loaded(features), adapter(features)))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(loaded(), adapter()))
     with pytest.raises(ValueError, match="a.safetensors: .*projection"):
         Adapter.load(tmp_path / "a.safetensors")
@@ -167,12 +176,12 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
 
     model, tokenizer = load_llama(train_args[1])
     tower = load_vit(album / "ViT.pt")
-    rows = torch.stack(features_of([album / f"pictures/{i}.png" for i in range(3)], tower))
+    rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], tower))
     prompt = tokenize_prompt(tokenizer, "Name the colour.")
     likeliest = []
     for features in rows:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt]), adapter(adapter.condition(features[None])))[0, -1]
+            logits = model(torch.tensor([prompt]), adapter(features[None]))[0, -1]
         words = [tokenizer.encode(f"{colour}.")[0] for colour in ("red", "blue", "green")]
         likeliest.append(logits[words].argmax().item())
     assert likeliest == [0, 1, 2]
@@ -259,15 +268,15 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     film(tmp_path / "x.mp4", ["red", "lime", "blue"])
     tower = make_vit(SEEING)
     picture().save(tmp_path / "y.png")
-    (alone,) = features_of([tmp_path / "x.mp4"], tower)
-    still, moving, again = features_of(
+    (alone,) = encode_images([tmp_path / "x.mp4"], tower)
+    still, moving, again = encode_images(
         [tmp_path / "y.png", tmp_path / "x.mp4", tmp_path / "y.png"], tower, cache=tmp_path
     )
     torch.testing.assert_close(moving, alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(still, again) and not torch.allclose(still, moving)
     frames = torch.stack([preprocess(frame, tower.config) for frame in open_video(tmp_path / "x.mp4")])
     torch.testing.assert_close(moving, global_features(tower, frames).mean(0), rtol=1e-4, atol=1e-4)
-    assert torch.equal(features_of([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
+    assert torch.equal(encode_images([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
 
 
 ENCODERS = """
@@ -289,7 +298,7 @@ def test_an_encoder_of_the_user_s(tmp_path):
     files = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
     for file, content in zip(files, (b"abcdefgh", b"hgfedcba", b"abcd")):
         file.write_bytes(content)
-    one, other, same = features_by([*files[:2], files[0]], load_function(f"{tmp_path / 'ear.py'}:rows"))
+    one, other, same = encode_with_function([*files[:2], files[0]], load_function(f"{tmp_path / 'ear.py'}:rows"))
     assert one.shape == (16,) and torch.equal(one, same) and not torch.equal(one, other)
     torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normed
     for name, message in (
@@ -299,7 +308,7 @@ def test_an_encoder_of_the_user_s(tmp_path):
         ("leaves", "a.wav: the encoder failed: SystemExit: 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            features_by([files[0], files[2]], load_function(f"{tmp_path / 'ear.py'}:{name}"))
+            encode_with_function([files[0], files[2]], load_function(f"{tmp_path / 'ear.py'}:{name}"))
     with pytest.raises(ValueError, match="ear.py: has no function 'number'"):
         load_function(f"{tmp_path / 'ear.py'}:number")
     with pytest.raises(FileNotFoundError, match="no such encoder; it is named as FILE.py:FUNCTION"):
@@ -318,11 +327,10 @@ def tone(path, pitch, seed):
         file.writeframes((8000 * sound).astype(np.int16).tobytes())
 
 
-def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
+def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path):
     """Two pitches are learnt; the file says which encoder it needs, and no code runs but what the user names."""
     pytest.importorskip("av")
-    code = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]]
-    (tmp_path / "spectrum.py").write_text(next(part for part in code if part.startswith("# spectrum.py")))
+    shutil.copy(ROOT / "docs" / "spectrum.py", tmp_path / "spectrum.py")
     records = []
     for i in range(16):
         tone(tmp_path / f"{i}.wav", (500, 3000)[i % 2], i)
@@ -340,9 +348,9 @@ def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
     yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
     for i, pitch in enumerate((400, 3100)):
         tone(tmp_path / "new.wav", pitch, 99)
-        (features,) = features_by([tmp_path / "new.wav"], load_function(where))
+        (features,) = encode_with_function([tmp_path / "new.wav"], load_function(where))
         with torch.no_grad():
-            prompts = adapter(adapter.condition(features[None]))
+            prompts = adapter(features[None])
             logits = model(torch.tensor([tokenize_prompt(tokenizer, "High?")]), prompts)[0, -1]
         assert (logits[yes] > logits[no]) == bool(i)
 
@@ -358,6 +366,6 @@ def test_sounds_by_the_readme_s_encoder(tiny_base, tmp_path):
 
 
 def test_a_record_is_about_one_file(tmp_path):
-    with pytest.raises(ValueError, match="here: has more than one of the fields 'image', 'video', 'audio'"):
-        check_record({"instruction": "", "output": "", "image": "a", "audio": "b"}, "here")
-    assert check_record({"instruction": "", "output": "", "image": "", "video": "b"}, "here").image == "b"
+    with pytest.raises(ValueError, match="here: record 0: has more than one of the fields 'image', 'video', 'audio'"):
+        check_record({"instruction": "", "output": "", "image": "a", "audio": "b"}, "here", "record 0")
+    assert check_record({"instruction": "", "output": "", "image": "", "video": "b"}, "here", "record 0").image == "b"

@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 
 import train
 from adapter import Adapter
-from data import Tokens, micro_batches, shares
+from data import Tokens, micro_batches, split_over_ranks
 from formats.bases import load_llama
-from training import prepare, step
+from tasks import TASKS, Task
+from toy import TOYS
 from training.distributed import choose_strategy, fsdp_sharder, init_distributed, rank_device
-from training.runs import read_metrics
+from training.run_files import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -74,19 +75,19 @@ def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
 
 def make_examples(number=23):
     lengths = torch.randint(4, 60, (number,), generator=torch.Generator().manual_seed(0)).tolist()
-    return [Tokens(list(range(length)), 2, i, kind="ab"[i % 2]) for i, length in enumerate(lengths)]
+    return [Tokens(list(range(length)), 2, i) for i, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 64])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_example_falls_to_one_rank(number, world):
     examples = make_examples(number)
-    parts = shares(examples, world)
+    parts = split_over_ranks(examples, world)
     assert sorted(e.name for mine in parts for e in mine) == list(range(number))
     tokens = [sum(len(e.ids) for e in mine) for mine in parts]
     longest = max(len(e.ids) for e in examples)
     assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
-    assert sum(len(list(micro_batches(mine, 10_000))) for mine in parts) <= world + 1  # one border between two kinds
+    assert sum(len(micro_batches(mine, 10_000)) for mine in parts) == sum(map(bool, parts))
 
 
 def validate(lengths):
@@ -94,7 +95,7 @@ def validate(lengths):
     init_distributed()
     model = make_model("gqa")
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
-    return step.mean_loss(model, make_adapter(model), examples, 30)
+    return train.mean_loss(model, make_adapter(model), examples, train.TrainConfig(micro_batch_tokens=30))
 
 
 def test_validation_is_the_same_to_the_last_bit(forks):
@@ -104,7 +105,7 @@ def test_validation_is_the_same_to_the_last_bit(forks):
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    losses.add(step.mean_loss(model, make_adapter(model), examples, 30))
+    losses.add(train.mean_loss(model, make_adapter(model), examples, train.TrainConfig(micro_batch_tokens=30)))
     torch.set_num_threads(threads)
     assert len(losses) == 1
 
@@ -123,10 +124,10 @@ def one_step(strategy):
             split(block)
         split(model)
     adapter = make_adapter(model)
-    optimizer = step.make_optimizer(adapter, 0.0)
+    optimizer = train.make_optimizer(adapter, 0.0)
     examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
     with profile(record_shapes=True) as profiler:
-        step.update(model, adapter, optimizer, examples, 0.1, 1000)
+        train.train_step(model, adapter, optimizer, examples, 0.1, train.TrainConfig())
     for event in profiler.events():
         if event.name in ("gloo:all_reduce", "gloo:all_gather", "gloo:reduce_scatter", "gloo:broadcast"):
             number = sum(torch.Size(shape).numel() for shape in event.input_shapes)
@@ -157,17 +158,17 @@ def test_what_travels_and_what_stays(forks, strategy):
 def no_data(rank):
     if rank == 1:
 
-        def fail(task, path, images):
+        def fail(path, images):
             raise FileNotFoundError(2, "No such file or directory", str(path))
 
-        prepare.read_task = fail
+        TASKS["instructions"] = Task(fail)
 
 
 def no_compiler(rank):
     def fail(device, int8):
         raise ValueError("--compile needs a C++ compiler")
 
-    prepare.prepare_to_compile = fail
+    train.prepare_to_compile = fail
 
 
 @pytest.mark.parametrize(
@@ -214,18 +215,18 @@ def interrupted(rank):
 
 def not_a_number(rank):
     """On rank 1 alone, a part of the gradient."""
-    loss_sum, calls = step.loss_sum, []
+    cross_entropy, calls = train.chunked_cross_entropy, []
 
     def spoilt(*arguments):
         calls.append(1)
-        return loss_sum(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
+        return cross_entropy(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
 
-    step.loss_sum = spoilt
+    train.chunked_cross_entropy = spoilt
 
 
 def spoil_step(rank, spoilt, act, step=8):
     if rank == spoilt:
-        train.update = before_step(step, act)
+        train.train_step = before_step(step, act)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_a_rank_that_fails_ends_all(forks, args, tmp_path, strategy, spoil, fail
 
 def killed_while_loading(rank):
     if rank == 1:
-        prepare.load_llama = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        train.load_llama = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_ends_before_the_first_step(forks, args):
@@ -261,9 +262,9 @@ def test_a_rank_that_ends_before_the_first_step(forks, args):
 
 
 def other_options(rank):
-    parse = prepare.read_task
+    read = TASKS["instructions"].read
     if rank == 1:
-        prepare.read_task = lambda *a: parse(*a)[:-1]
+        TASKS["instructions"] = Task(lambda *a: read(*a)[:-1])
 
 
 def test_ranks_with_other_data_end_all(forks, args):
@@ -273,13 +274,13 @@ def test_ranks_with_other_data_end_all(forks, args):
 
 
 def quick_examination(rank):
-    def examine(model, tokenizer, adapter):
+    def evaluate(model, tokenizer, adapter):
         print("examined")
         with torch.no_grad():
             model(torch.tensor([[1, 2, 3]]), adapter())
         return {"examined": rank}
 
-    train.examine = examine
+    TOYS["text"] = TOYS["text"]._replace(make=lambda: None, evaluate=evaluate)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -296,8 +297,8 @@ def test_which_strategy_and_which_device(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100))
     assert choose_strategy("auto", 71, gpu) == "ddp"  # nothing to split it over
-    monkeypatch.setattr("training.distributed.world", lambda: 2)
-    monkeypatch.setattr("training.distributed.highest", lambda number: number)
+    monkeypatch.setattr("training.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("training.distributed.all_reduce_max", lambda number: number)
     assert [choose_strategy("auto", size, gpu) for size in (70, 71)] == ["ddp", "fsdp"]
     assert choose_strategy("auto", 71, CPU) == "ddp" and choose_strategy("fsdp", 1, CPU) == "fsdp"
     with monkeypatch.context() as patch:
@@ -345,7 +346,7 @@ def test_a_resumed_run_cannot_change_its_options_on_any_rank(forks, args):
 def load_split(base):
     torch.set_num_threads(1)
     init_distributed()
-    model, _ = load_llama(base, split=fsdp_sharder(CPU))
+    model, _ = load_llama(base, shard=fsdp_sharder(CPU))
     whole, _ = load_llama(base)
     rows = make_tokens(whole, 2, 9)
     adapter = make_adapter(whole)
@@ -359,8 +360,8 @@ def test_a_split_base_is_the_same_model(forks, tiny_base):
 
 def load_and_watch(tiny_base, base):
     init_distributed()
-    load_llama(tiny_base, split=fsdp_sharder(CPU))  # so that the libraries' own memory doesn't count
-    (model, _), peak = peak_anonymous(lambda: load_llama(base, split=fsdp_sharder(CPU)))
+    load_llama(tiny_base, shard=fsdp_sharder(CPU))  # so that the libraries' own memory doesn't count
+    (model, _), peak = peak_anonymous(lambda: load_llama(base, shard=fsdp_sharder(CPU)))
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak
 
 
@@ -373,9 +374,9 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
 @pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
 def test_a_rank_ends_at_once(ranks, printed):
     """With what it has printed, and its exit code; a process alone ends as any other."""
-    code = "import atexit, parallel; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
+    code = "import atexit; from training.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
     result = subprocess.run(
-        [sys.executable, "-c", code + "parallel.exit_rank(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code + "exit_rank(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (3, printed), result.stderr
