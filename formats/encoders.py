@@ -138,8 +138,9 @@ class Source:
         theirs = renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
         self.used.add(self.prefix + theirs)
         tensor = self.tensors[self.prefix + theirs]()
+        check_dense(tensor)
         if packed:
-            return tensor.chunk(3)["qkv".index(packed[0])]  # one matrix has all three
+            return tensor.tensor_split(3)["qkv".index(packed[0])]  # one matrix has all three
         if name in ("class_embedding", "positions") and tensor.dim() == 3:  # (1, 1, C) and (1, T, C)
             return tensor[0, 0] if name == "class_embedding" else tensor[0]
         return tensor
@@ -252,9 +253,8 @@ def read_folder(folder: Path) -> Source:
     file = folder / "config.json"
     values = read_json_object(file)
     if values.get("model_type") is None and "architecture" in values:  # timm's
-        with named(file):
-            pixels = values.get("pretrained_cfg")
-            return read_state_dict(open_shards(folder), file, pixels if isinstance(pixels, dict) else {})
+        pixels = values.get("pretrained_cfg")
+        return read_state_dict(open_shards(folder), file, pixels if isinstance(pixels, dict) else {})
     with named(file):
         kind = values.get("model_type")
         if kind not in ("clip", "clip_vision_model", "vit", "roberta"):
@@ -327,19 +327,20 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) ->
         ]
         for tensor in shapes:
             check_dense(tensor)
-        patches, positions, first = (tuple(tensor.shape) for tensor in shapes)
+        patches, (*_, T, _), (hidden_dim, _) = (tuple(tensor.shape) for tensor in shapes)
         if kind is VitPytorch:
-            channels = 1 if (patches[1] ** 0.5).is_integer() else 3
-            P = round((patches[1] / channels) ** 0.5)
-            if channels * P * P != patches[1]:
-                raise ValueError(f"patches of {patches[1]} numbers are no squares")
+            C, per_patch = patches
+            channels = 1 if (per_patch**0.5).is_integer() else 3
+            P = round((per_patch / channels) ** 0.5)
+            if channels * P * P != per_patch:
+                raise ValueError(f"patches of {per_patch} numbers are no squares")
             if channels == 1:  # MNIST's
                 more |= {"mean": (0.1307,), "std": (0.3081,)}
         else:
-            _, channels, P, _ = patches
+            C, channels, P, _ = patches
         layers = [re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name) for name in tensors]
-        shape = {"dim": patches[0], "patch_size": P, "channels": channels, "hidden_dim": first[0]}
-        shape |= {"image_size": round((positions[-2] - 1) ** 0.5) * P, "n_heads": max(1, patches[0] // 64)}
+        shape = {"dim": C, "patch_size": P, "channels": channels, "hidden_dim": hidden_dim}
+        shape |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
         config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **shape | more)
     return kind(config, tensors, names, head=head, head_activation="gelu")
 

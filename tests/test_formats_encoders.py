@@ -79,6 +79,11 @@ def broken(tmp_path, change):
             r"norm.bias is \(7,\)",
         ),
         (lambda s: s.update({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}), "do not share|is "),
+        (
+            lambda s: s.update({"visual.transformer.resblocks.1.attn.in_proj_weight": "text"}),
+            "layers.1.attention.wq.weight is no dense tensor",
+        ),
+        (lambda s: s.update({"visual.positional_embedding": torch.ones(4)}), "ViT.pt: not enough values"),
     ],
 )
 def test_broken_towers_are_named(tmp_path, change, message):
