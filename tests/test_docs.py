@@ -38,9 +38,13 @@ def inline(text):
 
 
 def command_of(words):
-    """The click command that a line of words runs, and its arguments; None where it is another's program."""
+    """The click command that a line of words runs, and its arguments; None where it is another's program.
+
+    A program comes after `python` or `torchrun`, or before its options.
+    """
     for i, word in enumerate(words):
-        if word in PROGRAMS:
+        started = any("python" in before or before == "torchrun" for before in words[:i])
+        if word in PROGRAMS and (started or words[i + 1 : i + 2] and words[i + 1].startswith("-")):
             return importlib.import_module(PROGRAMS[word]).main, words[i + 1 :]
         if word == "-m" and words[i + 1] in PACKAGES:
             return importlib.import_module(f"{words[i + 1]}.__main__").main, words[i + 2 :]
@@ -60,14 +64,12 @@ def all_options(command):
 def wrong_in_line(line):
     """Options and subcommands in a line of shell that do not exist."""
     try:
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-    except ValueError as error:  # an open quotation
-        return [f"{line}: {error}"]
-    wrong = []
-    found = command_of(words)
+        found = command_of(shlex.split(line.removeprefix("$ "), comments=True))
+    except ValueError:  # an open quotation: no shell, but a formula or what a command prints
+        return []
     if found is None:
         return []
-    command, arguments = found
+    wrong, (command, arguments) = [], found
     if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         if arguments[0].isupper() or "|" in arguments[0]:  # NAME, or show|import|export
             names, subcommands = set(arguments[0].split("|")) - {"NAME"}, []
@@ -163,6 +165,13 @@ def test_ci_runs_the_line_for_a_fresh_machine():
     """.ci/run takes the first line with `python -m pytest`."""
     first = next(line for line in README.read_text(encoding="utf-8").splitlines() if "python -m pytest" in line)
     assert first.startswith("python3 -m venv .venv && ") and "requirements-dev.txt" in first
+
+
+def test_the_claims_are_those_of_the_experiments():
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(page) if line.startswith("| claim |"))
+    rows = page[first : page.index("", first)]
+    assert len(rows) > 5 and [row for row in rows if row not in README.read_text(encoding="utf-8").splitlines()] == []
 
 
 def test_line_counts_are_about_right():
