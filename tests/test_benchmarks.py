@@ -2,6 +2,7 @@
 
 import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,18 @@ def test_other_work_is_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(Plain, "loss", lambda *_: torch.tensor(1.0))
     result = run("train", "--peers", "--device", "cpu", "--examples", 4, "--batch-size", 4)
     assert result.exit_code == 2 and "has a first loss of 1.00000, ours is" in result.output
+
+
+def test_data_needs_its_tokenizer(instructions):
+    result = run("train", "--data", instructions)
+    assert result.exit_code == 2 and f"error: --data {instructions} needs --tokenizer FILE" in result.output
+
+
+def test_the_peak_of_memory_is_seen():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("reads /proc")
+    grown = measuring.peak_growth(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
+    assert 56 * 2**20 < grown < 96 * 2**20  # 64; Linux counts pages in batches
 
 
 def test_what_is_kept_is_counted():
