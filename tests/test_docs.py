@@ -152,6 +152,14 @@ def test_commands_and_options_exist(page):
     assert wrong_commands(page.read_text(encoding="utf-8")) == []
 
 
+def test_tests_that_are_named_exist():
+    named = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
+    files = list((ROOT / "tests").glob("test_*.py"))
+    there = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
+    assert "test_gates_open_first" in named
+    assert named - {"test_boolq"} <= there, "docs/tasks.md's example has a test of its own"
+
+
 def test_the_tree_is_the_top_level():
     assert tree(README.read_text(encoding="utf-8")) == on_the_top_level()
 
