@@ -1,86 +1,115 @@
-"""Each file imports only from those above it, so that a reader can go from top to bottom."""
+"""The house: what lies where, imports in one direction, and a book that can be read in one sitting."""
 
 import ast
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 from helpers import ROOT
 
-# What whoever runs a base with an adapter, on words and images, needs of ours.
-ANSWERS = {"adapter", "data", "cli", "model", "checkpoints", "encoder_files", "multimodal", "parallel"}
-# What each file may import of ours.
-ABOVE = {
-    "adapter": set(),
-    "data": set(),
-    "model": {"adapter"},
-    "parallel": {"model"},
-    "cli": {"parallel"},
-    "checkpoints": {"adapter", "data", "model"},
-    "encoders": {"adapter"},
-    "encoder_files": {"adapter", "checkpoints", "encoders"},
-    "multimodal": {"adapter", "encoders", "model"},
-    "tasks": {"data", "multimodal"},
-    "toy": {"adapter", "data", "model", "checkpoints"},
-    "digits": {"data", "encoders", "encoder_files", "multimodal", "toy"},
-    "runs": {"adapter", "checkpoints", "parallel"},
-    "heads": {"adapter", "data", "encoders", "model", "multimodal"},
-    "exchange": {"heads", "adapter", "cli", "checkpoints", "multimodal", "runs"},
-    "generate": ANSWERS | {"exchange"},
-    "evaluate": {
-        "heads",
-        "encoder_files",
-        "adapter",
-        "data",
-        "cli",
-        "model",
-        "multimodal",
-        "tasks",
-        "toy",
-        "digits",
-        "generate",
-    },
-    "step": {"adapter", "data", "model", "parallel"},
-    "prepare": ANSWERS | {"heads", "tasks", "toy", "digits", "step"},
-    "train": ANSWERS | {"heads", "tasks", "toy", "digits", "evaluate", "runs", "step", "prepare"},
-    "comparison": {"adapter", "data", "model", "checkpoints", "evaluate", "step"},
-    "experiments": ANSWERS | {"heads", "tasks", "toy", "generate", "evaluate", "runs", "step", "prepare", "comparison"},
-    "encoder_experiments": {
-        "adapter",
-        "cli",
-        "data",
-        "encoders",
-        "encoder_files",
-        "heads",
-        "step",
-        "comparison",
-        "experiments",
-    },
-    "peers": {"adapter", "data", "model", "generate", "step"},
-    "bench": {"adapter", "data", "cli", "model", "toy", "parallel", "generate", "step", "peers"},
+# A file imports only from lower ranks, or from its own folder.
+RANKS = {
+    "runtime": 1,
+    "adapter": 2,
+    "model": 3,
+    "data": 3,
+    "encoders": 3,
+    "multimodal": 4,
+    "formats": 5,
+    "training": 6,
+    "generate": 7,
+    "tasks": 8,
+    "toy": 8,
+    "train": 9,
+    "evaluate": 9,
+    "convert": 9,
+    "encoder_tuning": 10,
+    "experiments": 11,  # compares encoders as well
+    "benchmarks": 10,
 }
+TOP = ["adapter", "convert", "data", "evaluate", "generate", "model", "multimodal", "train"]
+BOOK = ["adapter", "model", "data", "train", "generate"]
+FILES = sorted(path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern) if path.parent.name != "tests")
+# What files of one kind have in common, so that one line in a table is all that another needs: a program its command,
+# a task and a format their ways to read.
+SHARED = {"main", "command", "read", "matches", "score", "read_answers", "write_results", "read_for_scoring"}
+
+
+def room(path):
+    """A file's place in RANKS."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The first part of every module that is imported, at the top or within a function."""
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module.split(".")[0]
 
 
-def test_every_file_has_its_place():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(ABOVE)
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("name", ABOVE)
-def test_no_arrow_points_up(name):
-    assert set(imports(ROOT / f"{name}.py")) & set(ABOVE) <= ABOVE[name]
+def test_eight_files_on_top_and_every_folder_has_its_rank():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == TOP
+    assert {room(path) for path in FILES} - {"docs"} == set(RANKS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    if room(path) != "docs":  # an example of a user's own file
+        rank = RANKS[room(path)]
+        backwards = [name for name in imports(path) if name in RANKS and name != room(path) and RANKS[name] >= rank]
+        assert not backwards
+
+
+def test_the_book_can_be_read_in_one_sitting():
+    lengths = {name: lines(ROOT / f"{name}.py") for name in BOOK}
+    assert max(lengths.values()) <= 450 and sum(lengths.values()) <= 1600, lengths
+    assert lines(ROOT / "README.md") <= 250
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_over_50_lines(path):
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert all(length <= 50 for length in lengths.values()), lengths
+
+
+def test_no_two_things_share_a_name():
+    names = Counter()
+    for path in FILES:
+        found = [node for node in tree(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        names.update(node.name for node in found if node.name not in SHARED)
+    assert [name for name, number in names.items() if number > 1] == []
+
+
+def test_answering_text_needs_neither_pictures_nor_the_toy():
+    code = "import generate, sys; print([name for name in sys.modules if name.split('.')[0] in {!r}])"
+    unneeded = ["matplotlib", "toy", "training", "tasks", "encoder_tuning", "experiments", "sklearn", "transformers"]
+    result = subprocess.run([sys.executable, "-c", code.format(unneeded)], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_nothing_is_unpickled_unchecked():
-    for path in ROOT.glob("*.py"):
+    for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 
 
 def test_the_reference_shares_no_code_with_the_project():
-    assert not set(imports(ROOT / "tests" / "reference.py")) & set(ABOVE)
+    assert not set(imports(ROOT / "tests" / "reference.py")) & set(RANKS)
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not [name for name in imports(path) if name == "conftest" or name.startswith("test_")], path
