@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -51,7 +50,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 def prefill(
     model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt], max_new_tokens: int
 ) -> tuple[Tensor, KVCache]:
-    """Read B rows of ids, which may differ in length: logits (B, V) of what follows each, and the cache to go on with."""
+    """Read B rows of ids, which may differ in length: logits (B, V) of what follows, and the cache to go on with."""
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in tokens], device=device)
     longest = int(lengths.max())
@@ -254,17 +253,34 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             click.echo()
 
 
-def answer_about_images(responder: Responder, requests: dict[str, Request], batch_size: int) -> None:
-    """Print the answer about an image; about several, each on a line behind the image's name, line breaks as \\n."""
+def answer_about_images(
+    responder: Responder, paths: Sequence[Path], requests: Sequence[Request], batch_size: int
+) -> None:
+    """Print the answer about an image; about several, each on a line behind the image's path, line breaks as \\n."""
     if len(requests) == 1:
-        click.echo("".join(responder.answer(*requests.values())))
+        click.echo("".join(responder.answer(requests[0])))
         return
-    names = list(requests)
-    with tqdm(total=len(names), unit="image", file=sys.stderr) as bar:
-        for start in range(0, len(names), batch_size):
-            part = names[start : start + batch_size]
-            for name, answer in zip(part, responder.answer_batch([requests[name] for name in part], bar)):
-                bar.write(f"{name}: " + answer.replace("\n", "\\n"), file=sys.stdout)
+    with tqdm(total=len(requests), unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(requests), batch_size):
+            batch = slice(start, start + batch_size)
+            for path, answer in zip(paths[batch], responder.answer_batch(requests[batch], bar)):
+                bar.write(f"{path}: " + answer.replace("\n", "\\n"), file=sys.stdout)
+
+
+def attach_images(
+    responder: Responder, requests: Sequence[Request], images: dict[int, Path], tower: str | None, encoder: str | None
+) -> list[Request]:
+    """The requests, those that have an image with its features, as the adapter that is asked was tuned on.
+
+    Raises OSError or ValueError, where an adapter cannot see images, too.
+    """
+    weight, requests = responder.model.tok_embeddings.weight, list(requests)
+    for name in dict.fromkeys(requests[i].adapter for i in images):
+        image_encoder = load_image_encoder(tower, encoder, weight.dtype, weight.device, responder.adapters.get(name))
+        ours = [i for i in images if requests[i].adapter == name]
+        for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
+            requests[i] = requests[i]._replace(features=features)
+    return requests
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -318,18 +334,8 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 @click.option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be.")
 @click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
 @click.option("--input", default="", help="Alpaca's input field: what the instruction is about.")
-@click.option(
-    "--image",
-    "--video",
-    "--audio",
-    "images",
-    type=click.Path(),
-    multiple=True,
-    help="What PROMPT is about; several, or folders.",
-)
-@click.option(
-    "--clip", "tower", type=click.Path(), help="Its vision tower.  [default: the one the adapter's file names]"
-)
+@click.option("--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about.")
+@click.option("--clip", "tower", type=click.Path(), help="Its vision tower.  [default: the adapter's]")
 @click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
 @click.option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
@@ -344,9 +350,7 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits.")
 @click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
-@click.option(
-    "--attention", type=click.Choice(list(ATTENTIONS)), default="fused", help="The same, two ways: adapter.py."
-)
+@click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
 @device_options
 def main(prompt, adapter_paths, images, compare, prompt_file, out, batch_size, input, tower, encoder, **options):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
@@ -369,17 +373,17 @@ def main(prompt, adapter_paths, images, compare, prompt_file, out, batch_size, i
         responder = make_responder(adapter_paths, **options)
         first = next(iter(responder.adapters), "base")
         names = ["base", *responder.adapters] if compare else [first]
-        see = partial(encode_for, responder, tower, encoder)
         if images:
             paths = files_in(images, of_any_kind=encoder is not None)
-            request = Request(prompt, input, first)
-            about = {str(path): request._replace(features=seen) for path, seen in zip(paths, see(first, paths))}
-            answer_about_images(responder, about, batch_size)
+            requests = [Request(prompt, input, first)] * len(paths)
+            requests = attach_images(responder, requests, dict(enumerate(paths)), tower, encoder)
+            answer_about_images(responder, paths, requests, batch_size)
         elif prompt_file is not None:
             if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
                 raise ValueError(f"--out {out}: is a folder, or in one that does not exist")
             records, requests, pictures = read_requests(prompt_file, responder, first)
-            answer_file(responder, records, with_features(requests, pictures, see), out, batch_size)
+            requests = attach_images(responder, requests, pictures, tower, encoder)
+            answer_file(responder, records, requests, out, batch_size)
         elif prompt is not None:
             print_answers(responder, Request(prompt, input), names)
         elif sys.stdin is not None:
@@ -408,22 +412,6 @@ def make_responder(
         eos_id=tokenizer.eos_id,
         decode=compile_decoding(decode, model) if compile else decode,
     )
-
-
-def encode_for(responder: Responder, tower, encoder, name: str, paths: Sequence[Path]) -> list[Tensor]:
-    """The features (F,) of images, as the adapter of that name was tuned on. Raises OSError or ValueError."""
-    weight = responder.model.tok_embeddings.weight
-    return load_image_encoder(tower, encoder, weight.dtype, weight.device, responder.adapters.get(name)).encode(paths)
-
-
-def with_features(requests: list[Request], images: dict[int, Path], see: Callable) -> list[Request]:
-    """The requests, those that have an image with its features."""
-    requests = list(requests)
-    for name in dict.fromkeys(requests[i].adapter for i in images):
-        ours = [i for i in images if requests[i].adapter == name]
-        for i, features in zip(ours, see(name, [images[i] for i in ours])):
-            requests[i] = requests[i]._replace(features=features)
-    return requests
 
 
 if __name__ == "__main__":

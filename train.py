@@ -237,7 +237,7 @@ def training_steps(
 # From the options to all that the loop needs
 
 
-def read_examples(source: DataOptions) -> tuple[list[Example], DataOptions]:
+def read_training_data(source: DataOptions) -> tuple[list[Example], DataOptions]:
     """The examples to use; and where their images are and what sees them, as the options or the toy say.
 
     Raises OSError or ValueError, naming the record.
@@ -376,7 +376,7 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with sync_errors():
-        examples, source = read_examples(source)
+        examples, source = read_training_data(source)
     options = fixed_options(config, source, base, examples)
     state = distributed.broadcast_from_rank0(lambda: run_state(run.out, run.resume, options, base.base))
     if state == "finished":
@@ -390,14 +390,9 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]")
 @click.option(
-    "--toy",
-    type=click.Choice(list(TOYS)),
-    default="text",
-    help="Without --data: words, pictures too, or pictures withheld.",
+    "--toy", type=click.Choice([*TOYS]), default="text", help="Without --data: text, images too, or withheld."
 )
-@click.option(
-    "--task", type=click.Choice(list(TASKS)), default="instructions", help="What the data is: see docs/tasks.md."
-)
+@click.option("--task", type=click.Choice([*TASKS]), default="instructions", help="What the data is: docs/tasks.md.")
 @click.option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]")
 @click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
 @click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
@@ -414,9 +409,7 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
 @click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits; checkpoints activations as well.")
 @click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
-@click.option(
-    "--attention", type=click.Choice(list(ATTENTIONS)), default="fused", help="The same, two ways: adapter.py."
-)
+@click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
 @click.option("--blr", type=Real(0, 1e3), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
 @click.option("--weight-decay", type=Real(0, 1e3), default=0.02, help="On prompts; gates have none.")
@@ -426,7 +419,10 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
 @click.option("--seed", type=SEED, default=0, help="Of prompts, split and order.")
 @device_options
 @click.option(
-    "--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help="Of ranks: docs/distributed.md."
+    "--strategy",
+    type=click.Choice(["auto", "ddp", "fsdp"]),
+    default="auto",
+    help="Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit.",
 )
 @run_options
 @click.pass_context
