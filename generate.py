@@ -253,9 +253,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             click.echo()
 
 
-def answer_about_images(
-    responder: Responder, paths: Sequence[Path], requests: Sequence[Request], batch_size: int
-) -> None:
+def answer_about_images(responder: Responder, paths: list[Path], requests: list[Request], batch_size: int) -> None:
     """Print the answer about an image; about several, each on a line behind the image's path, line breaks as \\n."""
     if len(requests) == 1:
         click.echo("".join(responder.answer(requests[0])))

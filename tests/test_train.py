@@ -330,8 +330,9 @@ def test_a_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monk
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path):
-    """kill -9 after the checkpoint of step 2 or 4: what metrics.jsonl has beyond it is made again, the same."""
+@pytest.mark.parametrize("every, last", [(2, 4), (5, 5)])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path, every, last):
+    """kill -9 after a checkpoint, of the end of an epoch, too: what metrics.jsonl has beyond it is made again."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     code = (
         "import sys; sys.path.insert(0, 'tests'); import os, train; step, calls = train.train_step, []\n"
@@ -341,20 +342,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path):
         "    return step(*a)\n"
         "train.train_step = fatal; train.main()"
     )
-    command = [sys.executable, "-c", code, *map(str, args), "--save-every", "2"]
+    command = [sys.executable, "-c", code, *map(str, args), "--save-every", str(every)]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert killed.returncode == -9
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed while writing
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 4
-    assert run(*args, "--save-every", 2, "--resume").exit_code == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == last
+    assert run(*args, "--save-every", every, "--resume").exit_code == 0
     assert same_runs(tmp_path / "whole", tmp_path / "run")
 
 

@@ -152,8 +152,8 @@ class Recorder:
 
         `state` is of `run_state`. Raises OSError, or ValueError where the files of a run don't fit.
         """
-        adapter, model, counts, options = (getattr(self.prepared, n) for n in ("adapter", "model", "counts", "options"))
-        trainable, frozen = (sum(p.numel() for p in module.parameters()) for module in (adapter, model))
+        adapter, counts, options = self.prepared.adapter, self.prepared.counts, self.prepared.options
+        trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, self.prepared.model))
         ranks = f", {self.prepared.strategy} over {world_size()} ranks" if world_size() > 1 else ""
         say(
             f"{trainable:,} parameters to train, {frozen:,} frozen, on {adapter.gates.device} in {options['dtype']}"
