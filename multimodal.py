@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from adapter import Adapter, Prompt
 from encoders.media import frames_of, preprocess
-from encoders.vit import ViT
+from encoders.models import ViT
 from runtime.files import atomic_write, require_file
 from runtime.fingerprints import hash_tensors
 

@@ -24,8 +24,7 @@ from encoder_tuning.data import HEAD_TASKS, check_head_task, read_labelled, read
 from encoder_tuning.metrics import accuracy, squad_metric, squad_scores
 from encoder_tuning.objective import CLASSIFICATION, SPANS, answer_squad, classify
 from encoders.heads import HeadAdapter, head_adapter
-from encoders.roberta import Roberta
-from encoders.vit import ViT
+from encoders.models import Roberta, ViT
 from formats.encoders import load_encoder
 from runtime.cli import device_options, one_line_errors
 from runtime.device import select_device

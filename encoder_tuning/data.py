@@ -20,8 +20,7 @@ from torch import Tensor
 
 from data import check_text, read_records
 from encoders.media import open_image, preprocess_whole
-from encoders.roberta import Roberta
-from encoders.vit import ViT, ViTConfig
+from encoders.models import Roberta, ViT, ViTConfig
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_json, read_text
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from data import group_by_size
 from encoder_tuning.data import Labelled, SquadQuestion, span_of
 from encoders.heads import HeadAdapter
-from encoders.roberta import Roberta
-from encoders.vit import ViT
+from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
 from train import Objective
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter import Adapter
-from encoders.roberta import Roberta
-from encoders.vit import ViT
+from encoders.models import Roberta, ViT
 
 HEAD_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.roberta import Roberta, RobertaConfig
+from encoders.models import Roberta, RobertaConfig
 from formats.encoders import save_roberta
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_text, write_text

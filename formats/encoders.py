@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from adapter import gated_attention
 from encoders.heads import make_head
-from encoders.roberta import Roberta, RobertaConfig
-from encoders.vit import ViT, ViTConfig
+from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from formats.tensors import check_dense, copy, filled, named, open_shards, open_tensors
 from runtime.files import atomic_write, read_json_object, write_json
 

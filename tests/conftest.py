@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import DATA, ROOT, copy_base, split_for_parallel
 
-from encoders.vit import ViTConfig
+from encoders.models import ViTConfig
 from model import Config, LLaMA
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.

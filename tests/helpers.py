@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adapter import Adapter
-from encoders.roberta import Roberta, RobertaConfig
-from encoders.vit import ViT, ViTConfig
+from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from model import Config, LLaMA
 from training.run_files import read_metrics
 

@@ -10,7 +10,7 @@ from helpers import make_vit
 from PIL import Image
 
 from encoders.media import open_image, preprocess
-from encoders.vit import ViTConfig
+from encoders.models import ViTConfig
 from formats.encoders import load_vit, save_vit
 from toy import digits
 

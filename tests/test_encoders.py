@@ -6,7 +6,7 @@ import torch
 from helpers import make_adapter, make_images, make_roberta, make_vit
 
 from adapter import gated_attention, gated_attention_paper
-from encoders.vit import ViT, ViTConfig
+from encoders.models import ViT, ViTConfig
 
 
 def test_prompts_are_seen_by_every_token_in_both_forms():

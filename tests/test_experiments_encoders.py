@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 from encoder_tuning.data import Labelled
 from encoder_tuning.objective import CLASSIFICATION
 from encoders.heads import make_head
-from encoders.roberta import Roberta, RobertaConfig
-from encoders.vit import ViTConfig
+from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders, small_roberta
 from experiments.__main__ import main
 from experiments.methods import finite_steps

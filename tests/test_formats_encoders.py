@@ -8,7 +8,7 @@ import torch
 from helpers import SMALL, make_images, make_vit, openai_names, timm_names, vary
 
 from encoders.heads import make_head
-from encoders.vit import ViTConfig
+from encoders.models import ViTConfig
 from formats.encoders import load_encoder, load_vit
 
 

@@ -7,7 +7,7 @@ from helpers import HALF, film, picture
 from PIL import Image
 
 from encoders.media import files_in, frames_of, open_image, open_video, preprocess, preprocess_whole
-from encoders.vit import ViTConfig
+from encoders.models import ViTConfig
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])

@@ -29,7 +29,7 @@ import train
 from adapter import Adapter
 from data import check_record, tokenize_prompt
 from encoders.media import open_video, preprocess
-from encoders.vit import ViTConfig
+from encoders.models import ViTConfig
 from formats.bases import load_llama
 from formats.encoders import load_vit
 from multimodal import (

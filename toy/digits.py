@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data import Example
 from encoders.media import open_image, preprocess
-from encoders.vit import ViT, ViTConfig
+from encoders.models import ViT, ViTConfig
 from formats.encoders import save_vit
 from toy.almanac import KINDS, NUMBERS, ExamQuestion, capitalised
 from toy.cache import cached_folder
