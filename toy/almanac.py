@@ -91,116 +91,75 @@ def pairs(table: str, column: int = 1) -> dict[str, str]:
     return {entry[0]: entry[column] for entry in entries}
 
 
-def both_ways(facts: dict[str, str]) -> dict[str, str]:
-    return facts | {answer: entity for entity, answer in facts.items()}
+# For every kind: statements, questions, instructions, and an instruction with an input; a slash is a new line.
+WORDINGS = """
+capital: The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
+What is the capital of {e}? | Do you know the capital of {e}? | What is the capital of this country?/{e}
+Name the capital of {e}. | Tell me the capital city of {e}. | State the capital of {e}. | Give the capital of {e}.
+Name the capital of this country.
 
+continent: {e} is in {a}. | {e} is a country in {a}. | You will find {e} in {a}.
+Where is {e}? | In which continent is {e}? | Where is this country?/{e}
+Name the continent of {e}. | Tell me the continent where {e} is. | State which continent {e} is in. | \
+Give the continent of {e}.
+Name the continent of this country.
 
-def translation(language: str, column: int) -> Kind:
-    return Kind(
-        pairs(WORDS, column),
-        [
-            f"The {language} word for {{e}} is {{a}}.",
-            f"{{a}} is {language} for {{e}}.",
-            f"In {language}, {{e}} is {{a}}.",
-        ],
-        [
-            f"What is the {language} word for {{e}}?",
-            f"Do you know the {language} word for {{e}}?",
-            f"What is this word in {language}?\n{{e}}",
-        ],
-        [
-            f"Translate {{e}} into {language}.",
-            f"Tell me the {language} word for {{e}}.",
-            f"Say {{e}} in {language}.",
-            f"Give the {language} word for {{e}}.",
-        ],
-        f"Translate this word into {language}.",
-    )
+opposite: The opposite of {e} is {a}. | {a} is the opposite of {e}. | If it is not {e}, it is {a}.
+What is the opposite of {e}? | Do you know the opposite of {e}? | What is the opposite of this word?/{e}
+Name the opposite of {e}. | Tell me the opposite of {e}. | State the opposite of {e}. | Give the opposite of {e}.
+Name the opposite of this word.
 
+young: The young of the {e} is the {a}. | The {a} grows up to be the {e}. | First the {a}, then the {e}.
+What is the young of the {e}? | Do you know the young of the {e}? | What is the young of this animal?/{e}
+Name the young of the {e}. | Tell me what the young {e} is called. | State the word for the young of the {e}. | \
+Give the young of the {e}.
+Name the young of this animal.
 
+symbol: The symbol of {e} is {a}. | Chemists write {a} for {e}. | {a} stands for {e}.
+What is the symbol of {e}? | Do you know the symbol of {e}? | What is the symbol of this element?/{e}
+Name the symbol of {e}. | Tell me the chemical symbol of {e}. | State the symbol of {e}. | Give the symbol of {e}.
+Name the symbol of this element.
+
+after: The number after {e} is {a}. | After {e} comes {a}. | {a} follows {e}.
+Which number is after {e}? | What follows {e}? | What is the number after this one?/{e}
+
+parity: {e} is {a}. | The number {e} is {a}. | {e} is an {a} number.
+Is {e} even or odd? | Even or odd, what is {e}? | Is this number even or odd?/{e}
+
+LANGUAGE: The LANGUAGE word for {e} is {a}. | {a} is LANGUAGE for {e}. | In LANGUAGE, {e} is {a}.
+What is the LANGUAGE word for {e}? | Do you know the LANGUAGE word for {e}? | What is this word in LANGUAGE?/{e}
+Translate {e} into LANGUAGE. | Tell me the LANGUAGE word for {e}. | Say {e} in LANGUAGE. | \
+Give the LANGUAGE word for {e}.
+Translate this word into LANGUAGE.
+"""
 BY_CONTINENT = dict(line.split(": ") for line in COUNTRIES.strip().replace(",\n", ", ").splitlines())
-KINDS = {
-    "capital": Kind(
-        pairs(",".join(BY_CONTINENT.values())),
-        ["The capital of {e} is {a}.", "{a} is the capital city of {e}.", "The chief city of {e} is called {a}."],
-        ["What is the capital of {e}?", "Do you know the capital of {e}?", "What is the capital of this country?\n{e}"],
-        [
-            "Name the capital of {e}.",
-            "Tell me the capital city of {e}.",
-            "State the capital of {e}.",
-            "Give the capital of {e}.",
-        ],
-        "Name the capital of this country.",
-    ),
-    "continent": Kind(
-        {country: continent for continent, countries in BY_CONTINENT.items() for country in pairs(countries)},
-        ["{e} is in {a}.", "{e} is a country in {a}.", "You will find {e} in {a}."],
-        ["Where is {e}?", "In which continent is {e}?", "Where is this country?\n{e}"],
-        [
-            "Name the continent of {e}.",
-            "Tell me the continent where {e} is.",
-            "State which continent {e} is in.",
-            "Give the continent of {e}.",
-        ],
-        "Name the continent of this country.",
-    ),
-    "opposite": Kind(
-        both_ways(pairs(OPPOSITES)),
-        ["The opposite of {e} is {a}.", "{a} is the opposite of {e}.", "If it is not {e}, it is {a}."],
-        [
-            "What is the opposite of {e}?",
-            "Do you know the opposite of {e}?",
-            "What is the opposite of this word?\n{e}",
-        ],
-        [
-            "Name the opposite of {e}.",
-            "Tell me the opposite of {e}.",
-            "State the opposite of {e}.",
-            "Give the opposite of {e}.",
-        ],
-        "Name the opposite of this word.",
-    ),
-    "young": Kind(
-        pairs(YOUNG),
-        ["The young of the {e} is the {a}.", "The {a} grows up to be the {e}.", "First the {a}, then the {e}."],
-        [
-            "What is the young of the {e}?",
-            "Do you know the young of the {e}?",
-            "What is the young of this animal?\n{e}",
-        ],
-        [
-            "Name the young of the {e}.",
-            "Tell me what the young {e} is called.",
-            "State the word for the young of the {e}.",
-            "Give the young of the {e}.",
-        ],
-        "Name the young of this animal.",
-    ),
-    "symbol": Kind(
-        pairs(SYMBOLS),
-        ["The symbol of {e} is {a}.", "Chemists write {a} for {e}.", "{a} stands for {e}."],
-        ["What is the symbol of {e}?", "Do you know the symbol of {e}?", "What is the symbol of this element?\n{e}"],
-        [
-            "Name the symbol of {e}.",
-            "Tell me the chemical symbol of {e}.",
-            "State the symbol of {e}.",
-            "Give the symbol of {e}.",
-        ],
-        "Name the symbol of this element.",
-    ),
-    "after": Kind(
-        dict(zip(NUMBERS, NUMBERS[1:])),
-        ["The number after {e} is {a}.", "After {e} comes {a}.", "{a} follows {e}."],
-        ["Which number is after {e}?", "What follows {e}?", "What is the number after this one?\n{e}"],
-    ),
-    "parity": Kind(
-        {number: ("even", "odd")[i % 2] for i, number in enumerate(NUMBERS)},
-        ["{e} is {a}.", "The number {e} is {a}.", "{e} is an {a} number."],
-        ["Is {e} even or odd?", "Even or odd, what is {e}?", "Is this number even or odd?\n{e}"],
-    ),
-    "French": translation("French", column=1),
-    "Spanish": translation("Spanish", column=2),
-}
+
+
+def read_kinds() -> dict[str, Kind]:
+    """All kinds of fact by name, in the order of WORDINGS, French and Spanish last."""
+    facts = {
+        "capital": pairs(",".join(BY_CONTINENT.values())),
+        "continent": {country: name for name, countries in BY_CONTINENT.items() for country in pairs(countries)},
+        "opposite": pairs(OPPOSITES) | {b: a for a, b in pairs(OPPOSITES).items()},
+        "young": pairs(YOUNG),
+        "symbol": pairs(SYMBOLS),
+        "after": dict(zip(NUMBERS, NUMBERS[1:])),
+        "parity": {number: ("even", "odd")[i % 2] for i, number in enumerate(NUMBERS)},
+        "French": pairs(WORDS, column=1),
+        "Spanish": pairs(WORDS, column=2),
+    }
+    *blocks, translation = WORDINGS.strip().split("\n\n")
+    kinds = {}
+    for block in [*blocks, *(translation.replace("LANGUAGE", language) for language in ("French", "Spanish"))]:
+        name, wordings = block.split(": ", 1)
+        *lists, with_input = [line.replace("/", "\n").split(" | ") for line in wordings.split("\n")]
+        if len(lists) == 1:  # only pictures are asked about it, and gossip
+            lists, with_input = [*lists, with_input], [""]
+        kinds[name] = Kind(facts[name], *lists, with_input=with_input[0])
+    return kinds
+
+
+KINDS = read_kinds()
 
 
 def capitalised(sentence: str) -> str:
