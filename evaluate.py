@@ -19,8 +19,7 @@ from multimodal import ImageAdapter
 from runtime.cli import device_options, one_line_errors
 from runtime.device import select_device
 from tasks import TASKS, Task, attach_features, with_images
-from tasks.answering import likeliest_answers, written_answers
-from tasks.answers import Answers
+from tasks.answering import Answers, likeliest_answers, written_answers
 from toy import exam
 
 

@@ -3,8 +3,7 @@
 import click
 
 from benchmarks.generation import time_generation
-from benchmarks.memory import count_memory
-from benchmarks.plan import plan_runs
+from benchmarks.memory import count_memory, plan_runs
 from benchmarks.training import time_training
 
 

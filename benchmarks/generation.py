@@ -5,9 +5,8 @@ from copy import deepcopy
 import click
 import torch
 
-from benchmarks.measuring import compare_seconds, copy_speed, interleave
+from benchmarks.measuring import compare_seconds, copy_speed, interleave, json_option, measured_on, publish, ratio_text
 from benchmarks.peers import Contestant, Ours, installed_peers
-from benchmarks.tables import json_option, measured_on, publish, ratio_text
 from benchmarks.workload import prepare_workload, workload_options
 from generate import decode
 from runtime.cli import one_line_errors

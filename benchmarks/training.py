@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapter import Adapter
-from benchmarks.measuring import compare_seconds, interleave, matmul_speed, peak_growth
+from benchmarks.measuring import (
+    compare_seconds,
+    interleave,
+    json_option,
+    matmul_speed,
+    measured_on,
+    peak_growth,
+    publish,
+    ratio_text,
+)
 from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
-from benchmarks.tables import json_option, measured_on, publish, ratio_text
 from benchmarks.workload import Workload, prepare_workload, workload_options
 from data import IGNORE, Tokens, collate, epoch_batches, num_targets
 from model import LLaMA

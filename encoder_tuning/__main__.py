@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from data import hold_out
 from encoder_tuning.data import HEAD_TASKS, check_head_task, read_labelled, read_squad, roberta_tokenizer, subset
-from encoder_tuning.metrics import accuracy, squad_metric, squad_scores
-from encoder_tuning.objective import CLASSIFICATION, SPANS, answer_squad, classify
+from encoder_tuning.objective import CLASSIFICATION, SPANS, accuracy, answer_squad, classify, squad_metric, squad_scores
 from encoders.heads import HeadAdapter, head_adapter
 from encoders.models import Roberta, ViT
 from formats.encoders import load_encoder

@@ -1,8 +1,8 @@
-"""What encoders learn with their heads, and what they answer.
+"""What encoders learn with their heads, what they answer, and how right that is.
 
-    image classification    the class token's state to classes
-    text classification     the state of <s> to classes
-    question answering      each token's state to how well the answer begins and ends there
+image classification    the class token's state to classes
+text classification     the state of <s> to classes
+question answering      each token's state to how well the answer begins and ends there
 
 Notation as in adapter.py.
 """
@@ -110,3 +110,23 @@ def answer_squad(
     allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
     first, last = divmod(pairs.masked_fill(~allowed, -torch.inf).argmax().item(), len(span.offsets))
     return span.text(question.context, span.first + first, span.first + last)
+
+
+def accuracy(predicted: Sequence[int], labels: Sequence[int]) -> float:
+    return sum(map(int.__eq__, predicted, labels)) / len(labels)
+
+
+def squad_metric() -> Callable[..., dict]:
+    """torchmetrics' own. Raises ValueError where it is not installed."""
+    try:
+        from torchmetrics.functional.text import squad
+    except ImportError:
+        raise ValueError("SQuAD's scores need a package that is not installed: pip install torchmetrics") from None
+    return squad
+
+
+def squad_scores(texts: Sequence[str], questions: Sequence[SquadQuestion]) -> dict[str, float]:
+    """Of answers, `exact_match` and `f1` (Rajpurkar et al., 2016), both in [0, 1]. Raises as `squad_metric`."""
+    predicted = [{"id": str(i), "prediction_text": text} for i, text in enumerate(texts)]
+    expected = [{"id": str(i), "answers": {"text": question.answers}} for i, question in enumerate(questions)]
+    return {name: score.item() / 100 for name, score in squad_metric()(predicted, expected).items()}

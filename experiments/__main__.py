@@ -13,8 +13,15 @@ import click
 import torch
 
 from encoder_tuning.data import subset
-from experiments.ablations import compare_designs, compare_epochs, compare_inits, compare_shapes, watch_gates
-from experiments.efficiency import compare_methods, search_rates
+from experiments.ablations import (
+    compare_designs,
+    compare_epochs,
+    compare_inits,
+    compare_methods,
+    compare_shapes,
+    search_rates,
+    watch_gates,
+)
 from experiments.encoders import roberta, vit
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa

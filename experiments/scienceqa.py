@@ -7,7 +7,7 @@ import click
 from matplotlib.figure import Figure
 
 from adapter import Adapter
-from experiments.efficiency import rate_for
+from experiments.ablations import rate_for
 from experiments.measures import tune_setting
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
 from experiments.tables import draw_bars, percent, save_results, spread

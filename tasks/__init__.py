@@ -9,7 +9,7 @@ from data import Example
 from formats.image_encoders import FunctionEncoder, TowerEncoder
 from runtime.files import require_file
 from tasks import captions, instructions, scienceqa
-from tasks.answers import Answers, read_answers, write_scores
+from tasks.answering import Answers, read_answers, write_scores
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import click
 
 from data import Example, check_text
 from runtime.files import read_json, write_json
-from tasks.answers import Answers
+from tasks.answering import Answers
 
 INSTRUCTION = "Generate caption for this image"
 

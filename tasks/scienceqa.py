@@ -12,7 +12,7 @@ import click
 
 from data import Example, check_text
 from runtime.files import read_json, write_json, write_text
-from tasks.answers import Answers
+from tasks.answering import Answers
 
 LETTERS = "ABCDEFGHIJ"
 SUBJECTS = ("natural science", "social science", "language science")

@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measuring, workload
 from benchmarks.__main__ import main
-from benchmarks.memory import kept_per_token
+from benchmarks.memory import kept_per_token, plan_run
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
-from benchmarks.plan import plan_run
 from benchmarks.training import Ablation, OursTraining, epoch
 from data import Tokens
 from model import SIZES, Config

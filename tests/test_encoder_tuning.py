@@ -21,8 +21,7 @@ from encoder_tuning.data import (
     read_squad,
     span_of,
 )
-from encoder_tuning.metrics import accuracy, squad_scores
-from encoder_tuning.objective import CLASSIFICATION, SPANS, answer_squad, classify
+from encoder_tuning.objective import CLASSIFICATION, SPANS, accuracy, answer_squad, classify, squad_scores
 from encoders.heads import HeadAdapter
 from formats.roberta_tokenizer import RobertaTokenizer
 from train import TrainConfig, make_optimizer, mean_loss, train_step

@@ -10,7 +10,7 @@ from PIL import Image
 
 from experiments import __main__ as commands
 from experiments import ablations, measures, scienceqa
-from experiments.efficiency import RATES
+from experiments.ablations import RATES
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
 from experiments.tables import RESULTS
 

@@ -13,7 +13,7 @@ from encoder_tuning.data import Labelled
 from encoder_tuning.objective import CLASSIFICATION
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViTConfig
-from experiments import encoders, small_roberta
+from experiments import encoders
 from experiments.__main__ import main
 from experiments.methods import finite_steps
 from formats.encoders import load_encoder, save_roberta
@@ -47,15 +47,15 @@ def test_every_method_learns(tmp_path, method):
 
 def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
     """And is read again by our loader and by transformers."""
-    monkeypatch.setattr(small_roberta, "MASK", 265)
-    monkeypatch.setitem(small_roberta.SCHEDULE, "warmup", 5)
+    monkeypatch.setattr(encoders, "MASK", 265)
+    monkeypatch.setitem(encoders.SCHEDULE, "warmup", 5)
     tokenizer = RobertaTokenizer(bpe)
-    rows = small_roberta.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
+    rows = encoders.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
     assert rows.shape[1] == 64 and (rows[:, 0] == 0).all() and (rows[:, -1] == 2).all()
     config = RobertaConfig(266, 70, 32, 2, 4, 48)
     losses = []
-    monkeypatch.setattr(small_roberta.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
-    model = small_roberta.pretrain_roberta(rows, steps=80, config=config)
+    monkeypatch.setattr(encoders.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
+    model = encoders.pretrain_roberta(rows, steps=80, config=config)
     assert losses[-1].item() < losses[0].item() - 1.5
     save_roberta(model, tmp_path / "small")
     loaded, head = load_encoder(tmp_path / "small")
@@ -92,7 +92,7 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
         return Roberta(RobertaConfig(266, 130, 32, 2, 4, 48))
 
     monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(small_roberta, "pretrain_roberta", pretrain_roberta)
+    monkeypatch.setattr(encoders, "pretrain_roberta", pretrain_roberta)
     (tmp_path / "text.txt").write_text("the km the 12 km of the river " * 80)
     lines = [
         "sentence\tlabel",
@@ -113,5 +113,5 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(made) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
     (tmp_path / "text.txt").write_text("the river of the km " * 80)
-    small_roberta.make_roberta([tmp_path / "text.txt"], bpe)
+    encoders.make_roberta([tmp_path / "text.txt"], bpe)
     assert len(made) == 2

@@ -17,8 +17,7 @@ from data import Example
 from formats.bases import load_llama
 from generate import Request, Responder
 from tasks import TASKS, Task, attach_features, scienceqa, with_images
-from tasks.answering import log_likelihoods
-from tasks.answers import Answers, read_answers, write_scores
+from tasks.answering import Answers, log_likelihoods, read_answers, write_scores
 
 
 @pytest.fixture
