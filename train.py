@@ -313,7 +313,7 @@ def prepare(
     about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
     known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
-    return Prepared(model, tokenizer, adapter, training, validation, counts, options, strategy), config
+    return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
 
 
 def see_images(examples: list[Example], source: DataOptions, dtype: torch.dtype, device: torch.device):
@@ -336,14 +336,12 @@ def tune(
     config: TrainConfig,
     run: RunOptions,
     state: str,
-    started: float,
-    base: str | None,
     objective: Objective = RESPONSES,
     evaluate: Callable | None = None,
 ) -> None:
     """The training loop, followed with metrics, validation and checkpoints, from the beginning or where a run stopped.
 
-    `state` is of `run_state`, `started` of `time.perf_counter`; `evaluate` is asked of the tuned adapter.
+    `state` is of `run_state`; `evaluate` is asked of the tuned adapter at the end.
     """
     model, adapter, training = prepared.model, prepared.adapter, prepared.training
     optimizer = make_optimizer(adapter, config.weight_decay)
@@ -359,13 +357,12 @@ def tune(
         partial(mean_loss, model, adapter, prepared.validation, config, objective),
         total=config.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
-        deadline=started + 60 * (run.max_minutes or math.inf),
         less_memory=less_memory,
     )
-    recorder.finish(started, base, evaluate)
+    recorder.finish(evaluate)
 
 
-def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions, started: float) -> None:
+def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions) -> None:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
         source.check()
@@ -384,10 +381,10 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
         return
     prepared, config = prepare(config, source, base, examples, device)
     evaluate = TOYS[source.toy].evaluate if source.data is None else None
-    tune(prepared, config, run, state, started, base.base, evaluate=evaluate)
+    tune(prepared, config, run, state, evaluate=evaluate)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "default_map": asdict(TrainConfig())})  # its defaults, once
 @click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]")
 @click.option(
     "--toy", type=click.Choice([*TOYS]), default="text", help="Without --data: text, images too, or withheld."
@@ -401,22 +398,22 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
 @click.option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there.")
 @click.option("--features", type=click.Path(path_type=Path), default="features", help="Keeps what the tower saw.")
 @click.option("--layers", type=click.IntRange(1), help="L, how many of the topmost layers.  [default: all but two]")
-@click.option("--length", type=click.IntRange(1, 4096), default=10, help="K, prompt vectors per layer.")
-@click.option("--epochs", type=click.IntRange(1), default=5)
-@click.option("--warmup-epochs", type=Real(0), default=2, help="The learning rate rises over these.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, help="Examples per optimizer step.")
-@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, help="Positions per forward pass.")
+@click.option("--length", type=click.IntRange(1, 4096), help="K, prompt vectors per layer.")
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--warmup-epochs", type=Real(0), help="The learning rate rises over these.")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples per optimizer step.")
+@click.option("--micro-batch-tokens", type=click.IntRange(1), help="Positions per forward pass.")
 @click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits; checkpoints activations as well.")
 @click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
 @click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
-@click.option("--blr", type=Real(0, 1e3), default=9e-3, help="Base rate: lr = blr * batch size / 256.")
+@click.option("--blr", type=Real(0, 1e3), help="Base rate: lr = blr * batch size / 256.")
 @click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
-@click.option("--weight-decay", type=Real(0, 1e3), default=0.02, help="On prompts; gates have none.")
-@click.option("--max-seq-len", type=click.IntRange(2), default=512, help="Longer responses are cut.")
-@click.option("--val-size", type=Real(0), default=0.02, help="Held out: a share if below 1, else a number.")
+@click.option("--weight-decay", type=Real(0, 1e3), help="On prompts; gates have none.")
+@click.option("--max-seq-len", type=click.IntRange(2), help="Longer responses are cut.")
+@click.option("--val-size", type=Real(0), help="Held out: a share if below 1, else a number.")
 @click.option("--limit", type=click.IntRange(1), help="Use only the first so many examples.")
-@click.option("--seed", type=SEED, default=0, help="Of prompts, split and order.")
+@click.option("--seed", type=SEED, help="Of prompts, split and order.")
 @device_options
 @click.option(
     "--strategy",
@@ -432,13 +429,12 @@ def main(context, **options):
     Without --data and --base this makes a tiny LLaMA that knows an almanac by heart, tunes it with options
     of its own, and shows what the adapter brought out of it.
     """
-    started = time.perf_counter()
     if options["data"] is None and options["base"] is None:
-        given = {name for name in options if context.get_parameter_source(name) != ParameterSource.DEFAULT}
+        given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
         given |= {"lr"} if "blr" in given else set()
         options |= {name: value for name, value in TOYS[options["toy"]].tuning.items() if name not in given}
     parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
-    launch(lambda: tune_llama(*parts, started), options["out"])
+    launch(lambda: tune_llama(*parts), options["out"])
 
 
 if __name__ == "__main__":

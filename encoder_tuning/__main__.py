@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -84,11 +83,11 @@ def prepare_encoder(
     known = ("base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
     adapter.metadata |= {name: str(options[name]) for name in known}
     counts = {"examples": len(training), "held_out": len(validation), "dropped": data.dropped, "cut": data.cut}
-    why_dropped = "the answer is beyond"
-    return Prepared(model, None, adapter, training, validation, counts, options, why_dropped=why_dropped), config
+    prepared = Prepared(model, None, adapter, training, validation, counts, options, base.base)
+    return prepared._replace(why_dropped="the answer is beyond"), config
 
 
-def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions, started: float) -> None:
+def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions) -> None:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
         device, dtype = select_device(rank_device(base.device), base.dtype)
@@ -103,7 +102,7 @@ def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, ru
         say(f"{run.out}: this run is finished, nothing is left to do")
         return
     objective = SPANS if source.task == "question-answering" else CLASSIFICATION
-    tune(prepared, config, run, state, started, base.base, objective)
+    tune(prepared, config, run, state, objective)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -185,16 +184,15 @@ def main():
     """Tune the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
 
 
-@main.command("train")
+@main.command("train", context_settings={"show_default": True, "default_map": asdict(TrainConfig())})
 @click.option("--task", type=click.Choice(HEAD_TASKS), required=True)
 @click.option("--base", type=click.Path(), required=True, help="A ViT, CLIP's tower, or a RoBERTa with its tokenizer.")
 @click.option("--data", type=click.Path(), required=True, help="Folders of pictures or .npz; .tsv, .csv, JSON; SQuAD.")
 @click.option("--limit", type=click.IntRange(1), help="Use only so many examples, drawn from all.")
 def train_command(**options):
     """Tune an adapter and a head: the encoder stays frozen."""
-    started = time.perf_counter()
     parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
-    launch(lambda: tune_encoder(*parts, started), options["out"])
+    launch(lambda: tune_encoder(*parts), options["out"])
 
 
 # And those of train.py that make sense here; encoders are too small to need activation checkpointing.

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +77,17 @@ class RunOptions:
     log_every: int = 1
     save_every: int = 100
     max_minutes: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def deadline(self) -> float:
+        """A time of `time.perf_counter`."""
+        return self.started + 60 * (self.max_minutes or math.inf)
 
 
 def pick(record: type, options: dict):
     """The record, filled with those of the command's options that it has."""
-    return record(**{field.name: options[field.name] for field in fields(record) if field.name in options})
+    return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 
 
 def run_options(command):
@@ -123,6 +129,7 @@ class Prepared(NamedTuple):
     validation: list  # held out
     counts: dict[str, int]  # of examples: examples, held_out, dropped, cut
     options: dict[str, object]  # the fixed ones: a resumed run must have the same
+    base: str | None  # as the user says it; None is the toy's
     strategy: str = "ddp"
     why_dropped: str = "the prompt alone fills"
 
@@ -174,10 +181,9 @@ class Recorder:
         *,
         total: int,
         steps_per_epoch: int,
-        deadline: float,
         less_memory: str,
     ) -> None:
-        """Take all steps; `deadline` is a time of `time.perf_counter`, `less_memory` what would take less.
+        """Take all steps; `less_memory` is what would take less.
 
         Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, RankLostError where
         another rank is gone, all of them with the last good state saved, and OSError where it cannot be.
@@ -189,7 +195,7 @@ class Recorder:
                     self.validate(validation_loss, bar)
                 for step in steps:
                     self.record_step(step, bar)
-                    late = TIME if time.perf_counter() > deadline else 0
+                    late = TIME if time.perf_counter() > self.run.deadline else 0
                     with detect_lost_ranks():
                         reason = all_reduce_max(max(late, asked()))
                     if reason:
@@ -246,10 +252,10 @@ class Recorder:
             advice = f"to go on, add --resume and {less_memory}"
             raise ValueError(f"{error}; {files} {self.progress.step}; {advice}") from None
 
-    def finish(self, started: float, base: str | None, evaluate: Callable | None) -> None:
+    def finish(self, evaluate: Callable | None) -> None:
         """Write the adapter with its losses, curves, and summary.json, with what `evaluate` says of the tuned adapter.
 
-        `evaluate` is called with model, tokenizer and adapter; `started` is of `time.perf_counter`.
+        `evaluate` is called with model, tokenizer and adapter.
         """
         prepared, out, scores = self.prepared, self.run.out, {}
         if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
@@ -265,9 +271,9 @@ class Recorder:
             summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change
             speed = self.progress.tokens / self.progress.seconds
             summary |= {"tokens": self.progress.tokens, "tokens_per_second": speed} | scores
-            summary |= {"wall_seconds": time.perf_counter() - started}
+            summary |= {"wall_seconds": time.perf_counter() - self.run.started}
             summary |= {"peak_memory_bytes": peak_memory(adapter.gates.device)}
-            summary |= {"options": prepared.options | {"base": resolved(base)}}
+            summary |= {"options": prepared.options | {"base": resolved(prepared.base)}}
             write_json(out / "summary.json", summary, indent=2)
             (out / "checkpoint.pt").unlink()
         say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
