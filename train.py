@@ -91,14 +91,14 @@ LINEAR_LR_SCALE = 0.1
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the adapter alone, the base has no part in it. A group's rate is the schedule's times `lr_scale`."""
+    """AdamW over the adapter alone, the base has no part in it. A group's rate is the schedule's times its `scale`."""
     groups = [
-        {"params": [adapter.prompts], "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": [adapter.gates], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": [adapter.prompts], "weight_decay": weight_decay, "scale": 1.0},
+        {"params": [adapter.gates], "weight_decay": 0.0, "scale": 1.0},
     ]
     linear = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
     if linear:
-        groups.append({"params": linear, "weight_decay": weight_decay, "lr_scale": LINEAR_LR_SCALE})
+        groups.append({"params": linear, "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
@@ -180,7 +180,7 @@ def train_step(
         names = ", ".join(dict.fromkeys(example.name for example in examples))
         raise FloatingPointError(f"a loss of {loss.item()} led to values that are not finite, from {names}")
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["scale"]
     try:
         optimizer.step()
     except torch.OutOfMemoryError as error:  # some parameters may have moved: only what is on the disk is whole

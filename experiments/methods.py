@@ -95,7 +95,7 @@ class NoPrompts(nn.Module):
 
     def make_optimizer(self) -> torch.optim.AdamW:
         """As train.make_optimizer has it for an adapter."""
-        groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
+        groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "scale": 1.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 

@@ -37,7 +37,7 @@ def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)
 
 def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activations=False):
     """train_step's loss, with a rate of zero: the gradient is left in the adapter, which stays as it is."""
-    optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
+    optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "scale": 1.0}], lr=0.0)
     config = TrainConfig(micro_batch_tokens=max_tokens, checkpoint_activations=checkpoint_activations)
     return train_step(model, adapter, optimizer, examples, 0.0, config)
 
