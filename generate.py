@@ -83,9 +83,8 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids; the rows may differ in length.
 
-    Yields, step by step, B ids, None for a row that has ended. A row ends with `eos_id`, which is not
-    yielded, and all of them after `max_new_tokens` steps or when all have ended. `decode` is the one above, plain or
-    compiled.
+    Yields, step by step, B ids, None for a row that has ended: with `eos_id`, which is not yielded. All end after
+    `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")
@@ -133,8 +132,7 @@ def concat_prompts(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
 
     All have the same K. Where a sample has fewer layers than another, or none (the base), its gates are closed.
     """
-    deepest = max(sets, key=len)
-    batch = []
+    deepest, batch = max(sets, key=len), []
     for depth, filler in enumerate(deepest):
         closed = filler._replace(gate=torch.zeros_like(filler.gate))
         layer = [prompts[depth - len(deepest)] if len(deepest) - depth <= len(prompts) else closed for prompts in sets]

@@ -258,8 +258,8 @@ def read_training_data(source: DataOptions) -> tuple[list[Example], DataOptions]
     return used, source
 
 
-def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device) -> tuple[LLaMA, Tokenizer, str]:
-    """The frozen base, its tokenizer, and the strategy: whole on every rank ("ddp", or a process alone), or "fsdp".
+def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device) -> tuple[LLaMA, Tokenizer, str, str]:
+    """The frozen base, its tokenizer, its fingerprint, and the strategy: "ddp" (whole on every rank) or "fsdp".
 
     What travels with ddp is the gradient of the adapter, summed in `train_step`. With fsdp the layers are split over
     the ranks as well, and gathered when it is their turn. Raises ValueError.
@@ -271,11 +271,13 @@ def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device
     shard = distributed.fsdp_sharder(device) if strategy == "fsdp" else None
     with sync_errors():
         model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened)
+    fingerprint = base_fingerprint(model)  # of the weights as they were read
+    with sync_errors():
         if base.int8:
             quantize_int8(model.layers)
         if base.compile:
             compile_layers(model.layers)
-    return model, tokenizer, strategy
+    return model, tokenizer, fingerprint, strategy
 
 
 def prepare(
@@ -290,8 +292,8 @@ def prepare(
         config = config.for_base(path, opened[0].n_layers, opened[0].max_seq_len or math.inf)
         if base.int8:  # autograd would keep the widened weights of all layers
             config = replace(config, checkpoint_activations=True)
-    model, tokenizer, strategy = load_base(base, path, opened, device)
-    options = fixed_options(config, source, base, examples) | {"base_fingerprint": base_fingerprint(model)}
+    model, tokenizer, fingerprint, strategy = load_base(base, path, opened, device)
+    options = fixed_options(config, source, base, examples) | {"base_fingerprint": fingerprint}
     distributed.check_same_on_all_ranks(options | asdict(config) | {"strategy": strategy, "compile": base.compile})
 
     shape = {"layers": config.layers, "length": config.length, "dim": model.config.dim, "heads": model.config.n_heads}

@@ -1,8 +1,10 @@
 """Weights of the base in 8 bits."""
 
+import json
+
 import pytest
 import torch
-from helpers import make_adapter, make_model, make_tokens
+from helpers import make_adapter, make_model, make_tokens, run
 
 from data import Tokens
 from model import Config
@@ -22,3 +24,14 @@ def test_8_bits_train():
         gradients.append(adapter.prompts.grad.flatten())
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_a_run_over_8_bits(args, tmp_path):
+    """From the command line; the fingerprint is that of the weights before they are rounded."""
+    pytest.importorskip("torchao")
+    results = [run(*args, "--out", tmp_path / name, *more) for name, more in (("wide", []), ("int8", ["--int8"]))]
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    wide, rounded = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("wide", "int8"))
+    assert wide["options"] == rounded["options"] | {"int8": False}
+    assert rounded["val_loss_after"] == pytest.approx(wide["val_loss_after"], rel=0.1)
+    assert rounded["val_loss_after"] != wide["val_loss_after"]
