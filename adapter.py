@@ -49,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """
     grouped, dtype = k.shape[1] != q.shape[1], q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()  # twice as fast there, and backwards many times
+        q, k, v = q.float(), k.float(), v.float()  # faster there, above all in the backward pass
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(dtype)
 
 
@@ -99,7 +99,7 @@ def gated_attention(
     """The same as `gated_attention_paper`, from two fused attentions that never store the weights.
 
     [g A ; W] [vp ; v] = g (A vp) + W v, so the prompts are one more attention, scaled and added.
-    At gate zero the sum is the frozen layer's own attention, bit for bit.
+    At gate zero the sum is the frozen layer's own attention, bit for bit (the other form's is equal up to rounding).
     """
     B = q.shape[0]
     words = attend(q, k, v, mask, causal)  # (B, H, T, D)
@@ -118,7 +118,7 @@ class Adapter(nn.Module):
     zero. `metadata` is what the file says of it, strings only.
     """
 
-    ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda g: g}  # the published copies disagree
+    ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda g: g}  # the published copies disagree: docs/method.md
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Adapter(nn.Module):
         """The prompts of the L adapted layers, lowest first, in the base's dtype.
 
         `condition` (B, C), an image's global feature say, is added to every prompt (section 3.3).
-        `gate_scale` scales the gates after their activation: 0 is the frozen base, exactly.
+        `gate_scale` scales the gates after their activation: 0 is the frozen base.
         """
         tokens = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:

@@ -175,9 +175,8 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch as lists of example indices; every index occurs once.
 
-    Examples of like length share a batch, so that there is next to no padding. So that the order stays
-    random all the same, they are shuffled, sorted by length only within pools of 64 batches, and
-    the batches shuffled again. The result depends on the arguments alone: that is what makes resuming exact.
+    Examples of like length share a batch: next to no padding. The order stays random all the same: they are shuffled,
+    sorted only within pools of 64 batches, and the batches shuffled. It follows from the arguments: resuming is exact.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))

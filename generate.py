@@ -32,16 +32,15 @@ from runtime.quantization import quantize_int8
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits (B, V), as (B,). Temperature 0 takes the likeliest.
 
-    Otherwise nucleus sampling (Holtzman et al., 2020): from the smallest set of likeliest tokens
-    whose probabilities sum to top_p.
+    Otherwise nucleus sampling (Holtzman et al., 2020): from the fewest likeliest tokens that sum to top_p.
     """
     if temperature < 1e-6:  # in float32 the division would overflow, and the likeliest be all there is
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens alone
     probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
-    # Which of exponential variables with these rates is the least follows these probabilities: a draw like that of
-    # torch.multinomial, which makes a GPU wait for the host.
+    # The least of exponential variables with these rates (the Gumbel-max trick) is a draw like torch.multinomial's,
+    # which makes a GPU wait for the host.
     exponential = torch.empty_like(probabilities).exponential_(generator=generator)
     choice = (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
@@ -299,6 +298,8 @@ def read_requests(path: str, responder: Responder, default: str) -> tuple[list[d
         requests.append(Request(example.instruction, example.input, name))
         try:
             responder.tokens_and_limit(requests[-1])
+            if example.image and name == "base":
+                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
             if example.image:
                 images[index] = require_file(Path(path).parent / example.image, "image")
         except (ValueError, FileNotFoundError) as error:

@@ -27,7 +27,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a LLaMA; the defaults are 7B's. Raises ValueError where the numbers make no model."""
+    """The shape of a LLaMA; the defaults are Llama 2 7B's. Raises ValueError where the numbers make no model."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -95,8 +95,8 @@ class RMSNorm(nn.Module):
 def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, T, 1, D/2), in float32, of the angles by which `apply_rope` turns positions (B, T).
 
-    Made anew at each forward, for all layers at once: less work than one row of one matrix product,
-    and a table kept in the module would be rounded by `model.bfloat16()`.
+    Made anew at each forward, for all layers at once: a table kept in the module would be rounded by
+    `model.bfloat16()`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
@@ -133,9 +133,8 @@ class LayerCache:
 class KVCache:
     """Keys and values of one generation: made and owned by its caller, of fixed size, gone with it.
 
-    `lengths` (B,) says how many tokens of each row count. `LLaMA.forward` writes behind them but never
-    moves them; the caller does (`cache.lengths += 1`). So rows of unequal prompts go in padded to the
-    right, each advanced by its own length, and what the padding wrote is overwritten by what follows.
+    `lengths` (B,) says how many tokens of each row count. The model writes behind them, the caller moves them. So rows
+    of unequal prompts go in padded to the right, each advanced by its own length; what follows overwrites the padding.
     """
 
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
@@ -199,9 +198,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -112,7 +112,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 # ---------------------------------------------------------------------------------------------------
 # The loss, the step, the loop
 
-NOTHING = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
+EMPTY_BATCH = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
 
 
 def response_loss(model: LLaMA, adapter: Adapter, batch: Batch | None, checkpoint_activations: bool = False) -> Tensor:
@@ -120,7 +120,7 @@ def response_loss(model: LLaMA, adapter: Adapter, batch: Batch | None, checkpoin
 
     The output head sees the positions that have a loss, and no others: prompts are half of Alpaca.
     """
-    batch = batch or NOTHING
+    batch = batch or EMPTY_BATCH
     device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
     if batch.features is None:
@@ -154,7 +154,8 @@ def train_step(
 ) -> float:
     """One optimizer step on a batch, in micro-batches and over all ranks; returns the mean loss before it.
 
-    Raises FloatingPointError, with the adapter as before, where the loss or its gradient is not finite.
+    Raises FloatingPointError, with the adapter as before, where the loss or its gradient is not finite; ValueError
+    where there is no memory left for the optimizer's own work.
     """
     parameters = list(adapter.parameters())
     optimizer.zero_grad()
@@ -288,11 +289,11 @@ def prepare(
         if base.compile:
             prepare_to_compile(device, base.int8)
         path = TOYS[source.toy].base() if base.base is None else Path(base.base)
-        opened = read_base(path)
-        config = config.for_base(path, opened[0].n_layers, opened[0].max_seq_len or math.inf)
+        shape, weights = read_base(path)
+        config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
         if base.int8:  # autograd would keep the widened weights of all layers
             config = replace(config, checkpoint_activations=True)
-    model, tokenizer, fingerprint, strategy = load_base(base, path, opened, device)
+    model, tokenizer, fingerprint, strategy = load_base(base, path, (shape, weights), device)
     options = fixed_options(config, source, base, examples) | {"base_fingerprint": fingerprint}
     distributed.check_same_on_all_ranks(options | asdict(config) | {"strategy": strategy, "compile": base.compile})
 
@@ -354,7 +355,7 @@ def tune(
     less_memory = f"fewer than --micro-batch-tokens {config.micro_batch_tokens}"
     if objective is RESPONSES:
         less_memory = f"--checkpoint-activations or {less_memory}"
-    recorder.follow(
+    recorder.follow(  # this takes the steps, one by one: here the loop runs
         steps,
         partial(mean_loss, model, adapter, prepared.validation, config, objective),
         total=config.epochs * steps_per_epoch,
