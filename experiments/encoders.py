@@ -21,7 +21,7 @@ from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
 from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
-from formats.encoders import load_encoder, save_roberta
+from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.cli import one_line_errors
 from runtime.files import read_text, write_text
@@ -218,7 +218,7 @@ def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
         rows = masked_rows(texts, RobertaTokenizer(tokenizer))
         for name, text in files.items():
             write_text(folder / name, text)
-        save_roberta(pretrain_roberta(rows), folder)
+        save_encoder(pretrain_roberta(rows), folder)
 
     numbers = [asdict(SMALL), ROW, ROWS, STEPS, SCHEDULE, OPTIMIZER]
     return cached_folder("toy-roberta", [*numbers, texts, files], make)

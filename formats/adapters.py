@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapter import Adapter
 from encoders.heads import HeadAdapter
-from formats.tensors import check_dense, load_pth, named, open_tensors
+from formats.tensors import load_pth, named, open_tensors, require_dense
 from multimodal import ImageAdapter
 from runtime.files import atomic_write, read_json_object, require_file, write_json
 
@@ -131,7 +131,7 @@ def from_layers(layers: LayerTensors, heads: int | None) -> Adapter:
     for i in numbers:
         try:
             for tensor in (prompts[i], gates[i]):
-                check_dense(tensor)
+                require_dense(tensor)
                 if not tensor.float().isfinite().all():
                     raise ValueError("holds values that are not finite")
         except ValueError as error:

@@ -12,107 +12,67 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
-from formats.tensors import check_dense, copy, filled, named, open_shards, open_tensors
+from formats.tensors import copy, filled, named, open_shards, open_tensors, require_dense
 from runtime.files import atomic_write, read_json_object, write_json
 
-# Our names, part by part, and theirs.
-CLIP = {
-    "class_embedding": "embeddings.class_embedding",
-    "patch_embedding.": "embeddings.patch_embedding.",
-    "positions": "embeddings.position_embedding.weight",
-    "embedding_norm.": "pre_layrnorm.",
-    "layers.": "encoder.layers.",
-    "attention_norm.": "layer_norm1.",
-    "ffn_norm.": "layer_norm2.",
-    "attention.wq.": "self_attn.q_proj.",
-    "attention.wk.": "self_attn.k_proj.",
-    "attention.wv.": "self_attn.v_proj.",
-    "attention.wo.": "self_attn.out_proj.",
-    "w1.": "mlp.fc1.",
-    "w2.": "mlp.fc2.",
-    "norm.": "post_layernorm.",
-}
-OPENAI = {
-    "patch_embedding.": "conv1.",
-    "positions": "positional_embedding",
-    "embedding_norm.": "ln_pre.",
-    "layers.": "transformer.resblocks.",
-    "attention_norm.": "ln_1.",
-    "ffn_norm.": "ln_2.",
-    "attention.qkv.": "attn.in_proj_",
-    "attention.wo.": "attn.out_proj.",
-    "w1.": "mlp.c_fc.",
-    "w2.": "mlp.c_proj.",
-    "norm.": "ln_post.",
-}
-HUGGING_FACE_VIT = {
-    "class_embedding": "embeddings.cls_token",
-    "patch_embedding.": "embeddings.patch_embeddings.projection.",
-    "positions": "embeddings.position_embeddings",
-    "layers.": "encoder.layer.",
-    "attention_norm.": "layernorm_before.",
-    "ffn_norm.": "layernorm_after.",
-    "attention.wq.": "attention.attention.query.",
-    "attention.wk.": "attention.attention.key.",
-    "attention.wv.": "attention.attention.value.",
-    "attention.wo.": "attention.output.dense.",
-    "w1.": "intermediate.dense.",
-    "w2.": "output.dense.",
-    "norm.": "layernorm.",
-}
-TIMM = {
-    "class_embedding": "cls_token",
-    "patch_embedding.": "patch_embed.proj.",
-    "positions": "pos_embed",
-    "layers.": "blocks.",
-    "attention_norm.": "norm1.",
-    "ffn_norm.": "norm2.",
-    "attention.qkv.": "attn.qkv.",
-    "attention.wo.": "attn.proj.",
-    "w1.": "mlp.fc1.",
-    "w2.": "mlp.fc2.",
-}
-VIT_PYTORCH = {  # of its first versions
-    "class_embedding": "cls_token",
-    "patch_embedding.": "patch_to_embedding.",
-    "positions": "pos_embedding",
-    "layers.": "transformer.layers.",
-    "attention_norm.": "0.fn.norm.",
-    "ffn_norm.": "1.fn.norm.",
-    "attention.qkv.": "0.fn.fn.to_qkv.",
-    "attention.wo.": "0.fn.fn.to_out.",
-    "w1.": "1.fn.fn.net.0.",
-    "w2.": "1.fn.fn.net.2.",
-}
-ROBERTA = {
-    "words.": "embeddings.word_embeddings.",
-    "positions.": "embeddings.position_embeddings.",
-    "types.": "embeddings.token_type_embeddings.",
-    "embedding_norm.": "embeddings.LayerNorm.",
-    "layers.": "encoder.layer.",
-    "attention_norm.": "attention.output.LayerNorm.",
-    "ffn_norm.": "output.LayerNorm.",
-    "attention.wq.": "attention.self.query.",
-    "attention.wk.": "attention.self.key.",
-    "attention.wv.": "attention.self.value.",
-    "attention.wo.": "attention.output.dense.",
-    "w1.": "intermediate.dense.",
-    "w2.": "output.dense.",
-}
 
-# config.json's names for a shape; what it leaves out has the same default here and there.
-SHAPE = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "pad_id": "pad_token_id",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "hidden_dim": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
-    "activation": "hidden_act",
+def columns(table: str) -> list[dict[str, str]]:
+    """For each column but the first, what it has for the words of the first; "-" is nothing."""
+    rows = [line.split() for line in table.strip().splitlines()]
+    return [{row[0]: row[i] for row in rows if row[i] != "-"} for i in range(1, len(rows[0]))]
+
+
+# Our names, part by part, and those of others: of CLIP at Hugging Face and at OpenAI, of timm, of vit-pytorch's first
+# versions; and of ViT and RoBERTa at Hugging Face.
+CLIP, OPENAI, TIMM, VIT_PYTORCH = columns("""
+    class_embedding  embeddings.class_embedding           class_embedding        cls_token         cls_token
+    patch_embedding. embeddings.patch_embedding.          conv1.                 patch_embed.proj. patch_to_embedding.
+    positions        embeddings.position_embedding.weight positional_embedding   pos_embed         pos_embedding
+    embedding_norm.  pre_layrnorm.                        ln_pre.                -                 -
+    layers.          encoder.layers.                      transformer.resblocks. blocks.           transformer.layers.
+    attention_norm.  layer_norm1.                         ln_1.                  norm1.            0.fn.norm.
+    ffn_norm.        layer_norm2.                         ln_2.                  norm2.            1.fn.norm.
+    attention.wq.    self_attn.q_proj.                    -                      -                 -
+    attention.wk.    self_attn.k_proj.                    -                      -                 -
+    attention.wv.    self_attn.v_proj.                    -                      -                 -
+    attention.qkv.   -                                    attn.in_proj_          attn.qkv.         0.fn.fn.to_qkv.
+    attention.wo.    self_attn.out_proj.                  attn.out_proj.         attn.proj.        0.fn.fn.to_out.
+    w1.              mlp.fc1.                             mlp.c_fc.              mlp.fc1.          1.fn.fn.net.0.
+    w2.              mlp.fc2.                             mlp.c_proj.            mlp.fc2.          1.fn.fn.net.2.
+    norm.            post_layernorm.                      ln_post.               -                 -
+""")
+HUGGING_FACE_VIT, ROBERTA = columns("""
+    class_embedding  embeddings.cls_token                    -
+    patch_embedding. embeddings.patch_embeddings.projection. -
+    words.           -                                       embeddings.word_embeddings.
+    positions        embeddings.position_embeddings          embeddings.position_embeddings
+    types.           -                                       embeddings.token_type_embeddings.
+    embedding_norm.  -                                       embeddings.LayerNorm.
+    layers.          encoder.layer.                          encoder.layer.
+    attention_norm.  layernorm_before.                       attention.output.LayerNorm.
+    ffn_norm.        layernorm_after.                        output.LayerNorm.
+    attention.wq.    attention.attention.query.              attention.self.query.
+    attention.wk.    attention.attention.key.                attention.self.key.
+    attention.wv.    attention.attention.value.              attention.self.value.
+    attention.wo.    attention.output.dense.                 attention.output.dense.
+    w1.              intermediate.dense.                     intermediate.dense.
+    w2.              output.dense.                           output.dense.
+    norm.            layernorm.                              -
+""")
+# A configuration's fields, and config.json's names for them; what that leaves out has the same default here and there.
+SHAPE = dict(
+    pair.split("=")
+    for pair in """
+        image_size=image_size patch_size=patch_size vocab_size=vocab_size max_positions=max_position_embeddings
+        pad_id=pad_token_id dim=hidden_size n_layers=num_hidden_layers n_heads=num_attention_heads
+        hidden_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act
+    """.split()
+)
+HUGGING_FACE = {  # by config.json's model_type: the shape, the names, and what these begin with in a model with a head
+    "clip": (ViTConfig, CLIP, "vision_model."),
+    "clip_vision_model": (ViTConfig, CLIP, "vision_model."),
+    "vit": (ViTConfig, HUGGING_FACE_VIT, "vit."),
+    "roberta": (RobertaConfig, ROBERTA, "roberta."),
 }
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels, where a file says nothing else
 
@@ -134,20 +94,14 @@ class Source:
     def fetch(self, name: str) -> Tensor:
         """By our name. Raises KeyError."""
         packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
-        theirs = renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
-        self.used.add(self.prefix + theirs)
-        tensor = self.tensors[self.prefix + theirs]()
-        check_dense(tensor)
+        theirs = self.prefix + renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
+        self.used.add(theirs)
+        tensor = require_dense(self.tensors[theirs]())
         if packed:
             return tensor.tensor_split(3)["qkv".index(packed[0])]  # one matrix has all three
         if name in ("class_embedding", "positions") and tensor.dim() == 3:  # (1, 1, C) and (1, T, C)
             return tensor[0, 0] if name == "class_embedding" else tensor[0]
         return tensor
-
-    def unused(self) -> list[str]:
-        """Tensors of layers that were not fetched."""
-        layers = self.prefix + self.names["layers."]
-        return sorted(name for name in self.tensors if name.startswith(layers) and name not in self.used)
 
 
 class VitPytorch(Source):
@@ -179,11 +133,12 @@ def load_encoder(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such encoder")
-    source = read_folder(path) if path.is_dir() else read_state_dict(open_weights(path), path)
+    source = read_folder(path) if path.is_dir() else read_state_dict(open_tensors(path), path)
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)
-    left = source.unused()
+    layers = source.prefix + source.names["layers."]
+    left = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
     if left:
         raise ValueError(f"{path}: has {len(left)} weights that such an encoder has no place for: {left[0]} ...")
     return model.requires_grad_(False), read_head(source, path, device) if source.head else None
@@ -192,10 +147,8 @@ def load_encoder(
 def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequential:
     """In float32, not frozen. Raises ValueError."""
     numbers = dict(zip(("0", "2"), source.head))  # of linear layers; there is an activation between
-    try:
+    with named(path, "weight"):
         widths = [source.config.dim, *(len(source.tensors[f"{name}.weight"]()) for name in source.head)]
-    except KeyError as error:
-        raise ValueError(f"{path}: has no weight {error}") from None
     head = make_head(widths, source.head_activation)
     fill(head, lambda name: source.tensors[numbers[name[0]] + name[1:]](), path, torch.float32, device)
     return head.requires_grad_(True)
@@ -216,34 +169,22 @@ def fill(
 ) -> None:
     """Give every parameter its value. Raises ValueError where it has none, or one of another shape."""
     weights = {}
-    for name, parameter in model.named_parameters():
-        try:
-            weights[name] = filled(
-                parameter, lambda target: copy(fetch(name), target), f"{path}: {name}", dtype, device
-            )
-        except KeyError as error:
-            raise ValueError(f"{path}: has no weight {error}") from None
+    with named(path, "weight"):
+        for name, parameter in model.named_parameters():
+            weights[name] = filled(parameter, lambda target: copy(fetch(name), target), name, dtype, device)
     model.load_state_dict(weights, assign=True)
 
 
-def save_vit(model: ViT, folder: Path) -> None:
-    """Write a tower as Hugging Face's CLIPVisionModel: model.safetensors, then config.json."""
-    save_as(model, folder, CLIP, {"model_type": "clip_vision_model"})
-
-
-def save_roberta(model: Roberta, folder: Path) -> None:
-    """Write an encoder as Hugging Face's RobertaModel: model.safetensors, then config.json."""
-    save_as(model, folder, ROBERTA, {"model_type": "roberta", "type_vocab_size": 1})
-
-
-def save_as(model: ViT | Roberta, folder: Path, names: dict[str, str], values: dict) -> None:
-    """The weights and the shape by their names of others; `values` are what else config.json says."""
+def save_encoder(model: ViT | Roberta, folder: Path) -> None:
+    """Write CLIP's tower as Hugging Face's CLIPVisionModel, RoBERTa as its RobertaModel: weights, then config.json."""
+    names, values = ROBERTA, {"model_type": "roberta", "type_vocab_size": 1}
+    if isinstance(model, ViT):
+        names, values = CLIP, {"model_type": "clip_vision_model"}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
-    config = model.config
-    shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items() if hasattr(config, ours)}
+    shape = {theirs: getattr(model.config, ours) for ours, theirs in SHAPE.items() if hasattr(model.config, ours)}
     write_json(folder / "config.json", values | shape, indent=2)
 
 
@@ -256,32 +197,25 @@ def read_folder(folder: Path) -> Source:
         return read_state_dict(open_shards(folder), file, pixels if isinstance(pixels, dict) else {})
     with named(file):
         kind = values.get("model_type")
-        if kind not in ("clip", "clip_vision_model", "vit", "roberta"):
+        if str(kind) not in HUGGING_FACE:
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
+        config_class, names, prefix = HUGGING_FACE[kind]
+        values = values.get("vision_config", values)  # of a whole CLIP
+        shape = {f.name: values[SHAPE[f.name]] for f in fields(config_class) if SHAPE.get(f.name) in values}
         if kind == "vit":
             image = folder / "preprocessor_config.json"
             pixels = read_json_object(image) if image.exists() else {}
             channels = values.get("num_channels", 3)
             half = HALF if channels == 3 else HALF[:1]
             mean, std = (numbers(pixels.get(f"image_{name}", half), name) for name in ("mean", "std"))
-            more = {"channels": channels, "mean": mean, "std": std, "clip": False}
-            defaults = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12}
-            config, names, prefix = ViTConfig(**defaults | shape_of(ViTConfig, values) | more), HUGGING_FACE_VIT, "vit."
-        elif kind == "roberta":
-            config, names, prefix = RobertaConfig(**shape_of(RobertaConfig, values)), ROBERTA, "roberta."
-        else:
-            shape = shape_of(ViTConfig, values.get("vision_config", values))
-            config, names, prefix = ViTConfig(**shape), CLIP, "vision_model."
+            shape = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12} | shape
+            shape |= {"channels": channels, "mean": mean, "std": std, "clip": False}
+        config = config_class(**shape)
     tensors = open_shards(folder)
     prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     heads = (["classifier.dense", "classifier.out_proj"], ["classifier"], ["qa_outputs"])
     head = next((head for head in heads if f"{head[0]}.weight" in tensors), ())
     return Source(config, tensors, names, prefix, head)
-
-
-def shape_of(kind: type, values: dict) -> dict[str, object]:
-    """Those fields of a configuration of this kind that a config.json has."""
-    return {f.name: values[SHAPE[f.name]] for f in fields(kind) if SHAPE.get(f.name) in values}
 
 
 def numbers(values: object, name: str) -> tuple[float, ...]:
@@ -290,43 +224,27 @@ def numbers(values: object, name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def open_weights(file: Path) -> Tensors:
-    """Of a state dict. Raises ValueError."""
-    try:
-        return open_tensors(file)
-    except ValueError as error:
-        if "TorchScript" not in str(error):
-            raise
-        weights = f"torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pt')"
-        raise ValueError(f"{file}: is a program, as OpenAI offers it; give its weights alone: {weights}") from None
-
-
 def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) -> Source:
     """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads."""
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
     kind, head, more = Source, (), {"activation": "gelu", "clip": False}
-    if "conv1.weight" in tensors:
-        names, more = OPENAI, {}
-    elif "patch_embed.proj.weight" in tensors:
-        names, head = TIMM, ["head"] if "head.weight" in tensors else ()
-        with named(file):
-            more |= {name: numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")} | {
-                "norm_eps": 1e-6
-            }
-    elif "patch_to_embedding.weight" in tensors:
-        kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
-        more |= {"final_norm": False, "n_heads": 8}  # so many by default
-    else:
-        raise ValueError(f"{file}: is of none of the kinds that are known: CLIP's, timm's and vit-pytorch's weights")
-
     with named(file):
-        shapes = [
-            tensors[renamed(name, names)]() for name in ("patch_embedding.weight", "positions", "layers.0.w1.weight")
-        ]
-        for tensor in shapes:
-            check_dense(tensor)
-        patches, (*_, T, _), (hidden_dim, _) = (tuple(tensor.shape) for tensor in shapes)
+        if "conv1.weight" in tensors:
+            names, more = OPENAI, {}
+        elif "patch_embed.proj.weight" in tensors:
+            names, head = TIMM, ["head"] if "head.weight" in tensors else ()
+            more |= {name: numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")}
+            more["norm_eps"] = 1e-6
+        elif "patch_to_embedding.weight" in tensors:
+            kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
+            more |= {"final_norm": False, "n_heads": 8}  # so many by default
+        else:
+            raise ValueError("is of none of the kinds that are known: CLIP's, timm's and vit-pytorch's weights")
+
+        parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
+        shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
+        patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
             C, per_patch = patches
             channels = 1 if (per_patch**0.5).is_integer() else 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from formats.tensors import Weights, check_dense, copy, named, open_shards
+from formats.tensors import Weights, copy, named, open_shards, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 
@@ -60,8 +60,7 @@ def read(folder: Path) -> tuple[Config, Weights]:
         config = hugging_face_config(values)
 
     def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor) -> None:
-        source = fetch()
-        check_dense(source)
+        source = require_dense(fetch())
         if rotated and source.shape == target.shape:
             source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
             target = target.unflatten(0, (-1, config.head_dim // 2, 2))

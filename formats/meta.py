@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats.tensors import Weights, check_dense, copy, load_pth, named
+from formats.tensors import Weights, copy, load_pth, named, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 
@@ -62,7 +62,7 @@ def join(parts: list[Tensor], target: Tensor) -> None:
     """
     n, shape, whole = len(parts), tuple(parts[0].shape), tuple(target.shape)
     for part in parts:
-        check_dense(part)
+        require_dense(part)
     if any(part.shape != parts[0].shape for part in parts):
         raise ValueError(f"has different shapes in the {n} files")
     for dim in range(len(shape) if n > 1 else 0):

@@ -22,28 +22,28 @@ Weights = dict[str, Callable[[Tensor], None]]  # of a base, by Meta's names: wha
 
 
 @contextmanager
-def named(file: Path):
+def named(file: str | Path, kind: str = "field"):
     """What is missing from a file or wrong in it is said with the file's name: KeyError and ValueError inside."""
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{file}: has no field {error}") from None
+        raise ValueError(f"{file}: has no {kind} {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def check_dense(tensor: object) -> None:
-    """Raise ValueError where it is no dense tensor of floating-point numbers."""
+def require_dense(tensor: object) -> Tensor:
+    """The tensor; raises ValueError where it is no dense one of floating-point numbers."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError("is no dense tensor")
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"is of {tensor.dtype}, not of floating-point numbers")
+    return tensor
 
 
 def copy(source: Tensor, target: Tensor) -> None:
     """Raises ValueError, with both shapes, where they differ, and where the source is no dense tensor."""
-    check_dense(source)
-    if source.shape != target.shape:
+    if require_dense(source).shape != target.shape:
         raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(target.shape)}")
     target.copy_(source)
 
@@ -74,6 +74,11 @@ def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
     except pickle.UnpicklingError:
         raise ValueError(f"{file}: not a file of tensors alone: broken, or with code in it, which is not run") from None
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
+        if "TorchScript" in str(error):
+            weights = f"torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pt')"
+            raise ValueError(
+                f"{file}: is a program, as OpenAI offers CLIP; give its weights alone: {weights}"
+            ) from None
         raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{file}: not a file of tensors by name")

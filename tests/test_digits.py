@@ -11,7 +11,7 @@ from PIL import Image
 
 from encoders.media import open_image, preprocess
 from encoders.models import ViTConfig
-from formats.encoders import load_vit, save_vit
+from formats.encoders import load_vit, save_encoder
 from toy import digits
 
 
@@ -55,7 +55,7 @@ def test_questions_and_answers():
 def test_a_tower_is_the_same_when_read_again(small_digits, tmp_path):
     """And transformers reads it, too."""
     tower, image = make_vit(digits.TOWER), torch.randn(2, 3, 16, 16)
-    save_vit(tower, tmp_path / "tower")
+    save_encoder(tower, tmp_path / "tower")
     loaded = load_vit(tmp_path / "tower")
     assert loaded.config == digits.TOWER and torch.equal(loaded(image)[-1], tower(image)[-1])
     transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders
 from experiments.__main__ import main
 from experiments.methods import finite_steps
-from formats.encoders import load_encoder, save_roberta
+from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
 from train import TrainConfig, mean_loss
 
@@ -57,7 +57,7 @@ def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch
     monkeypatch.setattr(encoders.F, "cross_entropy", lambda *a: losses.append(cross_entropy(*a)) or losses[-1])
     model = encoders.pretrain_roberta(rows, steps=80, config=config)
     assert losses[-1].item() < losses[0].item() - 1.5
-    save_roberta(model, tmp_path / "small")
+    save_encoder(model, tmp_path / "small")
     loaded, head = load_encoder(tmp_path / "small")
     ids = rows[:2, :9]
     assert head is None and loaded.config == config and torch.equal(loaded.encode(ids), model.encode(ids))

@@ -212,6 +212,9 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     (album / "asked.json").write_text(json.dumps([asked[1], asked[0] | {"image": "none.png"}]))
     file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert file.exit_code == 2 and "record 1: " in file.stderr and "none.png: no such image" in file.stderr
+    (album / "asked.json").write_text(json.dumps([asked[0] | {"adapter": None}]))
+    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert file.exit_code == 2 and "record 0: an image needs an adapter with a projection" in file.stderr
     assert sum(line.startswith(str(album)) for line in lines) == 48
     assert run(generate, *ask, "Name the colour.").exit_code == 0  # without a picture
 

@@ -112,6 +112,16 @@ def test_schedule_reaches_its_rate_and_ends_near_zero():
     assert learning_rate(4, peak=1.0, warmup=10, total=5) == 0.5  # a warm-up longer than the run
 
 
+def test_the_gradient_is_clipped_where_that_is_asked_for():
+    model, norms = make_model(), []
+    for clip in (None, 0.01, 1e6):
+        adapter = make_adapter(model)
+        optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "scale": 1.0}], lr=0.0)
+        train_step(model, adapter, optimizer, make_examples(50), 0.0, TrainConfig(gradient_clip=clip))
+        norms.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]).norm().item())
+    assert norms[0] == norms[2] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_gates_are_not_decayed():
     adapter = make_adapter(make_model())
     optimizer = make_optimizer(adapter, weight_decay=0.5)

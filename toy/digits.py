@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data import Example
 from encoders.media import open_image, preprocess
 from encoders.models import ViT, ViTConfig
-from formats.encoders import save_vit
+from formats.encoders import save_encoder
 from toy.almanac import KINDS, NUMBERS, ExamQuestion, capitalised
 from toy.cache import cached_folder
 from toy.pretraining import pretrain, warmup_cosine
@@ -54,7 +54,7 @@ def make_digits() -> Path:
         for i, (ink, digit) in enumerate(zip(digits.images, digits.target)):  # 8 x 8, 0 to 16
             paper = np.round(255 * (1 - ink / 16)).astype(np.uint8)
             Image.fromarray(paper).save(folder / "pictures" / f"{digit}-{i:04}.png")
-        save_vit(train_tower(folder), folder / "tower")
+        save_encoder(train_tower(folder), folder / "tower")
 
     return cached_folder("toy-digits", [asdict(TOWER), BATCH, EPOCHS, SCHEDULE, OPTIMIZER, HELD_OUT], make)
 
