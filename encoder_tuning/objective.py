@@ -9,11 +9,11 @@ Notation as in adapter.py.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data import group_by_size
 from encoder_tuning.data import Labelled, SquadQuestion, span_of
@@ -23,21 +23,16 @@ from formats.roberta_tokenizer import RobertaTokenizer
 from train import Objective
 
 
-class LabelledBatch(NamedTuple):
-    """Examples side by side."""
+def labelled_batches(examples: Sequence[Labelled], max_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and labels of the examples, shortest first, of at most `max_tokens` positions (or one example) together.
 
-    inputs: Tensor  # ids (B, T), padded to the right, or pixels (B, c, S, S)
-    labels: Tensor  # (B, 1) or (B, 2)
-
-
-def collate_labelled(examples: Sequence[Labelled], pad_id: int = RobertaTokenizer.pad_id) -> LabelledBatch:
-    inputs = nn.utils.rnn.pad_sequence([example.inputs for example in examples], batch_first=True, padding_value=pad_id)
-    return LabelledBatch(inputs, torch.tensor([example.labels for example in examples]))
-
-
-def labelled_batches(examples: Sequence[Labelled], max_tokens: int) -> list[LabelledBatch]:
-    """The examples, shortest first, in parts of at most `max_tokens` positions (or of one example)."""
-    return [collate_labelled(part) for part in group_by_size(examples, max_tokens)]
+    Inputs are ids (B, T), padded to the right, or pixels (B, c, S, S); labels (B, 1) or (B, 2).
+    """
+    batches = []
+    for part in group_by_size(examples, max_tokens):
+        inputs = pad_sequence([example.inputs for example in part], True, RobertaTokenizer.pad_id)
+        batches.append((inputs, torch.tensor([example.labels for example in part])))
+    return batches
 
 
 def encoder_states(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
@@ -66,14 +61,15 @@ def label_loss(
     score: Callable[..., Tensor],
     model: ViT | Roberta,
     adapter: HeadAdapter,
-    batch: LabelledBatch | None,
+    batch: tuple[Tensor, Tensor] | None,
     checkpoint_activations: bool = False,
 ) -> Tensor:
     """Cross entropy, summed over the labels, a class or the ends of a span; for None a zero that has a gradient."""
     if batch is None:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
-    scores = score(model, adapter, batch.inputs)  # (B, classes or T, labels)
-    return F.cross_entropy(scores, batch.labels.to(scores.device), reduction="sum")
+    inputs, labels = batch
+    scores = score(model, adapter, inputs)  # (B, classes or T, labels)
+    return F.cross_entropy(scores, labels.to(scores.device), reduction="sum")
 
 
 CLASSIFICATION = Objective(num_labels, labelled_batches, partial(label_loss, class_scores))
@@ -83,11 +79,9 @@ SPANS = Objective(num_labels, labelled_batches, partial(label_loss, span_scores)
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
     """The likeliest class of each."""
-    batches, order = (
-        labelled_batches(examples, max_tokens),
-        sorted(range(len(examples)), key=lambda i: examples[i].size),
-    )
-    likeliest = torch.cat([class_scores(model, adapter, batch.inputs).argmax(dim=1) for batch in batches])[:, 0]
+    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    batches = labelled_batches(examples, max_tokens)
+    likeliest = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
     return [best for _, best in sorted(zip(order, likeliest.tolist()))]
 
 

@@ -26,12 +26,7 @@ class HeadAdapter(Adapter):
     """An Adapter with a head for an encoder: linear layers of these widths, from C to the number of classes."""
 
     def __init__(
-        self,
-        *,
-        widths: Sequence[int],
-        head_activation: str = "tanh",
-        generator: torch.Generator | None = None,
-        **shape,
+        self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **shape
     ):
         super().__init__(generator=generator, **shape)
         self.head = make_head(widths, head_activation, generator)
@@ -60,21 +55,11 @@ def head_adapter(
     generator: torch.Generator | None = None,
 ) -> HeadAdapter:
     """An adapter for an encoder, its gates closed; its head is the encoder's own where that has as many outputs."""
-    C, own = model.config.dim, own_head if own_head is not None and own_head[-1].out_features == outputs else None
-    adapter = HeadAdapter(
-        layers=layers,
-        length=length,
-        dim=C,
-        heads=model.config.n_heads,
-        widths=[C, outputs] if own is None else [C, *(linear.out_features for linear in own[::2])],
-        head_activation="tanh" if own is None else activation_of(own),
-        generator=generator,
-    )
-    if own is not None:
-        adapter.head.load_state_dict(own.state_dict())
-    return adapter.to(next(model.parameters()).device)
-
-
-def activation_of(head: nn.Sequential) -> str:
-    """By its name in `HEAD_ACTIVATIONS`."""
-    return next((name for name, kind in HEAD_ACTIVATIONS.items() if len(head) > 1 and type(head[1]) is kind), "tanh")
+    C, heads = model.config.dim, model.config.n_heads
+    shape = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}
+    adapter = HeadAdapter(generator=generator, **shape).to(next(model.parameters()).device)
+    if own_head is not None and own_head[-1].out_features == outputs:
+        adapter.head = own_head
+        if any(isinstance(module, nn.GELU) for module in own_head):
+            adapter.metadata["head_activation"] = "gelu"
+    return adapter
