@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data import check_text, read_records
 from encoders.media import open_image, preprocess_whole
-from encoders.models import Roberta, ViT, ViTConfig
+from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_json, read_text
 
@@ -109,26 +109,20 @@ def read_squad(path: Path) -> list[SquadQuestion]:
 
     Raises OSError, or ValueError that names the question.
     """
-    values = read_json(path)
+    values, questions = read_json(path), []
     try:
-        questions = [
-            SquadQuestion(
-                qa["id"],
-                qa["question"],
-                paragraph["context"],
-                [answer["text"] for answer in qa["answers"]],
-                [answer["answer_start"] for answer in qa["answers"]],
-            )
-            for article in values["data"]
-            for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]
-        ]
+        for paragraph in [paragraph for article in values["data"] for paragraph in article["paragraphs"]]:
+            for qa in paragraph["qas"]:
+                asked = (qa["id"], qa["question"], paragraph["context"])
+                texts = [answer["text"] for answer in qa["answers"]]
+                starts = [answer["answer_start"] for answer in qa["answers"]]
+                question = SquadQuestion(*asked, texts, starts)
+                check_squad_question(question, f"{path}: question {question.id}")
+                questions.append(question)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: is not in SQuAD's format: {type(error).__name__}: {error}") from None
     if not questions:
         raise ValueError(f"{path}: holds no questions")
-    for question in questions:
-        check_squad_question(question, f"{path}: question {question.id}")
     return questions
 
 
@@ -185,28 +179,6 @@ class LabelledData(NamedTuple):
     dropped: int = 0  # questions whose answer is in what was cut
 
 
-def labelled_images(rows: Sequence[tuple], config: ViTConfig, classes: list[str]) -> LabelledData:
-    """Raises as `open_image` does."""
-    examples, positions = [], 1 + (config.image_size // config.patch_size) ** 2
-    for picture, label, name in rows:
-        image = open_image(picture) if isinstance(picture, Path) else picture
-        examples.append(Labelled(preprocess_whole(image, config), (classes.index(label),), name, positions))
-    return LabelledData(examples, classes)
-
-
-def labelled_texts(
-    rows: Sequence[tuple[str, str, str]], tokenizer: RobertaTokenizer, classes: list[str], max_length: int
-) -> LabelledData:
-    """<s> text </s>, cut at `max_length`."""
-    examples, cut = [], 0
-    for text, label, name in rows:
-        ids = tokenizer.encode(text)
-        cut += len(ids) > max_length - 2
-        ids = [tokenizer.bos_id, *ids[: max_length - 2], tokenizer.eos_id]
-        examples.append(Labelled(torch.tensor(ids), (classes.index(label),), name, len(ids)))
-    return LabelledData(examples, classes, cut)
-
-
 def labelled_questions(
     questions: Sequence[SquadQuestion], tokenizer: RobertaTokenizer, max_length: int
 ) -> LabelledData:
@@ -241,13 +213,21 @@ def read_labelled(
     classes = list(classes) or class_names([label for _, label, _ in rows])
     if len(classes) < 2:
         raise ValueError(f"{data}: has only one class, {classes[0]!r}: there is nothing to tell apart")
-    rows = subset(rows, limit)
-    for _, label, name in rows:
+    tokenizer = None if isinstance(model, ViT) else roberta_tokenizer(model, base)
+    examples, cut = [], 0
+    for source, label, name in subset(rows, limit):
         if label not in classes:
             raise ValueError(f"{data}: {name}: its class {label!r} is none of {', '.join(classes)}")
-    if isinstance(model, ViT):
-        return labelled_images(rows, model.config, classes)
-    return labelled_texts(rows, roberta_tokenizer(model, base), classes, max_length)
+        if tokenizer is None:
+            image = open_image(source) if isinstance(source, Path) else source
+            inputs, size = preprocess_whole(image, model.config), len(model.positions)
+        else:  # <s> text </s>
+            ids = tokenizer.encode(source)
+            cut += len(ids) > max_length - 2
+            inputs = torch.tensor([tokenizer.bos_id, *ids[: max_length - 2], tokenizer.eos_id])
+            size = len(inputs)
+        examples.append(Labelled(inputs, (classes.index(label),), name, size))
+    return LabelledData(examples, classes, cut)
 
 
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
