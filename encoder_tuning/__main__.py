@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import torch
@@ -56,7 +55,6 @@ def prepare_encoder(
     """All that training needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
     path, task = Path(base.base), source.task
     model, own_head = load_encoder(path, getattr(torch, base.dtype), device)
-    check_head_task(task, model, path)
     config = config.for_base(path, model.config.n_layers, getattr(model.config, "max_length", math.inf))
     data = read_labelled(task, model, path, Path(source.data), config.max_seq_len, limit=source.limit)
     contents = [(row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in data.examples]
@@ -64,24 +62,13 @@ def prepare_encoder(
     options["base_fingerprint"] = encoder_fingerprint(model)
     training, validation = hold_out(data.examples, config.val_size, config.seed)
 
-    adapter = head_adapter(
-        model,
-        own_head if suits(own_head, task) else None,
-        len(data.classes) or 2,
-        layers=config.layers,
-        length=config.length,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    adapter.metadata |= {
-        "task": task,
-        "classes": json.dumps(data.classes),
-        "base": str(path.resolve()),
-        "base_layers": str(model.config.n_layers),
-        "data": Path(source.data).name,
-        "examples": str(len(training)),
-    }
-    known = ("base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
-    adapter.metadata |= {name: str(options[name]) for name in known}
+    generator, shape = torch.Generator().manual_seed(config.seed), {"layers": config.layers, "length": config.length}
+    own_head = own_head if suits(own_head, task) else None
+    adapter = head_adapter(model, own_head, len(data.classes) or 2, **shape, generator=generator)
+    known = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
+    about = {name: options[name] for name in known} | {"classes": json.dumps(data.classes), "examples": len(training)}
+    about |= {"base": path.resolve(), "base_layers": model.config.n_layers, "data": Path(source.data).name}
+    adapter.metadata |= {name: str(value) for name, value in about.items()}
     counts = {"examples": len(training), "held_out": len(validation), "dropped": data.dropped, "cut": data.cut}
     prepared = Prepared(model, None, adapter, training, validation, counts, options, base.base)
     return prepared._replace(why_dropped="the answer is beyond"), config
@@ -109,70 +96,57 @@ def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, ru
 # Answers
 
 
-class TunedEncoder(NamedTuple):
-    """Who answers."""
-
-    model: ViT | Roberta
-    adapter: HeadAdapter
-    task: str
-    base: Path
-    max_length: int  # tokens
-    name: str  # the adapter's file, or the base
-
-
-def load_tuned(
-    adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
-) -> TunedEncoder:
+class TunedEncoder:
     """An encoder with an adapter, or with the head that it came with. Raises OSError or ValueError."""
-    adapter = HeadAdapter.load(adapter_path).to(device) if adapter_path else None
-    metadata = adapter.metadata if adapter else {}
-    task, base = task or metadata.get("task"), base or metadata.get("base")
-    if task not in HEAD_TASKS or base is None:
-        raise ValueError("--base and --task are missing, and no adapter says them")
-    if task != metadata.get("task", task):
-        raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
-    model, own_head = load_encoder(base, dtype, device)
-    check_head_task(task, model, Path(base))
-    if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-        click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
-    if adapter is None:
-        if not suits(own_head, task):
-            raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
-        adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
-    config = model.config
-    adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
-    max_length = min(int(metadata.get("max_seq_len", 512)), getattr(config, "max_length", 2**20))
-    return TunedEncoder(model, adapter, task, Path(base), max_length, adapter_path or base)
 
+    def __init__(
+        self, adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
+    ):
+        adapter = HeadAdapter.load(adapter_path).to(device) if adapter_path else None
+        metadata = adapter.metadata if adapter else {}
+        task, base = task or metadata.get("task"), base or metadata.get("base")
+        if task not in HEAD_TASKS or base is None:
+            raise ValueError("--base and --task are missing, and no adapter says them")
+        if task != metadata.get("task", task):
+            raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
+        model, own_head = load_encoder(base, dtype, device)
+        check_head_task(task, model, Path(base))
+        if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
+            click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
+        if adapter is None:
+            if not suits(own_head, task):
+                raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
+            adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
+        adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
+        self.model, self.adapter, self.task, self.base = model, adapter, task, Path(base)
+        self.name = adapter_path or base
+        self.max_length = min(int(metadata.get("max_seq_len", 512)), getattr(model.config, "max_length", 2**20))
 
-def evaluate_squad(tuned: TunedEncoder, data: Path, limit: int | None) -> dict[str, str]:
-    """Say exact match and F1; returns the answers by question. Raises OSError or ValueError."""
-    squad_metric()  # or say at once that it is missing
-    model, adapter, _, base, max_length, _ = tuned
-    tokenizer, questions = roberta_tokenizer(model, base), subset(read_squad(data), limit)
-    bar = tqdm(questions, unit="question", file=sys.stderr)
-    texts = [answer_squad(model, adapter, tokenizer, question, max_length) for question in bar]
-    scores = squad_scores(texts, questions)
-    click.echo(f"{len(questions):,} questions: exact match {scores['exact_match']:.2%}, F1 {scores['f1']:.2%}")
-    return {question.id: text for question, text in zip(questions, texts)}
+    def evaluate_squad(self, data: Path, limit: int | None) -> dict[str, str]:
+        """Say exact match and F1; returns the answers by question. Raises OSError or ValueError."""
+        squad_metric()  # or say at once that it is missing
+        tokenizer, questions = roberta_tokenizer(self.model, self.base), subset(read_squad(data), limit)
+        bar = tqdm(questions, unit="question", file=sys.stderr)
+        texts = [answer_squad(self.model, self.adapter, tokenizer, question, self.max_length) for question in bar]
+        scores = squad_scores(texts, questions)
+        click.echo(f"{len(questions):,} questions: exact match {scores['exact_match']:.2%}, F1 {scores['f1']:.2%}")
+        return {question.id: text for question, text in zip(questions, texts)}
 
-
-def evaluate_classes(tuned: TunedEncoder, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
-    """Say the accuracy, and that of the commonest class; returns classes by example. Raises OSError or ValueError."""
-    model, adapter, task, base, max_length, name = tuned
-    outputs = adapter.head[-1].out_features
-    classes = json.loads(adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
-    if len(classes) != outputs:
-        raise ValueError(f"{name}: names {len(classes)} classes, its head has {outputs} outputs")
-    examples = read_labelled(task, model, base, data, max_length, classes, limit).examples
-    predicted, labels = classify(model, adapter, examples, max_tokens), [example.labels[0] for example in examples]
-    share = accuracy(predicted, labels)
-    [(commonest, number)] = Counter(labels).most_common(1)
-    click.echo(
-        f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} right); "
-        f"always {classes[commonest]!r}: {number / len(labels):.2%}"
-    )
-    return {example.name: classes[best] for example, best in zip(examples, predicted)}
+    def evaluate_classes(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
+        """Say the accuracy, and that of the commonest class; returns classes by example. Raises as `evaluate_squad`."""
+        outputs = self.adapter.head[-1].out_features
+        classes = json.loads(self.adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
+        if len(classes) != outputs:
+            raise ValueError(f"{self.name}: names {len(classes)} classes, its head has {outputs} outputs")
+        examples = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples
+        predicted = classify(self.model, self.adapter, examples, max_tokens)
+        labels = [example.labels[0] for example in examples]
+        share, [(commonest, number)] = accuracy(predicted, labels), Counter(labels).most_common(1)
+        click.echo(
+            f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} right); "
+            f"always {classes[commonest]!r}: {number / len(labels):.2%}"
+        )
+        return {example.name: classes[best] for example, best in zip(examples, predicted)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -213,11 +187,11 @@ def evaluate_command(data, task, adapter_path, base, out, limit, micro_batch_tok
     """Accuracy of an encoder with an adapter, or with the head that it came with; of answers, exact match and F1."""
     with one_line_errors():
         device, dtype = select_device(device, dtype)
-        tuned = load_tuned(adapter_path, task, base, dtype, device)
+        tuned = TunedEncoder(adapter_path, task, base, dtype, device)
         if tuned.task == "question-answering":
-            answers = evaluate_squad(tuned, data, limit)
+            answers = tuned.evaluate_squad(data, limit)
         else:
-            answers = evaluate_classes(tuned, data, limit, micro_batch_tokens)
+            answers = tuned.evaluate_classes(data, limit, micro_batch_tokens)
         if out is not None:
             write_json(out, answers, ensure_ascii=False)
 

@@ -13,7 +13,6 @@ from encoders.models import ViTConfig
 from runtime.files import require_file
 
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-FRAMES = 8  # of a video
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -41,7 +40,7 @@ def showing(image: Image.Image, path: str | Path) -> Image.Image:
     return image
 
 
-def open_video(path: str | Path, number: int = FRAMES) -> list[Image.Image]:
+def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     """So many frames in RGB, evenly spread over a video, or all that it has. Raises FileNotFoundError or ValueError."""
     require_file(path, "image")
     try:
@@ -97,8 +96,8 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
     for path in map(Path, paths):
         if path.is_dir():
             readable = VIDEOS | set(Image.registered_extensions())
-            inside = [file for file in sorted(path.iterdir()) if of_any_kind or file.suffix.lower() in readable]
-            inside = list(filter(Path.is_file, inside))
+            files = [file for file in sorted(path.iterdir()) if file.is_file()]
+            inside = [file for file in files if of_any_kind or file.suffix.lower() in readable]
             if not inside:
                 raise ValueError(f"{path}: holds no images")
             found += inside

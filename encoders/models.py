@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from adapter import Prompt, attend, gated_attention
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 def check_shape(config, names: Sequence[str]) -> None:
@@ -94,10 +89,7 @@ def layer_outputs(
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The shape of a vision transformer; the defaults are those of CLIP's ViT-B/32.
-
-    Raises ValueError where the numbers make no model.
-    """
+    """The shape of a vision transformer, by default of CLIP's ViT-B/32; ValueError where the numbers make no model."""
 
     image_size: int = 224  # pixels a side
     patch_size: int = 32
@@ -154,10 +146,7 @@ class ViT(nn.Module):
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """The shape of a RoBERTa; the defaults are those of roberta-base.
-
-    Raises ValueError where the numbers make no model.
-    """
+    """The shape of a RoBERTa, by default of roberta-base; ValueError where the numbers make no model."""
 
     vocab_size: int = 50265  # V
     max_positions: int = 514  # two more than the tokens that it can read
