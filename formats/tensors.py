@@ -55,7 +55,7 @@ def filled(
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
         write(target)
-    except (ValueError, SafetensorError, RuntimeError) as error:
+    except (ValueError, TypeError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{where} {first_line(error)}") from None
     return nn.Parameter(target, requires_grad=False)
 

@@ -1,10 +1,12 @@
 """README.md and docs/ against the code: what they link to, name, and tell one to type is there."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import click
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from formats import bases
+from formats import bases, hugging_face, llama2c, meta
+from model import RopeScaling
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -226,15 +229,16 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     base.mkdir()
     (base / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
     np.savez(base / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
-    shape = {field: getattr(model.config, field) for field in numpy_folder.SHAPE}
-    (base / "shape.json").write_text(str(shape).replace("'", '"'))
+    model.config = replace(model.config, rope_theta=5e5, rope_scaling=RopeScaling(8, 1, 4, 32), max_seq_len=64)
+    (base / "shape.json").write_text(json.dumps(vars(model.config)))
+    monkeypatch.setattr(bases, "FORMATS", (meta, hugging_face, llama2c))
     with pytest.raises(ValueError, match="holds neither"):
         bases.load_llama(base)
     monkeypatch.setattr(bases, "FORMATS", (numpy_folder, *bases.FORMATS))
-    tokens = torch.tensor([[1, 5, 7]])
-    assert torch.equal(bases.load_llama(base)[0](tokens), model(tokens))
+    tokens, loaded = torch.tensor([[1, 5, 7]]), bases.load_llama(base)[0]
+    assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
     (base / "shape.json").write_text("{}")
-    with pytest.raises(ValueError, match="shape.json: has no field 'dim'"):
+    with pytest.raises(ValueError, match="shape.json: has no field 'rope_scaling'"):
         bases.load_llama(base)
 
 
