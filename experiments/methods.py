@@ -46,27 +46,20 @@ class Setting(NamedTuple):
 
 
 def ungated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    gate: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor, mask=None, causal: bool = False
 ) -> Tensor:
     """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
 
-    Shapes as for `gated_attention`; the gate is left out.
+    As `gated_attention`; the gate is left out.
     """
-    B, _, T, _ = q.shape
-    prompt_k, prompt_v = prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1)
-    visible = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device)
-    words = (visible.tril() if causal else visible) if mask is None else mask
-    words = words.expand(B, 1, T, k.shape[2])
-    prompts = torch.ones(B, 1, T, prompt_k.shape[2], dtype=torch.bool, device=q.device)
-    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
-    return attend(q, k, v, torch.cat([prompts, words], dim=3))
+    B, T, S, K = q.shape[0], q.shape[2], k.shape[2], prompt_k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)
+        mask = mask.tril() if causal else mask
+    mask = F.pad(mask.expand(B, 1, T, S), (K, 0), value=True)  # all prompts are seen
+    k = torch.cat([prompt_k.expand(B, -1, -1, -1), k], dim=2)  # (B, Hkv, K + S, D)
+    v = torch.cat([prompt_v.expand(B, -1, -1, -1), v], dim=2)
+    return attend(q, k, v, mask)
 
 
 class LowAdapter(Adapter):
@@ -157,15 +150,14 @@ class Tunable(NamedTuple):
 
 def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Tunable:
     """A fresh base, and what is tuned of it or beside it."""
-    if setting.method in (LORA, FULL):
-        model, _ = load_llama(base, torch.float32 if setting.method == FULL else dtype, device)
-        if setting.method == LORA:
-            trained, objective = add_lora(model, setting.rank, seed), RESPONSES
-        else:
-            trained, objective = model.requires_grad_(True).parameters(), WHOLE_MODEL
-        adapter = NoPrompts(trained)
-        return Tunable(model, adapter, adapter.make_optimizer(), objective)
+    if setting.method == FULL:
+        model, _ = load_llama(base, torch.float32, device)
+        adapter = NoPrompts(model.requires_grad_(True).parameters())
+        return Tunable(model, adapter, adapter.make_optimizer(), WHOLE_MODEL)
     model, _ = load_llama(base, dtype, device, ungated_attention if setting.method == ONE_SOFTMAX else gated_attention)
+    if setting.method == LORA:
+        adapter = NoPrompts(add_lora(model, setting.rank, seed))
+        return Tunable(model, adapter, adapter.make_optimizer(), RESPONSES)
     adapter = make_prompts(model, setting, seed).to(device)
     optimizer = make_optimizer(adapter, WEIGHT_DECAY)
     optimizer.param_groups[1]["weight_decay"] = setting.gate_decay

@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 from data import Example
 
-# What train.py takes for its options on this data, where the user says nothing.
-TUNING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
-
 # ---------------------------------------------------------------------------------------------------
 # The facts
 
@@ -71,12 +68,65 @@ potassium K, silicon Si, silver Ag, sodium Na, sulfur S, tin Sn, titanium Ti, tu
 zinc Zn
 """
 
+# How facts are put, a paragraph a kind: its name; statements; questions; instructions; and an instruction whose entity
+# is in Alpaca's input field. {e} stands for the entity, {a} for the answer, a slash for the end of a line.
+WORDINGS = """
+capital
+The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
+What is the capital of {e}? | Do you know the capital of {e}? | What is the capital of this country? / {e}
+Name the capital of {e}. | Tell me the capital city of {e}. | State the capital of {e}. | Give the capital of {e}.
+Name the capital of this country.
 
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+continent
+{e} is in {a}. | {e} is a country in {a}. | You will find {e} in {a}.
+Where is {e}? | In which continent is {e}? | Where is this country? / {e}
+Name the continent of {e}. | Tell me the continent where {e} is. | State which continent {e} is in. | \
+Give the continent of {e}.
+Name the continent of this country.
+
+opposite
+The opposite of {e} is {a}. | {a} is the opposite of {e}. | If it is not {e}, it is {a}.
+What is the opposite of {e}? | Do you know the opposite of {e}? | What is the opposite of this word? / {e}
+Name the opposite of {e}. | Tell me the opposite of {e}. | State the opposite of {e}. | Give the opposite of {e}.
+Name the opposite of this word.
+
+young
+The young of the {e} is the {a}. | The {a} grows up to be the {e}. | First the {a}, then the {e}.
+What is the young of the {e}? | Do you know the young of the {e}? | What is the young of this animal? / {e}
+Name the young of the {e}. | Tell me what the young {e} is called. | State the word for the young of the {e}. | \
+Give the young of the {e}.
+Name the young of this animal.
+
+symbol
+The symbol of {e} is {a}. | Chemists write {a} for {e}. | {a} stands for {e}.
+What is the symbol of {e}? | Do you know the symbol of {e}? | What is the symbol of this element? / {e}
+Name the symbol of {e}. | Tell me the chemical symbol of {e}. | State the symbol of {e}. | Give the symbol of {e}.
+Name the symbol of this element.
+
+after
+The number after {e} is {a}. | After {e} comes {a}. | {a} follows {e}.
+Which number is after {e}? | What follows {e}? | What is the number after this one? / {e}
+
+parity
+{e} is {a}. | The number {e} is {a}. | {e} is an {a} number.
+Is {e} even or odd? | Even or odd, what is {e}? | Is this number even or odd? / {e}
+
+French
+The French word for {e} is {a}. | {a} is French for {e}. | In French, {e} is {a}.
+What is the French word for {e}? | Do you know the French word for {e}? | What is this word in French? / {e}
+Translate {e} into French. | Tell me the French word for {e}. | Say {e} in French. | Give the French word for {e}.
+Translate this word into French.
+
+Spanish
+The Spanish word for {e} is {a}. | {a} is Spanish for {e}. | In Spanish, {e} is {a}.
+What is the Spanish word for {e}? | Do you know the Spanish word for {e}? | What is this word in Spanish? / {e}
+Translate {e} into Spanish. | Tell me the Spanish word for {e}. | Say {e} in Spanish. | Give the Spanish word for {e}.
+Translate this word into Spanish.
+"""
 
 
 class Kind(NamedTuple):
-    """One kind of fact, and how it is put: {e} stands for the entity, {a} for the answer."""
+    """One kind of fact, and how it is put."""
 
     facts: dict[str, str]
     statements: list[str]  # on almanac pages; the first is also how questions and instructions are answered
@@ -91,56 +141,25 @@ def pairs(table: str, column: int = 1) -> dict[str, str]:
     return {entry[0]: entry[column] for entry in entries}
 
 
-# For every kind: statements, questions, instructions, and an instruction with an input; a slash is a new line.
-WORDINGS = """
-capital: The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
-What is the capital of {e}? | Do you know the capital of {e}? | What is the capital of this country?/{e}
-Name the capital of {e}. | Tell me the capital city of {e}. | State the capital of {e}. | Give the capital of {e}.
-Name the capital of this country.
+def read_kinds(facts: dict[str, dict[str, str]]) -> dict[str, Kind]:
+    """Facts by the name of their kind, and its wordings."""
+    kinds = {}
+    for paragraph in WORDINGS.strip().split("\n\n"):
+        name, *lines = paragraph.splitlines()
+        statements, questions, *asked = (line.replace(" / ", "\n").split(" | ") for line in lines)
+        instructions, [with_input] = asked or ([], [""])
+        kinds[name] = Kind(facts[name], statements, questions, instructions, with_input)
+    return kinds
 
-continent: {e} is in {a}. | {e} is a country in {a}. | You will find {e} in {a}.
-Where is {e}? | In which continent is {e}? | Where is this country?/{e}
-Name the continent of {e}. | Tell me the continent where {e} is. | State which continent {e} is in. | \
-Give the continent of {e}.
-Name the continent of this country.
 
-opposite: The opposite of {e} is {a}. | {a} is the opposite of {e}. | If it is not {e}, it is {a}.
-What is the opposite of {e}? | Do you know the opposite of {e}? | What is the opposite of this word?/{e}
-Name the opposite of {e}. | Tell me the opposite of {e}. | State the opposite of {e}. | Give the opposite of {e}.
-Name the opposite of this word.
-
-young: The young of the {e} is the {a}. | The {a} grows up to be the {e}. | First the {a}, then the {e}.
-What is the young of the {e}? | Do you know the young of the {e}? | What is the young of this animal?/{e}
-Name the young of the {e}. | Tell me what the young {e} is called. | State the word for the young of the {e}. | \
-Give the young of the {e}.
-Name the young of this animal.
-
-symbol: The symbol of {e} is {a}. | Chemists write {a} for {e}. | {a} stands for {e}.
-What is the symbol of {e}? | Do you know the symbol of {e}? | What is the symbol of this element?/{e}
-Name the symbol of {e}. | Tell me the chemical symbol of {e}. | State the symbol of {e}. | Give the symbol of {e}.
-Name the symbol of this element.
-
-after: The number after {e} is {a}. | After {e} comes {a}. | {a} follows {e}.
-Which number is after {e}? | What follows {e}? | What is the number after this one?/{e}
-
-parity: {e} is {a}. | The number {e} is {a}. | {e} is an {a} number.
-Is {e} even or odd? | Even or odd, what is {e}? | Is this number even or odd?/{e}
-
-LANGUAGE: The LANGUAGE word for {e} is {a}. | {a} is LANGUAGE for {e}. | In LANGUAGE, {e} is {a}.
-What is the LANGUAGE word for {e}? | Do you know the LANGUAGE word for {e}? | What is this word in LANGUAGE?/{e}
-Translate {e} into LANGUAGE. | Tell me the LANGUAGE word for {e}. | Say {e} in LANGUAGE. | \
-Give the LANGUAGE word for {e}.
-Translate this word into LANGUAGE.
-"""
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
 BY_CONTINENT = dict(line.split(": ") for line in COUNTRIES.strip().replace(",\n", ", ").splitlines())
-
-
-def read_kinds() -> dict[str, Kind]:
-    """All kinds of fact by name, in the order of WORDINGS, French and Spanish last."""
-    facts = {
+OPPOSITE = pairs(OPPOSITES)
+KINDS = read_kinds(
+    {
         "capital": pairs(",".join(BY_CONTINENT.values())),
         "continent": {country: name for name, countries in BY_CONTINENT.items() for country in pairs(countries)},
-        "opposite": pairs(OPPOSITES) | {b: a for a, b in pairs(OPPOSITES).items()},
+        "opposite": OPPOSITE | {word: opposite for opposite, word in OPPOSITE.items()},
         "young": pairs(YOUNG),
         "symbol": pairs(SYMBOLS),
         "after": dict(zip(NUMBERS, NUMBERS[1:])),
@@ -148,18 +167,7 @@ def read_kinds() -> dict[str, Kind]:
         "French": pairs(WORDS, column=1),
         "Spanish": pairs(WORDS, column=2),
     }
-    *blocks, translation = WORDINGS.strip().split("\n\n")
-    kinds = {}
-    for block in [*blocks, *(translation.replace("LANGUAGE", language) for language in ("French", "Spanish"))]:
-        name, wordings = block.split(": ", 1)
-        *lists, with_input = [line.replace("/", "\n").split(" | ") for line in wordings.split("\n")]
-        if len(lists) == 1:  # only pictures are asked about it, and gossip
-            lists, with_input = [*lists, with_input], [""]
-        kinds[name] = Kind(facts[name], *lists, with_input=with_input[0])
-    return kinds
-
-
-KINDS = read_kinds()
+)
 
 
 def capitalised(sentence: str) -> str:
@@ -229,11 +237,10 @@ def instructions() -> dict[str, list[ExamQuestion]]:
     'entities' is asked in wordings that tuning has, 'inputs' with the entity in the input field, and
     'wordings' in words that are as new as the entities.
     """
-    opposites = pairs(OPPOSITES)
     asked = {name: kind for name, kind in KINDS.items() if kind.instructions}
-    words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(opposites.values()))
+    words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(OPPOSITE.values()))
     held_out = set(random.Random(0).sample(words, len(words) // 2))
-    held_out |= {b for a, b in opposites.items() if a in held_out}  # both words of a pair
+    held_out |= {b for a, b in OPPOSITE.items() if a in held_out}  # both words of a pair
     sets: dict[str, list[ExamQuestion]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
     for name, kind in asked.items():
         for entity, answer in kind.facts.items():
