@@ -25,10 +25,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from runtime.files import atomic_write
+from runtime.files import require_file, write_tensors
 
 
 class Prompt(NamedTuple):
@@ -182,16 +181,13 @@ class Adapter(nn.Module):
             "gate_activation": self.gate_activation,
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata=self.metadata))
+        write_tensors(path, tensors, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
         """Read an adapter file. Raises FileNotFoundError, or ValueError that says what is wrong."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such adapter file")
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(require_file(path, "adapter file"), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except SafetensorError as error:

@@ -16,14 +16,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter import Adapter
 from encoders.heads import HeadAdapter
 from formats.tensors import load_pth, named, open_tensors, require_dense
 from multimodal import ImageAdapter
-from runtime.files import atomic_write, read_json_object, require_file, write_json
+from runtime.files import read_json_object, require_file, write_json, write_tensors
 
 
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tanh", length: int = 10) -> Adapter:
@@ -209,6 +208,5 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", config, indent=2)

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapter import gated_attention
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from formats.tensors import copy, filled, named, open_shards, open_tensors, require_dense
-from runtime.files import atomic_write, read_json_object, write_json
+from runtime.files import read_json_object, write_json, write_tensors
 
 
 def columns(table: str) -> list[dict[str, str]]:
@@ -182,8 +181,7 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
         names, values = CLIP, {"model_type": "clip_vision_model"}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / "model.safetensors", tensors)
     shape = {theirs: getattr(model.config, ours) for ours, theirs in SHAPE.items() if hasattr(model.config, ours)}
     write_json(folder / "config.json", values | shape, indent=2)
 

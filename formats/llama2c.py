@@ -10,6 +10,7 @@ import torch
 
 from formats.tensors import Weights, copy
 from model import Config
+from runtime.files import require_file
 
 TOLD_BY = "one llama2.c .bin"
 
@@ -21,7 +22,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> tuple[Config, Weights]:
     """Raises ValueError where the header, or the size that follows from it, is not that of such a file."""
-    file = path if path.is_file() else next(path.glob("*.bin"))
+    file = require_file(path if path.is_file() else next(path.glob("*.bin")))
     config, start, modern, tied = read_header(file)
     floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
     stacked, place = {}, 0

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from runtime.files import first_line, read_json_object
+from runtime.files import first_line, read_json_object, require_file
 
 Weights = dict[str, Callable[[Tensor], None]]  # of a base, by Meta's names: what copies each into a tensor of its shape
 
@@ -33,9 +33,13 @@ def named(file: str | Path, kind: str = "field"):
 
 
 def require_dense(tensor: object) -> Tensor:
-    """The tensor; raises ValueError where it is no dense one of floating-point numbers."""
+    """The tensor; raises ValueError where it is no dense one of floating-point numbers, each with bytes of its own."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError("is no dense tensor")
+    if (
+        tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ):  # one number, repeated a billion times
+        raise ValueError(f"is {tuple(tensor.shape)} numbers, but has bytes for fewer")
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"is of {tensor.dtype}, not of floating-point numbers")
     return tensor
@@ -63,14 +67,20 @@ def filled(
 def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
     """What torch.save wrote, by name; no code in it is run. Tensors are mapped, unless the content is given.
 
-    Raises ValueError, whatever is broken.
+    Raises FileNotFoundError, or ValueError, whatever is broken.
     """
+    if content is None:
+        require_file(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of strange protocols: what matters raises
-            source = file if content is None else io.BytesIO(content)
-            mapped = content is None and zipfile.is_zipfile(file)  # before PyTorch 1.6 files were none
-            values = torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+            source = (lambda: file) if content is None else partial(io.BytesIO, content)
+            zipped = zipfile.is_zipfile(source())  # before PyTorch 1.6 files were none
+            entries = zipfile.ZipFile(source()).infolist() if zipped else []
+            program = any(entry.filename.endswith("/constants.pkl") for entry in entries)  # which is not read
+            if not program and any(entry.compress_type for entry in entries):
+                raise ValueError("is compressed, as torch.save never does")
+            values = torch.load(source(), map_location="cpu", mmap=zipped and content is None, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{file}: not a file of tensors alone: broken, or with code in it, which is not run") from None
     except Exception as error:  # torch.load raises whatever a broken file makes it meet
@@ -87,7 +97,7 @@ def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
 
 def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     """How to get every tensor of a file by name, of safetensors by its ending, else of what torch.save wrote."""
-    if file.suffix != ".safetensors":
+    if require_file(file).suffix != ".safetensors":
         mapped = load_pth(file)
         return {name: partial(mapped.get, name) for name in mapped}
     try:
@@ -100,8 +110,8 @@ def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
 def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """How to get every tensor by name, of the single file of a Hugging Face folder or of all that its index names."""
     singles = ["model.safetensors", "pytorch_model.bin"]
-    indexes = [folder / f"{name}.index.json" for name in singles if (folder / f"{name}.index.json").exists()]
-    found = [name for name in singles if (folder / name).exists()]
+    indexes = [folder / f"{name}.index.json" for name in singles if (folder / f"{name}.index.json").is_file()]
+    found = [name for name in singles if (folder / name).is_file()]
     if indexes:
         places = read_json_object(indexes[0]).get("weight_map")
         if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):

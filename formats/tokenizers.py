@@ -8,6 +8,7 @@ import tiktoken
 from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer
+from runtime.files import read_bytes
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -15,7 +16,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path):
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            self.model = SentencePieceProcessor()
+            self.model.LoadFromSerializedProto(read_bytes(path))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
@@ -52,7 +54,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path):
         try:
-            lines = [line.split() for line in Path(path).read_bytes().splitlines()]
+            lines = [line.split() for line in read_bytes(path).splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:
             raise ValueError(f"{path}: not a tiktoken file: {error}") from None

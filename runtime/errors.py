@@ -17,4 +17,9 @@ def error_line(error: Exception) -> str:
     message = str(error)
     if isinstance(error, OSError) and error.filename:
         message = f"{error.filename}: {error.strerror}"
-    return " ".join(message.split())
+    return printable(" ".join(message.split()))
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names in strangers' files may hold its commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,36 +1,98 @@
 """Files that are there, files that are written wholly or not at all, and JSON whose errors name the line."""
 
 import gzip
+import io
 import json
 import lzma
 import os
+import secrets
+import socket
 import zlib
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+from torch import Tensor
+
 
 def require_file(path: str | Path, what: str = "file") -> Path:
-    """The path; raises FileNotFoundError where no file is."""
-    if not Path(path).is_file():
+    """The path; raises FileNotFoundError where nothing is, ValueError at a folder, and at a device or a pipe, which
+    may never end."""
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}")
-    return Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}, not a file")
+    return path
+
+
+def require_writable(path: str | Path, folder: bool = False) -> Path:
+    """The path; raises OSError or ValueError where no file (or folder, with those above it) could be written there.
+
+    To be asked before long work; it leaves nothing behind.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        raise ValueError(f"{path}: is there already, and is no {'folder' if folder else 'file'}")
+    above = path.absolute() if path.exists() and folder else path.absolute().parent
+    while folder and not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ValueError(f"{path}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: {above} may not be written to")
+    return path
+
+
+def path_inside(folder: str | Path, name: str) -> Path:
+    """folder/name; raises ValueError where the name, out of a data file, leads out of the folder."""
+    inside = os.path.abspath(folder)
+    if os.path.commonpath([inside, os.path.abspath(os.path.join(folder, name))]) != inside:
+        raise ValueError(f"{name} leads out of {folder}; --images names another folder")
+    return Path(folder) / name
 
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """A temporary name to write to, renamed to `path` at the end: a reader sees the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    """A temporary name to write to, renamed to `path` at the end: a reader sees the old file or the new.
+
+    The name is this call's own: two processes that write the same file do not write into each other's.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is there already, and is no file")
+    temporary = path.with_name(f".unfinished-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file)  # all of it is on the disk before the old one goes
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # where the disk is full Python names no file
+        if error.filename in (None, str(temporary)):  # where the disk is full Python names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path):
+    """Nobody else runs here meanwhile. Raises ValueError that says who does."""
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
@@ -45,17 +107,48 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, by `atomic_write`; the same tensors and metadata make the same bytes.
+
+    The library puts metadata in an order of its own at each call. The header is JSON, its length in front.
+    """
+    content = save(dict(tensors), None if metadata is None else dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.writelines((len(header).to_bytes(8, "little"), header, memoryview(content)[end:]))
+
+
+def max_bytes() -> int:
+    """How many bytes are read of a file that is held in memory: $LLAMA_ADAPTER_MAX_BYTES, or 2**30.
+
+    A small packed file can hold any number of zeros. Weights are mapped, and have no bound.
+    """
+    return int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
+
+
+def read_bytes(path: str | Path, what: str = "file") -> bytes:
+    """The content of a file, unpacked where it is a .gz or .xz. Raises FileNotFoundError, or ValueError."""
+    path, limit = require_file(path, what), max_bytes()
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    size = min(limit, path.stat().st_size) if opener is open else limit
+    try:
+        with opener(path, "rb") as file:
+            content = file.read(size + 1)
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
+    if len(content) > limit:
+        raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+    return content
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, plain, .gz or .xz. Raises FileNotFoundError or ValueError."""
-    path = Path(path)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such data file") from None
-    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix or 'UTF-8'} text: {error}") from None
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path, "data file")), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
 def parse_json(text: str, path: str | Path, first_line: int = 1) -> object:

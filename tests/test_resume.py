@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from helpers import before_step, command, run, tensors_and_metrics
 
 import train
 from adapter import Adapter
+from runtime.files import locked
+from training.run_files import WRITTEN
 
 
 class Child:
@@ -45,7 +48,7 @@ class AtAWrite:
         def fatal_fsync(file):
             fsync(file)
             calls.append(1)
-            if len(calls) >= self.n and file.name.endswith(".tmp"):
+            if len(calls) >= self.n and ".unfinished-" in str(file.name):
                 if self.how == "half":
                     os.truncate(file.name, os.path.getsize(file.name) // 2)
                 if self.how != "renamed":
@@ -75,7 +78,7 @@ def test_twenty_kills(forks, args, tmp_path):
             child.process.kill()
         assert child.exit_code() == -signal.SIGKILL
         out = tmp_path / "run"
-        left_over += any(path.suffix == ".tmp" for path in out.iterdir())
+        left_over += any(path.name.startswith(".unfinished-") for path in out.iterdir())
         for path in out.iterdir():
             if path.name == "adapter.safetensors":
                 Adapter.load(path)
@@ -200,7 +203,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: {out / full}") and "File too large" in last
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 6
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(".unfinished-*"))
     assert run(*args, "--resume").exit_code == 0
     assert tensors_and_metrics(out) == tensors_and_metrics(tmp_path / "whole")
 
@@ -208,17 +211,17 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
 def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
     """A checkpoint takes the place of the one before when it, the adapter and the metrics are there for good."""
     events, fsync, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).name)) or fsync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).name[:12])) or fsync(file))
     monkeypatch.setattr(
         Path, "replace", lambda path, target: events.append(("in place", target.name)) or replace(path, target)
     )
     assert run(*args, "--save-every", 15).exit_code == 0
     place = events.index(("in place", "checkpoint.pt"))
     assert events[place - 4 : place] == [
-        ("sure", "metrics.jsonl"),
-        ("sure", "adapter.safetensors.tmp"),
+        ("sure", "metrics.json"),
+        ("sure", ".unfinished-"),
         ("in place", "adapter.safetensors"),
-        ("sure", "checkpoint.pt.tmp"),
+        ("sure", ".unfinished-"),
     ]
 
 
@@ -226,3 +229,47 @@ def test_the_summary_tells_the_options(args, tmp_path):
     assert run(*args).exit_code == 0
     options = json.loads((tmp_path / "run" / "summary.json").read_text())["options"]
     assert options["epochs"] == 3 and options["layers"] == 1 and "base_fingerprint" in options
+
+
+def test_two_runs_in_one_folder(forks, args, tmp_path):
+    """The second says whose the folder is, and leaves the first alone."""
+    assert run(*args, "--out", tmp_path / "alone").exit_code == 0
+    with locked_by_another(forks, tmp_path / "run") as process:
+        result = run(*args)
+        assert result.exit_code == 2 and f"process {process.pid} on " in result.stderr, result.stderr
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".lock-holder"}
+    assert run(*args).exit_code == 0
+    assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "alone")
+
+
+@contextmanager
+def locked_by_another(forks, folder):
+    folder.mkdir()
+    at_work = forks.Event()
+    process = forks.Process(target=hold_lock, args=(folder, at_work))
+    process.start()
+    assert at_work.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def hold_lock(folder, at_work):
+    with locked(folder):
+        at_work.set()
+        time.sleep(60)
+
+
+def test_a_finished_run_is_moved_aside_not_overwritten(args, tmp_path):
+    out = tmp_path / "run"
+    for number in range(3):
+        result = run(*args, "--seed", number)
+        assert result.exit_code == 0 and (f"now in {out / f'run-{number}'}" in result.stderr) == (number > 0)
+    seeds = [Adapter.load(out / place / "adapter.safetensors").metadata["seed"] for place in ("run-1", "run-2", "")]
+    assert seeds == ["0", "1", "2"]
+    assert {path.name for path in (out / "run-1").iterdir()} == set(WRITTEN)
+
+
+def test_a_run_that_fails_early_leaves_no_folder(args, tmp_path):
+    assert run(*args, "--base", tmp_path / "absent").exit_code == 2
+    assert not (tmp_path / "run").exists()

@@ -476,7 +476,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--max-seq-len", 8], "of the 0 examples that fit"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "nothing to resume"),
-        (["--data", ""], "Is a directory"),
+        (["--data", ""], "is a folder, not a file"),
         (["--base", ""], "holds neither params.json"),
         (["--lr", "nan"], "--lr"),
         (["--blr", "inf"], "--blr"),

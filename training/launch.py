@@ -3,14 +3,23 @@
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from runtime.cli import one_line_errors
-from training.distributed import barrier, destroy_distributed, detect_lost_ranks, init_distributed, rank, world_size
+from runtime.files import locked, require_writable
+from training.distributed import (
+    barrier,
+    destroy_distributed,
+    detect_lost_ranks,
+    init_distributed,
+    rank,
+    sync_errors,
+    world_size,
+)
 
 # Why to stop, and the exit status. Where ranks differ, the highest of these counts.
 TIME, SIGTERM, CTRL_C = 1, 2, 3
@@ -55,11 +64,32 @@ def say(text: str) -> None:
         click.echo(text, err=True)
 
 
+@contextmanager
+def run_folder(out: Path):
+    """The folder of a run, made, and locked by the first rank; where nothing came into it, it goes again.
+
+    Raises OSError, or ValueError where it cannot be written to, or another process is at work there.
+    """
+    with ExitStack() as stack:
+        with sync_errors():
+            if rank() == 0:
+                new = not require_writable(out, folder=True).exists()
+                out.mkdir(parents=True, exist_ok=True)
+                stack.callback(remove_if_empty, out, new)
+                stack.enter_context(locked(out))
+        yield
+
+
+def remove_if_empty(out: Path, new: bool) -> None:
+    if new and not any(out.iterdir()):
+        out.rmdir()
+
+
 def launch(work: Callable[[], None], out: Path) -> NoReturn:
     """Meet the other ranks, work, and exit, as scripts do: errors of input are one line and exit code 2."""
     with one_line_errors():
         init_distributed()
-        with detect_lost_ranks():
+        with run_folder(out), detect_lost_ranks():
             code = exit_code(work, out)
             barrier()  # nobody leaves while others are still at work
         destroy_distributed()

@@ -171,8 +171,9 @@ class Recorder:
         if state == "begun":
             self.progress = load_checkpoint(self.run.out / "checkpoint.pt", adapter, self.optimizer, options)
         with sync_errors():
-            if rank() == 0:
-                begin_in_folder(self.run.out, self.progress.step)
+            moved = begin_in_folder(self.run.out, self.progress.step) if rank() == 0 else None
+        if moved is not None:
+            say(f"{self.run.out}: the run that finished there is now in {moved}")
 
     def follow(
         self,

@@ -6,6 +6,8 @@
 import io
 import json
 import os
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 
 from adapter import Adapter
 from formats.tensors import load_pth
-from runtime.files import atomic_write, first_line, read_json_object, resolved
+from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
 from training.distributed import broadcast_from_rank0, sync_errors
 
 
@@ -59,15 +61,25 @@ def check_options(before: object, options: dict, path: Path) -> None:
             raise ValueError(f"{was}: a resumed run cannot change it")
 
 
-def begin_in_folder(out: Path, step: int) -> None:
-    """Make the folder ready to go on after `step`: what a run before it left of later steps, or finished, goes.
+WRITTEN = ("adapter.safetensors", "summary.json", "metrics.jsonl", "curves.png")
 
-    Raises OSError, or ValueError where metrics are missing.
+
+def begin_in_folder(out: Path, step: int) -> Path | None:
+    """Make the folder ready to go on after `step`: what a killed run left of later steps goes.
+
+    What a run that finished there left, where a new one begins, is moved to a folder in it, which is returned. Raises
+    OSError, or ValueError where metrics are missing.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in ("summary.json", "curves.png"):
-        (out / stale).unlink(missing_ok=True)
+    moved = None
+    if step == 0 and (out / "adapter.safetensors").is_file():
+        moved = next(place for i in count(1) if not (place := out / f"run-{i}").exists())
+        moved.mkdir()
+        for name in filter(lambda name: (out / name).is_file(), WRITTEN):
+            (out / name).rename(moved / name)
+    for stale in (out / "summary.json", out / "curves.png", *out.glob(".unfinished-*")):
+        stale.unlink(missing_ok=True)
     trim_metrics(out / "metrics.jsonl", step)
+    return moved
 
 
 def trim_metrics(path: Path, step: int) -> None:
@@ -90,7 +102,7 @@ def read_metrics(path: Path) -> list[dict]:
     """Every whole line; a killed run may leave half of one at the end. Raises ValueError, naming the line."""
     lines = []
     if path.exists():
-        for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        for number, text in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
             try:
                 lines.append(json.loads(text))
                 lines[-1]["step"] + 0
@@ -135,7 +147,7 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
 
     Raises FileNotFoundError, or ValueError where the file is broken or of a run with other options.
     """
-    content = broadcast_from_rank0(path.read_bytes)
+    content = broadcast_from_rank0(partial(read_bytes, path))
     with sync_errors():
         checkpoint = load_pth(path, content)
         check_options(checkpoint.get("options"), options, path)

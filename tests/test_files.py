@@ -1,0 +1,138 @@
+"""Reading with a bound, writing wholly or not at all, and names that a terminal would obey."""
+
+import gzip
+import json
+import lzma
+import os
+import threading
+
+import pytest
+import torch
+from helpers import make_adapter, make_model
+from safetensors.torch import load_file
+
+from formats.tensors import load_pth
+from runtime.errors import error_line
+from runtime.files import atomic_write, max_bytes, path_inside, read_text, require_writable, write_tensors
+
+
+@pytest.mark.parametrize("name, opener", [("a.json", open), ("a.json.gz", gzip.open), ("a.json.xz", lzma.open)])
+def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch, name, opener):
+    monkeypatch.setenv("LLAMA_ADAPTER_MAX_BYTES", "1000")
+    with opener(tmp_path / name, "wb") as file:
+        file.write(b" " * 1000)
+    assert read_text(tmp_path / name) == " " * 1000
+    with opener(tmp_path / name, "wb") as file:
+        file.write(b" " * 1001)
+    with pytest.raises(ValueError, match=f"{name}: holds more than 1,000 bytes; .LLAMA_ADAPTER_MAX_BYTES allows"):
+        read_text(tmp_path / name)
+
+
+def test_the_bound_is_a_gigabyte():
+    assert max_bytes() == 2**30
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", "/dev/zero"):
+        for read in (read_text, load_pth):
+            with pytest.raises(ValueError, match="is a device or a pipe, not a file"):
+                read(path)
+
+
+def test_tensors_have_bytes_of_their_own(tmp_path):
+    """A file of a kilobyte that would be 400 GB of numbers; and one that is packed."""
+    from formats.adapters import load_adapter
+
+    bomb = {"adapter_query.weight": torch.zeros(1).expand(10**8, 4096), "layers.0.attention.gate": torch.ones(4)}
+    torch.save(bomb, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"\(100000000, 4096\) numbers, but has bytes for fewer"):
+        load_adapter(tmp_path / "a.pth", length=10**8)
+
+    import zipfile
+
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "b.pth")
+    with zipfile.ZipFile(tmp_path / "b.pth") as plain, zipfile.ZipFile(tmp_path / "c.pth", "w", 8) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert load_pth(tmp_path / "b.pth")["a"].sum() == 0
+    with pytest.raises(ValueError, match="c.pth: .*is compressed"):
+        load_pth(tmp_path / "c.pth")
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path, started = tmp_path / "a.txt", threading.Barrier(2)
+
+    def write(letter):
+        with atomic_write(path) as temporary, open(temporary, "w") as file:
+            file.write(letter * 500)
+            started.wait()
+            file.write(letter * 500)
+
+    threads = [threading.Thread(target=write, args=letter) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for check in (require_writable, lambda path: atomic_write(path).__enter__()):
+        with pytest.raises(ValueError, match="pipe: is there already, and is no file"):
+            check(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is no folder"):
+        require_writable(tmp_path / "pipe" / "a")
+    with pytest.raises(ValueError, match="absent is no folder"):
+        require_writable(tmp_path / "absent" / "a")
+    assert require_writable(tmp_path / "absent" / "a", folder=True)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a.txt")
+    with atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("a")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a.txt").read_text() == "a"
+
+
+def test_the_same_adapter_makes_the_same_bytes(tmp_path):
+    contents = set()
+    for number in range(5):
+        adapter = make_adapter(make_model())
+        adapter.save(tmp_path / "a", **{f"field {i}": "ü" * i for i in range(8)})
+        contents.add((tmp_path / "a").read_bytes())
+    assert len(contents) == 1
+    assert torch.equal(load_file(tmp_path / "a")["prompts"], adapter.prompts)
+
+
+def test_the_header_is_padded_as_the_library_pads_it(tmp_path):
+    for length in range(9):
+        write_tensors(
+            tmp_path / "a", {"x": torch.arange(3.0), "y": torch.ones(2, dtype=torch.int8)}, {"a": "x" * length}
+        )
+        content = (tmp_path / "a").read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        assert size % 8 == 0 and json.loads(content[8 : 8 + size])["__metadata__"] == {"a": "x" * length}
+        assert load_file(tmp_path / "a")["x"].tolist() == [0, 1, 2]
+
+
+def test_names_cannot_command_a_terminal():
+    assert error_line(ValueError("\x1b[31mred\x07 é 漢 \u202e")) == "\\x1b[31mred\\x07 é 漢 \\u202e"
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "b/../../a.png"])
+def test_names_do_not_lead_out_of_their_folder(tmp_path, name):
+    assert path_inside(tmp_path, "b/../a.png") == tmp_path / "b/../a.png"
+    with pytest.raises(ValueError, match="leads out of"):
+        path_inside(tmp_path, name)
+    assert path_inside("/", str(tmp_path / "a.png")) == tmp_path / "a.png"
