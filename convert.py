@@ -7,8 +7,11 @@ from matplotlib.figure import Figure
 
 from adapter import Adapter
 from formats.adapters import describe_reading, load_adapter, write_peft
+from formats.bases import load_llama
+from formats.litgpt import from_litgpt_rows
 from runtime.cli import one_line_errors
-from runtime.files import atomic_write
+from runtime.errors import printable
+from runtime.files import atomic_write, require_writable
 from training.curves import draw_gates
 
 
@@ -23,7 +26,7 @@ def adapter_summary(adapter: Adapter) -> str:
     }
     known = {"format", "version", "base_dim", "base_heads", "gate_activation"}
     lines |= {name: value for name, value in sorted(adapter.metadata.items()) if name not in known}
-    text = [f"{name + ':':26}{value}" for name, value in lines.items()]
+    text = [printable(f"{name + ':':26}{value}") for name, value in lines.items()]
     marks, largest = " .:-=+*#%@", gates.max().clamp(min=1e-12)
     first = int(adapter.metadata.get("base_layers", layers)) - layers
     text += ["", f"|gate| of each layer and head, from '{marks[0]}' 0 to '{marks[-1]}' {largest:.4f}:"]
@@ -43,7 +46,7 @@ def reading_options(command):
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
         click.option("--heads", type=click.IntRange(1), help="H of the base, where a file has one gate for all heads."),
-        click.option("--gate", type=activations, default="tanh", help="Of the authors' files."),
+        click.option("--gate", type=activations, help="Of the authors' files.  [default: docs/adapters.md]"),
         click.option("--length", type=click.IntRange(1), default=10, help="K of the authors' files."),
     ]
     for option in options:
@@ -70,11 +73,20 @@ def show_adapter(path, png, **reading):
 @main.command("import")
 @click.argument("path", type=click.Path())
 @click.argument("out", type=click.Path())
+@click.option("--litgpt-rows", is_flag=True, help="The file is of litgpt v0.5.5 or later: it needs --base.")
+@click.option("--base", type=click.Path(), help="The base that it was tuned on, for --litgpt-rows.")
 @reading_options
-def import_adapter(path, out, **reading):
+def import_adapter(path, out, litgpt_rows, base, **reading):
     """Write the adapter of the authors, lit-llama, litgpt or PEFT at PATH to OUT, a file of ours."""
     with one_line_errors():
-        adapter = load_adapter(path, **reading)
+        if litgpt_rows != (base is not None):
+            raise ValueError("--litgpt-rows and --base go together")
+        require_writable(out)
+        if litgpt_rows:
+            model, _ = load_llama(base)
+            adapter = from_litgpt_rows(load_adapter(path, **reading | {"heads": model.config.n_heads}), model)
+        else:
+            adapter = load_adapter(path, **reading)
         adapter.save(out)
         click.echo(describe_reading(adapter), err=True)
 

@@ -3,14 +3,15 @@
 The published implementations compute the same attention and differ in their files and in the gate:
 
 - the authors' release: one .pth, `adapter_query.weight` (L*K, C) and a gate per head in every layer. Their training
-  code puts tanh around the gate, their published inference code does not;
+  code puts tanh around the gate, their published inference code does not. Their first release has one gate for all
+  heads, as it is;
 - lit-llama and litgpt: one .pth, `adapter_wte` and `gating_factor` per adapted layer, the gate as it is; older files
-  have one gate for all heads;
+  have one gate for all heads. What is special to litgpt from v0.5.5 on is in formats/litgpt.py;
 - PEFT's AdaptionPrompt: a folder, one gate a layer, as it is.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +26,18 @@ from multimodal import ImageAdapter
 from runtime.files import read_json_object, require_file, write_json, write_tensors
 
 
-def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tanh", length: int = 10) -> Adapter:
-    """An adapter of ours or of anybody; what lies at `path` tells whose.
+def load_adapter(
+    path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10
+) -> Adapter:
+    """An adapter of ours or of anybody, or the folder of a run of ours; what lies at `path` tells whose.
 
     `heads` is the base's H, needed where a file has one gate for all of them. `gate` and `length` are what the authors'
-    files leave unsaid: their activation and K. Raises FileNotFoundError or ValueError.
+    files leave unsaid: their activation, by default tanh for a gate per head and the gate as it is for one alone, and
+    K. Raises FileNotFoundError or ValueError.
     """
     path = Path(path)
+    if (path / "adapter.safetensors").is_file():
+        path /= "adapter.safetensors"
     if path.is_dir():
         path = peft_weights(path)
         tensors = {name: fetch() for name, fetch in open_tensors(path).items()}
@@ -45,7 +51,8 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str = "tan
     with named(path):
         layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
         if layers is None:
-            raise ValueError(f"an adapter of no kind known; it holds {', '.join(sorted(tensors)[:3])} ...")
+            some = ", ".join(sorted(tensors)[:3])
+            raise ValueError(f"an adapter of no kind known; it holds {some} ...{other_method(tensors)}")
         adapter = from_layers(layers, heads)
     adapter.metadata["imported_from"] = f"{layers.origin}: {path.name}"
     return adapter
@@ -80,39 +87,72 @@ class LayerTensors(NamedTuple):
     gate_activation: str
 
 
-def read_authors(tensors: Mapping[str, Tensor], gate: str, length: int) -> LayerTensors | None:
+# The names of prompts and gates in the files of others.
+AUTHORS = ("adapter_query.weight", r"layers\.(\d+)\.attention\.gate")
+LIT = (r"transformer\.h\.(\d+)\.attn\.adapter_wte\.weight", r"transformer\.h\.(\d+)\.attn\.gating_factor")
+PEFT = (r".*\.layers\.(\d+)\.self_attn\.adaption_prompt", r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
+
+
+def refuse_rest(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError where there are others: what they do to the model would be lost."""
+    rest = sorted(name for name in tensors if not any(re.fullmatch(known, name) for known in names))
+    if rest:
+        raise ValueError(f"{len(rest)} of its tensors have no place in an adapter: {rest[0]} ...{other_method(rest)}")
+
+
+def other_method(names: Iterable[str]) -> str:
+    """What a file with such names is of, as far as we know."""
+    names = " ".join(names)
+    if re.search(r"image_bind|imagebind|prefix_query", names):
+        return " It is of ImageBind-LLM"
+    if re.search(r"\bllama\.|visual_|clip", names):
+        return " It is of the authors' multimodal LLaMA-Adapter V2"
+    if re.search(r"bias|scale|norm|lora", names):
+        return " It is of LLaMA-Adapter V2, which tunes biases, scales and norms as well"
+    return ""
+
+
+def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -> LayerTensors | None:
     """None where the tensors are not by the names of the authors' release. Raises ValueError."""
-    query = tensors.get("adapter_query.weight")
+    query = tensors.get(AUTHORS[0])
     if query is None:
         return None
-    shape = tuple(getattr(query, "shape", ()))
-    if getattr(query, "layout", None) != torch.strided or len(shape) != 2 or shape[0] == 0 or shape[0] % length:
-        raise ValueError(f"adapter_query.weight {shape} is no whole number of layers of {length} prompts each")
-    gates = by_layer(tensors, r"layers\.(\d+)\.attention\.gate")
+    refuse_rest(tensors, AUTHORS)
+    with named(AUTHORS[0]):
+        require_dense(query)
+    if query.dim() != 2 or len(query) == 0 or len(query) % length:
+        raise ValueError(f"{AUTHORS[0]} {tuple(query.shape)} is no whole number of layers of {length} prompts each")
+    gates = by_layer(tensors, AUTHORS[1])
     layers = len(query) // length
     if len(gates) < layers:
         raise ValueError(f"has prompts for {layers} layers of {length} each, but gates for {len(gates)}")
     topmost = sorted(gates)[-layers:]
-    prompts = dict(zip(topmost, query.split(length)))
-    return LayerTensors("the authors' release", prompts, {i: gates[i] for i in topmost}, gate)
+    prompts, gates = dict(zip(topmost, query.split(length))), {i: gates[i] for i in topmost}
+    if gate is None:
+        gate = "identity" if all(require_dense(gates[i]).numel() == 1 for i in topmost) else "tanh"
+    return LayerTensors("the authors' release", prompts, gates, gate)
 
 
 def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
     """None where the tensors are not by lit-llama's names."""
-    prompts = by_layer(tensors, r"transformer\.h\.(\d+)\.attn\.adapter_wte\.weight")
-    gates = by_layer(tensors, r"transformer\.h\.(\d+)\.attn\.gating_factor")
-    return LayerTensors("lit-llama or litgpt", prompts, gates, "identity") if prompts else None
+    prompts, gates = (by_layer(tensors, pattern) for pattern in LIT)
+    if not prompts:
+        return None
+    refuse_rest(tensors, LIT)
+    return LayerTensors("lit-llama, or litgpt before v0.5.5", prompts, gates, "identity")
 
 
 def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
     """None where the tensors are not by PEFT's names. Raises ValueError."""
-    prompts = by_layer(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_prompt")
-    gates = by_layer(tensors, r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
+    prompts, gates = (by_layer(tensors, pattern) for pattern in PEFT)
+    if not prompts:
+        return None
+    refuse_rest(tensors, PEFT)
     for i, prompt in prompts.items():
         if not isinstance(prompt, Tensor) or prompt.dim() != 3 or len(prompt) != 1:
             raise ValueError(f"the prompt of layer {i} is {tuple(getattr(prompt, 'shape', ()))}, not (1, K, C)")
     prompts = {i: prompt[0] for i, prompt in prompts.items()}
-    return LayerTensors("PEFT", prompts, gates, "identity") if prompts else None
+    return LayerTensors("PEFT", prompts, gates, "identity")
 
 
 def by_layer(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
@@ -182,7 +222,11 @@ def peft_weights(folder: Path) -> Path:
 
 
 def write_peft(adapter: Adapter, folder: Path) -> None:
-    """A folder that PEFT loads. Raises ValueError where the gates of a layer differ: PEFT has one for all heads."""
+    """A folder that PEFT loads. Raises ValueError at what it has no place for: a projection or a head, gates of a layer
+    that differ."""
+    if type(adapter) is not Adapter:
+        half = "projection of images" if isinstance(adapter, ImageAdapter) else "head of an encoder"
+        raise ValueError(f"PEFT's AdaptionPrompt has no {half}, and without it the adapter would be another")
     gates = adapter.gate_values().detach()  # (L, H); PEFT has no tanh
     for i, row in enumerate(gates):
         if (row != row[0]).any():

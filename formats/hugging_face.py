@@ -39,12 +39,17 @@ def translated(name: str, modules: Mapping[str, str]) -> str:
     return f"{module.replace('{}', ''.join(numbers))}.weight" if module and name.endswith(".weight") else name
 
 
+def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of wq or wk, (heads*D, C), in Hugging Face's order."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The weights of a LLaMA as LlamaForCausalLM's."""
     weights = {}
     for name, weight in state_dict.items():
         if name.endswith(ROTATED):
-            weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            weight = half_by_half(weight, config.head_dim)
         weights[translated(name, TO_HUGGING_FACE)] = weight
     return weights
 

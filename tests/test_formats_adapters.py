@@ -9,6 +9,7 @@ from helpers import Malicious, make_adapter, make_model, make_tokens
 from adapter import Adapter
 from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter, write_peft
+from formats.litgpt import from_litgpt_rows
 from generate import main as generate_main
 from multimodal import ImageAdapter
 
@@ -247,3 +248,104 @@ def test_how_a_file_was_read_is_one_line(tmp_path):
     authors_file(tmp_path / "theirs.pth")
     line = describe_reading(load_adapter(tmp_path / "theirs.pth", length=5))
     assert line == "the authors' release: theirs.pth: read as 2 layers of 5 prompts of width 32, gates with tanh"
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which tunes"),
+        ("layers.1.feed_forward.w1_scale", "w1_scale.*LLaMA-Adapter V2"),
+        ("norm.weight", "norm.weight.*LLaMA-Adapter V2"),
+        ("layers.1.attention.lora_wq_l1.weight", "lora_wq_l1.*LLaMA-Adapter V2"),
+        ("llama.layers.1.attention.gate", "llama.layers.1.attention.gate.*multimodal LLaMA-Adapter V2"),
+        ("image_bind_proj.weight", "image_bind_proj.weight.*ImageBind-LLM"),
+        ("anything", r"1 of its tensors have no place in an adapter: anything \.\.\.$"),
+    ],
+)
+def test_what_the_authors_files_have_besides_is_not_lost(tmp_path, more, said):
+    authors_file(tmp_path / "theirs.pth", **{more: torch.ones(2)})
+    with pytest.raises(ValueError, match=said):
+        load_adapter(tmp_path / "theirs.pth", length=5)
+
+
+@pytest.mark.parametrize("more", ["attn.attn.adapter_bias", "attn.attn.adapter_scale", "norm_1.weight"])
+def test_what_litgpts_files_have_besides_is_not_lost(tmp_path, more):
+    lit_file(tmp_path / "theirs.pth", **{f"transformer.h.0.{more}": torch.ones(2)})
+    with pytest.raises(ValueError, match=f"transformer.h.0.{more} .*LLaMA-Adapter V2"):
+        load_adapter(tmp_path / "theirs.pth", heads=4)
+
+
+def test_files_of_other_methods_alone_are_named(tmp_path):
+    torch.save({"image_bind.a": torch.ones(1), "llama.b": torch.ones(1)}, tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match="of no kind known; .* It is of ImageBind-LLM"):
+        load_adapter(tmp_path / "theirs.pth")
+
+
+def test_the_authors_first_files_have_one_gate_a_layer(tmp_path):
+    """For all heads, and without tanh, unless something else is asked for."""
+    gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.25 * i) for i in range(3)}
+    authors_file(tmp_path / "theirs.pth", **gates)
+    with pytest.raises(ValueError, match="one gate for all heads"):
+        load_adapter(tmp_path / "theirs.pth", length=5)
+    adapter = load_adapter(tmp_path / "theirs.pth", length=5, heads=4)
+    assert adapter.gate_activation == "identity"
+    assert torch.equal(adapter.gate_values(), torch.tensor([[0.25], [0.5]]).expand(2, 4))
+    assert load_adapter(tmp_path / "theirs.pth", length=5, heads=4, gate="tanh").gate_activation == "tanh"
+    authors_file(tmp_path / "theirs.pth")
+    assert load_adapter(tmp_path / "theirs.pth", length=5).gate_activation == "tanh"
+
+
+@pytest.mark.parametrize("kind", ["projection", "head"])
+def test_peft_has_no_place_for_half_an_adapter(tmp_path, kind):
+    shape = {"layers": 2, "length": 5, "dim": 32, "heads": 4}
+    adapter = ImageAdapter(features=8, **shape) if kind == "projection" else HeadAdapter(widths=[32, 3], **shape)
+    adapter.metadata["base_layers"] = "3"
+    with pytest.raises(ValueError, match=f"PEFT's AdaptionPrompt has no {kind} of"):
+        write_peft(adapter, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+# litgpt from v0.5.5 on
+
+
+def litgpt_keys_and_values(attention, config, prompts):
+    """As litgpt's adapter makes them: the fused weight's rows, cut by group; here number by number."""
+    H, Hkv, D = config.n_heads, config.n_kv_heads, config.head_dim
+
+    def pairs_apart(weight, head):  # their order of a head's rows: 0, 2, 4 ..., 1, 3, 5 ...
+        return [weight[head * D + 2 * i] for i in range(D // 2)] + [weight[head * D + 2 * i + 1] for i in range(D // 2)]
+
+    fused = [row for head in range(H) for row in pairs_apart(attention.wq.weight, head)]
+    fused += [row for head in range(Hkv) for row in pairs_apart(attention.wk.weight, head)]
+    fused += list(attention.wv.weight)
+    cut = (torch.stack(fused) @ prompts.T).view(Hkv, H // Hkv + 2, D, -1)
+    keys, values = cut[:, -2], cut[:, -1]  # (Hkv, D, K)
+    together = torch.stack([keys[:, : D // 2], keys[:, D // 2 :]], dim=2).flatten(1, 2)  # their order, and back
+    return together.transpose(1, 2), values.transpose(1, 2)  # (Hkv, K, D)
+
+
+@pytest.mark.parametrize("config", ["gqa", "mqa"])
+def test_litgpts_rows_as_prompts(tmp_path, config):
+    """What the layers make of the prompts is what litgpt made; and not so without --litgpt-rows, but for one head."""
+    model = make_model(config)
+    lit_file(tmp_path / "theirs.pth")
+    older = load_adapter(tmp_path / "theirs.pth")
+    newer = from_litgpt_rows(load_adapter(tmp_path / "theirs.pth"), model)
+    for i in (0, 1):
+        attention = model.layers[1 + i].attention
+        expected = litgpt_keys_and_values(attention, model.config, older.prompts[i].detach())
+        found = attention.project_prompt(newer()[i], None)
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours[0], theirs, rtol=1e-3, atol=1e-3)
+        unchanged = attention.project_prompt(older()[i], None)
+        assert torch.allclose(unchanged[0][0], expected[0], atol=1e-3) == (config == "mqa")
+    assert "litgpt from v0.5.5 on" in describe_reading(newer)
+
+
+def test_litgpts_rows_that_no_prompts_make(tmp_path):
+    lit_file(tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match="layer 1: .* off by .*%: 64 numbers to meet with 32; .* needs no --litgpt-rows"):
+        from_litgpt_rows(load_adapter(tmp_path / "theirs.pth"), make_model("mha"))
+    authors_file(tmp_path / "theirs.pth")
+    with pytest.raises(ValueError, match="for files of litgpt, and this is none"):
+        from_litgpt_rows(load_adapter(tmp_path / "theirs.pth", length=5), make_model("gqa"))
