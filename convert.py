@@ -88,7 +88,7 @@ def import_adapter(path, out, litgpt_rows, base, **reading):
         else:
             adapter = load_adapter(path, **reading)
         adapter.save(out)
-        click.echo(describe_reading(adapter), err=True)
+        click.echo(printable(describe_reading(adapter)), err=True)
 
 
 @main.command("export")

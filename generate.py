@@ -25,7 +25,8 @@ from model import KVCache, LLaMA
 from runtime.cli import SEED, Real, device_options, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
-from runtime.files import atomic_write, require_file
+from runtime.errors import printable
+from runtime.files import atomic_write, path_inside, require_file, require_writable
 from runtime.quantization import quantize_int8
 
 
@@ -259,7 +260,7 @@ def answer_about_images(responder: Responder, paths: list[Path], requests: list[
         for start in range(0, len(requests), batch_size):
             batch = slice(start, start + batch_size)
             for path, answer in zip(paths[batch], responder.answer_batch(requests[batch], bar)):
-                bar.write(f"{path}: " + answer.replace("\n", "\\n"), file=sys.stdout)
+                bar.write(f"{printable(str(path))}: " + answer.replace("\n", "\\n"), file=sys.stdout)
 
 
 def attach_images(
@@ -282,11 +283,11 @@ def attach_images(
 # Files of requests
 
 
-def read_requests(path: str, responder: Responder, default: str) -> tuple[list[dict], list[Request], dict[int, Path]]:
-    """The records of a JSONL file, what each asks, and the images of those that have one, looked for beside the file.
-
-    Raises OSError or ValueError, naming the record.
-    """
+def read_requests(
+    path: str, responder: Responder, default: str, folder: str | None
+) -> tuple[list[dict], list[Request], dict[int, Path]]:
+    """The records of a JSONL file, what each asks, and the images of those that have one, in the folder or beside the
+    file. Raises OSError or ValueError, naming the record."""
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
         where = f"record {index}"
@@ -301,7 +302,7 @@ def read_requests(path: str, responder: Responder, default: str) -> tuple[list[d
             if example.image and name == "base":
                 raise ValueError("an image needs an adapter with a projection, and the base alone has none")
             if example.image:
-                images[index] = require_file(Path(path).parent / example.image, "image")
+                images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{path}: {where}: {error}") from None
     asked = {request.adapter: responder.prompt_sets[request.adapter] for request in requests}
@@ -343,13 +344,16 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 @click.option("--seed", type=SEED, default=0)
 @click.option("--max-new-tokens", type=click.IntRange(1, 2**17), default=256)
 @click.option("--prompts", "prompt_file", type=click.Path(), help="JSONL of instruction, input and adapter, to answer.")
+@click.option("--images", "folder", type=click.Path(), help="Where their images are.  [default: beside the file]")
 @click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
 @click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits.")
 @click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
 @click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
 @device_options
-def main(prompt, adapter_paths, images, compare, prompt_file, out, batch_size, input, tower, encoder, **options):
+def main(
+    prompt, adapter_paths, images, compare, prompt_file, folder, out, batch_size, input, tower, encoder, **options
+):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
     Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
@@ -367,6 +371,8 @@ def main(prompt, adapter_paths, images, compare, prompt_file, out, batch_size, i
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         if images and (prompt is None or compare or len(adapter_paths) != 1):
             raise ValueError("--image goes with a PROMPT and one --adapter")
+        if out is not None:
+            require_writable(out)
         responder = make_responder(adapter_paths, **options)
         first = next(iter(responder.adapters), "base")
         names = ["base", *responder.adapters] if compare else [first]
@@ -376,9 +382,7 @@ def main(prompt, adapter_paths, images, compare, prompt_file, out, batch_size, i
             requests = attach_images(responder, requests, dict(enumerate(paths)), tower, encoder)
             answer_about_images(responder, paths, requests, batch_size)
         elif prompt_file is not None:
-            if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
-                raise ValueError(f"--out {out}: is a folder, or in one that does not exist")
-            records, requests, pictures = read_requests(prompt_file, responder, first)
+            records, requests, pictures = read_requests(prompt_file, responder, first, folder)
             requests = attach_images(responder, requests, pictures, tower, encoder)
             answer_file(responder, records, requests, out, batch_size)
         elif prompt is not None:

@@ -102,10 +102,11 @@ def encode_images(
     """
     config, known = tower.config, {}
     folder = None if cache is None else cache / f"{tower_fingerprint(tower)}-{config.image_size}-{depths}"
-    hashes = [hashlib.sha256(require_file(path, "image").read_bytes()).hexdigest() for path in paths]
+    hashes = list(map(content_hash, paths))
     for name in set(hashes):
-        if folder is not None and (folder / f"{name}.npy").exists():
-            known[name] = torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+        kept = None if folder is None else read_features(folder / f"{name}.npy", depths * config.dim)
+        if kept is not None:
+            known[name] = kept
     todo = list({name: path for name, path in zip(hashes, paths) if name not in known}.items())
     for start in tqdm(range(0, len(todo), batch_size), unit="batch of images", disable=not todo, file=sys.stderr):
         part = todo[start : start + batch_size]
@@ -118,6 +119,24 @@ def encode_images(
                 with atomic_write(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
                     np.save(file, known[name].numpy())
     return [known[name] for name in hashes]
+
+
+def content_hash(path: str | Path) -> str:
+    """Of a file; raises OSError or ValueError where it is none."""
+    with open(require_file(path, "image"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_features(path: Path, number: int) -> Tensor | None:
+    """What a file holds of so many; None where it is not there or holds something else: then they are made again."""
+    if not path.is_file() or path.stat().st_size > 4096 + 4 * number:
+        return None
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return None
+    fits = isinstance(features, np.ndarray) and features.dtype == np.float32 and features.shape == (number,)
+    return torch.from_numpy(features) if fits and np.isfinite(features).all() else None
 
 
 def load_function(where: str) -> Callable[[Path], object]:

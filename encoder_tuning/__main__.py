@@ -23,7 +23,7 @@ from encoder_tuning.objective import CLASSIFICATION, SPANS, accuracy, answer_squ
 from encoders.heads import HeadAdapter, head_adapter
 from encoders.models import Roberta, ViT
 from formats.encoders import load_encoder
-from runtime.cli import device_options, one_line_errors
+from runtime.cli import device_options, one_line_errors, warn
 from runtime.device import select_device
 from runtime.files import write_json
 from runtime.fingerprints import hash_tensors
@@ -112,7 +112,7 @@ class TunedEncoder:
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-            click.echo(f"warning: {adapter_path} was tuned on other weights than those of {base}", err=True)
+            warn(f"{adapter_path} was tuned on other weights than those of {base}")
         if adapter is None:
             if not suits(own_head, task):
                 raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")

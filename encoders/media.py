@@ -12,6 +12,9 @@ from torch import Tensor
 from encoders.models import ViTConfig
 from runtime.files import require_file
 
+# Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FRAME_PIXELS = 2**25  # at most: 8K video has 33,177,600
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
@@ -21,15 +24,25 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
+            with Image.open(path, formats=PICTURES) as image:
+                image = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: is not an image") from None
+        raise ValueError(f"{path}: is not an image of a kind that is read: {', '.join(PICTURES)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken image: {error}") from None
     return showing(image, path)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8: Pillow would cut it off. Raises ValueError at wider pixels, whose range is unknown."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = {"I": "whole numbers", "F": "floating-point numbers"}[image.mode]
+        raise ValueError(f"its pixels are {kind} of 32 bits, of no known range: save it with 8 or 16 bits")
+    return image
 
 
 def showing(image: Image.Image, path: str | Path) -> Image.Image:
@@ -50,15 +63,23 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     try:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
+            check_frame(stream)
             total = stream.frames or sum(1 for _ in file.decode(stream))  # not all formats say how many they have
             file.seek(0)
             wanted = {(2 * i + 1) * total // (2 * number) for i in range(number)}
-            frames = [frame.to_image() for i, frame in enumerate(file.decode(stream)) if i in wanted]
+            frames = [check_frame(frame).to_image() for i, frame in enumerate(file.decode(stream)) if i in wanted]
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken video, or none: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return [showing(frame, path) for frame in frames]
+
+
+def check_frame(frame):
+    """It, or a stream of such; raises ValueError where it is too large."""
+    if frame.width * frame.height > FRAME_PIXELS:
+        raise ValueError(f"a frame of {frame.width} x {frame.height} has more than {FRAME_PIXELS:,} pixels")
+    return frame
 
 
 def frames_of(path: str | Path) -> list[Image.Image]:
@@ -95,7 +116,7 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            readable = VIDEOS | set(Image.registered_extensions())
+            readable = VIDEOS | {end for end, kind in Image.registered_extensions().items() if kind in PICTURES}
             files = [file for file in sorted(path.iterdir()) if file.is_file()]
             inside = [file for file in files if of_any_kind or file.suffix.lower() in readable]
             if not inside:

@@ -26,9 +26,7 @@ from multimodal import ImageAdapter
 from runtime.files import read_json_object, require_file, write_json, write_tensors
 
 
-def load_adapter(
-    path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10
-) -> Adapter:
+def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
     """An adapter of ours or of anybody, or the folder of a run of ours; what lies at `path` tells whose.
 
     `heads` is the base's H, needed where a file has one gate for all of them. `gate` and `length` are what the authors'

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 import torch
 from torch import Tensor
 
 from adapter import Adapter
 from formats.encoders import load_vit
 from multimodal import DEPTHS, ImageAdapter, encode_images, encode_with_function, load_function, tower_fingerprint
+from runtime.cli import warn
 from runtime.files import resolved
 from runtime.fingerprints import hash_tensors
 
@@ -73,7 +73,7 @@ def load_image_encoder(
     if encoder is not None:
         theirs = metadata.get("encoder", metadata.get("tower", encoder))
         if Path(theirs).name != Path(encoder).name:
-            click.echo(f"warning: the adapter was tuned with {theirs}, not with {encoder}", err=True)
+            warn(f"the adapter was tuned with {theirs}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
     tower = tower or metadata.get("tower")
     if tower is None and "encoder" in metadata:
@@ -84,5 +84,5 @@ def load_image_encoder(
     if found.num_features != made_for:
         raise ValueError(f"{tower}: has {found.num_features} features, the adapter was made for {made_for}")
     if metadata.get("tower_fingerprint", "") not in ("", found.metadata["tower_fingerprint"]):
-        click.echo(f"warning: the adapter was tuned with other weights than those of {tower}", err=True)
+        warn(f"the adapter was tuned with other weights than those of {tower}")
     return found

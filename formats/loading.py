@@ -11,7 +11,8 @@ from data import TEMPLATES, Tokenizer
 from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama
 from model import LLaMA
-from runtime.errors import AllRanksError, launched_rank
+from runtime.cli import warn
+from runtime.errors import AllRanksError, launched_rank, printable
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
@@ -62,7 +63,7 @@ def load_with_adapters(
         if metadata.get("prompt_template", "alpaca") not in TEMPLATES:
             raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
         if metadata.get("base_fingerprint", fingerprint) != fingerprint:
-            click.echo(f"warning: {path} was tuned on other weights than those of {base}", err=True)
+            warn(f"{path} was tuned on other weights than those of {base}")
         if "format" not in metadata:  # not a file of ours
-            click.echo(f"{path}: {describe_reading(adapter)}", err=True)
+            click.echo(printable(f"{path}: {describe_reading(adapter)}"), err=True)
     return model, tokenizer, adapters

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import click
 import torch
 
-from runtime.errors import AllRanksError, error_line, launched_rank
+from runtime.errors import AllRanksError, error_line, launched_rank, printable
 
 SEED = click.IntRange(0, 2**63 - 1)
 
@@ -27,6 +27,11 @@ def device_options(command):
     dtypes = click.Choice(["auto", "float32", "bfloat16"])
     command = click.option("--dtype", type=dtypes, default="auto", help="Of the base.")(command)
     return click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")(command)
+
+
+def warn(text: str) -> None:
+    """Say in a line what the user may not have meant."""
+    click.echo(f"warning: {printable(text)}", err=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from data import Example
 from formats.image_encoders import FunctionEncoder, TowerEncoder
-from runtime.files import require_file
+from runtime.files import path_inside, require_file
 from tasks import captions, instructions, scienceqa
 from tasks.answering import Answers, read_answers, write_scores
 
@@ -75,11 +75,11 @@ def with_images(
     for example in examples:
         try:
             if example.image:
-                require_file(Path(folder) / example.image, "image")
-        except FileNotFoundError as error:
-            if not skip_missing:
-                raise FileNotFoundError(f"{path}: {example.name}: {error}") from None
-            continue
+                require_file(path_inside(folder, example.image), "image")
+        except (FileNotFoundError, ValueError) as error:
+            if skip_missing and isinstance(error, FileNotFoundError):
+                continue
+            raise type(error)(f"{path}: {example.name}: {error}") from None
         kept.append(example)
     if not kept:
         raise ValueError(f"{path}: none of its {len(examples)} examples has an image that is there")

@@ -344,7 +344,9 @@ def test_litgpts_rows_as_prompts(tmp_path, config):
 
 def test_litgpts_rows_that_no_prompts_make(tmp_path):
     lit_file(tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match="layer 1: .* off by .*%: 64 numbers to meet with 32; .* needs no --litgpt-rows"):
+    with pytest.raises(
+        ValueError, match="layer 1: .* off by .*%: 64 numbers to meet with 32; .* needs no --litgpt-rows"
+    ):
         from_litgpt_rows(load_adapter(tmp_path / "theirs.pth"), make_model("mha"))
     authors_file(tmp_path / "theirs.pth")
     with pytest.raises(ValueError, match="for files of litgpt, and this is none"):

@@ -10,12 +10,12 @@ from encoders.media import files_in, frames_of, open_image, open_video, preproce
 from encoders.models import ViTConfig
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("size", [(60, 40), (41, 300), (224, 224), (9, 7), (451, 226)])
 def test_pictures_are_prepared_as_clip_does(tmp_path, mode, size):
     transformers = pytest.importorskip("transformers")
-    image = picture(*size, mode="I" if mode == "I;16" else mode)
-    file = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    image = picture(*size, mode=mode)
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image.save(file)
     theirs = transformers.CLIPImageProcessor()(Image.open(file), return_tensors="pt")["pixel_values"][0]
     ours = preprocess(open_image(file), ViTConfig())
@@ -125,3 +125,36 @@ def test_a_folder_s_pictures_by_name(tmp_path):
         files_in([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="d.png: no such image"):
         files_in([tmp_path / "d.png"])
+
+
+@pytest.mark.parametrize("ending, order", [("png", "<"), ("tif", "<"), ("tif", ">")])
+def test_grey_of_sixteen_bits_is_scaled(tmp_path, ending, order):
+    values = np.linspace(0, 65535, 256).round().reshape(16, 16)
+    Image.fromarray(values.astype(f"{order}u2")).save(tmp_path / f"x.{ending}")
+    read = np.asarray(open_image(tmp_path / f"x.{ending}"))
+    assert read.shape == (16, 16, 3) and np.array_equal(read[..., 1].flatten(), np.arange(256))
+
+
+@pytest.mark.parametrize(
+    "kind, said", [("i4", "whole numbers of 32 bits"), ("f4", "floating-point numbers of 32 bits")]
+)
+def test_pixels_of_no_known_range_are_refused(tmp_path, kind, said):
+    Image.fromarray(np.arange(256).reshape(16, 16).astype(kind)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=f"x.tif: .*{said}"):
+        open_image(tmp_path / "x.tif")
+
+
+def test_only_pictures_are_opened(tmp_path):
+    """Pillow would hand an EPS to Ghostscript; a folder's other files are passed over."""
+    picture().save(tmp_path / "x.eps")
+    picture().save(tmp_path / "y.png")
+    with pytest.raises(ValueError, match="x.eps: is not an image of a kind that is read: PNG, JPEG"):
+        open_image(tmp_path / "x.eps")
+    assert files_in([tmp_path]) == [tmp_path / "y.png"]
+
+
+def test_large_frames_are_refused(tmp_path, monkeypatch):
+    film(tmp_path / "x.mp4", ["red"])
+    monkeypatch.setattr("encoders.media.FRAME_PIXELS", 64 * 48 - 1)
+    with pytest.raises(ValueError, match="x.mp4: .*a frame of 64 x 48 has more than 3,071 pixels"):
+        open_video(tmp_path / "x.mp4")

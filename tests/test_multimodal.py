@@ -212,6 +212,11 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     (album / "asked.json").write_text(json.dumps([asked[1], asked[0] | {"image": "none.png"}]))
     file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert file.exit_code == 2 and "record 1: " in file.stderr and "none.png: no such image" in file.stderr
+    (tmp_path / "asked.json").write_text(json.dumps([asked[0] | {"image": str(album / "pictures/1.png")}]))
+    elsewhere = ["--prompts", tmp_path / "asked.json", "--out", tmp_path / "answers.jsonl"]
+    file = run(generate, *ask, *elsewhere)
+    assert file.exit_code == 2 and "record 0: " in file.stderr and "leads out of" in file.stderr
+    assert run(generate, *ask, *elsewhere, "--images", album).exit_code == 0
     (album / "asked.json").write_text(json.dumps([asked[0] | {"adapter": None}]))
     file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert file.exit_code == 2 and "record 0: an image needs an adapter with a projection" in file.stderr
@@ -230,6 +235,16 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     assert narrow.exit_code == 2 and "has 256 features, the adapter was made for 512" in narrow.stderr
     missing = run(generate, *ask, "--image", tmp_path / "nowhere.png", "Hello.")
     assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["../data.json", "/etc/passwd"])
+def test_data_does_not_lead_out_of_the_folder_of_images(train_args, album, tmp_path, name):
+    records = [{"instruction": "Name the colour.", "output": "red.", "image": name}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    args = [*train_args, "--data", tmp_path / "data.json", "--images", album / "pictures"]
+    for more in ([], ["--skip-missing"]):
+        result = run(train, *args, *more)
+        assert result.exit_code == 2 and f"record 0: {name} leads out of {album / 'pictures'}" in result.stderr
 
 
 def test_missing_pictures(train_args, album, tmp_path):
@@ -280,6 +295,28 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     frames = torch.stack([preprocess(frame, tower.config) for frame in open_video(tmp_path / "x.mp4")])
     torch.testing.assert_close(moving, global_features(tower, frames).mean(0), rtol=1e-4, atol=1e-4)
     assert torch.equal(encode_images([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a file of numpy's",
+        np.ones(7, "f4"),
+        np.ones(512),
+        np.full(512, np.nan, "f4"),
+        np.ones((2, 256), "f4"),
+    ],
+)
+def test_kept_features_that_do_not_fit_are_made_again(tmp_path, content):
+    tower = make_vit(SEEING)
+    picture().save(tmp_path / "y.png")
+    (features,) = encode_images([tmp_path / "y.png"], tower, cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*/*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(content) if isinstance(content, bytes) else np.save(file, content)
+    (again,) = encode_images([tmp_path / "y.png"], tower, cache=tmp_path / "cache")
+    assert torch.equal(again, features) and file.read_bytes() == whole
 
 
 ENCODERS = """
