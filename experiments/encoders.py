@@ -253,8 +253,9 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
             yield F.cross_entropy(hidden @ model.words.weight.T + bias, ids[masked])
 
     parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
-    schedule = partial(learning_rate, total=steps, **SCHEDULE)
-    pretrain(parameters, losses(), schedule, steps=steps, desc="pre-training RoBERTa", **OPTIMIZER)
+    schedule, in_turn = partial(learning_rate, total=steps, **SCHEDULE), losses()
+    options = {"steps": steps, "desc": "pre-training RoBERTa"} | OPTIMIZER
+    pretrain(parameters, lambda step: next(in_turn), schedule, **options)
     return model
 
 

@@ -63,7 +63,7 @@ def atomic_write(path: str | Path):
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is there already, and is no file")
-    temporary = path.with_name(f".unfinished-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{os.getpid()}-{secrets.token_hex(4)}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

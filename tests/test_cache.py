@@ -1,5 +1,7 @@
 """Where the toys keep what they make: one folder, whole or not there."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,9 +53,10 @@ def test_what_failed_half_way_is_never_taken_for_whole(cache):
 
     with pytest.raises(KeyboardInterrupt):
         cached_folder("thing", 1, fail)
-    assert not list(cache.iterdir())
-    whole = cached_folder("thing", 1, lambda folder: (folder / "file").write_text("whole"))
-    assert (whole / "file").read_text() == "whole"
+    assert [folder.name[:7] for folder in cache.iterdir()] == [".thing-"]
+    found = []
+    whole = cached_folder("thing", 1, lambda folder: found.append((folder / "file").read_text()))
+    assert found == ["half"] and list(cache.iterdir()) == [whole]  # it goes on from there
 
 
 def test_what_a_killed_process_left_is_never_taken_for_whole(cache):
@@ -63,13 +66,22 @@ def test_what_a_killed_process_left_is_never_taken_for_whole(cache):
     assert seen and folder not in seen
 
 
-def test_of_two_that_make_the_same_one_wins(cache):
-    def slow(folder):
-        cached_folder("thing", 1, lambda other: (other / "file").write_text("first"))
-        (folder / "file").write_text("second")
+def test_of_two_that_want_the_same_one_makes_it_and_the_other_waits(cache, capsys):
+    at_work, folders = threading.Event(), []
 
-    folder = cached_folder("thing", 1, slow)
-    assert (folder / "file").read_text() == "first" and list(cache.iterdir()) == [folder]
+    def slow(folder):
+        at_work.set()
+        time.sleep(0.3)
+        (folder / "file").write_text("first")
+
+    thread = threading.Thread(target=lambda: folders.append(cached_folder("thing", 1, slow)))
+    thread.start()
+    assert at_work.wait(10)
+    folders.append(cached_folder("thing", 1, lambda folder: (folder / "file").write_text("second")))
+    thread.join()
+    assert folders[0] == folders[1] and (folders[0] / "file").read_text() == "first"
+    assert list(cache.iterdir()) == folders[:1]
+    assert "waiting for another process that makes thing-" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_to_is_named_and_so_is_the_way_out(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ BATCHES = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i i
 def test_each_loss_is_followed_by_an_adamw_step_of_the_rate_of_its_number():
     layer, again = make_layer(), make_layer()
     learning_rate = [0.0, 0.1, 0.05, 0.02, 0.01].__getitem__
-    losses = (100 * layer(batch).square().mean() for batch in BATCHES)
     options = {"betas": (0.8, 0.9), "weight_decay": 0.1}
-    pretrain(layer.parameters(), losses, learning_rate, steps=5, clip=1.0, desc="a layer", **options)
+    loss_of = lambda step: 100 * layer(BATCHES[step]).square().mean()  # noqa: E731
+    pretrain(layer.parameters(), loss_of, learning_rate, steps=5, clip=1.0, desc="a layer", **options)
     optimizer = torch.optim.AdamW(again.parameters(), **options)
     for step, batch in enumerate(BATCHES):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
@@ -39,25 +39,47 @@ def test_without_clip_gradients_stay_as_they_are():
     for clip in (None, 1e-3):
         layer = make_layer()
         layer.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad))
-        losses = (layer(batch).square().mean() for batch in BATCHES[:1])
-        pretrain(
-            layer.parameters(), losses, lambda step: 0.1, steps=1, betas=(0.9, 0.99), weight_decay=0, clip=clip, desc=""
-        )
+        options = {"steps": 1, "betas": (0.9, 0.99), "weight_decay": 0, "clip": clip, "desc": ""}
+        pretrain(layer.parameters(), lambda step: layer(BATCHES[step]).square().mean(), lambda step: 0.1, **options)
     assert seen[0].norm() > 0.1 and seen[1].norm() <= 1e-3
 
 
-def test_a_loss_is_computed_when_its_turn_comes():
-    """Otherwise all would be those of the untrained model."""
-    layer = make_layer()
-    seen = []
+def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr("toy.pretraining.SAVE_EVERY", 2)
+    options = {"steps": 5, "betas": (0.8, 0.9), "weight_decay": 0.1, "desc": "", "kept": tmp_path / "kept.pt"}
+    asked = []
 
-    def losses():
-        for batch in BATCHES:
-            seen.append(layer.weight.detach().clone())
-            yield layer(batch).square().mean()
+    def tune(layer, stop=None):
+        def loss_of(step):
+            asked.append(step)
+            if step == stop:
+                raise KeyboardInterrupt
+            return layer(BATCHES[step]).square().mean()
 
-    pretrain(layer.parameters(), losses(), lambda step: 0.1, steps=5, betas=(0.9, 0.99), weight_decay=0, desc="")
-    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+        pretrain(layer.parameters(), loss_of, lambda step: 0.1 / (1 + step), **options)
+        return layer.weight
+
+    whole = tune(make_layer())
+    (tmp_path / "kept.pt").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        tune(make_layer(), stop=3)
+    asked.clear()
+    assert torch.equal(tune(make_layer()), whole) and asked == [2, 3, 4]
+
+
+def test_the_toys_models_are_the_same_on_any_number_of_threads(tiny_base):
+    """To the last bit; and the number of threads stays what it was."""
+    from formats.tokenizers import load_tokenizer
+    from toy import language_model
+
+    tokenizer, tokens, models = load_tokenizer(tiny_base), 10 * language_model.ROWS * language_model.ROW, []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        models.append(language_model.pretrain_base(tokenizer, seed=0, tokens=tokens).state_dict())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 def test_warmup_and_cosine():

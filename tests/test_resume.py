@@ -48,7 +48,7 @@ class AtAWrite:
         def fatal_fsync(file):
             fsync(file)
             calls.append(1)
-            if len(calls) >= self.n and ".unfinished-" in str(file.name):
+            if len(calls) >= self.n and str(file.name).endswith(".unfinished"):
                 if self.how == "half":
                     os.truncate(file.name, os.path.getsize(file.name) // 2)
                 if self.how != "renamed":
@@ -78,7 +78,7 @@ def test_twenty_kills(forks, args, tmp_path):
             child.process.kill()
         assert child.exit_code() == -signal.SIGKILL
         out = tmp_path / "run"
-        left_over += any(path.name.startswith(".unfinished-") for path in out.iterdir())
+        left_over += any(path.suffix == ".unfinished" for path in out.iterdir())
         for path in out.iterdir():
             if path.name == "adapter.safetensors":
                 Adapter.load(path)
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
     last = result.stderr.splitlines()[-1]
     assert last.startswith(f"error: {out / full}") and "File too large" in last
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 6
-    assert not list(out.glob(".unfinished-*"))
+    assert not list(out.glob("*.unfinished"))
     assert run(*args, "--resume").exit_code == 0
     assert tensors_and_metrics(out) == tensors_and_metrics(tmp_path / "whole")
 
@@ -211,17 +211,17 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
 def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
     """A checkpoint takes the place of the one before when it, the adapter and the metrics are there for good."""
     events, fsync, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).name[:12])) or fsync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).suffix)) or fsync(file))
     monkeypatch.setattr(
         Path, "replace", lambda path, target: events.append(("in place", target.name)) or replace(path, target)
     )
     assert run(*args, "--save-every", 15).exit_code == 0
     place = events.index(("in place", "checkpoint.pt"))
     assert events[place - 4 : place] == [
-        ("sure", "metrics.json"),
-        ("sure", ".unfinished-"),
+        ("sure", ".jsonl"),
+        ("sure", ".unfinished"),
         ("in place", "adapter.safetensors"),
-        ("sure", ".unfinished-"),
+        ("sure", ".unfinished"),
     ]
 
 

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import click
+from filelock import FileLock, Timeout
 
 
 def cache_root() -> Path:
@@ -18,8 +21,9 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
     """The folder that make(empty folder) filled, at the first call with this recipe; its name is `name` and a hash.
 
     The recipe is all that decides what is made, as JSON can say it: numbers, and the texts that are learnt from. The
-    folder gets its name when it is whole; what an interrupted or failed call leaves is never taken for it, and of two
-    processes that make the same folder one wins. Raises OSError where it cannot be written, and what `make` raises.
+    folder gets its name when it is whole; what an interrupted call leaves is never taken for it, and is what `make`
+    finds there the next time. Of two processes that want the same folder one makes it, and the other waits.
+    Raises OSError where it cannot be written, and what `make` raises.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     try:
@@ -27,15 +31,31 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
         root.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # there may be no home
         raise OSError(f"{error}; $LLAMA_ADAPTER_CACHE can name another folder for what the toys make") from None
-    folder = root / f"{name}-{digest}"
+    folder, unfinished = root / f"{name}-{digest}", root / f".{name}-{digest}"
     if not folder.exists():
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as unfinished:
-            made = Path(unfinished) / name
-            made.mkdir()
-            make(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
+        with waiting_lock(unfinished.with_suffix(".lock")):
+            if not folder.exists():
+                unfinished.mkdir(exist_ok=True)
+                try:
+                    make(unfinished)
+                    unfinished.rename(folder)
+                finally:
+                    if unfinished.exists() and not any(unfinished.iterdir()):
+                        unfinished.rmdir()
     return folder
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Nobody else runs here meanwhile; who has to wait says so."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        click.echo(f"waiting for another process that makes {path.stem.lstrip('.')}", err=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

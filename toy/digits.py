@@ -23,7 +23,7 @@ from encoders.models import ViT, ViTConfig
 from formats.encoders import save_encoder
 from toy.almanac import KINDS, NUMBERS, ExamQuestion, capitalised
 from toy.cache import cached_folder
-from toy.pretraining import pretrain, warmup_cosine
+from toy.pretraining import one_thread, pretrain, warmup_cosine
 
 TOWER = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, hidden_dim=128)
 BATCH, EPOCHS = 64, 30
@@ -50,13 +50,15 @@ def make_digits() -> Path:
         except ImportError:
             raise ValueError("the handwritten digits are scikit-learn's: pip install scikit-learn") from None
         digits = load_digits()
-        (folder / "pictures").mkdir()
+        (folder / "pictures").mkdir(exist_ok=True)
         for i, (ink, digit) in enumerate(zip(digits.images, digits.target)):  # 8 x 8, 0 to 16
             paper = np.round(255 * (1 - ink / 16)).astype(np.uint8)
             Image.fromarray(paper).save(folder / "pictures" / f"{digit}-{i:04}.png")
         save_encoder(train_tower(folder), folder / "tower")
 
-    return cached_folder("toy-digits", [asdict(TOWER), BATCH, EPOCHS, SCHEDULE, OPTIMIZER, HELD_OUT], make)
+    return cached_folder(
+        "toy-digits", [asdict(TOWER), BATCH, EPOCHS, SCHEDULE, OPTIMIZER, HELD_OUT, "one thread"], make
+    )
 
 
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -66,6 +68,7 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     return [files[i] for i in order[HELD_OUT:]], [files[i] for i in order[:HELD_OUT]]
 
 
+@one_thread()
 def train_tower(folder: Path) -> ViT:
     """A vision transformer and a linear head, which is thrown away, learn to tell digits apart."""
     files, _ = pictures(folder)
@@ -83,9 +86,10 @@ def train_tower(folder: Path) -> ViT:
                 states = tower(torch.roll(images[batch], shift, dims=(2, 3)))[-1]  # (B, T, Cv)
                 yield F.cross_entropy(head(tower.norm(states[:, 0])), labels[batch])
 
-    learning_rate = partial(warmup_cosine, total=steps, **SCHEDULE)
+    learning_rate, in_turn = partial(warmup_cosine, total=steps, **SCHEDULE), losses()
     parameters = [*tower.parameters(), *head.parameters()]
-    pretrain(parameters, losses(), learning_rate, steps=steps, desc="training the tower", **OPTIMIZER)
+    options = {"steps": steps, "desc": "training the tower"} | OPTIMIZER
+    pretrain(parameters, lambda step: next(in_turn), learning_rate, **options)
     return tower
 
 

@@ -86,7 +86,6 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     return mean_scores("heldout_accuracy", scores)
 
 
-@torch.no_grad()
 def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
     """Put questions about held-out pictures of digits to the adapter; print a table.
 

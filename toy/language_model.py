@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data import TEMPLATES, Tokenizer
 from formats.meta import meta_config
@@ -18,7 +19,7 @@ from runtime.compilation import transpose_output_head
 from runtime.files import atomic_write, write_json
 from toy.almanac import documents
 from toy.cache import cached_folder
-from toy.pretraining import pretrain, warmup_cosine
+from toy.pretraining import one_thread, pretrain, warmup_cosine
 
 PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
 TOKENIZER = {  # LLaMA's settings
@@ -35,16 +36,17 @@ OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 
 
 def make_base(seed: int = 0) -> Path:
-    """The folder of the pre-trained base, in Meta's layout; made at the first call, in about two minutes."""
+    """The folder of the pre-trained base, in Meta's layout; made at the first call, in about three minutes."""
 
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
         write_json(folder / "params.json", PARAMS)
-        model = pretrain_base(tokenizer, seed, TOKENS)
+        model = pretrain_base(tokenizer, seed, TOKENS, kept=folder / "pretraining.pt")
         with atomic_write(folder / "consolidated.00.pth") as temporary:
             torch.save(model.state_dict(), temporary)
+        (folder / "pretraining.pt").unlink(missing_ok=True)
 
-    numbers = [PARAMS, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed]
+    numbers = [PARAMS, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed, "one thread"]
     return cached_folder("toy-base", [*numbers, list(tokenizer_text(seed))], make)
 
 
@@ -66,8 +68,9 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     return SentencePieceTokenizer(path)
 
 
-def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
-    """Plain next-token training on rows cut from a stream of documents."""
+@one_thread()
+def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int, kept: Path | None = None) -> LLaMA:
+    """Plain next-token training on rows cut from a stream of documents; `kept` as for `pretrain`."""
     source, stream = documents(seed), []
     while len(stream) <= tokens:
         stream += [tokenizer.bos_id, *tokenizer.encode(next(source)), tokenizer.eos_id]
@@ -77,7 +80,11 @@ def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int) -> LLaMA:
     torch.manual_seed(seed)
     model = LLaMA(meta_config(PARAMS, tokenizer.vocab_size))
     transpose_output_head(model.output)
-    losses = (F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()) for rows in batches)
-    learning_rate = partial(warmup_cosine, total=steps, **SCHEDULE)
-    pretrain(model.parameters(), losses, learning_rate, steps=steps, desc="pre-training the toy base", **OPTIMIZER)
+
+    def loss_of(step: int) -> Tensor:
+        rows = batches[step]
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+    options = {"steps": steps, "desc": "pre-training the toy base", "kept": kept} | OPTIMIZER
+    pretrain(model.parameters(), loss_of, partial(warmup_cosine, total=steps, **SCHEDULE), **options)
     return model

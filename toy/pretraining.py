@@ -2,11 +2,18 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from formats.tensors import load_pth, named
+from runtime.files import atomic_write
+
+SAVE_EVERY = 200  # steps
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
@@ -17,9 +24,24 @@ def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: flo
     return peak * min(step / warmup, floor + (1 - floor) * (1 + math.cos(math.pi * step / total)) / 2)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So that sums are added up in the same order, and the same model comes out, on any number of cores.
+
+    Models this small gain a quarter from a second thread; beside other work the two wait for each other, and are slower
+    than one alone.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pretrain(
     parameters: Iterable[nn.Parameter],
-    losses: Iterable[Tensor],
+    loss_of: Callable[[int], Tensor],
     learning_rate: Callable[[int], float],
     *,
     steps: int,
@@ -27,20 +49,42 @@ def pretrain(
     weight_decay: float,
     clip: float | None = None,
     desc: str,
+    kept: Path | None = None,
 ) -> None:
-    """An AdamW step for each of the losses, of which there are `steps`.
+    """As many AdamW steps.
 
-    They are a generator: each is computed when its turn comes, with the parameters as they are then. `learning_rate` is
-    asked with the step, from 0; `clip` is the highest norm of a gradient; `desc` stands before the progress bar.
+    `loss_of` and `learning_rate` are asked with the step, from 0, when its turn comes. `clip` is the highest norm of a
+    gradient; `desc` stands before the progress bar. `kept` is a file that a run which was stopped goes on from.
     """
-    parameters = list(parameters)
+    parameters, first = list(parameters), 0
     optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=True)
-    bar = tqdm(losses, desc=desc, total=steps, unit="step", file=sys.stderr)
-    for step, loss in enumerate(bar):
+    if kept is not None and kept.exists():
+        first = load_progress(kept, parameters, optimizer)
+    bar = tqdm(range(first, steps), desc=desc, initial=first, total=steps, unit="step", file=sys.stderr)
+    for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step)
+        loss = loss_of(step)
         loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        if kept is not None and (step + 1) % SAVE_EVERY == 0:
+            save_progress(kept, parameters, optimizer, step + 1)
+
+
+def save_progress(kept: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """All that `load_progress` needs."""
+    with atomic_write(kept) as temporary:
+        torch.save({"parameters": parameters, "optimizer": optimizer.state_dict(), "steps": steps}, temporary)
+
+
+def load_progress(kept: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Fill both; returns the number of steps taken. Raises ValueError where the file is no such thing."""
+    known = load_pth(kept)
+    with torch.no_grad(), named(kept):
+        for parameter, value in zip(parameters, known["parameters"], strict=True):
+            parameter.copy_(value)
+        optimizer.load_state_dict(known["optimizer"])
+    return known["steps"]

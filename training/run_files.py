@@ -76,7 +76,7 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
         moved.mkdir()
         for name in filter(lambda name: (out / name).is_file(), WRITTEN):
             (out / name).rename(moved / name)
-    for stale in (out / "summary.json", out / "curves.png", *out.glob(".unfinished-*")):
+    for stale in (out / "summary.json", out / "curves.png", *out.glob("*.unfinished")):
         stale.unlink(missing_ok=True)
     trim_metrics(out / "metrics.jsonl", step)
     return moved
