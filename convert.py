@@ -59,7 +59,7 @@ def reading_options(command):
 @click.option("--png", type=click.Path(path_type=Path), help="Draw the gates to this file.")
 @reading_options
 def show_adapter(path, png, **reading):
-    """Shape, base, training record and gates of an adapter, ours or another's."""
+    """Print an adapter's shape, record and gates."""
     with one_line_errors():
         adapter = load_adapter(path, **reading)
         click.echo(adapter_summary(adapter))
@@ -77,7 +77,10 @@ def show_adapter(path, png, **reading):
 @click.option("--base", type=click.Path(), help="The base that it was tuned on, for --litgpt-rows.")
 @reading_options
 def import_adapter(path, out, litgpt_rows, base, **reading):
-    """Write the adapter of the authors, lit-llama, litgpt or PEFT at PATH to OUT, a file of ours."""
+    """Write another's adapter as a file of ours.
+
+    Of the authors, lit-llama, litgpt or PEFT.
+    """
     with one_line_errors():
         if litgpt_rows != (base is not None):
             raise ValueError("--litgpt-rows and --base go together")
@@ -96,7 +99,7 @@ def import_adapter(path, out, litgpt_rows, base, **reading):
 @click.argument("folder", type=click.Path(path_type=Path))
 @reading_options
 def export_adapter(path, folder, **reading):
-    """Write the adapter at PATH to FOLDER, as PEFT's AdaptionPrompt."""
+    """Write an adapter as PEFT's AdaptionPrompt."""
     with one_line_errors():
         write_peft(load_adapter(path, **reading), folder)
 

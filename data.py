@@ -90,6 +90,9 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def read_records(path: str | Path) -> list:
     """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
+        cure = f"pandas.read_{kind}({str(path)!r}).to_json('data.json', orient='records')"
+        raise ValueError(f"{path}: is not JSON; {cure} makes it so")
     text = read_text(path)
     if text.lstrip().startswith("["):
         records = parse_json(text, path)
@@ -108,12 +111,13 @@ def check_record(
 
     Only the fields that are needed, `input`, and one of `image`, `video` and `audio` are looked at.
     """
-    where = f"{path}: {name}"
+    where, wanted = f"{path}: {name}", " and ".join(map(repr, needed))
     if not isinstance(record, dict):
-        fields = " and ".join(map(repr, needed))
-        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {fields}")
+        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {wanted}")
     for needed_field in needed:
         if needed_field not in record:
+            if {"messages", "conversations"} & record.keys():
+                raise ValueError(f"{where}: is a conversation; what is read has {wanted}")
             raise ValueError(f"{where}: has no field '{needed_field}' (it has: {', '.join(record) or 'nothing'})")
     fields = {key: record[key] for key in (*needed, "input", *MEDIA) if key in record}
     for key, value in fields.items():

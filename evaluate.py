@@ -4,20 +4,21 @@ There is a command for every task of tasks/ that has scores, and `toy`, for the 
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import click
+import cloup
+from cloup import option, option_group
 
 from data import Example
 from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Request, Responder
 from multimodal import ImageAdapter
-from runtime.cli import device_options, one_line_errors
+from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
+from runtime.files import require_writable
 from tasks import TASKS, Task, attach_features, with_images
 from tasks.answering import Answers, likeliest_answers, written_answers
 from toy import exam
@@ -95,47 +96,52 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
 # The commands
 
 PATH = click.Path(path_type=Path)
-BASE_OPTIONS = [
-    click.option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),
-    click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
-    device_options,
-]
-ANSWER_OPTIONS = [
-    click.option("--images", type=PATH, help="Where the images are.  [default: beside the data]"),
-    click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
-    click.option("--encoder", help="A function of yours, FILE.py:NAME, instead."),
-    click.option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
-    click.option("--limit", type=click.IntRange(1), help="Ask only about the first so many."),
-    click.option("--results", type=PATH, help="Score the answers of this file; no model runs."),
-    click.option("--batch-size", type=click.IntRange(1), default=64, help="Asked at once."),
-]
+model_options = option_group(
+    "Model",
+    option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),
+    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
+    *device_options,
+)
+image_options = option_group(
+    "Images",
+    option("--images", type=PATH, help="Where the images are.  [default: beside the data]"),
+    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+    option("--encoder", help="A function of yours, FILE.py:NAME, instead."),
+    option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
+)
 
 
-@click.group(context_settings={"show_default": True})
+@cloup.group(context_settings={"show_default": True})
 def main():
     """Score an adapter, or a base without any."""
-
-
-def with_options(options: list[Callable]) -> Callable:
-    """A decorator that gives a command these options, in this order."""
-    return lambda command: reduce(lambda command, option: option(command), reversed(options), command)
 
 
 def task_command(name: str, task: Task) -> click.Command:
     """The command of a task that has scores, with options for all that the task offers."""
     choose_help = "Take the likeliest option; otherwise generate and parse."
-    options = [
-        click.option("--data", type=PATH, required=True, help=task.data_help),
-        *([click.option("--split", default=task.split, help="Which part of the data.")] if task.split else []),
-        *([click.option("--choose", is_flag=True, help=choose_help)] if task.choices else []),
-        click.option("--out", type=PATH, default=f"out-{name}", help="Folder."),
-        click.option("--max-new-tokens", type=click.IntRange(1), default=task.max_new_tokens),
-    ]
+    split = [option("--split", default=task.split, help="Which part of the data.")] if task.split else []
+    choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
 
-    @click.command(name, help=inspect.getdoc(task.score))
-    @with_options(options + ANSWER_OPTIONS + BASE_OPTIONS)
+    @cloup.command(name, help=inspect.getdoc(task.score), context_settings={"show_default": True})
+    @option_group(
+        "Data",
+        option("--data", type=PATH, required=True, help=task.data_help),
+        *split,
+        option("--limit", type=Count(), help="Ask only about the first so many."),
+        option("--results", type=PATH, help="Score the answers of this file; no model runs."),
+    )
+    @model_options
+    @image_options
+    @option_group(
+        "Answers",
+        *choose,
+        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="So long an answer at most."),
+        option("--batch-size", type=Count(), default=64, help="Asked at once."),
+        option("--out", type=PATH, default=f"out-{name}", help="Folder for answers and scores."),
+    )
     def command(**options):
         with one_line_errors():
+            require_writable(options["out"], folder=True)
             evaluate(name, task, EvalConfig(**options))
 
     return command
@@ -147,9 +153,13 @@ for name, task in TASKS.items():
 
 
 @main.command("toy")
-@with_options([click.option("--images", is_flag=True, help="Ask about held-out images of digits, too."), *BASE_OPTIONS])
+@model_options
+@option_group("Data", option("--images", is_flag=True, help="Ask about held-out images of digits, too."))
 def evaluate_toy(adapter_path, images, base, device, dtype):
-    """Put the embedded default's held-out questions to a base alone, and to the base with an adapter."""
+    """Ask the toy's held-out questions.
+
+    Of the base alone, and of the base with the adapter.
+    """
     with one_line_errors():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing")

@@ -13,6 +13,7 @@ from typing import NamedTuple, TextIO
 
 import click
 import torch
+from cloup import command, option, option_group
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ from encoders.media import files_in
 from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from model import KVCache, LLaMA
-from runtime.cli import SEED, Real, device_options, one_line_errors
+from runtime.cli import SEED, Count, Real, device_options, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import printable
@@ -229,17 +230,25 @@ def print_answers(responder: Responder, request: Request, names: Sequence[str], 
         click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
 
 
+HELP = "Every line is an instruction of its own. /adapter NAME or /none: who answers. /quit: end. /help: this line."
+
+
 def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) -> None:
-    """Answer every line; on a terminal, /adapter NAME and /none change who does."""
-    terminal = stdin.isatty()
+    """Answer every line; on a terminal, some are commands. Raises ValueError where nothing comes out of a pipe."""
+    terminal, line = stdin.isatty(), None
+    click.echo(f"{HELP}\n" if terminal else "", nl=False, err=True)
     while True:
         click.echo("> " if terminal else "", nl=False, err=True)
-        line = stdin.readline()
-        if not line:
+        before, line = line, stdin.readline()
+        if not line and not terminal and before is None:
+            raise ValueError("no PROMPT, and nothing on standard input")
+        if not line or (terminal and line.strip() in ("exit", "quit", "/exit", "/quit")):
             return
         line = line.rstrip("\r\n")
         try:
-            if terminal and line.split(" ")[0] in ("/adapter", "/none"):
+            if terminal and line.strip() == "/help":
+                click.echo(HELP, err=True)
+            elif terminal and line.split(" ")[0] in ("/adapter", "/none"):
                 name = line.removeprefix("/adapter").strip() if line != "/none" else "base"
                 if name not in responder.prompt_sets:
                     raise ValueError(f"no adapter {name!r}; there are {', '.join(responder.prompt_sets)}")
@@ -327,33 +336,46 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 # The command
 
 
-@click.command(context_settings={"show_default": True})
+@command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
-@click.option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be.")
-@click.option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]")
-@click.option("--input", default="", help="Alpaca's input field: what the instruction is about.")
-@click.option("--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about.")
-@click.option("--clip", "tower", type=click.Path(), help="Its vision tower.  [default: the adapter's]")
-@click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template.")
-@click.option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone.")
-@click.option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter.")
-@click.option("--temperature", type=Real(0, 1e3), default=0.1, help="0 is greedy.")
-@click.option("--top-p", type=Real(0, 1, min_open=True), default=0.75)
-@click.option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0.")
-@click.option("--seed", type=SEED, default=0)
-@click.option("--max-new-tokens", type=click.IntRange(1, 2**17), default=256)
-@click.option("--prompts", "prompt_file", type=click.Path(), help="JSONL of instruction, input and adapter, to answer.")
-@click.option("--images", "folder", type=click.Path(), help="Where their images are.  [default: beside the file]")
-@click.option("--out", type=click.Path(), help="Where the answers to --prompts go: the same records with an output.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, help="Records of --prompts answered at once.")
-@click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits.")
-@click.option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster.")
-@click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
-@device_options
-def main(
-    prompt, adapter_paths, images, compare, prompt_file, folder, out, batch_size, input, tower, encoder, **options
-):
+@option_group(
+    "Model",
+    option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be."),
+    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
+    *device_options,
+)
+@option_group(
+    "What is asked",
+    option("--input", default="", show_default=False, help="Alpaca's input field: what the instruction is about."),
+    option("--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about."),
+    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+    option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
+    option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template."),
+    option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter."),
+)
+@option_group(
+    "Sampling",
+    option("--temperature", type=Real(0, 1e3), default=0.1, help="Of the softmax; 0 is greedy."),
+    option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Nucleus sampling: the likeliest p of it."),
+    option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0."),
+    option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone."),
+    option("--max-new-tokens", type=Count(), default=256, help="So long an answer at most."),
+    option("--seed", type=SEED, default=0, help="Of sampling."),
+)
+@option_group(
+    "Many prompts",
+    option("--prompts", "jsonl", type=click.Path(), help="JSONL of instruction, input and adapter, to answer."),
+    option("--images", "folder", type=click.Path(), help="Where their images are.  [default: beside the file]"),
+    option("--out", type=click.Path(), help="Where the answers go: the same records with an output."),
+    option("--batch-size", type=Count(), default=64, help="Prompts, or images, answered at once."),
+)
+@option_group(
+    "Memory and speed",
+    option("--int8", is_flag=True, help="Quantise the layers to 8 bits."),
+    option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster."),
+    option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two ways to the same numbers."),
+)
+def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, jsonl, out, batch_size, **options):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
     Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
@@ -365,9 +387,9 @@ def main(
             raise ValueError("--compare needs --adapter FILE")
         if options["raw"] and input:
             raise ValueError("--input is a field of the template that --raw does without")
-        if (prompt_file is None) != (out is None):
+        if (jsonl is None) != (out is None):
             raise ValueError("--prompts and --out go together")
-        if prompt_file is not None and (prompt is not None or compare or input):
+        if jsonl is not None and (prompt is not None or compare or input):
             raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
         if images and (prompt is None or compare or len(adapter_paths) != 1):
             raise ValueError("--image goes with a PROMPT and one --adapter")
@@ -381,8 +403,8 @@ def main(
             requests = [Request(prompt, input, first)] * len(paths)
             requests = attach_images(responder, requests, dict(enumerate(paths)), tower, encoder)
             answer_about_images(responder, paths, requests, batch_size)
-        elif prompt_file is not None:
-            records, requests, pictures = read_requests(prompt_file, responder, first, folder)
+        elif jsonl is not None:
+            records, requests, pictures = read_requests(jsonl, responder, first, folder)
             requests = attach_images(responder, requests, pictures, tower, encoder)
             answer_file(responder, records, requests, out, batch_size)
         elif prompt is not None:

@@ -15,37 +15,28 @@ from typing import NamedTuple
 import click
 import torch
 from click.core import ParameterSource
+from cloup import command, option, option_group
 from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
-from data import (
-    IGNORE,
-    Batch,
-    Example,
-    Tokenizer,
-    epoch_batches,
-    hold_out,
-    micro_batches,
-    num_targets,
-    split_over_ranks,
-    tokenize,
-)
+from data import IGNORE, Batch, Example, Tokenizer, epoch_batches, hold_out, tokenize
+from data import micro_batches, num_targets, split_over_ranks
 from formats.bases import base_fingerprint, load_llama, read_base
-from formats.image_encoders import load_image_encoder
 from model import LLaMA, num_parameters
 from multimodal import ImageAdapter
-from runtime.cli import SEED, Real, device_options
+from runtime.cli import SEED, Count, Real
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
-from runtime.errors import AllRanksError
+from runtime.errors import AllRanksError, memory_errors
 from runtime.quantization import quantize_int8
-from tasks import TASKS, attach_features, with_images
+from tasks import TASKS, see_images, with_images
 from toy import TOYS
 from training import distributed
 from training.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
-from training.run import BaseOptions, DataOptions, RunOptions, fixed_options, pick, run_options
+from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
+from training.options import base_options, data_options, memory_options, run_options
 from training.run import Prepared, Recorder, Step
 from training.run_files import run_state
 
@@ -63,7 +54,7 @@ class TrainConfig:
     lr: float | None = None  # the peak itself, in place of blr
     weight_decay: float = 0.02  # of the prompts; none of the gates, which it would pull shut
     gradient_clip: float | None = None  # the highest norm of the gradient: off, as in the paper
-    max_seq_len: int = 512  # tokens; longer responses are cut
+    max_seq_len: int | None = None  # tokens; longer responses are cut. None is 512, or all that the base can see
     val_size: float = 0.02  # held out: a share if below 1, else a number of examples
     seed: int = 0  # of prompts, what is held out, and the order of examples
     micro_batch_tokens: int = 8192  # positions of one forward pass: memory, not what is learnt
@@ -78,7 +69,8 @@ class TrainConfig:
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
             raise ValueError(f"{warmup}: the learning rate would never get to fall")
-        config = replace(self, layers=max(1, n_layers - 2) if self.layers is None else self.layers)
+        layers = max(1, n_layers - 2) if self.layers is None else self.layers
+        config = replace(self, layers=layers, max_seq_len=self.max_seq_len or min(512, context))
         for name, limit in (("layers", n_layers), ("max_seq_len", context)):
             if getattr(config, name) > limit:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {base} has only {limit}")
@@ -88,6 +80,7 @@ class TrainConfig:
 # AdamW moves a number by about the learning rate in each step, however large it is. What suits the prompts would throw
 # over the projection of images, or a head, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
+HIGH_LR = 0.1  # nothing was seen to learn above it
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
@@ -183,7 +176,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     try:
-        optimizer.step()
+        with memory_errors():
+            optimizer.step()
     except torch.OutOfMemoryError as error:  # some parameters may have moved: only what is on the disk is whole
         raise ValueError(f"no memory for the optimizer's step: {error}; what was saved last stands") from None
     return loss.item()
@@ -228,7 +222,7 @@ def training_steps(
             batches = epoch_batches(sizes, config.batch_size, config.seed, epoch)
         lr = learning_rate(step, peak=config.peak_lr, warmup=warmup, total=total)
         start = time.perf_counter()
-        with distributed.detect_lost_ranks():
+        with distributed.detect_lost_ranks(), memory_errors():
             batch = [examples[i] for i in batches[position]]
             loss = train_step(model, adapter, optimizer, batch, lr, config, objective)
         yield Step(step + 1, epoch, loss, lr, sum(example.size for example in batch), time.perf_counter() - start)
@@ -290,7 +284,9 @@ def prepare(
             prepare_to_compile(device, base.int8)
         path = TOYS[source.toy].base() if base.base is None else Path(base.base)
         shape, weights = read_base(path)
-        config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
+        asked, config = config.max_seq_len, config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
+        if asked is None and config.max_seq_len < 512:
+            say(f"--max-seq-len {config.max_seq_len}: {path} sees no more")
         if base.int8:  # autograd would keep the widened weights of all layers
             config = replace(config, checkpoint_activations=True)
     model, tokenizer, fingerprint, strategy = load_base(base, path, (shape, weights), device)
@@ -319,17 +315,6 @@ def prepare(
     return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
 
 
-def see_images(examples: list[Example], source: DataOptions, dtype: torch.dtype, device: torch.device):
-    """The examples with the features of their images, and the encoder. Raises OSError or ValueError."""
-    with sync_errors():
-        encoder = load_image_encoder(source.tower, source.encoder, dtype, device)
-    for turn in (local_rank() == 0, local_rank() > 0):  # the first on a machine keeps them for the others
-        with sync_errors():
-            if turn:
-                examples = attach_features(examples, source.images, encoder, cache=source.features)
-    return examples, encoder
-
-
 # ---------------------------------------------------------------------------------------------------
 # A run with its files, and the command
 
@@ -348,6 +333,9 @@ def tune(
     """
     model, adapter, training = prepared.model, prepared.adapter, prepared.training
     optimizer = make_optimizer(adapter, config.weight_decay)
+    if config.peak_lr > HIGH_LR:
+        lr = f"{config.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
+        say(f"warning: the peak learning rate is {lr}, the paper's 0.00225")
     recorder = Recorder(prepared, optimizer, run)
     recorder.begin(state)
     first_step, steps_per_epoch = recorder.progress.step, math.ceil(len(training) / config.batch_size)
@@ -368,7 +356,7 @@ def tune(
 def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions) -> None:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
-        source.check()
+        source = source.checked(base.base)
         device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
         if base.base is None and local_rank() == 0:
@@ -387,43 +375,27 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
     tune(prepared, config, run, state, evaluate=evaluate)
 
 
-@click.command(context_settings={"show_default": True, "default_map": asdict(TrainConfig())})  # its defaults, once
-@click.option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]")
-@click.option(
-    "--toy", type=click.Choice([*TOYS]), default="text", help="Without --data: text, images too, or withheld."
+optimisation_options = option_group(
+    "Adapter and optimisation",
+    option("--layers", type=Count(), help="L, how many of the topmost layers are adapted.  [default: all but two]"),
+    option("--length", type=click.IntRange(1, 4096), help="K, prompt vectors per layer."),
+    option("--epochs", type=Count(), help="Passes over the training data."),
+    option("--warmup-epochs", type=Real(0), help="The learning rate rises over these."),
+    option("--batch-size", type=Count(), help="Examples per optimizer step, over all ranks."),
+    option("--blr", type=Real(0, 1e3), help="Base learning rate: lr = blr * batch size / 256."),
+    option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]"),
+    option("--weight-decay", type=Real(0, 1e3), help="Of the prompts; gates have none."),
+    option("--max-seq-len", type=Count(2), help="In tokens; longer responses are cut.  [default: 512, or the base's]"),
+    option("--val-size", type=Real(0), help="Validation set: a share if below 1, else a number of examples."),
+    option("--seed", type=SEED, help="Of prompts, validation split and order of examples."),
 )
-@click.option("--task", type=click.Choice([*TASKS]), default="instructions", help="What the data is: docs/tasks.md.")
-@click.option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]")
-@click.option("--out", type=click.Path(path_type=Path), default="out", help="Folder for all that this writes.")
-@click.option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out.")
-@click.option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file.")
-@click.option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]")
-@click.option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there.")
-@click.option("--features", type=click.Path(path_type=Path), default="features", help="Keeps what the tower saw.")
-@click.option("--layers", type=click.IntRange(1), help="L, how many of the topmost layers.  [default: all but two]")
-@click.option("--length", type=click.IntRange(1, 4096), help="K, prompt vectors per layer.")
-@click.option("--epochs", type=click.IntRange(1))
-@click.option("--warmup-epochs", type=Real(0), help="The learning rate rises over these.")
-@click.option("--batch-size", type=click.IntRange(1), help="Examples per optimizer step.")
-@click.option("--micro-batch-tokens", type=click.IntRange(1), help="Positions per forward pass.")
-@click.option("--checkpoint-activations", is_flag=True, help="Less memory: run each layer again, backwards.")
-@click.option("--int8", is_flag=True, help="Hold the layers' weights in 8 bits; checkpoints activations as well.")
-@click.option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster.")
-@click.option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="The same: adapter.py has both.")
-@click.option("--blr", type=Real(0, 1e3), help="Base rate: lr = blr * batch size / 256.")
-@click.option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]")
-@click.option("--weight-decay", type=Real(0, 1e3), help="On prompts; gates have none.")
-@click.option("--max-seq-len", type=click.IntRange(2), help="Longer responses are cut.")
-@click.option("--val-size", type=Real(0), help="Held out: a share if below 1, else a number.")
-@click.option("--limit", type=click.IntRange(1), help="Use only the first so many examples.")
-@click.option("--seed", type=SEED, help="Of prompts, split and order.")
-@device_options
-@click.option(
-    "--strategy",
-    type=click.Choice(["auto", "ddp", "fsdp"]),
-    default="auto",
-    help="Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit.",
-)
+
+
+@command(context_settings={"show_default": True, "default_map": asdict(TrainConfig())})  # its defaults, once
+@data_options([*TASKS], [*TOYS])
+@base_options
+@optimisation_options
+@memory_options
 @run_options
 @click.pass_context
 def main(context, **options):
@@ -432,10 +404,11 @@ def main(context, **options):
     Without --data and --base this makes a tiny LLaMA that knows an almanac by heart, tunes it with options
     of its own, and shows what the adapter brought out of it.
     """
-    if options["data"] is None and options["base"] is None:
+    if options["data"] is None:
         given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
         given |= {"lr"} if "blr" in given else set()
-        options |= {name: value for name, value in TOYS[options["toy"]].tuning.items() if name not in given}
+        tuning = TOYS[options["toy"] or "text"].tuning
+        options |= {name: value for name, value in tuning.items() if name not in given}
     parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
     launch(lambda: tune_llama(*parts), options["out"])
 

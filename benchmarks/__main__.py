@@ -1,15 +1,13 @@
 """How fast and how large: python -m benchmarks train|generate|memory|plan; with --peers, others in the same run."""
 
-import click
+import cloup
 
 from benchmarks.generation import time_generation
 from benchmarks.memory import count_memory, plan_runs
 from benchmarks.training import time_training
 
 
-@click.group(
-    commands=[time_training, time_generation, count_memory, plan_runs], context_settings={"show_default": True}
-)
+@cloup.group(commands=[time_training, time_generation, count_memory, plan_runs])
 def main():
     """Measure on this machine; with --peers also PEFT, LoRA, full tuning, litgpt, and plain code as the authors'."""
 

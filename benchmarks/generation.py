@@ -2,14 +2,14 @@
 
 from copy import deepcopy
 
-import click
 import torch
+from cloup import command, option
 
-from benchmarks.measuring import compare_seconds, copy_speed, interleave, json_option, measured_on, publish, ratio_text
+from benchmarks.measuring import compare_seconds, copy_speed, interleave, measured_on, publish, ratio_text
 from benchmarks.peers import Contestant, Ours, installed_peers
 from benchmarks.workload import prepare_workload, workload_options
 from generate import decode
-from runtime.cli import one_line_errors
+from runtime.cli import Count, one_line_errors
 from runtime.compilation import compile_decoding
 
 GENERATION_COLUMNS = {
@@ -27,13 +27,16 @@ def check_same_texts(contestants: dict[str, Contestant], prompt: list[int], numb
             raise ValueError(f"{name} goes on {text[:8]}, ours {texts['ours'][:8]}: not the same work")
 
 
-@click.command("generate")
-@workload_options
-@json_option
-@click.option("--tokens", "number", type=click.IntRange(2), default=128, help="New ones, after a prompt of 60.")
+@command("generate", context_settings={"show_default": True})
+@workload_options(
+    option("--tokens", "number", type=Count(2), default=128, help="New ones, after a prompt of 60."),
+)
 @one_line_errors()
 def time_generation(json_path, number, **options):
-    """Tokens per second at batch 1, greedy, prefill included."""
+    """Count tokens per second.
+
+    At batch 1, greedy, prefill included.
+    """
     workload = prepare_workload(**options)
     prompt = (workload.examples(1000)[0].ids * 60)[:60]
     model, adapter = workload.new_model(), workload.new_adapter()

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from cloup import option
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -92,7 +93,7 @@ def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, di
     return rows
 
 
-json_option = click.option(
+json_option = option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go, added to what is there."
 )
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import click
 import torch
+from cloup import command, option, option_group
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_growth, publish
@@ -80,14 +81,20 @@ def measure_step(
     return grown + sum(weight.nbytes for weight in model.parameters())
 
 
-@click.command("memory")
-@click.option("--size", type=click.Choice(list(SHAPES)), default="7B")
-@click.option("--check", is_flag=True, help="Also measure a step of this size here, beside the count.")
-@json_option
-@device_options
+@command("memory", context_settings={"show_default": True})
+@option_group(
+    "Options",
+    option("--size", type=click.Choice(list(SHAPES)), default="7B", help="Shape of the model."),
+    option("--check", is_flag=True, help="Also measure a step of this size here, beside the count."),
+    *device_options,
+    json_option,
+)
 @one_line_errors()
 def count_memory(size, check, json_path, device, dtype):
-    """Bytes of a training step by kind, by the number of tokens in a micro-batch, for a base in bfloat16."""
+    """Count the bytes of a training step.
+
+    By kind, and by the number of tokens in a micro-batch, for a base in bfloat16.
+    """
     device, dtype = select_device(device, dtype)
     config, itemsize, rows = SHAPES[size], dtype.itemsize if check else 2, {}
     for again in (False, True):
@@ -160,12 +167,18 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     }
 
 
-@click.command("plan")
-@click.option("--gpu-memory", type=Real(1), default=80, help="GB of each GPU.")
-@click.option("--peak", type=Real(1), default=312, help="TFLOP/s of each GPU in bfloat16; 312 is an A100's.")
-@click.option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Share of that; an assumption.")
+@command("plan", context_settings={"show_default": True})
+@option_group(
+    "Options",
+    option("--gpu-memory", type=Real(1), default=80, help="GB of each GPU."),
+    option("--peak", type=Real(1), default=312, help="TFLOP/s of each GPU in bfloat16; 312 is an A100's."),
+    option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Share of that; an assumption."),
+)
 def plan_runs(gpu_memory, peak, utilisation):
-    """On paper: memory, time and what travels for the paper's run (Alpaca, 5 epochs, batch 64) by size and GPUs."""
+    """Plan the paper's run for other sizes.
+
+    Memory, time and what travels (Alpaca, 5 epochs, batch 64), by size and number of GPUs.
+    """
     rows = {
         f"{size[6:]} on {gpus}": plan_run(SIZES[size], gpus, gpu_memory * 1e9, peak * 1e12 * utilisation)
         for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-33B", "LLaMA-65B")

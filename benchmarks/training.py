@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cloup import command, option
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,6 @@ from adapter import Adapter
 from benchmarks.measuring import (
     compare_seconds,
     interleave,
-    json_option,
     matmul_speed,
     measured_on,
     peak_growth,
@@ -24,7 +23,7 @@ from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
 from benchmarks.workload import Workload, prepare_workload, workload_options
 from data import IGNORE, Tokens, collate, epoch_batches, num_targets
 from model import LLaMA
-from runtime.cli import one_line_errors
+from runtime.cli import Count, one_line_errors
 from runtime.compilation import compile_layers
 from train import TrainConfig, train_step
 
@@ -123,17 +122,20 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
     return losses
 
 
-@click.command("train")
-@workload_options
-@json_option
-@click.option("--examples", "number", type=click.IntRange(1), default=32, help="So many of the data file.")
-@click.option("--batch-size", type=click.IntRange(1), default=8)
-@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192)
-@click.option("--checkpoint-activations", is_flag=True)
-@click.option("--ablation", is_flag=True, help="What each measure brings, one added to the other.")
+@command("train", context_settings={"show_default": True})
+@workload_options(
+    option("--examples", "number", type=Count(), default=32, help="So many of the data file."),
+    option("--batch-size", type=Count(), default=8, help="Examples per optimizer step."),
+    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions of one forward pass."),
+    option("--checkpoint-activations", is_flag=True, help="Activation checkpointing."),
+    option("--ablation", is_flag=True, help="What each measure brings, one added to the other."),
+)
 @one_line_errors()
 def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_activations, ablation, **options):
-    """Seconds of one epoch, every optimizer step included, over the same examples."""
+    """Time an epoch of training.
+
+    Every optimizer step included, all over the same examples.
+    """
     workload = prepare_workload(**options)
     config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=checkpoint_activations)
     device, examples = workload.device, workload.examples(number)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 import torch
+from cloup import option, option_group
 
 from adapter import Adapter
+from benchmarks.measuring import json_option
 from data import Tokens, read_examples, tokenize
 from formats.tokenizers import SentencePieceTokenizer
 from model import SIZES, Config, LLaMA
-from runtime.cli import device_options
+from runtime.cli import Count, device_options
 from runtime.compilation import prepare_to_compile, transpose_output_head
 from runtime.device import select_device
 from toy.almanac import instructions
@@ -58,19 +60,22 @@ class Workload:
         return tokenize(tokenizer, examples[:: max(1, len(examples) // number)][:number], 512)[0]
 
 
-def workload_options(command):
-    """Those that `prepare_workload` makes sense of."""
-    for option in (
-        click.option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too."),
-        click.option("--peers", is_flag=True, help="The others too, as far as they are installed."),
-        click.option("--repeat", type=click.IntRange(1), default=5, help="Rounds; the contestants take turns."),
-        click.option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
-        click.option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),
-        click.option("--size", type=click.Choice(list(SHAPES)), default="15M"),
-        device_options,
-    ):
-        command = option(command)
-    return command
+def workload_options(*of_command):
+    """Those that `prepare_workload` makes sense of, and the command's own; a decorator."""
+    return option_group(
+        "Options",
+        option(
+            "--size", type=click.Choice(list(SHAPES)), default="15M", help="Shape of the model, with random weights."
+        ),
+        *device_options,
+        option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),
+        option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
+        option("--repeat", type=Count(), default=5, help="Rounds; the contestants take turns."),
+        option("--peers", is_flag=True, help="The others too, as far as they are installed."),
+        option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too."),
+        *of_command,
+        json_option,
+    )
 
 
 def prepare_workload(device: str, dtype: str, compiled: bool, **options) -> Workload:

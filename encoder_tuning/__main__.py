@@ -9,11 +9,13 @@ import json
 import math
 import sys
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
+import cloup
 import torch
+from cloup import option, option_group
 from torch import nn
 from tqdm import tqdm
 
@@ -23,15 +25,16 @@ from encoder_tuning.objective import CLASSIFICATION, SPANS, accuracy, answer_squ
 from encoders.heads import HeadAdapter, head_adapter
 from encoders.models import Roberta, ViT
 from formats.encoders import load_encoder
-from runtime.cli import device_options, one_line_errors, warn
+from runtime.cli import Count, device_options, one_line_errors, warn
 from runtime.device import select_device
-from runtime.files import write_json
+from runtime.files import require_writable, write_json
 from runtime.fingerprints import hash_tensors
-from train import TrainConfig, tune
-from train import main as train_llama
+from train import TrainConfig, optimisation_options, tune
 from training.distributed import broadcast_from_rank0, check_same_on_all_ranks, exit_rank, rank_device, sync_errors
 from training.launch import launch, say
-from training.run import BaseOptions, DataOptions, Prepared, RunOptions, fixed_options, pick
+from training.options import MICRO_BATCH, MICRO_BATCH_HELP, BaseOptions, DataOptions, RunOptions
+from training.options import fixed_options, pick, run_options
+from training.run import Prepared
 from training.run_files import run_state
 
 
@@ -153,39 +156,58 @@ class TunedEncoder:
 # The commands
 
 
-@click.group(context_settings={"show_default": True})
+@cloup.group(context_settings={"show_default": True})
 def main():
     """Tune the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
 
 
+TASK_DATA = "Folders of pictures or .npz; .tsv, .csv, JSON; SQuAD."
+
+
 @main.command("train", context_settings={"show_default": True, "default_map": asdict(TrainConfig())})
-@click.option("--task", type=click.Choice(HEAD_TASKS), required=True)
-@click.option("--base", type=click.Path(), required=True, help="A ViT, CLIP's tower, or a RoBERTa with its tokenizer.")
-@click.option("--data", type=click.Path(), required=True, help="Folders of pictures or .npz; .tsv, .csv, JSON; SQuAD.")
-@click.option("--limit", type=click.IntRange(1), help="Use only so many examples, drawn from all.")
+@option_group(
+    "Data",
+    option("--task", type=click.Choice(HEAD_TASKS), required=True, help="What is learnt."),
+    option("--data", type=click.Path(), required=True, help=TASK_DATA),
+    option("--limit", type=Count(), help="Use only so many examples, drawn from all."),
+)
+@option_group(
+    "Model",
+    option("--base", type=click.Path(), required=True, help="A ViT, CLIP's tower, or a RoBERTa with its tokenizer."),
+    *device_options,
+)
+@optimisation_options
+@option_group("Memory and speed", MICRO_BATCH)
+@run_options
 def train_command(**options):
-    """Tune an adapter and a head: the encoder stays frozen."""
+    """Tune an adapter and a head."""
     parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
     launch(lambda: tune_encoder(*parts), options["out"])
 
 
-# And those of train.py that make sense here; encoders are too small to need activation checkpointing.
-SHARED = {field.name for record in (TrainConfig, RunOptions) for field in fields(record)} | {"device", "dtype"}
-train_command.params += [option for option in train_llama.params if option.name in SHARED - {"checkpoint_activations"}]
-
-
-@main.command("evaluate")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="As train takes it for the task.")
-@click.option("--task", type=click.Choice(HEAD_TASKS), help="[default: the adapter's]")
-@click.option("--adapter", "adapter_path", type=click.Path(), help="[default: none, and the head that the base has]")
-@click.option("--base", type=click.Path(), help="[default: the one that the adapter names]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON.")
-@click.option("--limit", type=click.IntRange(1), help="Ask only about so many, drawn from all.")
-@click.option("--micro-batch-tokens", type=click.IntRange(1), default=8192, help="Positions per forward pass.")
-@device_options
+@main.command("evaluate", context_settings={"show_default": True})
+@option_group(
+    "Data",
+    option("--task", type=click.Choice(HEAD_TASKS), help="What was learnt.  [default: as the adapter says]"),
+    option("--data", type=click.Path(path_type=Path), required=True, help=TASK_DATA),
+    option("--limit", type=Count(), help="Ask only about so many, drawn from all."),
+)
+@option_group(
+    "Model",
+    option("--adapter", "adapter_path", type=click.Path(), help="Its file.  [default: none, and the base's own head]"),
+    option("--base", type=click.Path(), help="The encoder.  [default: the one that the adapter names]"),
+    *device_options,
+)
+@option_group("Run", option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON."))
+@option_group("Memory and speed", option("--micro-batch-tokens", type=Count(), default=8192, help=MICRO_BATCH_HELP))
 def evaluate_command(data, task, adapter_path, base, out, limit, micro_batch_tokens, device, dtype):
-    """Accuracy of an encoder with an adapter, or with the head that it came with; of answers, exact match and F1."""
+    """Measure accuracy, or exact match and F1.
+
+    Of an encoder with an adapter, or with the head that it came with.
+    """
     with one_line_errors():
+        if out is not None:
+            require_writable(out)
         device, dtype = select_device(device, dtype)
         tuned = TunedEncoder(adapter_path, task, base, dtype, device)
         if tuned.task == "question-answering":

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import cloup
 import torch
+from cloup import option, option_group
 
 from encoder_tuning.data import subset
 from experiments.ablations import (
@@ -27,32 +29,47 @@ from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
 from experiments.tables import RESULTS, save_results
 from experiments.testbed import TestbedOptions, read_testbed
-from runtime.cli import Real, device_options, one_line_errors
+from runtime.cli import Count, Real, device_options, one_line_errors
 from tasks import TASKS
 from tasks.scienceqa import read as read_problems
 
 
+PATH = click.Path(path_type=Path)
+
+
 def testbed_options(command):
     """What all commands take that tune a LLaMA."""
-    options = [
-        click.option("--base", type=click.Path(path_type=Path), help="Another base.  [default: the toy's]"),
-        click.option("--data", type=click.Path(path_type=Path), help="What to tune it on.  [default: the toy's]"),
-        click.option("--task", type=click.Choice(list(TASKS)), help="What the data is, as for train.py."),
-        click.option("--text", type=click.Path(path_type=Path), help="Text of the kind that the base was made of."),
-        click.option("--limit", type=click.IntRange(1), help="Tune on so many examples only, drawn from all."),
-        click.option("--held-out", type=click.IntRange(1), help="Ask so many.  [default: all; 200 of --data]"),
-        click.option("--batch-size", type=click.IntRange(1), help="[default: 64; the toy's 32]"),
-        click.option("--max-seq-len", type=click.IntRange(2), default=512),
-        click.option("--lr", type=Real(0, 1e3, min_open=True), help="[default: 9e-3 * batch size/256; the toy's 0.05]"),
-        click.option("--layers", type=click.IntRange(1), help="[default: all but two; the toy's 4]"),
-        click.option("--length", type=click.IntRange(1), help="K.  [default: 10]"),
-        click.option("--epochs", type=click.IntRange(WARMUP_EPOCHS + 1), help="[default: 5]"),
-        device_options,
-        click.option("--seeds", type=click.IntRange(1), default=3),
-        click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default="experiments/results"),
+    groups = [
+        option_group(
+            "Data",
+            option("--data", type=PATH, help="What to tune on.  [default: the toy's]"),
+            option("--task", type=click.Choice(list(TASKS)), help="What the data is, as for train.py."),
+            option("--text", type=PATH, help="Text of the kind that the base was made of."),
+            option("--limit", type=Count(), help="Tune on so many examples only, drawn from all."),
+            option("--held-out", type=Count(), help="Ask so many.  [default: all; 200 of --data]"),
+            option("--max-seq-len", type=Count(2), default=512, help="In tokens; longer responses are cut."),
+        ),
+        option_group("Model", option("--base", type=PATH, help="Another base.  [default: the toy's]"), *device_options),
+        option_group(
+            "Adapter and optimisation",
+            option("--layers", type=Count(), help="L.  [default: all but two; the toy's 4]"),
+            option("--length", type=Count(), help="K.  [default: 10]"),
+            option("--epochs", type=Count(WARMUP_EPOCHS + 1), help="Of tuning.  [default: 5]"),
+            option("--batch-size", type=Count(), help="Examples per step.  [default: 64; the toy's 32]"),
+            option(
+                "--lr",
+                type=Real(0, 1e3, min_open=True),
+                help="Peak.  [default: 9e-3 * batch size / 256; the toy's 0.05]",
+            ),
+        ),
+        option_group(
+            "Run",
+            option("--seeds", type=Count(), default=3, help="Runs of everything."),
+            option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+        ),
     ]
-    for option in reversed(options):
-        command = option(command)
+    for group in reversed(groups):
+        command = group(command)
     return command
 
 
@@ -66,7 +83,7 @@ EXPERIMENTS = {  # `all` runs them in this order; methods come first, while noth
 }
 
 
-@click.group(context_settings={"show_default": True})
+@cloup.group(context_settings={"show_default": True})
 def main():
     """Run the paper's experiments again: each prints a table, and writes figures and a picture."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
+from cloup import command, option, option_group
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, fini
 from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
-from runtime.cli import one_line_errors
+from runtime.cli import Count, one_line_errors
 from runtime.files import read_text, write_text
 from toy.cache import cached_folder
 from toy.pretraining import pretrain
@@ -128,33 +129,36 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figur
     return figure
 
 
-def encoder_options(epochs: int):
-    """The options of the two commands; they differ in how many epochs suit the data."""
-    options = [
-        click.option("--train", "train_path", type=click.Path(path_type=Path), required=True),
-        click.option("--test", "test_path", type=click.Path(path_type=Path), required=True),
-        click.option("--seeds", type=click.IntRange(1), default=3),
-        click.option("--epochs", type=click.IntRange(2), default=epochs),
-        click.option("--batch-size", type=click.IntRange(1), default=64),
-        click.option("--length", type=click.IntRange(1), default=10, help="K, prompt vectors per layer."),
-        click.option("--rank", type=click.IntRange(1), default=3, help="Of LoRA."),
-        click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default="experiments/results"),
-        click.option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples."),
-    ]
-
-    def decorate(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--base", type=click.Path(path_type=Path), required=True, help="A vision transformer with a head.")
-@encoder_options(epochs=5)
+def encoder_options(*of_command, epochs: int):
+    """A decorator: the command's own options and those of both; they differ in how many epochs suit the data."""
+    return option_group(
+        "Options",
+        *of_command,
+        option("--train", "train_path", type=PATH, required=True, help="What to tune on."),
+        option("--test", "test_path", type=PATH, required=True, help="What to measure on."),
+        option("--seeds", type=Count(), default=3, help="Runs of every method."),
+        option("--epochs", type=Count(2), default=epochs, help="Of tuning."),
+        option("--batch-size", type=Count(), default=64, help="Examples per optimizer step."),
+        option("--length", type=Count(), default=10, help="K, prompt vectors per layer."),
+        option("--rank", type=Count(), default=3, help="Of LoRA."),
+        option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+        option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples."),
+    )
+
+
+@command(context_settings={"show_default": True})
+@encoder_options(
+    option("--base", type=PATH, required=True, help="A vision transformer with a head."),
+    epochs=5,
+)
 def vit(base, train_path, test_path, seeds, out, search, **setting):
-    """Other pictures for a trained vision transformer: head only, prompts and gates, LoRA, full tuning."""
+    """Tune a vision transformer on other pictures.
+
+    Head only, prompts and gates, LoRA, full tuning.
+    """
     with one_line_errors():
         model, head = load_encoder(base)
         if head is None:
@@ -176,12 +180,17 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
         save_results(out, "vit", values, draw_accuracies(rows, "untuned", share))
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="To pre-train on.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True, help="RoBERTa's, a folder.")
-@encoder_options(epochs=2)
+@command(context_settings={"show_default": True})
+@encoder_options(
+    option("--text", "texts", type=PATH, multiple=True, required=True, help="To pre-train on."),
+    option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder."),
+    epochs=2,
+)
 def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setting):
-    """Sentences for a small RoBERTa, pre-trained here: head only, prompts and gates, LoRA, full tuning."""
+    """Tune a small RoBERTa on sentences.
+
+    It is pre-trained here. Head only, prompts and gates, LoRA, full tuning.
+    """
     with one_line_errors():
         base, task = make_roberta(texts, tokenizer), "text-classification"
         model, _ = load_encoder(base)

@@ -1,7 +1,6 @@
 """A frozen LLaMA and its tokenizer, out of whatever layout they come in."""
 
 import os
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from data import Tokenizer
 from formats import hugging_face, llama2c, meta
-from formats.tensors import Weights, filled
+from formats.tensors import Weights, download_hint, filled
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
@@ -72,9 +71,6 @@ def load_llama(
 
 def empty_llama(path: Path, config: Config, weights: Weights, attention: Callable[..., Tensor]) -> LLaMA:
     """Shapes without memory. Raises ValueError where the file's weights are not those of such a model, by name."""
-    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-    if len(layers) != config.n_layers:
-        raise ValueError(f"{path}: has weights of {len(layers)} layers, its configuration says {config.n_layers}")
     with torch.device("meta"):
         model = LLaMA(config, attention)
     expected = {name for name, _ in model.named_parameters()}
@@ -88,15 +84,22 @@ def empty_llama(path: Path, config: Config, weights: Weights, attention: Callabl
 def read_base(path: Path) -> tuple[Config, Weights]:
     """What lies at `path`, as of `load_llama`, with nothing read but headers."""
     if not path.exists():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-            hint = f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then --base {path.name}"
-        raise FileNotFoundError(f"{path}: no such base model{hint}")
+        raise FileNotFoundError(f"{path}: no such base model{download_hint(path)}")
+    if path.suffix == ".gguf" or (
+        path.is_dir() and any(path.glob("*.gguf")) and not any(f.matches(path) for f in FORMATS)
+    ):
+        cure = "give the folder of the model that it was made of: config.json, safetensors, tokenizer"
+        raise ValueError(f"{path}: GGUF is llama.cpp's format, quantised for it; {cure}")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
         raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
     for base_format in FORMATS:
         if base_format.matches(path):
-            return base_format.read(path)
+            config, weights = base_format.read(path)
+            layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+            if len(layers) != config.n_layers:  # before anything is made of so many
+                says = f"its configuration says {config.n_layers}"
+                raise ValueError(f"{path}: has weights of {len(layers)} layers, {says}")
+            return config, weights
     raise ValueError(f"{path}: holds neither {', nor '.join(base_format.TOLD_BY for base_format in FORMATS)}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
-from formats.tensors import copy, filled, named, open_shards, open_tensors, require_dense
+from formats.tensors import copy, download_hint, filled, named, open_shards, open_tensors, require_dense
 from runtime.files import read_json_object, write_json, write_tensors
 
 
@@ -131,7 +131,7 @@ def load_encoder(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such encoder")
+        raise FileNotFoundError(f"{path}: no such encoder{download_hint(path)}")
     source = read_folder(path) if path.is_dir() else read_state_dict(open_tensors(path), path)
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
@@ -155,8 +155,9 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
 
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
     """CLIP's vision tower, frozen. Raises as `load_encoder` does, and ValueError where it is another encoder."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such vision tower")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such vision tower{download_hint(path)}")
     model, _ = load_encoder(path, dtype, device)
     if not isinstance(model, ViT) or not model.config.clip:
         raise ValueError(f"{path}: is no vision tower of CLIP's")

@@ -8,6 +8,7 @@ import torch
 
 from adapter import ATTENTIONS, Adapter
 from data import TEMPLATES, Tokenizer
+from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama
 from model import LLaMA
@@ -55,6 +56,11 @@ def load_with_adapters(
     config, fingerprint = model.config, base_fingerprint(model)
     for name, path in paths.items():
         adapter = adapters[name] if name in adapters else load_adapter(path, heads=config.n_heads)
+        if isinstance(adapter, HeadAdapter):
+            task = adapter.metadata.get("task", "a task of an encoder")
+            raise ValueError(
+                f"{path}: was tuned for {task}, on an encoder: python -m encoder_tuning evaluate --adapter"
+            )
         adapters[name], metadata = adapter.to(device), adapter.metadata
         try:
             adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)

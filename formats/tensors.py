@@ -5,6 +5,7 @@ Files are mapped, not read: a tensor's bytes are touched when it is copied to wh
 
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -30,6 +31,15 @@ def named(file: str | Path, kind: str = "field"):
         raise ValueError(f"{file}: has no {kind} {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def download_hint(path: Path) -> str:
+    """How to get what is not there, where its name looks like one of the Hub's."""
+    if not re.fullmatch(
+        r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip|llama|tinyllama|smollm)[\w.-]*", str(path), re.IGNORECASE
+    ):
+        return ""
+    return f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then give {path.name}"
 
 
 def require_dense(tensor: object) -> Tensor:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 import click
 import torch
+from cloup import option
 
-from runtime.errors import AllRanksError, error_line, launched_rank, printable
+from runtime.errors import AllRanksError, error_line, launched_rank, memory_errors, printable
 
 SEED = click.IntRange(0, 2**63 - 1)
 
@@ -22,11 +23,23 @@ class Real(click.FloatRange):
         return number
 
 
-def device_options(command):
-    """--device and --dtype, which `select_device` makes sense of."""
-    dtypes = click.Choice(["auto", "float32", "bfloat16"])
-    command = click.option("--dtype", type=dtypes, default="auto", help="Of the base.")(command)
-    return click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ...")(command)
+class Count(click.types.IntParamType):
+    """A whole number from `least` to 2**31 - 1."""
+
+    def __init__(self, least: int = 1):
+        self.least = least
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not self.least <= number < 2**31:
+            self.fail(f"{str(value)[:40]} is not in the range {self.least} to 2**31 - 1.", param, ctx)
+        return number
+
+
+device_options = [  # which `select_device` makes sense of
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ..."),
+    option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."),
+]
 
 
 def warn(text: str) -> None:
@@ -38,7 +51,8 @@ def warn(text: str) -> None:
 def one_line_errors():
     """Turns errors of input, files and memory into one line and exit code 2."""
     try:
-        yield
+        with memory_errors():
+            yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         rank, processes = launched_rank()
         if not isinstance(error, AllRanksError):

@@ -1,6 +1,10 @@
 """Errors as one line, and which process of several says them."""
 
 import os
+import re
+from contextlib import contextmanager
+
+import torch
 
 
 def launched_rank() -> tuple[int, int]:
@@ -10,6 +14,18 @@ def launched_rank() -> tuple[int, int]:
 
 class AllRanksError(ValueError):
     """An error that all ranks raise, so that the first alone has to say it."""
+
+
+@contextmanager
+def memory_errors():
+    """Raises torch.OutOfMemoryError, as on a GPU, where a CPU has no memory left and PyTorch calls it a RuntimeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        none_left = re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
+        if isinstance(error, torch.OutOfMemoryError) or not (none_left or isinstance(error, MemoryError)):
+            raise
+        raise torch.OutOfMemoryError(f"no memory left: {error_line(error)}") from None
 
 
 def error_line(error: Exception) -> str:

@@ -5,11 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from data import Example
-from formats.image_encoders import FunctionEncoder, TowerEncoder
+from formats.image_encoders import FunctionEncoder, TowerEncoder, load_image_encoder
 from runtime.files import path_inside, require_file
 from tasks import captions, instructions, scienceqa
 from tasks.answering import Answers, read_answers, write_scores
+from training.distributed import local_rank, sync_errors
+from training.options import DataOptions
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,16 @@ def attach_features(
     distinct = list(dict.fromkeys(path for path in paths if path is not None))
     features = dict(zip(distinct, encoder.encode(distinct, cache=cache))) if distinct else {}
     return [replace(example, features=features.get(path)) for example, path in zip(examples, paths)]
+
+
+def see_images(
+    examples: Sequence[AnyExample], source: DataOptions, dtype: torch.dtype, device: torch.device
+) -> tuple[list[AnyExample], TowerEncoder | FunctionEncoder]:
+    """The examples with the features of their images, on every rank, and the encoder. Raises OSError or ValueError."""
+    with sync_errors():
+        encoder = load_image_encoder(source.tower, source.encoder, dtype, device)
+    for turn in (local_rank() == 0, local_rank() > 0):  # the first on a machine keeps them for the others
+        with sync_errors():
+            if turn:
+                examples = attach_features(examples, source.images, encoder, cache=source.features)
+    return examples, encoder

@@ -104,7 +104,9 @@ def coco_scorers() -> list[tuple[list[str], object]]:
 
 
 def score(pictures: Sequence[Picture], answers: Sequence[str | None]) -> dict[str, float]:
-    """BLEU, ROUGE-L and CIDEr of captions, as COCO defines them; each is 1 at best but CIDEr, which is 10.
+    """Score captions by BLEU, ROUGE-L and CIDEr.
+
+    As COCO defines them; each is 1 at best but CIDEr, which is 10.
 
     Writes results.json, in COCO's format, and scores.json.
     """

@@ -145,7 +145,9 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 
 
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
-    """Accuracy on ScienceQA, in %, in the nine columns of the paper's Table 2, its rows beside.
+    """Measure accuracy on ScienceQA.
+
+    In %, in the nine columns of the paper's Table 2, its rows beside.
 
     Writes results.json, in the official format and with the accuracies, and wrong.txt, to read.
     An answer that names none of the choices is wrong; a column where no problem belongs has None.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import KINDS, copy_base, make_model, peak_anonymous, save_hugging_face
 
-from formats.bases import base_fingerprint, load_llama
+from formats.bases import base_fingerprint, load_llama, read_base
 from model import Config, LLaMA
 
 
@@ -47,6 +47,23 @@ def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
 def test_a_name_that_is_no_folder_is_told_how_to_become_one():
     with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"):
         load_llama("meta-llama/Llama-2-7b-hf")
+
+
+def test_files_of_other_programs_are_told_what_to_give(tmp_path):
+    (tmp_path / "llama.Q4_K_M.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "llama.Q4_K_M.gguf"):
+        with pytest.raises(
+            ValueError, match="GGUF is llama.cpp's format.*give the folder of the model that it was made"
+        ):
+            load_llama(path)
+
+
+@pytest.mark.parametrize("layers", [10**6, 2])
+def test_layers_are_counted_before_any_is_made(tiny_base, tmp_path, monkeypatch, layers):
+    base = copy_base(tiny_base, tmp_path / "base", n_layers=layers)
+    monkeypatch.setattr("formats.bases.LLaMA", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=f"has weights of 3 layers, its configuration says {layers}"):
+        read_base(base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,6 +15,7 @@ from helpers import ROOT, make_adapter, make_model, make_tokens
 from adapter import Adapter, Prompt
 from data import format_prompt
 from formats.bases import base_fingerprint, load_llama
+from encoders.heads import HeadAdapter
 from generate import decode, generate, main, sample, stream, text_pieces
 from runtime.compilation import compile_decoding
 
@@ -30,7 +31,9 @@ def tiny_adapter(tiny_base, tmp_path_factory):
     adapter = make_adapter(model)
     torch.nn.init.constant_(adapter.gates, 2.0)
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    adapter.save(path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca")
+    adapter.save(
+        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca"
+    )
     return path
 
 
@@ -500,3 +503,36 @@ def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     assert stdout == by_chef + by_poet + by_base + "\n" + by_base + by_chef
     assert "no adapter 'cook'; there are base, chef, poet" in stderr
     assert len({by_chef, by_poet, by_base}) == 3
+
+
+def test_a_conversation_says_how_it_is_led_and_ends(tiny_adapter):
+    for word in ("exit", "/quit"):
+        stdout, stderr = chat(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
+        assert stdout == "" and stderr.count("Every line is an instruction of its own. /adapter NAME") == 2
+
+
+def test_an_empty_pipe_is_an_error_not_silence(tiny_adapter):
+    result = run("--adapter", tiny_adapter, input="")
+    assert result.exit_code == 2 and result.stderr == "error: no PROMPT, and nothing on standard input\n"
+    assert run("--adapter", tiny_adapter, "--max-new-tokens", 1, input="\n").exit_code == 0
+
+
+def test_the_folder_of_a_run_is_an_adapter(tiny_adapter, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter.safetensors").write_bytes(tiny_adapter.read_bytes())
+    args = ("--greedy", "--max-new-tokens", 3, "Hello")
+    assert run("--adapter", tmp_path / "out", *args).stdout == run("--adapter", tiny_adapter, *args).stdout
+
+
+def test_an_adapter_of_an_encoder_says_what_it_is(tiny_base, tmp_path):
+    adapter = HeadAdapter(widths=[16, 3], layers=2, length=3, dim=16, heads=2)
+    adapter.save(tmp_path / "a.safetensors", task="image-classification")
+    result = run("--base", tiny_base, "--adapter", tmp_path / "a.safetensors", "Hello")
+    assert result.exit_code == 2 and "a.safetensors: was tuned for image-classification, on an encoder" in result.stderr
+
+
+def test_a_bad_out_is_found_before_the_base_is_read(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"instruction": "Hello"}')
+    monkeypatch.setattr("generate.load_with_adapters", lambda *_: 1 / 0)
+    result = run("--base", "x", "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no" / "out.jsonl")
+    assert result.exit_code == 2 and "no is no folder" in result.stderr

@@ -286,8 +286,8 @@ def quick_examination(rank):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_embedded_default_is_examined(forks, tiny_base, tmp_path, strategy):
     """A split model needs all ranks for it; the first alone says what comes out."""
-    args = ["--base", tiny_base, "--out", tmp_path, "--epochs", 3, "--limit", 40, "--strategy", strategy]
-    results = Ranks(forks, 2, command, [*args, "--device", "cpu"], quick_examination).results()
+    args = ["--base", tiny_base, "--toy", "text", "--layers", 2, "--out", tmp_path, "--epochs", 3, "--limit", 40]
+    results = Ranks(forks, 2, command, [*args, "--device", "cpu", "--strategy", strategy], quick_examination).results()
     assert [(code, stdout) for code, stdout, _ in results] == [(0, "examined\n"), (0, "")]
     assert json.loads((tmp_path / "summary.json").read_text())["examined"] == 0
 

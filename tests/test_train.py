@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -484,14 +485,24 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--val-size", "inf"], "--val-size"),
         (["--seed", 2**64], "--seed"),
         (["--length", 10**12], "--length"),
-        (["--out", "FILE"], "file"),
+        (["--out", "FILE"], "file: is there already, and is no folder"),
+        (["--out", "FILE/a"], "file/a: .*file is no folder"),
+        (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
+        (
+            ["--data", "a.csv"],
+            "a.csv: is not JSON; pandas.read_csv('a.csv').to_json('data.json', orient='records') makes",
+        ),
+        (["--base", "llama.gguf"], "llama.gguf: no such base model"),
+        (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, tmp_path, more, message):
     (tmp_path / "file").write_text("")
-    result = run(*args, *(tmp_path / "file" if arg == "FILE" else arg for arg in more))
+    result = run(*args, *(str(arg).replace("FILE", str(tmp_path / "file")) for arg in more))
     assert result.exit_code == 2
-    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.output
+    assert (
+        all(part in result.stderr.splitlines()[-1] for part in message.split(".*")) and "Traceback" not in result.output
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -548,3 +559,44 @@ def test_real_alpaca_on_a_real_model(data, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["trainable_parameters"] == 3 * 10 * 64 + 3 * 8
     assert summary["val_loss_after"] < summary["val_loss_before"] - 0.1
+
+
+def test_a_base_without_data_is_asked_for_it(args, tiny_base):
+    i = args.index("--data")
+    result = run(*args[:i], *args[i + 2 :])
+    assert result.exit_code == 2 and "needs --data FILE, or --toy text for the toy's questions" in result.stderr
+
+
+def test_a_conversation_is_told_what_is_read(args, tmp_path):
+    for field in ("messages", "conversations"):
+        (tmp_path / "chat.json").write_text(json.dumps([{field: [{"role": "user", "content": "Hello"}]}]))
+        result = run(*args, "--data", tmp_path / "chat.json")
+        assert result.exit_code == 2
+        assert "record 0: is a conversation; what is read has 'instruction' and 'output'" in result.stderr
+
+
+def test_by_default_examples_are_as_long_as_the_base_sees(instructions, tmp_path, data):
+    """And that is said; asking for more is an error."""
+    args = ["--base", data / "stories260K", "--data", instructions, "--out", tmp_path / "run", "--epochs", 3]
+    result = run(*args, "--limit", 20, "--max-seq-len", 513)
+    assert result.exit_code == 2 and "--max-seq-len 513" in result.stderr and "only 512" in result.stderr
+    config = TrainConfig().for_base("base", 3, 100)
+    assert config.max_seq_len == 100 and TrainConfig().for_base("base", 3, math.inf).max_seq_len == 512
+
+
+@pytest.mark.parametrize("more", [["--lr", 3], ["--batch-size", 100000]])
+def test_absurd_learning_rates_are_warned_of(args, more):
+    i = args.index("--lr")
+    result = run(*args[:i], *args[i + 2 :], *more)
+    rate = "3 " if "--lr" in more else "3.51562"
+    assert f"warning: the peak learning rate is {rate}" in result.stderr and "the paper's 0.00225" in result.stderr
+    assert "warning" not in run(*args, "--lr", 0.01, "--out", args[5].with_name("other")).stderr
+
+
+@pytest.mark.parametrize("losses, worse", [([2.0, 1.5, 2.5, 2.125], True), ([2.0, 2.5, 2.5, 1.9], False)])
+def test_an_adapter_that_is_worse_than_none_is_warned_of(args, monkeypatch, losses, worse):
+    """As --lr 1000 makes it on real text; the random base here gets better by anything."""
+    monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
+    result = run(*args)
+    warning = "warning: the validation loss is 2.1250, the base's alone is 2.0000: the adapter is worse than none"
+    assert result.exit_code == 0 and (warning in result.stderr) == worse

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import LLaMA
-from runtime.errors import AllRanksError, error_line, launched_rank
+from runtime.errors import AllRanksError, error_line, launched_rank, memory_errors
 
 
 def rank() -> int:
@@ -91,7 +91,8 @@ def sync_errors():
         return
     line = None
     try:
-        yield
+        with memory_errors():
+            yield
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         line = error_line(error)
     lines: list[str | None] = [None] * world_size()

@@ -1,122 +1,28 @@
 """A training run with its files: what it is made of, and its steps followed with metrics, validation, checkpoints."""
 
-import hashlib
 import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import NamedTuple
 
-import click
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from adapter import Adapter
 from data import Tokenizer
-from runtime.cli import Real
+from runtime.cli import warn
 from runtime.device import peak_memory
-from runtime.errors import AllRanksError
+from runtime.errors import AllRanksError, memory_errors
 from runtime.files import resolved, write_json
 from training.curves import draw_curves
 from training.distributed import RankLostError, all_reduce_max, detect_lost_ranks, rank, sync_errors, world_size
 from training.launch import TIME, Stopped, say, signals
+from training.options import RunOptions
 from training.run_files import Progress, begin_in_folder, load_checkpoint, read_metrics, save_checkpoint, write_metrics
-
-
-@dataclass(frozen=True)
-class BaseOptions:
-    """Which frozen model, and how it is held; nothing of this is learnt."""
-
-    base: str | None
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "fused"  # a key of adapter.ATTENTIONS
-    int8: bool = False
-    compile: bool = False
-    strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What there is to learn from."""
-
-    data: str | None
-    task: str = "instructions"  # a key of tasks.TASKS
-    toy: str = "text"  # a key of toy.TOYS, where there is no data
-    limit: int | None = None  # only the first so many examples
-    tower: str | None = None  # CLIP's, for images
-    encoder: str | None = None  # or a function of the user's, FILE.py:NAME
-    images: str | None = None  # the folder that they are in
-    skip_missing: bool = False
-    features: Path = Path("features")  # keeps what the tower makes of images
-
-    def check(self) -> None:
-        """Raise ValueError where they contradict each other."""
-        if self.tower is not None and self.encoder is not None:
-            raise ValueError("--clip and --encoder: one of them makes the features of an image")
-        if self.data is not None and self.toy != "text":
-            raise ValueError(f"--toy {self.toy} brings its own data: leave out --data {self.data}")
-        given = {"--clip": self.tower, "--encoder": self.encoder, "--images": self.images}
-        given["--task"] = None if self.task == "instructions" else self.task
-        what = next((name for name, value in given.items() if value is not None), None)
-        if self.data is None and what is not None:
-            raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes on and off; a resumed one may have others."""
-
-    out: Path
-    resume: str | None = None  # None, "yes" or "auto"
-    log_every: int = 1
-    save_every: int = 100
-    max_minutes: float | None = None
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def deadline(self) -> float:
-        """A time of `time.perf_counter`."""
-        return self.started + 60 * (self.max_minutes or math.inf)
-
-
-def pick(record: type, options: dict):
-    """The record, filled with those of the command's options that it has."""
-    return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
-
-
-def run_options(command):
-    """The options of a training command that RunOptions holds, all but --out."""
-    resume = "Go on from the checkpoint in --out, with the same options; auto: if there is one."
-    options = [
-        click.option(
-            "--log-every", type=click.IntRange(1), default=1, help="Steps between readings on the progress bar."
-        ),
-        click.option("--save-every", type=click.IntRange(1), default=100, help="Steps between checkpoints."),
-        click.option("--resume", is_flag=False, flag_value="yes", type=click.Choice(["yes", "auto"]), help=resume),
-        click.option("--max-minutes", type=Real(0, min_open=True), help="Save and stop when so many have gone by."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list) -> dict[str, object]:
-    """What a run and its resumption must have in common, as far as it is known before the base is loaded.
-
-    `config` is a train.TrainConfig.
-    """
-    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
-    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
-    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
-    changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
-    unknown = {"layers"} if config.layers is None else set()
-    return {name: value for name, value in options.items() if name not in changeable | unknown}
 
 
 class Prepared(NamedTuple):
@@ -222,7 +128,7 @@ class Recorder:
     def validate(self, validation_loss: Callable[[], float], bar: tqdm) -> None:
         if not self.prepared.validation:
             return
-        with detect_lost_ranks():
+        with detect_lost_ranks(), memory_errors():
             loss = validation_loss()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
@@ -266,6 +172,9 @@ class Recorder:
             adapter, metrics = prepared.adapter, read_metrics(out / "metrics.jsonl")
             losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
             change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
+            if losses[0] is not None and losses[-1] > losses[0]:
+                than = f"{losses[-1]:.4f}, the base's alone is {losses[0]:.4f}: the adapter is worse than none"
+                warn(f"the validation loss is {than}; a lower --lr may help")
             adapter.save(out / "adapter.safetensors", **change)
             draw_curves(metrics, adapter, out / "curves.png")
             summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts

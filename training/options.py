@@ -1,0 +1,137 @@
+"""What a training command can be told beside its hyper-parameters, each kind in a record, and the options that fill it."""
+
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import click
+from cloup import option, option_group
+
+from adapter import ATTENTIONS
+from runtime.cli import Count, Real, device_options
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What there is to learn from."""
+
+    data: str | None
+    task: str = "instructions"  # a key of tasks.TASKS
+    toy: str | None = None  # a key of toy.TOYS, where there is no data; None is "text"
+    limit: int | None = None  # only the first so many examples
+    tower: str | None = None  # CLIP's, for images
+    encoder: str | None = None  # or a function of the user's, FILE.py:NAME
+    images: str | None = None  # the folder that they are in
+    skip_missing: bool = False
+    features: Path = Path("features")  # keeps what the tower makes of images
+
+    def checked(self, base: str | None) -> "DataOptions":
+        """With the toy named. Raises ValueError where the options contradict each other."""
+        if self.tower is not None and self.encoder is not None:
+            raise ValueError("--clip and --encoder: one of them makes the features of an image")
+        if self.data is not None and self.toy is not None:
+            raise ValueError(f"--toy {self.toy} brings its own data: leave out --data {self.data}")
+        if base is not None and self.data is None and self.toy is None:
+            raise ValueError(f"--base {base} needs --data FILE, or --toy text for the toy's questions")
+        given = {"--clip": self.tower, "--encoder": self.encoder, "--images": self.images}
+        given["--task"] = None if self.task == "instructions" else self.task
+        what = next((name for name, value in given.items() if value is not None), None)
+        if self.data is None and what is not None:
+            raise ValueError(f"{what} needs --data FILE: the toy brings all that it needs")
+        return replace(self, toy=self.toy or "text")
+
+
+def data_options(tasks: list[str], toys: list[str]):
+    """A decorator: the options that fill DataOptions."""
+    return option_group(
+        "Data",
+        option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]"),
+        option("--task", type=click.Choice(tasks), default="instructions", help="What it is: docs/tasks.md."),
+        option("--toy", type=click.Choice(toys), help="In place of --data: docs/toy.md.  [default: text]"),
+        option("--limit", type=Count(), help="Use only the first so many examples."),
+        option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out."),
+        option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
+        option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]"),
+        option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there."),
+        option("--features", type=click.Path(path_type=Path), default="features", help="Cache of image features."),
+    )
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Which frozen model, and how it is held; nothing of this is learnt."""
+
+    base: str | None
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "fused"  # a key of adapter.ATTENTIONS
+    int8: bool = False
+    compile: bool = False
+    strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
+
+
+STRATEGY = "Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit."
+MICRO_BATCH_HELP = "Positions of one forward pass, padding included."
+MICRO_BATCH = option("--micro-batch-tokens", type=Count(), help=MICRO_BATCH_HELP)
+base_options = option_group(
+    "Model",
+    option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]"),
+    *device_options,
+)
+memory_options = option_group(  # the first two fill train.TrainConfig: they change nothing of what is learnt
+    "Memory and speed",
+    MICRO_BATCH,
+    option("--checkpoint-activations", is_flag=True, help="Activation checkpointing: less memory, more time."),
+    option("--int8", is_flag=True, help="Quantise the layers to 8 bits; implies activation checkpointing."),
+    option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster."),
+    option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two ways to the same numbers."),
+    option("--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help=STRATEGY),
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes on and off; a resumed one may have others."""
+
+    out: Path
+    resume: str | None = None  # None, "yes" or "auto"
+    log_every: int = 1
+    save_every: int = 100
+    max_minutes: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def deadline(self) -> float:
+        """A time of `time.perf_counter`."""
+        return self.started + 60 * (self.max_minutes or math.inf)
+
+
+RESUME = "Go on from the checkpoint in --out, with the same options; auto: if there is one."
+run_options = option_group(
+    "Run",
+    option("--out", type=click.Path(path_type=Path), default="out", help="Folder for adapter, metrics, checkpoints."),
+    option("--resume", is_flag=False, flag_value="yes", type=click.Choice(["yes", "auto"]), help=RESUME),
+    option("--save-every", type=Count(), default=100, help="Steps between checkpoints."),
+    option("--log-every", type=Count(), default=1, help="Steps between readings on the progress bar."),
+    option("--max-minutes", type=Real(0, min_open=True), help="Save and stop when so many have gone by."),
+)
+
+
+def pick(record: type, options: dict):
+    """The record, filled with those of the command's options that it has."""
+    return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
+
+
+def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list) -> dict[str, object]:
+    """What a run and its resumption must have in common, as far as it is known before the base is loaded.
+
+    `config` is a train.TrainConfig.
+    """
+    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
+    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
+    options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
+    unknown = {name for name in ("layers", "max_seq_len") if options[name] is None}
+    return {name: value for name, value in options.items() if name not in changeable | unknown}
