@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import require_file, write_tensors
+from runtime.schema import whole_number
 
 
 class Prompt(NamedTuple):
@@ -207,15 +208,13 @@ class Adapter(nn.Module):
         for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
             if metadata.get(name) != str(size):
                 raise ValueError(f"{path}: metadata says {name} {metadata.get(name)}, the tensors say {size}")
-        base_layers = metadata.get("base_layers", str(len(gates)))
-        if not base_layers.isdecimal() or int(base_layers) < len(gates):
-            raise ValueError(f"{path}: metadata says base_layers {base_layers!r}, there are prompts for {len(gates)}")
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name}, of {tensor.dtype}, holds what is not finite or not float32")
         layers, length, dim = prompts.shape
         shape = dict(layers=layers, length=length, dim=dim, heads=gates.shape[1], gate_activation=activation)
         try:
+            whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
             with torch.device("meta"):
                 adapter = cls(**shape, **cls.extra_arguments(tensors, metadata))
             adapter.load_state_dict(tensors, assign=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapter import Prompt, attend, gated_attention
+from runtime.schema import require_number
 
 
 class RopeScaling(NamedTuple):
@@ -43,18 +44,13 @@ class Config:
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**24:
-                raise ValueError(f"{name} is {value!r}, not a whole number that a LLaMA could have")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise ValueError(f"{name} is {value!r}, not a positive number")
-        if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1):
-            raise ValueError(f"max_seq_len is {self.max_seq_len!r}, not a positive whole number")
+            require_number(name, getattr(self, name), 1, 2**24, whole=True)
+        require_number("norm_eps", self.norm_eps, 1e-30, 1)
+        require_number("rope_theta", self.rope_theta, 1e-30, 1e12)
+        if self.max_seq_len is not None:
+            require_number("max_seq_len", self.max_seq_len, 1, 2**40, whole=True)
         for value in self.rope_scaling or ():
-            if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise ValueError(f"rope_scaling has {value!r}, not a positive number")
+            require_number("a number of rope_scaling", value, 1e-30, 1e12)
         if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
             raise ValueError(f"rope_scaling {tuple(self.rope_scaling)} has no room between low and high frequencies")
         if self.n_heads % self.n_kv_heads:

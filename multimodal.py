@@ -25,6 +25,7 @@ from encoders.media import frames_of, preprocess
 from encoders.models import ViT
 from runtime.files import atomic_write, require_file
 from runtime.fingerprints import hash_tensors
+from runtime.schema import whole_number
 
 DEPTHS = 4  # M
 
@@ -65,8 +66,11 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
     @classmethod
     def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         down = tensors.get("projection.0.weight")
-        if down is None or down.dim() != 2:
+        if down is None or down.dim() != 2 or 0 in down.shape:
             raise ValueError("has no projection: it is not an adapter for images")
+        depths = whole_number("tower_depths", metadata.get("tower_depths", "1"))
+        if down.shape[1] % depths:
+            raise ValueError(f"tower_depths is {depths}, its projection takes {down.shape[1]} features")
         return {"bottleneck": down.shape[0], "features": down.shape[1]}
 
 

@@ -7,11 +7,10 @@ question-answering      SQuAD 1.1: the answer to a question is a part of its con
 
 import csv
 import io
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from data import check_text, read_records
 from encoders.media import open_image, preprocess_whole
 from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
-from runtime.files import read_json, read_text
+from runtime.files import max_bytes, read_json, read_text, require_file
 
 HEAD_TASKS = ("image-classification", "text-classification", "question-answering")
 
@@ -60,12 +59,13 @@ def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]
         if not found:
             raise ValueError(f"{path}: has no folders of images, one for each class")
         return [(file, label, f"{label}/{file.name}") for file, label in found]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data")
+    require_file(path, "data")
     try:
+        if sum(entry.file_size for entry in ZipFile(path).infolist()) > max_bytes():
+            raise ValueError(f"holds more than {max_bytes():,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever a broken file makes numpy meet
         raise ValueError(f"{path}: is no .npz with arrays 'images' and 'labels': {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):
         raise ValueError(f"{path}: images are {images.dtype} {images.shape}, not bytes (number, height, width[, 3])")

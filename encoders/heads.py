@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from adapter import Adapter
 from encoders.models import Roberta, ViT
+from runtime.files import parse_json
+from runtime.schema import whole_number
 
 HEAD_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -35,8 +37,14 @@ class HeadAdapter(Adapter):
     @classmethod
     def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
-        if not weights or any(weight.dim() != 2 for weight in weights):
+        if not weights or any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             raise ValueError("has no head: it is not an adapter for an encoder")
+        whole_number("max_seq_len", metadata.get("max_seq_len", "512"))
+        classes = parse_json(metadata.get("classes", "[]"), "its classes")
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are no list of names")
+        if classes and len(classes) != len(weights[-1]):
+            raise ValueError(f"names {len(classes)} classes, its head has {len(weights[-1])} outputs")
         widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
         if widths[0] != tensors["prompts"].shape[2]:
             raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")

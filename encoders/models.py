@@ -12,18 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Prompt, attend, gated_attention
+from runtime.schema import require_number
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 def check_shape(config, names: Sequence[str]) -> None:
     """Raise ValueError where the numbers of a configuration make no model."""
-    if not isinstance(config.norm_eps, float):
-        raise ValueError(f"norm_eps {config.norm_eps!r} is not a number")
+    require_number("norm_eps", config.norm_eps, 1e-30, 1)
     for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value < 2**20:
-            raise ValueError(f"{name} is {value!r}, not a whole number that an encoder could have")
+        require_number(name, getattr(config, name), 1, 2**20, whole=True)
     if config.dim % config.n_heads:
         raise ValueError(f"{config.n_heads} heads do not share a width of {config.dim} evenly")
     if str(config.activation) not in ACTIVATIONS:
@@ -111,6 +109,9 @@ class ViTConfig:
             raise ValueError(
                 f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} deviations of pixels"
             )
+        for mean, std in zip(self.mean, self.std):
+            require_number("a mean of pixels", mean, -1e3, 1e3)
+            require_number("a deviation of pixels", std, 1e-6, 1e3)
         if self.image_size % self.patch_size:
             raise ValueError(f"images of {self.image_size} pixels a side are no whole patches of {self.patch_size}")
 

@@ -133,10 +133,13 @@ def load_encoder(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such encoder{download_hint(path)}")
     source = read_folder(path) if path.is_dir() else read_state_dict(open_tensors(path), path)
+    layers = source.prefix + source.names["layers."]
+    number = len({name.removeprefix(layers).split(".")[0] for name in source.tensors if name.startswith(layers)})
+    if number != source.config.n_layers:  # before anything is made of so many
+        raise ValueError(f"{path}: has weights of {number} layers, its configuration says {source.config.n_layers}")
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)
-    layers = source.prefix + source.names["layers."]
     left = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
     if left:
         raise ValueError(f"{path}: has {len(left)} weights that such an encoder has no place for: {left[0]} ...")
@@ -147,7 +150,10 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
     """In float32, not frozen. Raises ValueError."""
     numbers = dict(zip(("0", "2"), source.head))  # of linear layers; there is an activation between
     with named(path, "weight"):
-        widths = [source.config.dim, *(len(source.tensors[f"{name}.weight"]()) for name in source.head)]
+        weights = [require_dense(source.tensors[f"{name}.weight"]()) for name in source.head]
+        if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
+            raise ValueError(f"{source.head[0]} is {[tuple(weight.shape) for weight in weights]}, no head")
+        widths = [source.config.dim, *map(len, weights)]
     head = make_head(widths, source.head_activation)
     fill(head, lambda name: source.tensors[numbers[name[0]] + name[1:]](), path, torch.float32, device)
     return head.requires_grad_(True)
@@ -200,6 +206,8 @@ def read_folder(folder: Path) -> Source:
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
         config_class, names, prefix = HUGGING_FACE[kind]
         values = values.get("vision_config", values)  # of a whole CLIP
+        if not isinstance(values, dict):
+            raise ValueError(f"vision_config is a {type(values).__name__}, not an object")
         shape = {f.name: values[SHAPE[f.name]] for f in fields(config_class) if SHAPE.get(f.name) in values}
         if kind == "vit":
             image = folder / "preprocessor_config.json"
@@ -243,6 +251,8 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) ->
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
         shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
+        if len(shapes[0]) not in (2, 4) or len(shapes[1]) < 2 or len(shapes[2]) != 2:
+            raise ValueError(f"its patch embedding, positions and feed-forward are {shapes}, not those of an encoder")
         patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
             C, per_patch = patches

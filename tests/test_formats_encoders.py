@@ -83,7 +83,7 @@ def broken(tmp_path, change):
             lambda s: s.update({"visual.transformer.resblocks.1.attn.in_proj_weight": "text"}),
             "layers.1.attention.wq.weight is no dense tensor",
         ),
-        (lambda s: s.update({"visual.positional_embedding": torch.ones(4)}), "ViT.pt: not enough values"),
+        (lambda s: s.update({"visual.positional_embedding": torch.ones(4)}), "ViT.pt: its patch embedding, positions"),
     ],
 )
 def test_broken_towers_are_named(tmp_path, change, message):

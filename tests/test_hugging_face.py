@@ -61,7 +61,7 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
         (dict(quantization_config={"bits": 4}), "config.json: quantization_config is"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json: rope_type is 'yarn'"),
         (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
-        (dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}), "config.json: rope_scaling has '8'"),
+        (dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}), "config.json: a number of rope_scaling is '8'"),
         (dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}), "config.json: rope_scaling .* no room"),
         (dict(hidden_size=None), "config.json: has no field 'hidden_size'"),
         (dict(hidden_size=128), r"is \(\d+,.*its configuration says"),

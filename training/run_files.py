@@ -16,6 +16,7 @@ import torch
 from adapter import Adapter
 from formats.tensors import load_pth
 from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
+from runtime.schema import require_number
 from training.distributed import broadcast_from_rank0, sync_errors
 
 
@@ -40,9 +41,7 @@ def run_state(out: Path, resume: str | None, options: dict, base: str | Path | N
         return "begun"
     if resume is not None and summary.exists():
         before = read_json_object(summary).get("options")
-        check_options(before, options, summary)
-        if before["base"] != resolved(base):
-            raise ValueError(f"{summary}: was made with base {before['base']}, not {resolved(base)}")
+        check_options(before, options | {"base": resolved(base)}, summary)
         return "finished"
     if resume == "yes":
         raise ValueError(
@@ -104,11 +103,20 @@ def read_metrics(path: Path) -> list[dict]:
     if path.exists():
         for number, text in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
             try:
-                lines.append(json.loads(text))
-                lines[-1]["step"] + 0
-            except (ValueError, TypeError, KeyError, IndexError):
-                raise ValueError(f"{path}: line {number} is no line of metrics") from None
+                lines.append(checked_line(json.loads(text)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: line {number} is no line of metrics: {first_line(error)}") from None
     return lines
+
+
+def checked_line(line: object) -> dict:
+    """A line of metrics; raises ValueError where it is none."""
+    if not isinstance(line, dict):
+        raise ValueError(f"a {type(line).__name__}")
+    require_number("step", line.get("step"), 0, 2**40, whole=True)
+    for name, value in line.items():
+        require_number(name, value, -1e30, 1e30)
+    return line
 
 
 def write_metrics(path: Path, line: dict) -> None:
@@ -152,8 +160,25 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
         checkpoint = load_pth(path, content)
         check_options(checkpoint.get("options"), options, path)
         try:
+            progress = Progress(*(checkpoint["progress"][name] for name in Progress._fields))
+            require_number("step", progress.step, 1, 2**40, whole=True)
+            require_number("tokens", progress.tokens, 1, 2**60, whole=True)
+            require_number("seconds", progress.seconds, 1e-9, 1e12)
             adapter.load_state_dict(checkpoint["adapter"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            return Progress(*(checkpoint["progress"][name] + 0 for name in Progress._fields))
+            load_optimizer(optimizer, checkpoint["optimizer"])
+            return progress
         except Exception as error:  # whatever is missing, or of another shape
             raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Fill AdamW; raises ValueError where its numbers are not of the shape of what it optimises, or not finite."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = optimizer.state[parameter][moment]
+                if value.shape != parameter.shape or not value.isfinite().all():
+                    raise ValueError(
+                        f"its {moment} {tuple(value.shape)} is not that of {tuple(parameter.shape)} numbers"
+                    )

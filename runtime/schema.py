@@ -1,0 +1,17 @@
+"""What the fields of a file must be."""
+
+import reprlib
+
+
+def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:
+    """Raise ValueError where a value is no number from `least` to `most`; NaN is none, nor is True."""
+    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+        span = f"whole number from {least:,} to {most:,}" if whole else f"number from {least:g} to {most:g}"
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a {span}")
+
+
+def whole_number(name: str, text: str, least: int = 1, most: int = 2**24) -> int:
+    """The number that a text is, as metadata have them. Raises ValueError."""
+    value = int(text) if text.isdecimal() and len(text) < 20 else text
+    require_number(name, value, least, most, whole=True)
+    return value
