@@ -137,7 +137,7 @@ def read_features(path: Path, number: int) -> Tensor | None:
         return None
     try:
         features = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except Exception:  # whatever a broken file makes numpy meet
         return None
     fits = isinstance(features, np.ndarray) and features.dtype == np.float32 and features.shape == (number,)
     return torch.from_numpy(features) if fits and np.isfinite(features).all() else None

@@ -99,7 +99,7 @@ class Source:
         if packed:
             return tensor.tensor_split(3)["qkv".index(packed[0])]  # one matrix has all three
         if name in ("class_embedding", "positions") and tensor.dim() == 3:  # (1, 1, C) and (1, T, C)
-            return tensor[0, 0] if name == "class_embedding" else tensor[0]
+            return tensor.reshape(tensor.shape[2 if name == "class_embedding" else 1 :])
         return tensor
 
 

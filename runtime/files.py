@@ -10,6 +10,7 @@ import socket
 import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -131,14 +132,14 @@ def max_bytes() -> int:
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
     """The content of a file, unpacked where it is a .gz or .xz. Raises FileNotFoundError, or ValueError."""
     path, limit = require_file(path, what), max_bytes()
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    size = min(limit, path.stat().st_size) if opener is open else limit
+    openers = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}
+    size = path.stat().st_size
     try:
-        with opener(path, "rb") as file:
-            content = file.read(size + 1)
+        with openers.get(path.suffix, open)(path, "rb") as file:
+            content = b"" if size > limit else file.read(1 + (limit if path.suffix in openers else size))
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-    if len(content) > limit:
+    if max(size, len(content)) > limit:
         raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
     return content
 

@@ -1,0 +1,928 @@
+"""Broken files of every kind that is read: each is refused in one line, or read; never a traceback, a hang, a kill.
+
+python tests/fuzz.py --seed 1 --cases 3000 --cli 150
+
+Files keep their structure: what changes is a value of JSON, a tensor, a line of text, or a few bytes. A case follows
+from seed and number alone: `--only 17` runs case 17 again. Cases run in a process apart, which may neither take more
+than MEMORY bytes nor SECONDS for one of them. Those of --cli are whole commands in processes of their own.
+"""
+
+import base64
+import gzip
+import json
+import lzma
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import click  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from helpers import make_adapter, make_model, make_roberta, make_vit, openai_names, save_coco, save_problems  # noqa: E402
+from helpers import film, picture, split_for_parallel, timm_names  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+MEMORY, SECONDS = 8 * 2**30, 30
+
+# ---------------------------------------------------------------------------------------------------
+# Changes
+
+STRANGE = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2.5,
+    1e308,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "é\x1b[31m",
+    "9" * 5000,
+]
+STRANGE += [[], {}, [1], [[]], "\ud800", "../../etc/passwd", 2**31, 2**63, -(2**63), [None] * 3, {"a": {"b": 1}}]
+
+
+def change_bytes(content: bytes, rng: random.Random) -> bytes:
+    """One to four, near the front as often as anywhere: headers are where the harm is."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        size = max(1, len(content))
+        place = rng.randrange(min(size, rng.choice((40, 400, size))))
+        change = rng.randrange(7)
+        if change == 0:
+            content[place : place + 1] = bytes([rng.randrange(256)])
+        elif change == 1 and content:
+            content[place % size] ^= 1 << rng.randrange(8)
+        elif change == 2:
+            del content[place : place + rng.choice((1, 8, 100))]
+        elif change == 3:
+            del content[place:]
+        elif change == 4:
+            content[place:place] = rng.randbytes(rng.choice((1, 8, 50)))
+        elif change == 5:
+            content[place:place] = content[place : place + rng.choice((8, 100))]  # something twice
+        else:
+            content[place : place + 8] = struct.pack("<q", rng.choice((-1, 0, 1, 2**31, 2**62)))
+    return bytes(content)
+
+
+def change_value(values, rng: random.Random):
+    """JSON in which a value is of another kind or size, or a field is missing, or there twice by another name."""
+    inside = values
+    while True:
+        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        if not keys:
+            return rng.choice(STRANGE)
+        key = rng.choice(keys)
+        if isinstance(inside[key], dict | list) and rng.random() < 0.8:
+            inside = inside[key]
+            continue
+        if rng.random() < 0.15:
+            del inside[key]
+        elif rng.random() < 0.15 and isinstance(inside, dict):
+            inside[rng.choice(["", "instruction", "image", "layers.0", key + "x"])] = inside.pop(key)
+        elif isinstance(inside[key], int | float) and rng.random() < 0.3:
+            inside[key] = inside[key] * rng.choice((-1, 0, 2, 1000, 1e-9))
+        else:
+            inside[key] = rng.choice(STRANGE)
+        return values
+
+
+def change_tensors(tensors: dict, rng: random.Random) -> dict:
+    """One of them of another shape, dtype or layout, of strange numbers, by another name, or gone."""
+    name = rng.choice(sorted(tensors))
+    t = tensors[name]
+    if not isinstance(t, torch.Tensor):
+        return tensors | {name: rng.choice(STRANGE[:8])}
+    flat = t.flatten()
+    ways = [
+        lambda: t.to(
+            rng.choice([torch.float64, torch.float16, torch.int8, torch.bool, torch.int64, torch.float8_e5m2])
+        ),
+        lambda: flat,
+        lambda: t[None],
+        lambda: t.T.contiguous() if t.dim() == 2 else t[:0],
+        lambda: flat[0].clone() if len(flat) else t,
+        lambda: torch.zeros(0),
+        lambda: torch.cat([t, t]) if t.dim() else t,
+        lambda: t[..., : max(1, t.shape[-1] // 2)].contiguous() if t.dim() else t,
+        lambda: torch.full_like(t.float(), rng.choice([float("nan"), float("inf"), 1e38, -1e38, 0.0])),
+        lambda: torch.ones(rng.choice([(1,), (1, 1), (3, 5), (2, 2, 2), (1, 0)])),
+    ]
+    change = rng.randrange(len(ways) + 4)
+    if change < len(ways):
+        return tensors | {name: ways[change]()}
+    rest = {key: value for key, value in tensors.items() if key != name}
+    if change == len(ways):
+        return rest
+    if change == len(ways) + 1:
+        return rest | {name.replace("0", "7", 1) if "0" in name else name + ".x": t}
+    if change == len(ways) + 2:
+        return tensors | {
+            rng.choice(["x", "layers.0.lora", "norm.bias", "head.0.weight", "layers.999999.w1.weight"]): t
+        }
+    other = rng.choice(sorted(tensors))
+    return tensors | {name: tensors[other], other: t}
+
+
+def change_pth(tensors: dict, rng: random.Random) -> dict:
+    """What a pickle can hold besides: views of one number, sparse and meta tensors, things that are none."""
+    if rng.random() < 0.7:
+        return change_tensors(tensors, rng)
+    name = rng.choice(sorted(tensors))
+    strange = [
+        torch.zeros(1).expand(rng.choice([10**9, 10**12]), 4),
+        torch.zeros(1).expand(1, *getattr(tensors[name], "shape", (3,)))[0],
+        torch.zeros(3, 3).to_sparse(),
+        torch.empty(3, 3, device="meta"),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        [torch.ones(2)] * 3,
+        {"a": torch.ones(2)},
+        torch.complex(torch.ones(2), torch.ones(2)),
+    ]
+    return tensors | {name: rng.choice(strange)}
+
+
+def change_place(path: Path, rng: random.Random) -> None:
+    """In the file's place something else: nothing, a folder, a pipe, a device, a link to itself, a file without end."""
+    path.unlink()
+    ways = [lambda: None, path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
+    ways += [lambda: path.symlink_to(path), lambda: (path.touch(), os.truncate(path, 2**32))]
+    rng.choice(ways)()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files: each kind is made whole in an empty folder, a file of it is changed, and it is read
+
+
+def text_json(path: Path, rng: random.Random) -> None:
+    opener = {".gz": gzip, ".xz": lzma}.get(path.suffix)
+    content = path.read_bytes() if opener is None else opener.decompress(path.read_bytes())
+    if rng.random() < 0.75:
+        if path.name.endswith(("jsonl", "jsonl.gz")):
+            lines = [json.loads(line) for line in content.decode().splitlines()]
+            content = "\n".join(json.dumps(line) for line in change_list(lines, rng)).encode()
+        else:
+            content = json.dumps(change_value(json.loads(content), rng)).encode()
+    else:
+        content = change_bytes(content, rng)
+    path.write_bytes(content if opener is None else opener.compress(content))
+
+
+def change_list(lines, rng):
+    lines = change_value(lines, rng)
+    return lines if isinstance(lines, list) else [lines]
+
+
+def safetensors_file(path: Path, rng: random.Random) -> None:
+    if rng.random() < 0.25:
+        return path.write_bytes(change_bytes(path.read_bytes(), rng))
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if metadata and rng.random() < 0.4:
+        key = rng.choice(sorted(metadata))
+        metadata = metadata | {
+            key: rng.choice(
+                [s for s in STRANGE if isinstance(s, str) and s.isprintable()] + ["0", "-3", "nan", "[1]", "{}", "²"]
+            )
+        }
+    else:
+        tensors = {name: tensor.clone().contiguous() for name, tensor in change_tensors(tensors, rng).items()}
+    save_file(tensors, path, metadata)
+
+
+def pth_file(path: Path, rng: random.Random) -> None:
+    if rng.random() < 0.25:
+        return path.write_bytes(change_bytes(path.read_bytes(), rng))
+    values = torch.load(path, weights_only=True)
+    values = (
+        change_pth(values, rng) if all(isinstance(v, torch.Tensor) for v in values.values()) else nested(values, rng)
+    )
+    torch.save(values, path, _use_new_zipfile_serialization=rng.random() < 0.9)
+
+
+def nested(values: dict, rng: random.Random) -> dict:
+    key = rng.choice(sorted(values))
+    if isinstance(values[key], dict) and values[key] and rng.random() < 0.9:
+        inner = values[key]
+        of_tensors = all(isinstance(v, torch.Tensor) for v in inner.values())
+        strings = all(isinstance(k, str) for k in inner)
+        if of_tensors and strings:
+            return values | {key: change_pth(inner, rng)}
+        return values | {key: nested(inner, rng)} if strings or rng.random() < 0.9 else values | {key: {}}
+    return values | {key: rng.choice(STRANGE)}
+
+
+def plain_bytes(path: Path, rng: random.Random) -> None:
+    path.write_bytes(change_bytes(path.read_bytes(), rng))
+
+
+def text_lines(path: Path, rng: random.Random) -> None:
+    lines = path.read_text().splitlines()
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(lines))
+        ways = [lambda: lines.insert(i, lines[i]), lambda: lines.pop(i) if len(lines) > 1 else None]
+        ways += [
+            lambda: lines.__setitem__(i, rng.choice(["", " ", "a", "a b c", "\t", "Ġ t", "é 1", "9" * 50, "\x00", '"']))
+        ]
+        rng.choice(ways)()
+    path.write_text("\n".join(lines) + rng.choice(["\n", ""]))
+    if rng.random() < 0.2:
+        plain_bytes(path, rng)
+
+
+def adapter(folder):
+    make_adapter(make_model()).save(folder / "a.safetensors", base_layers=3, base="base", steps=3)
+    return folder / "a.safetensors"
+
+
+def image_adapter(folder):
+    from multimodal import ImageAdapter
+
+    made = ImageAdapter(features=8, layers=2, length=3, dim=16, heads=2)
+    made.save(folder / "a.safetensors", base_layers=3, tower="t", tower_depths=4, tower_fingerprint="x")
+    return folder / "a.safetensors"
+
+
+def head_adapter(folder):
+    from encoders.heads import HeadAdapter
+
+    made = HeadAdapter(widths=[32, 3], layers=2, length=3, dim=32, heads=4)
+    about = {"task": "text-classification", "classes": '["a", "b", "c"]', "max_seq_len": 20, "base": "base"}
+    made.save(folder / "a.safetensors", base_layers=3, **about)
+    return folder / "a.safetensors"
+
+
+def read_adapter(path):
+    from convert import adapter_summary
+    from formats.adapters import load_adapter
+
+    read = load_adapter(path, heads=4)
+    adapter_summary(read)
+    read()
+
+
+def read_head_adapter(path):
+    from encoder_tuning.__main__ import TunedEncoder
+    from formats.encoders import save_encoder
+
+    save_encoder(make_roberta(), path.parent / "base")
+    TunedEncoder(str(path), None, str(path.parent / "base"), torch.float32, torch.device("cpu"))
+
+
+def authors(folder):
+    tensors = {"adapter_query.weight": torch.ones(20, 32)}
+    tensors |= {f"layers.{i}.attention.gate": torch.ones(1, 4, 1, 1) for i in range(3)}
+    torch.save(tensors, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+def lit(folder):
+    tensors = {f"transformer.h.{i}.attn.adapter_wte.weight": torch.ones(5, 32) for i in (1, 2)}
+    tensors |= {f"transformer.h.{i}.attn.gating_factor": torch.ones(1, 1, 4, 1) for i in (1, 2)}
+    torch.save(tensors, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+def peft(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT", "adapter_len": 5}')
+    place = "base_model.model.model.layers.2.self_attn.adaption_"
+    save_file(
+        {place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, folder / "adapter_model.safetensors"
+    )
+    return folder / "adapter_model.safetensors"
+
+
+def read_peft(path):
+    read_adapter(path.parent)
+
+
+PARAMS = dict(dim=16, n_layers=3, n_heads=2, multiple_of=8, norm_eps=1e-5, vocab_size=-1)
+CORPUS = [f"the {a} of {b} is {c}" for a in ("name", "age", "home") for b in "abcdefgh" for c in ("far", "near", "old")]
+
+
+def tokenizer_model() -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 3}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS * 5), model_writer=model, **options)
+    return model.getvalue()
+
+
+KEPT: dict[str, bytes] = {}  # what takes long to make
+
+
+def meta(folder):
+    if not KEPT:
+        KEPT["tokenizer"] = tokenizer_model()
+    from model import Config
+
+    (folder / "tokenizer.model").write_bytes(KEPT["tokenizer"])
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+    weights = make_model(Config(16, 3, 2, 2, 8, 48, 300)).state_dict()
+    for i, part in enumerate(split_for_parallel(weights, 2, False)):
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+    return folder / "consolidated.01.pth"
+
+
+def hugging_face(folder):
+    from formats.hugging_face import to_hugging_face
+    from model import Config
+
+    meta(folder)
+    for file in [*folder.glob("consolidated*"), folder / "params.json"]:
+        file.unlink()
+    config = Config(16, 3, 2, 1, 8, 48, 300)
+    weights = {name: t.contiguous() for name, t in to_hugging_face(make_model(config).state_dict(), config).items()}
+    save_file(weights, folder / "model-1.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    values = {
+        "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 8,
+        "num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 300, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "rope_scaling": rope | {"original_max_position_embeddings": 64}, "max_position_embeddings": 128, "rope_theta": 1e4,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder / "model-1.safetensors"
+
+
+def tiktoken_file(folder):
+    meta(folder)
+    from model import Config
+
+    config = Config(16, 3, 2, 2, 8, 48, 258 + 256)
+    for i, part in enumerate(split_for_parallel(make_model(config).state_dict(), 2, False)):
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the"]
+    text = b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+    (folder / "tokenizer.model").write_bytes(text)
+    return folder / "tokenizer.model"
+
+
+def llama2c(folder):
+    from formats.llama2c import layout
+    from model import Config
+
+    meta(folder)
+    for file in [*folder.glob("consolidated*"), folder / "params.json"]:
+        file.unlink()
+    shapes = layout(Config(16, 3, 2, 2, 8, 48, 300, max_seq_len=32), modern=False, tied=True)
+    header = struct.pack("<7i", 16, 48, 3, 2, 2, 300, 32)
+    (folder / "model.bin").write_bytes(header + b"".join(torch.randn(s).numpy().tobytes() for s in shapes.values()))
+    return folder / "model.bin"
+
+
+def read_base(path):
+    from formats.bases import load_llama
+
+    model, tokenizer = load_llama(path.parent)
+    tokenizer.decode(tokenizer.encode("the name of a"))
+    model(torch.tensor([[1, 2]]))
+
+
+def alpaca(folder, name="a.json"):
+    records = [
+        {"instruction": "Añade 1.", "input": "2", "output": "3"},
+        {"instruction": "a", "output": "b", "image": "c"},
+    ]
+    text = json.dumps(records) if "jsonl" not in name else "\n".join(map(json.dumps, records))
+    opener = {".gz": gzip, ".xz": lzma}.get(Path(name).suffix)
+    (folder / name).write_bytes(text.encode() if opener is None else opener.compress(text.encode()))
+    return folder / name
+
+
+def read_data(path):
+    from data import read_examples
+    from tasks import with_images
+
+    with_images(read_examples(path), path.parent, True, path)
+
+
+def a_run(folder):
+    """What a run left, unfinished: checkpoint and metrics; and a summary in a folder beside."""
+    from train import make_optimizer
+    from training.run_files import Progress, save_checkpoint, write_metrics
+
+    made = make_adapter(make_model())
+    optimizer = make_optimizer(made, 0.0)
+    sum(p.sum() for p in made.parameters()).backward()
+    optimizer.step()
+    for line in ({"val_loss": 2.0, "step": 0}, {"step": 1, "loss": 2.0, "lr": 0.1, "gate_mean_abs": 0.1}):
+        write_metrics(folder / "metrics.jsonl", line)
+    save_checkpoint(folder, made, optimizer, Progress(1, 10, 1.0), {"epochs": 3})
+    (folder / "done").mkdir()
+    summary = {"options": {"epochs": 3, "base": None}, "tokens": 5}
+    (folder / "done" / "summary.json").write_text(json.dumps(summary))
+    return folder / "checkpoint.pt"
+
+
+def read_run(path):
+    """As --resume does."""
+    from train import make_optimizer
+    from training.curves import draw_curves
+    from training.run_files import begin_in_folder, load_checkpoint, read_metrics, run_state
+
+    folder = path.parent if path.parent.name != "done" else path.parent.parent
+    if run_state(folder / "done", "yes", {"epochs": 3}, None) == "finished" and path.parent.name == "done":
+        return
+    run_state(folder, "yes", {"epochs": 3}, None)
+    made = make_adapter(make_model())
+    optimizer = make_optimizer(made, 0.0)
+    progress = load_checkpoint(folder / "checkpoint.pt", made, optimizer, {"epochs": 3})
+    begin_in_folder(folder, progress.step)
+    draw_curves(read_metrics(folder / "metrics.jsonl"), made, folder / "curves.png")
+    sum(p.sum() for p in made.parameters()).backward()
+    optimizer.step()
+    progress.tokens / progress.seconds
+
+
+def clip(folder):
+    torch.save({name: t.contiguous() for name, t in openai_names(make_vit()).items()}, folder / "ViT.pt")
+    return folder / "ViT.pt"
+
+
+def timm(folder):
+    from encoders.heads import make_head
+    from encoders.models import ViTConfig
+
+    config = ViTConfig(24, 8, 128, 3, 2, 96, clip=False)
+    save_file(timm_names(make_vit(config), make_head([128, 3], "tanh")), folder / "model.safetensors")
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": pixels}))
+    return folder / "config.json"
+
+
+def clip_folder(folder):
+    from formats.encoders import save_encoder
+
+    save_encoder(make_vit(), folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": values}))
+    return folder / "config.json"
+
+
+def vit_folder(folder):
+    """Hugging Face's ViT for classification."""
+    from encoders.heads import make_head
+    from encoders.models import ViTConfig
+    from formats.encoders import HUGGING_FACE_VIT, renamed
+
+    config = ViTConfig(24, 8, 128, 3, 2, 96, activation="gelu", clip=False)
+    model, head = make_vit(config), make_head([128, 3], "tanh")
+    tensors = {renamed(name, HUGGING_FACE_VIT): t.contiguous() for name, t in model.state_dict().items()}
+    for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        tensors[name] = tensors[name][None, None].clone() if name.endswith("token") else tensors[name][None].clone()
+    tensors |= {"classifier.weight": head[0].weight.detach(), "classifier.bias": head[0].bias.detach()}
+    save_file(tensors, folder / "model.safetensors")
+    values = {
+        "model_type": "vit", "image_size": 24, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "intermediate_size": 96, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "num_channels": 3,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return folder / "config.json"
+
+
+def roberta(folder):
+    from encoders.models import Roberta, RobertaConfig
+    from formats.encoders import save_encoder
+
+    printable = [chr(b) for b in range(256) if chr(b).isprintable() and b != 32]
+    letters = printable + [chr(256 + i) for i in range(256 - len(printable))]
+    merges = ["Ġ t", "h e", "Ġt he", "k m"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *(m.replace(" ", "") for m in merges), *letters, "<mask>"]
+    torch.manual_seed(0)
+    save_encoder(Roberta(RobertaConfig(len(tokens), 30, 32, 3, 4, 48)), folder)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return folder / "config.json"
+
+
+def gpt2_tokenizer(folder):
+    """What RoBERTa's was made of: GPT-2's encoder.json and vocab.bpe, and fairseq's dict.txt."""
+    roberta(folder)
+    ids = json.loads((folder / "vocab.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(list(ids)[4:-1])}))
+    (folder / "dict.txt").write_text("\n".join(f"{i} 1" for i in range(len(ids) - 5)) + "\n")
+    (folder / "vocab.json").unlink()
+    return folder / "dict.txt"
+
+
+def read_encoder(path):
+    from encoders.media import preprocess_whole
+    from encoders.models import Roberta
+    from formats.encoders import load_encoder
+
+    model, head = load_encoder(path.parent if path.suffix != ".pt" else path)
+    if isinstance(model, Roberta):
+        from encoder_tuning.data import roberta_tokenizer
+
+        ids = roberta_tokenizer(model, path.parent).encode("the km")[: model.config.max_length]
+        model(torch.tensor([ids]))
+    else:
+        states = model.encode(preprocess_whole(picture(), model.config)[None])
+        if head is not None:
+            head(states[:, 0])
+
+
+def npz(folder):
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez_compressed(folder / "a.npz", images=images, labels=np.array([0, 1, 0, 1]))
+    return folder / "a.npz"
+
+
+def npz_arrays(path, rng):
+    if rng.random() < 0.4:
+        return plain_bytes(path, rng)
+    with np.load(path) as arrays:
+        values = dict(arrays)
+    name = rng.choice(sorted(values))
+    v = values[name]
+    changed = [
+        v.astype("f4"),
+        v[:0],
+        v[None],
+        v.astype("c8"),
+        v.astype("S3"),
+        np.array(3),
+        v[..., None],
+        v.astype(bool),
+    ]
+    values[name] = rng.choice(changed)
+    if rng.random() < 0.2:
+        del values[name]
+    np.savez(path, **values)
+
+
+def read_npz(path):
+    from encoder_tuning.data import read_labelled_images
+
+    read_labelled_images(path)
+
+
+def tsv(folder):
+    (folder / "a.tsv").write_text("sentence\tlabel\nthe name\t1\nthe age\t0\n")
+    return folder / "a.tsv"
+
+
+def read_tsv(path):
+    from encoder_tuning.data import read_labelled_texts
+
+    read_labelled_texts(path)
+
+
+def squad(folder):
+    qa = {"id": "1", "question": "Who?", "answers": [{"text": "Anna", "answer_start": 0}]}
+    data = {"data": [{"title": "a", "paragraphs": [{"context": "Anna went home.", "qas": [qa]}]}]}
+    (folder / "squad.json").write_text(json.dumps(data))
+    return folder / "squad.json"
+
+
+def read_questions(path):
+    from encoder_tuning.data import read_squad
+
+    read_squad(path)
+
+
+def scienceqa(folder):
+    (folder / "pid_splits.json").write_text(json.dumps({"test": ["12", "30"], "train": ["7"]}))
+    results = {"results": {"12": 1, "30": 0}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return save_problems(folder)
+
+
+def read_scienceqa(path):
+    from tasks import scienceqa as task
+
+    problems = task.read(path.parent / "problems.json", split="test")
+    answers = task.read_answers(path.parent / "results.json", problems)
+    task.score(problems, answers)
+
+
+def coco(folder):
+    return save_coco(folder)
+
+
+def read_coco(path):
+    from tasks import captions
+
+    captions.read(path)
+    captions.read_for_scoring(path)
+
+
+def prompts(folder):
+    records = [{"instruction": "Hello", "input": "", "adapter": None}, {"instruction": "a", "image": ""}]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    picture().save(folder / "a.png")
+    return folder / "in.jsonl"
+
+
+def read_prompts(path):
+    from generate import Responder, read_requests
+
+    class Letters:
+        bos_id, eos_id, vocab_size = 1, 2, 50
+
+        def encode(self, text):
+            return list(text.encode())
+
+    responder = Responder(make_model(), Letters(), {}, max_new_tokens=3)
+    read_requests(str(path), responder, "base", None)
+
+
+def image(folder, name="a.png", mode="RGB"):
+    picture(mode=mode).save(folder / name)
+    return folder / name
+
+
+def read_image(path):
+    from encoders.media import frames_of, preprocess
+    from encoders.models import ViTConfig
+
+    for frame in frames_of(path):
+        preprocess(frame, ViTConfig(image_size=24, patch_size=8))
+
+
+def video(folder):
+    film(folder / "a.mp4", ["red", "blue"])
+    return folder / "a.mp4"
+
+
+def features(folder):
+    np.save(folder / "a.npy", np.ones(8, np.float32))
+    return folder / "a.npy"
+
+
+def read_features(path):
+    from multimodal import read_features
+
+    found = read_features(path, 8)
+    assert found is None or found.shape == (8,) and found.dtype == torch.float32 and found.isfinite().all()
+
+
+def beside(make, name):
+    """Another file that `make` leaves."""
+
+    def made(folder):
+        make(folder)
+        return folder / name
+
+    return made
+
+
+KINDS = {
+    "adapter": (adapter, safetensors_file, read_adapter),
+    "image adapter": (image_adapter, safetensors_file, read_adapter),
+    "head adapter": (head_adapter, safetensors_file, read_head_adapter),
+    "authors": (authors, pth_file, read_adapter),
+    "lit": (lit, pth_file, read_adapter),
+    "peft": (peft, safetensors_file, read_peft),
+    "peft config": (beside(peft, "adapter_config.json"), text_json, read_peft),
+    "meta": (meta, pth_file, read_base),
+    "params.json": (beside(meta, "params.json"), text_json, read_base),
+    "tokenizer.model": (beside(meta, "tokenizer.model"), plain_bytes, read_base),
+    "tiktoken": (tiktoken_file, text_lines, read_base),
+    "hugging face": (hugging_face, safetensors_file, read_base),
+    "config.json": (beside(hugging_face, "config.json"), text_json, read_base),
+    "index": (beside(hugging_face, "model.safetensors.index.json"), text_json, read_base),
+    "llama2c": (llama2c, plain_bytes, read_base),
+    "alpaca": (alpaca, text_json, read_data),
+    "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), text_json, read_data),
+    "alpaca xz": (lambda folder: alpaca(folder, "a.json.xz"), plain_bytes, read_data),
+    "checkpoint": (a_run, pth_file, read_run),
+    "metrics": (beside(a_run, "metrics.jsonl"), text_json, read_run),
+    "summary": (beside(a_run, "done/summary.json"), text_json, read_run),
+    "clip": (clip, pth_file, read_encoder),
+    "clip folder": (clip_folder, text_json, read_encoder),
+    "clip weights": (beside(clip_folder, "model.safetensors"), safetensors_file, read_encoder),
+    "timm": (timm, text_json, read_encoder),
+    "timm weights": (beside(timm, "model.safetensors"), safetensors_file, read_encoder),
+    "vit": (vit_folder, text_json, read_encoder),
+    "vit weights": (beside(vit_folder, "model.safetensors"), safetensors_file, read_encoder),
+    "vit pixels": (beside(vit_folder, "preprocessor_config.json"), text_json, read_encoder),
+    "roberta": (roberta, text_json, read_encoder),
+    "roberta weights": (beside(roberta, "model.safetensors"), safetensors_file, read_encoder),
+    "vocab.json": (beside(roberta, "vocab.json"), text_json, read_encoder),
+    "merges.txt": (beside(roberta, "merges.txt"), text_lines, read_encoder),
+    "dict.txt": (gpt2_tokenizer, text_lines, read_encoder),
+    "encoder.json": (beside(gpt2_tokenizer, "encoder.json"), text_json, read_encoder),
+    "npz": (npz, npz_arrays, read_npz),
+    "tsv": (tsv, text_lines, read_tsv),
+    "squad": (squad, text_json, read_questions),
+    "scienceqa": (scienceqa, text_json, read_scienceqa),
+    "splits": (beside(scienceqa, "pid_splits.json"), text_json, read_scienceqa),
+    "results": (beside(scienceqa, "results.json"), text_json, read_scienceqa),
+    "coco": (coco, text_json, read_coco),
+    "prompts": (prompts, text_json, read_prompts),
+    "png": (image, plain_bytes, read_image),
+    "jpg": (lambda folder: image(folder, "a.jpg"), plain_bytes, read_image),
+    "tif": (lambda folder: image(folder, "a.tif", "CMYK"), plain_bytes, read_image),
+    "gif": (lambda folder: image(folder, "a.gif", "P"), plain_bytes, read_image),
+    "webp": (lambda folder: image(folder, "a.webp"), plain_bytes, read_image),
+    "mp4": (video, plain_bytes, read_image),
+    "features": (features, plain_bytes, read_features),
+}
+
+
+def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> str:
+    """ "read" or "refused", or what is wrong, in a line."""
+    kind = kind or list(KINDS)[number % len(KINDS)]
+    rng = random.Random(f"{seed} {number} {kind}")
+    make, change, read = KINDS[kind]
+    path = make(folder)
+    (change_place if rng.random() < 0.05 else change)(path, rng)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read(path)
+    except (ValueError, OSError) as error:
+        from runtime.errors import error_line
+
+        said = error_line(error)
+        return "refused" if said and said.isprintable() else f"{kind}: says {said!r}"
+    except torch.OutOfMemoryError as error:
+        return f"{kind}: memory: {error}"
+    except BaseException as error:
+        import traceback
+
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if str(ROOT) in f.filename and "tests" not in f.filename
+        ]
+        where = ours[-1] if ours else last
+        return f"{kind}: {type(error).__name__}: {str(error)[:100]!r} at {Path(where.filename).name}:{where.lineno}"
+    return "read"
+
+
+def work(seed: int, numbers: list[int], kind: str | None, queue) -> None:
+    """In a process of its own, whose memory is bounded."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries talk
+    with tempfile.TemporaryDirectory() as place:
+        for number in numbers:
+            queue.put((number, "begun"))
+            folder = Path(place) / str(number)
+            folder.mkdir()
+            queue.put((number, run_case(seed, number, folder, kind)))
+            shutil.rmtree(folder)
+    queue.put((None, "done"))
+
+
+def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[int, str]:
+    """What became of each; a hang or a kill ends the process, and the next goes on behind it."""
+    results: dict[int, str] = {}
+    context = multiprocessing.get_context("spawn")
+    while numbers:
+        queue = context.Queue()
+        process = context.Process(target=work, args=(seed, numbers, kind, queue))
+        process.start()
+        current = None
+        while True:
+            try:
+                number, result = queue.get(timeout=SECONDS + (60 if current is None else 0))
+            except Exception:
+                how = f"hangs for {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
+                results[current] = f"{list(KINDS)[current % len(KINDS)] if current is not None else '?'}: {how}"
+                process.kill()
+                break
+            if number is None:
+                break
+            if result == "begun":
+                current = number
+            else:
+                results[number] = result
+        process.join()
+        numbers = [n for n in numbers if n not in results and n is not None]
+        if current is None:
+            break
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole commands
+
+BASE_OPTIONS = ["--base", "{base}", "--device", "cpu"]
+TRAIN = ["train.py", *BASE_OPTIONS, "--out", "{folder}/out", "--epochs", "3", "--val-size", "0", "--batch-size", "2"]
+COMMANDS = {
+    "alpaca": [*TRAIN, "--data", "{path}"],
+    "alpaca jsonl.gz": [*TRAIN, "--data", "{path}"],
+    "meta": ["generate.py", "--base", "{parent}", "--max-new-tokens", "2", "--device", "cpu", "Hello"],
+    "config.json": ["generate.py", "--base", "{parent}", "--max-new-tokens", "2", "--device", "cpu", "Hello"],
+    "params.json": ["generate.py", "--base", "{parent}", "--max-new-tokens", "2", "--device", "cpu", "Hello"],
+    "adapter": ["convert.py", "show", "{path}", "--png", "{folder}/a.png"],
+    "image adapter": ["generate.py", *BASE_OPTIONS, "--adapter", "{path}", "--max-new-tokens", "2", "Hello"],
+    "authors": ["convert.py", "import", "{path}", "{folder}/ours.safetensors", "--heads", "4"],
+    "lit": ["convert.py", "import", "{path}", "{folder}/ours.safetensors", "--heads", "4"],
+    "peft": ["convert.py", "show", "{parent}", "--heads", "4"],
+    "prompts": ["generate.py", *BASE_OPTIONS, "--prompts", "{path}", "--out", "{folder}/out.jsonl", "--max-new-tokens", "2"],
+    "scienceqa": ["evaluate.py", "scienceqa", "--data", "{path}", "--results", "{parent}/results.json", "--out", "{folder}/o"],
+    "results": ["evaluate.py", "scienceqa", "--data", "{parent}/problems.json", "--results", "{path}", "--out", "{folder}/o"],
+    "head adapter": ["-m", "encoder_tuning", "evaluate", "--adapter", "{path}", "--base", "{base}", "--data", "{base}"],
+    "npz": ["-m", "encoder_tuning", "train", "--task", "image-classification", "--base", "{base}", "--data", "{path}"],
+}  # fmt: skip
+VALUES = [
+    "",
+    "-1",
+    "0",
+    "nan",
+    "1e400",
+    "9" * 400,
+    "é",
+    "\x1b[2J",
+    "/dev/zero",
+    "/dev/null",
+    "{pipe}",
+    "{folder}",
+    "x=y",
+    "--",
+    "a/b",
+]
+
+
+def run_command(seed: int, number: int, base: Path) -> str:
+    """As `run_case`, with an option's value broken as often as a file."""
+    kind = list(COMMANDS)[number % len(COMMANDS)]
+    rng = random.Random(f"{seed} {number} {kind} command")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "in").mkdir()
+        os.mkfifo(folder / "pipe")
+        path = KINDS[kind][0](folder / "in")
+        places = {"path": path, "parent": path.parent, "base": base, "folder": folder, "pipe": folder / "pipe"}
+        args = COMMANDS[kind]
+        if rng.random() < 0.5:
+            (change_place if rng.random() < 0.1 else KINDS[kind][1])(path, rng)
+        else:
+            values = [
+                i for i, arg in enumerate(args) if i and args[i - 1].startswith("--") and not arg.startswith("--")
+            ]
+            args = list(args)
+            args[rng.choice(values or [len(args) - 1])] = rng.choice(VALUES)
+        command = [sys.executable, *(arg.format(**places) for arg in args)]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"{kind}: hangs: {command}"
+        except ValueError:  # an argument with a zero byte cannot be given
+            return "refused"
+        error = done.stderr.decode(errors="replace")
+        if done.returncode == 0:
+            return "read"
+        if done.returncode != 2 or "Traceback" in error or "rror: " not in error.splitlines()[-1]:
+            return f"{kind}: exit code {done.returncode}: {error[-300:]!r}: {command}"
+        return "refused"
+
+
+@click.command()
+@click.option("--seed", default=0)
+@click.option("--cases", default=1000, help="Files changed and read.")
+@click.option("--cli", default=0, help="Whole commands.")
+@click.option("--only", type=int, help="This case alone.")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="Of this kind alone.")
+def main(seed, cases, cli, only, kind):
+    """Change files of every kind that is read, and say what is wrong."""
+    numbers = list(range(cases)) if only is None else [only]
+    found = list(run_cases(seed, numbers, kind).items()) if cases or only is not None else []
+    with tempfile.TemporaryDirectory() as base:
+        meta(Path(base))
+        commands = [(f"command {number}", run_command(seed, number, Path(base))) for number in range(cli)]
+    counts = Counter(result if result in ("read", "refused") else "wrong" for _, result in [*found, *commands])
+    for number, result in [*found, *commands]:
+        if result not in ("read", "refused"):
+            click.echo(f"case {number}: {result}")
+    click.echo(f"seed {seed}: {dict(counts)}")
+    sys.exit(bool(counts["wrong"]))
+
+
+if __name__ == "__main__":
+    main()
