@@ -105,11 +105,14 @@ main.add_command(roberta)
 @main.command("all", context_settings={"show_default": True})
 @testbed_options
 def run_all(seeds: int, out: Path, **options) -> None:
-    """Methods, zero-init, layers, epochs, design and gates; what several need is done once."""
+    """Run methods to gates.
+
+    Methods, zero-init, layers, epochs, design and gates; what several need is done once.
+    """
     with one_line_errors():
         start, testbed = time.perf_counter(), read_testbed(TestbedOptions(**options))
         for name, experiment in EXPERIMENTS.items():
-            click.echo(f"{name}. {inspect.getdoc(experiment)}\n")
+            click.echo(f"{name}. {' '.join(inspect.getdoc(experiment).split())}\n")
             experiment(testbed, seeds, out)
         minutes = (time.perf_counter() - start) / 60
         save_results(out, "all", {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__})

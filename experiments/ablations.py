@@ -20,7 +20,10 @@ from training.curves import paint_gates
 
 
 def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
-    """Table 5 and Figure 7 (v1: 5): zero-init attention against random init, at four learning rates."""
+    """Compare zero-init attention with random init.
+
+    Table 5 and Figure 7 (v1: 5), at four learning rates.
+    """
     inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
     default = testbed.default
     lrs = [rounded(factor * default.lr) for factor in (0.1, 1, 3, 10)]
@@ -52,7 +55,9 @@ def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
 
 
 def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
-    """Table 4: the number of adapted layers, which they are, and the prompts' length.
+    """Compare layers and lengths.
+
+    Table 4: the number of adapted layers, which they are, and the prompts' length.
 
     (The lowest layers' runs take longer than they need: the layers above have prompts as well, behind shut gates.)
     """
@@ -84,7 +89,10 @@ EPOCHS = (15, 30, 60)
 
 
 def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
-    """Table 6 of v1: does it over-fit? Training loss, held-out loss and accuracy after 15, 30 and 60 epochs."""
+    """Train for long: does it over-fit?
+
+    Table 6 of v1: training loss, held-out loss and accuracy after 15, 30 and 60 epochs.
+    """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
     rows = compare_settings(testbed, settings, seeds)
     columns = ("training loss", "validation loss", "ScienceQA, validation, %")
@@ -103,7 +111,10 @@ def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
 
 
 def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
-    """What readers ask: how prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate."""
+    """Compare other designs.
+
+    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate.
+    """
     default = testbed.default
     settings = {"as it is": default}
     settings |= {f"prompts start {scale:g} times as large": default._replace(scale=scale) for scale in (0.02, 0.2, 5)}
@@ -123,7 +134,10 @@ def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
 
 
 def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
-    """How the gates open: pictures of layers x heads at several steps. One seed."""
+    """Draw how the gates open.
+
+    Pictures of layers x heads at several steps. One seed.
+    """
     tunable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
 
     def gate_values() -> np.ndarray:  # (L, H)
@@ -165,7 +179,10 @@ def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:
 
 
 def compare_methods(testbed: Testbed, seeds: int, out: Path) -> None:
-    """Table 1 (v1: 3): full tuning, LoRA, the adapter, prompts without gates: parameters, bytes, time, forgetting."""
+    """Compare with LoRA and full tuning.
+
+    Table 1 (v1: 3), and prompts without gates: parameters, bytes, time, forgetting.
+    """
     import_peft()  # or say at once that it is missing
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
     for seed in range(seeds):  # in rounds, so that their times can be compared
@@ -206,7 +223,10 @@ def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
 
 
 def search_rates(testbed: Testbed, seeds: int, out: Path) -> None:
-    """Which learning rate suits each method of Table 1, and what it costs the base; no held-out question is used."""
+    """Search each method's learning rate.
+
+    Of Table 1, and what it costs the base; no held-out question is used.
+    """
     import_peft()
     settings = {}
     for method in RATES:

@@ -35,7 +35,10 @@ def answer_problems(
 
 
 def compare_on_scienceqa(testbed: Testbed, seeds: int, out: Path, problems: list[Problem]) -> None:
-    """Table 5 on its own data: ScienceQA's validation split; of a problem with an image, the text alone."""
+    """Compare inits on ScienceQA.
+
+    Table 5 on its own data, the validation split; of a problem with an image, the text alone.
+    """
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
     click.echo(
         f"{len(testbed.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"

@@ -34,9 +34,13 @@ class RobertaTokenizer:
             self.bpe = Tokenizer(
                 BPE({token: i for i, token in enumerate(ids)}, [tuple(line.split(" ")) for line in lines])
             )
-        except OSError:
-            raise
-        except Exception as error:  # tokenizers has no kind of its own
+        except BaseException as error:  # tokenizers has no kind of its own, and Rust's panics are no Exceptions
+            if (
+                isinstance(error, OSError | KeyboardInterrupt)
+                or not isinstance(error, Exception)
+                and "Panic" not in repr(error)
+            ):
+                raise
             raise ValueError(f"{folder}: cannot be read as RoBERTa's tokenizer: {first_line(error)}") from None
         self.bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
         self.ids = list(ids.values())

@@ -886,10 +886,12 @@ def run_command(seed: int, number: int, base: Path) -> str:
             args = list(args)
             args[rng.choice(values or [len(args) - 1])] = rng.choice(VALUES)
         command = [sys.executable, *(arg.format(**places) for arg in args)]
+        if command[1].endswith(".py"):
+            command[1] = str(ROOT / command[1])
         try:
             done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                command, cwd=folder, capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"{kind}: hangs: {command}"

@@ -53,6 +53,14 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     again = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
     assert again.exit_code == 0 and again.stdout == result.stdout, again.output
 
+    monkeypatch.setenv(
+        "LLAMA_ADAPTER_CACHE", str(tmp_path / "empty")
+    )  # the tower is made, and trained, when it is asked
+    elsewhere = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
+    assert elsewhere.exit_code == 0 and list((tmp_path / "empty").glob("toy-digits-*/tower")), elsewhere.output
+    monkeypatch.delenv("LLAMA_ADAPTER_CACHE")
+    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(small_digits.parent))
+
     blind = run(*args, "--toy", "blind", "--out", tmp_path / "blind")
     assert blind.exit_code == 0 and "another image" not in blind.stdout and "no image" in blind.stdout
     assert type(Adapter.load(tmp_path / "blind" / "adapter.safetensors")) is Adapter

@@ -26,8 +26,8 @@ TIME, SIGTERM, CTRL_C = 1, 2, 3
 REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
 
 
-class Stopped(Exception):
-    """By the user, a scheduler or the clock."""
+class Stopped(BaseException):
+    """By the user, a scheduler or the clock. No Exception: whoever handles all of those would swallow it."""
 
     def __init__(self, reason: int, step: int | None = None):
         text, self.code = REASONS[reason]

@@ -1,0 +1,232 @@
+"""Every option of every command is run, from the command line to exit code 0, at least once, here.
+
+What there is to run the commands say themselves: an option that is added without a line here is found.
+"""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import SEEING, make_vit, openai_names, save_coco, save_problem_images, save_problems, vary
+from PIL import Image
+from safetensors.torch import load_file
+
+import convert
+import evaluate
+import experiments.__main__ as experiments
+import generate
+import train
+from benchmarks import __main__ as benchmarks
+from benchmarks import measuring, workload
+from encoder_tuning import __main__ as encoder_tuning
+from encoders.heads import HeadAdapter
+from model import Config
+
+PROGRAMS = {
+    "train": train.main, "generate": generate.main, "evaluate": evaluate.main, "convert": convert.main,
+    "encoder_tuning": encoder_tuning.main, "benchmarks": benchmarks.main, "experiments": experiments.main,
+}  # fmt: skip
+ADAPTER = "--layers 2 --length 3 --epochs 3 --warmup-epochs 0.5 --batch-size 8 --weight-decay 0.01 --seed 1"
+RUN = "--save-every 2 --log-every 2 --max-minutes 5 --device cpu --dtype float32"
+BENCH = "--size 15M --device cpu --dtype float32 --repeat 1 --data {forty} --tokenizer {base}/tokenizer.model"
+TESTBED = (
+    "--base {base} --data {forty} --task instructions --text {text} --limit 16 --held-out 3 --max-seq-len 300 "
+    "--batch-size 16 --lr 0.05 --layers 2 --length 3 --epochs 3 --device cpu --dtype float32 --seeds 1 --out {new}"
+)
+# Of each command what is run; each of its options occurs in a line of it.
+LINES = {
+    "train": [
+        f"--base {{base}} --data {{forty}} --task instructions --limit 30 --out {{new}} {ADAPTER} {RUN} --lr 0.05 "
+        "--max-seq-len 400 --val-size 4 --micro-batch-tokens 500 --checkpoint-activations --attention paper "
+        "--strategy ddp --resume auto",
+        "--base {base} --toy text --limit 8 --layers 2 --epochs 2 --blr 0.01 --device cpu --out {new}",
+        "--base {base} --data {forty} --limit 20 --device cpu --int8 --out {new}",
+        "--base {base} --data {forty} --limit 4 --val-size 0 --epochs 3 --device cpu --compile --out {new}",
+        "--base {base} --data {album}/data.json --images {album} --clip {album}/ViT.pt --features {new}-features "
+        "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
+        "--base {base} --data {album}/data.json --skip-missing --encoder {album}/eye.py:rows --device cpu --out {new}",
+    ],
+    "generate": [
+        "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
+        "--temperature 0.5 --top-p 0.9 --seed 1 --strength 0.5 --device cpu --dtype float32 --attention paper Hello",
+        "--base {base} --raw --greedy --max-new-tokens 2 --device cpu Hello",
+        "--base {base} --int8 --max-new-tokens 2 --device cpu Hello",
+        "--base {base} --compile --max-new-tokens 2 --device cpu Hello",
+        "--adapter {seeing} --image {album}/1.png --clip {album}/ViT.pt --max-new-tokens 2 --device cpu Hello",
+        "--adapter {heard} --video {album}/1.png --encoder {album}/eye.py:rows --max-new-tokens 2 Hello",
+        "--adapter {seeing} --prompts {album}/in.jsonl --images {album} --out {new} --batch-size 1 --max-new-tokens 2",
+    ],
+    "evaluate scienceqa": [
+        "--data {science}/problems.json --images {science} --split test --limit 2 --adapter {seeing} --base {base} "
+        "--clip {album}/ViT.pt --skip-missing --choose --max-new-tokens 3 --batch-size 2 --device cpu --dtype float32 "
+        "--out {new}",
+        "--data {science}/problems.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --out {new}",
+        "--data {science}/problems.json --results {science}/results.json --out {new}",
+    ],
+    "evaluate captions": [
+        "--data {coco}/captions.json --images {coco} --limit 2 --adapter {seeing} --base {base} --clip {album}/ViT.pt "
+        "--skip-missing --max-new-tokens 3 --batch-size 2 --device cpu --dtype float32 --out {new}",
+        "--data {coco}/captions.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --out {new}",
+        "--data {coco}/captions.json --results {coco}/results.json --out {new}",
+    ],
+    "evaluate toy": ["--adapter {text_only} --base {base} --images --device cpu --dtype float32"],
+    "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
+    "convert import": [
+        "{theirs} {new} --heads 2 --gate identity --length 3",
+        "{lit} {new} --litgpt-rows --base {grouped}",
+    ],
+    "convert export": ["{one_gate} {new} --heads 2 --gate identity --length 3"],
+    "encoder_tuning train": [
+        f"--task image-classification --base {{vit}} --data {{digits}}.npz --limit 30 --out {{new}} {ADAPTER} {RUN} "
+        "--lr 0.01 --max-seq-len 100 --val-size 4 --micro-batch-tokens 100 --resume auto",
+        "--task image-classification --base {vit} --data {digits}.npz --blr 0.1 --layers 1 --epochs 3 --out {new}",
+    ],
+    "encoder_tuning evaluate": [
+        "--task image-classification --adapter {head} --base {vit} --data {digits}.npz --limit 5 --out {new} "
+        "--micro-batch-tokens 100 --device cpu --dtype float32",
+    ],
+    "benchmarks train": [
+        f"{BENCH} --json {{new}}.json --examples 4 --batch-size 2 --micro-batch-tokens 500 --checkpoint-activations",
+        f"{BENCH} --ablation --examples 4",
+        f"{BENCH} --peers --examples 4",
+        f"{BENCH} --compile --examples 4",
+    ],
+    "benchmarks generate": [
+        f"{BENCH} --json {{new}}.json --tokens 3",
+        f"{BENCH} --peers --tokens 3",
+        f"{BENCH} --compile --tokens 3",
+    ],
+    "benchmarks memory": ["--size 15M --check --device cpu --dtype float32 --json {new}.json"],
+    "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilisation 0.5"],
+    "experiments gates": [TESTBED],
+    "experiments vit": [
+        "--base {vit} --train {digits}.npz --test {digits}.npz --seeds 1 --epochs 2 --batch-size 20 --length 2 --rank 2 "
+        "--out {new}",
+        "--base {vit} --train {digits}.npz --test {digits}.npz --epochs 2 --search --out {new}",
+    ],
+}  # fmt: skip
+# The same options, run elsewhere: tests/test_experiments.py and test_experiments_encoders.py.
+LIKE = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
+
+
+def commands(program, name):
+    """Every command, by the program and its own name."""
+    if isinstance(program, click.Group):
+        for child, command in program.commands.items():
+            yield f"{name} {child}", command
+    else:
+        yield name, program
+
+
+COMMANDS = {name: command for program, main in PROGRAMS.items() for name, command in commands(main, program)}
+
+
+def options_of(command):
+    return {option for param in command.params if isinstance(param, click.Option) for option in param.opts} - {"--help"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_and_has_a_line_here(name):
+    command = COMMANDS[name]
+    like = name.split()[-1] if name.startswith("experiments") else ""
+    if " " in name:
+        assert "..." not in command.get_short_help_str(limit=60), "its first sentence is cut in the list of commands"
+    if like in LIKE:
+        assert options_of(command) == options_of(COMMANDS[f"experiments {LIKE[like]}"])
+        return
+    if name == "experiments roberta":
+        assert options_of(command) - options_of(COMMANDS["experiments vit"]) == {"--text", "--tokenizer"}
+        return
+    used = {word for line in LINES[name] for word in line.split() if word.startswith("--")}
+    same = {"--image", "--video", "--audio"}  # three names of one option
+    assert options_of(command) - used <= same and used <= options_of(command)
+    for param in command.params:
+        if isinstance(param, click.Option):
+            assert param.help, f"{name} {param.opts[0]}"
+            assert len(f"{param.opts[0]} {param.help.split('  [')[0]}") <= 120, param.opts[0]
+
+
+@pytest.fixture(scope="module")
+def places(tiny_base, instructions, tmp_path_factory):
+    """Files that the lines name."""
+    folder = tmp_path_factory.mktemp("options")
+    for name in ("album", "science", "coco", "vit", "grouped"):
+        (folder / name).mkdir()
+    album = folder / "album"
+    torch.save(openai_names(make_vit(SEEING)), album / "ViT.pt")
+    (album / "eye.py").write_text("import torch\ndef rows(path): return torch.arange(1.0, 65).view(2, 32)\n")
+    records = []
+    for i in range(4):
+        Image.new("RGB", (30, 30), (60 * i, 0, 0)).save(album / f"{i}.png")
+        records.append({"instruction": "Name the colour.", "output": "red", "image": f"{i + i // 3}.png"})
+    (album / "data.json").write_text(json.dumps(records))
+    (album / "in.jsonl").write_text(json.dumps(records[0]))
+    save_problems(folder / "science")
+    save_problem_images(folder / "science")
+    (folder / "science" / "results.json").write_text(json.dumps({"results": {"12": 1, "30": 0, "31": 1}}))
+    save_coco(folder / "coco")
+    for number in (2, 5, 9):
+        Image.new("RGB", (20, 20)).save(folder / "coco" / f"{number}.jpg")
+    captions = [{"image_id": number, "caption": "A dog."} for number in (5, 9)]
+    (folder / "coco" / "results.json").write_text(json.dumps(captions))
+
+    from multimodal import ImageAdapter
+
+    shape = {"layers": 3, "length": 2, "dim": 16, "heads": 2}
+    about = {"base": str(tiny_base), "base_layers": 3}
+    train.Adapter(**shape).save(folder / "text_only", **about)
+    ImageAdapter(features=512, **shape).save(folder / "seeing", tower=album / "ViT.pt", **about)
+    ImageAdapter(features=64, **shape).save(folder / "heard", encoder="eye.py:rows", **about)
+    gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.5) for i in range(3)}
+    torch.save({"adapter_query.weight": torch.ones(6, 16)} | gates, folder / "theirs")
+    shutil.copy(folder / "theirs", folder / "one_gate")
+    lit = {f"transformer.h.{i}.attn.adapter_wte.weight": torch.randn(3, 16) for i in (1, 2)}
+    lit |= {f"transformer.h.{i}.attn.gating_factor": torch.ones(1, 1, 4, 1) for i in (1, 2)}
+    torch.save(lit, folder / "lit")
+    grouped = {"dim": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
+    (folder / "grouped" / "params.json").write_text(json.dumps(grouped))
+    torch.manual_seed(0)
+    model = train.LLaMA(Config(16, 3, 4, 2, 4, 48, 1024))
+    torch.save(model.state_dict(), folder / "grouped" / "consolidated.00.pth")
+    shutil.copy(tiny_base / "tokenizer.model", folder / "grouped")
+
+    transformers = pytest.importorskip("transformers")
+    shape = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**shape, intermediate_size=48, num_channels=3, num_labels=2)
+    vary(transformers.ViTForImageClassification(config)).save_pretrained(folder / "vit")
+    images = np.random.default_rng(0).integers(0, 255, (40, 16, 16), dtype=np.uint8)
+    np.savez(folder / "digits.npz", images=images, labels=np.arange(40) % 2)
+    head = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=[32, 2])
+    head.save(folder / "head", base=folder / "vit", base_layers=3, task="image-classification", classes='["0", "1"]')
+    (folder / "text").write_text("The capital of Peru is Lima, and Anna went home.\n" * 100)
+    names = ("album", "science", "coco", "vit", "grouped", "text_only", "seeing", "heard", "theirs", "one_gate", "lit")
+    names += ("digits", "head", "text")
+    return {name: folder / name for name in names} | {"base": tiny_base, "forty": instructions}
+
+
+@pytest.mark.parametrize("name, line", [(name, line) for name, lines in LINES.items() for line in lines])
+def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line):
+    program, *command = name.split()
+    if "captions" in name:
+        pytest.importorskip("pycocoevalcap")
+        if shutil.which("java") is None:
+            pytest.skip("needs java")
+    # With the real compiler these take a minute: test_train.py and test_generate.py have it.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    if program == "benchmarks":
+        monkeypatch.setattr("benchmarks.memory.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+        monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
+        monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
+        monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
+    result = CliRunner().invoke(PROGRAMS[program], [*command, *line.format(**places, new=tmp_path / "new").split()])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    if "{new}" in line and "--search" not in line:
+        assert list(tmp_path.iterdir())
+    if name == "train" and "--clip" in line:
+        assert load_file(tmp_path / "new" / "adapter.safetensors")["projection.0.weight"].shape[1] == 512
