@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 import click
 import torch
-from cloup import command, option, option_group
+from cloup import command
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +23,8 @@ from encoders.media import files_in
 from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from model import KVCache, LLaMA
-from runtime.cli import SEED, Count, Real, device_options, one_line_errors
+from runtime.asking import batch_options, model_options, question_options, sampling_options, speed_options
+from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import printable
@@ -338,43 +339,11 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 
 @command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
-@option_group(
-    "Model",
-    option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be."),
-    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
-    *device_options,
-)
-@option_group(
-    "What is asked",
-    option("--input", default="", show_default=False, help="Alpaca's input field: what the instruction is about."),
-    option("--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about."),
-    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
-    option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
-    option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template."),
-    option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter."),
-)
-@option_group(
-    "Sampling",
-    option("--temperature", type=Real(0, 1e3), default=0.1, help="Of the softmax; 0 is greedy."),
-    option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Nucleus sampling: the likeliest p of it."),
-    option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0."),
-    option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone."),
-    option("--max-new-tokens", type=Count(), default=256, help="So long an answer at most."),
-    option("--seed", type=SEED, default=0, help="Of sampling."),
-)
-@option_group(
-    "Many prompts",
-    option("--prompts", "jsonl", type=click.Path(), help="JSONL of instruction, input and adapter, to answer."),
-    option("--images", "folder", type=click.Path(), help="Where their images are.  [default: beside the file]"),
-    option("--out", type=click.Path(), help="Where the answers go: the same records with an output."),
-    option("--batch-size", type=Count(), default=64, help="Prompts, or images, answered at once."),
-)
-@option_group(
-    "Memory and speed",
-    option("--int8", is_flag=True, help="Quantise the layers to 8 bits."),
-    option("--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster."),
-    option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two ways to the same numbers."),
-)
+@model_options
+@question_options
+@sampling_options
+@batch_options
+@speed_options([*ATTENTIONS])
 def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, jsonl, out, batch_size, **options):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 

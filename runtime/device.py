@@ -6,7 +6,7 @@ import torch
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Of a base: a GPU in bfloat16 if there is one, else Apple's or a CPU in float32, unless something else is asked for.
+    """Of a base: a GPU in bfloat16 if there is one, else Apple's or a CPU in float32, or what is asked for.
 
     Raises ValueError where this machine, or this PyTorch, has no such device.
     """

@@ -18,7 +18,7 @@ class AllRanksError(ValueError):
 
 @contextmanager
 def memory_errors():
-    """Raises torch.OutOfMemoryError, as on a GPU, where a CPU has no memory left and PyTorch calls it a RuntimeError."""
+    """Raises torch.OutOfMemoryError, as on a GPU, where a CPU has no memory left: PyTorch calls it a RuntimeError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
