@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import time
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait for each other
+
 import pytest
 import torch
 from helpers import DATA, ROOT, copy_base, split_for_parallel
