@@ -64,7 +64,7 @@ def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]
         if sum(entry.file_size for entry in ZipFile(path).infolist()) > max_bytes():
             raise ValueError(f"holds more than {max_bytes():,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
+            images, labels = map(np.asarray, (arrays["images"], arrays["labels"]))
     except Exception as error:  # whatever a broken file makes numpy meet
         raise ValueError(f"{path}: is no .npz with arrays 'images' and 'labels': {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):

@@ -118,7 +118,7 @@ def change_tensors(tensors: dict, rng: random.Random) -> dict:
         ),
         lambda: flat,
         lambda: t[None],
-        lambda: t.T.contiguous() if t.dim() == 2 else t[:0],
+        lambda: t.T.contiguous() if t.dim() == 2 else flat[:0],
         lambda: flat[0].clone() if len(flat) else t,
         lambda: torch.zeros(0),
         lambda: torch.cat([t, t]) if t.dim() else t,
@@ -809,7 +809,8 @@ def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[in
                 number, result = queue.get(timeout=SECONDS + (60 if current is None else 0))
             except Exception:
                 how = f"hangs for {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
-                results[current] = f"{list(KINDS)[current % len(KINDS)] if current is not None else '?'}: {how}"
+                name = "?" if current is None else kind or list(KINDS)[current % len(KINDS)]
+                results[current] = f"{name}: {how}"
                 process.kill()
                 break
             if number is None:

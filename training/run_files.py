@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from adapter import Adapter
-from formats.tensors import load_pth
+from formats.tensors import load_pth, require_dense
 from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
 from runtime.schema import require_number
 from training.distributed import broadcast_from_rank0, sync_errors
@@ -91,7 +91,8 @@ def trim_metrics(path: Path, step: int) -> None:
         for line in read_metrics(path):
             if line["step"] < step or (line["step"] == step and "loss" in line):
                 kept.append(line)
-        if [line["step"] for line in kept if "loss" in line] != list(range(1, step + 1)):
+        steps = [line["step"] for line in kept if "loss" in line]
+        if len(steps) != step or steps != list(range(1, step + 1)):
             raise ValueError(f"{path}: does not have every step up to {step}, where checkpoint.pt stands")
     with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -164,21 +165,26 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
             require_number("step", progress.step, 1, 2**40, whole=True)
             require_number("tokens", progress.tokens, 1, 2**60, whole=True)
             require_number("seconds", progress.seconds, 1e-9, 1e12)
+            for tensor in checkpoint["adapter"].values():
+                require_dense(tensor)
             adapter.load_state_dict(checkpoint["adapter"])
-            load_optimizer(optimizer, checkpoint["optimizer"])
+            load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
             return progress
         except Exception as error:  # whatever is missing, or of another shape
             raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Fill AdamW; raises ValueError where its numbers are not of the shape of what it optimises, or not finite."""
-    optimizer.load_state_dict(state)
+def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) -> None:
+    """Fill AdamW with what it knew of each parameter, after so many steps; rates and betas stay its own.
+
+    Raises ValueError where that is not of the parameter's shape, not finite, or of another step.
+    """
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                value = optimizer.state[parameter][moment]
-                if value.shape != parameter.shape or not value.isfinite().all():
-                    raise ValueError(
-                        f"its {moment} {tuple(value.shape)} is not that of {tuple(parameter.shape)} numbers"
-                    )
+            known = optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if require_dense(known[name]).shape != parameter.shape or not known[name].isfinite().all():
+                    raise ValueError(f"its {name} is not that of {tuple(parameter.shape)} finite numbers")
+            if require_dense(known["step"]).numel() != 1 or known["step"].item() != steps:
+                raise ValueError(f"its optimizer took other than {steps} steps")
