@@ -1,4 +1,4 @@
-"""LLaMA (1, 2 and 3) in plain PyTorch, with room for prompts.
+"""LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with room for prompts.
 
 Parameters carry the names of Meta's checkpoints. Notation as in adapter.py.
 """
@@ -41,6 +41,8 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_seq_len: int | None = None  # how far it was trained to see, where the checkpoint says so
+    qkv_bias: bool = False  # Qwen2's
+    qk_norm: bool = False  # Qwen3's: q and k are normed head by head, before they are rotated
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
@@ -155,10 +157,11 @@ class Attention(nn.Module):
         super().__init__()
         C, H, Hkv, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.head_dim = D
-        self.wq = nn.Linear(C, H * D, bias=False)
-        self.wk = nn.Linear(C, Hkv * D, bias=False)
-        self.wv = nn.Linear(C, Hkv * D, bias=False)
+        self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.wk = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
+        self.wv = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
         self.wo = nn.Linear(H * D, C, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
         self.gated = gated
 
     def heads(self, x: Tensor) -> Tensor:
@@ -168,7 +171,7 @@ class Attention(nn.Module):
         """Keys and values of the prompt's tokens, unrotated: a prompt has no position."""
         if cache is not None and cache.prompt is not None:
             return cache.prompt
-        k, v = self.heads(self.wk(prompt.tokens)), self.heads(self.wv(prompt.tokens))  # (1|B, K, Hkv, D)
+        k, v = self.k_norm(self.heads(self.wk(prompt.tokens))), self.heads(self.wv(prompt.tokens))  # (1|B, K, Hkv, D)
         kv = k.transpose(1, 2), v.transpose(1, 2)  # (1|B, Hkv, K, D)
         if cache is not None:
             cache.prompt = kv
@@ -176,6 +179,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
         q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, T, H|Hkv, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, positions.cos, positions.sin), apply_rope(k, positions.cos, positions.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|Hkv, T, D)
         if cache is not None:

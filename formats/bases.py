@@ -51,8 +51,9 @@ def load_llama(
 
     def fill(part: str) -> None:
         for name, parameter in list(model.get_submodule(part).named_parameters(part)):
-            owner = model.get_submodule(name.removesuffix(".weight"))
-            owner.weight = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
+            module, _, attribute = name.rpartition(".")
+            value = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
+            setattr(model.get_submodule(module), attribute, value)
 
     fill("tok_embeddings")
     for i, block in enumerate(model.layers):

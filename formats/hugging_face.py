@@ -1,4 +1,4 @@
-"""Hugging Face's layout of a LLaMA, LlamaForCausalLM: config.json, and model*.safetensors or pytorch_model*.bin."""
+"""Hugging Face's layout of LLaMA, Mistral, Qwen2 and Qwen3: config.json, and model*.safetensors or pytorch_model*.bin."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from torch import Tensor
 from formats.tensors import Weights, copy, named, open_shards, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
+from runtime.schema import require_number
 
 TOLD_BY = "config.json"
 
@@ -20,6 +21,8 @@ TO_HUGGING_FACE = {
     "layers.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
     "layers.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
     "layers.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
     "layers.{}.feed_forward.w1": "model.layers.{}.mlp.gate_proj",
     "layers.{}.feed_forward.w2": "model.layers.{}.mlp.down_proj",
     "layers.{}.feed_forward.w3": "model.layers.{}.mlp.up_proj",
@@ -29,18 +32,34 @@ TO_HUGGING_FACE = {
     "output": "lm_head",
 }
 TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
-ROTATED = (".wq.weight", ".wk.weight")  # a rotated pair: rows i and i + D/2 of a head there, 2i and 2i + 1 at Meta's
+# A rotated pair: rows i and i + D/2 of a head there, 2i and 2i + 1 at Meta's.
+ROTATED = (".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias", ".q_norm.weight", ".k_norm.weight")
+
+ARCHITECTURES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # of model_type
+# What others have that a LLaMA has not, by how their model_type begins.
+MISSING = {
+    "gemma": "its embeddings are scaled, and its norms add one to their weights",
+    "phi": "its q, k, v lie in one matrix, and some of its heads are rotated by a part",
+    "gpt": "it has learned positions and layer norms",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+    "qwen2_vl": "it sees images by itself",
+    "llama4": "it is a mixture of experts",
+    "olmo": "its norms come after what they are for",
+    "falcon": "its attention and feed-forward run side by side",
+}
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
-    """The name of a weight in the other layout; one that is in neither stays as it is."""
-    numbers = re.findall(r"layers\.(\d+)\.", name)
-    module = modules.get(re.sub(r"layers\.\d+\.", "layers.{}.", name).removesuffix(".weight"))
-    return f"{module.replace('{}', ''.join(numbers))}.weight" if module and name.endswith(".weight") else name
+    """The name of a weight or bias in the other layout; one that is in neither stays as it is."""
+    numbers, (place, _, kind) = re.findall(r"layers\.(\d+)\.", name), name.rpartition(".")
+    module = modules.get(re.sub(r"layers\.\d+\.", "layers.{}.", place + ".").removesuffix("."))
+    return f"{module.replace('{}', ''.join(numbers))}.{kind}" if module else name
 
 
 def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of wq or wk, (heads*D, C), in Hugging Face's order."""
+    """Rows of wq or wk, (heads*D, C), or their bias, or a head's norm, in Hugging Face's order."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -83,19 +102,24 @@ def read(folder: Path) -> tuple[Config, Weights]:
 
 def hugging_face_config(values: dict) -> Config:
     """Of config.json. Raises KeyError, or ValueError at an architecture other than LLaMA's."""
-    only = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for name, value in (only | {"quantization_config": None}).items():
+    kind = values.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        known = next((missing for start, missing in MISSING.items() if str(kind).startswith(start)), None)
+        what = f"; {known}" if known else ""
+        raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{what}")
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+    for name, value in only.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling is {rope!r}")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind == "llama3":
+    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if rope_type == "llama3":
         fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = RopeScaling(*(rope[name] for name in fields))
-    elif kind != "default":
-        raise ValueError(f"rope_type is {kind!r}; only 'default' and 'llama3' are supported")
+    elif rope_type != "default":
+        raise ValueError(f"rope_type is {rope_type!r}; only 'default' and 'llama3' are supported")
     dim, n_heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim")
     if head_dim is None:
@@ -114,5 +138,15 @@ def hugging_face_config(values: dict) -> Config:
         norm_eps=values["rms_norm_eps"],
         rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
         rope_scaling=scaling,
-        max_seq_len=values.get("max_position_embeddings"),
+        max_seq_len=context(values),
+        **ARCHITECTURES[kind],
     )
+
+
+def context(values: dict) -> int | None:
+    """How far the model sees: where each token looks back over a window alone, as far as that."""
+    length, window = values.get("max_position_embeddings"), values.get("sliding_window")
+    if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):
+        return length
+    require_number("sliding_window", window, 1, 2**40, whole=True)
+    return window if length is None else min(length, window)

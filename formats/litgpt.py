@@ -27,6 +27,8 @@ def from_litgpt_rows(adapter: Adapter, model: LLaMA) -> Adapter:
     """
     config, layers = model.config, len(adapter.prompts)
     adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+    if config.qkv_bias or config.qk_norm:
+        raise ValueError("--litgpt-rows is for LLaMA's attention, without biases and norms of q and k")
     if "lit-llama" not in adapter.metadata.get("imported_from", ""):
         raise ValueError("--litgpt-rows is for files of litgpt, and this is none")
     for i, (prompts, block) in enumerate(zip(adapter.prompts.data, model.layers[-layers:])):

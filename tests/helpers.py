@@ -28,12 +28,16 @@ CONFIGS = {
     "mqa": Config(32, 3, 4, 1, 8, 48, 50),
     "wide": Config(32, 3, 4, 2, 12, 48, 50),
 }
+QWEN = {
+    "qwen2": Config(32, 3, 4, 2, 8, 48, 50, qkv_bias=True),
+    "qwen3": Config(32, 3, 4, 2, 12, 48, 50, qk_norm=True),
+}
 
 
 def make_model(config="gqa", seed=0, **options):
     """A frozen random LLaMA whose layers all matter: untrained weights of order one."""
     torch.manual_seed(seed)
-    model = LLaMA(CONFIGS.get(config, config), **options)
+    model = LLaMA((CONFIGS | QWEN).get(config, config), **options)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
@@ -279,15 +283,18 @@ KINDS = {
     "gqa": dict(num_attention_heads=4, num_key_value_heads=2),
     "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "wide heads": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24),
+    "mistral": dict(architecture="Mistral", num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
+    "qwen2": dict(architecture="Qwen2", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": dict(architecture="Qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=24),
     "llama3 rope": dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
 }
 
 
-def save_hugging_face(folder, tiny_base, shard_size="1GB", **kind):
-    """A random LlamaForCausalLM of logits of order 10, written by save_pretrained."""
+def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama", **kind):
+    """A random LlamaForCausalLM, or another, of logits of order 10, written by save_pretrained."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=1056,  # more than the tokenizer has, as in many published models
         hidden_size=64,
         intermediate_size=96,
@@ -297,9 +304,9 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", **kind):
         rms_norm_eps=1e-6,
         **kind,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or name.endswith("bias"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     with torch.no_grad():
         model.lm_head.weight *= 5

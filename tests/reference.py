@@ -49,6 +49,15 @@ def logits(weights, config, tokens, prompts=None, gates=None):
     for n in range(N):
         layer = f"layers.{n}."
         matrices = {name: w[layer + f"attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo")}
+
+        def project(name, x, of_head, layer=layer, matrices=matrices):
+            """With what some have besides: a bias, and a norm of each head's q and k."""
+            y = matrices[name] @ x
+            if layer + f"attention.{name}.bias" in w:
+                y = y + w[layer + f"attention.{name}.bias"]
+            norm = w.get(layer + f"attention.{name[1]}_norm.weight")
+            return y[of_head] if norm is None else rms_norm(y[of_head], norm, config.norm_eps)
+
         normed = [rms_norm(x, w[layer + "attention_norm.weight"], config.norm_eps) for x in xs]
         adapted = n >= N - L
         prompt = list(prompts[n - (N - L)].double()) if adapted else []
@@ -59,11 +68,11 @@ def logits(weights, config, tokens, prompts=None, gates=None):
             for h in range(H):
                 kv = h // (H // Hkv)  # the key/value head that query head h shares
                 of_q, of_kv = slice(h * D, (h + 1) * D), slice(kv * D, (kv + 1) * D)
-                q = apply_rope((matrices["wq"] @ normed[t])[of_q], t, config.rope_theta)
-                keys = [apply_rope((matrices["wk"] @ normed[s])[of_kv], s, config.rope_theta) for s in range(t + 1)]
-                values = [(matrices["wv"] @ normed[s])[of_kv] for s in range(t + 1)]
-                prompt_keys = [(matrices["wk"] @ p)[of_kv] for p in prompt]
-                prompt_values = [(matrices["wv"] @ p)[of_kv] for p in prompt]
+                q = apply_rope(project("wq", normed[t], of_q), t, config.rope_theta)
+                keys = [apply_rope(project("wk", normed[s], of_kv), s, config.rope_theta) for s in range(t + 1)]
+                values = [project("wv", normed[s], of_kv) for s in range(t + 1)]
+                prompt_keys = [project("wk", p, of_kv) for p in prompt]
+                prompt_values = [project("wv", p, of_kv) for p in prompt]
                 gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
                 heads.append(gated_attention(q, keys, values, prompt_keys, prompt_values, gate))
             outputs.append(matrices["wo"] @ torch.cat(heads))

@@ -5,7 +5,7 @@ import math
 import pytest
 import reference
 import torch
-from helpers import CONFIGS, make_adapter, make_model, make_tokens
+from helpers import CONFIGS, QWEN, make_adapter, make_model, make_tokens
 from safetensors.torch import load_file, save_file
 
 from adapter import Adapter, attend, gated_attention, gated_attention_paper
@@ -67,7 +67,7 @@ def test_attention_equals_the_reference(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 def test_model_with_open_gates_equals_the_reference(config, form):
     """Logits and the adapter's gradients of a whole model, in float32 against float64."""
     model = make_model(config, attention=form)

@@ -27,6 +27,23 @@ def test_hugging_face_folder_gives_transformers_logits(tiny_base, tmp_path, kind
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
+@pytest.mark.parametrize(
+    "changes, sees",
+    [
+        (dict(model_type="mistral", sliding_window=100), 100),
+        (dict(model_type="mistral", sliding_window=None), 256),
+        (dict(sliding_window=100), 256),
+        (dict(sliding_window=100, use_sliding_window=True), 100),
+    ],
+)
+def test_a_window_is_as_far_as_a_base_sees(tiny_base, tmp_path, changes, sees):
+    """Up to there the model is the same with and without; beyond, a prompt is refused as one beyond the context."""
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert load_llama(tmp_path / "hf")[0].config.max_seq_len == sees
+
+
 def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
     """Before transformers 5 rope_theta stood by itself, and rope_scaling beside it."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["llama3 rope"])
@@ -55,7 +72,15 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="qwen2"), "config.json: model_type is 'qwen2'; only 'llama' is supported"),
+        (
+            dict(model_type="bert"),
+            "config.json: model_type is 'bert'; only 'llama', 'mistral', 'qwen2', 'qwen3' are supp",
+        ),
+        (dict(model_type="gemma2"), "'gemma2'; only .* are supported; its embeddings are scaled"),
+        (dict(model_type="qwen2_moe"), "'qwen2_moe'; only .* are supported; it is a mixture of experts"),
+        (dict(model_type=["llama"]), r"model_type is \['llama'\]"),
+        (dict(model_type="qwen2"), "has no weight layers.0.attention.wk.bias"),
+        (dict(model_type="mistral", sliding_window="far"), "sliding_window is 'far'"),
         (dict(attention_bias=True), "config.json: attention_bias is True; only False"),
         (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
         (dict(quantization_config={"bits": 4}), "config.json: quantization_config is"),
@@ -144,9 +169,7 @@ def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
-    with pytest.raises(
-        ValueError, match="has a weight model.layers.0.self_attn.q_proj.bias that a LLaMA does not have"
-    ):
+    with pytest.raises(ValueError, match="has a weight layers.0.attention.wq.bias that a LLaMA does not have"):
         load_llama(tmp_path / "hf")
 
 

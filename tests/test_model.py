@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, make_adapter, make_model, make_tokens
+from helpers import CONFIGS, QWEN, make_adapter, make_model, make_tokens
 
 from adapter import gated_attention_paper
 from benchmarks.peers import as_transformers
@@ -19,7 +19,7 @@ def test_base_equals_transformers(config):
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
 def test_decoding_equals_rescoring(config, form, device):
     """Cached output must equal uncached output (nanoGPT 613), rows of unequal length and open gates included."""

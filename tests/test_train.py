@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from helpers import CONFIGS, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
+from helpers import CONFIGS, QWEN, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
 from safetensors.torch import load_file
 
 from adapter import Adapter, gated_attention, gated_attention_paper
@@ -52,7 +52,7 @@ def naive_loss(model, adapter, examples):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [gated_attention, gated_attention_paper])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("max_tokens, checkpointed", [(1, False), (40, True), (10_000, False), (10_000, True)])
