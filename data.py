@@ -71,8 +71,9 @@ class Batch(NamedTuple):
 class Tokenizer(Protocol):
     """Text to ids and back, whatever the kind of its file."""
 
-    bos_id: int
-    eos_id: int
+    start_ids: list[int]  # <bos>, where texts begin with one
+    eos_id: int  # ends an answer; so do all of `end_ids`
+    end_ids: list[int]
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
@@ -143,8 +144,8 @@ def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -
 
 
 def tokenize_prompt(tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca") -> list[int]:
-    """<bos> and the prompt: what training conditions on, and what generation starts from."""
-    return [tokenizer.bos_id] + tokenizer.encode(format_prompt(instruction, input, template))
+    """<bos>, if the base has one, and the prompt: what training conditions on, and what generation starts from."""
+    return tokenizer.start_ids + tokenizer.encode(format_prompt(instruction, input, template))
 
 
 def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:

@@ -7,7 +7,7 @@ Notation as in adapter.py.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -77,7 +77,7 @@ def stream(
     prompts: Sequence[Prompt] = (),
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    end_ids: Collection[int] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
@@ -85,7 +85,7 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids; the rows may differ in length.
 
-    Yields, step by step, B ids, None for a row that has ended: with `eos_id`, which is not yielded. All end after
+    Yields, step by step, B ids, None for a row that has ended: with one of `end_ids`, which is not yielded. All end after
     `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled.
     """
     if not all(tokens):
@@ -101,7 +101,7 @@ def stream(
             newest = sample(logits, temperature, top_p, generator)  # (B,)
             new.append(newest)
         for ids in torch.stack(new).tolist():
-            ended = [done or id == eos_id for done, id in zip(ended, ids)]
+            ended = [done or id in end_ids for done, id in zip(ended, ids)]
             if all(ended):
                 return
             yield [None if done else id for done, id in zip(ended, ids)]
@@ -191,7 +191,7 @@ class Responder:
     def tokens(self, request: Request) -> list[int]:
         """<bos> and the instruction, in its template."""
         if self.raw:
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(request.instruction)]
+            return [*self.tokenizer.start_ids, *self.tokenizer.encode(request.instruction)]
         return tokenize_prompt(self.tokenizer, request.instruction, request.input, self.templates[request.adapter])
 
     def tokens_and_limit(self, request: Request) -> tuple[list[int], int]:
@@ -401,7 +401,7 @@ def make_responder(
         **options,
         temperature=0.0 if greedy else temperature,
         generator=torch.Generator(device).manual_seed(seed),
-        eos_id=tokenizer.eos_id,
+        end_ids=tokenizer.end_ids,
         decode=compile_decoding(decode, model) if compile else decode,
     )
 

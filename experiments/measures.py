@@ -28,7 +28,7 @@ def exact_accuracy(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt]) ->
     answers: list[list[int]] = []
     for start in range(0, len(questions), 128):
         batch = [tokenize_prompt(tokenizer, q.instruction, q.input) for q in questions[start : start + 128]]
-        answers += generate(model, batch, prompts, max_new_tokens=limit, eos_id=tokenizer.eos_id)
+        answers += generate(model, batch, prompts, max_new_tokens=limit, end_ids=tokenizer.end_ids)
     right = [len(ids) < limit and tokenizer.decode(ids) == q.output for ids, q in zip(answers, questions)]
     return sum(right) / len(right)
 

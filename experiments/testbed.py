@@ -147,7 +147,7 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
 
 def text_rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Tensor:
     """The documents, one after the other, in at most 64 rows (rows, length) of ids. ValueError where they fill none."""
-    ids = [id for document in documents for id in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
+    ids = [id for document in documents for id in (*tokenizer.start_ids, *tokenizer.encode(document), tokenizer.eos_id)]
     if 0 < len(ids) < length:
         raise ValueError(f"--text has {len(ids)} tokens, fewer than a row of {length}")
     return torch.tensor(ids[: min(64, len(ids) // length) * length], dtype=torch.long).view(-1, length)

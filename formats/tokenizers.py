@@ -1,14 +1,16 @@
-"""Tokenizers in the files that they come in: SentencePiece (LLaMA 1 and 2), tiktoken (Llama 3)."""
+"""Tokenizers in the files that they come in: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), tokenizer.json (all else)."""
 
 import base64
 import re
 from pathlib import Path
 
 import tiktoken
+import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer
-from runtime.files import read_bytes
+from runtime.cli import warn
+from runtime.files import first_line, read_bytes, read_json_object, read_text
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -20,10 +22,10 @@ class SentencePieceTokenizer(Tokenizer):
             self.model.LoadFromSerializedProto(read_bytes(path))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
-        self.vocab_size = self.model.vocab_size()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path}: has no <bos> or no <eos> (ids {self.bos_id} and {self.eos_id})")
+        bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+        self.start_ids, self.end_ids, self.vocab_size = [bos_id], [self.eos_id], self.model.vocab_size()
+        if min(bos_id, self.eos_id) < 0:
+            raise ValueError(f"{path}: has no <bos> or no <eos> (ids {bos_id} and {self.eos_id})")
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text.encode("utf-8").decode("utf-8"))
@@ -67,27 +69,94 @@ class TiktokenTokenizer(Tokenizer):
         self.model = tiktoken.Encoding(
             Path(path).name, pat_str=self.WORDS, mergeable_ranks=ranks, special_tokens=special
         )
-        self.bos_id, self.eos_id = count, count + 1
-        self.vocab_size = count + 256
+        self.eos_id, self.vocab_size = count + 1, count + 256
+        self.start_ids, self.end_ids = [count], [count + 1, count + 9]  # a conversation's turns end with <|eot_id|>
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode_ordinary(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
         """The text of ordinary ids alone: special tokens have none."""
-        return self.model.decode([id for id in ids if id < self.bos_id])
+        return self.model.decode([id for id in ids if id < self.vocab_size - 256])
+
+
+class JsonTokenizer(Tokenizer):
+    """tokenizer.json, whatever kind it holds, by the library that writes it.
+
+    Text that spells a special token is encoded as the text that it is. Raises ValueError where the file is none, or
+    where nothing beside it says which token ends a text.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        try:
+            self.model = tokenizers.Tokenizer.from_str(read_text(path))
+        except BaseException as error:  # the library has no kind of its own, and Rust's panics are no Exceptions
+            if isinstance(error, OSError | KeyboardInterrupt) or (
+                not isinstance(error, Exception) and "Panic" not in type(error).__name__
+            ):
+                raise
+            raise ValueError(f"{path}: cannot be read as a tokenizer: {first_line(error)}") from None
+        self.model.encode_special_tokens = True
+        self.model.no_padding()
+        self.model.no_truncation()
+        self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=0)
+        ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))
+        self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
+        self.end_ids = self.read_end_ids(folder)
+        self.eos_id = self.end_ids[0]
+
+    def read_end_ids(self, folder: Path) -> list[int]:
+        """That of tokenizer_config.json first, for training; then what generation_config.json and config.json name."""
+        names = ("tokenizer_config.json", "generation_config.json", "config.json")
+        config, *others = (read_json_object(folder / name) if (folder / name).is_file() else {} for name in names)
+        token = config.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = [self.model.token_to_id(token)] if isinstance(token, str) else []
+        for values in others:
+            ids = values.get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+        found = [id for id in dict.fromkeys(found) if type(id) is int and 0 <= id < self.vocab_size]
+        if not found:
+            raise ValueError(f"{folder}: none of {', '.join(names)} says which token ends a text")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text.encode("utf-8").decode("utf-8"), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
+
+
+PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a base's folder; its content tells the kind. Raises FileNotFoundError or ValueError."""
+    """The tokenizer of a base's folder: tokenizer.json, or tokenizer.model, whose content tells the kind.
+
+    Of both, the first, unless they make other ids of a text. Raises FileNotFoundError or ValueError.
+    """
     folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return load_tokenizer_model(folder)
+    tokenizer = JsonTokenizer(folder)
+    try:
+        other = load_tokenizer_model(folder)
+    except FileNotFoundError:
+        return tokenizer
+    for text in PROBES:
+        if other.encode(text) != tokenizer.encode(text):
+            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {text!r}; the latter is used")
+            return other
+    return tokenizer
+
+
+def load_tokenizer_model(folder: Path) -> Tokenizer:
+    """SentencePiece's or tiktoken's. Raises FileNotFoundError or ValueError."""
     places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # Llama 3's on Hugging Face is below
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        hint = ""
-        if (folder / "tokenizer.json").is_file():
-            hint = "; fetch it (Llama 3: original/tokenizer.model) from where tokenizer.json came from"
-        raise FileNotFoundError(f"{places[0]}: no such tokenizer file{hint}")
+        raise FileNotFoundError(f"{places[0]}: no such tokenizer file, and no tokenizer.json beside it")
     with open(path, "rb") as file:
         looks_like_text = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
     return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)

@@ -383,6 +383,22 @@ def tiktoken_file(folder):
     return folder / "tokenizer.model"
 
 
+def tokenizer_json(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    hugging_face(folder)
+    (folder / "tokenizer.model").unlink()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|end|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(280, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "bos_token": null}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    return folder / "tokenizer.json"
+
+
 def llama2c(folder):
     from formats.llama2c import layout
     from model import Config
@@ -645,7 +661,7 @@ def read_prompts(path):
     from generate import Responder, read_requests
 
     class Letters:
-        bos_id, eos_id, vocab_size = 1, 2, 50
+        start_ids, eos_id, end_ids, vocab_size = [1], 2, [2], 50
 
         def encode(self, text):
             return list(text.encode())
@@ -709,6 +725,9 @@ KINDS = {
     "hugging face": (hugging_face, safetensors_file, read_base),
     "config.json": (beside(hugging_face, "config.json"), text_json, read_base),
     "index": (beside(hugging_face, "model.safetensors.index.json"), text_json, read_base),
+    "tokenizer.json": (tokenizer_json, text_json, read_base),
+    "tokenizer_config.json": (beside(tokenizer_json, "tokenizer_config.json"), text_json, read_base),
+    "generation_config.json": (beside(tokenizer_json, "generation_config.json"), text_json, read_base),
     "llama2c": (llama2c, plain_bytes, read_base),
     "alpaca": (alpaca, text_json, read_data),
     "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), text_json, read_data),

@@ -14,7 +14,7 @@ from tasks.answering import likeliest_answers, log_likelihoods, written_answers
 @pytest.fixture
 def responder(tiny_base):
     model, tokenizer = load_llama(tiny_base)
-    return Responder(model, tokenizer, {"a": make_adapter(model)}, max_new_tokens=9, eos_id=tokenizer.eos_id)
+    return Responder(model, tokenizer, {"a": make_adapter(model)}, max_new_tokens=9, end_ids=tokenizer.end_ids)
 
 
 def one_by_one(responder, request, answer):

@@ -107,7 +107,7 @@ def test_prompts_are_the_papers():
 
 def test_an_example_is_bos_prompt_response_eos(tokenizer):
     (tokens, *_), cut = tokenize(tokenizer, EXAMPLES, 512)
-    assert tokens.ids[0] == tokenizer.bos_id and tokens.ids[-1] == tokenizer.eos_id
+    assert tokens.ids[0] == tokenizer.start_ids[0] and tokens.ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(tokens.ids[1 : tokens.prompt_length]) == format_prompt("Añade 1.", "2")
     assert tokenizer.decode(tokens.ids[tokens.prompt_length : -1]) == "3"
     assert cut == 0

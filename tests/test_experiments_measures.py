@@ -56,7 +56,7 @@ def test_an_answer_is_exact_or_not(bed, monkeypatch):
     tokenizer, limits = bed.tokenizer, []
     longest = max(len(tokenizer.encode(question.output)) for question in bed.questions)
 
-    def generate(model, tokens, prompts, max_new_tokens, eos_id):
+    def generate(model, tokens, prompts, max_new_tokens, end_ids):
         limits.append(max_new_tokens)
         said = [tokenizer.encode(question.output) for question in bed.questions]
         first = (said[0] + tokenizer.encode(" indeed"))[: max_new_tokens - 1]  # ended, but in other words

@@ -18,7 +18,7 @@ def test_the_toy_is_the_default(tiny_base, monkeypatch):
     assert bed.questions[0].output == almanac.instructions()["entities"][0].example.output
     seen = [bed.tokenizer.encode(document) for document in islice(almanac.documents(seed=0), 3)]
     first = bed.text[0].tolist()
-    assert bed.text.shape == (64, ROW) and first[0] == bed.tokenizer.bos_id
+    assert bed.text.shape == (64, ROW) and first[0] == bed.tokenizer.start_ids[0]
     assert not any(first[1 : 1 + len(ids)] == ids for ids in seen)
     options = testbed.TestbedOptions(layers=1, limit=5, held_out=7, device="cpu")
     limited = testbed.read_testbed(options)

@@ -83,11 +83,11 @@ def test_each_row_stops_at_its_own_end():
     rows = [make_tokens(model, 5, seed=n).tolist() for n in range(3)]
     whole = generate(model, rows, max_new_tokens=12)
     eos = whole[1][3]
-    stopped = generate(model, rows, max_new_tokens=12, eos_id=eos)
+    stopped = generate(model, rows, max_new_tokens=12, end_ids=[eos])
     for long, short in zip(whole, stopped):
         assert short == (long[: long.index(eos)] if eos in long else long)
     assert len(stopped[1]) < 12
-    assert len(list(stream(model, rows[1:2], max_new_tokens=12, eos_id=eos))) == len(stopped[1])
+    assert len(list(stream(model, rows[1:2], max_new_tokens=12, end_ids=[eos]))) == len(stopped[1])
 
 
 def test_an_update_is_seen_by_the_next_generation():
@@ -190,16 +190,16 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
     ]:
         assert run("--adapter", tiny_adapter, *args).exit_code == 0
         tokens, options = seen.pop()
-        assert tokens == [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
         assert options.pop("generator").initial_seed() == 0
         # The paper's sampling, not another (OGV 133).
         assert options.pop("decode") is decode
-        assert options == {"max_new_tokens": 256, "eos_id": tokenizer.eos_id, "temperature": 0.1, "top_p": 0.75}
+        assert options == {"max_new_tokens": 256, "end_ids": tokenizer.end_ids, "temperature": 0.1, "top_p": 0.75}
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
     options = seen.pop()[1]
     assert options.pop("generator").initial_seed() == 7 and options.pop("decode") is decode
-    assert options == {"max_new_tokens": 3, "eos_id": tokenizer.eos_id, "temperature": 0.5, "top_p": 0.9}
+    assert options == {"max_new_tokens": 3, "end_ids": tokenizer.end_ids, "temperature": 0.5, "top_p": 0.9}
     run("--adapter", tiny_adapter, "--greedy", "cat")
     assert seen.pop()[1]["temperature"] == 0
 

@@ -22,7 +22,7 @@ def test_pretraining_learns(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     tokens = 40 * language_model.ROWS * language_model.ROW
     model = language_model.pretrain_base(tokenizer, seed=0, tokens=tokens)
-    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(next(documents(1)))]])
+    ids = torch.tensor([[tokenizer.start_ids[0], *tokenizer.encode(next(documents(1)))]])
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
     assert loss < 4

@@ -1,18 +1,23 @@
 """Both kinds of tokenizer, against other implementations, and files that are none."""
 
+import json
+
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data import read_examples
-from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from formats.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 
 
 def test_missing_and_broken_tokenizers(tmp_path):
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file$"):
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file, and no tokenizer.json"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="fetch it"):
-        load_tokenizer(tmp_path)
+    for content in ("{}", "", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     for content, message in [
         (b"\x00junk", "neither a SentencePiece model nor a tiktoken file"),
         (b"", "neither"),
@@ -89,13 +94,94 @@ def test_real_tokenizers_give_the_ids_of_other_implementations(data, tmp_path, n
     (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / name).read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is kind
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == vocabulary
+    assert (tokenizer.start_ids[0], tokenizer.eos_id, tokenizer.vocab_size) == vocabulary
     other = oracle(data / "tokenizers" / name)
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::40]
     for text in SAMPLES + [example.output for example in examples if example.output]:
         ids = tokenizer.encode(text)
         assert ids == other.encode(text, add_special_tokens=False).ids, text
         assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]) == "hello"
+    assert tokenizer.decode([tokenizer.start_ids[0], *tokenizer.encode("hello"), tokenizer.eos_id]) == "hello"
     with pytest.raises(ValueError):
         tokenizer.encode("half \ud83e a llama")
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+def save_llama2_json(data, folder):
+    """LLaMA 2's tokenizer as a tokenizer.json, made here of its tokenizer.model."""
+    model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+
+
+def test_tokenizer_json_gives_the_ids_of_tokenizer_model_and_of_transformers(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_llama2_json(data, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer) is JsonTokenizer
+    assert (tokenizer.start_ids, tokenizer.end_ids, tokenizer.eos_id, tokenizer.vocab_size) == ([1], [2], 2, 32000)
+    model = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::26]
+    texts = SAMPLES + [example.output for example in examples if example.output]
+    assert len(texts) > 1900
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids == model.encode(text), text
+        if "<s>" not in text:  # which transformers takes for the token
+            assert ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert tokenizer.decode([1, *ids, 2]) == text
+
+
+def test_of_both_files_the_first_is_read_unless_they_differ(data, tmp_path, capsys):
+    save_llama2_json(data, tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / "llama2_tokenizer.model").read_bytes())
+    assert type(load_tokenizer(tmp_path)) is JsonTokenizer and capsys.readouterr().err == ""
+    (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / "llama3_tokenizer.model").read_bytes())
+    assert type(load_tokenizer(tmp_path)) is TiktokenTokenizer
+    assert "tokenizer.json and tokenizer.model make other ids of 'Below is an instruction.'" in capsys.readouterr().err
+
+
+def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), **generation):
+    """A byte-level BPE, as SmolLM2's and Qwen's: no token begins a text, and two end one."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<|im_end|>"}')
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]} | generation))
+
+
+def test_a_byte_level_tokenizer_json(tmp_path):
+    save_chatml(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.start_ids, tokenizer.eos_id, tokenizer.end_ids) == ([], 2, [2, 0])
+    for text in SAMPLES + ["<|im_end|>", "a<|im_start|>user", ""]:
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 2} & set(ids) and tokenizer.decode(ids) == text, text
+    assert tokenizer.decode([1, *tokenizer.encode("hello"), 2]) == "hello"
+    with pytest.raises(ValueError):
+        tokenizer.encode("half \ud83e a llama")
+
+
+def test_who_says_which_token_ends_a_text(tmp_path):
+    save_chatml(tmp_path, eos_token_id=0)
+    assert load_tokenizer(tmp_path).end_ids == [2, 0]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path).end_ids == [0]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 10000, "x", null]}')
+    with pytest.raises(ValueError, match="none of tokenizer_config.json, .* says which token ends a text"):
+        load_tokenizer(tmp_path)

@@ -26,7 +26,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
 
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
     """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
-    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, eos_id=tokenizer.eos_id)
+    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, end_ids=tokenizer.end_ids)
     texts = []
     with tqdm(total=len(requests), unit="question", file=sys.stderr) as bar:
         for start in range(0, len(requests), 128):

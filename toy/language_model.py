@@ -73,7 +73,7 @@ def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int, kept: Path | Non
     """Plain next-token training on rows cut from a stream of documents; `kept` as for `pretrain`."""
     source, stream = documents(seed), []
     while len(stream) <= tokens:
-        stream += [tokenizer.bos_id, *tokenizer.encode(next(source)), tokenizer.eos_id]
+        stream += [*tokenizer.start_ids, *tokenizer.encode(next(source)), tokenizer.eos_id]
     steps = tokens // (ROW * ROWS)
     batches = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
 
