@@ -99,7 +99,10 @@ def import_adapter(path, out, litgpt_rows, base, **reading):
 @click.argument("folder", type=click.Path(path_type=Path))
 @reading_options
 def export_adapter(path, folder, **reading):
-    """Write an adapter as PEFT's AdaptionPrompt."""
+    """Write an adapter as PEFT's AdaptionPrompt.
+
+    Only where all gates of a layer are equal: PEFT has one gate for all heads, and a trained adapter's differ.
+    """
     with one_line_errors():
         write_peft(load_adapter(path, **reading), folder)
 

@@ -92,7 +92,7 @@ def read_examples(path: str | Path) -> list[Example]:
 def read_records(path: str | Path) -> list:
     """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
-        cure = f"pandas.read_{kind}({str(path)!r}).to_json('data.json', orient='records')"
+        cure = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
         raise ValueError(f"{path}: is not JSON; {cure} makes it so")
     text = read_text(path)
     if text.lstrip().startswith("["):

@@ -135,7 +135,7 @@ def task_command(name: str, task: Task) -> click.Command:
     @option_group(
         "Answers",
         *choose,
-        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="So long an answer at most."),
+        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Tokens of an answer, at most."),
         option("--batch-size", type=Count(), default=64, help="Asked at once."),
         option("--out", type=PATH, default=f"out-{name}", help="Folder for answers and scores."),
     )
@@ -162,7 +162,7 @@ def evaluate_toy(adapter_path, images, base, device, dtype):
     """
     with one_line_errors():
         if adapter_path is None:
-            raise ValueError("--adapter FILE is missing")
+            raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
         model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype))
         (adapter,) = adapters.values()
         if images:

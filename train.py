@@ -68,7 +68,7 @@ class TrainConfig:
         """With L decided. Raises ValueError at more than a base of so many layers, reading so far, has."""
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
-            raise ValueError(f"{warmup}: the learning rate would never get to fall")
+            raise ValueError(f"{warmup}: the learning rate would never get to fall; give fewer, or 0")
         layers = max(1, n_layers - 2) if self.layers is None else self.layers
         config = replace(self, layers=layers, max_seq_len=self.max_seq_len or min(512, context))
         for name, limit in (("layers", n_layers), ("max_seq_len", context)):

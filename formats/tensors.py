@@ -35,9 +35,7 @@ def named(file: str | Path, kind: str = "field"):
 
 def download_hint(path: Path) -> str:
     """How to get what is not there, where its name looks like one of the Hub's."""
-    if not re.fullmatch(
-        r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip|llama|tinyllama|smollm)[\w.-]*", str(path), re.IGNORECASE
-    ):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
     return f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then give {path.name}"
 

@@ -116,7 +116,7 @@ class JsonTokenizer(Tokenizer):
         for values in others:
             ids = values.get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
-        found = [id for id in dict.fromkeys(found) if type(id) is int and 0 <= id < self.vocab_size]
+        found = list(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < self.vocab_size))
         if not found:
             raise ValueError(f"{folder}: none of {', '.join(names)} says which token ends a text")
         return found

@@ -7,7 +7,13 @@ from runtime.cli import SEED, Count, Real, device_options
 
 model_options = option_group(
     "Model",
-    option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help="FILE or NAME=FILE; several may be."),
+    option(
+        "--adapter",
+        "adapter_paths",
+        type=click.Path(),
+        multiple=True,
+        help="FILE, a run's folder, or NAME=FILE; repeatable.",
+    ),
     option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
     *device_options,
 )
@@ -23,10 +29,15 @@ question_options = option_group(
 sampling_options = option_group(
     "Sampling",
     option("--temperature", type=Real(0, 1e3), default=0.1, help="Of the softmax; 0 is greedy."),
-    option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Nucleus sampling: the likeliest p of it."),
+    option(
+        "--top-p",
+        type=Real(0, 1, min_open=True),
+        default=0.75,
+        help="Nucleus sampling: from the likeliest tokens that sum to p.",
+    ),
     option("--greedy", is_flag=True, help="Always the likeliest token: --temperature 0."),
     option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone."),
-    option("--max-new-tokens", type=Count(), default=256, help="So long an answer at most."),
+    option("--max-new-tokens", type=Count(), default=256, help="Tokens of an answer, at most."),
     option("--seed", type=SEED, default=0, help="Of sampling."),
 )
 batch_options = option_group(

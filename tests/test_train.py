@@ -489,7 +489,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
         (
             ["--data", "a.csv"],
-            "a.csv: is not JSON; pandas.read_csv('a.csv').to_json('data.json', orient='records') makes",
+            "a.csv: is not JSON; pandas.read_csv('a.csv').fillna('').to_json('data.json', orient='records') makes",
         ),
         (["--base", "llama.gguf"], "llama.gguf: no such base model"),
         (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),

@@ -48,11 +48,11 @@ def data_options(tasks: list[str], toys: list[str]):
     return option_group(
         "Data",
         option("--data", type=click.Path(), help="JSON or JSONL, also .gz or .xz.  [default: the toy's]"),
-        option("--task", type=click.Choice(tasks), default="instructions", help="What it is: docs/tasks.md."),
+        option("--task", type=click.Choice(tasks), default="instructions", help="What the data is: docs/tasks.md."),
         option("--toy", type=click.Choice(toys), help="In place of --data: docs/toy.md.  [default: text]"),
         option("--limit", type=Count(), help="Use only the first so many examples."),
         option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out."),
-        option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
+        option("--encoder", help="In place of --clip: FILE.py:NAME, your function to (M, Cv) numbers."),
         option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]"),
         option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there."),
         option("--features", type=click.Path(path_type=Path), default="features", help="Cache of image features."),
@@ -108,7 +108,7 @@ class RunOptions:
         return self.started + 60 * (self.max_minutes or math.inf)
 
 
-RESUME = "Go on from the checkpoint in --out, with the same options; auto: if there is one."
+RESUME = "Go on from the checkpoint in --out, with the same options (auto: if there is one)."
 run_options = option_group(
     "Run",
     option("--out", type=click.Path(path_type=Path), default="out", help="Folder for adapter, metrics, checkpoints."),
