@@ -215,11 +215,11 @@ def print_table(answers: Answers, scores: dict[str, float | None]) -> None:
     """The scores beneath the rows of the paper's Table 2."""
     what = f"ScienceQA, {answers.split} split, {len(answers.examples):,} problems; answers: {answers.method}"
     click.echo(f"{what}; in %, the paper's rows first\n")
-    click.echo(f"{'':26}{'tuned':>10}" + "".join(f"{column:>8}" for column in COLUMNS))
+    click.echo(f"{'':25}{'tuned':>10}" + "".join(f"{column:>7}" for column in COLUMNS))
     tuned = "" if answers.num_parameters is None else f"{answers.num_parameters:,}"
     for name, (parameters, row) in [*PUBLISHED.items(), (answers.model_name, (tuned, scores.values()))]:
         shares = ("-" if share is None else f"{share:.2f}" for share in row)
-        click.echo(f"{name:26}{parameters:>10}" + "".join(f"{share:>8}" for share in shares))
+        click.echo(f"{name:25}{parameters:>10}" + "".join(f"{share:>7}" for share in shares))
 
 
 def wrong_answers(answers: Answers) -> list[str]:

@@ -44,7 +44,7 @@ def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
     assert accuracy["heldout_accuracy_majority"] == 0  # all capitals, of which none is commoner than the others
     shown = capsys.readouterr().out
     assert "bit for bit: yes" in shown
-    line = f"{'all':34}{12:>8}{'0.0%':>16}{'0.0%':>16}{'0.0%':>16}{'25.0%':>16}{'75.0%':>16}\n"
+    line = f"{'all':34}{12:>8}{'0.0%':>10}{'0.0%':>10}{'0.0%':>10}{'25.0%':>10}{'75.0%':>10}\n"
     assert line in shown and line.replace(f"{'all':34}{12:>8}", f"{'new entities':34}{4:>8}") in shown
     monkeypatch.setattr(adapter, "forward", lambda **_: make_adapter(model, seed=7)(dtype=torch.float32))
     exam.evaluate_almanac(model, tokenizer, adapter)
@@ -125,3 +125,10 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
     assert "Questions about 30 held-out pictures" in shown and "Is it even?" in shown
     blind = exam.evaluate_digits(model, tokenizer, make_adapter(model))
     assert list(blind) == ["picture_accuracy_chance", "picture_accuracy_no_image"]
+
+
+def test_tables_fit_in_100_columns(capsys):
+    columns = ("majority", "base", "base has it", "adapter", "adapter has it")
+    exam.print_scores(dict.fromkeys(columns, [True]), {f"{'new entities, in the input field':34}{1020:>8}": [0]})
+    exam.print_scores(dict.fromkeys(("chance", "no image", "image", "another image"), [True]), {"all": [0]})
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100

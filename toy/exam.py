@@ -41,10 +41,12 @@ def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list
 
 def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corner: str = " " * 34) -> None:
     """A table of shares: a column for each of the scores, a row for each choice of questions, by their indices."""
-    print(corner + "".join(f"{column:>16}" for column in scores))
+    shown = ["has it" if column.endswith(" has it") else column for column in scores]  # of whom stands before it
+    width = 2 + max(map(len, shown))
+    print(corner + "".join(f"{column:>{width}}" for column in shown))
     for label, chosen in rows.items():
         shares = [sum(score[i] for i in chosen) / len(chosen) for score in scores.values()]
-        print(f"{label:34}" + "".join(f"{share:>16.1%}" for share in shares))
+        print(f"{label:34}" + "".join(f"{share:>{width}.1%}" for share in shares))
 
 
 def mean_scores(prefix: str, scores: dict[str, list[bool]]) -> dict[str, float]:
