@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from data import Tokenizer
 from formats import hugging_face, llama2c, meta
-from formats.tensors import Weights, download_hint, filled
+from formats.tensors import Weights, check_layers, download_hint, filled
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
@@ -86,22 +86,17 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     """What lies at `path`, as of `load_llama`, with nothing read but headers."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such base model{download_hint(path)}")
-    if path.suffix == ".gguf" or (
-        path.is_dir() and any(path.glob("*.gguf")) and not any(f.matches(path) for f in FORMATS)
-    ):
+    base_format = next((each for each in FORMATS if each.matches(path)), None)
+    if path.suffix == ".gguf" or (base_format is None and any(path.glob("*.gguf"))):
         cure = "give the folder of the model that it was made of: config.json, safetensors, tokenizer"
         raise ValueError(f"{path}: GGUF is llama.cpp's format, quantised for it; {cure}")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
         raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
-    for base_format in FORMATS:
-        if base_format.matches(path):
-            config, weights = base_format.read(path)
-            layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-            if len(layers) != config.n_layers:  # before anything is made of so many
-                says = f"its configuration says {config.n_layers}"
-                raise ValueError(f"{path}: has weights of {len(layers)} layers, {says}")
-            return config, weights
-    raise ValueError(f"{path}: holds neither {', nor '.join(base_format.TOLD_BY for base_format in FORMATS)}")
+    if base_format is None:
+        raise ValueError(f"{path}: holds neither {', nor '.join(each.TOLD_BY for each in FORMATS)}")
+    config, weights = base_format.read(path)
+    check_layers(path, weights, "layers.", config.n_layers)
+    return config, weights
 
 
 def base_fingerprint(model: LLaMA) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
-from formats.tensors import copy, download_hint, filled, named, open_shards, open_tensors, require_dense
+from formats.tensors import check_layers, copy, download_hint, filled, named, open_shards, open_tensors, require_dense
 from runtime.files import read_json_object, write_json, write_tensors
 
 
@@ -134,9 +134,7 @@ def load_encoder(
         raise FileNotFoundError(f"{path}: no such encoder{download_hint(path)}")
     source = read_folder(path) if path.is_dir() else read_state_dict(open_tensors(path), path)
     layers = source.prefix + source.names["layers."]
-    number = len({name.removeprefix(layers).split(".")[0] for name in source.tensors if name.startswith(layers)})
-    if number != source.config.n_layers:  # before anything is made of so many
-        raise ValueError(f"{path}: has weights of {number} layers, its configuration says {source.config.n_layers}")
+    check_layers(path, source.tensors, layers, source.config.n_layers)
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
     fill(model, source.fetch, path, dtype, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapter import Adapter
 from formats.hugging_face import half_by_half
-from model import LLaMA, Attention, Config
+from model import Attention, Config, LLaMA
 
 
 def key_and_value_rows(config: Config) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from runtime.files import first_line, read_json_object, read_text
+from formats.tokenizers import library_errors
+from runtime.files import read_json_object, read_text
 
 
 class RobertaTokenizer:
@@ -24,7 +25,7 @@ class RobertaTokenizer:
         if merges is None:
             raise FileNotFoundError(f"{folder}: has neither {names[0]} nor {names[1]}, RoBERTa's tokenizer")
         lines = [line for line in read_text(merges).splitlines() if line and not line.startswith("#version")]
-        try:
+        with library_errors(f"{folder}: cannot be read as RoBERTa's tokenizer"):
             ids = read_ids(folder)
             if missing := sorted(set(ByteLevel.alphabet()) - set(ids)):
                 raise ValueError(f"of the 256 bytes it has no token for {missing[0]!r}")
@@ -34,14 +35,6 @@ class RobertaTokenizer:
             self.bpe = Tokenizer(
                 BPE({token: i for i, token in enumerate(ids)}, [tuple(line.split(" ")) for line in lines])
             )
-        except BaseException as error:  # tokenizers has no kind of its own, and Rust's panics are no Exceptions
-            if (
-                isinstance(error, OSError | KeyboardInterrupt)
-                or not isinstance(error, Exception)
-                and "Panic" not in repr(error)
-            ):
-                raise
-            raise ValueError(f"{folder}: cannot be read as RoBERTa's tokenizer: {first_line(error)}") from None
         self.bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
         self.ids = list(ids.values())
 

@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,13 @@ def download_hint(path: Path) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
     return f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then give {path.name}"
+
+
+def check_layers(path: Path, names: Iterable[str], prefix: str, expected: int) -> None:
+    """Raise ValueError where there are weights of another number of layers: before anything is made of so many."""
+    found = len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+    if found != expected:
+        raise ValueError(f"{path}: has weights of {found} layers, its configuration says {expected}")
 
 
 def require_dense(tensor: object) -> Tensor:

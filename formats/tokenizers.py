@@ -2,6 +2,7 @@
 
 import base64
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiktoken
@@ -80,6 +81,18 @@ class TiktokenTokenizer(Tokenizer):
         return self.model.decode([id for id in ids if id < self.vocab_size - 256])
 
 
+@contextmanager
+def library_errors(what: str):
+    """What the tokenizers library raises, of no kind of its own, as ValueError; Rust's panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        panic = "Panic" in type(error).__name__
+        if isinstance(error, OSError) or not (isinstance(error, Exception) or panic):
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from None
+
+
 class JsonTokenizer(Tokenizer):
     """tokenizer.json, whatever kind it holds, by the library that writes it.
 
@@ -89,14 +102,8 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
-        try:
+        with library_errors(f"{path}: cannot be read as a tokenizer"):
             self.model = tokenizers.Tokenizer.from_str(read_text(path))
-        except BaseException as error:  # the library has no kind of its own, and Rust's panics are no Exceptions
-            if isinstance(error, OSError | KeyboardInterrupt) or (
-                not isinstance(error, Exception) and "Panic" not in type(error).__name__
-            ):
-                raise
-            raise ValueError(f"{path}: cannot be read as a tokenizer: {first_line(error)}") from None
         self.model.encode_special_tokens = True
         self.model.no_padding()
         self.model.no_truncation()

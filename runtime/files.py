@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -79,21 +79,36 @@ def atomic_write(path: str | Path):
 
 
 @contextmanager
-def locked(folder: Path):
-    """Nobody else runs here meanwhile. Raises ValueError that says who does."""
-    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
+def file_lock(path: Path, taken: Callable[[], None]):
+    """Nobody else runs here meanwhile. Where another process does, `taken` says so; if it returns, this one waits."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
+        taken()
+        lock.acquire()
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def locked(folder: Path):
+    """Nobody else writes to the folder meanwhile. Raises ValueError that says who does."""
+    holder = folder / ".lock-holder"
+
+    def taken() -> None:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
+
+    with file_lock(folder / ".lock", taken):
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
@@ -132,16 +147,17 @@ def max_bytes() -> int:
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
     """The content of a file, unpacked where it is a .gz or .xz. Raises FileNotFoundError, or ValueError."""
     path, limit = require_file(path, what), max_bytes()
-    openers = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}
+    packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
-    try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            content = b"" if size > limit else file.read(1 + (limit if path.suffix in openers else size))
-    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-    if max(size, len(content)) > limit:
-        raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
-    return content
+    if size <= limit:
+        try:
+            with (packed or open)(path, "rb") as file:
+                content = file.read(limit + 1 if packed else size + 1)
+        except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
+        if len(content) <= limit:
+            return content
+    raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
 
 
 def read_text(path: str | Path) -> str:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
-from filelock import FileLock, Timeout
+
+from runtime.files import file_lock
 
 
 def cache_root() -> Path:
@@ -33,7 +34,8 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
         raise OSError(f"{error}; $LLAMA_ADAPTER_CACHE can name another folder for what the toys make") from None
     folder, unfinished = root / f"{name}-{digest}", root / f".{name}-{digest}"
     if not folder.exists():
-        with waiting_lock(unfinished.with_suffix(".lock")):
+        waiting = partial(click.echo, f"waiting for another process that makes {folder.name}", err=True)
+        with file_lock(unfinished.with_suffix(".lock"), waiting):
             if not folder.exists():
                 unfinished.mkdir(exist_ok=True)
                 try:
@@ -43,19 +45,3 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
                     if unfinished.exists() and not any(unfinished.iterdir()):
                         unfinished.rmdir()
     return folder
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Nobody else runs here meanwhile; who has to wait says so."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        click.echo(f"waiting for another process that makes {path.stem.lstrip('.')}", err=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
