@@ -17,39 +17,45 @@ from runtime.files import parse_json, read_text
 MEDIA = ("image", "video", "audio")  # fields that may name a file that a record is about
 IGNORE = -100  # a target that carries no loss; never a token's id
 
-# The Stanford Alpaca templates, as the paper trains with them.
-TEMPLATES = {
-    "alpaca": {
-        "with_input": (
-            "Below is an instruction that describes a task, paired with an input that provides further "
-            "context. Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-        ),
-        "without_input": (
-            "Below is an instruction that describes a task. Write a response that appropriately completes "
-            "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-        ),
-    }
+# The Stanford Alpaca template, as the paper trains with it.
+ALPACA = {
+    "with_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "without_input": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+    ),
 }
+
+
+class Turn(NamedTuple):
+    """Of a conversation: one by "system" or none, then by "user" and "assistant" in turns."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Example:
     """One record of a data file. A task may know more of its own; see tasks/."""
 
-    instruction: str
+    instruction: str = ""
     input: str = ""
     output: str = ""
     image: str = ""  # the name of a picture, or a video, or a sound, that it is about, if any
     name: str = ""  # how messages call it: "record 3"
+    turns: tuple[Turn, ...] = ()  # of a conversation; one question and its answer are instruction and output as well
     features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), of its image
 
 
 class Tokens(NamedTuple):
     """One example as ids."""
 
-    ids: list[int]  # <bos> prompt response <eos>
-    prompt_length: int  # so many of them, <bos> included, have no loss
+    ids: list[int]  # <bos> prompt response <eos>, or a conversation
+    loss_mask: list[bool]  # which of them are learnt: responses, each with its end
     name: str  # the example's
     features: Tensor | None = None  # (F,), of its image, if it has one
 
@@ -75,9 +81,15 @@ class Tokenizer(Protocol):
     eos_id: int  # ends an answer; so do all of `end_ids`
     end_ids: list[int]
     vocab_size: int
+    special_ids: dict[str, int]  # of special tokens, by what spells them
+    named_tokens: dict[str, str]  # what spells "bos_token" and "eos_token"
+    chat_template: str | None  # the base's own, for formats/chat_templates.py
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without <bos> and <eos>. Raises ValueError at half a character (a lone surrogate)."""
+    def encode(self, text: str, after: str = "") -> list[int]:
+        """Ids of the text alone, without <bos> and <eos>; `after` is a special token that stands before it.
+
+        Raises ValueError at half a character (a lone surrogate).
+        """
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; those beyond the vocabulary, which a padded embedding can yield, have none."""
@@ -137,31 +149,71 @@ def check_text(value: object, where: str, name: str) -> None:
         raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
 
 
-def format_prompt(instruction: str, input: str = "", template: str = "alpaca") -> str:
-    """The instruction in its template, up to where the response begins."""
-    form = TEMPLATES[template]["with_input" if input else "without_input"]
-    return form.format(instruction=instruction, input=input)
+def format_prompt(instruction: str, input: str = "") -> str:
+    """The instruction in Alpaca's template, up to where the response begins."""
+    return ALPACA["with_input" if input else "without_input"].format(instruction=instruction, input=input)
 
 
-def tokenize_prompt(tokenizer: Tokenizer, instruction: str, input: str = "", template: str = "alpaca") -> list[int]:
-    """<bos>, if the base has one, and the prompt: what training conditions on, and what generation starts from."""
-    return tokenizer.start_ids + tokenizer.encode(format_prompt(instruction, input, template))
+class Round(NamedTuple):
+    """A question and its answer, as ids."""
+
+    prompt: list[int]  # all that stands before the answer, and behind the one before
+    answer: list[int]  # with its end; this is learnt
 
 
-def tokenize(tokenizer: Tokenizer, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
-    """Every example that fits, and how many responses had to be cut at `max_length` (and so have no <eos>).
+class Template(Protocol):
+    """How questions and answers are written for a model: `AlpacaTemplate`, or one of formats/chat_templates.py."""
+
+    name: str
+    end_ids: list[int]  # each of them ends an answer
+    has_turns: bool  # whether an answer may be followed by another question
+
+    def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
+        """What training conditions on, and what generation starts from."""
+
+    def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
+        """Of every example. Raises ValueError, naming it, at one that cannot be written so."""
+
+
+class AlpacaTemplate(Template):
+    """One question, one answer."""
+
+    name, has_turns = "alpaca", False
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.end_ids = tokenizer, tokenizer.end_ids
+
+    def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
+        return self.tokenizer.start_ids + self.tokenizer.encode(format_prompt(instruction, input))
+
+    def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
+        for example in examples:
+            if example.turns and not example.output:
+                wanted = "alpaca takes a question and an answer: --template auto, llama-2, llama-3 or chatml"
+                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {wanted}")
+            answer = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
+            yield [Round(self.prompt(example.instruction, example.input), answer)]
+
+
+def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
+    """Every example that fits, and how many had to be cut at `max_length`: a response (which then has no <eos>), or
+    whole rounds from the end of a conversation.
 
     An example whose prompt leaves no room for a response is dropped: it has nothing to learn from.
     Prompt and response are tokenized apart and joined as ids. In one go a token could straddle the two
     (as in 3.3 % of Alpaca), and the prompt in training would not be the one that generation starts from.
     """
     tokenized, cut = [], 0
-    for example in examples:
-        prompt = tokenize_prompt(tokenizer, example.instruction, example.input)
-        if len(prompt) < max_length:
-            ids = prompt + tokenizer.encode(example.output) + [tokenizer.eos_id]
-            tokenized.append(Tokens(ids[:max_length], len(prompt), example.name, example.features))
-            cut += len(ids) > max_length
+    for example, rounds in zip(examples, template.rounds(examples)):
+        ids, loss_mask = [], []
+        for prompt, answer in rounds:
+            if ids and len(ids) + len(prompt) + len(answer) > max_length:
+                break
+            ids += prompt + answer
+            loss_mask += [False] * len(prompt) + [True] * len(answer)
+        if any(loss_mask[:max_length]):
+            tokenized.append(Tokens(ids[:max_length], loss_mask[:max_length], example.name, example.features))
+            cut += sum(len(prompt) + len(answer) for prompt, answer in rounds) > max_length
     return tokenized, cut
 
 
@@ -195,7 +247,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 def num_targets(examples: Sequence[Tokens]) -> int:
     """How many tokens of the examples have a loss."""
-    return sum(len(example.ids) - example.prompt_length for example in examples)
+    return sum(sum(example.loss_mask) for example in examples)
 
 
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
@@ -235,9 +287,9 @@ def collate(examples: Sequence[Tokens]) -> Batch:
     inputs = torch.zeros(len(examples), T, dtype=torch.long)
     targets = torch.full((len(examples), T), IGNORE)
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
+        ids, loss_mask = torch.tensor(example.ids), torch.tensor(example.loss_mask)
         inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, example.prompt_length - 1 : len(ids) - 1] = ids[example.prompt_length :]
+        targets[row, : len(ids) - 1] = ids[1:].where(loss_mask[1:], IGNORE)
     known = [example.features for example in examples if example.features is not None]
     if not known:
         return Batch(inputs, targets)

@@ -66,7 +66,7 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype)
-    responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens, end_ids=tokenizer.end_ids)
+    responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):
         kept = with_images(examples, config.images, config.skip_missing, config.data)

@@ -4,12 +4,10 @@ In this order: sampling, the two forward passes, the loop; then an answer, a con
 Notation as in adapter.py.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import click
 import torch
@@ -18,18 +16,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapter import ATTENTIONS, Adapter, Prompt
-from data import Tokenizer, check_record, read_records, tokenize_prompt
+from data import Template, Tokenizer, Turn
 from encoders.media import files_in
-from formats.image_encoders import load_image_encoder
+from formats.chat_templates import NAMES, load_template, question
 from formats.loading import load_with_adapters
+from formats.requests import Request, attach_images, read_requests, write_answers
+from formats.tensors import named
 from model import KVCache, LLaMA
 from runtime.asking import batch_options, model_options, question_options, sampling_options, speed_options
 from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import printable
-from runtime.files import atomic_write, path_inside, require_file, require_writable
+from runtime.files import require_writable
 from runtime.quantization import quantize_int8
+from runtime.terminal import read_commands
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -49,18 +50,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return tokens.gather(-1, choice).squeeze(-1)
 
 
-def prefill(
-    model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt], max_new_tokens: int
-) -> tuple[Tensor, KVCache]:
-    """Read B rows of ids, which may differ in length: logits (B, V) of what follows, and the cache to go on with."""
+def prefill(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
+    """Read B rows of ids, which may differ in length, behind what the cache holds: logits (B, V) of what follows."""
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(row) for row in tokens], device=device)
     longest = int(lengths.max())
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)  # (B, T)
-    cache = KVCache(model, batch=len(tokens), capacity=longest + max_new_tokens)
     hidden = model.hidden_states(padded, prompts, cache)  # (B, T, C)
     cache.lengths += lengths  # so that what the padding wrote will be overwritten
-    return model.output(hidden[torch.arange(len(tokens), device=device), lengths - 1]), cache
+    return model.output(hidden[torch.arange(len(tokens), device=device), lengths - 1])
 
 
 def decode(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
@@ -82,15 +80,19 @@ def stream(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     decode: Callable[..., Tensor] = decode,
+    cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids; the rows may differ in length.
 
     Yields, step by step, B ids, None for a row that has ended: with one of `end_ids`, which is not yielded. All end after
-    `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled.
+    `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled. A `cache` holds what
+    stands before the rows, read with the same prompts, and has room for what is to come.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")
-    logits, cache = prefill(model, tokens, prompts, max_new_tokens)
+    if cache is None:
+        cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + max_new_tokens)
+    logits = prefill(model, tokens, prompts, cache)
     newest, ended = None, [False] * len(tokens)
     at_once = 8 if logits.device.type == "cuda" else 1  # a GPU goes on meanwhile, and is not waited for at each token
     for start in range(0, max_new_tokens, at_once):
@@ -117,9 +119,12 @@ def generate(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt
     return answers
 
 
-def text_pieces(ids: Iterator[list[int | None]], tokenizer: Tokenizer) -> Iterator[str]:
-    """Decode a stream of one row piece by piece, holding back a character whose bytes are not all there."""
-    so_far, shown = [], ""
+def text_pieces(ids: Iterator[list[int | None]], tokenizer: Tokenizer, so_far: list[int]) -> Iterator[str]:
+    """Decode a stream of one row piece by piece, holding back a character whose bytes are not all there.
+
+    `so_far` is an empty list, which gets all ids.
+    """
+    shown = ""
     for (id,) in ids:
         so_far.append(id)
         text = tokenizer.decode(so_far)
@@ -146,19 +151,11 @@ def concat_prompts(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
 # Answers
 
 
-class Request(NamedTuple):
-    """What is asked, and of whom."""
-
-    instruction: str
-    input: str = ""
-    adapter: str = "base"  # its name
-    features: Tensor | None = None  # (F,), of the image that it is about
-
-
 class Responder:
     """A base, the adapters over it by name, and how to sample: what makes an answer of a request.
 
-    `prompt_sets` are the prompts of every adapter, and none for "base". `sampling` is as for `stream`.
+    `prompt_sets` are the prompts of every adapter, and none for "base"; `templates` are those that the adapters were
+    tuned with, unless one is named; the base has the first adapter's. `sampling` is as for `stream`.
     """
 
     def __init__(
@@ -169,16 +166,24 @@ class Responder:
         *,
         gate_scale: float = 1.0,
         raw: bool = False,
+        template: str | None = None,
         **sampling,
     ):
-        self.model, self.tokenizer, self.raw, self.sampling = model, tokenizer, raw, sampling
+        self.model, self.tokenizer, self.raw = model, tokenizer, raw
         self.adapters, self.gate_scale = adapters, gate_scale
         self.prompt_sets: dict[str, Sequence[Prompt]] = {"base": ()}
-        self.templates = {"base": "alpaca"}
         for name, adapter in adapters.items():
             with torch.no_grad():
                 self.prompt_sets[name] = adapter(gate_scale=gate_scale, dtype=model.tok_embeddings.weight.dtype)
-            self.templates[name] = adapter.metadata.get("prompt_template", "alpaca")
+        tuned_with = {name: adapter.metadata.get("prompt_template", "alpaca") for name, adapter in adapters.items()}
+        tuned_with |= {"base": next(iter(tuned_with.values()), "alpaca")}
+        kinds = {kind: load_template(kind, tokenizer) for kind in {template or kind for kind in tuned_with.values()}}
+        self.templates: dict[str, Template] = {name: kinds[template or kind] for name, kind in tuned_with.items()}
+        self.sampling = {"end_ids": {id for kind in kinds.values() for id in kind.end_ids}} | sampling
+
+    def has_turns(self, adapter: str) -> bool:
+        """Whether its answers may be followed by another question."""
+        return self.templates[adapter].has_turns and not self.raw
 
     @torch.no_grad()
     def prompts(self, request: Request) -> Sequence[Prompt]:
@@ -189,10 +194,10 @@ class Responder:
         return adapter(request.features[None].to(weight.device), gate_scale=self.gate_scale, dtype=weight.dtype)
 
     def tokens(self, request: Request) -> list[int]:
-        """<bos> and the instruction, in its template."""
+        """<bos> and the instruction, in its template, behind what was said before."""
         if self.raw:
             return [*self.tokenizer.start_ids, *self.tokenizer.encode(request.instruction)]
-        return tokenize_prompt(self.tokenizer, request.instruction, request.input, self.templates[request.adapter])
+        return self.templates[request.adapter].prompt(request.instruction, request.input, request.history)
 
     def tokens_and_limit(self, request: Request) -> tuple[list[int], int]:
         """And how many tokens its answer may have. Raises ValueError where the base's context leaves no room."""
@@ -200,12 +205,6 @@ class Responder:
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {context}")
         return tokens, min(self.sampling["max_new_tokens"], context - len(tokens))
-
-    def answer(self, request: Request) -> Iterator[str]:
-        """Piece by piece, as it is made."""
-        tokens, limit = self.tokens_and_limit(request)
-        ids = stream(self.model, [tokens], self.prompts(request), **self.sampling | {"max_new_tokens": limit})
-        return text_pieces(ids, self.tokenizer)
 
     def answer_batch(self, requests: Sequence[Request], bar: tqdm) -> list[str]:
         """Of as many requests, adapters and images mixed; the bar moves on by all of them at the end."""
@@ -220,117 +219,101 @@ class Responder:
         bar.update(len(requests))
         return [self.tokenizer.decode(ids) for ids in answers]
 
+    def answer_all(self, requests: Sequence[Request], batch_size: int, unit: str) -> Iterator[str]:
+        """In their order, so many at once, with a progress bar."""
+        with tqdm(total=len(requests), unit=unit, file=sys.stderr) as bar:
+            for start in range(0, len(requests), batch_size):
+                for answer in self.answer_batch(requests[start : start + batch_size], bar):
+                    with bar.external_write_mode(file=sys.stdout):
+                        yield answer
 
-def print_answers(responder: Responder, request: Request, names: Sequence[str], one_line: bool = False) -> None:
-    """Of all the adapters named, labelled where there are several; on one line, parted by tabs, if asked."""
-    answers = {name: responder.answer(request._replace(adapter=name)) for name in names}
-    for number, (name, pieces) in enumerate(answers.items(), start=1):
-        click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
-        for piece in pieces:
+
+class Conversation:
+    """With one adapter, or the base alone: what was said so far, where the template has turns; the cache of it."""
+
+    def __init__(self, responder: Responder, adapter: str):
+        self.responder, self.adapter = responder, adapter
+        self.system = ""  # what its first turn says, if there is one
+        self.turns: list[Turn] = []
+        self.ids: list[int] = []  # the cache holds as many of them as its length says
+        self.cache = KVCache(responder.model, batch=1, capacity=0)
+
+    def answer(self, instruction: str, input: str = "") -> Iterator[str]:
+        """Piece by piece; of what stands before it only that is read which the cache does not hold."""
+        history = [Turn("system", self.system)] * bool(self.system) + self.turns
+        request = Request(instruction, input, self.adapter, history=history)
+        tokens, limit = self.responder.tokens_and_limit(request)
+        known, new = self.continue_cache(tokens, limit), []
+        options = self.responder.sampling | {"max_new_tokens": limit, "cache": self.cache}
+        ids = stream(self.responder.model, [tokens[known:]], self.responder.prompts(request), **options)
+        yield from text_pieces(ids, self.responder.tokenizer, new)
+        self.ids = tokens + new
+        if self.responder.has_turns(self.adapter):
+            answer = self.responder.tokenizer.decode(new)
+            self.turns += [Turn("user", question(instruction, input)), Turn("assistant", answer)]
+
+    def continue_cache(self, tokens: list[int], limit: int) -> int:
+        """How many of the tokens the cache holds, with room for the others and as many new ones as `limit`."""
+        same = [old == new for old, new in zip(self.ids, tokens[:-1])] + [False]
+        known, needed, old = min(same.index(False), int(self.cache.lengths)), len(tokens) + limit, self.cache
+        if old.capacity < needed:
+            self.cache = KVCache(self.responder.model, batch=1, capacity=needed + old.capacity)
+            for layer, before in zip(self.cache.layers, old.layers):
+                layer.k[:, :, : old.capacity], layer.v[:, :, : old.capacity] = before.k, before.v
+                layer.prompt = before.prompt
+        self.cache.lengths.fill_(known)
+        self.ids = tokens
+        return known
+
+
+def print_answers(conversations: Sequence[Conversation], instruction: str, input: str, one_line: bool = False) -> None:
+    """Of all of them, labelled where there are several; on one line, parted by tabs, if asked."""
+    for number, conversation in enumerate(conversations, start=1):
+        click.echo(f"{conversation.adapter}: " if len(conversations) > 1 else "", nl=False)
+        for piece in conversation.answer(instruction, input):
             click.echo(piece.replace("\n", "\\n") if one_line else piece, nl=False)
-        click.echo("\t" if one_line and number < len(names) else "\n", nl=False)
-
-
-HELP = "Every line is an instruction of its own. /adapter NAME or /none: who answers. /quit: end. /help: this line."
+        click.echo("\t" if one_line and number < len(conversations) else "\n", nl=False)
 
 
 def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) -> None:
-    """Answer every line; on a terminal, some are commands. Raises ValueError where nothing comes out of a pipe."""
-    terminal, line = stdin.isatty(), None
-    click.echo(f"{HELP}\n" if terminal else "", nl=False, err=True)
-    while True:
-        click.echo("> " if terminal else "", nl=False, err=True)
-        before, line = line, stdin.readline()
-        if not line and not terminal and before is None:
-            raise ValueError("no PROMPT, and nothing on standard input")
-        if not line or (terminal and line.strip() in ("exit", "quit", "/exit", "/quit")):
-            return
-        line = line.rstrip("\r\n")
+    """Answer every line; on a terminal some are commands, and what was said is remembered where the template has turns.
+
+    Raises ValueError where nothing comes out of a pipe.
+    """
+    conversations = {name: Conversation(responder, name) for name in responder.prompt_sets}
+    for order, text in read_commands(stdin, responder.has_turns(names[0])):
         try:
-            if terminal and line.strip() == "/help":
-                click.echo(HELP, err=True)
-            elif terminal and line.split(" ")[0] in ("/adapter", "/none"):
-                name = line.removeprefix("/adapter").strip() if line != "/none" else "base"
-                if name not in responder.prompt_sets:
-                    raise ValueError(f"no adapter {name!r}; there are {', '.join(responder.prompt_sets)}")
+            if order in ("/adapter", "/none"):
+                name = text if order == "/adapter" else "base"
+                if name not in conversations:
+                    raise ValueError(f"no adapter {name!r}; there are {', '.join(conversations)}")
                 names = [name]
-            elif line or not terminal:
-                print_answers(responder, Request(line, input), names, one_line=not terminal)
+            elif order in ("/reset", "/system"):
+                if not all(map(responder.has_turns, names)):
+                    raise ValueError(f"{order} is for templates with turns; here every line is an instruction")
+                for conversation in conversations.values():
+                    if order == "/system":
+                        conversation.system = text
+                    else:
+                        conversation.turns = []
+            elif stdin.isatty():
+                print_answers([conversations[name] for name in names], text, input)
+            else:  # each by itself
+                print_answers([Conversation(responder, name) for name in names], text, input, one_line=True)
         except ValueError as error:  # with this line alone
             click.echo(f"error: {error}", err=True)
             click.echo()
 
 
-def answer_about_images(responder: Responder, paths: list[Path], requests: list[Request], batch_size: int) -> None:
-    """Print the answer about an image; about several, each on a line behind the image's path, line breaks as \\n."""
-    if len(requests) == 1:
-        click.echo("".join(responder.answer(requests[0])))
-        return
-    with tqdm(total=len(requests), unit="image", file=sys.stderr) as bar:
-        for start in range(0, len(requests), batch_size):
-            batch = slice(start, start + batch_size)
-            for path, answer in zip(paths[batch], responder.answer_batch(requests[batch], bar)):
-                bar.write(f"{printable(str(path))}: " + answer.replace("\n", "\\n"), file=sys.stdout)
-
-
-def attach_images(
-    responder: Responder, requests: Sequence[Request], images: dict[int, Path], tower: str | None, encoder: str | None
-) -> list[Request]:
-    """The requests, those that have an image with its features, as the adapter that is asked was tuned on.
-
-    Raises OSError or ValueError, where an adapter cannot see images, too.
-    """
-    weight, requests = responder.model.tok_embeddings.weight, list(requests)
-    for name in dict.fromkeys(requests[i].adapter for i in images):
-        image_encoder = load_image_encoder(tower, encoder, weight.dtype, weight.device, responder.adapters.get(name))
-        ours = [i for i in images if requests[i].adapter == name]
-        for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
-            requests[i] = requests[i]._replace(features=features)
-    return requests
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files of requests
-
-
-def read_requests(
-    path: str, responder: Responder, default: str, folder: str | None
-) -> tuple[list[dict], list[Request], dict[int, Path]]:
-    """The records of a JSONL file, what each asks, and the images of those that have one, in the folder or beside the
-    file. Raises OSError or ValueError, naming the record."""
-    records, requests, images = read_records(path), [], {}
-    for index, record in enumerate(records):
-        where = f"record {index}"
-        example = check_record(record, path, where, needed=["instruction"])
-        name = record.get("adapter", default)
-        name = "base" if name is None else name
-        if not isinstance(name, str) or name not in responder.prompt_sets:
-            raise ValueError(f"{path}: {where}: adapter {name!r} is none of {list(responder.prompt_sets)}")
-        requests.append(Request(example.instruction, example.input, name))
-        try:
-            responder.tokens_and_limit(requests[-1])
-            if example.image and name == "base":
-                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
-            if example.image:
-                images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: {where}: {error}") from None
+def check_requests(responder: Responder, requests: Sequence[Request], path: str) -> None:
+    """Raise ValueError, naming the record, where the context has no room, or adapters cannot share a batch."""
+    for index, request in enumerate(requests):
+        with named(f"{path}: record {index}"):
+            responder.tokens_and_limit(request)
     asked = {request.adapter: responder.prompt_sets[request.adapter] for request in requests}
     lengths = {name: len(prompts[0].tokens[0]) for name, prompts in asked.items() if prompts}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path}: adapters of different lengths cannot share a batch: {lengths}")
-    return records, requests, images
-
-
-def answer_file(responder: Responder, records: list[dict], requests: list[Request], out: str, batch_size: int) -> None:
-    """Write the records again as JSONL, each with its output; all of them or none. Raises OSError."""
-    bar = tqdm(total=len(records), unit="record", file=sys.stderr)
-    # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
-    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file, bar:
-        for start in range(0, len(records), batch_size):
-            batch = slice(start, start + batch_size)
-            for record, output in zip(records[batch], responder.answer_batch(requests[batch], bar)):
-                file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -340,22 +323,25 @@ def answer_file(responder: Responder, records: list[dict], requests: list[Reques
 @command(context_settings={"show_default": True})
 @click.argument("prompt", required=False)
 @model_options
-@question_options
+@question_options(NAMES)
 @sampling_options
 @batch_options
 @speed_options([*ATTENTIONS])
 def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, jsonl, out, batch_size, **options):
     """Answer PROMPT. The answer goes to standard output, everything else to standard error.
 
-    Without PROMPT, a terminal becomes a conversation in which every line is an instruction of its own, and
-    /adapter NAME or /none says who is to answer; from a pipe, every line is answered by exactly one line, line breaks
-    within it as \\n. With --prompts, records that name different adapters (or null, the base) share a batch.
+    Without PROMPT, a terminal becomes a conversation, in which /adapter NAME or /none says who is to answer. It
+    remembers what was said where the template is one of conversations; in alpaca's every line is an instruction of its
+    own. From a pipe, every line is answered by exactly one line, line breaks within it as \\n. With --prompts, records
+    that name different adapters (or null, the base) share a batch.
     """
     with one_line_errors():
         if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
         if options["raw"] and input:
             raise ValueError("--input is a field of the template that --raw does without")
+        if options["raw"] and options["template"]:
+            raise ValueError(f"--template {options['template']} and --raw: with or without a template")
         if (jsonl is None) != (out is None):
             raise ValueError("--prompts and --out go together")
         if jsonl is not None and (prompt is not None or compare or input):
@@ -366,18 +352,21 @@ def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, 
             require_writable(out)
         responder = make_responder(adapter_paths, **options)
         first = next(iter(responder.adapters), "base")
-        names = ["base", *responder.adapters] if compare else [first]
+        names, weight = ["base", *responder.adapters] if compare else [first], responder.model.tok_embeddings.weight
         if images:
             paths = files_in(images, of_any_kind=encoder is not None)
             requests = [Request(prompt, input, first)] * len(paths)
-            requests = attach_images(responder, requests, dict(enumerate(paths)), tower, encoder)
-            answer_about_images(responder, paths, requests, batch_size)
+            requests = attach_images(requests, dict(enumerate(paths)), responder.adapters, weight, tower, encoder)
+            for path, answer in zip(paths, responder.answer_all(requests, batch_size, "image")):
+                several = f"{printable(str(path))}: " + answer.replace("\n", "\\n")
+                click.echo(several if len(paths) > 1 else answer)
         elif jsonl is not None:
-            records, requests, pictures = read_requests(jsonl, responder, first, folder)
-            requests = attach_images(responder, requests, pictures, tower, encoder)
-            answer_file(responder, records, requests, out, batch_size)
+            records, requests, pictures = read_requests(jsonl, responder.prompt_sets, first, folder)
+            check_requests(responder, requests, jsonl)
+            requests = attach_images(requests, pictures, responder.adapters, weight, tower, encoder)
+            write_answers(out, records, responder.answer_all(requests, batch_size, "record"))
         elif prompt is not None:
-            print_answers(responder, Request(prompt, input), names)
+            print_answers([Conversation(responder, name) for name in names], prompt, input)
         elif sys.stdin is not None:
             chat(responder, input, names, sys.stdin)
         else:
@@ -401,7 +390,6 @@ def make_responder(
         **options,
         temperature=0.0 if greedy else temperature,
         generator=torch.Generator(device).manual_seed(seed),
-        end_ids=tokenizer.end_ids,
         decode=compile_decoding(decode, model) if compile else decode,
     )
 

@@ -15,16 +15,17 @@ from typing import NamedTuple
 import click
 import torch
 from click.core import ParameterSource
-from cloup import command, option, option_group
+from cloup import command
 from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
 from data import IGNORE, Batch, Example, Tokenizer, epoch_batches, hold_out, tokenize
 from data import micro_batches, num_targets, split_over_ranks
 from formats.bases import base_fingerprint, load_llama, read_base
+from formats.chat_templates import NAMES, load_template
+from formats.tensors import named
 from model import LLaMA, num_parameters
 from multimodal import ImageAdapter
-from runtime.cli import SEED, Count, Real
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import AllRanksError, memory_errors
@@ -36,7 +37,7 @@ from training.distributed import all_reduce_sum, local_rank, rank, sync_errors, 
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
-from training.options import base_options, data_options, memory_options, run_options
+from training.options import base_options, data_options, memory_options, optimisation_options, run_options
 from training.run import Prepared, Recorder, Step
 from training.run_files import run_state
 
@@ -243,6 +244,8 @@ def read_training_data(source: DataOptions) -> tuple[list[Example], DataOptions]
         source = replace(source, images=source.images or str(Path(source.data).parent))
         examples = TASKS[source.task].read(source.data, source.images)
     examples = examples[: source.limit]
+    if source.template is None:
+        source = replace(source, template="auto" if any(example.turns for example in examples) else "alpaca")
     if source.tower is None and source.encoder is None:
         return [replace(example, image="") for example in examples], source
     used = with_images(examples, source.images, source.skip_missing, source.data or f"the toy {source.toy}")
@@ -295,7 +298,7 @@ def prepare(
 
     shape = {"layers": config.layers, "length": config.length, "dim": model.config.dim, "heads": model.config.n_heads}
     generator = torch.Generator().manual_seed(config.seed)
-    about = {"base": str(path.resolve()), "base_layers": str(model.config.n_layers), "prompt_template": "alpaca"}
+    about = {"base": str(path.resolve()), "base_layers": str(model.config.n_layers)}
     if any(example.image for example in examples):
         examples, encoder = see_images(examples, source, getattr(torch, base.dtype), device)
         features = [example.features for example in examples if example.features is not None]
@@ -304,12 +307,14 @@ def prepare(
         adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
     else:
         adapter = Adapter(generator=generator, **shape).to(device)
-    with sync_errors():
-        tokens, cut = tokenize(tokenizer, examples, config.max_seq_len)
+    with sync_errors(), named(source.data or f"the toy {source.toy}"):
+        template = load_template(source.template or "alpaca", tokenizer)
+        tokens, cut = tokenize(template, examples, config.max_seq_len)
         training, validation = hold_out(tokens, config.val_size, config.seed)
     dropped = len(examples) - len(tokens)
     counts = {"examples": len(training), "held_out": len(validation), "dropped": dropped, "cut": cut}
     about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
+    about["prompt_template"] = template.name
     known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
     return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
@@ -375,24 +380,8 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
     tune(prepared, config, run, state, evaluate=evaluate)
 
 
-optimisation_options = option_group(
-    "Adapter and optimisation",
-    option("--layers", type=Count(), help="L, how many of the topmost layers are adapted.  [default: all but two]"),
-    option("--length", type=click.IntRange(1, 4096), help="K, prompt vectors per layer."),
-    option("--epochs", type=Count(), help="Passes over the training data."),
-    option("--warmup-epochs", type=Real(0), help="The learning rate rises over these."),
-    option("--batch-size", type=Count(), help="Examples per optimizer step, over all ranks."),
-    option("--blr", type=Real(0, 1e3), help="Base learning rate: lr = blr * batch size / 256."),
-    option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]"),
-    option("--weight-decay", type=Real(0, 1e3), help="Of the prompts; gates have none."),
-    option("--max-seq-len", type=Count(2), help="In tokens; longer responses are cut.  [default: 512, or the base's]"),
-    option("--val-size", type=Real(0), help="Validation set: a share if below 1, else a number of examples."),
-    option("--seed", type=SEED, help="Of prompts, validation split and order of examples."),
-)
-
-
 @command(context_settings={"show_default": True, "default_map": asdict(TrainConfig())})  # its defaults, once
-@data_options([*TASKS], [*TOYS])
+@data_options([*TASKS], [*TOYS], NAMES)
 @base_options
 @optimisation_options
 @memory_options

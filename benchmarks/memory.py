@@ -75,7 +75,7 @@ def measure_step(
     how = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (tokens // 128, 129), generator=generator).tolist()
-    examples = [Tokens(row, 64, f"row {i}") for i, row in enumerate(ids)]
+    examples = [Tokens(row, [False] * 64 + [True] * (len(row) - 64), f"row {i}") for i, row in enumerate(ids)]
     train_step(model, adapter, optimizer, examples[:1], 1e-3, how)
     grown = peak_growth(lambda: train_step(model, adapter, optimizer, examples, 1e-3, how), device)
     return grown + sum(weight.nbytes for weight in model.parameters())

@@ -136,8 +136,9 @@ class HuggingFace(Contestant):
         ids = torch.tensor([example.ids + [0] * (longest - len(example.ids)) for example in examples])
         labels, mask = ids.clone(), torch.zeros_like(ids)
         for row, example in enumerate(examples):
-            labels[row, : example.prompt_length] = labels[row, len(example.ids) :] = IGNORE
             mask[row, : len(example.ids)] = 1
+            labels[row, : len(example.ids)][~torch.tensor(example.loss_mask)] = IGNORE
+        labels[mask == 0] = IGNORE
         device = self.model.device
         return self.model(
             input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False

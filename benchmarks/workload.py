@@ -10,7 +10,7 @@ from cloup import option, option_group
 
 from adapter import Adapter
 from benchmarks.measuring import json_option
-from data import Tokens, read_examples, tokenize
+from data import AlpacaTemplate, Tokens, read_examples, tokenize
 from formats.tokenizers import SentencePieceTokenizer
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, device_options
@@ -57,7 +57,7 @@ class Workload:
             raise ValueError(f"--data {self.data} needs --tokenizer FILE")
         else:
             examples, tokenizer = read_examples(self.data), SentencePieceTokenizer(self.tokenizer)
-        return tokenize(tokenizer, examples[:: max(1, len(examples) // number)][:number], 512)[0]
+        return tokenize(AlpacaTemplate(tokenizer), examples[:: max(1, len(examples) // number)][:number], 512)[0]
 
 
 def workload_options(*of_command):

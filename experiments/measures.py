@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Prompt
-from data import tokenize_prompt
+from data import AlpacaTemplate
 from experiments.methods import LORA, ONE_SOFTMAX, Setting, Tunable, finite_steps, lora_layers, set_up
 from experiments.testbed import Testbed
 from formats.bases import load_llama
@@ -24,10 +24,11 @@ from train import TrainConfig, mean_loss
 def exact_accuracy(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt]) -> float:
     """The share of the held-out questions that are answered in the very words expected, and no more."""
     tokenizer, questions = testbed.tokenizer, testbed.questions
-    limit = 1 + max(len(tokens.ids) - tokens.prompt_length for tokens in testbed.held_out)
+    template = AlpacaTemplate(tokenizer)
+    limit = 1 + max(sum(tokens.loss_mask) for tokens in testbed.held_out)
     answers: list[list[int]] = []
     for start in range(0, len(questions), 128):
-        batch = [tokenize_prompt(tokenizer, q.instruction, q.input) for q in questions[start : start + 128]]
+        batch = [template.prompt(q.instruction, q.input) for q in questions[start : start + 128]]
         answers += generate(model, batch, prompts, max_new_tokens=limit, end_ids=tokenizer.end_ids)
     right = [len(ids) < limit and tokenizer.decode(ids) == q.output for ids, q in zip(answers, questions)]
     return sum(right) / len(right)

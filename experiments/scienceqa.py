@@ -25,7 +25,7 @@ def answer_problems(
 ) -> dict[str, list[str | None]]:
     """To every problem, what is written, and what is held for the likeliest of its answers."""
     name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
-    responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16, end_ids=testbed.tokenizer.end_ids)
+    responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]
     choices = [problem.answers() for problem in problems]
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import toy
-from data import Example, Tokenizer, Tokens, hold_out, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, Tokens, hold_out, tokenize
 from encoder_tuning.data import subset
 from experiments.methods import WARMUP_EPOCHS, Setting
 from formats.bases import read_base
@@ -130,9 +130,10 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
     max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
     tuning = subset(parts.tuning, options.limit)
-    tokens, _ = tokenize(tokenizer, tuning, max_length)
+    template = AlpacaTemplate(tokenizer)
+    tokens, _ = tokenize(template, tuning, max_length)
     fitting = [
-        (example, found[0]) for example in parts.asked if (found := tokenize(tokenizer, [example], max_length)[0])
+        (example, found[0]) for example in parts.asked if (found := tokenize(template, [example], max_length)[0])
     ]
     if not tokens or not fitting:
         raise ValueError(

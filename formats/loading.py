@@ -7,10 +7,11 @@ import click
 import torch
 
 from adapter import ATTENTIONS, Adapter
-from data import TEMPLATES, Tokenizer
+from data import Tokenizer
 from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama
+from formats.chat_templates import NAMES
 from model import LLaMA
 from runtime.cli import warn
 from runtime.errors import AllRanksError, launched_rank, printable
@@ -66,7 +67,7 @@ def load_with_adapters(
             adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
         except ValueError as error:
             raise ValueError(f"{path} does not fit {base}: {error}") from None
-        if metadata.get("prompt_template", "alpaca") not in TEMPLATES:
+        if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
             raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
         if metadata.get("base_fingerprint", fingerprint) != fingerprint:
             warn(f"{path} was tuned on other weights than those of {base}")

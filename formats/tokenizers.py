@@ -27,8 +27,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.start_ids, self.end_ids, self.vocab_size = [bos_id], [self.eos_id], self.model.vocab_size()
         if min(bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no <bos> or no <eos> (ids {bos_id} and {self.eos_id})")
+        self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id)}
+        self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: str = "") -> list[int]:
         return self.model.encode(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
@@ -72,8 +74,10 @@ class TiktokenTokenizer(Tokenizer):
         )
         self.eos_id, self.vocab_size = count + 1, count + 256
         self.start_ids, self.end_ids = [count], [count + 1, count + 9]  # a conversation's turns end with <|eot_id|>
+        self.special_ids = special
+        self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after: str = "") -> list[int]:
         return self.model.encode_ordinary(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
@@ -104,23 +108,25 @@ class JsonTokenizer(Tokenizer):
         path = folder / "tokenizer.json"
         with library_errors(f"{path}: cannot be read as a tokenizer"):
             self.model = tokenizers.Tokenizer.from_str(read_text(path))
-        self.model.encode_special_tokens = True
         self.model.no_padding()
         self.model.no_truncation()
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=0)
         ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
+        self.named_tokens = read_named_tokens(folder)
         self.end_ids = self.read_end_ids(folder)
         self.eos_id = self.end_ids[0]
+        added = self.model.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: id for id, token in added if token.special and token.content}
+        ends = {self.model.id_to_token(id): id for id in (*self.start_ids, *self.end_ids)}
+        self.special_ids |= {text: id for text, id in ends.items() if text}
+        self.spells_special = re.compile("|".join(map(re.escape, self.special_ids)))
 
     def read_end_ids(self, folder: Path) -> list[int]:
         """That of tokenizer_config.json first, for training; then what generation_config.json and config.json name."""
         names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        config, *others = (read_json_object(folder / name) if (folder / name).is_file() else {} for name in names)
-        token = config.get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = [self.model.token_to_id(token)] if isinstance(token, str) else []
-        for values in others:
+        found = [self.model.token_to_id(self.named_tokens["eos_token"])] if "eos_token" in self.named_tokens else []
+        for values in (read_json_object(folder / name) for name in names[1:] if (folder / name).is_file()):
             ids = values.get("eos_token_id")
             found += ids if isinstance(ids, list) else [ids]
         found = list(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < self.vocab_size))
@@ -128,11 +134,40 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{folder}: none of {', '.join(names)} says which token ends a text")
         return found
 
-    def encode(self, text: str) -> list[int]:
-        return self.model.encode(text.encode("utf-8").decode("utf-8"), add_special_tokens=False).ids
+    def encode(self, text: str, after: str = "") -> list[int]:
+        # Some put a space before the first word of all, and none behind a special token. The library finds those in a
+        # text, or it does not: with one in front it may, as long as there is none within.
+        find = bool(after) and not self.spells_special.search(text)
+        self.model.encode_special_tokens = not find
+        text = (after if find else "") + text.encode("utf-8").decode("utf-8")
+        return self.model.encode(text, add_special_tokens=False).ids[find:]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
+
+
+def read_named_tokens(folder: Path) -> dict[str, str]:
+    """What spells "bos_token", "eos_token" and others, by tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    values = read_json_object(path) if path.is_file() else {}
+    tokens = {name: values.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """That of chat_template.jinja, or of tokenizer_config.json, where one of several is named "default"."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    path = folder / "tokenizer_config.json"
+    found = read_json_object(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), 0
+        )
+    if not isinstance(found, str | None):
+        raise ValueError(f"{path}: chat_template is neither a text nor a list with one named 'default'")
+    return found
 
 
 PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")
@@ -143,7 +178,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Of both, the first, unless they make other ids of a text. Raises FileNotFoundError or ValueError.
     """
-    folder = Path(folder)
+    tokenizer = choose_tokenizer(Path(folder))
+    tokenizer.chat_template = read_chat_template(Path(folder))
+    return tokenizer
+
+
+def choose_tokenizer(folder: Path) -> Tokenizer:
+    """As `load_tokenizer` says."""
     if not (folder / "tokenizer.json").is_file():
         return load_tokenizer_model(folder)
     tokenizer = JsonTokenizer(folder)

@@ -1,5 +1,7 @@
 """What generate.py can be told."""
 
+from collections.abc import Sequence
+
 import click
 from cloup import option, option_group
 
@@ -17,15 +19,24 @@ model_options = option_group(
     option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
     *device_options,
 )
-question_options = option_group(
-    "What is asked",
-    option("--input", default="", show_default=False, help="Alpaca's input field: what the instruction is about."),
-    option("--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about."),
-    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
-    option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
-    option("--raw", is_flag=True, help="Continue the prompt as it stands, without the instruction template."),
-    option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter."),
-)
+
+
+def question_options(templates: Sequence[str]):
+    """A decorator; `templates` are formats.chat_templates.NAMES."""
+    return option_group(
+        "What is asked",
+        option("--input", default="", show_default=False, help="Alpaca's input field: what the instruction is about."),
+        option(
+            "--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about."
+        ),
+        option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+        option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
+        option("--template", type=click.Choice(templates), help="How it is written.  [default: as the adapter's data]"),
+        option("--raw", is_flag=True, help="Continue the prompt as it stands, without any template."),
+        option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter."),
+    )
+
+
 sampling_options = option_group(
     "Sampling",
     option("--temperature", type=Real(0, 1e3), default=0.1, help="Of the softmax; 0 is greedy."),

@@ -10,7 +10,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from data import IGNORE, Example, Tokens, collate
+from data import IGNORE, Example, Round, Tokens, collate
 from generate import Request, Responder, concat_prompts
 from runtime.files import read_json, write_json
 
@@ -51,7 +51,10 @@ def likeliest_answers(
 ) -> list[str | None]:
     """Which of its choices is the likeliest after each request; None where there is no room for them."""
     answers: list[str | None] = [None] * len(requests)
-    room = [max(len(responder.tokenizer.encode(choice)) for choice in ours) for ours in choices]
+    room = [
+        max(len(answered(responder, request, choice).answer) - 1 for choice in ours)
+        for request, ours in zip(requests, choices)
+    ]
     for batch, bar in in_batches(responder, requests, room, size, unit):
         rows = [(requests[i], choice) for i in batch for choice in choices[i]]
         likelihoods = iter(log_likelihoods(responder, rows))
@@ -62,14 +65,19 @@ def likeliest_answers(
     return answers
 
 
+def answered(responder: Responder, request: Request, text: str) -> Round:
+    """The request with that answer, as it is learnt."""
+    example = Example(request.instruction, request.input, text)
+    return next(responder.templates[request.adapter].rounds([example]))[0]
+
+
 @torch.no_grad()
 def log_likelihoods(responder: Responder, rows: Sequence[tuple[Request, str]]) -> list[float]:
     """log p(answer and its end | request), in nats, of each of B rows."""
-    model, tokenizer = responder.model, responder.tokenizer
-    tokens = []
-    for request, answer in rows:
-        prompt = responder.tokens(request)
-        tokens.append(Tokens(prompt + tokenizer.encode(answer) + [tokenizer.eos_id], len(prompt), ""))
+    model, tokens = responder.model, []
+    for request, text in rows:
+        prompt, answer = answered(responder, request, text)
+        tokens.append(Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer), ""))
     batch, device = collate(tokens), model.tok_embeddings.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
     loss_mask = targets != IGNORE  # (B, T), R of them

@@ -1,10 +1,11 @@
-"""Instructions in Stanford Alpaca's format: JSON or JSONL, of the author's own or anybody else's making."""
+"""Instructions in Stanford Alpaca's format, and conversations: JSON or JSONL, of the author's own or anybody's making."""
 
 from pathlib import Path
 
-from data import Example, read_examples
+from data import Example, read_records
+from formats.conversations import read_conversation
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
-    """Every record. Raises OSError, or ValueError that names file, record and field."""
-    return read_examples(path)
+    """Every record. Raises OSError, or ValueError that names file, record, and field or turn."""
+    return [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]

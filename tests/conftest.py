@@ -9,9 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads ea
 
 import pytest
 import torch
-from helpers import DATA, ROOT, copy_base, split_for_parallel
+from helpers import CHATML, DATA, KINDS, ROOT, copy_base, make_adapter, save_chatml, save_hugging_face
+from helpers import split_for_parallel
 
 from encoders.models import ViTConfig
+from formats.bases import base_fingerprint, load_llama
 from model import Config, LLaMA
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
@@ -116,6 +118,30 @@ def bpe(tmp_path_factory):
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(m.replace(" ", "") for m in merges), *letters, "<mask>"]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base, tmp_path_factory):
+    model, _ = load_llama(tiny_base)
+    adapter = make_adapter(model)
+    torch.nn.init.constant_(adapter.gates, 2.0)
+    path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
+    adapter.save(
+        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_base(tiny_base, tmp_path_factory):
+    """A random LLaMA in Hugging Face's layout that sees 1,024 tokens, with a tokenizer.json and a chat_template."""
+    folder = tmp_path_factory.mktemp("chat-base")
+    save_hugging_face(folder, tiny_base, **KINDS["gqa"])
+    (folder / "tokenizer.model").unlink()
+    values = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_chatml(folder, template=CHATML)
     return folder
 
 

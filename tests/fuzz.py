@@ -660,16 +660,9 @@ def prompts(folder):
 
 
 def read_prompts(path):
-    from generate import Responder, read_requests
+    from formats.requests import read_requests
 
-    class Letters:
-        start_ids, eos_id, end_ids, vocab_size = [1], 2, [2], 50
-
-        def encode(self, text):
-            return list(text.encode())
-
-    responder = Responder(make_model(), Letters(), {}, max_new_tokens=3)
-    read_requests(str(path), responder, "base", None)
+    read_requests(str(path), ["base"], "base", None)
 
 
 def image(folder, name="a.png", mode="RGB"):

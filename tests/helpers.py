@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adapter import Adapter
+from data import Tokens
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from model import Config, LLaMA
 from training.run_files import read_metrics
@@ -42,6 +45,51 @@ def make_model(config="gqa", seed=0, **options):
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
     return model.requires_grad_(False)
+
+
+SAMPLES = [
+    "Hello  world,   it's 12345 o'clock.\n\n\tIndented\r\n  twice ",
+    "def f(x: int) -> str:\n\treturn f'{x**2:>8}'  # naïve\n\n\nprint(f(3))",
+    "Příliš žluťoučký kůň — “übergroß”, ça va ? ¿Mañana? Łódź",
+    "Ελληνικά, русский язык, українська; العربية والعبرية עברית",
+    "हिन्दी में लिखा, ไทย, 日本語のテキスト、简体中文。 한국어 문장",
+    "🦙🦙 family: 👩‍👩‍👧 flag: 🇪🇺 skin: 👍🏽 rare: 𒀀 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    " leading, trailing ",
+    "<s> and </s> and <|begin_of_text|> are text here, <|eot_id|> too",
+    "1 22 333 4444 55555 3.14159 1e-7 $9,999.99 50%",
+    "I'LL we've THEY'RE don't 'tis",
+]
+
+CHATML = (  # with a system turn of its own where there is none, as Qwen2.5's and SmolLM2's
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
+    """A byte-level BPE, as SmolLM2's and Qwen's: no token begins a text, and two end one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    model.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": None, "eos_token": "<|im_end|>"} | ({"chat_template": template} if template else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]} | generation))
+
+
+def make_example(ids, prompt_length, name="", features=None):
+    """Of a prompt of so many tokens, and a response."""
+    return Tokens(ids, [i >= prompt_length for i in range(len(ids))], name, features)
 
 
 def make_adapter(model, layers=2, length=5, seed=1, gates=True):
@@ -313,6 +361,22 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
     model.save_pretrained(folder, max_shard_size=shard_size)
     (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
     return model
+
+
+def chat_on_terminal(lines, *args):
+    """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    os.close(slave)
+    os.write(master, lines.encode() + b"\x04")
+    stdout, stderr = process.communicate(timeout=60)
+    os.close(master)
+    assert process.returncode == 0, stderr
+    return stdout, stderr
 
 
 SCIENCEQA = {

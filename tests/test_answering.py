@@ -14,7 +14,7 @@ from tasks.answering import likeliest_answers, log_likelihoods, written_answers
 @pytest.fixture
 def responder(tiny_base):
     model, tokenizer = load_llama(tiny_base)
-    return Responder(model, tokenizer, {"a": make_adapter(model)}, max_new_tokens=9, end_ids=tokenizer.end_ids)
+    return Responder(model, tokenizer, {"a": make_adapter(model)}, max_new_tokens=9)
 
 
 def one_by_one(responder, request, answer):
@@ -49,7 +49,7 @@ def test_the_likeliest_is_the_likeliest_one_by_one(responder):
 
 def test_written_answers_are_those_of_one_by_one(responder):
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
-    expected = ["".join(responder.answer(request)) for request in requests]
+    expected = [next(responder.answer_all([request], 1, "request")) for request in requests]
     assert len(set(expected)) > 1
     for size in (1, 4, 64):
         assert written_answers(responder, requests, size) == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import make_adapter, make_model, make_tokens
+from helpers import make_adapter, make_example, make_model, make_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measuring, workload
@@ -15,11 +15,10 @@ from benchmarks.__main__ import main
 from benchmarks.memory import kept_per_token, plan_run
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
 from benchmarks.training import Ablation, OursTraining, epoch
-from data import Tokens
 from model import SIZES, Config
 from train import TrainConfig, make_optimizer, train_step
 
-EXAMPLES = [Tokens(torch.arange(2, 2 + n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
+EXAMPLES = [make_example(torch.arange(2, 2 + n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
 
 
 @pytest.mark.parametrize("config", ["mha", "gqa"])
@@ -143,7 +142,7 @@ def test_the_plan_counts_what_the_model_does():
     model = make_model(config)
     assert plan["weights"] == pytest.approx(2 * sum(p.numel() for p in model.parameters()), rel=0.01)
     assert 7 * 256 + 3 * 688 == pytest.approx(kept_per_token(config, False), rel=0.02)
-    examples = [Tokens(row, 62, f"row {i}") for i, row in enumerate(make_tokens(model, 4, 128).tolist())]
+    examples = [make_example(row, 62, f"row {i}") for i, row in enumerate(make_tokens(model, 4, 128).tolist())]
     with FlopCounterMode(display=False) as counter:
         adapter = make_adapter(model, layers=10, length=10)
         train_step(

@@ -6,11 +6,12 @@ import lzma
 
 import pytest
 import torch
+from helpers import make_example
 
 from data import (
     IGNORE,
+    AlpacaTemplate,
     Example,
-    Tokens,
     check_record,
     collate,
     epoch_batches,
@@ -106,18 +107,20 @@ def test_prompts_are_the_papers():
 
 
 def test_an_example_is_bos_prompt_response_eos(tokenizer):
-    (tokens, *_), cut = tokenize(tokenizer, EXAMPLES, 512)
+    (tokens, *_), cut = tokenize(AlpacaTemplate(tokenizer), EXAMPLES, 512)
     assert tokens.ids[0] == tokenizer.start_ids[0] and tokens.ids[-1] == tokenizer.eos_id
-    assert tokenizer.decode(tokens.ids[1 : tokens.prompt_length]) == format_prompt("Añade 1.", "2")
-    assert tokenizer.decode(tokens.ids[tokens.prompt_length : -1]) == "3"
+    length = tokens.loss_mask.index(True)
+    assert tokens.loss_mask == [False] * length + [True] * (len(tokens.ids) - length)
+    assert tokenizer.decode(tokens.ids[1:length]) == format_prompt("Añade 1.", "2")
+    assert tokenizer.decode(tokens.ids[length:-1]) == "3"
     assert cut == 0
 
 
 def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
     """It would have no label at all, and a mean over none is NaN (llama-cookbook 69, 133)."""
-    length = tokenize(tokenizer, EXAMPLES[:1], 512)[0][0].prompt_length
-    assert tokenize(tokenizer, EXAMPLES[:1], length) == ([], 0)
-    kept, cut = tokenize(tokenizer, [Example("", "", "x"), EXAMPLES[0]], length + 1)
+    length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
+    assert tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], length) == ([], 0)
+    kept, cut = tokenize(AlpacaTemplate(tokenizer), [Example("", "", "x"), EXAMPLES[0]], length + 1)
     tokens = kept[-1]
     assert cut == 1
     assert len(tokens.ids) == length + 1 and tokens.name == "record 0"
@@ -126,14 +129,14 @@ def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
 
 def test_targets_are_the_next_tokens_of_the_response_alone():
     """Validation on unshifted labels (litgpt 407), padding taken for a token: seen here position by position."""
-    inputs, targets, *_ = collate([Tokens([1, 10, 11, 20, 21, 2], 3, 0), Tokens([1, 12, 2], 2, 1)])
+    inputs, targets, *_ = collate([make_example([1, 10, 11, 20, 21, 2], 3, 0), make_example([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
 
 
 def test_id_zero_is_learnt_like_any_other():
     """Padding, unknown and ignored must not share an id: 0 in a response is a real target."""
-    _, targets, *_ = collate([Tokens([1, 5, 0, 2], 2, 0)])
+    _, targets, *_ = collate([make_example([1, 5, 0, 2], 2, 0)])
     assert targets.tolist() == [[IGNORE, 0, 2]]
 
 
@@ -167,7 +170,7 @@ def test_batches_have_little_padding():
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**6])
 def test_micro_batches_keep_to_the_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    examples = [Tokens([record] * length, 2, record) for record, length in enumerate(lengths)]
+    examples = [make_example([record] * length, 2, record) for record, length in enumerate(lengths)]
     parts = list(micro_batches(examples, budget))
     assert sorted(i for inputs, *_ in parts for i in inputs[:, 0].tolist()) == list(range(64))
     assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, *_ in parts)
@@ -178,22 +181,22 @@ def test_micro_batches_keep_to_the_budget(budget):
 
 def test_rows_with_and_without_an_image_share_a_batch():
     features = [torch.tensor([1.0, 2.0]), None, torch.tensor([3.0, 4.0])]
-    (batch,) = micro_batches([Tokens([1, 5, 6 + i], 2, i, seen) for i, seen in enumerate(features)], 100)
+    (batch,) = micro_batches([make_example([1, 5, 6 + i], 2, i, seen) for i, seen in enumerate(features)], 100)
     assert batch.features.tolist() == [[1, 2], [0, 0], [3, 4]] and batch.has_image.tolist() == [True, False, True]
-    (batch,) = micro_batches([Tokens([1, 5, 6], 2, 0)], 100)
+    (batch,) = micro_batches([make_example([1, 5, 6], 2, 0)], 100)
     assert batch.features is batch.has_image is None
 
 
 def test_features_stay_with_their_example(tokenizer):
     """Whatever is dropped or cut on the way: they were paired by their order once."""
-    length = tokenize(tokenizer, EXAMPLES[:1], 512)[0][0].prompt_length
+    length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     examples = [
         Example("a " * 100, "", "dropped", features=torch.tensor([0.0])),
         Example("Hi", "", "first", features=torch.tensor([1.0])),
         Example("Hi", "", "none"),
         Example("Hi", "", "second", features=torch.tensor([2.0])),
     ]
-    kept, _ = tokenize(tokenizer, examples, length + 40)
+    kept, _ = tokenize(AlpacaTemplate(tokenizer), examples, length + 40)
     assert [None if tokens.features is None else tokens.features.item() for tokens in kept] == [1, None, 2]
 
 
@@ -202,14 +205,15 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")
     assert len(examples) == 52_002
     some = examples[::100]
-    tokens, _ = tokenize(tokenizer, some, 4096)
+    tokens, _ = tokenize(AlpacaTemplate(tokenizer), some, 4096)
     assert len(tokens) == len(some)
-    for example, (ids, prompt_length, *_) in zip(some, tokens):
+    for example, (ids, loss_mask, *_) in zip(some, tokens):
+        prompt_length = loss_mask.index(True)
         assert tokenizer.decode(ids[1:prompt_length]) == format_prompt(example.instruction, example.input)
         assert tokenizer.decode(ids[prompt_length:-1]) == example.output
     merged = sum(
-        tokenizer.encode(format_prompt(e.instruction, e.input) + e.output)[: t.prompt_length - 1]
-        != t.ids[1 : t.prompt_length]
+        tokenizer.encode(format_prompt(e.instruction, e.input) + e.output)[: t.loss_mask.index(True) - 1]
+        != t.ids[1 : t.loss_mask.index(True)]
         for e, t in zip(some, tokens)
     )
     assert merged > 0  # in one go, the prompt's own ids change: why they are tokenized apart
@@ -219,7 +223,7 @@ def test_real_lengths_need_no_padding(data):
     """Padding every example to 512 makes 4.03 positions per real one; batches of like length 1.05 at most."""
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
-    lengths = [len(t.ids) for t in tokenize(tokenizer, examples, 512)[0]]
+    lengths = [len(t.ids) for t in tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]]
     batches = epoch_batches(lengths, 64, 0, 0)
     assert sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths) < 1.05
 
@@ -238,7 +242,7 @@ def test_held_out_examples_are_the_others():
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_every_example_falls_to_one_rank(ranks):
-    examples = [Tokens([i] * length, 1, i) for i, length in enumerate([3, 50, 7, 7, 20, 9, 30])]
+    examples = [make_example([i] * length, 1, i) for i, length in enumerate([3, 50, 7, 7, 20, 9, 30])]
     parts = split_over_ranks(examples, ranks)
     assert len(parts) == ranks and sorted(e.name for part in parts for e in part) == list(range(7))
     assert max(sum(e.size for e in part) for part in parts) <= sum(e.size for e in examples) / ranks + 50

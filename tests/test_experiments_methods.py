@@ -6,11 +6,11 @@ import math
 import pytest
 import reference
 import torch
-from helpers import make_adapter, make_model, make_testbed, make_tokens, make_vit, run
+from helpers import make_adapter, make_example, make_model, make_testbed, make_tokens, make_vit, run
 from safetensors.torch import load_file
 
 from adapter import Adapter, gated_attention
-from data import Tokens, collate, hold_out, read_examples, tokenize
+from data import AlpacaTemplate, collate, hold_out, read_examples, tokenize
 from experiments.methods import (
     FULL,
     GATES_AT_ONE,
@@ -118,7 +118,7 @@ def test_an_adapter_of_the_lowest_layers():
 
 def test_full_tuning_has_the_whole_gradient():
     """Of every weight, the output head's and the embeddings' included, as autograd has it of plain logits."""
-    examples = [Tokens([1, 5, 9, 3, 8, 2], 3, "a"), Tokens([1, 5, 7, 2], 2, "b")]
+    examples = [make_example([1, 5, 9, 3, 8, 2], 3, "a"), make_example([1, 5, 7, 2], 2, "b")]
     batch = collate(examples)
     model, other = make_model().requires_grad_(True), make_model().requires_grad_(True)
     loss = WHOLE_MODEL.loss_sum(model, NoPrompts(model.parameters()), batch)
@@ -126,7 +126,7 @@ def test_full_tuning_has_the_whole_gradient():
     expected = 0
     for example in examples:
         log_p = other(torch.tensor([example.ids[:-1]]))[0].log_softmax(dim=1)
-        expected = expected - sum(log_p[t, example.ids[t + 1]] for t in range(example.prompt_length - 1, len(log_p)))
+        expected = expected - sum(log_p[t, id] for t, id in enumerate(example.ids[1:]) if example.loss_mask[t + 1])
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
@@ -157,7 +157,7 @@ def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
 
     model, tokenizer = load_llama(tiny_base)
-    tokens, _ = tokenize(tokenizer, read_examples(instructions), 512)
+    tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     training, _ = hold_out(tokens, 4, seed=3)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2, generator=torch.Generator().manual_seed(3))
     tunable = Tunable(model, adapter, make_optimizer(adapter, 0.02), RESPONSES)
@@ -170,7 +170,7 @@ def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
 def test_steps_end_where_values_are_not_finite(tiny_base, instructions):
     """With the parameters as before that step, which are finite."""
     model, tokenizer = load_llama(tiny_base)
-    tokens, _ = tokenize(tokenizer, read_examples(instructions), 512)
+    tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2)
     tunable = Tunable(model, adapter, make_optimizer(adapter, 0.0), RESPONSES)
     steps = finite_steps(tunable, tokens, TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05))

@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, make_adapter, make_model, make_tokens
+from helpers import ROOT, chat_on_terminal, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, Prompt
 from data import format_prompt
@@ -23,18 +23,6 @@ from runtime.compilation import compile_decoding
 def run(*args, input=None):
     """The command, with an empty pipe for standard input unless told otherwise."""
     return CliRunner().invoke(main, [str(arg) for arg in args], input=input)
-
-
-@pytest.fixture(scope="module")
-def tiny_adapter(tiny_base, tmp_path_factory):
-    model, _ = load_llama(tiny_base)
-    adapter = make_adapter(model)
-    torch.nn.init.constant_(adapter.gates, 2.0)
-    path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    adapter.save(
-        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca"
-    )
-    return path
 
 
 def rescored(model, tokens, prompts, steps):
@@ -144,10 +132,10 @@ def test_text_streams_whole_characters(tiny_base):
     _, tokenizer = load_llama(tiny_base)
     text = "Ein 🦙 in Lima"
     ids = tokenizer.encode(text)
-    pieces = list(text_pieces(iter([[i] for i in ids]), tokenizer))
+    pieces = list(text_pieces(iter([[i] for i in ids]), tokenizer, []))
     assert "".join(pieces) == text
     assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
-    assert list(text_pieces(iter([]), tokenizer)) == [""]
+    assert list(text_pieces(iter([]), tokenizer, [])) == [""]
 
 
 def test_stories260k_greedy_text_byte_for_byte(data):
@@ -193,13 +181,14 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
         assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
         assert options.pop("generator").initial_seed() == 0
         # The paper's sampling, not another (OGV 133).
-        assert options.pop("decode") is decode
-        assert options == {"max_new_tokens": 256, "end_ids": tokenizer.end_ids, "temperature": 0.1, "top_p": 0.75}
+        assert options.pop("decode") is decode and options.pop("cache").capacity == len(tokens) + 256
+        assert options == {"max_new_tokens": 256, "end_ids": set(tokenizer.end_ids), "temperature": 0.1, "top_p": 0.75}
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
-    options = seen.pop()[1]
+    tokens, options = seen.pop()
     assert options.pop("generator").initial_seed() == 7 and options.pop("decode") is decode
-    assert options == {"max_new_tokens": 3, "end_ids": tokenizer.end_ids, "temperature": 0.5, "top_p": 0.9}
+    assert options.pop("cache").capacity == len(tokens) + 3
+    assert options == {"max_new_tokens": 3, "end_ids": set(tokenizer.end_ids), "temperature": 0.5, "top_p": 0.9}
     run("--adapter", tiny_adapter, "--greedy", "cat")
     assert seen.pop()[1]["temperature"] == 0
 
@@ -225,7 +214,7 @@ def test_base_option_goes_before_the_one_in_the_file(tiny_base, tmp_path):
 
 
 def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
-    def answers(ids, tokenizer):
+    def answers(ids, tokenizer, so_far):
         yield "one\n"
         yield "two"
 
@@ -471,24 +460,10 @@ def test_a_prompt_beyond_the_context_is_refused_and_answers_end_with_it(data):
     assert len(mixed.stdout.splitlines()) == 2
 
 
-def chat(lines, *args):
-    """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
-    command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    os.close(slave)
-    os.write(master, lines.encode() + b"\x04")
-    stdout, stderr = process.communicate(timeout=60)
-    os.close(master)
-    assert process.returncode == 0, stderr
-    return stdout, stderr
-
-
 def test_a_terminal_becomes_a_conversation(tiny_adapter):
-    stdout, stderr = chat("Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter)
+    stdout, stderr = chat_on_terminal(
+        "Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter
+    )
     assert len(stdout.splitlines()) >= 2
     assert stderr.count("> ") == 4  # the empty line in between is not an instruction
 
@@ -496,7 +471,7 @@ def test_a_terminal_becomes_a_conversation(tiny_adapter):
 def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     chef, poet = chef_and_poet
     lines = "Hello\n/adapter poet\nHello\n/none\nHello\n/adapter cook\nHello\n/adapter chef\nHello\n"
-    stdout, stderr = chat(lines, "--adapter", chef, "--adapter", poet)
+    stdout, stderr = chat_on_terminal(lines, "--adapter", chef, "--adapter", poet)
     args = ("--greedy", "--max-new-tokens", 5, "Hello")
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout
@@ -507,7 +482,7 @@ def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
 
 def test_a_conversation_says_how_it_is_led_and_ends(tiny_adapter):
     for word in ("exit", "/quit"):
-        stdout, stderr = chat(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
+        stdout, stderr = chat_on_terminal(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
         assert stdout == "" and stderr.count("Every line is an instruction of its own. /adapter NAME") == 2
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import generate
 import train
 from adapter import Adapter
-from data import check_record, tokenize_prompt
+from data import AlpacaTemplate, check_record
 from encoders.media import open_video, preprocess
 from encoders.models import ViTConfig
 from formats.bases import load_llama
@@ -177,7 +177,7 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     model, tokenizer = load_llama(train_args[1])
     tower = load_vit(album / "ViT.pt")
     rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], tower))
-    prompt = tokenize_prompt(tokenizer, "Name the colour.")
+    prompt = AlpacaTemplate(tokenizer).prompt("Name the colour.")
     likeliest = []
     for features in rows:
         with torch.no_grad():
@@ -391,7 +391,7 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path):
         (features,) = encode_with_function([tmp_path / "new.wav"], load_function(where))
         with torch.no_grad():
             prompts = adapter(features[None])
-            logits = model(torch.tensor([tokenize_prompt(tokenizer, "High?")]), prompts)[0, -1]
+            logits = model(torch.tensor([AlpacaTemplate(tokenizer).prompt("High?")]), prompts)[0, -1]
         assert (logits[yes] > logits[no]) == bool(i)
 
     ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]

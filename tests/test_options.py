@@ -46,7 +46,7 @@ LINES = {
         "--max-seq-len 400 --val-size 4 --micro-batch-tokens 500 --checkpoint-activations --attention paper "
         "--strategy ddp --resume auto",
         "--base {base} --toy text --limit 8 --layers 2 --epochs 2 --blr 0.01 --device cpu --out {new}",
-        "--base {base} --data {forty} --limit 20 --device cpu --int8 --out {new}",
+        "--base {base} --data {forty} --limit 20 --template llama-2 --device cpu --int8 --out {new}",
         "--base {base} --data {forty} --limit 4 --val-size 0 --epochs 3 --device cpu --compile --out {new}",
         "--base {base} --data {album}/data.json --images {album} --clip {album}/ViT.pt --features {new}-features "
         "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
@@ -56,7 +56,7 @@ LINES = {
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
         "--temperature 0.5 --top-p 0.9 --seed 1 --strength 0.5 --device cpu --dtype float32 --attention paper Hello",
         "--base {base} --raw --greedy --max-new-tokens 2 --device cpu Hello",
-        "--base {base} --int8 --max-new-tokens 2 --device cpu Hello",
+        "--base {base} --int8 --template llama-2 --max-new-tokens 2 --device cpu Hello",
         "--base {base} --compile --max-new-tokens 2 --device cpu Hello",
         "--adapter {seeing} --image {album}/1.png --clip {album}/ViT.pt --max-new-tokens 2 --device cpu Hello",
         "--adapter {heard} --video {album}/1.png --encoder {album}/eye.py:rows --max-new-tokens 2 Hello",

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, Ranks, before_step, command, make_adapter, make_model, make_tokens, peak_anonymous, run
+from helpers import ROOT, Ranks, before_step, command, make_adapter, make_example, make_model, make_tokens
+from helpers import peak_anonymous, run
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import train
 from adapter import Adapter
-from data import Tokens, micro_batches, split_over_ranks
+from data import micro_batches, split_over_ranks
 from formats.bases import load_llama
 from tasks import TASKS, Task
 from toy import TOYS
@@ -75,7 +76,7 @@ def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
 
 def make_examples(number=23):
     lengths = torch.randint(4, 60, (number,), generator=torch.Generator().manual_seed(0)).tolist()
-    return [Tokens(list(range(length)), 2, i) for i, length in enumerate(lengths)]
+    return [make_example(list(range(length)), 2, i) for i, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("number", [1, 2, 7, 64])
@@ -94,7 +95,7 @@ def validate(lengths):
     torch.set_num_threads(1)
     init_distributed()
     model = make_model("gqa")
-    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
+    examples = [make_example(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     return train.mean_loss(model, make_adapter(model), examples, train.TrainConfig(micro_batch_tokens=30))
 
 
@@ -102,7 +103,7 @@ def test_validation_is_the_same_to_the_last_bit(forks):
     lengths = list(range(5, 22))
     losses = {loss for world in (2, 3) for loss in Ranks(forks, world, validate, lengths).results()}
     model = make_model("gqa")
-    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
+    examples = [make_example(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     losses.add(train.mean_loss(model, make_adapter(model), examples, train.TrainConfig(micro_batch_tokens=30)))
@@ -125,7 +126,7 @@ def one_step(strategy):
         split(model)
     adapter = make_adapter(model)
     optimizer = train.make_optimizer(adapter, 0.0)
-    examples = [Tokens(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
+    examples = [make_example(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
     with profile(record_shapes=True) as profiler:
         train.train_step(model, adapter, optimizer, examples, 0.1, train.TrainConfig())
     for event in profiler.events():

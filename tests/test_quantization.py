@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import make_adapter, make_model, make_tokens, run
+from helpers import make_adapter, make_example, make_model, make_tokens, run
 
-from data import Tokens
 from model import Config
 from runtime.quantization import quantize_int8
 from train import TrainConfig, make_optimizer, train_step
@@ -16,7 +15,7 @@ def test_8_bits_train():
     pytest.importorskip("torchao")
     model, rounded = (make_model(Config(64, 3, 4, 4, 16, 96, 50)) for _ in range(2))
     quantize_int8(rounded.layers)
-    examples = [Tokens(make_tokens(model, n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
+    examples = [make_example(make_tokens(model, n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
     losses, gradients = [], []
     for base in (model, rounded):
         adapter, config = make_adapter(model), TrainConfig(checkpoint_activations=True)

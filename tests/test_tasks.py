@@ -82,7 +82,7 @@ def test_training_on_scienceqa(tiny_base, tmp_path):
     model, tokenizer = load_llama(tiny_base)
     (problem,) = scienceqa.read(path)
     adapters = {"a": Adapter.load(tmp_path / "run" / "adapter.safetensors")}
-    responder = Responder(model, tokenizer, adapters, max_new_tokens=9, end_ids=tokenizer.end_ids)
+    responder = Responder(model, tokenizer, adapters, max_new_tokens=9)
     rows = [(Request(problem.instruction, "", name), text) for name in ("base", "a") for text in problem.answers()]
     likelihoods = log_likelihoods(responder, rows)
     assert likelihoods[3] > likelihoods[1] + 1 and likelihoods[3] > likelihoods[2]

@@ -1,9 +1,8 @@
 """Both kinds of tokenizer, against other implementations, and files that are none."""
 
-import json
-
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from helpers import SAMPLES, save_chatml
+from tokenizers import AddedToken, decoders, processors
 
 from data import read_examples
 from formats.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
@@ -36,20 +35,6 @@ def test_an_id_beyond_the_tokenizer_has_no_text(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     ids = tokenizer.encode("cat")
     assert tokenizer.decode([*ids, 1024, 5000]) == "cat"
-
-
-SAMPLES = [
-    "Hello  world,   it's 12345 o'clock.\n\n\tIndented\r\n  twice ",
-    "def f(x: int) -> str:\n\treturn f'{x**2:>8}'  # naïve\n\n\nprint(f(3))",
-    "Příliš žluťoučký kůň — “übergroß”, ça va ? ¿Mañana? Łódź",
-    "Ελληνικά, русский язык, українська; العربية والعبرية עברית",
-    "हिन्दी में लिखा, ไทย, 日本語のテキスト、简体中文。 한국어 문장",
-    "🦙🦙 family: 👩‍👩‍👧 flag: 🇪🇺 skin: 👍🏽 rare: 𒀀 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-    " leading, trailing ",
-    "<s> and </s> and <|begin_of_text|> are text here, <|eot_id|> too",
-    "1 22 333 4444 55555 3.14159 1e-7 $9,999.99 50%",
-    "I'LL we've THEY'RE don't 'tis",
-]
 
 
 def sentencepiece_by_other_means(path):
@@ -148,21 +133,6 @@ def test_of_both_files_the_first_is_read_unless_they_differ(data, tmp_path, caps
     (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / "llama3_tokenizer.model").read_bytes())
     assert type(load_tokenizer(tmp_path)) is TiktokenTokenizer
     assert "tokenizer.json and tokenizer.model make other ids of 'Below is an instruction.'" in capsys.readouterr().err
-
-
-def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), **generation):
-    """A byte-level BPE, as SmolLM2's and Qwen's: no token begins a text, and two end one."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<|im_end|>"}')
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]} | generation))
 
 
 def test_a_byte_level_tokenizer_json(tmp_path):

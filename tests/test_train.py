@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
-from helpers import CONFIGS, QWEN, ROOT, before_step, copy_base, make_adapter, make_model, run, tensors_and_metrics
+from helpers import CONFIGS, QWEN, ROOT, before_step, copy_base, make_adapter, make_example, make_model
+from helpers import run, tensors_and_metrics
 from safetensors.torch import load_file
 
 from adapter import Adapter, gated_attention, gated_attention_paper
-from data import Tokens, hold_out, read_examples, tokenize
+from data import AlpacaTemplate, hold_out, read_examples, tokenize
 from formats.bases import load_llama
 from runtime.compilation import compile_layers
 from toy import TOYS
@@ -31,7 +32,7 @@ def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)
     examples = []
     for record, (prompt_length, length) in enumerate(lengths):
         ids = [record % 2, 7] + torch.randint(vocab_size, (length - 2,), generator=random).tolist()
-        examples.append(Tokens(ids, prompt_length, record))
+        examples.append(make_example(ids, prompt_length, record))
     return examples
 
 
@@ -45,9 +46,9 @@ def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activatio
 def naive_loss(model, adapter, examples):
     """Mean over all response tokens, one example and one position at a time."""
     losses = []
-    for ids, prompt_length, *_ in examples:
+    for ids, loss_mask, *_ in examples:
         log_probabilities = model(torch.tensor([ids]), adapter())[0].log_softmax(-1)
-        losses += [-log_probabilities[t - 1, ids[t]] for t in range(prompt_length, len(ids))]
+        losses += [-log_probabilities[t - 1, ids[t]] for t in range(len(ids)) if loss_mask[t]]
     return torch.stack(losses).mean()
 
 
@@ -76,7 +77,7 @@ def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, checkpoint
 @pytest.mark.parametrize("ids, number", [([5, 6, 7, 8], 2), ([5, 6], 3), ([5, 6, 7], 1)])
 def test_rows_that_are_all_alike(ids, number):
     model = make_model()
-    examples = [Tokens(ids, 1, 0)] * number
+    examples = [make_example(ids, 1, 0)] * number
     plain, fast = make_adapter(model), make_adapter(model)
     loss = naive_loss(model, plain, examples)
     loss.backward()
@@ -191,7 +192,7 @@ def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    _, held_out = hold_out(tokenize(tokenizer, read_examples(args[3]), 512)[0], 4, 0)
+    _, held_out = hold_out(tokenize(AlpacaTemplate(tokenizer), read_examples(args[3]), 512)[0], 4, 0)
     assert mean_loss(model, adapter, held_out, TrainConfig()) == pytest.approx(summary["val_loss_after"], rel=1e-5)
     torch.nn.init.zeros_(adapter.gates)
     assert mean_loss(model, adapter, held_out, TrainConfig()) == pytest.approx(summary["val_loss_before"], rel=1e-5)
@@ -564,14 +565,6 @@ def test_a_base_without_data_is_asked_for_it(args, tiny_base):
     i = args.index("--data")
     result = run(*args[:i], *args[i + 2 :])
     assert result.exit_code == 2 and "needs --data FILE, or --toy text for the toy's questions" in result.stderr
-
-
-def test_a_conversation_is_told_what_is_read(args, tmp_path):
-    for field in ("messages", "conversations"):
-        (tmp_path / "chat.json").write_text(json.dumps([{field: [{"role": "user", "content": "Hello"}]}]))
-        result = run(*args, "--data", tmp_path / "chat.json")
-        assert result.exit_code == 2
-        assert "record 0: is a conversation; what is read has 'instruction' and 'output'" in result.stderr
 
 
 def test_by_default_examples_are_as_long_as_the_base_sees(instructions, tmp_path, data):

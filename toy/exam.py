@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from adapter import Adapter
-from data import Tokenizer, tokenize_prompt
+from data import AlpacaTemplate, Tokenizer
 from formats.image_encoders import load_image_encoder
 from generate import Request, Responder
 from model import LLaMA
@@ -26,7 +26,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
 
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
     """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
-    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40, end_ids=tokenizer.end_ids)
+    responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
     texts = []
     with tqdm(total=len(requests), unit="question", file=sys.stderr) as bar:
         for start in range(0, len(requests), 128):
@@ -80,7 +80,7 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     print_scores(scores, numbered, corner=f"{'':34}{'number':>8}")
 
     weight, example = model.tok_embeddings.weight, questions[0].example
-    tokens = torch.tensor([tokenize_prompt(tokenizer, example.instruction, example.input)], device=weight.device)
+    tokens = torch.tensor([AlpacaTemplate(tokenizer).prompt(example.instruction, example.input)], device=weight.device)
     same = torch.equal(model(tokens), model(tokens, adapter(gate_scale=0.0, dtype=weight.dtype)))
     print(
         f"\nWith the adapter taken away (strength 0) the logits are the base's, bit for bit: {'yes' if same else 'NO'}"

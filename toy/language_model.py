@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import TEMPLATES, Tokenizer
+from data import ALPACA, Tokenizer
 from formats.meta import meta_config
 from formats.tokenizers import SentencePieceTokenizer
 from model import LLaMA
@@ -54,7 +54,7 @@ def tokenizer_text(seed: int) -> Iterator[str]:
     """Lines of what the base will read, and of the template, so that prompts are short."""
     for document in islice(documents(seed), 4000):
         yield from document.splitlines()
-    yield from [line for template in TEMPLATES["alpaca"].values() for line in template.splitlines()] * 500
+    yield from [line for template in ALPACA.values() for line in template.splitlines()] * 500
 
 
 def train_tokenizer(path: Path, seed: int) -> Tokenizer:

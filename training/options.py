@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import click
 from cloup import option, option_group
 
 from adapter import ATTENTIONS
-from runtime.cli import Count, Real, device_options
+from runtime.cli import SEED, Count, Real, device_options
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class DataOptions:
     task: str = "instructions"  # a key of tasks.TASKS
     toy: str | None = None  # a key of toy.TOYS, where there is no data; None is "text"
     limit: int | None = None  # only the first so many examples
+    template: str | None = None  # one of formats.chat_templates.NAMES; None is as the data is
     tower: str | None = None  # CLIP's, for images
     encoder: str | None = None  # or a function of the user's, FILE.py:NAME
     images: str | None = None  # the folder that they are in
@@ -43,7 +45,10 @@ class DataOptions:
         return replace(self, toy=self.toy or "text")
 
 
-def data_options(tasks: list[str], toys: list[str]):
+TEMPLATE_HELP = "How they are written for the model.  [default: alpaca, or auto for conversations: the base's own]"
+
+
+def data_options(tasks: list[str], toys: list[str], templates: Sequence[str]):
     """A decorator: the options that fill DataOptions."""
     return option_group(
         "Data",
@@ -51,12 +56,29 @@ def data_options(tasks: list[str], toys: list[str]):
         option("--task", type=click.Choice(tasks), default="instructions", help="What the data is: docs/tasks.md."),
         option("--toy", type=click.Choice(toys), help="In place of --data: docs/toy.md.  [default: text]"),
         option("--limit", type=Count(), help="Use only the first so many examples."),
+        option("--template", type=click.Choice(templates), help=TEMPLATE_HELP),
         option("--clip", "tower", type=click.Path(), help="CLIP's vision tower; without it images are left out."),
         option("--encoder", help="In place of --clip: FILE.py:NAME, your function to (M, Cv) numbers."),
         option("--images", type=click.Path(), help="Where the images are.  [default: beside the data]"),
         option("--skip-missing", is_flag=True, help="Leave out examples whose image is not there."),
         option("--features", type=click.Path(path_type=Path), default="features", help="Cache of image features."),
     )
+
+
+optimisation_options = option_group(
+    "Adapter and optimisation",
+    option("--layers", type=Count(), help="L, how many of the topmost layers are adapted.  [default: all but two]"),
+    option("--length", type=click.IntRange(1, 4096), help="K, prompt vectors per layer."),
+    option("--epochs", type=Count(), help="Passes over the training data."),
+    option("--warmup-epochs", type=Real(0), help="The learning rate rises over these."),
+    option("--batch-size", type=Count(), help="Examples per optimizer step, over all ranks."),
+    option("--blr", type=Real(0, 1e3), help="Base learning rate: lr = blr * batch size / 256."),
+    option("--lr", type=Real(0, 1e3), help="Peak learning rate.  [default: from --blr]"),
+    option("--weight-decay", type=Real(0, 1e3), help="Of the prompts; gates have none."),
+    option("--max-seq-len", type=Count(2), help="In tokens; longer responses are cut.  [default: 512, or the base's]"),
+    option("--val-size", type=Real(0), help="Validation set: a share if below 1, else a number of examples."),
+    option("--seed", type=SEED, help="Of prompts, validation split and order of examples."),
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,7 @@ def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list
     `config` is a train.TrainConfig.
     """
     options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
-    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "skip_missing")}
+    options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "template", "skip_missing")}
     options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
     unknown = {name for name in ("layers", "max_seq_len") if options[name] is None}

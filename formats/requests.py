@@ -1,0 +1,96 @@
+"""Files of requests and of answers: JSONL whose records say what is asked, of which adapter, about which image."""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from adapter import Adapter
+from data import Turn, check_record, read_records
+from formats.conversations import LAYOUTS, check_turns
+from formats.image_encoders import load_image_encoder
+from runtime.files import atomic_write, path_inside, require_file
+
+
+class Request(NamedTuple):
+    """What is asked, and of whom."""
+
+    instruction: str
+    input: str = ""
+    adapter: str = "base"  # its name
+    features: Tensor | None = None  # (F,), of the image that it is about
+    history: Sequence[Turn] = ()  # what was said before
+
+
+def read_requests(
+    path: str, names: Collection[str], default: str, folder: str | None
+) -> tuple[list[dict], list[Request], dict[int, Path]]:
+    """The records of a file, what each asks, and the images of those that have one, in the folder or beside the file.
+
+    `names` are of the adapters that there are, `default` is asked where a record names none. Raises OSError or
+    ValueError, naming the record.
+    """
+    records, requests, images = read_records(path), [], {}
+    for index, record in enumerate(records):
+        where = f"record {index}"
+        turns = asked_turns(record, f"{path}: {where}")
+        example = check_record(record, path, where, needed=[] if turns else ["instruction"])
+        name = record.get("adapter", default)
+        name = "base" if name is None else name
+        if not isinstance(name, str) or name not in names:
+            raise ValueError(f"{path}: {where}: adapter {name!r} is none of {list(names)}")
+        if turns:
+            requests.append(Request(turns[-1].content, "", name, history=turns[:-1]))
+        else:
+            requests.append(Request(example.instruction, example.input, name))
+        try:
+            if example.image and name == "base":
+                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
+            if example.image:
+                images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{path}: {where}: {error}") from None
+    return records, requests, images
+
+
+def attach_images(
+    requests: Sequence[Request],
+    images: dict[int, Path],
+    adapters: dict[str, Adapter],
+    weight: Tensor,
+    tower: str | None,
+    encoder: str | None,
+) -> list[Request]:
+    """The requests, those that have an image with its features, as the adapter that is asked was tuned on.
+
+    `weight` says the type and the device to encode with. Raises OSError or ValueError, where an adapter cannot see
+    images, too.
+    """
+    requests = list(requests)
+    for name in dict.fromkeys(requests[i].adapter for i in images):
+        image_encoder = load_image_encoder(tower, encoder, weight.dtype, weight.device, adapters.get(name))
+        ours = [i for i in images if requests[i].adapter == name]
+        for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
+            requests[i] = requests[i]._replace(features=features)
+    return requests
+
+
+def write_answers(path: str, records: Sequence[dict], answers: Iterable[str]) -> None:
+    """Write the records again as JSONL, each with its output; all of them or none. Raises OSError."""
+    # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for record, output in zip(records, answers):
+            file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
+
+
+def asked_turns(record: object, where: str) -> tuple[Turn, ...]:
+    """The turns of a conversation, of which the user has the last word; none where the record is an instruction."""
+    for field, names in LAYOUTS.items():
+        if isinstance(record, dict) and field in record:
+            turns = check_turns(record[field], where, field, *names, answered=False)
+            if not turns or turns[-1].role != "user":
+                raise ValueError(f"{where}: its last turn is not the user's: there is nothing to answer")
+            return turns
+    return ()

@@ -1,0 +1,38 @@
+"""Lines of a conversation, from a terminal or a pipe."""
+
+from collections.abc import Iterator
+from typing import TextIO
+
+import click
+
+LINES = "Every line is an instruction of its own."
+TURNS = "Every line is a turn of one conversation. /reset: forget it. /system TEXT: what its first turn says."
+HELP = "/adapter NAME or /none: who answers. /quit: end. /help: this line."
+QUIT = ("exit", "quit", "/exit", "/quit")
+
+
+def read_commands(stdin: TextIO, has_turns: bool) -> Iterator[tuple[str, str]]:
+    """Every line as ("", line), or, on a terminal, as a command and its text where it begins with a slash.
+
+    A terminal is told first, and where it asks for it, how it is led: by lines of their own, or by turns. Raises
+    ValueError where nothing comes out of a pipe.
+    """
+    terminal, number, help = stdin.isatty(), 0, f"{TURNS if has_turns else LINES} {HELP}"
+    click.echo(f"{help}\n" if terminal else "", nl=False, err=True)
+    while True:
+        click.echo("> " if terminal else "", nl=False, err=True)
+        line, number = stdin.readline(), number + 1
+        if not line and not terminal and number == 1:
+            raise ValueError("no PROMPT, and nothing on standard input")
+        if not line or (terminal and line.strip() in QUIT):
+            return
+        line = line.rstrip("\r\n")
+        command, _, text = line.partition(" ")
+        if not terminal:
+            yield "", line
+        elif command == "/help":
+            click.echo(help, err=True)
+        elif command in ("/adapter", "/none", "/reset", "/system"):
+            yield command, text.strip()
+        elif line:
+            yield "", line

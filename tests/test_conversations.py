@@ -1,0 +1,180 @@
+"""Records of conversations: every layout, mixed in one file, and every way in which one can be wrong."""
+
+import json
+
+import pytest
+from helpers import run
+from safetensors import safe_open
+
+from data import AlpacaTemplate, Example, Turn, tokenize
+from formats.bases import load_llama
+from formats.chat_templates import load_template
+from formats.conversations import read_conversation
+from tasks import TASKS
+from training.run_files import read_metrics
+
+TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"), ("assistant", "Because.")]
+MESSAGES = {"messages": [{"role": role, "content": text} for role, text in TALK], "id": 7}
+SHARE = {"system": "system", "user": "human", "assistant": "gpt"}
+SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, text in TALK]}
+
+
+def test_records_are_told_apart_by_their_fields(tmp_path):
+    records = [
+        MESSAGES,
+        SHAREGPT,
+        {"prompt": "Say a.", "completion": "a"},
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"messages": MESSAGES["messages"][1:3], "image": "a.png"},
+        {"prompt": "Hi", "messages": MESSAGES["messages"]},  # as UltraChat has it: the first turn once more
+    ]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)))
+    turns = tuple(Turn(*turn) for turn in TALK)
+    assert TASKS["instructions"].read(tmp_path / "mixed.jsonl") == [
+        Example(turns=turns, name="record 0"),
+        Example(turns=turns, name="record 1"),
+        Example("Say a.", "", "a", name="record 2"),
+        Example("Add.", "1 2", "3", name="record 3"),
+        Example("Hi", "", "Ho", "a.png", "record 4", turns[1:3]),
+        Example(turns=turns, name="record 5"),
+    ]
+
+
+def talk(*roles, content="a"):
+    return {"messages": [{"role": role, "content": content} for role in roles]}
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"messages": "Hi"}, "field 'messages' is a str, not a list"),
+        ({"messages": ["Hi"]}, "turn 0: is a str, not an object"),
+        ({"messages": [{"role": "user"}]}, r"turn 0: has no field 'content' \(it has: role\)"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "turn 0: has no field 'from'"),
+        ({"messages": [{"role": "user", "content": None}]}, "turn 0: field 'content' is a NoneType, not a string"),
+        ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is a int, not a string"),
+        (talk("user", "tool"), "turn 1: role 'tool' is none of system, user, human, assistant, gpt"),
+        (talk("user", "assistant", content=" \n"), "turn 0: field 'content' is empty"),
+        (talk("assistant"), "turn 0: the assistant's is the first; the order is system"),
+        (talk("system", "assistant"), "turn 1: the assistant's follows the system's"),
+        (talk("user", "user"), "turn 1: the user's follows the user's"),
+        (talk("user", "assistant", "assistant"), "turn 2: the assistant's follows the assistant's"),
+        (talk("user", "assistant", "system"), "turn 2: the system's follows the assistant's"),
+        (talk("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
+        ({"messages": []}, "none of its 0 turns is the assistant's"),
+        ({"prompt": "a", "completion": ["b"]}, "field 'completion' is a list, not a string"),
+        ({"prompt": "a"}, "has no field 'instruction'"),
+        ([], "is a list, not an object"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(record, message):
+    with pytest.raises(ValueError, match=f"^chats.json: record 3: {message}"):
+        read_conversation(record, "chats.json", "record 3")
+
+
+def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_there():
+    record = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "And?"}]}
+    assert read_conversation(record, "a.json", "r").turns[-1] == ("user", "And?")
+
+
+def learnt(tokenizer, tokens):
+    """The texts with a loss, one for each answer, and the special tokens that end them."""
+    texts, ids = [], []
+    for id, mask in zip(tokens.ids, [*tokens.loss_mask[1:], False]):  # shifted: the token after it
+        ids += [id] if ids else []
+        if mask and not ids:
+            ids = [None]
+        elif not mask and ids:
+            texts.append((tokenizer.decode(ids[1:]), ids[-1]))
+            ids = []
+    return texts
+
+
+def test_every_answer_is_learnt_and_nothing_else(chat_base):
+    _, tokenizer = load_llama(chat_base)
+    template = load_template("auto", tokenizer)
+    example = Example(turns=tuple(Turn(*turn) for turn in TALK) + (Turn("user", "And?"),), name="r")
+    (tokens,), cut = tokenize(template, [example], 512)
+    assert learnt(tokenizer, tokens) == [("Ho", 2), ("Because.", 2)] and cut == 0
+    assert tokenizer.decode(tokens.ids) == "system\nBe brief.\nuser\nHi\nassistant\nHo\nuser\nWhy?\nassistant\nBecause."
+
+
+def test_whole_rounds_are_cut_from_the_end(chat_base):
+    """The first answer itself is cut, as Alpaca's responses are; what comes after one that is left off goes, too."""
+    _, tokenizer = load_llama(chat_base)
+    template = load_template("auto", tokenizer)
+    turns = (*TALK, ("user", "a" * 80), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    example = Example(turns=tuple(Turn(*turn) for turn in turns), name="r")
+    (whole,), _ = tokenize(template, [example], 4096)
+    ends = [i + 1 for i, id in enumerate(whole.ids) if id == 2 and whole.loss_mask[i]]
+    assert len(ends) == 4
+    for length in range(len(whole.ids) + 2):
+        kept, cut = tokenize(template, [example], length)
+        fitting = [end for end in ends if end <= length]
+        if length > whole.loss_mask.index(True):
+            end = max(fitting, default=length)
+            assert kept[0][:2] == (whole.ids[:end], whole.loss_mask[:end]) and cut == (length < len(whole.ids))
+        else:
+            assert (kept, cut) == ([], 0)
+
+
+def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
+    _, tokenizer = load_llama(tiny_base)
+    once = Example("Hi", "", "Ho", "", "record 0", (Turn("user", "Hi"), Turn("assistant", "Ho")))
+    template = AlpacaTemplate(tokenizer)
+    assert list(template.rounds([once])) == list(template.rounds([Example("Hi", "", "Ho")]))
+    with pytest.raises(
+        ValueError, match="record 1: is a conversation of 5 turns; alpaca takes a question and an answer"
+    ):
+        list(template.rounds([Example(turns=tuple(Turn(*turn) for turn in TALK), name="record 1")]))
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Three kinds of record, thirty of them."""
+    kinds = (MESSAGES, SHAREGPT, {"instruction": "Add.", "input": "1 2", "output": "3"})
+    (tmp_path / "chats.json").write_text(json.dumps([kinds[i % 3] for i in range(30)]))
+    return tmp_path / "chats.json"
+
+
+def tune(base, chats, out, *args):
+    args = ("--base", base, "--data", chats, "--out", out, *args, "--val-size", 4, "--lr", 0.05, "--device", "cpu")
+    return run(*args, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1)
+
+
+@pytest.mark.parametrize("template", [None, "auto", "chatml", "llama-2"])
+def test_tuning_on_conversations(chat_base, chats, tmp_path, template):
+    """From the file to an adapter that says its template, by train.py; by default the base's own."""
+    result = tune(chat_base, chats, tmp_path / "run", *(("--template", template) if template else ()))
+    assert result.exit_code == 0, result.stderr
+    assert "26 examples to train on, 4 held out, 0 dropped" in result.stderr
+    with safe_open(tmp_path / "run" / "adapter.safetensors", "pt") as file:
+        assert file.metadata()["prompt_template"].partition(":")[0] == (template or "auto")
+    losses = [line["val_loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
+    args = (chat_base, chats, tmp_path / "run", "--template")
+    assert tune(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
+    result = tune(*args, "auto", "--resume")
+    assert result.exit_code == 2 and "was made with template = chatml, not auto: a resumed run" in result.stderr
+    assert tune(*args, "chatml", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            (),
+            "--template auto: the base has neither a chat_template in tokenizer_config.json nor a chat_template.jinja",
+        ),
+        (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes a question"),
+        (("--template", "chatml"), "--template chatml is not for this base: its tokenizer has no token '<|im_start|>'"),
+        (("--template", "llama-3"), "its tokenizer has no token '<|start_header_id|>'; alpaca and llama-2 need none"),
+    ],
+)
+def test_what_a_base_cannot_be_tuned_with(tiny_base, chats, tmp_path, args, message):
+    result = tune(tiny_base, chats, tmp_path / "run", *args)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

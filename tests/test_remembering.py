@@ -1,0 +1,162 @@
+"""A conversation of generate.py: what is remembered, what of it is read again, and that answers are a fresh run's."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers import chat_on_terminal, make_adapter
+
+import generate
+from data import Turn
+from formats.bases import load_llama
+from formats.requests import Request
+from generate import Conversation, Responder
+
+
+def run(*args, input=None):
+    """generate.py, in this process."""
+    return CliRunner().invoke(generate.main, [str(arg) for arg in args], input=input)
+
+
+QUESTIONS = ["Hi", "Why is the cat on the mat?", "naïve 🦙", "And then?"]
+
+
+@pytest.fixture
+def responder(chat_base):
+    model, tokenizer = load_llama(chat_base)
+    adapters = {"a": make_adapter(model), "b": make_adapter(model, seed=7)}
+    return Responder(model, tokenizer, adapters, template="auto", max_new_tokens=12)
+
+
+def fresh(responder, question, **options):
+    return next(responder.answer_all([Request(question, **options)], 1, "request"))
+
+
+@pytest.mark.parametrize("adapter", ["a", "base"])
+@pytest.mark.parametrize("template", ["auto", "chatml", "llama-2"])
+def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monkeypatch, adapter, template):
+    """Token for token in float32, gates open; and only the new turn is read, not the whole once more."""
+    model, tokenizer = load_llama(chat_base)
+    responder = Responder(model, tokenizer, {"a": make_adapter(model)}, template=template, max_new_tokens=12)
+    read, prefill = [], generate.prefill
+    monkeypatch.setattr(
+        generate, "prefill", lambda model, tokens, *rest: read.append(tokens) or prefill(model, tokens, *rest)
+    )
+    conversation, history, whole = Conversation(responder, adapter), [], []
+    for question in QUESTIONS:
+        answer = "".join(conversation.answer(question))
+        whole.append(len(responder.tokens(Request(question, adapter=adapter, history=history))))
+        assert answer == fresh(responder, question, adapter=adapter, history=history)
+        history += [Turn("user", question), Turn("assistant", answer)]
+        assert conversation.turns == history
+    new = [len(rows[0]) for rows in read[::2]]  # every other is the fresh run's
+    assert new[0] == whole[0] and [len(rows[0]) for rows in read[1::2]] == whole
+    # Of what was read before only that is read again which text of the answer makes other ids of.
+    assert sum(new) < whole[-1] + 4 * 12 < sum(whole)
+    without = fresh(responder, QUESTIONS[-1], adapter=adapter)
+    assert without != answer
+
+
+def test_the_system_turn_and_a_fresh_start(responder):
+    conversation = Conversation(responder, "a")
+    first = "".join(conversation.answer("Hi"))
+    conversation.system = "Be brief."
+    second = "".join(conversation.answer("Why?"))
+    history = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", first)]
+    assert second == fresh(responder, "Why?", adapter="a", history=history)
+    conversation.turns = []
+    assert "".join(conversation.answer("Hi")) == fresh(responder, "Hi", adapter="a", history=history[:1])
+    conversation.system = ""
+    conversation.turns = []
+    assert "".join(conversation.answer("Hi")) == first
+
+
+def test_an_answer_without_end_is_taken_as_it_stands(responder):
+    """One that was cut by its length: its text is a turn like any other. A long question makes the cache grow."""
+    responder.sampling["end_ids"] = ()
+    conversation = Conversation(responder, "a")
+    first = "".join(conversation.answer("Hi"))
+    capacity = conversation.cache.capacity
+    second = "".join(conversation.answer("a" * 200))
+    assert conversation.cache.capacity > capacity
+    assert second == fresh(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
+    with pytest.raises(ValueError, match="the prompt has .* tokens, the base sees only 1024"):
+        "".join(conversation.answer("b" * 900))
+    assert len(conversation.turns) == 4
+
+
+@pytest.fixture
+def tuned(chat_base, tmp_path):
+    model, _ = load_llama(chat_base)
+    for name, seed in (("a", 1), ("b", 7)):
+        make_adapter(model, seed=seed).save(tmp_path / f"{name}.safetensors", base=chat_base, prompt_template="chatml")
+    return ["--adapter", tmp_path / "a.safetensors", "--adapter", tmp_path / "b.safetensors", "--device", "cpu"]
+
+
+def test_on_a_terminal_a_conversation_goes_on(tuned, tmp_path):
+    """Who answers changes, and each has its own; /reset forgets. The same conversations as a file give the same."""
+    lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
+    stdout, stderr = chat_on_terminal(lines, *tuned)
+    assert stderr.count("Every line is a turn of one conversation. /reset: forget it. /system TEXT") == 1
+    turns, records = {"a": [], "b": []}, []
+    answers = stdout.split("\n")
+    assert len(answers) == 7 and answers.pop() == ""
+    asked = [("a", "Hi"), ("a", "Why?"), ("b", "Why?"), ("a", "And?"), ("a", "Why?"), ("a", "So?")]
+    for (name, question), answer in zip(asked, answers):
+        if records and len(records) == 4:
+            turns["a"] = []
+        turns[name].append({"role": "user", "content": question})
+        system = [{"role": "system", "content": "Be brief."}] if question == "So?" else []
+        records.append({"messages": system + turns[name], "adapter": name})
+        turns[name] = [*turns[name], {"role": "assistant", "content": answer}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    args = ("--greedy", "--max-new-tokens", 5, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert run(*tuned, *args).exit_code == 0
+    assert [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").open()] == answers
+    assert answers[1] != answers[4]
+
+
+def test_piped_lines_stay_by_themselves(tuned):
+    args = ("--greedy", "--max-new-tokens", 5)
+    alone = run(*tuned, *args, "Why?").stdout
+    assert run(*tuned, *args, input="Hi\nWhy?\n/reset\n").stdout.splitlines()[1] == alone.rstrip("\n")
+
+
+def test_templates_without_turns_say_so(tiny_adapter):
+    stdout, stderr = chat_on_terminal("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
+    for command in ("/system", "/reset"):
+        assert f"error: {command} is for templates with turns; here every line is an instruction" in stderr
+
+
+def test_another_template_than_the_adapter_s(tuned, tmp_path):
+    args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
+    by_template = {name: run(*tuned, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
+    assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*tuned, *args).stdout
+    result = run(*tuned, "--template", "llama-3", *args)
+    assert result.exit_code == 2 and "--template llama-3 is not for this base" in result.stderr
+    result = run(*tuned, "--template", "chatml", "--raw", *args)
+    assert result.exit_code == 2 and "--template chatml and --raw: with or without a template" in result.stderr
+
+
+def test_the_base_is_asked_as_the_first_adapter_was_tuned(tuned):
+    args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
+    base, *_ = run(*tuned, "--compare", *args).stdout.split("\na: ")
+    assert base == "base: " + run(*tuned, "--strength", 0, *args).stdout.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+            "its last turn is not",
+        ),
+        ({"messages": []}, "its last turn is not the user's: there is nothing to answer"),
+        ({"messages": [{"role": "cat", "content": "Hi"}]}, "turn 0: role 'cat' is none of"),
+    ],
+)
+def test_what_cannot_be_answered_in_a_file(tuned, tmp_path, record, message):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"instruction": "Hi"}) + "\n" + json.dumps(record))
+    result = run(*tuned, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 2 and f"in.jsonl: record 1: {message}" in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()
