@@ -110,6 +110,23 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
     assert tokenizer.decode(asked) == "user\nHi\nassistant\nHo\nuser\nWhy?\nassistant\n"
 
 
+def test_no_token_lies_across_the_beginning_of_an_answer(tmp_path):
+    """What generation starts from is what training conditions on, though "t" and "he" together would be one token."""
+    source = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}"
+        "{% else %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    save_chatml(tmp_path, texts=["the the the the"] * 9, template=source)
+    tokenizer = load_tokenizer(tmp_path)
+    template = load_template("auto", tokenizer)
+    turns = (Turn("user", "a t"), Turn("assistant", "he t"), Turn("user", "he t"), Turn("assistant", "he"))
+    (rounds,) = template.rounds([Example(turns=turns, name="r")])
+    assert len(tokenizer.encode(" the")) == 1
+    assert rounds[0].prompt == template.prompt("a t") == tokenizer.encode("a t")
+    assert rounds[0].answer == [*tokenizer.encode("he t"), 2]
+    assert flat(rounds)[0] == [*template.prompt("he t", history=turns[:2]), *tokenizer.encode("he"), 2]
+
+
 # ---------------------------------------------------------------------------------------------------
 # The built-in ones, each against its own description, turn by turn
 
