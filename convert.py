@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from adapter import Adapter
 from formats.adapters import describe_reading, load_adapter, write_peft
 from formats.bases import load_llama
+from formats.hub import find_base
 from formats.litgpt import from_litgpt_rows
 from runtime.cli import one_line_errors
 from runtime.errors import printable
@@ -86,7 +87,7 @@ def import_adapter(path, out, litgpt_rows, base, **reading):
             raise ValueError("--litgpt-rows and --base go together")
         require_writable(out)
         if litgpt_rows:
-            model, _ = load_llama(base)
+            model, _ = load_llama(find_base(base))
             adapter = from_litgpt_rows(load_adapter(path, **reading | {"heads": model.config.n_heads}), model)
         else:
             adapter = load_adapter(path, **reading)

@@ -23,12 +23,14 @@ from data import IGNORE, Batch, Example, Tokenizer, epoch_batches, hold_out, tok
 from data import micro_batches, num_targets, split_over_ranks
 from formats.bases import base_fingerprint, load_llama, read_base
 from formats.chat_templates import NAMES, load_template
+from formats.hub import find_base
 from formats.tensors import named
 from model import LLaMA, num_parameters
 from multimodal import ImageAdapter
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import AllRanksError, memory_errors
+from runtime.files import resolved
 from runtime.quantization import quantize_int8
 from tasks import TASKS, see_images, with_images
 from toy import TOYS
@@ -285,7 +287,7 @@ def prepare(
     with sync_errors():
         if base.compile:
             prepare_to_compile(device, base.int8)
-        path = TOYS[source.toy].base() if base.base is None else Path(base.base)
+        path = TOYS[source.toy].base() if base.base is None else find_base(base.base)
         shape, weights = read_base(path)
         asked, config = config.max_seq_len, config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
         if asked is None and config.max_seq_len < 512:
@@ -298,7 +300,7 @@ def prepare(
 
     shape = {"layers": config.layers, "length": config.length, "dim": model.config.dim, "heads": model.config.n_heads}
     generator = torch.Generator().manual_seed(config.seed)
-    about = {"base": str(path.resolve()), "base_layers": str(model.config.n_layers)}
+    about = {"base": resolved(base.base or path), "base_layers": str(model.config.n_layers)}
     if any(example.image for example in examples):
         examples, encoder = see_images(examples, source, getattr(torch, base.dtype), device)
         features = [example.features for example in examples if example.features is not None]
@@ -364,8 +366,8 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
         source = source.checked(base.base)
         device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
-        if base.base is None and local_rank() == 0:
-            TOYS[source.toy].make()  # one of a machine's ranks for all of them
+        if local_rank() == 0:  # one of a machine's ranks makes or fetches it for all of them
+            TOYS[source.toy].make() if base.base is None else find_base(base.base)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with sync_errors():

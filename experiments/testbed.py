@@ -1,7 +1,7 @@
 """What settings are compared on: a base, what it is tuned on, what it is asked, and text of the base's own kind."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from data import AlpacaTemplate, Example, Tokenizer, Tokens, hold_out, tokenize
 from encoder_tuning.data import subset
 from experiments.methods import WARMUP_EPOCHS, Setting
 from formats.bases import read_base
+from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
 from runtime.device import select_device
 from runtime.files import read_text
@@ -121,7 +122,10 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
         raise ValueError("--base and --data go together; without them it is the toy's")
-    parts = toy_parts(options, searching) if options.base is None else data_parts(options, searching, asked)
+    if options.base is None:
+        parts = toy_parts(options, searching)
+    else:
+        parts = data_parts(replace(options, base=find_base(options.base)), searching, asked)
     changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
     default = parts.default._replace(**{name: value for name, value in changed.items() if value is not None})
     base, (config, _) = parts.base, read_base(parts.base)

@@ -25,18 +25,15 @@ def find_base(base: str | Path) -> Path:
     if path.exists() or not re.fullmatch(NAME, name):
         return path
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError:
         return path
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     try:
-        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-        if is_whole(cached):
-            return cached
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass
-    try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str) and is_whole(Path(cached).parent):
+            return Path(cached).parent
         return fetch(name, endpoint)
     except GatedRepoError:
         cure = f"accept its terms at {endpoint}/{name}, and set HF_TOKEN to a token of yours"

@@ -12,6 +12,7 @@ from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama
 from formats.chat_templates import NAMES
+from formats.hub import find_base
 from model import LLaMA
 from runtime.cli import warn
 from runtime.errors import AllRanksError, launched_rank, printable
@@ -53,7 +54,7 @@ def load_with_adapters(
         base = adapters[name].metadata.get("base")
         if base is None:
             raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
-    model, tokenizer = load_llama(base, dtype, device, ATTENTIONS[attention])
+    model, tokenizer = load_llama(find_base(base), dtype, device, ATTENTIONS[attention])
     config, fingerprint = model.config, base_fingerprint(model)
     for name, path in paths.items():
         adapter = adapters[name] if name in adapters else load_adapter(path, heads=config.n_heads)

@@ -198,5 +198,5 @@ def first_line(error: Exception) -> str:
 
 
 def resolved(path: str | Path | None) -> str | None:
-    """The whole path, for a record of where things were."""
-    return None if path is None else str(Path(path).resolve())
+    """The whole path, for a record of where things were; a name of what is elsewhere stays as it is."""
+    return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)

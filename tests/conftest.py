@@ -6,6 +6,7 @@ import os
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing: a name of the Hub's is looked up in its cache alone
 
 import pytest
 import torch

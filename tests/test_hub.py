@@ -1,0 +1,264 @@
+"""Bases by their name, from a small server in the Hub's place: nothing of these tests leaves the machine."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import ROOT, Ranks, command, make_adapter, run
+
+import generate
+from adapter import Adapter
+from formats.bases import load_llama
+from formats.hub import find_base
+
+hub = pytest.importorskip("huggingface_hub")
+from huggingface_hub import constants  # noqa: E402
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class Server:
+    """One model, of the files of a folder; `requests` are (method, path, token) of all that was asked."""
+
+    def __init__(self, folder):
+        self.folder, self.requests, self.status, self.broken = folder, [], 200, None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                outer.reply(self)
+
+            def do_GET(self):
+                outer.reply(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def reply(self, request):
+        path, files = request.path.split("?")[0], sorted(self.folder.iterdir())
+        self.requests.append((request.command, path, request.headers.get("authorization")))
+        name, headers, content = path.rpartition("/")[2], {}, b""
+        if not path.removeprefix("/api/models").startswith("/owner/model"):
+            status, headers = 404, {"X-Error-Code": "RepoNotFound"}
+        elif self.status != 200:
+            status, headers = self.status, {"X-Error-Code": "GatedRepo"} if self.status == 403 else {}
+        elif "/tree/" in path:
+            entry = {"type": "file", "oid": "0" * 40}
+            status, content = 200, [entry | {"path": f.name, "size": f.stat().st_size} for f in files]
+        elif path.startswith("/api/"):
+            listed = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
+            status, content = 200, {"id": "owner/model", "sha": COMMIT, "siblings": listed}
+        elif (self.folder / name).is_file():
+            status, content = 200, (self.folder / name).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        else:
+            status, headers = 404, {"X-Error-Code": "EntryNotFound"}
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        request.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
+            request.send_header(key, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(content[: len(content) // 2] if name == self.broken else content)
+
+    def fetched(self):
+        return sorted(
+            path.rpartition("/")[2] for method, path, _ in self.requests if method == "GET" and "/res" in path
+        )
+
+
+def use(url, cache, patch=setattr):
+    """This process takes the server for the Hub; what these are by $HF_ENDPOINT and $HF_HOME was read at import."""
+    patch(constants, "ENDPOINT", url)
+    patch(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch(constants, "HF_HUB_CACHE", str(cache))
+    patch(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def server(chat_base, tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for file in chat_base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "model.onnx"):
+        (folder / name).write_bytes(b"not needed")
+    server = Server(folder)
+    use(server.url, tmp_path / "cache", monkeypatch.setattr)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield server
+    server.http.shutdown()
+
+
+NEEDED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_what_is_needed_is_fetched_once(server, chat_base, tmp_path, capsys):
+    folder = find_base("owner/model")
+    assert sorted(file.name for file in folder.iterdir()) == server.fetched() == NEEDED
+    size = sum((chat_base / name).stat().st_size for name in NEEDED) / 1e6
+    said = f"owner/model: fetching 5 files, {size:,.1f} MB, from {server.url} to {tmp_path / 'cache'}"
+    assert said in capsys.readouterr().err
+    assert {token for *_, token in server.requests} <= {"Bearer hf_secret", None}
+    assert ("GET", "/api/models/owner/model", "Bearer hf_secret") in server.requests
+    ours, theirs = (load_llama(path)[0].state_dict() for path in (folder, chat_base))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    server.requests.clear()
+    server.http.shutdown()
+    assert find_base("owner/model") == folder and server.requests == [] and capsys.readouterr().err == ""
+
+
+def test_a_path_goes_before_a_name(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    assert str(find_base("owner/model")) == "owner/model"
+    for name in ("model", "/owner/model", "./owner/model", "a/b/c", "~/model", "../model", ""):
+        assert str(find_base(name)) == str(find_base(name)) and find_base(name).as_posix() == (
+            name or "."
+        ).removeprefix("./")
+    assert server.requests == []
+
+
+def test_shards_that_are_missing_are_fetched(server, tmp_path):
+    """An interrupted download: the shards that are there stay, and the cache is not taken for the whole."""
+    weights = (server.folder / "model.safetensors").read_bytes()
+    (server.folder / "model.safetensors").unlink()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for i, name in enumerate(names):
+        (server.folder / name).write_bytes(weights[i:])
+    index = {"weight_map": dict(zip("ab", names))}
+    (server.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    folder = find_base("owner/model")
+    assert {*names, "model.safetensors.index.json"} <= {file.name for file in folder.iterdir()}
+    (folder / names[1]).resolve().unlink()
+    server.requests.clear()
+    assert find_base("owner/model") == folder and (folder / names[1]).is_file()
+    assert server.fetched() == [names[1]]
+
+
+def test_the_environment_says_where_the_hub_and_its_cache_are(server, tmp_path):
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    code = "from formats.hub import find_base; print(find_base('owner/model'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.startswith(str(tmp_path / "home" / "hub")), result.stderr
+    assert server.fetched() == NEEDED
+
+
+def generated(*args):
+    return CliRunner().invoke(generate.main, [*map(str, args), "--greedy", "--max-new-tokens", "5", "Hello"])
+
+
+def broken_weights(server):
+    server.broken = "model.safetensors"
+
+
+def no_weights(server):
+    (server.folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        (
+            "owner/other",
+            lambda _: None,
+            "owner/other: no such base model here, and none of that name at http://127.0.0.1",
+        ),
+        ("owner/model", lambda server: setattr(server, "status", 403), "accept its terms at http://127.0.0.1:"),
+        ("owner/model", lambda server: setattr(server, "status", 500), "cannot be fetched from http://127.0.0.1:"),
+        ("owner/model", lambda server: server.http.server_close(), "cannot be fetched from http://127.0.0.1:"),
+        ("owner/model", no_weights, "it has no config.json and model*.safetensors there, which is what is read"),
+        ("owner/model", broken_weights, "cannot be fetched from http://127.0.0.1:"),
+    ],
+)
+def test_what_cannot_be_fetched_is_said_in_a_line(server, monkeypatch, name, spoil, message):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's tries
+    spoil(server)
+    result = generated("--base", name)
+    lines = [line for line in re.split("[\r\n]+", result.stderr) if "error" in line.lower()]
+    assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {name}: ") and message in lines[0]
+    server.broken = None
+    if spoil is broken_weights:  # what came is not taken for the whole
+        assert generated("--base", name).exit_code == 0
+
+
+def test_offline_only_the_cache_is_asked(server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = generated("--base", "owner/model")
+    assert result.exit_code == 2 and "owner/model: is neither here nor in the cache" in result.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert generated("--base", "owner/model").exit_code == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert generated("--base", "owner/model").exit_code == 0
+
+
+def test_without_the_library_the_line_says_how_to_fetch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    result = generated("--base", "owner/model")
+    cure = "owner/model: no such base model; if Hugging Face has it: `hf download owner/model --local-dir model`"
+    assert result.exit_code == 2 and cure in result.stderr
+
+
+def test_an_adapter_says_the_name_of_its_base(server, instructions, tmp_path, chat_base):
+    """Tuned by its name on two ranks, of which one fetches; and asked by the adapter alone, from the cache."""
+    args = [
+        "--base",
+        "owner/model",
+        "--data",
+        instructions,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+    ]
+    result = run(*args)
+    assert result.exit_code == 0, result.stderr
+    adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
+    assert adapter.metadata["base"] == "owner/model"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["options"]["base"] == "owner/model"
+    assert "nothing is left to do" in run(*args, "--resume", "auto").stderr
+    asked = generated("--adapter", tmp_path / "run" / "adapter.safetensors")
+    assert asked.exit_code == 0 and server.fetched() == NEEDED
+    make_adapter(load_llama(chat_base)[0]).save(tmp_path / "b.safetensors", base="owner/model")
+    assert generated("--adapter", tmp_path / "b.safetensors").exit_code == 0
+
+
+def take_for_the_hub(rank, url, cache):
+    use(url, cache)
+
+
+def test_one_rank_of_a_machine_fetches_for_all(server, instructions, tmp_path, forks):
+    args = [
+        "--base",
+        "owner/model",
+        "--data",
+        instructions,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        3,
+        "--device",
+        "cpu",
+    ]
+    spoil = partial(take_for_the_hub, url=server.url, cache=tmp_path / "cache")
+    for code, _, stderr in Ranks(forks, 2, command, args, spoil).results():
+        assert code == 0, stderr
+    assert server.fetched() == NEEDED
