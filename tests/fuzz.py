@@ -396,9 +396,32 @@ def tokenizer_json(folder):
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "bos_token": null}')
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content | trim + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": None, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
     return folder / "tokenizer.json"
+
+
+def chat_template(folder):
+    tokenizer_json(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(config["chat_template"].replace("%}", "%}\n"))
+    return folder / "chat_template.jinja"
+
+
+def read_chat_template(path):
+    from data import Example, Turn
+    from formats.chat_templates import load_template
+    from formats.tokenizers import load_tokenizer
+
+    template = load_template("auto", load_tokenizer(path.parent))
+    turns = (Turn("system", "a <|im_end|>"), Turn("user", "b"), Turn("assistant", "c"))
+    list(template.rounds([Example(turns=turns, name="a record")]))
+    template.prompt("b", history=turns[:1])
 
 
 def llama2c(folder):
@@ -433,11 +456,21 @@ def alpaca(folder, name="a.json"):
     return folder / name
 
 
-def read_data(path):
-    from data import read_examples
-    from tasks import with_images
+def conversations(folder):
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "a"), ("assistant", "b")]
+    records = [
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        {"prompt": "a", "completion": "b"},
+    ]
+    (folder / "chats.json").write_text(json.dumps(records))
+    return folder / "chats.json"
 
-    with_images(read_examples(path), path.parent, True, path)
+
+def read_data(path):
+    from tasks import TASKS, with_images
+
+    with_images(TASKS["instructions"].read(path), path.parent, True, path)
 
 
 def a_run(folder):
@@ -654,6 +687,7 @@ def read_coco(path):
 
 def prompts(folder):
     records = [{"instruction": "Hello", "input": "", "adapter": None}, {"instruction": "a", "image": ""}]
+    records.append({"messages": [{"role": "user", "content": "a"}]})
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     picture().save(folder / "a.png")
     return folder / "in.jsonl"
@@ -722,11 +756,14 @@ KINDS = {
     "index": (beside(hugging_face, "model.safetensors.index.json"), text_json, read_base),
     "tokenizer.json": (tokenizer_json, text_json, read_base),
     "tokenizer_config.json": (beside(tokenizer_json, "tokenizer_config.json"), text_json, read_base),
+    "chat template": (beside(tokenizer_json, "tokenizer_config.json"), text_json, read_chat_template),
+    "chat_template.jinja": (chat_template, text_lines, read_chat_template),
     "generation_config.json": (beside(tokenizer_json, "generation_config.json"), text_json, read_base),
     "llama2c": (llama2c, plain_bytes, read_base),
     "alpaca": (alpaca, text_json, read_data),
     "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), text_json, read_data),
     "alpaca xz": (lambda folder: alpaca(folder, "a.json.xz"), plain_bytes, read_data),
+    "conversations": (conversations, text_json, read_data),
     "checkpoint": (a_run, pth_file, read_run),
     "metrics": (beside(a_run, "metrics.jsonl"), text_json, read_run),
     "summary": (beside(a_run, "done/summary.json"), text_json, read_run),
