@@ -105,14 +105,12 @@ class ChatTemplate(Template):
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        asked = Turn("user", question(instruction, input))
-        hidden: list[str] = []
-        talk = self.messages([*history, asked], hidden)
-        (text,) = self.render([(talk, True)], ["the prompt"])
+        asked, hidden = Turn("user", question(instruction, input)), []
+        (texts,) = self.render([self.messages([*history, asked], hidden)], ["the prompt"], to_answer=True)
         try:
-            parts = self.parts(talk, text, "the prompt")
+            parts = self.parts(texts, "the prompt")
         except ValueError:  # earlier turns are written otherwise: as the base is asked, whatever it was tuned on
-            parts = [text]
+            parts = texts[:1]
         return [id for ids in self.encode(parts, hidden) for id in ids]
 
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
@@ -121,9 +119,8 @@ class ChatTemplate(Template):
             hidden: list[str] = []
             talks = [self.messages(conversation(example), hidden) for example in chunk]
             names = [example.name for example in chunk]
-            texts = self.render([(talk, False) for talk in talks], names)
-            for talk, text, name in zip(talks, texts, names):
-                ids = self.encode(self.parts(talk, text, name), hidden)
+            for texts, name in zip(self.render(talks, names), names):
+                ids = self.encode(self.parts(texts, name), hidden)
                 rounds = [Round(*pair) for pair in zip(ids[::2], ids[1::2])]  # what follows the last answer is left off
                 if not all(round.answer for round in rounds) or not rounds:
                     raise ValueError(f"{name}: the template {self.name.partition(':')[0]} leaves an answer out")
@@ -138,23 +135,32 @@ class ChatTemplate(Template):
 
         return [{"role": turn.role, "content": self.unseen.sub(hide, turn.content)} for turn in turns]
 
-    def render(self, renderings: list, names: Sequence[str]) -> list[str]:
-        """Texts of messages, with or without the beginning of an answer. Raises ValueError, with the name."""
+    def render(self, talks: Sequence[list], names: Sequence[str], to_answer: bool = False) -> list[list[str]]:
+        """The text of each, with the beginning of an answer if there is to be one; without markers, behind it those of
+        what stands before and behind every answer. Raises ValueError, with the name."""
+        cases = []
+        for i, messages in enumerate(talks):
+            cases.append((i, messages, to_answer))
+            if not self.marks_answers:
+                said = [j for j, message in enumerate(messages) if message["role"] == "assistant"]
+                cases += [case for j in said for case in ((i, messages[:j], True), (i, messages[: j + 1], False))]
         try:
-            return self.renderer(renderings)
+            texts = self.renderer([case[1:] for case in cases])
         except TemplateError as error:
-            name = names[error.number] if len(names) > 1 else names[0]
-            raise ValueError(f"{name}: the template {self.name.partition(':')[0]} does not take it: {error}") from None
+            kind = self.name.partition(":")[0]
+            raise ValueError(
+                f"{names[cases[error.number][0]]}: the template {kind} does not take it: {error}"
+            ) from None
+        return [[text for text, case in zip(texts, cases) if case[0] == i] for i in range(len(talks))]
 
-    def parts(self, messages: list[dict[str, str]], text: str, name: str) -> list[str]:
-        """Of the text of these messages: what is not learnt and what is, in turns. Raises ValueError, with the name.
+    def parts(self, texts: Sequence[str], name: str) -> list[str]:
+        """Of such texts: what is not learnt and what is, in turns. Raises ValueError, with the name.
 
         Without markers an answer is what its turn adds to the conversation before it.
         """
+        text, *ends = texts
         if self.marks_answers:
             return re.split(f"[{BEGIN}{END}]", text)
-        said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        ends = self.render([case for i in said for case in ((messages[:i], True), (messages[: i + 1], False))], [name])
         parts, position = [], 0
         for before, after in zip(ends[::2], ends[1::2]):
             if not (text.startswith(after) and after.startswith(before) and len(before) >= position):

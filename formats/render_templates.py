@@ -7,6 +7,8 @@ asked ends it when it takes too long.
 
 import json
 import sys
+from collections.abc import Callable
+from functools import cache
 
 import jinja2
 from jinja2 import nodes
@@ -41,11 +43,11 @@ def to_json(value: object, indent: int | None = None, ensure_ascii: bool = False
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
-def render_all(environment: jinja2.Environment, request: dict) -> dict:
+def render_all(compiled: Callable[[str], jinja2.Template], request: dict) -> dict:
     """The text of each rendering, or the error and the number of the one that raised it."""
     number = None
     try:
-        template = environment.from_string(request["template"])
+        template = compiled(request["template"])
         texts = []
         for number, (messages, add_generation_prompt) in enumerate(request["renderings"]):
             values = request["variables"] | {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -71,8 +73,9 @@ def main() -> None:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
+    compiled = cache(environment.from_string)
     for line in sys.stdin:
-        print(json.dumps(render_all(environment, json.loads(line))), flush=True)
+        print(json.dumps(render_all(compiled, json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
