@@ -1,11 +1,13 @@
 """Small models with open gates, names of others' weights, runs of train.py in processes, and where the real data is."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +379,26 @@ def chat_on_terminal(lines, *args):
     os.close(master)
     assert process.returncode == 0, stderr
     return stdout, stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def chat_in_process(lines, *args):
+    """As `chat_on_terminal`, with something that says it is a terminal, in this process."""
+    import generate
+
+    args = [*map(str, args), "--greedy", "--max-new-tokens", "5"]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.setattr(sys, "stdin", Terminal(lines))
+        generate.main(args, standalone_mode=False)
+    return out.getvalue(), err.getvalue()
 
 
 SCIENCEQA = {

@@ -10,7 +10,7 @@ from copy import deepcopy
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, chat_on_terminal, make_adapter, make_model, make_tokens
+from helpers import ROOT, chat_in_process, chat_on_terminal, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, Prompt
 from data import format_prompt
@@ -471,7 +471,7 @@ def test_a_terminal_becomes_a_conversation(tiny_adapter):
 def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     chef, poet = chef_and_poet
     lines = "Hello\n/adapter poet\nHello\n/none\nHello\n/adapter cook\nHello\n/adapter chef\nHello\n"
-    stdout, stderr = chat_on_terminal(lines, "--adapter", chef, "--adapter", poet)
+    stdout, stderr = chat_in_process(lines, "--adapter", chef, "--adapter", poet)
     args = ("--greedy", "--max-new-tokens", 5, "Hello")
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout
@@ -482,7 +482,7 @@ def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
 
 def test_a_conversation_says_how_it_is_led_and_ends(tiny_adapter):
     for word in ("exit", "/quit"):
-        stdout, stderr = chat_on_terminal(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
+        stdout, stderr = chat_in_process(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
         assert stdout == "" and stderr.count("Every line is an instruction of its own. /adapter NAME") == 2
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from helpers import chat_on_terminal, make_adapter
+from helpers import chat_in_process, make_adapter
 
 import generate
 from data import Turn
@@ -96,7 +96,7 @@ def tuned(chat_base, tmp_path):
 def test_on_a_terminal_a_conversation_goes_on(tuned, tmp_path):
     """Who answers changes, and each has its own; /reset forgets. The same conversations as a file give the same."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
-    stdout, stderr = chat_on_terminal(lines, *tuned)
+    stdout, stderr = chat_in_process(lines, *tuned)
     assert stderr.count("Every line is a turn of one conversation. /reset: forget it. /system TEXT") == 1
     turns, records = {"a": [], "b": []}, []
     answers = stdout.split("\n")
@@ -123,7 +123,7 @@ def test_piped_lines_stay_by_themselves(tuned):
 
 
 def test_templates_without_turns_say_so(tiny_adapter):
-    stdout, stderr = chat_on_terminal("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
+    stdout, stderr = chat_in_process("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
     for command in ("/system", "/reset"):
         assert f"error: {command} is for templates with turns; here every line is an instruction" in stderr
 
