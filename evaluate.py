@@ -16,7 +16,7 @@ from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Request, Responder
 from multimodal import ImageAdapter
-from runtime.cli import Count, device_options, one_line_errors
+from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import require_writable
 from tasks import TASKS, Task, attach_features, with_images
@@ -42,6 +42,7 @@ class EvalConfig:
     base: str | None
     device: str
     dtype: str
+    bits: str | None = None
     split: str | None = None
     choose: bool = False
 
@@ -65,7 +66,7 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
     """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
-    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype)
+    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):
@@ -101,6 +102,7 @@ model_options = option_group(
     option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),
     option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
     *device_options,
+    *bits_options,
 )
 image_options = option_group(
     "Images",
@@ -155,7 +157,7 @@ for name, task in TASKS.items():
 @main.command("toy")
 @model_options
 @option_group("Data", option("--images", is_flag=True, help="Ask about held-out images of digits, too."))
-def evaluate_toy(adapter_path, images, base, device, dtype):
+def evaluate_toy(adapter_path, images, base, device, dtype, bits):
     """Ask the toy's held-out questions.
 
     Of the base alone, and of the base with the adapter.
@@ -163,7 +165,7 @@ def evaluate_toy(adapter_path, images, base, device, dtype):
     with one_line_errors():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
-        model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype))
+        model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
         (adapter,) = adapters.values()
         if images:
             exam.evaluate_digits(model, tokenizer, adapter)

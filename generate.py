@@ -29,7 +29,6 @@ from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import printable
 from runtime.files import require_writable
-from runtime.quantization import quantize_int8
 from runtime.terminal import read_commands
 
 
@@ -374,15 +373,13 @@ def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, 
 
 
 def make_responder(
-    adapter_paths, base, device, dtype, attention, int8, compile, greedy, temperature, seed, **options
+    adapter_paths, base, device, dtype, attention, bits, compile, greedy, temperature, seed, **options
 ) -> Responder:
     """As the options say. Raises OSError or ValueError."""
     device, dtype = select_device(device, dtype)
     if compile:
-        prepare_to_compile(device, int8)
-    model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, attention)
-    if int8:
-        quantize_int8(model.layers)
+        prepare_to_compile(device, bits)
+    model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, attention, bits)
     return Responder(
         model,
         tokenizer,

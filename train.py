@@ -31,7 +31,7 @@ from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.errors import AllRanksError, memory_errors
 from runtime.files import resolved
-from runtime.quantization import quantize_int8
+from runtime.quantization import quantizer
 from tasks import TASKS, see_images, with_images
 from toy import TOYS
 from training import distributed
@@ -265,19 +265,18 @@ def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device
     the ranks as well, and gathered when it is their turn. Raises ValueError.
     """
     dtype = getattr(torch, base.dtype)
-    strategy = distributed.choose_strategy(base.strategy, num_parameters(opened[0]) * dtype.itemsize, device)
-    if strategy == "fsdp" and (base.int8 or base.compile):
-        raise AllRanksError("--int8 and --compile need the base whole on every rank: --strategy ddp")
+    bits = base.bits and int(base.bits)
+    size = num_parameters(opened[0]) * (bits or 8 * dtype.itemsize) // 8
+    strategy = distributed.choose_strategy(base.strategy, size, device)
+    if strategy == "fsdp" and (bits or base.compile):
+        raise AllRanksError("--bits and --compile need the base whole on every rank: --strategy ddp")
     shard = distributed.fsdp_sharder(device) if strategy == "fsdp" else None
     with sync_errors():
-        model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened)
-    fingerprint = base_fingerprint(model)  # of the weights as they were read
-    with sync_errors():
-        if base.int8:
-            quantize_int8(model.layers)
+        quantize = quantizer(bits, device)
+        model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened, quantize)
         if base.compile:
             compile_layers(model.layers)
-    return model, tokenizer, fingerprint, strategy
+    return model, tokenizer, base_fingerprint(*opened), strategy
 
 
 def prepare(
@@ -286,13 +285,13 @@ def prepare(
     """All that training a LLaMA needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
     with sync_errors():
         if base.compile:
-            prepare_to_compile(device, base.int8)
+            prepare_to_compile(device, base.bits)
         path = TOYS[source.toy].base() if base.base is None else find_base(base.base)
         shape, weights = read_base(path)
         asked, config = config.max_seq_len, config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
         if asked is None and config.max_seq_len < 512:
             say(f"--max-seq-len {config.max_seq_len}: {path} sees no more")
-        if base.int8:  # autograd would keep the widened weights of all layers
+        if base.bits == "8":  # autograd would keep the widened weights of all layers
             config = replace(config, checkpoint_activations=True)
     model, tokenizer, fingerprint, strategy = load_base(base, path, (shape, weights), device)
     options = fixed_options(config, source, base, examples) | {"base_fingerprint": fingerprint}
@@ -316,7 +315,7 @@ def prepare(
     dropped = len(examples) - len(tokens)
     counts = {"examples": len(training), "held_out": len(validation), "dropped": dropped, "cut": cut}
     about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
-    about["prompt_template"] = template.name
+    about |= {"prompt_template": template.name} | ({"bits": base.bits} if base.bits else {})
     known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
     return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config

@@ -29,6 +29,7 @@ def load_llama(
     attention: Callable[..., Tensor] = gated_attention,
     shard: Callable[[nn.Module], None] | None = None,
     opened: tuple[Config, Weights] | None = None,
+    quantize: Callable[[nn.Module], None] | None = None,
 ) -> tuple[LLaMA, Tokenizer]:
     """A frozen LLaMA and its tokenizer. What lies at `path` says how to read it:
 
@@ -36,7 +37,8 @@ def load_llama(
     - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
-    `shard` is called on every layer once it is filled, before the next has any memory, and on the model at the end.
+    `quantize` and `shard` are called on every layer once it is filled, before the next has any memory; `shard` on the
+    model at the end, too.
     `opened` is what `read_base` said of the path, where it has been asked before.
     Raises FileNotFoundError or ValueError, in one line that names the file and both numbers.
     """
@@ -58,6 +60,8 @@ def load_llama(
     fill("tok_embeddings")
     for i, block in enumerate(model.layers):
         fill(f"layers.{i}")
+        if quantize is not None:
+            quantize(block)
         if shard is not None:
             shard(block)
     fill("norm")
@@ -99,10 +103,18 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     return config, weights
 
 
-def base_fingerprint(model: LLaMA) -> str:
-    """A hash of the first four rows of some weights, whether the base is whole or sharded over ranks."""
-    first, last = model.layers[0], model.layers[-1]
-    some = (model.tok_embeddings, first.attention.wq, last.feed_forward.w2, model.output)
-    weights = [module.weight.detach() for module in some]
-    weights = [getattr(weight, "full_tensor", lambda: weight)() for weight in weights]
-    return hash_tensors([weight[:4] for weight in weights])
+def base_fingerprint(config: Config, weights: Weights) -> str:
+    """A hash of the first four rows of some weights, of `read_base`: whatever becomes of them in memory."""
+    C, V = config.dim, config.vocab_size
+    shapes = {
+        "tok_embeddings": (V, C),
+        "layers.0.attention.wq": (config.n_heads * config.head_dim, C),
+        f"layers.{config.n_layers - 1}.feed_forward.w2": (C, config.hidden_dim),
+        "output": (V, C),
+    }
+    rows = []
+    for name, shape in shapes.items():
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        weights[f"{name}.weight"](weight)
+        rows.append(weight[:4])
+    return hash_tensors(rows)

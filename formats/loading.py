@@ -10,11 +10,12 @@ from adapter import ATTENTIONS, Adapter
 from data import Tokenizer
 from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
-from formats.bases import base_fingerprint, load_llama
+from formats.bases import base_fingerprint, load_llama, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
 from model import LLaMA
 from runtime.cli import warn
+from runtime.quantization import quantizer
 from runtime.errors import AllRanksError, launched_rank, printable
 
 
@@ -37,6 +38,7 @@ def load_with_adapters(
     device: torch.device,
     dtype: torch.dtype,
     attention: str = "fused",
+    bits: str | None = None,
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """The base, by default the one that the first adapter names, and adapters, whosever they are, by name.
 
@@ -54,8 +56,10 @@ def load_with_adapters(
         base = adapters[name].metadata.get("base")
         if base is None:
             raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
-    model, tokenizer = load_llama(find_base(base), dtype, device, ATTENTIONS[attention])
-    config, fingerprint = model.config, base_fingerprint(model)
+    folder, quantize = find_base(base), quantizer(bits and int(bits), device)
+    opened = read_base(folder)
+    model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=opened, quantize=quantize)
+    config, fingerprint = model.config, base_fingerprint(*opened)
     for name, path in paths.items():
         adapter = adapters[name] if name in adapters else load_adapter(path, heads=config.n_heads)
         if isinstance(adapter, HeadAdapter):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 from cloup import option, option_group
 
-from runtime.cli import SEED, Count, Real, device_options
+from runtime.cli import SEED, Count, Real, bits_options, device_options
 
 model_options = option_group(
     "Model",
@@ -64,7 +64,7 @@ def speed_options(attentions: list[str]):
     """A decorator; `attentions` are the keys of adapter.ATTENTIONS."""
     return option_group(
         "Memory and speed",
-        option("--int8", is_flag=True, help="Quantise the layers to 8 bits."),
+        *bits_options,
         option(
             "--compile", is_flag=True, help="torch.compile the step from token to token: slow to start, then faster."
         ),

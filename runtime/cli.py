@@ -42,6 +42,13 @@ device_options = [  # which `select_device` makes sense of
 ]
 
 
+# Either fills `bits`, with None, "8" or "4", which `runtime.quantization.quantizer` makes sense of.
+bits_options = [
+    option("--bits", type=click.Choice(["8", "4"]), help="Hold the layers' weights in so many.  [default: --dtype's]"),
+    option("--int8", "bits", flag_value="8", help="The same as --bits 8."),
+]
+
+
 def warn(text: str) -> None:
     """Say in a line what the user may not have meant."""
     click.echo(f"warning: {printable(text)}", err=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
-def prepare_to_compile(device: torch.device, int8: bool = False) -> None:
+def prepare_to_compile(device: torch.device, bits: str | None = None) -> None:
     """Before anything is compiled. Raises ValueError where torch.compile would fail later."""
-    if int8 and device.type == "cpu":
-        raise ValueError("--int8 and --compile go together on a GPU only")
+    if bits and device.type == "cpu":
+        raise ValueError(f"--bits {bits} and --compile go together on a GPU only")
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
     # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.

@@ -14,7 +14,7 @@ from helpers import CHATML, DATA, KINDS, ROOT, copy_base, make_adapter, save_cha
 from helpers import split_for_parallel
 
 from encoders.models import ViTConfig
-from formats.bases import base_fingerprint, load_llama
+from formats.bases import base_fingerprint, load_llama, read_base
 from model import Config, LLaMA
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
@@ -129,7 +129,7 @@ def tiny_adapter(tiny_base, tmp_path_factory):
     torch.nn.init.constant_(adapter.gates, 2.0)
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     adapter.save(
-        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model), prompt_template="alpaca"
+        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(*read_base(tiny_base)), prompt_template="alpaca"
     )
     return path
 

@@ -14,7 +14,7 @@ from helpers import ROOT, chat_in_process, chat_on_terminal, make_adapter, make_
 
 from adapter import Adapter, Prompt
 from data import format_prompt
-from formats.bases import base_fingerprint, load_llama
+from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
 from generate import decode, generate, main, sample, stream, text_pieces
 from runtime.compilation import compile_decoding
@@ -309,7 +309,7 @@ def chef_and_poet(tiny_base, tmp_path_factory):
         adapter = make_adapter(model, layers=layers, seed=seed)
         torch.nn.init.constant_(adapter.gates, 2.0)
         paths.append(tmp_path_factory.mktemp("adapters") / f"{name}.safetensors")
-        adapter.save(paths[-1], base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(model))
+        adapter.save(paths[-1], base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(*read_base(tiny_base)))
     return paths
 
 

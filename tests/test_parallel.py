@@ -166,7 +166,7 @@ def no_data(rank):
 
 
 def no_compiler(rank):
-    def fail(device, int8):
+    def fail(device, bits):
         raise ValueError("--compile needs a C++ compiler")
 
     train.prepare_to_compile = fail
@@ -179,7 +179,7 @@ def no_compiler(rank):
         (no_compiler, ["--compile"], "error: --compile needs a C++ compiler"),
         (None, ["--base", "nowhere"], "error: nowhere: no such base model"),
         (None, ["--device", "cpu:0"], "error: --device cpu:0: of several processes each has its own"),
-        (None, ["--strategy", "fsdp", "--int8"], "error: --int8 and --compile need the base whole"),
+        (None, ["--strategy", "fsdp", "--int8"], "error: --bits and --compile need the base whole"),
     ],
 )
 def test_what_one_rank_cannot_do_ends_all(forks, args, spoil, more, message):

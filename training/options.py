@@ -11,7 +11,7 @@ import click
 from cloup import option, option_group
 
 from adapter import ATTENTIONS
-from runtime.cli import SEED, Count, Real, device_options
+from runtime.cli import SEED, Count, Real, bits_options, device_options
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class BaseOptions:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "fused"  # a key of adapter.ATTENTIONS
-    int8: bool = False
+    bits: str | None = None  # of the layers' weights: "8", "4", or as dtype says
     compile: bool = False
     strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
 
@@ -106,7 +106,7 @@ memory_options = option_group(  # the first two fill train.TrainConfig: they cha
     "Memory and speed",
     MICRO_BATCH,
     option("--checkpoint-activations", is_flag=True, help="Activation checkpointing: less memory, more time."),
-    option("--int8", is_flag=True, help="Quantise the layers to 8 bits; implies activation checkpointing."),
+    *bits_options,
     option("--compile", is_flag=True, help="torch.compile the layers: slow to start, then faster."),
     option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two ways to the same numbers."),
     option("--strategy", type=click.Choice(["auto", "ddp", "fsdp"]), default="auto", help=STRATEGY),
@@ -151,7 +151,7 @@ def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list
 
     `config` is a train.TrainConfig.
     """
-    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "int8": base.int8}
+    options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "bits": base.bits}
     options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "template", "skip_missing")}
     options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
