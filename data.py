@@ -129,8 +129,6 @@ def check_record(
         raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {wanted}")
     for needed_field in needed:
         if needed_field not in record:
-            if {"messages", "conversations"} & record.keys():
-                raise ValueError(f"{where}: is a conversation; what is read has {wanted}")
             raise ValueError(f"{where}: has no field '{needed_field}' (it has: {', '.join(record) or 'nothing'})")
     fields = {key: record[key] for key in (*needed, "input", *MEDIA) if key in record}
     for key, value in fields.items():

@@ -193,7 +193,10 @@ class Responder:
         return adapter(request.features[None].to(weight.device), gate_scale=self.gate_scale, dtype=weight.dtype)
 
     def tokens(self, request: Request) -> list[int]:
-        """<bos> and the instruction, in its template, behind what was said before."""
+        """<bos> and the instruction, in its template, behind what was said before. Raises ValueError."""
+        if request.history and not self.has_turns(request.adapter):
+            how = "without a template" if self.raw else f"the template {self.templates[request.adapter].name}"
+            raise ValueError(f"{how} has no turns: --template auto, llama-2, llama-3 or chatml")
         if self.raw:
             return [*self.tokenizer.start_ids, *self.tokenizer.encode(request.instruction)]
         return self.templates[request.adapter].prompt(request.instruction, request.input, request.history)

@@ -308,10 +308,12 @@ def prepare(
         adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
     else:
         adapter = Adapter(generator=generator, **shape).to(device)
-    with sync_errors(), named(source.data or f"the toy {source.toy}"):
+    with sync_errors():
         template = load_template(source.template or "alpaca", tokenizer)
+    with sync_errors(), named(source.data or f"the toy {source.toy}"):
         tokens, cut = tokenize(template, examples, config.max_seq_len)
         training, validation = hold_out(tokens, config.val_size, config.seed)
+    options["prompt_template"] = template.name
     dropped = len(examples) - len(tokens)
     counts = {"examples": len(training), "held_out": len(validation), "dropped": dropped, "cut": cut}
     about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
@@ -365,12 +367,14 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
         source = source.checked(base.base)
         device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
-        if local_rank() == 0:  # one of a machine's ranks makes or fetches it for all of them
-            TOYS[source.toy].make() if base.base is None else find_base(base.base)
+        if base.base is None and local_rank() == 0:
+            TOYS[source.toy].make()  # one of a machine's ranks for all of them
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with sync_errors():
         examples, source = read_training_data(source)
+        if base.base is not None and local_rank() == 0:
+            find_base(base.base)  # fetched, where it is a name
     options = fixed_options(config, source, base, examples)
     state = distributed.broadcast_from_rank0(lambda: run_state(run.out, run.resume, options, base.base))
     if state == "finished":

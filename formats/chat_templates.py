@@ -9,11 +9,13 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from data import AlpacaTemplate, Example, Round, Template, Tokenizer, Turn
 from formats.render_templates import BEGIN, END
@@ -75,11 +77,18 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         raise ValueError(f"unknown prompt template {name!r}; there are {', '.join(NAMES)}")
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]
     if missing:
-        has = "its tokenizer has no token"
+        has = "its tokenizer has no special token"
         raise ValueError(f"--template {name} is not for this base: {has} {missing[0]!r}; alpaca and llama-2 need none")
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
     start = "".join(spelling[id] for id in tokenizer.start_ids)  # some name a <bos> with which no text begins
     return ChatTemplate(name, TEMPLATES[name], tokenizer, {"bos_token": start, "eos_token": spelling[tokenizer.eos_id]})
+
+
+class Rendered(NamedTuple):
+    """A conversation as its template writes it."""
+
+    text: str
+    spans: list  # without markers: of each answer where it begins and ends, or None where others write it otherwise
 
 
 class ChatTemplate(Template):
@@ -90,41 +99,56 @@ class ChatTemplate(Template):
     """
 
     has_turns = True
+    CHARACTERS = 200_000  # so many of conversations, or more of one, are rendered at once
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer, variables: dict[str, str]):
-        self.name, self.tokenizer = name, tokenizer
+        self.name, self.kind, self.tokenizer = name, name.partition(":")[0], tokenizer
         self.renderer = Renderer(source, variables)
-        self.marks_answers = re.search(r"\{%-?\s*generation\b", source) is not None
+        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.unseen = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
-        (rounds,) = self.rounds([Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a conversation")])
-        ends = [id for id in rounds[0].answer[-1:] if id in tokenizer.special_ids.values()]
+        example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a question and its answer")
+        ((prompt, answer),) = next(self.rounds([example]))
+        ends = [id for id in answer[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
-            warn(f"the template {name.partition(':')[0]} ends no answer with a special token: it is not learnt to end")
+            warn(f"the template {self.kind} ends no answer with a special token: it is not learnt to end")
+        if prompt != self.prompt("Hi"):
+            warn(f"the template {self.kind} begins an answer that is asked for otherwise than one that is learnt")
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        asked, hidden = Turn("user", question(instruction, input)), []
-        (texts,) = self.render([self.messages([*history, asked], hidden)], ["the prompt"], to_answer=True)
+        hidden: list[str] = []
+        messages = self.messages([*history, Turn("user", question(instruction, input))], hidden)
+        (rendered,) = self.render([messages], ["the prompt"], begin_answer=True)
         try:
-            parts = self.parts(texts, "the prompt")
+            parts = self.parts(rendered, "the prompt")
         except ValueError:  # earlier turns are written otherwise: as the base is asked, whatever it was tuned on
-            parts = texts[:1]
+            parts = [rendered.text]
         return [id for ids in self.encode(parts, hidden) for id in ids]
 
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
-        rest = iter(examples)
-        while chunk := list(islice(rest, 64)):
+        for chunk in self.chunks(examples):
             hidden: list[str] = []
             talks = [self.messages(conversation(example), hidden) for example in chunk]
             names = [example.name for example in chunk]
-            for texts, name in zip(self.render(talks, names), names):
-                ids = self.encode(self.parts(texts, name), hidden)
+            for talk, rendered, name in zip(talks, self.render(talks, names), names):
+                ids = self.encode(self.parts(rendered, name), hidden)
                 rounds = [Round(*pair) for pair in zip(ids[::2], ids[1::2])]  # what follows the last answer is left off
-                if not all(round.answer for round in rounds) or not rounds:
-                    raise ValueError(f"{name}: the template {self.name.partition(':')[0]} leaves an answer out")
+                if len(rounds) != len(answers(talk)) or not all(round.answer for round in rounds):
+                    raise ValueError(f"{name}: the template {self.kind} leaves an answer out")
                 yield rounds
+
+    def chunks(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        chunk, characters = [], 0
+        for example in examples:
+            chunk.append(example)
+            characters += sum(len(turn.content) for turn in conversation(example))
+            if characters > self.CHARACTERS or len(chunk) == 64:
+                yield chunk
+                chunk, characters = [], 0
+        if chunk:
+            yield chunk
 
     def messages(self, turns: Sequence[Turn], hidden: list[str]) -> list[dict[str, str]]:
         """As templates take them. What would spell a special token is put by in `hidden`, and its number written."""
@@ -135,48 +159,42 @@ class ChatTemplate(Template):
 
         return [{"role": turn.role, "content": self.unseen.sub(hide, turn.content)} for turn in turns]
 
-    def render(self, talks: Sequence[list], names: Sequence[str], to_answer: bool = False) -> list[list[str]]:
-        """The text of each, with the beginning of an answer if there is to be one; without markers, behind it those of
-        what stands before and behind every answer. Raises ValueError, with the name."""
-        cases = []
-        for i, messages in enumerate(talks):
-            cases.append((i, messages, to_answer))
-            if not self.marks_answers:
-                said = [j for j, message in enumerate(messages) if message["role"] == "assistant"]
-                cases += [case for j in said for case in ((i, messages[:j], True), (i, messages[: j + 1], False))]
-        try:
-            texts = self.renderer([case[1:] for case in cases])
-        except TemplateError as error:
-            kind = self.name.partition(":")[0]
-            raise ValueError(
-                f"{names[cases[error.number][0]]}: the template {kind} does not take it: {error}"
-            ) from None
-        return [[text for text, case in zip(texts, cases) if case[0] == i] for i in range(len(talks))]
+    def render(self, talks: Sequence[list], names: Sequence[str], begin_answer: bool = False) -> list[Rendered]:
+        """Conversations, given as messages, with the beginning of an answer if there is to be one.
 
-    def parts(self, texts: Sequence[str], name: str) -> list[str]:
-        """Of such texts: what is not learnt and what is, in turns. Raises ValueError, with the name.
-
-        Without markers an answer is what its turn adds to the conversation before it.
+        Raises ValueError, with the name.
         """
-        text, *ends = texts
+        ends = [[] if self.marks_answers else answers(talk) for talk in talks]
+        requests = [
+            {"messages": talk, "begin_answer": begin_answer, "answers": numbers} for talk, numbers in zip(talks, ends)
+        ]
+        try:
+            return [Rendered(**rendered) for rendered in self.renderer(requests)]
+        except TemplateError as error:
+            one = names[error.number or 0]
+            name = f"{one} to {names[-1]}" if error.number is None and len(names) > 1 else one
+            raise ValueError(f"{name}: the template {self.kind} does not take it: {error}") from None
+
+    def parts(self, rendered: Rendered, name: str) -> list[str]:
+        """What is not learnt and what is, in turns. Raises ValueError, with the name."""
+        text, parts, position = rendered.text, [], 0
         if self.marks_answers:
             return re.split(f"[{BEGIN}{END}]", text)
-        parts, position = [], 0
-        for before, after in zip(ends[::2], ends[1::2]):
-            if not (text.startswith(after) and after.startswith(before) and len(before) >= position):
-                how = "the base's chat_template writes a turn otherwise when others follow"
+        for span in rendered.spans:
+            if span is None or span[0] < position:
+                how = f"the template {self.kind} writes a turn otherwise when others follow"
                 raise ValueError(f"{name}: {how}; --template chatml, llama-2 or llama-3 does not")
-            answer = after[len(before) :]
+            answer = text[slice(*span)]
             ended = max((found.end() for found in self.special.finditer(answer)), default=len(answer))
-            parts += [text[position : len(before)], answer[:ended]]
-            position = len(before) + ended
+            parts += [text[position : span[0]], answer[:ended]]
+            position = span[0] + ended
         return [*parts, text[position:]]
 
     def encode(self, parts: Sequence[str], hidden: Sequence[str]) -> list[list[int]]:
         """Ids of the parts of a text. Those of the parts before do not depend on what follows.
 
-        Between special tokens a part is encoded with what stands before it: where that makes other ids of what has been
-        encoded already, alone.
+        Between special tokens a part is encoded with what stands before it. Where that makes other ids of what has been
+        encoded already, it is encoded alone, and so is what follows it up to the next special token.
         """
         found: list[list[int]] = []
         special, before, known = "", "", []  # the newest special token, and text and ids since
@@ -208,52 +226,72 @@ def conversation(example: Example) -> Sequence[Turn]:
     return example.turns or (asked, Turn("assistant", example.output))
 
 
+def answers(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Which of the messages are the assistant's."""
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 class TemplateError(ValueError):
-    """A rendering that failed, by its number."""
+    """A conversation that could not be rendered, by its number; None where that is not known."""
 
     def __init__(self, text: str, number: int | None):
         super().__init__(text)
-        self.number = number or 0
+        self.number = number
 
 
 class Renderer:
-    """A process that renders one template: formats/render_templates.py."""
+    """A process that renders one template, formats/render_templates.py; started when it is needed."""
 
-    SECONDS, SECONDS_EACH = 10, 0.05  # how long it may take, and more for each rendering
+    SECONDS = 20  # that a request may take
 
     def __init__(self, source: str, variables: dict[str, str]):
         self.source, self.variables = source, variables
-        command = [sys.executable, "-I", str(Path(__file__).with_name("render_templates.py"))]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True
-        )
-        weakref.finalize(self, end_process, self.process)
+        self.process: subprocess.Popen | None = None
 
-    def __call__(self, renderings: list) -> list[str]:
-        """The text of each (messages, add_generation_prompt). Raises TemplateError."""
-        request = {"template": self.source, "variables": self.variables, "renderings": renderings}
-        seconds = self.SECONDS + self.SECONDS_EACH * len(renderings)
-        timer = threading.Timer(seconds, self.process.kill)
+    def __call__(self, talks: list[dict]) -> list[dict]:
+        """What render_templates.render_talk makes of each. Raises TemplateError."""
+        request = {"template": self.source, "variables": self.variables, "talks": talks}
+        line = json.dumps(request, ensure_ascii=False)
+        process = self.started()
+        timer = threading.Timer(self.SECONDS + 1, process.kill)  # its own is not on every system
         timer.start()
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
         except BrokenPipeError:
-            line = ""
+            answer = ""
         finally:
             timer.cancel()
-        if not line.endswith("\n"):
-            raise TemplateError(f"took longer than {seconds:.0f} s, or did not run at all", None)
-        answer = json.loads(line)
-        if "error" in answer:
-            raise TemplateError(first_line(ValueError(answer["error"])), answer["number"])
-        return answer["texts"]
+        if not answer.endswith("\n"):
+            raise TemplateError(self.why_ended(), None)
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise TemplateError(first_line(ValueError(reply["error"])), reply["number"])
+        return reply["rendered"]
+
+    def started(self) -> subprocess.Popen:
+        """-P: Python looks for packages where it does for this program, but not beside the file."""
+        if self.process is None:
+            command = [sys.executable, "-P", str(Path(__file__).with_name("render_templates.py")), str(self.SECONDS)]
+            self.errors, pipe = tempfile.TemporaryFile(), subprocess.PIPE
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=self.errors, encoding="utf-8", start_new_session=True
+            )
+            weakref.finalize(self, end_process, self.process)
+        return self.process
+
+    def why_ended(self) -> str:
+        """Of a process that did not answer; the next request starts another."""
+        code, self.process = self.process.wait(), None
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace").strip().splitlines()
+        return f"took longer than {self.SECONDS} s" if code < 0 or not said else f"cannot be rendered: {said[-1]}"
 
 
 def end_process(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
-    process.stdin.close()
     process.stdout.close()
+    with suppress(BrokenPipeError):
+        process.stdin.close()

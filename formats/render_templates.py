@@ -1,11 +1,12 @@
-"""Renders a chat template in a process of its own: `python -I render_templates.py`, a line of JSON for each request.
+"""Renders chat templates in a process of its own: `python -P render_templates.py`, a line of JSON for each request.
 
 A template is a program of a stranger. Jinja's sandbox keeps it from files and from what Python objects have inside; but
-a loop in it may never end, and a text may fill the memory. So a process renders that has little memory, and whoever
-asked ends it when it takes too long.
+a loop in it may never end, and a text may fill the memory. So a process renders that has little memory, and ends when a
+request takes too long.
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -43,40 +44,68 @@ def to_json(value: object, indent: int | None = None, ensure_ascii: bool = False
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
-def render_all(compiled: Callable[[str], jinja2.Template], request: dict) -> dict:
-    """The text of each rendering, or the error and the number of the one that raised it."""
+def render_talk(template: jinja2.Template, variables: dict, talk: dict) -> dict:
+    """The text of a conversation's messages, with the beginning of an answer if that is asked for.
+
+    And for each number of a message in `answers`, an assistant's, how far the text goes up to it, the beginning of an
+    answer included, and with it; None where the text does not begin with those of the conversation so far.
+    """
+
+    def render(messages: list, begin_answer: bool) -> str:
+        return template.render(variables | {"messages": messages, "add_generation_prompt": begin_answer})
+
+    messages, spans = talk["messages"], []
+    text = render(messages, talk["begin_answer"])
+    for number in talk["answers"]:
+        before, after = render(messages[:number], True), render(messages[: number + 1], False)
+        fits = text.startswith(after) and after.startswith(before)
+        spans.append([len(before), len(after)] if fits else None)
+    return {"text": text, "spans": spans}
+
+
+def reply(compiled: Callable[[str], jinja2.Template], line: str) -> str:
+    """What was rendered of each conversation, or the error and the number of the conversation that raised it."""
     number = None
     try:
+        request, rendered = json.loads(line), []
         template = compiled(request["template"])
-        texts = []
-        for number, (messages, add_generation_prompt) in enumerate(request["renderings"]):
-            values = request["variables"] | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            texts.append(template.render(values))
-        return {"texts": texts}
+        values = {"tools": None, "documents": None} | request["variables"]  # as transformers has them
+        for number, talk in enumerate(request["talks"]):
+            rendered.append(render_talk(template, values, talk))
+        return json.dumps({"rendered": rendered}, ensure_ascii=False)
     except MemoryError:
-        return {"error": f"needs more than {MAX_BYTES:,} bytes of memory", "number": number}
+        return json.dumps({"error": f"needs more than {MAX_BYTES:,} bytes of memory", "number": number})
     except Exception as error:  # of a stranger's program: there is none that it may not raise
-        return {"error": f"{type(error).__name__}: {error}", "number": number}
+        return json.dumps({"error": f"{type(error).__name__}: {error}", "number": number})
 
 
 def limit_memory() -> None:
+    """Where the system can: not on Windows, and not on every other."""
     try:
         import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    except (ImportError, ValueError, OSError):
+        pass
 
 
-def main() -> None:
+def main(seconds: float) -> None:
     limit_memory()
+    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     compiled = cache(environment.from_string)
     for line in sys.stdin:
-        print(json.dumps(render_all(compiled, json.loads(line))), flush=True)
+        if hasattr(signal, "setitimer"):  # ends this process, whether or not the one that asked is still there
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        answer = reply(compiled, line)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

@@ -137,37 +137,39 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, after: str = "") -> list[int]:
         # Some put a space before the first word of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
-        find = bool(after) and not self.spells_special.search(text)
-        self.model.encode_special_tokens = not find
-        text = (after if find else "") + text.encode("utf-8").decode("utf-8")
-        return self.model.encode(text, add_special_tokens=False).ids[find:]
+        text = text.encode("utf-8").decode("utf-8")
+        if after and not self.spells_special.search(text):
+            self.model.encode_special_tokens = False
+            first, *ids = self.model.encode(after + text, add_special_tokens=False).ids
+            if first == self.special_ids[after]:
+                return ids
+        self.model.encode_special_tokens = True
+        return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
 
 
 def read_named_tokens(folder: Path) -> dict[str, str]:
-    """What spells "bos_token", "eos_token" and others, by tokenizer_config.json."""
-    path = folder / "tokenizer_config.json"
-    values = read_json_object(path) if path.is_file() else {}
+    """What spells "bos_token", "eos_token" and others, by tokenizer_config.json, or an older file beside it."""
+    values = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        values |= read_json_object(folder / name) if (folder / name).is_file() else {}
     tokens = {name: values.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """That of chat_template.jinja, or of tokenizer_config.json, where one of several is named "default"."""
+    """That of chat_template.jinja, or of tokenizer_config.json, where one of several is named "default"; else None."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     path = folder / "tokenizer_config.json"
     found = read_json_object(path).get("chat_template") if path.is_file() else None
     if isinstance(found, list):
-        found = next(
-            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), 0
-        )
-    if not isinstance(found, str | None):
-        raise ValueError(f"{path}: chat_template is neither a text nor a list with one named 'default'")
-    return found
+        named = (one for one in found if isinstance(one, dict) and one.get("name") == "default")
+        found = next(named, {}).get("template")
+    return found if isinstance(found, str) else None
 
 
 PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")

@@ -53,7 +53,7 @@ sampling_options = option_group(
 )
 batch_options = option_group(
     "Many prompts",
-    option("--prompts", "jsonl", type=click.Path(), help="JSONL of instruction, input and adapter, to answer."),
+    option("--prompts", "jsonl", type=click.Path(), help="JSONL of instruction and input, or messages; and adapter."),
     option("--images", "folder", type=click.Path(), help="Where their images are.  [default: beside the file]"),
     option("--out", type=click.Path(), help="Where the answers go: the same records with an output."),
     option("--batch-size", type=Count(), default=64, help="Prompts, or images, answered at once."),

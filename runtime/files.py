@@ -199,4 +199,6 @@ def first_line(error: Exception) -> str:
 
 def resolved(path: str | Path | None) -> str | None:
     """The whole path, for a record of where things were; a name of what is elsewhere stays as it is."""
-    return None if path is None else str(Path(path).resolve()) if Path(path).exists() else str(path)
+    if path is None or not Path(path).exists():
+        return path if path is None else str(path)
+    return str(Path(path).resolve())

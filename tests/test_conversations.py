@@ -1,6 +1,7 @@
 """Records of conversations: every layout, mixed in one file, and every way in which one can be wrong."""
 
 import json
+import shutil
 
 import pytest
 from helpers import run
@@ -162,6 +163,16 @@ def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
     assert tune(*args, "chatml", "--resume").exit_code == 0
 
 
+def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chats, tmp_path):
+    shutil.copytree(chat_base, tmp_path / "base")
+    args = (tmp_path / "base", chats, tmp_path / "run")
+    assert tune(*args, "--max-minutes", 1e-6).exit_code == 0
+    config = (tmp_path / "base" / "tokenizer_config.json").read_text()
+    (tmp_path / "base" / "tokenizer_config.json").write_text(config.replace("Be kind.", "Be rude."))
+    result = tune(*args, "--resume")
+    assert result.exit_code == 2 and "was made with prompt_template = auto:" in result.stderr
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -170,8 +181,14 @@ def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
             "--template auto: the base has neither a chat_template in tokenizer_config.json nor a chat_template.jinja",
         ),
         (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes a question"),
-        (("--template", "chatml"), "--template chatml is not for this base: its tokenizer has no token '<|im_start|>'"),
-        (("--template", "llama-3"), "its tokenizer has no token '<|start_header_id|>'; alpaca and llama-2 need none"),
+        (
+            ("--template", "chatml"),
+            "--template chatml is not for this base: its tokenizer has no special token '<|im_start|>'",
+        ),
+        (
+            ("--template", "llama-3"),
+            "its tokenizer has no special token '<|start_header_id|>'; alpaca and llama-2 need none",
+        ),
     ],
 )
 def test_what_a_base_cannot_be_tuned_with(tiny_base, chats, tmp_path, args, message):

@@ -9,6 +9,7 @@ import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,10 +126,8 @@ def test_a_path_goes_before_a_name(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
     assert str(find_base("owner/model")) == "owner/model"
-    for name in ("model", "/owner/model", "./owner/model", "a/b/c", "~/model", "../model", ""):
-        assert str(find_base(name)) == str(find_base(name)) and find_base(name).as_posix() == (
-            name or "."
-        ).removeprefix("./")
+    for name in ("model", "/owner/other", "./owner/other", "a/b/c", "~/model", "../model", ""):
+        assert find_base(name) == Path(name)
     assert server.requests == []
 
 
@@ -147,6 +146,34 @@ def test_shards_that_are_missing_are_fetched(server, tmp_path):
     server.requests.clear()
     assert find_base("owner/model") == folder and (folder / names[1]).is_file()
     assert server.fetched() == [names[1]]
+
+
+def test_what_another_program_left_in_the_cache_is_made_whole(server, capsys):
+    """One that needed no tokenizer; and where the rest cannot be had, weights and all there is are taken."""
+    folder = find_base("owner/model")
+    for name in ("tokenizer.json", "generation_config.json"):
+        (folder / name).resolve().unlink()
+        (folder / name).unlink()
+    server.requests.clear()
+    capsys.readouterr()
+    assert find_base("owner/model") == folder and server.fetched() == ["generation_config.json", "tokenizer.json"]
+    assert "owner/model: fetching 2 files, 0.0 MB" in capsys.readouterr().err
+    (folder / "generation_config.json").unlink()
+    server.http.server_close()
+    server.http.shutdown()
+    assert find_base("owner/model") == folder
+
+
+def test_weights_alone_are_fetched_that_are_read(server):
+    for name in ("model.fp16.safetensors", "model_old.safetensors"):
+        (server.folder / name).write_bytes(b"not needed")
+    find_base("owner/model")
+    assert server.fetched() == NEEDED
+
+
+def test_bad_data_is_said_before_anything_is_fetched(server, tmp_path):
+    result = run("--base", "owner/model", "--data", tmp_path / "absent.json", "--out", tmp_path / "run")
+    assert result.exit_code == 2 and "absent.json: no such data file" in result.stderr and server.requests == []
 
 
 def test_the_environment_says_where_the_hub_and_its_cache_are(server, tmp_path):
@@ -200,7 +227,7 @@ def test_what_cannot_be_fetched_is_said_in_a_line(server, monkeypatch, name, spo
 def test_offline_only_the_cache_is_asked(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     result = generated("--base", "owner/model")
-    assert result.exit_code == 2 and "owner/model: is neither here nor in the cache" in result.stderr
+    assert result.exit_code == 2 and "owner/model: is neither here nor whole in the cache" in result.stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert generated("--base", "owner/model").exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

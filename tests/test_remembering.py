@@ -144,19 +144,26 @@ def test_the_base_is_asked_as_the_first_adapter_was_tuned(tuned):
     assert base == "base: " + run(*tuned, "--strength", 0, *args).stdout.rstrip("\n")
 
 
+TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+ASKED = {"messages": [*TALK["messages"], {"role": "user", "content": "Why?"}]}
+
+
 @pytest.mark.parametrize(
-    "record, message",
+    "record, more, message",
     [
+        (TALK, [], "its last turn is not the user's: there is nothing to answer"),
+        ({"messages": []}, [], "its last turn is not the user's: there is nothing to answer"),
+        ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is none of"),
         (
-            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
-            "its last turn is not",
+            ASKED,
+            ["--template", "alpaca"],
+            "the template alpaca has no turns: --template auto, llama-2, llama-3 or chatml",
         ),
-        ({"messages": []}, "its last turn is not the user's: there is nothing to answer"),
-        ({"messages": [{"role": "cat", "content": "Hi"}]}, "turn 0: role 'cat' is none of"),
+        (ASKED, ["--raw"], "without a template has no turns"),
     ],
 )
-def test_what_cannot_be_answered_in_a_file(tuned, tmp_path, record, message):
+def test_what_cannot_be_answered_in_a_file(tuned, tmp_path, record, more, message):
     (tmp_path / "in.jsonl").write_text(json.dumps({"instruction": "Hi"}) + "\n" + json.dumps(record))
-    result = run(*tuned, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    result = run(*tuned, *more, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and f"in.jsonl: record 1: {message}" in result.stderr
     assert not (tmp_path / "out.jsonl").exists()
