@@ -114,8 +114,8 @@ def test_a_text_only_adapter_needs_no_images(folder, text_only):
 def test_a_problem_that_does_not_fit_is_said(folder, tiny_base, monkeypatch, how):
     load = evaluate.load_with_adapters
 
-    def load_short(*args):
-        model, *more = load(*args)
+    def load_short(*args, **options):
+        model, *more = load(*args, **options)
         model.config = replace(model.config, max_seq_len=150)
         return model, *more
 

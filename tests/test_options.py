@@ -48,6 +48,7 @@ LINES = {
         "--base {base} --toy text --limit 8 --layers 2 --epochs 2 --blr 0.01 --device cpu --out {new}",
         "--base {base} --data {forty} --limit 20 --template llama-2 --device cpu --int8 --out {new}",
         "--base {base} --data {forty} --limit 4 --val-size 0 --epochs 3 --device cpu --compile --out {new}",
+        "--base {base} --data {forty} --limit 8 --epochs 3 --device cpu --bits 8 --out {new}",
         "--base {base} --data {album}/data.json --images {album} --clip {album}/ViT.pt --features {new}-features "
         "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
         "--base {base} --data {album}/data.json --skip-missing --encoder {album}/eye.py:rows --device cpu --out {new}",
@@ -55,7 +56,7 @@ LINES = {
     "generate": [
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
         "--temperature 0.5 --top-p 0.9 --seed 1 --strength 0.5 --device cpu --dtype float32 --attention paper Hello",
-        "--base {base} --raw --greedy --max-new-tokens 2 --device cpu Hello",
+        "--base {base} --raw --greedy --bits 8 --max-new-tokens 2 --device cpu Hello",
         "--base {base} --int8 --template llama-2 --max-new-tokens 2 --device cpu Hello",
         "--base {base} --compile --max-new-tokens 2 --device cpu Hello",
         "--adapter {seeing} --image {album}/1.png --clip {album}/ViT.pt --max-new-tokens 2 --device cpu Hello",
@@ -66,16 +67,24 @@ LINES = {
         "--data {science}/problems.json --images {science} --split test --limit 2 --adapter {seeing} --base {base} "
         "--clip {album}/ViT.pt --skip-missing --choose --max-new-tokens 3 --batch-size 2 --device cpu --dtype float32 "
         "--out {new}",
-        "--data {science}/problems.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --out {new}",
+        "--data {science}/problems.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --bits 8 "
+        "--out {new}",
+        "--data {science}/problems.json --base {base} --int8 --limit 1 --max-new-tokens 2 --device cpu --out {new}",
         "--data {science}/problems.json --results {science}/results.json --out {new}",
     ],
     "evaluate captions": [
         "--data {coco}/captions.json --images {coco} --limit 2 --adapter {seeing} --base {base} --clip {album}/ViT.pt "
         "--skip-missing --max-new-tokens 3 --batch-size 2 --device cpu --dtype float32 --out {new}",
-        "--data {coco}/captions.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --out {new}",
+        "--data {coco}/captions.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --bits 8 "
+        "--out {new}",
+        "--data {coco}/captions.json --adapter {seeing} --base {base} --images {coco} --int8 --limit 1 --clip {album}/ViT.pt "
+        "--skip-missing --max-new-tokens 2 --device cpu --out {new}",
         "--data {coco}/captions.json --results {coco}/results.json --out {new}",
     ],
-    "evaluate toy": ["--adapter {text_only} --base {base} --images --device cpu --dtype float32"],
+    "evaluate toy": [
+        "--adapter {text_only} --base {base} --images --device cpu --dtype float32 --bits 8",
+        "--adapter {text_only} --base {base} --int8",
+    ],
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
     "convert import": [
         "{theirs} {new} --heads 2 --gate identity --length 3",
