@@ -24,6 +24,7 @@ from experiments.ablations import (
     search_rates,
     watch_gates,
 )
+from experiments.bits import compare_bits
 from experiments.encoders import roberta, vit
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
@@ -100,6 +101,7 @@ for name, experiment in (EXPERIMENTS | {"rates": search_rates}).items():
     add_command(name, experiment)
 main.add_command(vit)
 main.add_command(roberta)
+main.add_command(compare_bits)
 
 
 @main.command("all", context_settings={"show_default": True})

@@ -35,15 +35,18 @@ def exact_accuracy(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt]) ->
 
 
 @torch.no_grad()
-def perplexity(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> float | None:
-    """Of the base's own kind of text."""
-    if not len(testbed.text):
-        return None
+def text_perplexity(model: LLaMA, text: Tensor, prompts: Sequence[Prompt] = ()) -> float:
+    """Of rows of token ids (rows, T)."""
     losses = [
         F.cross_entropy(model(rows[:, :-1], prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-        for rows in testbed.text.to(testbed.device).split(8)
+        for rows in text.split(8)
     ]
-    return (torch.stack(losses).sum() / testbed.text[:, 1:].numel()).exp().item()
+    return (torch.stack(losses).sum() / text[:, 1:].numel()).exp().item()
+
+
+def perplexity(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> float | None:
+    """Of the base's own kind of text."""
+    return text_perplexity(model, testbed.text.to(testbed.device), prompts) if len(testbed.text) else None
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ LINES = {
         "--adapter {text_only} --base {base} --images --device cpu --dtype float32 --bits 8",
         "--adapter {text_only} --base {base} --int8",
     ],
+    "experiments bits": ["--base {base} --base {grouped} --text {text} --rows 2 --device cpu --out {new}"],
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
     "convert import": [
         "{theirs} {new} --heads 2 --gate identity --length 3",
