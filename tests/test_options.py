@@ -23,7 +23,7 @@ import experiments.__main__ as experiments
 import generate
 import train
 from benchmarks import __main__ as benchmarks
-from benchmarks import measuring, workload
+from benchmarks import measuring, true_size, workload
 from encoder_tuning import __main__ as encoder_tuning
 from encoders.heads import HeadAdapter
 from model import Config
@@ -113,6 +113,11 @@ LINES = {
         f"{BENCH} --compile --tokens 3",
     ],
     "benchmarks memory": ["--size 15M --check --device cpu --dtype float32 --json {new}.json"],
+    "benchmarks checkpoint": ["--size TinyLlama-1.1B --tokenizer {base}/tokenizer.model --out {new}"],
+    "benchmarks load": [
+        "--base {base} --tokens 8 --new 2 --device cpu --dtype float32 --bits 8 --json {new}.json",
+        "--base {base} --tokens 8 --new 2 --device cpu --int8",
+    ],
     "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilisation 0.5"],
     "experiments gates": [TESTBED],
     "experiments vit": [
@@ -230,6 +235,7 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
     # With the real compiler these take a minute: test_train.py and test_generate.py have it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     if program == "benchmarks":
+        monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", Config(32, 3, 4, 2, 8, 48, 1100))
         monkeypatch.setattr("benchmarks.memory.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
         monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
         monkeypatch.setitem(measuring.MATRIX, "cpu", 64)

@@ -1,0 +1,181 @@
+"""A base as large as the published ones: a checkpoint of random weights, and what it takes to load, tune and ask it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+from cloup import command, option, option_group
+from torch import Tensor
+
+from benchmarks.measuring import json_option, measured_on, publish, seconds_of, status_bytes
+from benchmarks.workload import random_adapter
+from data import Tokens
+from formats.bases import load_llama, read_base
+from formats.hugging_face import to_hugging_face
+from generate import stream
+from model import SIZES, Config, LLaMA
+from runtime.cli import Count, bits_options, device_options, one_line_errors
+from runtime.device import peak_memory, select_device
+from runtime.files import require_file, require_writable, write_json, write_tensors
+from runtime.quantization import quantizer
+from train import TrainConfig, make_optimizer, train_step
+
+SHARD_BYTES = 10**9
+
+
+def random_parts(config: Config, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Weights in bfloat16, under Hugging Face's names: the embeddings, each layer, the norm with the head."""
+    with torch.device("meta"):
+        model = LLaMA(config)
+    for part in ("tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm", "output"):
+        weights = {}
+        for name, weight in model.get_submodule(part).named_parameters(part):
+            made = torch.ones(weight.shape, dtype=torch.bfloat16)
+            weights[name] = made if "norm" in name else made.normal_(0, 0.02, generator=generator)
+        yield {name: weight.contiguous() for name, weight in to_hugging_face(weights, config).items()}
+
+
+def hugging_face_values(config: Config) -> dict:
+    """config.json of a LlamaForCausalLM of that shape."""
+    rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling))
+    return {
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_seq_len or 2048,
+        "rope_parameters": rope,
+    }
+
+
+@command("checkpoint", context_settings={"show_default": True})
+@option_group(
+    "Options",
+    option("--size", type=click.Choice(list(SIZES)), default="LLaMA-7B", help="Whose shape."),
+    option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to put beside it."),
+    option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it."),
+)
+@one_line_errors()
+def write_checkpoint(size, tokenizer, out):
+    """Write a checkpoint of random weights.
+
+    In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
+    """
+    config, generator = SIZES[size], torch.Generator().manual_seed(0)
+    content = require_file(tokenizer, "tokenizer").read_bytes()
+    require_writable(out, folder=True)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Tensor] = {}
+    names: list[list[str]] = []
+
+    def write() -> None:
+        write_tensors(out / f"model-{len(names) + 1:05}.safetensors", held)
+        names.append(list(held))
+        held.clear()
+
+    for part in random_parts(config, generator):
+        held |= part
+        if sum(weight.nbytes for weight in held.values()) > SHARD_BYTES:
+            write()
+    if held:
+        write()
+    shards = {}
+    for number, inside in enumerate(names, start=1):
+        file = f"model-{number:05}-of-{len(names):05}.safetensors"
+        (out / f"model-{number:05}.safetensors").rename(out / file)
+        shards |= dict.fromkeys(inside, file)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
+    write_json(out / "config.json", hugging_face_values(config))
+    (out / "tokenizer.model").write_bytes(content)
+    click.echo(f"wrote {size:,} bytes in {len(names)} shards to {out}")
+
+
+def peak_anonymous(work: Callable[[], object]) -> tuple[object, int]:
+    """What the work returns, and the most bytes that were the process's own meanwhile, mapped files not counted.
+
+    Looked at twenty times a second, under Linux.
+    """
+    seen, done = [status_bytes("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            seen.append(status_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        return work(), max(seen)
+    finally:
+        done.set()
+        thread.join()
+
+
+@command("load", context_settings={"show_default": True})
+@option_group(
+    "Options",
+    option("--base", type=click.Path(path_type=Path), required=True, help="A base; its weights need not make sense."),
+    option("--tokens", "number", type=Count(2), default=64, help="Of one example to train on, and of the prompt."),
+    option("--new", type=Count(2), default=4, help="Tokens of the answer."),
+    *device_options,
+    *bits_options,
+    json_option,
+)
+@one_line_errors()
+def time_loading(base, number, new, json_path, device, dtype, bits):
+    """Measure what a base takes.
+
+    Seconds to load it, to train on one example and for each new token, and the most memory meanwhile.
+    """
+    device, dtype = select_device(device, dtype)
+    quantize, opened, row = quantizer(bits and int(bits), device), read_base(base), {}
+
+    def load():
+        start = time.perf_counter()
+        model, _ = load_llama(base, dtype, device, opened=opened, quantize=quantize)
+        row["load_seconds"] = time.perf_counter() - start
+        return model
+
+    model, row["load_bytes"] = peak_anonymous(load)
+    adapter = random_adapter(model.config, device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (number,), generator=generator).tolist()
+    example = Tokens(ids, [i >= number // 2 for i in range(number)], "an example")
+    config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)
+
+    def step():
+        return seconds_of(lambda: train_step(model, adapter, optimizer, [example], 1e-3, config), device)
+
+    row["step_seconds"], row["step_bytes"] = peak_anonymous(step)
+
+    def answer():
+        with torch.no_grad():
+            prompts = adapter(dtype=dtype)
+        tokens = stream(model, [ids], prompts, max_new_tokens=new)
+        next(tokens)  # the prompt is read
+        return seconds_of(lambda: list(tokens), device) / (new - 1)
+
+    row["token_seconds"], row["answer_bytes"] = peak_anonymous(answer)
+    row["peak_bytes"] = peak_memory(device)
+    columns = {
+        "load": lambda row: f"{row['load_seconds']:.1f} s",
+        "its memory": lambda row: f"{row['load_bytes'] / 1e9:.2f} GB",
+        f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
+        "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.2f} GB",
+        "a token": lambda row: f"{row['token_seconds']:.3f} s",
+    }
+    about = measured_on(base.name, device, dtype) | {"bits": bits or "as dtype", "tokens": number}
+    publish(f"load {bits or ''}".strip(), {base.name: row}, columns, about, json_path)
