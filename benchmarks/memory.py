@@ -126,6 +126,18 @@ PLAN_COLUMNS = {
 }
 
 
+def step_operations(config: Config, tokens: float, responses: float, checkpointed: bool) -> float:
+    """Of a step on so many tokens, of which so many have a loss; all but two layers are adapted.
+
+    Two a weight and token forward; as many backwards where there are prompts; and where activations are not kept,
+    forward again. The head sees the responses alone, forward and backwards.
+    """
+    heads = config.n_heads + config.n_kv_heads
+    layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # numbers
+    per_token = 2 * layer * (config.n_layers + (config.n_layers - 2) * (2 if checkpointed else 1))
+    return tokens * per_token + responses * 4 * config.vocab_size * config.dim
+
+
 def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     """For one size on so many GPUs of so many bytes and operations per second, with a base in bfloat16."""
     C, N, adapted = config.dim, config.n_layers, config.n_layers - 2
@@ -144,10 +156,7 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
         activations, checkpointed = 2 * positions * C * adapted + 2 * kept, True
     adapter = 4 * adapted * (LENGTH * C + config.n_heads)
 
-    # Two operations a weight and token forward; as many backwards where there are prompts; and where activations are
-    # not kept, forward again. The head sees the response alone, forward and backwards.
-    per_token = 2 * layer * (N + adapted * (2 if checkpointed else 1))
-    operations = EXAMPLE_TOKENS * per_token + RESPONSE_TOKENS * 4 * config.vocab_size * C
+    operations = step_operations(config, EXAMPLE_TOKENS, RESPONSE_TOKENS, checkpointed)
     travels = 0.0
     if gpus > 1:
         travels = 2 * (gpus - 1) / gpus * adapter  # around a ring

@@ -17,7 +17,7 @@ from formats.tokenizers import load_tokenizer
 from runtime.cli import Count, one_line_errors
 from runtime.device import select_device
 from runtime.files import read_text
-from runtime.quantization import quantizer
+from runtime.quantization import held_bytes, quantizer
 
 HELD = {  # dtype, and bits of the layers' weights
     "float32": (torch.float32, None),
@@ -30,16 +30,6 @@ PATH = click.Path(path_type=Path)
 
 def label(base: Path) -> str:
     return base.parent.name if base.is_file() else base.name
-
-
-def held_bytes(layers: torch.nn.Module) -> int:
-    """Of all that the weights are made of: a rounded one has numbers and scales inside."""
-    total = 0
-    for weight in layers.parameters():
-        inner = getattr(weight, "__tensor_flatten__", None)
-        parts = [weight] if inner is None else [getattr(weight, name) for name in inner()[0]]
-        total += sum(part.numel() * part.element_size() for part in parts)
-    return total
 
 
 def compare_holdings(base: Path, text: Path, rows: int, device: torch.device) -> dict[str, dict[str, float]]:

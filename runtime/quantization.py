@@ -38,3 +38,13 @@ def quantizer(bits: int | None, device: torch.device) -> Callable[[nn.Module], N
             linear.weight = nn.Parameter(nf4, requires_grad=False)
 
     return {8: to_8_bits, 4: to_4_bits}[bits]
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Of all that its weights are made of: a rounded one has numbers and scales inside."""
+    total = 0
+    for weight in module.parameters():
+        inner = getattr(weight, "__tensor_flatten__", None)
+        parts = [weight] if inner is None else [getattr(weight, name) for name in inner()[0]]
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total

@@ -118,6 +118,9 @@ LINES = {
         "--base {base} --tokens 8 --new 2 --device cpu --dtype float32 --bits 8 --json {new}.json",
         "--base {base} --tokens 8 --new 2 --device cpu --int8",
     ],
+    "benchmarks gpu": [
+        "--size 15M --device cpu --dtype float32 --minutes 0.0001 --skip-tests --out {new}.json",
+    ],
     "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilisation 0.5"],
     "experiments gates": [TESTBED],
     "experiments vit": [

@@ -1,0 +1,106 @@
+"""python -m benchmarks gpu, every part of it, on a tiny shape: on a GPU only the speed is unknown."""
+
+import json
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import gpu, measuring, workload
+from benchmarks.__main__ import main
+from benchmarks.memory import step_operations
+from model import Config
+
+SHAPE = Config(64, 4, 4, 4, 16, 128, 500)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(workload.SHAPES, "7B", SHAPE)
+    monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
+    monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
+    monkeypatch.setattr(gpu.Bench, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu.Bench, "BATCH", 4)
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: eager(*args, **more | {"backend": "eager"}))
+
+
+def run(tmp_path, *args):
+    args = ["gpu", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "gpu.json"), *map(str, args)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    return json.loads((tmp_path / "gpu.json").read_text()), result.stdout
+
+
+def test_every_part_runs(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    pytest.importorskip("peft")
+    monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "said": ["1 passed"]})
+    found, said = run(tmp_path)
+    measures = found["measures"]
+    assert list(measures)[:5] == [
+        "tests", "train: eager", "decode: graph, batch 1", "decode: graph, batch 1, base alone", "train: checkpointed",
+    ]  # fmt: skip
+    assert len(measures) == 1 + len(gpu.TRAINED) + len(gpu.DECODED) + 2
+    assert not [row for row in measures.values() if "error" in row], measures
+    for name, row in measures.items():
+        if name.startswith("train"):
+            assert row["peak_bytes"] > 0 and row["matmul_share"] > 0 and row["alpaca_minutes"] > 0
+        if name.startswith("decode"):
+            assert row["tokens_per_second"] > 0 and row["copy_share"] > 0
+    wide, narrow = (measures[f"decode: {how}, batch 1"]["bytes_per_step"] for how in ("eager", "4 bits"))
+    assert narrow < wide and "train: eager: " in said and "adapter_share_of_decoding" in found
+    assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+def test_what_fails_or_comes_too_late_is_noted_and_the_rest_kept(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr(gpu.Bench, "training", fail)
+    start = time.perf_counter()
+    monkeypatch.setattr(gpu.Bench, "decoding", lambda *_: time.sleep(0.2) or {"tokens_per_second": 1, "copy_share": 1})
+    found, _ = run(tmp_path, "--skip-tests", "--minutes", 0.005)
+    assert time.perf_counter() - start < 20
+    measures = found["measures"]
+    assert measures["train: eager"] == {"error": "OutOfMemoryError: no memory"}
+    assert measures["decode: graph, batch 1"]["tokens_per_second"] == 1
+    assert measures["peer: lora"] == {"error": "no time was left"}
+
+
+def test_the_suite_s_gpu_cases_are_found():
+    """They are skipped here, one by one: the command finds them, and pytest is content."""
+    found = gpu.gpu_tests("tests/test_model.py")
+    assert found["exit_code"] == 0 and "14 " in found["said"][-1], found
+
+
+def test_other_models_share_the_weights_and_the_rounded_have_their_own():
+    pytest.importorskip("torchao")
+    bench = gpu.Bench.__new__(gpu.Bench)
+    bench.config, bench.device, bench.dtype = SHAPE, torch.device("cpu"), torch.float32
+    bench.model = workload.random_model(SHAPE, bench.device, bench.dtype)
+    same, rounded = bench.other(gpu.gated_attention_paper, None), bench.other(gpu.gated_attention, 4)
+    assert same.layers[0].attention.wq.weight.data_ptr() == bench.model.layers[0].attention.wq.weight.data_ptr()
+    assert same.layers[0].attention.gated is gpu.gated_attention_paper
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(same(tokens), bench.model(tokens)) and not torch.equal(rounded(tokens), same(tokens))
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """Of a step without recomputation: forward, backwards through adapted layers, and the head where there is a loss."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from train import TrainConfig, make_optimizer, train_step
+
+    config = Config(64, 6, 4, 4, 16, 128, 500)
+    model = workload.random_model(config, torch.device("cpu"), torch.float32)
+    adapter = workload.random_adapter(config, torch.device("cpu"))
+    example = gpu.Tokens(list(range(3, 103)), [i >= 50 for i in range(100)], "one")
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, adapter, make_optimizer(adapter, 0.02), [example], 1e-3, TrainConfig())
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
+    )
+    assert counted == pytest.approx(step_operations(config, 99, 50, False), rel=0.15)
