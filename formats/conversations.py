@@ -1,4 +1,4 @@
-"""Records of conversations, as chats are written down: `messages`, ShareGPT's `conversations`, `prompt` and `completion`."""
+"""Records of conversations: `messages`, ShareGPT's `conversations`, `prompt` and `completion`."""
 
 from dataclasses import replace
 from pathlib import Path

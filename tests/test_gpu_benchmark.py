@@ -21,7 +21,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     monkeypatch.setattr(gpu.Bench, "SECONDS", 0.01)
-    monkeypatch.setattr(gpu.Bench, "BATCH", 4)
+    monkeypatch.setattr(gpu.Bench, "BATCH", 2)
     eager = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **more: eager(*args, **more | {"backend": "eager"}))
 

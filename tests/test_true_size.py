@@ -38,7 +38,7 @@ def test_a_checkpoint_is_of_the_shape_that_was_asked_for(written):
     assert model.config == shape
     shards = sorted(folder.glob("*.safetensors"))
     assert (
-        len(shards) > 2 and f"wrote {sum(file.stat().st_size for file in shards):,} bytes in {len(shards)} sh" in said
+        len(shards) > 1 and f"wrote {sum(file.stat().st_size for file in shards):,} bytes in {len(shards)} sh" in said
     )
     weights = torch.cat([weight.flatten() for name, weight in model.named_parameters() if "norm" not in name]).float()
     assert weights.std().item() == pytest.approx(0.02, rel=0.02) and weights.mean().abs() < 1e-3
