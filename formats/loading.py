@@ -56,6 +56,9 @@ def load_with_adapters(
         base = adapters[name].metadata.get("base")
         if base is None:
             raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
+    for path in paths.values():  # before a base is fetched
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such adapter file")
     folder, quantize = find_base(base), quantizer(bits and int(bits), device)
     opened = read_base(folder)
     model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=opened, quantize=quantize)

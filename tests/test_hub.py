@@ -174,6 +174,9 @@ def test_weights_alone_are_fetched_that_are_read(server):
 def test_bad_data_is_said_before_anything_is_fetched(server, tmp_path):
     result = run("--base", "owner/model", "--data", tmp_path / "absent.json", "--out", tmp_path / "run")
     assert result.exit_code == 2 and "absent.json: no such data file" in result.stderr and server.requests == []
+    result = generated("--base", "owner/model", "--adapter", tmp_path / "absent.safetensors")
+    assert result.exit_code == 2 and "absent.safetensors: no such adapter file" in result.stderr
+    assert server.requests == []
 
 
 def test_the_environment_says_where_the_hub_and_its_cache_are(server, tmp_path):
