@@ -309,7 +309,7 @@ def prepare(
     else:
         adapter = Adapter(generator=generator, **shape).to(device)
     with sync_errors():
-        template = load_template(source.template or "alpaca", tokenizer)
+        template = load_template(source.template, tokenizer)
     with sync_errors(), named(source.data or f"the toy {source.toy}"):
         tokens, cut = tokenize(template, examples, config.max_seq_len)
         training, validation = hold_out(tokens, config.val_size, config.seed)

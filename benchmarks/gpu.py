@@ -17,8 +17,8 @@ from adapter import Adapter, gated_attention, gated_attention_paper
 from benchmarks.measuring import copy_speed, matmul_speed, measured_on, peak_growth, seconds_of
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
 from benchmarks.peers import installed_peers
-from benchmarks.workload import SHAPES, random_adapter, random_model
-from data import Tokens, num_targets
+from benchmarks.workload import SHAPES, random_adapter, random_examples, random_model
+from data import num_targets
 from generate import decode, generate
 from model import LLaMA
 from runtime.cli import Real, device_options, one_line_errors
@@ -62,13 +62,8 @@ class Bench:
         self.device, self.dtype, self.config = device, dtype, SHAPES[size]
         self.model, self.adapter = random_model(self.config, device, dtype), random_adapter(self.config, device)
         self.matmul, self.copy = matmul_speed(device, dtype), copy_speed(device)
-        generator = torch.Generator().manual_seed(0)
-        self.examples = []
-        for i, length in enumerate(
-            np.linspace(40, 214, self.BATCH).round().astype(int).tolist()
-        ):  # as long as Alpaca's, 127
-            ids = torch.randint(3, self.config.vocab_size, (length,), generator=generator).tolist()
-            self.examples.append(Tokens(ids, [j >= length // 2 for j in range(length)], f"row {i}"))
+        lengths = np.linspace(40, 214, self.BATCH).round().astype(int).tolist()  # as long as Alpaca's, 127 on average
+        self.examples = random_examples(self.config, lengths)
 
     def other(self, attention: Callable[..., Tensor], bits: int | None) -> LLaMA:
         """A model of the same weights: the very same memory, unless they are rounded."""

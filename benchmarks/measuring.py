@@ -5,6 +5,7 @@ import gc
 import itertools
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,26 @@ def status_bytes(field: str) -> int:
     """A field of this process's status, as Linux has it."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def peak_anonymous(work: Callable[[], object], interval: float = 0.05) -> tuple[object, int]:
+    """What the work returns, and the most bytes that were the process's own meanwhile, mapped files not counted.
+
+    Looked at every so many seconds, under Linux.
+    """
+    seen, done = [status_bytes("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(interval):
+            seen.append(status_bytes("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        return work(), max(seen)
+    finally:
+        done.set()
+        thread.join()
 
 
 def interleave(works: dict[str, Callable[[], object]], repeat: int, device: torch.device) -> dict[str, list[float]]:

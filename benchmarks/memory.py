@@ -11,8 +11,7 @@ from cloup import command, option, option_group
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_growth, publish
-from benchmarks.workload import LENGTH, SHAPES, random_adapter, random_model
-from data import Tokens
+from benchmarks.workload import LENGTH, SHAPES, random_adapter, random_examples, random_model
 from model import SIZES, Config, num_parameters
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
@@ -73,9 +72,7 @@ def measure_step(
     model, adapter = random_model(config, device, dtype), random_adapter(config, device)
     optimizer = make_optimizer(adapter, 0.02)
     how = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (tokens // 128, 129), generator=generator).tolist()
-    examples = [Tokens(row, [False] * 64 + [True] * (len(row) - 64), f"row {i}") for i, row in enumerate(ids)]
+    examples = random_examples(config, [129] * (tokens // 128))
     train_step(model, adapter, optimizer, examples[:1], 1e-3, how)
     grown = peak_growth(lambda: train_step(model, adapter, optimizer, examples, 1e-3, how), device)
     return grown + sum(weight.nbytes for weight in model.parameters())

@@ -1,8 +1,7 @@
 """A base as large as the published ones: a checkpoint of random weights, and what it takes to load, tune and ask it."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -10,9 +9,8 @@ import torch
 from cloup import command, option, option_group
 from torch import Tensor
 
-from benchmarks.measuring import json_option, measured_on, publish, seconds_of, status_bytes
-from benchmarks.workload import random_adapter
-from data import Tokens
+from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
+from benchmarks.workload import random_adapter, random_examples
 from formats.bases import load_llama, read_base
 from formats.hugging_face import to_hugging_face
 from generate import stream
@@ -104,26 +102,6 @@ def write_checkpoint(size, tokenizer, out):
     click.echo(f"wrote {size:,} bytes in {len(names)} shards to {out}")
 
 
-def peak_anonymous(work: Callable[[], object]) -> tuple[object, int]:
-    """What the work returns, and the most bytes that were the process's own meanwhile, mapped files not counted.
-
-    Looked at twenty times a second, under Linux.
-    """
-    seen, done = [status_bytes("RssAnon")], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            seen.append(status_bytes("RssAnon"))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        return work(), max(seen)
-    finally:
-        done.set()
-        thread.join()
-
-
 @command("load", context_settings={"show_default": True})
 @option_group(
     "Options",
@@ -151,9 +129,7 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
 
     model, row["load_bytes"] = peak_anonymous(load)
     adapter = random_adapter(model.config, device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (number,), generator=generator).tolist()
-    example = Tokens(ids, [i >= number // 2 for i in range(number)], "an example")
+    (example,) = random_examples(model.config, [number])
     config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)
 
     def step():
@@ -164,7 +140,7 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
     def answer():
         with torch.no_grad():
             prompts = adapter(dtype=dtype)
-        tokens = stream(model, [ids], prompts, max_new_tokens=new)
+        tokens = stream(model, [example.ids], prompts, max_new_tokens=new)
         next(tokens)  # the prompt is read
         return seconds_of(lambda: list(tokens), device) / (new - 1)
 

@@ -1,6 +1,7 @@
 """What is run: the shape of a model, random weights for it, and examples whose lengths are real."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,19 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LL
     for name, weight in model.named_parameters():
         weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02, generator=generator)
     return model
+
+
+def random_examples(config: Config, lengths: Sequence[int]) -> list[Tokens]:
+    """Of so many tokens each, half of them response."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Tokens(
+            torch.randint(3, config.vocab_size, (length,), generator=generator).tolist(),
+            [position >= length // 2 for position in range(length)],
+            f"row {i}",
+        )
+        for i, length in enumerate(lengths)
+    ]
 
 
 def random_adapter(config: Config, device: torch.device, layers: int | None = None) -> Adapter:

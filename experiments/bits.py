@@ -14,7 +14,7 @@ from experiments.testbed import ROW, text_rows
 from formats.bases import load_llama, read_base
 from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
-from runtime.cli import Count, one_line_errors
+from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import read_text
 from runtime.quantization import held_bytes, quantizer
@@ -51,7 +51,7 @@ def compare_holdings(base: Path, text: Path, rows: int, device: torch.device) ->
     option("--base", "bases", type=PATH, multiple=True, required=True, help="The base model; repeatable."),
     option("--text", type=PATH, required=True, help="Text of the kind that it was made of."),
     option("--rows", type=Count(), default=64, help="So many rows of it, at most; of 128 tokens."),
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ..."),
+    device_options[0],
     option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
 )
 @one_line_errors()

@@ -19,13 +19,12 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
     if not isinstance(record, dict):
         return check_record(record, path, name)
     where = f"{path}: {name}"
-    for field, (role, content) in LAYOUTS.items():
-        if field in record:
-            about = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
-            turns = check_turns(record[field], where, field, role, content)
-            if [turn.role for turn in turns] == ["user", "assistant"]:
-                about = replace(about, instruction=turns[0].content, output=turns[1].content)
-            return replace(about, turns=turns)
+    if (field := turns_field(record)) is not None:
+        about = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
+        turns = check_turns(record[field], where, field)
+        if [turn.role for turn in turns] == ["user", "assistant"]:
+            about = replace(about, instruction=turns[0].content, output=turns[1].content)
+        return replace(about, turns=turns)
     if {"prompt", "completion"} <= record.keys() and not {"instruction", "output"} & record.keys():
         for field in ("prompt", "completion"):
             check_text(record[field], where, field)
@@ -33,15 +32,19 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
     return check_record(record, path, name)
 
 
-def check_turns(
-    values: object, where: str, field: str, role_name: str, content_name: str, answered: bool = True
-) -> tuple[Turn, ...]:
-    """The turns of a record, one of them the assistant's unless nothing need be answered in it.
+def turns_field(record: object) -> str | None:
+    """The field that holds a record's turns; None where it is no conversation."""
+    return next((field for field in LAYOUTS if isinstance(record, dict) and field in record), None)
+
+
+def check_turns(values: object, where: str, field: str, answered: bool = True) -> tuple[Turn, ...]:
+    """The turns of a record, the value of that field, one of them the assistant's unless nothing need be answered in it.
 
     Raises ValueError at an unknown role, an empty content, or an order that cannot be.
     """
     if not isinstance(values, list):
         raise ValueError(f"{where}: field '{field}' is a {type(values).__name__}, not a list")
+    role_name, content_name = LAYOUTS[field]
     turns: list[Turn] = []
     for index, value in enumerate(values):
         here = f"{where}: turn {index}"

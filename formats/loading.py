@@ -15,8 +15,8 @@ from formats.chat_templates import NAMES
 from formats.hub import find_base
 from model import LLaMA
 from runtime.cli import warn
-from runtime.quantization import quantizer
 from runtime.errors import AllRanksError, launched_rank, printable
+from runtime.quantization import quantizer
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:

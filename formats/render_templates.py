@@ -89,6 +89,12 @@ def limit_memory() -> None:
         pass
 
 
+def limit_seconds(seconds: float) -> None:
+    """End this process then, whether or not the one that asked is still there; 0 takes that back. Not on Windows."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def main(seconds: float) -> None:
     limit_memory()
     sys.stdin.reconfigure(encoding="utf-8")
@@ -99,11 +105,9 @@ def main(seconds: float) -> None:
     environment.globals["raise_exception"] = raise_exception
     compiled = cache(environment.from_string)
     for line in sys.stdin:
-        if hasattr(signal, "setitimer"):  # ends this process, whether or not the one that asked is still there
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+        limit_seconds(seconds)
         answer = reply(compiled, line)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        limit_seconds(0)
         print(answer, flush=True)
 
 

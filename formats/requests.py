@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapter import Adapter
 from data import Turn, check_record, read_records
-from formats.conversations import LAYOUTS, check_turns
+from formats.conversations import check_turns, turns_field
 from formats.image_encoders import load_image_encoder
 from runtime.files import atomic_write, path_inside, require_file
 
@@ -87,10 +87,9 @@ def write_answers(path: str, records: Sequence[dict], answers: Iterable[str]) ->
 
 def asked_turns(record: object, where: str) -> tuple[Turn, ...]:
     """The turns of a conversation, of which the user has the last word; none where the record is an instruction."""
-    for field, names in LAYOUTS.items():
-        if isinstance(record, dict) and field in record:
-            turns = check_turns(record[field], where, field, *names, answered=False)
-            if not turns or turns[-1].role != "user":
-                raise ValueError(f"{where}: its last turn is not the user's: there is nothing to answer")
-            return turns
-    return ()
+    if (field := turns_field(record)) is None:
+        return ()
+    turns = check_turns(record[field], where, field, answered=False)
+    if not turns or turns[-1].role != "user":
+        raise ValueError(f"{where}: its last turn is not the user's: there is nothing to answer")
+    return turns

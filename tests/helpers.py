@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adapter import Adapter
+from benchmarks import measuring
 from data import Tokens
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from model import Config, LLaMA
@@ -182,21 +182,9 @@ def peak_anonymous(act):
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads /proc")
 
-    def anonymous():
-        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-    before, seen, done = anonymous(), [], threading.Event()
-
-    def watch():
-        while not done.wait(0.0005):
-            seen.append(anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    result = act()
-    done.set()
-    thread.join()
-    return result, max(seen) - before
+    before = measuring.status_bytes("RssAnon")
+    result, peak = measuring.peak_anonymous(act, interval=0.0005)
+    return result, peak - before
 
 
 SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import make_example
 
 from benchmarks import gpu, measuring, workload
 from benchmarks.__main__ import main
@@ -97,7 +98,7 @@ def test_operations_are_those_that_pytorch_counts():
     config = Config(64, 6, 4, 4, 16, 128, 500)
     model = workload.random_model(config, torch.device("cpu"), torch.float32)
     adapter = workload.random_adapter(config, torch.device("cpu"))
-    example = gpu.Tokens(list(range(3, 103)), [i >= 50 for i in range(100)], "one")
+    example = make_example(list(range(3, 103)), 50)
     with FlopCounterMode(display=False) as counter:
         train_step(model, adapter, make_optimizer(adapter, 0.02), [example], 1e-3, TrainConfig())
     counted = sum(

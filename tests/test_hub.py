@@ -244,20 +244,9 @@ def test_without_the_library_the_line_says_how_to_fetch(monkeypatch):
     assert result.exit_code == 2 and cure in result.stderr
 
 
-def test_an_adapter_says_the_name_of_its_base(server, instructions, tmp_path, chat_base):
-    """Tuned by its name on two ranks, of which one fetches; and asked by the adapter alone, from the cache."""
-    args = [
-        "--base",
-        "owner/model",
-        "--data",
-        instructions,
-        "--out",
-        tmp_path / "run",
-        "--epochs",
-        3,
-        "--device",
-        "cpu",
-    ]
+def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base):
+    """Tuned by its name; and asked by the adapter alone, from the cache."""
+    args = [*args, "--base", "owner/model"]
     result = run(*args)
     assert result.exit_code == 0, result.stderr
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
@@ -275,19 +264,8 @@ def take_for_the_hub(rank, url, cache):
     use(url, cache)
 
 
-def test_one_rank_of_a_machine_fetches_for_all(server, instructions, tmp_path, forks):
-    args = [
-        "--base",
-        "owner/model",
-        "--data",
-        instructions,
-        "--out",
-        tmp_path / "run",
-        "--epochs",
-        3,
-        "--device",
-        "cpu",
-    ]
+def test_one_rank_of_a_machine_fetches_for_all(server, args, tmp_path, forks):
+    args = [*args, "--base", "owner/model"]
     spoil = partial(take_for_the_hub, url=server.url, cache=tmp_path / "cache")
     for code, _, stderr in Ranks(forks, 2, command, args, spoil).results():
         assert code == 0, stderr
