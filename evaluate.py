@@ -18,6 +18,7 @@ from generate import Request, Responder
 from multimodal import ImageAdapter
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import select_device
+from runtime.distributed import answering_ranks, rank
 from runtime.files import require_writable
 from tasks import TASKS, Task, attach_features, with_images
 from tasks.answering import Answers, likeliest_answers, written_answers
@@ -59,7 +60,9 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     else:
         texts, method = task.read_answers(config.results, examples), f"as in {config.results}"
         answers = Answers(name, config.split, examples, texts, method, False, config.results.stem)
-    task.write_results(answers, task.score(answers.examples, answers.texts), config.out)
+    scores = task.score(answers.examples, answers.texts)
+    if rank() == 0:
+        task.write_results(answers, scores, config.out)
 
 
 def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
@@ -142,8 +145,9 @@ def task_command(name: str, task: Task) -> click.Command:
         option("--out", type=PATH, default=f"out-{name}", help="Folder for answers and scores."),
     )
     def command(**options):
-        with one_line_errors():
-            require_writable(options["out"], folder=True)
+        with one_line_errors(), answering_ranks():
+            if rank() == 0:
+                require_writable(options["out"], folder=True)
             evaluate(name, task, EvalConfig(**options))
 
     return command
@@ -162,7 +166,7 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
 
     Of the base alone, and of the base with the adapter.
     """
-    with one_line_errors():
+    with one_line_errors(), answering_ranks():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
         model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)

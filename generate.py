@@ -23,12 +23,13 @@ from formats.loading import load_with_adapters
 from formats.requests import Request, attach_images, read_requests, write_answers
 from formats.tensors import named
 from model import KVCache, LLaMA
-from runtime.asking import batch_options, model_options, question_options, sampling_options, speed_options
+from runtime.asking import batch_options, check_question, model_options, question_options
+from runtime.asking import sampling_options, speed_options
 from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
+from runtime.distributed import answering_ranks, broadcast_tensor, sync_errors
 from runtime.errors import printable
-from runtime.files import require_writable
 from runtime.terminal import read_commands
 
 
@@ -99,7 +100,7 @@ def stream(
         for step in range(start, min(start + at_once, max_new_tokens)):
             if step:
                 logits = decode(model, newest, prompts, cache)  # (B, V)
-            newest = sample(logits, temperature, top_p, generator)  # (B,)
+            newest = broadcast_tensor(sample(logits, temperature, top_p, generator))  # (B,), the same on all ranks
             new.append(newest)
         for ids in torch.stack(new).tolist():
             ended = [done or id in end_ids for done, id in zip(ended, ids)]
@@ -337,21 +338,9 @@ def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, 
     own. From a pipe, every line is answered by exactly one line, line breaks within it as \\n. With --prompts, records
     that name different adapters (or null, the base) share a batch.
     """
-    with one_line_errors():
-        if compare and not adapter_paths:
-            raise ValueError("--compare needs --adapter FILE")
-        if options["raw"] and input:
-            raise ValueError("--input is a field of the template that --raw does without")
-        if options["raw"] and options["template"]:
-            raise ValueError(f"--template {options['template']} and --raw: with or without a template")
-        if (jsonl is None) != (out is None):
-            raise ValueError("--prompts and --out go together")
-        if jsonl is not None and (prompt is not None or compare or input):
-            raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
-        if images and (prompt is None or compare or len(adapter_paths) != 1):
-            raise ValueError("--image goes with a PROMPT and one --adapter")
-        if out is not None:
-            require_writable(out)
+    with one_line_errors(), answering_ranks():
+        with sync_errors():
+            check_question(prompt, input, adapter_paths, compare, images, jsonl, out, options)
         responder = make_responder(adapter_paths, **options)
         first = next(iter(responder.adapters), "base")
         names, weight = ["base", *responder.adapters] if compare else [first], responder.model.tok_embeddings.weight

@@ -27,21 +27,22 @@ from formats.hub import find_base
 from formats.tensors import named
 from model import LLaMA, num_parameters
 from multimodal import ImageAdapter
+from runtime import distributed
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
+from runtime.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
 from runtime.errors import AllRanksError, memory_errors
 from runtime.files import resolved
 from runtime.quantization import quantizer
 from tasks import TASKS, see_images, with_images
 from toy import TOYS
-from training import distributed
-from training.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
 from training.options import base_options, data_options, memory_options, optimisation_options, run_options
 from training.run import Prepared, Recorder, Step
 from training.run_files import run_state
+from training.sharding import choose_strategy, fsdp_sharder
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,10 @@ def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device
     dtype = getattr(torch, base.dtype)
     bits = base.bits and int(base.bits)
     size = num_parameters(opened[0]) * (bits or 8 * dtype.itemsize) // 8
-    strategy = distributed.choose_strategy(base.strategy, size, device)
+    strategy = choose_strategy(base.strategy, size, device)
     if strategy == "fsdp" and (bits or base.compile):
         raise AllRanksError("--bits and --compile need the base whole on every rank: --strategy ddp")
-    shard = distributed.fsdp_sharder(device) if strategy == "fsdp" else None
+    shard = fsdp_sharder(device) if strategy == "fsdp" else None
     with sync_errors():
         quantize = quantizer(bits, device)
         model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened, quantize)
@@ -365,12 +366,10 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
         source = source.checked(base.base)
-        device, dtype = select_device(distributed.rank_device(base.device), base.dtype)
+        device, dtype = select_device(base.device, base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
         if base.base is None and local_rank() == 0:
             TOYS[source.toy].make()  # one of a machine's ranks for all of them
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     with sync_errors():
         examples, source = read_training_data(source)
         if base.base is not None and local_rank() == 0:

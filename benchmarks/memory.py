@@ -16,8 +16,8 @@ from model import SIZES, Config, num_parameters
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig, make_optimizer, train_step
-from training.distributed import too_large
 from training.loss import ROWS
+from training.sharding import too_large
 
 
 @cache

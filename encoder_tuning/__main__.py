@@ -27,10 +27,10 @@ from encoders.models import Roberta, ViT
 from formats.encoders import load_encoder
 from runtime.cli import Count, device_options, one_line_errors, warn
 from runtime.device import select_device
+from runtime.distributed import broadcast_from_rank0, check_same_on_all_ranks, exit_rank, sync_errors
 from runtime.files import require_writable, write_json
 from runtime.fingerprints import hash_tensors
 from train import TrainConfig, optimisation_options, tune
-from training.distributed import broadcast_from_rank0, check_same_on_all_ranks, exit_rank, rank_device, sync_errors
 from training.launch import launch, say
 from training.options import MICRO_BATCH, MICRO_BATCH_HELP, BaseOptions, DataOptions, RunOptions
 from training.options import fixed_options, pick, run_options
@@ -80,10 +80,8 @@ def prepare_encoder(
 def tune_encoder(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions) -> None:
     """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
     with sync_errors():
-        device, dtype = select_device(rank_device(base.device), base.dtype)
+        device, dtype = select_device(base.device, base.dtype)
         base = replace(base, dtype=str(dtype).removeprefix("torch."))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     with sync_errors():
         prepared, config = prepare_encoder(config, source, base, device)
     check_same_on_all_ranks(prepared.options | asdict(config))

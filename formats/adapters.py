@@ -57,9 +57,13 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the file begins as torch.save writes it, or wrote it before PyTorch 1.6."""
+    """Whether the file begins as torch.save writes it, or wrote it before PyTorch 1.6.
+
+    The length that begins a safetensors file may look the same; its header begins with a brace behind that.
+    """
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        start = file.read(9)
+    return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
 
 
 def adapter_class(path: Path) -> type[Adapter]:

@@ -11,6 +11,7 @@ from formats.tensors import Weights, copy, named, open_shards, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 from runtime.schema import require_number
+from runtime.tensor_parallel import WHOLE, Part
 
 TOLD_BY = "config.json"
 
@@ -83,12 +84,12 @@ def read(folder: Path) -> tuple[Config, Weights]:
     with named(folder / TOLD_BY):
         config = hugging_face_config(values)
 
-    def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor) -> None:
+    def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor, part: Part = WHOLE) -> None:
         source = require_dense(fetch())
-        if rotated and source.shape == target.shape:
-            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+        if rotated and source.shape == part.whole_shape(target.shape):
+            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)  # a part is of whole heads
             target = target.unflatten(0, (-1, config.head_dim // 2, 2))
-        copy(source, target)
+        copy(source, target, part)
 
     weights: Weights = {}
     for name, fetch in open_shards(folder).items():

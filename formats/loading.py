@@ -13,10 +13,12 @@ from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
-from model import LLaMA
+from model import Config, LLaMA
 from runtime.cli import warn
-from runtime.errors import AllRanksError, launched_rank, printable
+from runtime.distributed import local_rank, sync_errors
+from runtime.errors import printable
 from runtime.quantization import quantizer
+from runtime.tensor_parallel import base_of_rank, join_ranks
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
@@ -42,43 +44,58 @@ def load_with_adapters(
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """The base, by default the one that the first adapter names, and adapters, whosever they are, by name.
 
-    Raises OSError or ValueError where the files don't fit each other, or torchrun started several processes. Warns
-    where an adapter was tuned on other weights, and says how files of others were understood.
+    Of several ranks each has its part of every layer. Raises OSError or ValueError where the files don't fit each
+    other. Warns where an adapter was tuned on other weights, and says how files of others were understood.
     """
-    if launched_rank()[1] > 1:
-        raise AllRanksError("only train.py runs under torchrun: answers are made by one process, on one device")
-    paths, adapters = name_adapters(adapter_paths), {}
-    if base is None and not paths:
+    with sync_errors():
+        files, base, read = named_files(adapter_paths, base)
+        if local_rank() == 0:
+            find_base(base)  # fetched, where it is a name, by one of a machine's ranks for all of them
+    with sync_errors():
+        folder, quantize = find_base(base), quantizer(bits and int(bits), device)
+        config, weights = read_base(folder)
+        ours = base_of_rank(config, weights)
+        model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=ours, quantize=quantize)
+        join_ranks(model)
+        fingerprint = base_fingerprint(config, weights)
+        adapters = {}
+        for name, path in files.items():
+            adapter = read[name] if name in read else load_adapter(path, heads=config.n_heads)
+            check_adapter(adapter, path, base, config, fingerprint)
+            adapters[name] = adapter.to(device)
+    return model, tokenizer, adapters
+
+
+def named_files(adapter_paths: Sequence[str], base: str | None) -> tuple[dict[str, str], str, dict[str, Adapter]]:
+    """Adapter files by name, the base, and what had to be read to know it. Raises OSError or ValueError."""
+    files, read = name_adapters(adapter_paths), {}
+    if base is None and not files:
         raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
     if base is None:
-        name, path = next(iter(paths.items()))
-        adapters[name] = load_adapter(path)
-        base = adapters[name].metadata.get("base")
+        name, path = next(iter(files.items()))
+        read[name] = load_adapter(path)
+        base = read[name].metadata.get("base")
         if base is None:
             raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
-    for path in paths.values():  # before a base is fetched
+    for path in files.values():  # before a base is fetched
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such adapter file")
-    folder, quantize = find_base(base), quantizer(bits and int(bits), device)
-    opened = read_base(folder)
-    model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=opened, quantize=quantize)
-    config, fingerprint = model.config, base_fingerprint(*opened)
-    for name, path in paths.items():
-        adapter = adapters[name] if name in adapters else load_adapter(path, heads=config.n_heads)
-        if isinstance(adapter, HeadAdapter):
-            task = adapter.metadata.get("task", "a task of an encoder")
-            raise ValueError(
-                f"{path}: was tuned for {task}, on an encoder: python -m encoder_tuning evaluate --adapter"
-            )
-        adapters[name], metadata = adapter.to(device), adapter.metadata
-        try:
-            adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit {base}: {error}") from None
-        if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
-            raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
-        if metadata.get("base_fingerprint", fingerprint) != fingerprint:
-            warn(f"{path} was tuned on other weights than those of {base}")
-        if "format" not in metadata:  # not a file of ours
-            click.echo(printable(f"{path}: {describe_reading(adapter)}"), err=True)
-    return model, tokenizer, adapters
+    return files, base, read
+
+
+def check_adapter(adapter: Adapter, path: str, base: str, config: Config, fingerprint: str) -> None:
+    """Raise ValueError where it cannot belong to the base, of such a shape; warn where it was tuned on another."""
+    metadata = adapter.metadata
+    if isinstance(adapter, HeadAdapter):
+        task = metadata.get("task", "a task of an encoder")
+        raise ValueError(f"{path}: was tuned for {task}, on an encoder: python -m encoder_tuning evaluate --adapter")
+    try:
+        adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {base}: {error}") from None
+    if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
+        raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
+    if metadata.get("base_fingerprint", fingerprint) != fingerprint:
+        warn(f"{path} was tuned on other weights than those of {base}")
+    if "format" not in metadata:  # not a file of ours
+        click.echo(printable(f"{path}: {describe_reading(adapter)}"), err=True)

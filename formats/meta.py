@@ -1,5 +1,6 @@
 """Meta's layout of a LLaMA: params.json, consolidated.00.pth and, of larger models, further ones."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from formats.tensors import Weights, copy, load_pth, named, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
+from runtime.tensor_parallel import WHOLE, Part
 
 TOLD_BY = "params.json"
 
@@ -55,26 +57,30 @@ def read_shard(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def join(parts: list[Tensor], target: Tensor) -> None:
-    """Copy a weight's parts, equal cuts along one dimension, to where they belong; a norm is whole in each file.
+def join(pieces: list[Tensor], target: Tensor, part: Part = WHOLE) -> None:
+    """Copy a weight's pieces, equal cuts along one dimension, to where they belong; a norm is whole in each file.
 
-    Raises ValueError where they do not make up the target.
+    Of a `part` of the weight. Raises ValueError where they do not make up the weight.
     """
-    n, shape, whole = len(parts), tuple(parts[0].shape), tuple(target.shape)
-    for part in parts:
-        require_dense(part)
-    if any(part.shape != parts[0].shape for part in parts):
+    n, shape, whole = len(pieces), tuple(pieces[0].shape), part.whole_shape(target.shape)
+    for piece in pieces:
+        require_dense(piece)
+    if any(piece.shape != pieces[0].shape for piece in pieces):
         raise ValueError(f"has different shapes in the {n} files")
     for dim in range(len(shape) if n > 1 else 0):
         if shape[:dim] + (n * shape[dim],) + shape[dim + 1 :] == whole:
-            for part, place in zip(parts, target.chunk(n, dim)):
-                copy(part, place)
+            ours, across = (part, WHOLE) if part.dim == dim else (WHOLE, part)
+            fine = math.lcm(n, ours.number)  # neither a piece nor a part ends within one of so many
+            of_pieces = [one for piece in pieces for one in piece.chunk(fine // n, dim)]
+            each = fine // ours.number
+            for one, place in zip(of_pieces[ours.index * each :], target.chunk(each, dim)):
+                copy(one, place, across)
             return
     if n > 1 and len(shape) > 1:
         raise ValueError(f"is {shape} in each of {n} files, its configuration says {whole} in all")
-    if any(not torch.equal(part, parts[0]) for part in parts[1:]):
+    if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
         raise ValueError(f"is not the same in the {n} files")
-    copy(parts[0], target)
+    copy(pieces[0], target, part)
 
 
 def meta_config(params: dict, vocab_size: int) -> Config:

@@ -11,6 +11,7 @@ from adapter import Adapter
 from data import Turn, check_record, read_records
 from formats.conversations import check_turns, turns_field
 from formats.image_encoders import load_image_encoder
+from runtime.distributed import rank
 from runtime.files import atomic_write, path_inside, require_file
 
 
@@ -78,7 +79,11 @@ def attach_images(
 
 
 def write_answers(path: str, records: Sequence[dict], answers: Iterable[str]) -> None:
-    """Write the records again as JSONL, each with its output; all of them or none. Raises OSError."""
+    """Write the records again as JSONL, each with its output; all of them or none; the first rank. Raises OSError."""
+    if rank() > 0:
+        for _ in answers:  # it needs the others to make them
+            pass
+        return
     # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, output in zip(records, answers):

@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import first_line, read_json_object, require_file
+from runtime.tensor_parallel import WHOLE, Part
 
-Weights = dict[str, Callable[[Tensor], None]]  # of a base, by Meta's names: what copies each into a tensor of its shape
+# Of a base, by Meta's names: what copies each weight, or a `part` of it alone, into a tensor of that shape.
+Weights = dict[str, Callable[..., None]]
 
 
 @contextmanager
@@ -60,11 +62,15 @@ def require_dense(tensor: object) -> Tensor:
     return tensor
 
 
-def copy(source: Tensor, target: Tensor) -> None:
-    """Raises ValueError, with both shapes, where they differ, and where the source is no dense tensor."""
-    if require_dense(source).shape != target.shape:
-        raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(target.shape)}")
-    target.copy_(source)
+def copy(source: Tensor, target: Tensor, part: Part = WHOLE) -> None:
+    """The source, or a part of it, of which alone the bytes are touched.
+
+    Raises ValueError, with both shapes, where they differ, and where the source is no dense tensor.
+    """
+    expected = part.whole_shape(target.shape)
+    if require_dense(source).shape != expected:
+        raise ValueError(f"is {tuple(source.shape)}, its configuration says {expected}")
+    target.copy_(part.of(source))
 
 
 def filled(

@@ -1,11 +1,13 @@
 """What generate.py can be told."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 from cloup import option, option_group
 
 from runtime.cli import SEED, Count, Real, bits_options, device_options
+from runtime.distributed import rank
+from runtime.files import require_writable
 
 model_options = option_group(
     "Model",
@@ -70,3 +72,30 @@ def speed_options(attentions: list[str]):
         ),
         option("--attention", type=click.Choice(attentions), default="fused", help="Two ways to the same numbers."),
     )
+
+
+def check_question(
+    prompt: str | None,
+    input: str,
+    adapter_paths: Sequence[str],
+    compare: bool,
+    images: Sequence[str],
+    jsonl: str | None,
+    out: str | None,
+    options: Mapping[str, object],
+) -> None:
+    """Raise ValueError where options exclude or need each other, OSError where the answers could not be written."""
+    if compare and not adapter_paths:
+        raise ValueError("--compare needs --adapter FILE")
+    if options["raw"] and input:
+        raise ValueError("--input is a field of the template that --raw does without")
+    if options["raw"] and options["template"]:
+        raise ValueError(f"--template {options['template']} and --raw: with or without a template")
+    if (jsonl is None) != (out is None):
+        raise ValueError("--prompts and --out go together")
+    if jsonl is not None and (prompt is not None or compare or input):
+        raise ValueError("--prompts names all there is to answer: no PROMPT, --input or --compare beside it")
+    if images and (prompt is None or compare or len(adapter_paths) != 1):
+        raise ValueError("--image goes with a PROMPT and one --adapter")
+    if out is not None and rank() == 0:
+        require_writable(out)

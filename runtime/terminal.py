@@ -5,6 +5,8 @@ from typing import TextIO
 
 import click
 
+from runtime.distributed import broadcast_from_rank0
+
 LINES = "Every line is an instruction of its own."
 TURNS = "Every line is a turn of one conversation. /reset: forget it. /system TEXT: what its first turn says."
 HELP = "/adapter NAME or /none: who answers. /quit: end. /help: this line."
@@ -21,7 +23,7 @@ def read_commands(stdin: TextIO, has_turns: bool) -> Iterator[tuple[str, str]]:
     click.echo(f"{help}\n" if terminal else "", nl=False, err=True)
     while True:
         click.echo("> " if terminal else "", nl=False, err=True)
-        line, number = stdin.readline(), number + 1
+        line, number = broadcast_from_rank0(stdin.readline), number + 1
         if not line and not terminal and number == 1:
             raise ValueError("no PROMPT, and nothing on standard input")
         if not line or (terminal and line.strip() in QUIT):

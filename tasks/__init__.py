@@ -9,10 +9,10 @@ import torch
 
 from data import Example
 from formats.image_encoders import FunctionEncoder, TowerEncoder, load_image_encoder
+from runtime.distributed import local_rank, sync_errors
 from runtime.files import path_inside, require_file
 from tasks import captions, instructions, scienceqa
 from tasks.answering import Answers, read_answers, write_scores
-from training.distributed import local_rank, sync_errors
 from training.options import DataOptions
 
 

@@ -244,6 +244,17 @@ def test_a_file_of_ours_tells_its_class(tmp_path):
         load_adapter(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK"], ids=["pickle", "zip"])
+def test_a_file_of_ours_is_known_though_its_length_looks_like_another_kind(start, tmp_path):
+    """safetensors begins with the length of its header, in eight bytes, the lowest first."""
+    adapter, path = Adapter(layers=2, length=3, dim=8, heads=2), tmp_path / "a.safetensors"
+    adapter.save(path, data="")
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    adapter.save(path, data="x" * (int.from_bytes(start, "little") - length))
+    assert path.read_bytes().startswith(start)
+    assert torch.equal(load_adapter(path).prompts, adapter.prompts)
+
+
 def test_how_a_file_was_read_is_one_line(tmp_path):
     authors_file(tmp_path / "theirs.pth")
     line = describe_reading(load_adapter(tmp_path / "theirs.pth", length=5))

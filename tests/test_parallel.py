@@ -19,10 +19,11 @@ import train
 from adapter import Adapter
 from data import micro_batches, split_over_ranks
 from formats.bases import load_llama
+from runtime.distributed import init_distributed, rank_device
 from tasks import TASKS, Task
 from toy import TOYS
-from training.distributed import choose_strategy, fsdp_sharder, init_distributed, rank_device
 from training.run_files import read_metrics
+from training.sharding import choose_strategy, fsdp_sharder
 
 CPU = torch.device("cpu")
 
@@ -298,8 +299,8 @@ def test_which_strategy_and_which_device(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100))
     assert choose_strategy("auto", 71, gpu) == "ddp"  # nothing to split it over
-    monkeypatch.setattr("training.distributed.world_size", lambda: 2)
-    monkeypatch.setattr("training.distributed.all_reduce_max", lambda number: number)
+    monkeypatch.setattr("training.sharding.world_size", lambda: 2)
+    monkeypatch.setattr("training.sharding.all_reduce_max", lambda number: number)
     assert [choose_strategy("auto", size, gpu) for size in (70, 71)] == ["ddp", "fsdp"]
     assert choose_strategy("auto", 71, CPU) == "ddp" and choose_strategy("fsdp", 1, CPU) == "fsdp"
     with monkeypatch.context() as patch:
@@ -307,6 +308,7 @@ def test_which_strategy_and_which_device(monkeypatch):
         with pytest.raises(ValueError, match="needs PyTorch 2.7 or later, this is 2.6.0"):
             choose_strategy("auto", 71, gpu)
 
+    monkeypatch.setattr("runtime.distributed.world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert rank_device("cpu") == "cpu" and rank_device("cuda") == "cuda:3"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -375,7 +377,7 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
 @pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
 def test_a_rank_ends_at_once(ranks, printed):
     """With what it has printed, and its exit code; a process alone ends as any other."""
-    code = "import atexit; from training.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
+    code = "import atexit; from runtime.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
     result = subprocess.run(
         [sys.executable, "-c", code + "exit_rank(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},

@@ -10,8 +10,7 @@ from typing import NoReturn
 import click
 
 from runtime.cli import one_line_errors
-from runtime.files import locked, require_writable
-from training.distributed import (
+from runtime.distributed import (
     barrier,
     destroy_distributed,
     detect_lost_ranks,
@@ -20,6 +19,7 @@ from training.distributed import (
     sync_errors,
     world_size,
 )
+from runtime.files import locked, require_writable
 
 # Why to stop, and the exit status. Where ranks differ, the highest of these counts.
 TIME, SIGTERM, CTRL_C = 1, 2, 3

@@ -1,11 +1,10 @@
 """A training run with its files: what it is made of, and its steps followed with metrics, validation, checkpoints."""
 
-import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,11 @@ from adapter import Adapter
 from data import Tokenizer
 from runtime.cli import warn
 from runtime.device import peak_memory
+from runtime.distributed import RankLostError, all_reduce_max, detect_lost_ranks, first_rank_speaks, rank
+from runtime.distributed import sync_errors, world_size
 from runtime.errors import AllRanksError, memory_errors
 from runtime.files import resolved, write_json
 from training.curves import draw_curves
-from training.distributed import RankLostError, all_reduce_max, detect_lost_ranks, rank, sync_errors, world_size
 from training.launch import TIME, Stopped, say, signals
 from training.options import RunOptions
 from training.run_files import Progress, begin_in_folder, load_checkpoint, read_metrics, save_checkpoint, write_metrics
@@ -165,8 +165,8 @@ class Recorder:
         `evaluate` is called with model, tokenizer and adapter.
         """
         prepared, out, scores = self.prepared, self.run.out, {}
-        if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
-            with redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
+        if evaluate is not None:
+            with first_rank_speaks():
                 scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
         if rank() == 0:
             adapter, metrics = prepared.adapter, read_metrics(out / "metrics.jsonl")

@@ -15,9 +15,9 @@ import torch
 
 from adapter import Adapter
 from formats.tensors import load_pth, require_dense
+from runtime.distributed import broadcast_from_rank0, sync_errors
 from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
 from runtime.schema import require_number
-from training.distributed import broadcast_from_rank0, sync_errors
 
 
 class Progress(NamedTuple):

@@ -1,22 +1,22 @@
-"""Several processes at one training run, as torchrun starts them. In a process alone all of this does nothing.
+"""Several processes at one piece of work, as torchrun starts them. In a process alone all of this does nothing.
 
-Every rank holds the whole adapter and its optimizer, takes its share of every batch, and adds its part of the gradient
-to that of the others; then all take the same step. That is data parallelism with nothing but the adapter travelling.
-A base that fits one device is whole on each. One that doesn't is split: of every layer's weights each rank keeps
-a part, and a layer is gathered when it is its turn and let go after it (PyTorch's `fully_shard`).
+At a training run every rank holds the whole adapter and its optimizer, takes its share of every batch, and adds its
+part of the gradient to that of the others; then all take the same step. That is data parallelism with nothing but the
+adapter travelling. At answering every rank has a part of each layer (runtime/tensor_parallel.py), and all make the same
+answer, which the first says.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import LLaMA
 from runtime.errors import AllRanksError, error_line, launched_rank, memory_errors
 
 
@@ -30,10 +30,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def init_distributed() -> None:
-    """Meet the other processes, if there are any. What lies on a GPU will go over NCCL, all else over gloo."""
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Meet the other processes, if there are any. What lies on a GPU will go over NCCL, all else over gloo.
+
+    So long a rank waits for another that lives; one that is gone is found out in any case.
+    """
     if launched_rank()[1] > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def destroy_distributed() -> None:
@@ -126,6 +129,13 @@ def broadcast_from_rank0(read: Callable):
     return value[0]
 
 
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """In place, the first rank's on every rank."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def all_reduce_max(number: int) -> int:
     """The highest that any rank has."""
     if world_size() == 1:
@@ -143,42 +153,31 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-def too_large(weights: int, memory: int) -> bool:
-    """Whether so many bytes of a base leave too little of a device's memory to be whole on each."""
-    return weights > 0.7 * memory
+@contextmanager
+def first_rank_speaks():
+    """The others print nothing."""
+    with ExitStack() as stack:
+        if rank() > 0:
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nothing))
+            stack.enter_context(redirect_stderr(nothing))
+        yield
 
 
-def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
-    """ "ddp" or "fsdp", on all ranks the same; "auto" goes by the bytes of the base.
+@contextmanager
+def answering_ranks():
+    """Meet the other processes, if there are any, and answer with them as one: the first alone speaks.
 
-    Raises ValueError where it cannot be split.
+    What one of them is told, all are told, so that errors of input are the same on all, and the first says them.
     """
-    if strategy == "auto":
-        large = device.type == "cuda" and too_large(weights, torch.cuda.get_device_properties(device).total_memory)
-        strategy = "fsdp" if all_reduce_max(int(world_size() > 1 and large)) else "ddp"
-    if strategy == "fsdp" and world_size() == 1:
-        raise ValueError("--strategy fsdp needs several processes: torchrun --nproc_per_node 8 train.py ...")
-    if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, this is {torch.__version__}")
-    return strategy
-
-
-def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """What `load_llama` is to do with every layer as soon as it is read, and with the model at the end.
-
-    Embeddings, norm and output head, a few per cent of a large model, stay whole on every rank.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device.type, (world_size(),))
-
-    def split(module: nn.Module) -> None:
-        if not isinstance(module, LLaMA):
-            fully_shard(module, mesh=mesh)
-            return
-        whole = {weight for name, weight in module.named_parameters() if not name.startswith("layers.")}
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-        register_fsdp_forward_method(module, "hidden_states")
-
-    return split
+    if launched_rank()[1] == 1:
+        yield
+        return
+    init_distributed(timeout=timedelta(days=365))  # they wait while somebody thinks at a terminal
+    try:
+        with detect_lost_ranks(), first_rank_speaks():
+            yield
+            barrier()  # nobody leaves while others are still at work
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, AllRanksError) else AllRanksError(error_line(error)) from None
+    destroy_distributed()

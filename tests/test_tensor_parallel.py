@@ -1,0 +1,226 @@
+"""Several ranks that answer together, each with its part of every layer, say what a process alone says."""
+
+import json
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import KINDS, Ranks, make_adapter, peak_anonymous, save_hugging_face, save_problems, split_for_parallel
+from tqdm import tqdm
+
+import evaluate
+import generate
+from data import read_records
+from formats.bases import load_llama, read_base
+from formats.loading import load_with_adapters
+from formats.meta import join
+from formats.requests import Request
+from generate import Responder, concat_prompts, prefill
+from model import KVCache
+from multimodal import ImageAdapter
+from runtime.distributed import answering_ranks, init_distributed, rank
+from runtime.quantization import held_bytes
+from runtime.tensor_parallel import Part, base_of_rank, join_ranks
+
+CPU = torch.device("cpu")
+QUESTIONS = ["Name the number 3.", "Say what is red", "", "Who is it, and since when is it that?"]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("cut, dim", [(0, 0), (1, 1), (0, 1), (1, 0)], ids=["rows", "columns", "across", "down"])
+def test_a_rank_copies_its_part_of_however_many_files(pieces, ranks, cut, dim):
+    whole = torch.arange(24 * 48.0).view(24, 48)
+    files = list(whole.chunk(pieces, cut))
+    for i, expected in enumerate(whole.chunk(ranks, dim)):
+        target = torch.empty_like(expected)
+        join(files, target, Part(dim, i, ranks))
+        assert torch.equal(target, expected)
+
+
+def base_of(kind, folder, tiny_base):
+    """Heads, biases, norms of heads as Hugging Face's models have them; or a folder of Meta's in two files."""
+    if kind != "two files":
+        save_hugging_face(folder, tiny_base, **KINDS[kind])
+        return folder
+    model, _ = load_llama(tiny_base)
+    folder.mkdir(exist_ok=True)
+    for name in ("params.json", "tokenizer.model"):
+        (folder / name).write_bytes((tiny_base / name).read_bytes())
+    for i, shard in enumerate(split_for_parallel(model.state_dict(), 2, vocabulary_first=False)):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    return folder
+
+
+def save_adapters(base, folder):
+    """Two of other depths, with open gates, one of them able to see."""
+    model, _ = load_llama(base)
+    config = model.config
+    shape = dict(length=5, dim=config.dim, heads=config.n_heads)
+    seeing = ImageAdapter(layers=3, features=6, bottleneck=4, generator=torch.Generator().manual_seed(3), **shape)
+    torch.nn.init.normal_(seeing.gates, generator=torch.Generator().manual_seed(4))
+    for name, adapter in {"plain": make_adapter(model), "seeing": seeing}.items():
+        adapter.save(folder / f"{name}.safetensors", base=base, base_layers=config.n_layers)
+    return [str(folder / f"{name}.safetensors") for name in ("plain", "seeing")]
+
+
+def asked():
+    """Of both adapters and the base, one of them about an image."""
+    names = ["plain", "base", "seeing", "seeing"]
+    features = [None, None, None, torch.linspace(-1, 1, 6)]
+    return [Request(text, "", *about) for text, *about in zip(QUESTIONS, names, features)]
+
+
+@torch.no_grad()
+def answers_of(base, adapters, bits=None):
+    """Logits after the questions, what is written then, and how many bytes the weights take here."""
+    torch.set_num_threads(1)
+    with answering_ranks():
+        model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, bits=bits)
+        responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
+        tokens, prompts = map(list, zip(*((responder.tokens(r), responder.prompts(r)) for r in asked())))
+        cache = KVCache(model, batch=len(tokens), capacity=100)
+        logits = prefill(model, tokens, concat_prompts(prompts), cache)
+        texts = responder.answer_batch(asked(), tqdm(disable=True))
+    return logits.tolist(), texts, {name: list(weight.shape) for name, weight in model.named_parameters()}, held_bytes(model)
+
+
+@pytest.mark.parametrize(
+    "kind, world", [("mha", 2), ("mha", 4), ("gqa", 2), ("qwen2", 2), ("qwen3", 2), ("two files", 2)]
+)
+def test_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_path):
+    """Adapters of other depths, the base and an image in one batch; on every rank to the last bit."""
+    base = base_of(kind, tmp_path / "base", tiny_base)
+    adapters = save_adapters(base, tmp_path)
+    logits, texts, shapes, _ = answers_of(base, adapters)
+    results = Ranks(forks, world, answers_of, base, adapters).results()
+    assert all(result[:2] == results[0][:2] for result in results)
+    torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(logits), rtol=1e-4, atol=1e-4)
+    assert results[0][1] == texts and len(set(texts)) > 1
+    for name, shape in shapes.items():
+        for result in results:
+            dim = 1 if ".wo." in name or ".w2." in name else 0
+            cut = "layers." in name and "norm" not in name
+            assert result[2][name] == [n // world if cut and d == dim else n for d, n in enumerate(shape)], name
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
+    """A part is rounded by itself, so the numbers are near those of the whole, rounded; and take half as much."""
+    pytest.importorskip("torchao")
+    base = base_of("mha", tmp_path / "base", tiny_base)
+    adapters = save_adapters(base, tmp_path)
+    results = Ranks(forks, 2, answers_of, base, adapters, bits).results()
+    logits, held = (torch.tensor(answers_of(base, adapters, bits)[0]), answers_of(base, adapters, bits)[3])
+    exact = torch.tensor(answers_of(base, adapters)[0])
+    ours = torch.tensor(results[0][0])
+    assert results[1][0] == results[0][0] and (ours - exact).norm() < 1.5 * (logits - exact).norm() + 1e-3
+    outside = 4 * (2 * 1056 * 64 + 7 * 64)  # embeddings, output head and norms, whole on every rank
+    for result in results:
+        assert (result[3] - outside) < 0.6 * (held - outside)
+
+
+def say(program, stdin, *args, spoil=None):
+    """A command: its exit code, standard output, standard error; only the first rank is typed to."""
+    torch.set_num_threads(1)
+    first = os.environ.get("RANK", "0") == "0"
+    if spoil is not None:
+        spoil()
+    main = {"generate": generate, "evaluate": evaluate}[program].main
+    result = CliRunner().invoke(main, list(map(str, args)), input=stdin if first else "")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def together(forks, world, program, stdin, *args, spoil=None, expected=None):
+    """The same command on several ranks, of which the others must be silent; what the first said."""
+    ranks = Ranks(forks, world, partial(say, spoil=spoil), program, stdin, *args)
+    first, *others = ranks.results(expected=expected)
+    assert all(code == first[0] and stdout == stderr == "" for code, stdout, stderr in others), others
+    return first
+
+
+def test_commands(forks, tiny_base, tiny_adapter, tmp_path):
+    """PROMPT, lines from a pipe that the first rank alone is given, and a file: sampled, and each in one voice."""
+    options = ["--adapter", tiny_adapter, "--device", "cpu", "--max-new-tokens", 6, "--temperature", 1]
+    for more, stdin in ((["What?", "--compare"], None), ([], "What?\n\nWho is it?\n")):
+        alone = say("generate", stdin, *options, *more)
+        assert alone[0] == 0 and together(forks, 2, "generate", stdin, *options, *more)[:2] == alone[:2]
+    file = tmp_path / "asked.jsonl"
+    names = ["a", None, "a"]
+    file.write_text("".join(json.dumps({"instruction": q, "adapter": a}) + "\n" for q, a in zip(QUESTIONS, names)))
+    say("generate", None, *options, "--prompts", file, "--out", tmp_path / "alone.jsonl")
+    code, _, _ = together(forks, 2, "generate", None, *options, "--prompts", file, "--out", tmp_path / "two.jsonl")
+    assert code == 0 and read_records(tmp_path / "two.jsonl") == read_records(tmp_path / "alone.jsonl")
+
+
+def test_evaluation(forks, tiny_adapter, tmp_path):
+    path = save_problems(tmp_path, image=None)
+    args = ["scienceqa", "--data", path, "--adapter", tiny_adapter, "--device", "cpu", "--max-new-tokens", 3, "--choose"]
+    alone = say("evaluate", None, *args, "--out", tmp_path / "alone")
+    assert alone[0] == 0 and together(forks, 2, "evaluate", None, *args, "--out", tmp_path / "two")[:2] == alone[:2]
+    written = {file.name: file.read_text() for file in (tmp_path / "alone").iterdir()}
+    assert written and written == {file.name: file.read_text() for file in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["hi"], "error: 3 processes cannot share the base's n_kv_heads 2 evenly\n"),
+        (["hi", "--device", "cuda:0"], "error: --device cuda:0: of several processes each has its own"),
+        (["--raw", "--input", "b", "hi"], "error: --input is a field of the template"),
+        (["--prompts", "none.jsonl", "--out", "out.jsonl"], "error: "),
+        (["hi", "--adapter", "none.safetensors"], "error: none.safetensors: no such adapter file\n"),
+    ],
+)
+def test_what_is_wrong_is_said_once(forks, tiny_base, tmp_path, more, message):
+    more = [tmp_path / word if word == "out.jsonl" else word for word in more]
+    code, stdout, stderr = together(forks, 3, "generate", None, "--base", tiny_base, *more)
+    assert (code, stdout) == (2, "") and stderr.startswith(message) and stderr.count("\n") == 1
+
+
+def killed_at_the_fourth_token():
+    """Of the second rank."""
+    decode, calls = generate.decode, []
+
+    def dying(*args):
+        calls.append(1)
+        if len(calls) == 4 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*args)
+
+    generate.decode = dying
+
+
+def test_a_lost_rank_ends_all(forks, tiny_base):
+    start = time.monotonic()
+    args = ["--base", tiny_base, "--device", "cpu", "--raw", "--max-new-tokens", 500, "hi"]
+    ranks = Ranks(forks, 2, partial(say, spoil=killed_at_the_fourth_token), "generate", None, *args)
+    code, _, stderr = ranks.results(expected=1)[0]
+    assert code == 2 and stderr.count("error: another rank has ended") == 1 and "Traceback" not in stderr
+    assert time.monotonic() - start < 30
+
+
+def load_and_watch(tiny_base, base):
+    torch.set_num_threads(1)
+    init_distributed()
+
+    def load(path):
+        model, _ = load_llama(path, opened=base_of_rank(*read_base(path)))
+        join_ranks(model)
+        return model
+
+    load(tiny_base)  # so that the libraries' own memory doesn't count
+    model, peak = peak_anonymous(lambda: load(base))
+    return held_bytes(model), peak
+
+
+def test_a_rank_needs_memory_for_its_part_alone(forks, tiny_base, large_base):
+    (whole, _), ranks = load_and_watch(tiny_base, large_base), Ranks(forks, 2, load_and_watch, tiny_base, large_base)
+    for size, peak in ranks.results():
+        assert size < 0.55 * whole and peak < 1.15 * size
