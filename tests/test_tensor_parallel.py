@@ -125,9 +125,15 @@ def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
 
 
 def say(program, stdin, *args, spoil=None):
-    """A command: its exit code, standard output, standard error; only the first rank is typed to."""
+    """A command: its exit code, standard output, standard error.
+
+    The first rank alone is typed to, and has a folder for the answers; its chance counts.
+    """
     torch.set_num_threads(1)
     first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        args = [str(arg).replace("two", "nowhere/two") for arg in args]
+        args += ["--seed", "7"] if program == "generate" else []
     if spoil is not None:
         spoil()
     main = {"generate": generate, "evaluate": evaluate}[program].main
@@ -166,6 +172,7 @@ def test_evaluation(forks, tiny_adapter, tmp_path):
     assert alone[0] == 0 and together(forks, 2, "evaluate", None, *args, "--out", tmp_path / "two")[:2] == alone[:2]
     written = {file.name: file.read_text() for file in (tmp_path / "alone").iterdir()}
     assert written and written == {file.name: file.read_text() for file in (tmp_path / "two").iterdir()}
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(
