@@ -10,15 +10,17 @@ from cloup import command, option, option_group
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
-from benchmarks.workload import random_adapter, random_examples
+from benchmarks.workload import SHAPES, random_adapter, random_examples
 from formats.bases import load_llama, read_base
 from formats.hugging_face import to_hugging_face
 from generate import stream
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import peak_memory, select_device
+from runtime.distributed import all_reduce_max, answering_ranks, rank, world_size
 from runtime.files import require_file, require_writable, write_json, write_tensors
-from runtime.quantization import quantizer
+from runtime.quantization import held_bytes, quantizer
+from runtime.tensor_parallel import base_of_rank, join_ranks
 from train import TrainConfig, make_optimizer, train_step
 
 SHARD_BYTES = 10**9
@@ -60,7 +62,7 @@ def hugging_face_values(config: Config) -> dict:
 @command("checkpoint", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice(list(SIZES)), default="LLaMA-7B", help="Whose shape."),
+    option("--size", type=click.Choice([*SIZES, *SHAPES]), default="LLaMA-7B", help="Whose shape."),
     option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to put beside it."),
     option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it."),
 )
@@ -70,7 +72,7 @@ def write_checkpoint(size, tokenizer, out):
 
     In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
     """
-    config, generator = SIZES[size], torch.Generator().manual_seed(0)
+    config, generator = (SIZES | SHAPES)[size], torch.Generator().manual_seed(0)
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
     if out.exists() and any(out.iterdir()):
@@ -112,30 +114,59 @@ def write_checkpoint(size, tokenizer, out):
     *bits_options,
     json_option,
 )
-@one_line_errors()
 def time_loading(base, number, new, json_path, device, dtype, bits):
     """Measure what a base takes.
 
-    Seconds to load it, to train on one example and for each new token, and the most memory meanwhile.
+    Seconds to load it, to train on one example and for each new token, and the most memory meanwhile. Under torchrun
+    every rank has a part of it, nothing is trained, and the memory is that of the rank that needs most.
     """
-    device, dtype = select_device(device, dtype)
-    quantize, opened, row = quantizer(bits and int(bits), device), read_base(base), {}
+    with one_line_errors(), answering_ranks():
+        device, dtype = select_device(device, dtype)
+        row = what_it_takes(base, number, new, device, dtype, bits)
+        columns = {
+            "load": lambda row: f"{row['load_seconds']:.1f} s",
+            "its weights": lambda row: f"{row['weights_bytes'] / 1e9:.3f} GB",
+            "memory then": lambda row: f"{row['load_bytes'] / 1e9:.3f} GB",
+            f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
+            "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.3f} GB",
+            "a token": lambda row: f"{row['token_seconds']:.4f} s",
+        }
+        if "step_seconds" not in row:
+            columns = {name: text for name, text in columns.items() if "step" not in name and "in it" not in name}
+        about = measured_on(base.name, device, dtype) | {"bits": bits or "as dtype", "tokens": number}
+        ranks = world_size()
+        about |= {"ranks": ranks} if ranks > 1 else {}
+        kind = " ".join(["load", *([bits] if bits else []), *([f"{ranks} ranks"] if ranks > 1 else [])])
+        publish(kind, {base.name: row}, columns, about, json_path if rank() == 0 else None)
+
+
+def what_it_takes(
+    base: Path, number: int, new: int, device: torch.device, dtype: torch.dtype, bits: str | None
+) -> dict[str, float]:
+    """Seconds and bytes, of the rank that needs most. Raises OSError or ValueError."""
+    quantize, row = quantizer(bits and int(bits), device), {}
+    shape, weights = read_base(base)
 
     def load():
         start = time.perf_counter()
+        opened = base_of_rank(shape, weights)
         model, _ = load_llama(base, dtype, device, opened=opened, quantize=quantize)
+        join_ranks(model)
         row["load_seconds"] = time.perf_counter() - start
         return model
 
     model, row["load_bytes"] = peak_anonymous(load)
-    adapter = random_adapter(model.config, device)
-    (example,) = random_examples(model.config, [number])
-    config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)
+    row["weights_bytes"] = held_bytes(model)
+    adapter = random_adapter(shape, device)
+    (example,) = random_examples(shape, [number])
 
-    def step():
-        return seconds_of(lambda: train_step(model, adapter, optimizer, [example], 1e-3, config), device)
+    if world_size() == 1:
+        config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)
 
-    row["step_seconds"], row["step_bytes"] = peak_anonymous(step)
+        def step():
+            return seconds_of(lambda: train_step(model, adapter, optimizer, [example], 1e-3, config), device)
+
+        row["step_seconds"], row["step_bytes"] = peak_anonymous(step)
 
     def answer():
         with torch.no_grad():
@@ -146,12 +177,4 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
 
     row["token_seconds"], row["answer_bytes"] = peak_anonymous(answer)
     row["peak_bytes"] = peak_memory(device)
-    columns = {
-        "load": lambda row: f"{row['load_seconds']:.1f} s",
-        "its memory": lambda row: f"{row['load_bytes'] / 1e9:.2f} GB",
-        f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
-        "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.2f} GB",
-        "a token": lambda row: f"{row['token_seconds']:.3f} s",
-    }
-    about = measured_on(base.name, device, dtype) | {"bits": bits or "as dtype", "tokens": number}
-    publish(f"load {bits or ''}".strip(), {base.name: row}, columns, about, json_path)
+    return {name: all_reduce_max(value) if name.endswith("bytes") else value for name, value in row.items()}

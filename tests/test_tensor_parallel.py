@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from helpers import KINDS, Ranks, make_adapter, peak_anonymous, save_hugging_face, save_problems, split_for_parallel
 from tqdm import tqdm
 
+import benchmarks.__main__ as benchmarks
 import evaluate
 import generate
 from data import read_records
@@ -136,7 +137,7 @@ def say(program, stdin, *args, spoil=None):
         args += ["--seed", "7"] if program == "generate" else []
     if spoil is not None:
         spoil()
-    main = {"generate": generate, "evaluate": evaluate}[program].main
+    main = {"generate": generate, "evaluate": evaluate, "benchmarks": benchmarks}[program].main
     result = CliRunner().invoke(main, list(map(str, args)), input=stdin if first else "")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -231,3 +232,20 @@ def test_a_rank_needs_memory_for_its_part_alone(forks, tiny_base, large_base):
     (whole, _), ranks = load_and_watch(tiny_base, large_base), Ranks(forks, 2, load_and_watch, tiny_base, large_base)
     for size, peak in ranks.results():
         assert size < 0.55 * whole and peak < 1.15 * size
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_models_that_others_trained(forks, data, world):
+    """Of 4 and of 8 key/value heads: the same text, word for word."""
+    for base in (data / "stories260K", data / "models" / "tinystories3.8M"):
+        args = ["--base", base, "--device", "cpu", "--raw", "--greedy", "--max-new-tokens", 40, "Once upon a time"]
+        alone = say("generate", None, *args)
+        assert alone[0] == 0 and together(forks, world, "generate", None, *args)[:2] == alone[:2]
+
+
+def test_what_a_part_takes_is_measured(forks, tiny_base, tmp_path):
+    args = ["load", "--base", tiny_base, "--device", "cpu", "--new", 3]
+    assert together(forks, 2, "benchmarks", None, *args, "--json", tmp_path / "two.json")[0] == 0
+    (found,) = json.loads((tmp_path / "two.json").read_text()).values()
+    row = found["rows"][tiny_base.name]
+    assert found["ranks"] == 2 and "step_seconds" not in row and row["weights_bytes"] < row["load_bytes"]

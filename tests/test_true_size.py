@@ -54,5 +54,5 @@ def test_what_a_base_takes_is_measured(written, tmp_path, bits):
     assert result.exit_code == 0, result.output
     (found,) = json.loads((tmp_path / "a.json").read_text()).values()
     row = found["rows"]["base"]
-    assert found["bits"] == (bits or "as dtype") and all(row[name] > 0 for name in row) and len(row) == 7
+    assert found["bits"] == (bits or "as dtype") and all(row[name] > 0 for name in row) and len(row) == 8
     assert row["load_bytes"] <= row["peak_bytes"] and row["step_bytes"] <= row["peak_bytes"]
