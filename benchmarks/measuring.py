@@ -20,7 +20,7 @@ from tqdm import tqdm
 from runtime.files import atomic_write, read_json_object, write_json
 
 MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; small ones would not keep the device busy
-COPIED = {"cuda": 2**28, "cpu": 2**26}  # numbers of 4 bytes; fewer would fit a cache
+COPIED = {"cuda": 2**28, "cpu": 2**28}  # numbers of 4 bytes; fewer would fit a cache
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,6 +49,12 @@ def copy_speed(device: torch.device) -> float:
     source = torch.zeros(COPIED.get(device.type, COPIED["cpu"]), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
+
+
+def read_speed(device: torch.device) -> float:
+    """Bytes/s of a large tensor that is only read."""
+    numbers = torch.zeros(COPIED.get(device.type, COPIED["cpu"]) // 2, dtype=torch.long, device=device)
+    return numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(8))
 
 
 def peak_growth(work: Callable[[], object], device: torch.device) -> int:

@@ -24,6 +24,7 @@ SHAPES = {
     #            dim layers heads kv D hidden vocab
     "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # of llama2.c's stories15M, with a head of its own: 24M in all
     "110M": Config(768, 12, 12, 12, 64, 2048, 32000),
+    "1.1B": SIZES["TinyLlama-1.1B"],
     "7B": SIZES["LLaMA-7B"],
 }
 LENGTH = 10  # K
@@ -91,7 +92,7 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LL
     """Frozen, with weights of which only the size matters, made where they are to be, laid out as `load_llama` does."""
     with torch.device("meta"):
         model = LLaMA(config)
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype == torch.float32:
         transpose_output_head(model.output)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)

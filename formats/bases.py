@@ -48,7 +48,7 @@ def load_llama(
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
     model = empty_llama(path, config, weights, attention)
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" and dtype == torch.float32:
         transpose_output_head(model.output)  # its shape and strides, which it keeps when it is filled
 
     def fill(part: str) -> None:

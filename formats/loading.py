@@ -15,6 +15,7 @@ from formats.chat_templates import NAMES
 from formats.hub import find_base
 from model import Config, LLaMA
 from runtime.cli import warn
+from runtime.compilation import decode_by_rows
 from runtime.distributed import local_rank, sync_errors
 from runtime.errors import printable
 from runtime.quantization import quantizer
@@ -57,6 +58,8 @@ def load_with_adapters(
         ours = base_of_rank(config, weights)
         model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=ours, quantize=quantize)
         join_ranks(model)
+        if device.type == "cpu" and dtype == torch.bfloat16 and bits is None:
+            decode_by_rows(model)
         fingerprint = base_fingerprint(config, weights)
         adapters = {}
         for name, path in files.items():
