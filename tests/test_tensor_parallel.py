@@ -238,7 +238,7 @@ def test_a_rank_needs_memory_for_its_part_alone(forks, tiny_base, large_base):
 def test_models_that_others_trained(forks, data, world):
     """Of 4 and of 8 key/value heads: the same text, word for word."""
     for base in (data / "stories260K", data / "models" / "tinystories3.8M"):
-        args = ["--base", base, "--device", "cpu", "--raw", "--greedy", "--max-new-tokens", 40, "Once upon a time"]
+        args = ["--base", base, "--device", "cpu", "--raw", "--greedy", "--max-new-tokens", 16, "Once upon a time"]
         alone = say("generate", None, *args)
         assert alone[0] == 0 and together(forks, world, "generate", None, *args)[:2] == alone[:2]
 
