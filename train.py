@@ -36,6 +36,7 @@ from runtime.files import resolved
 from runtime.quantization import quantizer
 from tasks import TASKS, see_images, with_images
 from toy import TOYS
+from training.initial import begin_with, freeze_parts, shaped_as_initial
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
@@ -94,9 +95,10 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
         {"params": [adapter.gates], "weight_decay": 0.0, "scale": 1.0},
     ]
     linear = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
-    if linear:
-        groups.append({"params": linear, "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE})
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
+    groups.append({"params": linear, "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE})
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]  # not --freeze's
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
@@ -154,7 +156,7 @@ def train_step(
     Raises FloatingPointError, with the adapter as before, where the loss or its gradient is not finite; ValueError
     where there is no memory left for the optimizer's own work.
     """
-    parameters = list(adapter.parameters())
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimizer.zero_grad()
     # Dividing by the targets of the whole batch, not of each part, makes the parts' gradients add up to the gradient of
     # one large batch, however it is split, and over however many ranks.
@@ -321,6 +323,9 @@ def prepare(
     about |= {"prompt_template": template.name} | ({"bits": base.bits} if base.bits else {})
     known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
+    with sync_errors():
+        adapter = begin_with(base.init, adapter, model.config)
+        freeze_parts(adapter, base.freeze)
     return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
 
 
@@ -374,7 +379,8 @@ def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run:
         examples, source = read_training_data(source)
         if base.base is not None and local_rank() == 0:
             find_base(base.base)  # fetched, where it is a name
-    options = fixed_options(config, source, base, examples)
+        config = shaped_as_initial(config, base.init, run.out)
+        options = fixed_options(config, source, base, examples)
     state = distributed.broadcast_from_rank0(lambda: run_state(run.out, run.resume, options, base.base))
     if state == "finished":
         say(f"{run.out}: this run is finished, nothing is left to do")

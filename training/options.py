@@ -12,6 +12,7 @@ from cloup import option, option_group
 
 from adapter import ATTENTIONS
 from runtime.cli import SEED, Count, Real, bits_options, device_options
+from training.initial import PARTS, initial_fingerprint
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ optimisation_options = option_group(
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """Which frozen model, and how it is held; nothing of this is learnt."""
+    """Which frozen model, how it is held, and what of the adapter is there before."""
 
     base: str | None
     device: str = "auto"
@@ -91,6 +92,8 @@ class BaseOptions:
     attention: str = "fused"  # a key of adapter.ATTENTIONS
     bits: str | None = None  # of the layers' weights: "8", "4", or as dtype says
     compile: bool = False
+    init: str | None = None  # the adapter to go on from
+    freeze: tuple[str, ...] = ()  # parts of the adapter that stay as they are
     strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
 
 
@@ -100,6 +103,8 @@ MICRO_BATCH = option("--micro-batch-tokens", type=Count(), help=MICRO_BATCH_HELP
 base_options = option_group(
     "Model",
     option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]"),
+    option("--init", type=click.Path(), help="An adapter to go on from, in a new run; its L and K count."),
+    option("--freeze", type=click.Choice(PARTS), multiple=True, help="What of the adapter stays as it is; repeatable."),
     *device_options,
 )
 memory_options = option_group(  # the first two fill train.TrainConfig: they change nothing of what is learnt
@@ -153,6 +158,7 @@ def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list
     """
     options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "bits": base.bits}
     options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "template", "skip_missing")}
+    options |= {"init": initial_fingerprint(base.init), "freeze": sorted(set(base.freeze)) or None}
     options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
     unknown = {name for name in ("layers", "max_seq_len") if options[name] is None}

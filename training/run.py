@@ -173,7 +173,7 @@ class Recorder:
             losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
             change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
             if losses[0] is not None and losses[-1] > losses[0]:
-                than = f"{losses[-1]:.4f}, the base's alone is {losses[0]:.4f}: the adapter is worse than none"
+                than = f"{losses[-1]:.4f}, before tuning it was {losses[0]:.4f}: it has done harm"
                 warn(f"the validation loss is {than}; a lower --lr may help")
             adapter.save(out / "adapter.safetensors", **change)
             draw_curves(metrics, adapter, out / "curves.png")
