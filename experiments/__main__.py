@@ -28,6 +28,7 @@ from experiments.bits import compare_bits
 from experiments.encoders import roberta, vit
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
+from experiments.stages import compare_stages
 from experiments.tables import RESULTS, save_results
 from experiments.testbed import TestbedOptions, read_testbed
 from runtime.cli import Count, Real, device_options, one_line_errors
@@ -102,6 +103,7 @@ for name, experiment in (EXPERIMENTS | {"rates": search_rates}).items():
 main.add_command(vit)
 main.add_command(roberta)
 main.add_command(compare_bits)
+main.add_command(compare_stages)
 
 
 @main.command("all", context_settings={"show_default": True})

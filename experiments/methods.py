@@ -160,7 +160,8 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
         return Tunable(model, adapter, adapter.make_optimizer(), RESPONSES)
     adapter = make_prompts(model, setting, seed).to(device)
     optimizer = make_optimizer(adapter, WEIGHT_DECAY)
-    optimizer.param_groups[1]["weight_decay"] = setting.gate_decay
+    if adapter.gates.requires_grad:
+        optimizer.param_groups[1]["weight_decay"] = setting.gate_decay
     return Tunable(model, adapter, optimizer, RESPONSES)
 
 

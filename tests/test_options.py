@@ -52,6 +52,7 @@ LINES = {
         "--base {base} --data {album}/data.json --images {album} --clip {album}/ViT.pt --features {new}-features "
         "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
         "--base {base} --data {album}/data.json --skip-missing --encoder {album}/eye.py:rows --device cpu --out {new}",
+        "--base {base} --data {forty} --limit 8 --epochs 3 --init {text_only} --freeze gates --device cpu --out {new}",
     ],
     "generate": [
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
@@ -157,6 +158,9 @@ def test_every_option_is_explained_and_has_a_line_here(name):
         assert "..." not in command.get_short_help_str(limit=60), "its first sentence is cut in the list of commands"
     if like in LIKE:
         assert options_of(command) == options_of(COMMANDS[f"experiments {LIKE[like]}"])
+        return
+    if name == "experiments stages":  # tests/test_experiments_stages.py
+        assert options_of(command) == {"--pictures", "--epochs", "--seeds", "--device", "--out"}
         return
     if name == "experiments roberta":
         assert options_of(command) - options_of(COMMANDS["experiments vit"]) == {"--text", "--tokenizer"}
