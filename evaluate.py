@@ -18,7 +18,7 @@ from generate import Request, Responder
 from multimodal import ImageAdapter
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, rank
+from runtime.distributed import answering_ranks, rank, sync_errors
 from runtime.files import require_writable
 from tasks import TASKS, Task, attach_features, with_images
 from tasks.answering import Answers, likeliest_answers, written_answers
@@ -52,7 +52,8 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     """From a file of examples to answers, scores, and what is written of them. Raises OSError or ValueError."""
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
-    examples = read(config.data, images=config.images, split=config.split)[: config.limit]
+    with sync_errors():
+        examples = read(config.data, images=config.images, split=config.split)[: config.limit]
     if config.results is None:
         answers = answer(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
@@ -67,7 +68,8 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
     """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
-    device, dtype = select_device(config.device, config.dtype)
+    with sync_errors():
+        device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
@@ -146,8 +148,9 @@ def task_command(name: str, task: Task) -> click.Command:
     )
     def command(**options):
         with one_line_errors(), answering_ranks():
-            if rank() == 0:
-                require_writable(options["out"], folder=True)
+            with sync_errors():
+                if rank() == 0:
+                    require_writable(options["out"], folder=True)
             evaluate(name, task, EvalConfig(**options))
 
     return command
@@ -169,7 +172,9 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
     with one_line_errors(), answering_ranks():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
-        model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
+        with sync_errors():
+            device, dtype = select_device(device, dtype)
+        model, tokenizer, adapters = load_with_adapters([adapter_path], base, device, dtype, bits=bits)
         (adapter,) = adapters.values()
         if images:
             exam.evaluate_digits(model, tokenizer, adapter)

@@ -28,7 +28,7 @@ from runtime.asking import sampling_options, speed_options
 from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, broadcast_tensor, sync_errors
+from runtime.distributed import answering_ranks, broadcast_from_rank0, sync_errors
 from runtime.errors import printable
 from runtime.terminal import read_commands
 
@@ -41,7 +41,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature < 1e-6:  # in float32 the division would overflow, and the likeliest be all there is
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # of the likelier tokens alone
+    # Of the likelier tokens alone; in float64, for a GPU's sums differ in the last bits, and ranks must not.
+    before = probabilities.double().cumsum(dim=-1) - probabilities
     probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
     # The least of exponential variables with these rates (the Gumbel-max trick) is a draw like torch.multinomial's,
     # which makes a GPU wait for the host.
@@ -100,7 +101,7 @@ def stream(
         for step in range(start, min(start + at_once, max_new_tokens)):
             if step:
                 logits = decode(model, newest, prompts, cache)  # (B, V)
-            newest = broadcast_tensor(sample(logits, temperature, top_p, generator))  # (B,), the same on all ranks
+            newest = sample(logits, temperature, top_p, generator)  # (B,)
             new.append(newest)
         for ids in torch.stack(new).tolist():
             ended = [done or id in end_ids for done, id in zip(ended, ids)]
@@ -284,7 +285,8 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
     Raises ValueError where nothing comes out of a pipe.
     """
     conversations = {name: Conversation(responder, name) for name in responder.prompt_sets}
-    for order, text in read_commands(stdin, responder.has_turns(names[0])):
+    terminal = broadcast_from_rank0(stdin.isatty)
+    for order, text in read_commands(stdin, terminal, responder.has_turns(names[0])):
         try:
             if order in ("/adapter", "/none"):
                 name = text if order == "/adapter" else "base"
@@ -299,7 +301,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
                         conversation.system = text
                     else:
                         conversation.turns = []
-            elif stdin.isatty():
+            elif terminal:
                 print_answers([conversations[name] for name in names], text, input)
             else:  # each by itself
                 print_answers([Conversation(responder, name) for name in names], text, input, one_line=True)
@@ -345,16 +347,18 @@ def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, 
         first = next(iter(responder.adapters), "base")
         names, weight = ["base", *responder.adapters] if compare else [first], responder.model.tok_embeddings.weight
         if images:
-            paths = files_in(images, of_any_kind=encoder is not None)
-            requests = [Request(prompt, input, first)] * len(paths)
-            requests = attach_images(requests, dict(enumerate(paths)), responder.adapters, weight, tower, encoder)
+            with sync_errors():
+                paths = files_in(images, of_any_kind=encoder is not None)
+                requests = [Request(prompt, input, first)] * len(paths)
+                requests = attach_images(requests, dict(enumerate(paths)), responder.adapters, weight, tower, encoder)
             for path, answer in zip(paths, responder.answer_all(requests, batch_size, "image")):
                 several = f"{printable(str(path))}: " + answer.replace("\n", "\\n")
                 click.echo(several if len(paths) > 1 else answer)
         elif jsonl is not None:
-            records, requests, pictures = read_requests(jsonl, responder.prompt_sets, first, folder)
-            check_requests(responder, requests, jsonl)
-            requests = attach_images(requests, pictures, responder.adapters, weight, tower, encoder)
+            with sync_errors():
+                records, requests, pictures = read_requests(jsonl, responder.prompt_sets, first, folder)
+                check_requests(responder, requests, jsonl)
+                requests = attach_images(requests, pictures, responder.adapters, weight, tower, encoder)
             write_answers(out, records, responder.answer_all(requests, batch_size, "record"))
         elif prompt is not None:
             print_answers([Conversation(responder, name) for name in names], prompt, input)
@@ -368,9 +372,10 @@ def make_responder(
     adapter_paths, base, device, dtype, attention, bits, compile, greedy, temperature, seed, **options
 ) -> Responder:
     """As the options say. Raises OSError or ValueError."""
-    device, dtype = select_device(device, dtype)
-    if compile:
-        prepare_to_compile(device, bits)
+    with sync_errors():
+        device, dtype = select_device(device, dtype)
+        if compile:
+            prepare_to_compile(device, bits)
     model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, attention, bits)
     return Responder(
         model,

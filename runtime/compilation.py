@@ -29,9 +29,9 @@ def compile_layers(layers: nn.ModuleList) -> None:
 
 
 def transpose_output_head(head: nn.Linear) -> None:
-    """Let the weight (V, C) lie in memory as (C, V): in float32 on a CPU a row goes through it up to three times as fast.
+    """Let the weight (V, C) lie in memory as (C, V).
 
-    In bfloat16 it would take four times as long.
+    In float32 on a CPU one row goes through it up to three times as fast; in bfloat16 it would take four times as long.
     """
     head.weight.data = head.weight.data.T.contiguous().T
 
@@ -62,6 +62,7 @@ class RowLinear(nn.Linear):
         nn.Module.__init__(self)
         linear.weight.data = linear.weight.data.contiguous()
         self.weight, self.bias = linear.weight, None
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         if x.numel() != x.shape[-1]:

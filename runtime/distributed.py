@@ -22,12 +22,12 @@ from runtime.errors import AllRanksError, error_line, launched_rank, memory_erro
 
 def rank() -> int:
     """Which of the ranks this process is; 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """How many ranks there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
@@ -129,13 +129,6 @@ def broadcast_from_rank0(read: Callable):
     return value[0]
 
 
-def broadcast_tensor(tensor: Tensor) -> Tensor:
-    """In place, the first rank's on every rank."""
-    if world_size() > 1:
-        dist.broadcast(tensor, src=0)
-    return tensor
-
-
 def all_reduce_max(number: int) -> int:
     """The highest that any rank has."""
     if world_size() == 1:
@@ -168,12 +161,13 @@ def first_rank_speaks():
 def answering_ranks():
     """Meet the other processes, if there are any, and answer with them as one: the first alone speaks.
 
-    What one of them is told, all are told, so that errors of input are the same on all, and the first says them.
+    What one of them is told, all are told, so errors of input are taken to be the same on all, and the first says them;
+    where ranks may differ, as in what lies on their disks, `sync_errors` says whose it is.
     """
     if launched_rank()[1] == 1:
         yield
         return
-    init_distributed(timeout=timedelta(days=365))  # they wait while somebody thinks at a terminal
+    init_distributed(timeout=timedelta(days=1))  # they wait while somebody thinks at a terminal
     try:
         with detect_lost_ranks(), first_rank_speaks():
             yield

@@ -13,13 +13,13 @@ HELP = "/adapter NAME or /none: who answers. /quit: end. /help: this line."
 QUIT = ("exit", "quit", "/exit", "/quit")
 
 
-def read_commands(stdin: TextIO, has_turns: bool) -> Iterator[tuple[str, str]]:
+def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tuple[str, str]]:
     """Every line as ("", line), or, on a terminal, as a command and its text where it begins with a slash.
 
-    A terminal is told first, and where it asks for it, how it is led: by lines of their own, or by turns. Raises
-    ValueError where nothing comes out of a pipe.
+    A terminal is told first, and where it asks for it, how it is led: by lines of their own, or by turns. The first
+    rank reads, for all. Raises ValueError where nothing comes out of a pipe.
     """
-    terminal, number, help = stdin.isatty(), 0, f"{TURNS if has_turns else LINES} {HELP}"
+    number, help = 0, f"{TURNS if has_turns else LINES} {HELP}"
     click.echo(f"{help}\n" if terminal else "", nl=False, err=True)
     while True:
         click.echo("> " if terminal else "", nl=False, err=True)

@@ -9,12 +9,14 @@ from functools import partial
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import KINDS, Ranks, make_adapter, peak_anonymous, save_hugging_face, save_problems, split_for_parallel
+from helpers import KINDS, Ranks, copy_base, make_adapter, peak_anonymous, save_hugging_face, save_problems
+from helpers import split_for_parallel
 from tqdm import tqdm
 
 import benchmarks.__main__ as benchmarks
 import evaluate
 import generate
+import runtime.device
 from data import read_records
 from formats.bases import load_llama, read_base
 from formats.loading import load_with_adapters
@@ -128,13 +130,12 @@ def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
 def say(program, stdin, *args, spoil=None):
     """A command: its exit code, standard output, standard error.
 
-    The first rank alone is typed to, and has a folder for the answers; its chance counts.
+    The first rank alone is typed to, and has a folder for the answers.
     """
     torch.set_num_threads(1)
     first = os.environ.get("RANK", "0") == "0"
     if not first:
         args = [str(arg).replace("two", "nowhere/two") for arg in args]
-        args += ["--seed", "7"] if program == "generate" else []
     if spoil is not None:
         spoil()
     main = {"generate": generate, "evaluate": evaluate, "benchmarks": benchmarks}[program].main
@@ -212,6 +213,28 @@ def test_a_lost_rank_ends_all(forks, tiny_base):
     code, _, stderr = ranks.results(expected=1)[0]
     assert code == 2 and stderr.count("error: another rank has ended") == 1 and "Traceback" not in stderr
     assert time.monotonic() - start < 30
+
+
+def without_its_gpu():
+    """Where there are more ranks than GPUs."""
+    if os.environ["RANK"] == "1":
+        runtime.device.rank_device = lambda name: "cuda:77"
+
+
+def test_what_one_rank_alone_cannot_do_is_said(forks, tiny_base):
+    ranks = Ranks(forks, 2, partial(say, spoil=without_its_gpu), "generate", None, "--base", tiny_base, "--raw", "hi")
+    results = ranks.results()
+    assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
+    assert results[0][2].startswith("error: rank 1: device 'cuda:77' is not to be had") and results[0][2].count("\n") == 1
+
+
+def test_a_weight_of_another_model_is_a_line(tiny_base, tmp_path):
+    """Whatever its name looks like."""
+    base = copy_base(tiny_base, tmp_path / "base")
+    weights = torch.load(base / "consolidated.00.pth", weights_only=True) | {"logit_scale": torch.ones(1)}
+    torch.save(weights, base / "consolidated.00.pth")
+    code, _, stderr = say("generate", None, "--base", base, "--raw", "hi")
+    assert code == 2 and "has a weight logit_scale that a LLaMA does not have" in stderr
 
 
 def load_and_watch(tiny_base, base):

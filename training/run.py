@@ -165,7 +165,7 @@ class Recorder:
         `evaluate` is called with model, tokenizer and adapter.
         """
         prepared, out, scores = self.prepared, self.run.out, {}
-        if evaluate is not None:
+        if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
             with first_rank_speaks():
                 scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
         if rank() == 0:
