@@ -68,8 +68,7 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
     """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
-    with sync_errors():
-        device, dtype = select_device(config.device, config.dtype)
+    device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
@@ -172,9 +171,7 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
     with one_line_errors(), answering_ranks():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
-        with sync_errors():
-            device, dtype = select_device(device, dtype)
-        model, tokenizer, adapters = load_with_adapters([adapter_path], base, device, dtype, bits=bits)
+        model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
         (adapter,) = adapters.values()
         if images:
             exam.evaluate_digits(model, tokenizer, adapter)

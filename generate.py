@@ -372,8 +372,8 @@ def make_responder(
     adapter_paths, base, device, dtype, attention, bits, compile, greedy, temperature, seed, **options
 ) -> Responder:
     """As the options say. Raises OSError or ValueError."""
+    device, dtype = select_device(device, dtype)
     with sync_errors():
-        device, dtype = select_device(device, dtype)
         if compile:
             prepare_to_compile(device, bits)
     model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, attention, bits)

@@ -5,12 +5,12 @@ from copy import deepcopy
 import torch
 from cloup import command, option
 
-from benchmarks.measuring import compare_seconds, read_speed, interleave, measured_on, publish, ratio_text
+from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_speed
 from benchmarks.peers import Contestant, Ours, installed_peers
 from benchmarks.workload import prepare_workload, workload_options
 from generate import decode
 from runtime.cli import Count, one_line_errors
-from runtime.compilation import compile_decoding, decode_by_rows
+from runtime.compilation import compile_decoding, decode_by_rows, rows_pay
 
 GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -40,8 +40,9 @@ def time_generation(json_path, number, **options):
     workload = prepare_workload(**options)
     prompt = (workload.examples(1000)[0].ids * 60)[:60]
     model, adapter = workload.new_model(), workload.new_adapter()
-    loaded = deepcopy(model)
-    if workload.device.type == "cpu" and workload.dtype == torch.bfloat16:
+    loaded = model
+    if rows_pay(workload.device, workload.dtype):
+        loaded = deepcopy(model)
         decode_by_rows(loaded)  # as `load_with_adapters` does
     contestants: dict[str, Contestant] = {"ours": Ours(loaded, adapter), "ours, base alone": Ours(loaded, None)}
     if workload.compiled:

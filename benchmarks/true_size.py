@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
 from benchmarks.workload import SHAPES, random_adapter, random_examples
-from formats.bases import load_llama, read_base
+from formats.bases import read_base
 from formats.hugging_face import to_hugging_face
+from formats.loading import load_part_of_rank
 from generate import stream
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
@@ -20,7 +21,6 @@ from runtime.device import peak_memory, select_device
 from runtime.distributed import all_reduce_max, answering_ranks, rank, world_size
 from runtime.files import require_file, require_writable, write_json, write_tensors
 from runtime.quantization import held_bytes, quantizer
-from runtime.tensor_parallel import base_of_rank, join_ranks
 from train import TrainConfig, make_optimizer, train_step
 
 SHARD_BYTES = 10**9
@@ -123,16 +123,17 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
     with one_line_errors(), answering_ranks():
         device, dtype = select_device(device, dtype)
         row = what_it_takes(base, number, new, device, dtype, bits)
+        step = {
+            f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
+            "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.3f} GB",
+        }
         columns = {
             "load": lambda row: f"{row['load_seconds']:.1f} s",
             "its weights": lambda row: f"{row['weights_bytes'] / 1e9:.3f} GB",
             "memory then": lambda row: f"{row['load_bytes'] / 1e9:.3f} GB",
-            f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
-            "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.3f} GB",
+            **(step if "step_seconds" in row else {}),
             "a token": lambda row: f"{row['token_seconds']:.4f} s",
         }
-        if "step_seconds" not in row:
-            columns = {name: text for name, text in columns.items() if "step" not in name and "in it" not in name}
         about = measured_on(base.name, device, dtype) | {"bits": bits or "as dtype", "tokens": number}
         ranks = world_size()
         about |= {"ranks": ranks} if ranks > 1 else {}
@@ -149,9 +150,7 @@ def what_it_takes(
 
     def load():
         start = time.perf_counter()
-        opened = base_of_rank(shape, weights)
-        model, _ = load_llama(base, dtype, device, opened=opened, quantize=quantize)
-        join_ranks(model)
+        model, _ = load_part_of_rank(base, (shape, weights), dtype, device, quantize=quantize)
         row["load_seconds"] = time.perf_counter() - start
         return model
 

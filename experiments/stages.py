@@ -14,11 +14,12 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 
 import toy
-from data import AlpacaTemplate, Example, Tokens, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, Tokens, tokenize
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps
 from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
 from formats.bases import load_llama
 from formats.image_encoders import TowerEncoder
+from model import LLaMA
 from multimodal import ImageAdapter
 from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
@@ -48,14 +49,13 @@ def captions(files: list[Path]) -> list[Example]:
 
 
 def tune_in_stages(
-    stages: list, data: dict[str, list[Tokens]], base: Path, config: TrainConfig, device: torch.device
+    stages: list, data: dict[str, list[Tokens]], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig
 ) -> tuple[dict[str, float], float]:
     """The scores of `evaluate_digits` after all stages, and their seconds. A later one begins where the last ended."""
-    model, tokenizer = load_llama(base, device=device)
-    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers, "length": 10}
-    features = len(data["questions"][0].features)
+    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
+    shape |= {"length": config.length, "features": len(data["questions"][0].features)}
     generator = torch.Generator().manual_seed(config.seed)
-    adapter = ImageAdapter(features=features, generator=generator, **shape).to(device)
+    adapter = ImageAdapter(generator=generator, **shape).to(model.tok_embeddings.weight.device)
     start = time.perf_counter()
     for names, frozen in stages:
         freeze_parts(adapter, frozen)
@@ -64,7 +64,6 @@ def tune_in_stages(
         for _ in finite_steps(tunable, examples, config):
             pass
     seconds = time.perf_counter() - start
-    adapter.metadata["tower_depths"] = "4"
     with redirect_stdout(io.StringIO()):
         return evaluate_digits(model, tokenizer, adapter), seconds
 
@@ -91,9 +90,9 @@ def compare_stages(pictures, epochs, seeds, device, out):
     The toy's digits: captions, then questions, against both at once, and questions alone.
     """
     device, _ = select_device(device, "float32")
-    base, folder = toy.make_base(), digits.make_digits()
+    folder = digits.make_digits()
     files = digits.pictures(folder)[0][: digits.TUNED_ON]
-    _, tokenizer = load_llama(base)
+    model, tokenizer = load_llama(toy.make_base(), device=device)
     asked = [question.example for question in digits.questions(files[:pictures])]
     encoder = TowerEncoder(str(folder / "tower"), torch.float32, device)
     data = {}
@@ -106,7 +105,7 @@ def compare_stages(pictures, epochs, seeds, device, out):
     rows = {}
     for label, stages in RUNS.items():
         config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TUNING["lr"])
-        runs = [tune_in_stages(stages, data, base, replace(config, seed=seed), device) for seed in range(seeds)]
+        runs = [tune_in_stages(stages, data, model, tokenizer, replace(config, seed=seed)) for seed in range(seeds)]
         columns = {"accuracy": "image", "withheld": "no_image", "another": "another_image"}
         rows[label] = {name: [scores[f"picture_accuracy_{key}"] for scores, _ in runs] for name, key in columns.items()}
         rows[label]["seconds"] = [seconds for _, seconds in runs]

@@ -13,9 +13,10 @@ from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_llama, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
+from formats.tensors import Weights
 from model import Config, LLaMA
 from runtime.cli import warn
-from runtime.compilation import decode_by_rows
+from runtime.compilation import decode_by_rows, rows_pay
 from runtime.distributed import local_rank, sync_errors
 from runtime.errors import printable
 from runtime.quantization import quantizer
@@ -55,10 +56,9 @@ def load_with_adapters(
     with sync_errors():
         folder, quantize = find_base(base), quantizer(bits and int(bits), device)
         config, weights = read_base(folder)
-        ours = base_of_rank(config, weights)
-        model, tokenizer = load_llama(folder, dtype, device, ATTENTIONS[attention], opened=ours, quantize=quantize)
-        join_ranks(model)
-        if device.type == "cpu" and dtype == torch.bfloat16 and bits is None:
+        options = {"attention": ATTENTIONS[attention], "quantize": quantize}
+        model, tokenizer = load_part_of_rank(folder, (config, weights), dtype, device, **options)
+        if rows_pay(device, dtype) and bits is None:
             decode_by_rows(model)
         fingerprint = base_fingerprint(config, weights)
         adapters = {}
@@ -67,6 +67,15 @@ def load_with_adapters(
             check_adapter(adapter, path, base, config, fingerprint)
             adapters[name] = adapter.to(device)
     return model, tokenizer, adapters
+
+
+def load_part_of_rank(
+    folder: Path, opened: tuple[Config, Weights], dtype: torch.dtype, device: torch.device, **options
+) -> tuple[LLaMA, Tokenizer]:
+    """`load_llama` of what this rank has of every layer, all of it where it is alone. Raises OSError or ValueError."""
+    model, tokenizer = load_llama(folder, dtype, device, opened=base_of_rank(*opened), **options)
+    join_ranks(model)
+    return model, tokenizer
 
 
 def named_files(adapter_paths: Sequence[str], base: str | None) -> tuple[dict[str, str], str, dict[str, Adapter]]:

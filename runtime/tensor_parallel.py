@@ -48,19 +48,19 @@ def base_of_rank(config, weights: dict) -> tuple:
         if getattr(config, name) % ranks:
             raise ValueError(f"{ranks} processes cannot share the base's {name} {getattr(config, name)} evenly")
     shares = {name: getattr(config, name) // ranks for name in ("n_heads", "n_kv_heads", "hidden_dim")}
-    parts = {}
+    parts = dict(weights)
     for name, write in weights.items():
         module = name.rpartition(".")[0].rpartition(".")[2]
-        cut = module in CUT_ALONG and ranks > 1
-        parts[name] = partial(write, part=Part(CUT_ALONG[module], rank(), ranks)) if cut else write
+        if module in CUT_ALONG:
+            parts[name] = partial(write, part=Part(CUT_ALONG[module], rank(), ranks))
     return replace(config, **shares), parts
 
 
 def join_ranks(model: nn.Module) -> None:
     """Let every layer's attention and feed-forward, each a term on every rank, end with their sum.
 
-    The attention is given the gates of its heads, of those (1|B, H, 1, 1) of all. An all-reduce leaves the
-    same sum, to the last bit, on all ranks: with the same seed all go on with the same tokens.
+    The attention is given the gates of its heads, of those (1|B, H, 1, 1) of all. An all-reduce leaves the same sum, to
+    the last bit, on all ranks: with the same seed all go on with the same tokens.
     """
     if world_size() > 1:
         for block in model.layers:

@@ -1,18 +1,16 @@
 """Runs that go on from an adapter, and parts of one that stay as they are."""
 
-import json
 import os
 import signal
 
 import pytest
 import torch
-from helpers import before_step, make_adapter, run
+from helpers import before_step, run
 from safetensors.torch import load_file, save_file
 
 import train
 from adapter import Adapter
 from encoders.heads import HeadAdapter
-from formats.bases import load_llama
 from model import Config
 from multimodal import ImageAdapter
 from training.initial import begin_with, freeze_parts

@@ -19,7 +19,7 @@ import generate
 import runtime.device
 from data import read_records
 from formats.bases import load_llama, read_base
-from formats.loading import load_with_adapters
+from formats.loading import load_part_of_rank, load_with_adapters
 from formats.meta import join
 from formats.requests import Request
 from generate import Responder, concat_prompts, prefill
@@ -27,7 +27,7 @@ from model import KVCache
 from multimodal import ImageAdapter
 from runtime.distributed import answering_ranks, init_distributed, rank
 from runtime.quantization import held_bytes
-from runtime.tensor_parallel import Part, base_of_rank, join_ranks
+from runtime.tensor_parallel import Part
 
 CPU = torch.device("cpu")
 QUESTIONS = ["Name the number 3.", "Say what is red", "", "Who is it, and since when is it that?"]
@@ -242,9 +242,7 @@ def load_and_watch(tiny_base, base):
     init_distributed()
 
     def load(path):
-        model, _ = load_llama(path, opened=base_of_rank(*read_base(path)))
-        join_ranks(model)
-        return model
+        return load_part_of_rank(path, read_base(path), torch.float32, CPU)[0]
 
     load(tiny_base)  # so that the libraries' own memory doesn't count
     model, peak = peak_anonymous(lambda: load(base))

@@ -16,12 +16,12 @@ from runtime.fingerprints import hash_tensors
 PARTS = ("prompts", "gates", "projection")
 
 
-def load_initial(path: str, heads: int | None = None) -> Adapter:
-    """Raises OSError or ValueError. Until the base's heads are known, a file with one gate for all of them has that."""
+def load_initial(path: str) -> Adapter:
+    """Before the base's heads are known: a file with one gate for all of them has that. Raises OSError or ValueError."""
     try:
-        initial = load_adapter(path, heads=heads)
+        initial = load_adapter(path)
     except ValueError:
-        initial = load_adapter(path, heads=heads or 1)
+        initial = load_adapter(path, heads=1)
     if isinstance(initial, HeadAdapter):
         raise ValueError(f"--init {path}: is for an encoder, not for a LLaMA")
     return initial
@@ -54,7 +54,7 @@ def begin_with(path: str | None, adapter: Adapter, base: Config) -> Adapter:
     """
     if path is None:
         return adapter
-    initial = load_initial(path, base.n_heads)
+    initial = load_adapter(path, heads=base.n_heads)
     try:
         initial.check_base(layers=base.n_layers, dim=base.dim, heads=base.n_heads)
     except ValueError as error:
