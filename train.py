@@ -36,7 +36,7 @@ from runtime.files import resolved
 from runtime.quantization import quantizer
 from tasks import TASKS, see_images, with_images
 from toy import TOYS
-from training.initial import begin_with, freeze_parts, shaped_as_initial
+from training.initial import begin_with, choose_learnt, shaped_as_initial
 from training.launch import launch, say
 from training.loss import chunked_cross_entropy
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
@@ -90,14 +90,13 @@ HIGH_LR = 0.1  # nothing was seen to learn above it
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the adapter alone, the base has no part in it. A group's rate is the schedule's times its `scale`."""
+    learnt = {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+    prompts, gates = ([learnt.pop(name)] if name in learnt else [] for name in ("prompts", "gates"))
     groups = [
-        {"params": [adapter.prompts], "weight_decay": weight_decay, "scale": 1.0},
-        {"params": [adapter.gates], "weight_decay": 0.0, "scale": 1.0},
+        {"params": prompts, "weight_decay": weight_decay, "scale": 1.0},
+        {"params": gates, "weight_decay": 0.0, "scale": 1.0},
+        {"params": list(learnt.values()), "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE},
     ]
-    linear = [p for p in adapter.parameters() if p is not adapter.prompts and p is not adapter.gates]
-    groups.append({"params": linear, "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE})
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]  # not --freeze's
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
 
 
@@ -325,7 +324,7 @@ def prepare(
     adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
     with sync_errors():
         adapter = begin_with(base.init, adapter, model.config)
-        freeze_parts(adapter, base.freeze)
+        choose_learnt(adapter, base, generator)
     return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
 
 

@@ -26,6 +26,7 @@ from experiments.ablations import (
 )
 from experiments.bits import compare_bits
 from experiments.encoders import roberta, vit
+from experiments.few_examples import few_examples
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
 from experiments.stages import compare_stages
@@ -51,7 +52,12 @@ def testbed_options(command):
             option("--held-out", type=Count(), help="Ask so many.  [default: all; 200 of --data]"),
             option("--max-seq-len", type=Count(2), default=512, help="In tokens; longer responses are cut."),
         ),
-        option_group("Model", option("--base", type=PATH, help="Another base.  [default: the toy's]"), *device_options),
+        option_group(
+            "Model",
+            option("--base", type=PATH, help="Another base.  [default: the toy's]"),
+            option("--toy-layers", type=Count(), help="N of the toy's base, made at the first use.  [default: 4]"),
+            *device_options,
+        ),
         option_group(
             "Adapter and optimisation",
             option("--layers", type=Count(), help="L.  [default: all but two; the toy's 4]"),
@@ -102,6 +108,7 @@ for name, experiment in (EXPERIMENTS | {"rates": search_rates}).items():
     add_command(name, experiment)
 main.add_command(vit)
 main.add_command(roberta)
+main.add_command(few_examples)
 main.add_command(compare_bits)
 main.add_command(compare_stages)
 

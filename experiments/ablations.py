@@ -62,7 +62,8 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     (The lowest layers' runs take longer than they need: the layers above have prompts as well, behind shut gates.)
     """
     N, default = testbed.n_layers, testbed.default
-    counts = sorted({max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers})
+    counts = {max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers, N - 2, N - 1}
+    counts = sorted(counts - {0, -1})
     lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
     names = {L: f"topmost {L} of {N} layers" for L in counts}
     low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
@@ -82,7 +83,8 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
     right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
-    save_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
+    name = "layers" if N == toy.TUNING["layers"] else f"layers_of_{N}"
+    save_results(out, name, {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
 EPOCHS = (15, 30, 60)

@@ -132,6 +132,9 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figur
 PATH = click.Path(path_type=Path)
 
 
+SEARCH = option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples.")
+
+
 def encoder_options(*of_command, epochs: int):
     """A decorator: the command's own options and those of both; they differ in how many epochs suit the data."""
     return option_group(
@@ -145,13 +148,13 @@ def encoder_options(*of_command, epochs: int):
         option("--length", type=Count(), default=10, help="K, prompt vectors per layer."),
         option("--rank", type=Count(), default=3, help="Of LoRA."),
         option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
-        option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples."),
     )
 
 
 @command(context_settings={"show_default": True})
 @encoder_options(
     option("--base", type=PATH, required=True, help="A vision transformer with a head."),
+    SEARCH,
     epochs=5,
 )
 def vit(base, train_path, test_path, seeds, out, search, **setting):
@@ -184,6 +187,7 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
 @encoder_options(
     option("--text", "texts", type=PATH, multiple=True, required=True, help="To pre-train on."),
     option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder."),
+    SEARCH,
     epochs=2,
 )
 def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setting):

@@ -30,6 +30,7 @@ class TestbedOptions:
     """Of every command, as its help says them; None is the toy's, or the default there."""
 
     base: Path | None = None
+    toy_layers: int | None = None  # N of the toy's base
     data: Path | None = None
     task: str | None = None
     text: Path | None = None
@@ -82,10 +83,11 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     if options.task or options.text:
         raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
     tuning, asked = toy_examples(searching)
-    default = Setting(layers=toy.TUNING["layers"], lr=toy.TUNING["lr"])
+    default = Setting(layers=options.toy_layers or toy.TUNING["layers"], lr=toy.TUNING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
     batch_size = options.batch_size or toy.TUNING["batch_size"]
-    return TestbedParts(toy.make_base(), default, batch_size, tuning, subset(asked, options.held_out), documents)
+    base = toy.make_base() if options.toy_layers is None else toy.make_base(n_layers=options.toy_layers)
+    return TestbedParts(base, default, batch_size, tuning, subset(asked, options.held_out), documents)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
@@ -122,6 +124,8 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
         raise ValueError("--base and --data go together; without them it is the toy's")
+    if options.base is not None and options.toy_layers is not None:
+        raise ValueError(f"--toy-layers is for the toy's base, not for --base {options.base}")
     if options.base is None:
         parts = toy_parts(options, searching)
     else:

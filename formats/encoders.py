@@ -13,6 +13,7 @@ from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from formats.tensors import check_layers, copy, download_hint, filled, named, open_shards, open_tensors, require_dense
 from runtime.files import read_json_object, write_json, write_tensors
+from runtime.schema import require_number
 
 
 def columns(table: str) -> list[dict[str, str]]:
@@ -196,8 +197,8 @@ def read_folder(folder: Path) -> Source:
     file = folder / "config.json"
     values = read_json_object(file)
     if values.get("model_type") is None and "architecture" in values:  # timm's
-        pixels = values.get("pretrained_cfg")
-        return read_state_dict(open_shards(folder), file, pixels if isinstance(pixels, dict) else {})
+        said = [values.get(name) for name in ("pretrained_cfg", "model_args")]
+        return read_state_dict(open_shards(folder), file, *(each if isinstance(each, dict) else {} for each in said))
     with named(file):
         kind = values.get("model_type")
         if str(kind) not in HUGGING_FACE:
@@ -229,8 +230,11 @@ def numbers(values: object, name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) -> Source:
-    """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads."""
+def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, args: dict | None = None) -> Source:
+    """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads.
+
+    `pixels` and `args` are a timm folder's `pretrained_cfg` and `model_args`, which may say otherwise.
+    """
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
     kind, head, more = Source, (), {"activation": "gelu", "clip": False}
@@ -240,7 +244,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) ->
         elif "patch_embed.proj.weight" in tensors:
             names, head = TIMM, ["head"] if "head.weight" in tensors else ()
             more |= {name: numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")}
-            more["norm_eps"] = 1e-6
+            more |= {"norm_eps": 1e-6} | model_args(args or {})
         elif "patch_to_embedding.weight" in tensors:
             kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
             more |= {"final_norm": False, "n_heads": 8}  # so many by default
@@ -267,6 +271,18 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None) ->
         shape |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
         config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **shape | more)
     return kind(config, tensors, names, head=head, head_activation="gelu")
+
+
+def model_args(args: dict) -> dict[str, float]:
+    """Of those of timm's models that change what the tensors do not say, `num_heads` and `norm_eps`. ValueError."""
+    found = {}
+    if "num_heads" in args:
+        require_number("model_args' num_heads", args["num_heads"], 1, 2**16, whole=True)
+        found["n_heads"] = args["num_heads"]
+    if "norm_eps" in args:
+        require_number("model_args' norm_eps", args["norm_eps"], 1e-12, 1e-2)
+        found["norm_eps"] = args["norm_eps"]
+    return found
 
 
 def renamed(name: str, names: dict[str, str]) -> str:

@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL, make_images, make_vit, openai_names, timm_names, vary
 
+from encoder_tuning.data import read_labelled
 from encoders.heads import make_head
 from encoders.models import ViTConfig
 from formats.encoders import load_encoder, load_vit
@@ -136,6 +138,13 @@ def test_timm_s_names(tmp_path, folder):
 
         save_file(timm_names(model, head), tmp_path / "model.safetensors")
         values = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": half}}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"model_args": {"num_heads": 4, "norm_eps": 1e-5}}))
+        other, _ = load_encoder(tmp_path)
+        assert (other.config.n_heads, other.config.norm_eps) == (4, 1e-5)
+        for name, value in (("num_heads", 2.5), ("num_heads", 0), ("norm_eps", "1e-5"), ("norm_eps", 1)):
+            (tmp_path / "config.json").write_text(json.dumps(values | {"model_args": {name: value}}))
+            with pytest.raises(ValueError, match=f"config.json: model_args' {name} is {value!r}, not a"):
+                load_encoder(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(values))
         config = replace(config, mean=(0.1, 0.2, 0.3))
         loaded, its_head = load_encoder(tmp_path)
@@ -186,8 +195,6 @@ def test_the_real_vit_of_mnist(data):
     """97.94 % on the MNIST test set: the figure that its file has by the definitions it was trained with."""
     import gzip
 
-    import numpy as np
-
     model, head = load_encoder(data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth")
     raw = gzip.decompress((data / "vision" / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
     images = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).copy()).view(-1, 1, 28, 28).float() / 255
@@ -200,3 +207,16 @@ def test_the_real_vit_of_mnist(data):
     parameters = [*model.named_parameters(), *head.named_parameters()]
     biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))  # it has none
     assert sum(p.numel() for _, p in parameters) - biases == 213_642
+
+
+def test_the_real_vit_of_cifar10(tmp_path, data):
+    """17 of 25 pictures, as by its own code; its heads and the eps of its norms, which no tensor says, are said."""
+    folder = data / "models" / "vit_cifar10"
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model, head = load_encoder(tmp_path)
+    examples = read_labelled("image-classification", model, tmp_path, folder / "cifar10_test_25.npz", 512).examples
+    likeliest = head(model.encode(torch.stack([example.inputs for example in examples]))[:, 0]).argmax(1)
+    labels = [int(name) for name in np.load(folder / "cifar10_test_25.npz")["labels"]]
+    assert sum(map(int.__eq__, likeliest.tolist(), labels)) == 17

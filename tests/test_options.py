@@ -53,6 +53,7 @@ LINES = {
         "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
         "--base {base} --data {album}/data.json --skip-missing --encoder {album}/eye.py:rows --device cpu --out {new}",
         "--base {base} --data {forty} --limit 8 --epochs 3 --init {text_only} --freeze gates --device cpu --out {new}",
+        "--base {base} --data {forty} --limit 8 --epochs 3 --prompts mlp --device cpu --out {new}",
     ],
     "generate": [
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "

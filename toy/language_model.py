@@ -35,18 +35,19 @@ SCHEDULE = {"peak": 6e-3, "warmup": 100, "floor": 0.1}
 OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 
 
-def make_base(seed: int = 0) -> Path:
+def make_base(seed: int = 0, n_layers: int = PARAMS["n_layers"]) -> Path:
     """The folder of the pre-trained base, in Meta's layout; made at the first call, in about three minutes."""
+    params = PARAMS | {"n_layers": n_layers}
 
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
-        write_json(folder / "params.json", PARAMS)
-        model = pretrain_base(tokenizer, seed, TOKENS, kept=folder / "pretraining.pt")
+        write_json(folder / "params.json", params)
+        model = pretrain_base(tokenizer, seed, TOKENS, params, kept=folder / "pretraining.pt")
         with atomic_write(folder / "consolidated.00.pth") as temporary:
             torch.save(model.state_dict(), temporary)
         (folder / "pretraining.pt").unlink(missing_ok=True)
 
-    numbers = [PARAMS, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed, "one thread"]
+    numbers = [params, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed, "one thread"]
     return cached_folder("toy-base", [*numbers, list(tokenizer_text(seed))], make)
 
 
@@ -69,7 +70,9 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
 
 
 @one_thread()
-def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int, kept: Path | None = None) -> LLaMA:
+def pretrain_base(
+    tokenizer: Tokenizer, seed: int, tokens: int, params: dict = PARAMS, kept: Path | None = None
+) -> LLaMA:
     """Plain next-token training on rows cut from a stream of documents; `kept` as for `pretrain`."""
     source, stream = documents(seed), []
     while len(stream) <= tokens:
@@ -78,7 +81,7 @@ def pretrain_base(tokenizer: Tokenizer, seed: int, tokens: int, kept: Path | Non
     batches = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
 
     torch.manual_seed(seed)
-    model = LLaMA(meta_config(PARAMS, tokenizer.vocab_size))
+    model = LLaMA(meta_config(params, tokenizer.vocab_size))
     transpose_output_head(model.output)
 
     def loss_of(step: int) -> Tensor:

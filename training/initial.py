@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from adapter import Adapter
 from encoders.heads import HeadAdapter
 from formats.adapters import load_adapter
@@ -12,6 +14,7 @@ from multimodal import ImageAdapter
 from runtime.cli import warn
 from runtime.distributed import rank
 from runtime.fingerprints import hash_tensors
+from training.mlp_prompts import make_prompts_by_mlp
 
 PARTS = ("prompts", "gates", "projection")
 
@@ -79,10 +82,20 @@ def begin_with(path: str | None, adapter: Adapter, base: Config) -> Adapter:
     return begun
 
 
+def choose_learnt(adapter: Adapter, base, generator: torch.Generator) -> None:
+    """As --prompts and --freeze say, in `base` (options.BaseOptions). Raises ValueError where they contradict others."""
+    if base.prompts == "mlp":
+        if base.init is not None:
+            raise ValueError(f"--prompts mlp: a network cannot begin with the prompts of --init {base.init}")
+        make_prompts_by_mlp(adapter, generator)
+        adapter.metadata["prompts_by"] = "mlp"
+    freeze_parts(adapter, base.freeze)
+
+
 def freeze_parts(adapter: Adapter, names: Collection[str]) -> None:
     """Hold parts still. Raises ValueError where there is no such part, or nothing else."""
     for name in names:
-        parameters = [parameter for where, parameter in adapter.named_parameters() if where.split(".")[0] == name]
+        parameters = [parameter for where, parameter in adapter.named_parameters() if name in where.split(".")]
         if not parameters:
             raise ValueError(f"--freeze {name}: there is none, for no example has an image")
         for parameter in parameters:

@@ -94,17 +94,20 @@ class BaseOptions:
     compile: bool = False
     init: str | None = None  # the adapter to go on from
     freeze: tuple[str, ...] = ()  # parts of the adapter that stay as they are
+    prompts: str = "plain"  # or "mlp": a small network makes them while they are learnt
     strategy: str = "auto"  # ddp: whole on every rank; fsdp: split over them
 
 
 STRATEGY = "Under torchrun: the base whole on every rank, or split over them; auto splits one that does not fit."
 MICRO_BATCH_HELP = "Positions of one forward pass, padding included."
 MICRO_BATCH = option("--micro-batch-tokens", type=Count(), help=MICRO_BATCH_HELP)
+PROMPTS_HELP = "Learnt as they are, or made by a small network; the file is the same."
 base_options = option_group(
     "Model",
     option("--base", type=click.Path(), help="The model to adapt.  [default: the toy's, made at the first use]"),
     option("--init", type=click.Path(), help="An adapter to go on from, in a new run; its L and K count."),
     option("--freeze", type=click.Choice(PARTS), multiple=True, help="What of the adapter stays as it is; repeatable."),
+    option("--prompts", type=click.Choice(["plain", "mlp"]), default="plain", help=PROMPTS_HELP),
     *device_options,
 )
 memory_options = option_group(  # the first two fill train.TrainConfig: they change nothing of what is learnt
@@ -159,6 +162,7 @@ def fixed_options(config, source: DataOptions, base: BaseOptions, examples: list
     options = asdict(config) | {"lr": config.peak_lr, "dtype": f"torch.{base.dtype}", "bits": base.bits}
     options |= {name: getattr(source, name) for name in ("task", "toy", "limit", "template", "skip_missing")}
     options |= {"init": initial_fingerprint(base.init), "freeze": sorted(set(base.freeze)) or None}
+    options |= {"prompts": None if base.prompts == "plain" else base.prompts}
     options["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     changeable = {"micro_batch_tokens", "checkpoint_activations", "gradient_clip"}
     unknown = {name for name in ("layers", "max_seq_len") if options[name] is None}

@@ -21,6 +21,7 @@ from runtime.errors import AllRanksError, memory_errors
 from runtime.files import resolved, write_json
 from training.curves import draw_curves
 from training.launch import TIME, Stopped, say, signals
+from training.mlp_prompts import with_plain_prompts
 from training.options import RunOptions
 from training.run_files import Progress, begin_in_folder, load_checkpoint, read_metrics, save_checkpoint, write_metrics
 
@@ -175,7 +176,7 @@ class Recorder:
             if losses[0] is not None and losses[-1] > losses[0]:
                 than = f"{losses[-1]:.4f}, before tuning it was {losses[0]:.4f}: it has done harm"
                 warn(f"the validation loss is {than}; a lower --lr may help")
-            adapter.save(out / "adapter.safetensors", **change)
+            with_plain_prompts(adapter).save(out / "adapter.safetensors", **change)
             draw_curves(metrics, adapter, out / "curves.png")
             summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts
             summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change

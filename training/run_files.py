@@ -18,6 +18,7 @@ from formats.tensors import load_pth, require_dense
 from runtime.distributed import broadcast_from_rank0, sync_errors
 from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
 from runtime.schema import require_number
+from training.mlp_prompts import with_plain_prompts
 
 
 class Progress(NamedTuple):
@@ -138,7 +139,7 @@ def save_checkpoint(
     """
     with open(out / "metrics.jsonl", "rb+") as metrics:
         os.fsync(metrics)
-    adapter.save(out / "adapter.safetensors", steps=progress.step)
+    with_plain_prompts(adapter).save(out / "adapter.safetensors", steps=progress.step)
     state = {
         "progress": progress._asdict(),
         "adapter": adapter.state_dict(),
