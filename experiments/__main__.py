@@ -27,6 +27,7 @@ from experiments.ablations import (
 from experiments.bits import compare_bits
 from experiments.encoders import roberta, vit
 from experiments.few_examples import few_examples
+from experiments.instructions import tell_stories
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
 from experiments.stages import compare_stages
@@ -111,6 +112,7 @@ main.add_command(roberta)
 main.add_command(few_examples)
 main.add_command(compare_bits)
 main.add_command(compare_stages)
+main.add_command(tell_stories)
 
 
 @main.command("all", context_settings={"show_default": True})

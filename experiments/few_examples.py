@@ -28,7 +28,8 @@ def draw_examples(examples: list[Labelled], number: int, seed: int) -> list[Labe
 
 def for_number(setting: EncoderSetting, number: int) -> EncoderSetting:
     """With as many epochs as so few examples need."""
-    return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_UPDATES / math.ceil(number / setting.batch_size))))
+    steps_per_epoch = math.ceil(number / setting.batch_size)
+    return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_UPDATES / steps_per_epoch)))
 
 
 def best_rates(sets: LabelledSets, setting: EncoderSetting, number: int) -> dict[str, float]:
@@ -97,7 +98,5 @@ def few_examples(base, train_path, test_path, seeds, out, **options):
 def print_by_number(rows: dict[int, dict[str, dict]]) -> None:
     click.echo(f"\n{'':20}" + "".join(f"{number:>18,}" for number in rows))
     for method in METHODS:
-        cells = [
-            f"{statistics.mean(row[method]['accuracy']):.2%} at {row[method]['lr']:g}" for row in rows.values()
-        ]
+        cells = [f"{statistics.mean(row[method]['accuracy']):.2%} at {row[method]['lr']:g}" for row in rows.values()]
         click.echo(f"{method:20}" + "".join(f"{cell:>18}" for cell in cells))

@@ -1,11 +1,13 @@
 """What a base that tells stories, and follows no instruction, can be brought to do; and with how many examples."""
 
 import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,14 +16,14 @@ import numpy as np
 import torch
 from cloup import option, option_group
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapter import Prompt
 from data import AlpacaTemplate, Tokenizer, Tokens, tokenize
 from experiments.measures import text_perplexity
 from experiments.methods import BY_MLP, FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT
 from experiments.methods import WARMUP_EPOCHS, Setting, finite_steps, import_peft, set_up
-from experiments.stories import KINDS, MAX_TOKENS, StorySets, Told, follows, is_story, make_instructions, read_stories
+from experiments.stories import KINDS, StorySets, Told, follows, is_story, make_instructions, read_stories
 from experiments.stories import whole_sentences
 from experiments.tables import RESULTS, draw_bars, draw_line, percent, save_results, spread
 from experiments.testbed import text_rows
@@ -29,16 +31,30 @@ from formats.bases import load_llama, read_base
 from formats.tokenizers import load_tokenizer
 from generate import generate
 from model import LLaMA
-from runtime.cli import Count, one_line_errors
+from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig
 
-# Each method's best of those that --search tries, by the instructions that are held out for that.
+PATH = click.Path(path_type=Path)
+
+# Each method's best of those that --search tries, by instructions that are held out for that.
 TRIED = {method: (0.01, 0.03, 0.1, 0.3) for method in (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE)}
 TRIED |= {LORA: (0.001, 0.003, 0.01, 0.03), FULL: (0.0001, 0.0003, 0.001, 0.003)}
 BEST = {ZERO_INIT: 0.1, BY_MLP: 0.1, ONE_SOFTMAX: 0.1, GATES_AT_ONE: 0.1, LORA: 0.01, FULL: 0.001}
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the examples
 LEAST_STEPS = 30  # where examples are few there are more epochs
+TESTED = 40  # instructions of each kind
+
+
+@dataclass(frozen=True)
+class Run:
+    """One thing to do: tune, or ask the base alone."""
+
+    label: str
+    method: str | None  # None is the base in the template, "" without it
+    lr: float = 0.0
+    seed: int = 0
+    share: float = 1.0  # of the examples
 
 
 @dataclass(frozen=True)
@@ -51,16 +67,17 @@ class StoryBed:
     text: Tensor  # (rows, T) ids of other stories
     setting: Setting
     batch_size: int
+    max_tokens: int  # of a story
     device: torch.device
     dtype: torch.dtype
 
     def tokens(self, told: Sequence[Told]) -> list[Tokens]:
         return tokenize(AlpacaTemplate(self.tokenizer), [each.example() for each in told], self.text.shape[1])[0]
 
-    @cached_property
-    def shuffled(self) -> list[Tokens]:
-        tokens = self.tokens(self.sets.tuning)
-        return [tokens[i] for i in np.random.default_rng(0).permutation(len(tokens))]
+    def examples(self, share: float) -> list[Tokens]:
+        """So many of all, drawn from all kinds."""
+        order = np.random.default_rng(0).permutation(len(self.sets.tuning))[: round(share * len(self.sets.tuning))]
+        return self.tokens([self.sets.tuning[i] for i in order])
 
 
 @torch.no_grad()
@@ -77,7 +94,7 @@ def tell(
                 [*bed.tokenizer.start_ids, *bed.tokenizer.encode(f"{example.instruction}\n{example.input}".strip())]
                 for example in examples
             ]
-        answers = generate(model, asked, prompts, max_new_tokens=MAX_TOKENS, end_ids=bed.tokenizer.end_ids)
+        answers = generate(model, asked, prompts, max_new_tokens=bed.max_tokens, end_ids=bed.tokenizer.end_ids)
         texts += [whole_sentences(bed.tokenizer.decode(ids).strip()) for ids in answers]
     return texts
 
@@ -90,121 +107,135 @@ def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
     return {"stories": statistics.mean(stories), "accuracy": statistics.mean(right)} | by_kind
 
 
-def tune_and_ask(bed: StoryBed, method: str, lr: float, seed: int, told: Sequence[Told], examples: int) -> dict:
-    """Of a method tuned on so many examples: scores, perplexity of other stories, and the answers."""
-    tokens = bed.shuffled[:examples]
-    epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(examples / bed.batch_size)))
-    how = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / bed.setting.epochs, "lr": lr}
-    setting, start = bed.setting._replace(method=method, lr=lr), time.perf_counter()
-    model, adapter, *_ = tunable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
-    for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
-        pass
-    seconds, prompts = time.perf_counter() - start, adapter(dtype=bed.dtype)
-    texts = tell(bed, model, told, prompts)
-    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    found = {"seconds": seconds, "trained": trained, "perplexity": text_perplexity(model, bed.text, prompts)}
-    return scores(told, texts) | found | {"answers": texts}
+def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
+    """Of one run: scores, perplexity of other stories, and the answers."""
+    start, prompts, trained = time.perf_counter(), (), []
+    if not run.method:
+        model, _ = load_llama(bed.base, bed.dtype, bed.device)
+    else:
+        tokens = bed.examples(run.share)
+        epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(len(tokens) / bed.batch_size)))
+        how = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / bed.setting.epochs, "lr": run.lr}
+        setting = bed.setting._replace(method=run.method, lr=run.lr)
+        model, adapter, *_ = tunable = set_up(setting, run.seed, bed.base, bed.dtype, bed.device)
+        for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=run.seed, **how)):
+            pass
+        prompts = adapter(dtype=bed.dtype)
+        trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    seconds = time.perf_counter() - start
+    texts = tell(bed, model, told, prompts, raw=run.method == "")
+    return scores(told, texts) | {
+        "perplexity": text_perplexity(model, bed.text, prompts),
+        "trained": sum(parameter.numel() for parameter in trained),
+        "seconds": seconds,
+        "answers": texts,
+    }
 
 
-def ask_base(bed: StoryBed, raw: bool) -> dict:
-    model, _ = load_llama(bed.base, bed.dtype, bed.device)
-    texts = tell(bed, model, bed.sets.testing, raw=raw)
-    return scores(bed.sets.testing, texts) | {"trained": 0, "perplexity": text_perplexity(model, bed.text), "answers": texts}
-
-
-def compare_methods_on_stories(bed: StoryBed, seeds: int) -> dict[str, dict[str, list]]:
-    """Every method at its best rate; the base in the template and without."""
-    print_header()
-    rows = {f"the base, {name}": [ask_base(bed, raw)] for name, raw in (("as it is", True), ("in the template", False))}
-    for label, runs in rows.items():
-        print_row(label, runs)
-    for method, lr in BEST.items():
-        rows[method] = [
-            tune_and_ask(bed, method, lr, seed, bed.sets.testing, len(bed.shuffled)) for seed in range(seeds)
-        ]
-        print_row(f"{method}, {lr:g}", rows[method])
-    return rows
-
-
-def search_story_rates(bed: StoryBed) -> dict[str, dict[str, list]]:
-    """Every method at each of four rates, once, asked other instructions than are held out."""
-    print_header()
-    rows = {}
-    for method, rates in TRIED.items():
-        for lr in rates:
-            label = f"{method}, {lr:g}"
-            rows[label] = [tune_and_ask(bed, method, lr, 0, bed.sets.validation, len(bed.shuffled))]
-            print_row(label, rows[label])
-    return rows
-
-
-def tune_on_shares(bed: StoryBed, seeds: int) -> dict[str, dict[str, list]]:
-    """The sample-efficiency curve: ever more of the examples."""
-    print_header()
-    rows = {}
-    for share in SHARES:
-        for method in (ZERO_INIT, ONE_SOFTMAX, LORA):
-            label, examples = f"{method}, {share:.0%}", round(share * len(bed.shuffled))
-            rows[label] = [
-                tune_and_ask(bed, method, BEST[method], seed, bed.sets.testing, examples) for seed in range(seeds)
-            ]
-            print_row(label, rows[label])
-    return rows
-
-
-def print_header() -> None:
-    click.echo(f"{'':40}{'trained':>10}{'stories':>9}{'as told':>9}{'±':>7}" + "".join(f"{k:>16}" for k in KINDS) + f"{'perplexity':>12}{'seconds':>9}")
-
-
-def print_row(label: str, runs: Sequence[dict]) -> None:
-    mean = {name: statistics.mean(run.get(name, 0) for run in runs) for name in runs[0] if name != "answers"}
+def do_runs(bed: StoryBed, told: Sequence[Told], runs: Sequence[Run], at_a_time: int) -> dict[str, dict[str, list]]:
+    """All runs, several at a time; a line for each label when its last seed is done. Values seed by seed."""
     click.echo(
-        f"{label:40}{mean['trained']:>10,}{mean['stories']:>9.1%}{mean['accuracy']:>9.1%}{spread([run['accuracy'] for run in runs]):>7.1%}"
-        + "".join(f"{mean[kind]:>16.1%}" for kind in KINDS)
-        + f"{mean['perplexity']:>12.2f}{mean.get('seconds', 0):>9.0f}"
+        f"{'':40}{'trained':>10}{'stories':>9}{'as told':>9}{'±':>7}"
+        + "".join(f"{kind:>15}" for kind in KINDS)
+        + f"{'perplexity':>12}{'seconds':>9}"
+    )
+    rows: dict[str, list[dict]] = {run.label: [] for run in runs}
+    processes = {"mp_context": multiprocessing.get_context("spawn"), "initializer": partial(torch.set_num_threads, 1)}
+    with ProcessPoolExecutor(at_a_time, **processes) as pool:
+        do = pool.map if at_a_time > 1 else map
+        for run, found in zip(runs, do(partial(tune_and_ask, bed, told), runs)):
+            rows[run.label].append(found | {"lr": run.lr})
+            if len(rows[run.label]) == sum(other.label == run.label for other in runs):
+                print_story_row(run.label, rows[run.label])
+    return {label: {name: [one[name] for one in found] for name in found[0]} for label, found in rows.items()}
+
+
+def print_story_row(label: str, runs: Sequence[dict]) -> None:
+    mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0] if name != "answers"}
+    click.echo(
+        f"{label:40}{mean['trained']:>10,.0f}{mean['stories']:>9.1%}{mean['accuracy']:>9.1%}"
+        f"{spread([run['accuracy'] for run in runs]):>7.1%}"
+        + "".join(f"{mean[kind]:>15.1%}" for kind in KINDS)
+        + f"{mean['perplexity']:>12.2f}{mean['seconds']:>9.0f}"
     )
 
 
-def make_story_bed(base, data, per_kind, epochs, layers, length, batch_size, device, max_tokens=130) -> StoryBed:
+def planned_runs(search: bool, curve: bool, seeds: int) -> list[Run]:
+    """Of the base and every method at its best rate; or at all its rates; or on ever more examples."""
+    if search:
+        return [Run(f"{method}, {lr:g}", method, lr) for method, rates in TRIED.items() for lr in rates]
+    if curve:
+        return [
+            Run(f"{method}, {share:.0%}", method, BEST[method], seed, share)
+            for share in SHARES
+            for method in (ZERO_INIT, ONE_SOFTMAX, LORA)
+            for seed in range(seeds)
+        ]
+    base = [Run("the base as it is", ""), Run("the base in the template", None)]
+    return base + [Run(method, method, lr, seed) for method, lr in BEST.items() for seed in range(seeds)]
+
+
+def draw_stories(rows: dict[str, dict[str, list]], curve: bool) -> Figure:
+    figure = Figure(figsize=(7, 4) if curve else (12, 4), layout="constrained")
+    if curve:
+        axes = figure.subplots()
+        for method in (ZERO_INIT, ONE_SOFTMAX, LORA):
+            shares = [rows[f"{method}, {share:.0%}"]["accuracy"] for share in SHARES]
+            draw_line(axes, [100 * share for share in SHARES], list(map(percent, shares)), method)
+        axes.set(xlabel="examples, % of all", xscale="log", ylabel="stories that do as told, %")
+        axes.legend()
+        return figure
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw_bars(left, {label: percent(row["accuracy"]) for label, row in rows.items()}, "stories that do as told, %")
+    draw_bars(right, {label: row["perplexity"] for label, row in rows.items()}, "perplexity of other stories")
+    return figure
+
+
+def make_story_bed(base, data, per_kind, max_tokens, epochs, layers, length, batch_size, device) -> StoryBed:
+    """Raises OSError, or ValueError where the base or the stories do not suffice."""
     device, dtype = select_device(device, "float32")
     config, _ = read_base(base)
     tokenizer = load_tokenizer(base)
-    sets = make_instructions(read_stories(data, tokenizer, max_tokens), per_kind, tested=40)
+    sets = make_instructions(read_stories(data, tokenizer, max_tokens), per_kind, TESTED)
     text = text_rows(tokenizer, sets.others, min(256, config.max_seq_len or 256))
     setting = Setting(layers or config.n_layers, 0.0, length=length, epochs=epochs)
-    return StoryBed(base, tokenizer, sets, text.to(device), setting, batch_size, device, dtype)
+    return StoryBed(base, tokenizer, sets, text.to(device), setting, batch_size, max_tokens, device, dtype)
 
 
 @cloup.command("stories", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--base", type=click.Path(path_type=Path), required=True, help="A LLaMA that tells stories."),
-    option("--data", type=click.Path(path_type=Path), required=True, help="Stories, divided by <|endoftext|>."),
-    option("--per-kind", type=Count(), default=200, help="Instructions of each of five kinds to tune on."),
+    option("--base", type=PATH, required=True, help="A LLaMA that tells stories."),
+    option("--data", type=PATH, required=True, help="Stories, divided by <|endoftext|>."),
+    option("--per-kind", type=Count(), default=100, help="Instructions of each of five kinds to tune on."),
+    option("--max-tokens", type=Count(2), default=64, help="Of a story; it is cut at the end of a sentence."),
     option("--epochs", type=Count(WARMUP_EPOCHS + 1), default=5, help="Of tuning."),
     option("--layers", type=Count(), help="L.  [default: all]"),
     option("--length", type=Count(), default=10, help="K."),
-    option("--batch-size", type=Count(), default=32, help="Examples per step."),
+    option("--batch-size", type=Count(), default=16, help="Examples per step."),
     option("--seeds", type=Count(), default=3, help="Runs of everything."),
-    option("--device", default="auto"),
+    option("--at-a-time", type=Count(), default=2, help="Runs side by side, a thread each."),
     option("--search", is_flag=True, help="Four learning rates of each method, once, on other instructions."),
-    option("--curve", is_flag=True, help="1 to 100 % of the examples."),
-    option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default="experiments/results", help="Folder for results."),
+    option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
+    device_options[0],
+    option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
 )
 @one_line_errors()
-def tell_stories(base, data, seeds, search, curve, out, **options):
-    """x"""
-    bed = make_story_bed(base, data, **options)
-    click.echo(f"{len(bed.sets.tuning)} {len(bed.sets.testing)} {tuple(bed.text.shape)}")
-    if search:
-        rows = search_story_rates(bed)
-    elif curve:
-        rows = tune_on_shares(bed, seeds)
-    else:
-        rows = compare_methods_on_stories(bed, seeds)
-    import json
-    (out / "x.json").write_text(json.dumps(rows))
+def tell_stories(seeds, at_a_time, search, curve, out, **options):
+    """Bring a base that tells stories to follow instructions.
 
-
-if __name__ == "__main__":
-    tell_stories()
+    Five kinds of them, by every method: how many stories do as told, and what is forgotten.
+    """
+    import_peft()  # or say at once that it is missing
+    bed = make_story_bed(**options)
+    told = bed.sets.validation if search else bed.sets.testing
+    click.echo(
+        f"{len(bed.sets.tuning):,} instructions to learn from, {len(told):,} to be asked, "
+        f"{len(bed.text):,} rows of other stories\n"
+    )
+    rows = do_runs(bed, told, planned_runs(search, curve, seeds), at_a_time)
+    name = "stories_rates" if search else "stories_curve" if curve else "stories"
+    asked = [{"kind": each.kind, "asked": each.asked} for each in told]
+    values = {"options": {key: str(value) for key, value in options.items() if key not in ("base", "data")}}
+    values |= {"asked": asked, "rows": rows}
+    save_results(out, name, values, None if search else draw_stories(rows, curve))

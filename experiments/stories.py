@@ -13,7 +13,10 @@ from runtime.files import read_text
 
 MAX_TOKENS = 130  # of a story
 END = re.compile(r'[.!?]"?(?=\s|$)')  # of a sentence
-KIND = re.compile(r"\b(?:there (?:was|lived)|lived|day,?) an? (?:[a-z]+,? ){0,3}?([a-z]{3,})(?= named| called| who|\.|,)")
+GOES_ON = re.compile(r'"|(?:He|She|They|His|Her|You|We|I|Yes|No|Then|But|And|So)\b|It (?!was)')
+KIND = re.compile(
+    r"\b(?:there was|there lived|lived|day,?) an? (?:[a-z]+,? ){0,3}?([a-z]{3,})(?= named| called| who|[.,])"
+)
 NAME = re.compile(r"\b(?:named|called) (?!Mrs|Mr)([A-Z][a-z]+)\b")
 THING = re.compile(r"\b(?:an?|the) ([a-z]{3,})(?=[.,!?]| (?:and|was|in|on|to|with|that)\b)")
 
@@ -29,10 +32,11 @@ class Told(NamedTuple):
         instruction, input = KINDS[self.kind]
         first, *others = self.asked
         asked = f"{', '.join(others)} and {first}" if others else first
-        return Example(instruction.format(asked), input.format(asked), self.story, name=f"the story of {' '.join(self.asked)}")
+        name = f"the story of {' '.join(self.asked)}"
+        return Example(instruction.format(asked), input.format(asked), self.story, name=name)
 
 
-# Instruction and input of each.
+# Instruction and input of each, from easy to hard.
 KINDS = {
     "hero's kind": ("Write a story about a {}.", ""),
     "hero's name": ("Write a story about {}.", ""),
@@ -40,7 +44,6 @@ KINDS = {
     "a thing": ("Write a story with the word {}.", ""),
     "three things": ("Write a story with the words {}.", ""),
 }
-
 
 HEROES = {"hero's kind": KIND, "hero's name": NAME}
 THINGS = {"a thing": 1, "three things": 3}  # as many of them must occur
@@ -74,14 +77,22 @@ def cut_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int = MAX_TOKEN
 def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) -> list[str]:
     """Every story, cut. Raises OSError, or ValueError where there are too few."""
     texts = [text.strip() for text in read_text(path).split("<|endoftext|>")][:-1]  # the last may be a part
-    stories = [story for text in texts if is_story(story := cut_at_sentence(text, tokenizer, max_tokens))]
+    stories = [story for text in texts if is_prose(story := cut_at_sentence(text, tokenizer, max_tokens))]
     if len(stories) < 100:
         raise ValueError(f"{path}: has {len(stories)} stories, divided by <|endoftext|>; this needs hundreds")
     return stories
 
 
 def is_story(text: str) -> bool:
-    """Whether it is prose of some length, of whole sentences, of which none of some length is said twice."""
+    """Whether it is prose, and begins as a story does, with somebody or some time: not with speech, not with "He".
+
+    Of 2,232 real ones five begin so.
+    """
+    return is_prose(text) and not GOES_ON.match(text)
+
+
+def is_prose(text: str) -> bool:
+    """Whether it is of some length, and of whole sentences, of which none of some length is said twice."""
     said = [sentence for sentence in sentences(text) if len(sentence.split()) > 3]
     prose = re.fullmatch(r"[\w\s.,;:!?'\"()-]*", text) is not None
     return prose and len(text.split()) >= 30 and len(said) == len(set(said)) and len(said) >= 3
@@ -150,7 +161,7 @@ def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Told]
                 times[found[kind]] += 1
                 order.append((times[found[kind]], i))
         if len(order) < per_kind:
-            raise ValueError(f"only {len(order)} stories are left for instructions of the kind {kind!r}, not {per_kind}")
+            raise ValueError(f"{len(order)} stories are left for {kind!r}, {per_kind} are needed: fewer --per-kind")
         chosen = [i for _, i in sorted(order)[:per_kind]]
         tuning += [Told(kind, asked[i][kind], stories[i]) for i in chosen]
         used |= {*chosen}

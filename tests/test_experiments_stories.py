@@ -1,0 +1,148 @@
+"""python -m experiments stories: instructions made of stories, and which of them are followed."""
+
+import itertools
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from experiments import instructions, stories
+from experiments.__main__ import main
+from experiments.methods import FULL, ONE_SOFTMAX, ZERO_INIT
+from experiments.stories import KINDS, Told, follows, is_prose, is_story, make_instructions, sentences
+
+LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
+
+
+def made_up(number):
+    """Stories with kinds, names and things of their own: one in four, and else common ones."""
+    texts = []
+    for i in range(number):
+        own = i % 4 == 0
+        kind, name = (f"{LETTERS[i]}a", f"{LETTERS[i].title()}o") if own else ("girl", f"Lily{'abc'[i % 3]}".title())
+        things = [f"{LETTERS[i - i % 4]}{ending}" for ending in ("us", "is", "os")] if i < number // 3 else ["ball"] * 3
+        texts.append(
+            f"Once upon a time, there was a little {kind} named {name}. {name} was number {i} and had a {things[0]}. "
+            f"People knew that the {kind} was good. "
+            f"One day in the morning {name} went out of the house to find a {things[1]}. "
+            f"It was under the {things[2]}. So {name} was very happy and lived so ever after."
+        )
+    return texts
+
+
+def test_sentences():
+    text = 'Tom ran. "Stop!" she said. It was 3.5 miles? And th'
+    assert sentences(text) == ["Tom ran.", '"Stop!"', "she said.", "It was 3.5 miles?"]
+    assert stories.whole_sentences(text) == text[:-7]
+    assert stories.whole_sentences("no end") == ""
+
+
+def test_what_is_a_story():
+    story = made_up(1)[0]
+    assert is_story(story) and is_prose(story)
+    assert not is_story("Tom ran. He saw a dog. It was big.")  # short
+    last = sentences(story)[-1]
+    assert not is_story(f"{story} {last}")  # said twice
+    assert not is_story(story.replace("a little", "### a little"))
+    for beginning in ("He had a cat. ", '"Hello!" said Tom. ', "It is so. "):
+        assert is_prose(beginning + story) and not is_story(beginning + story)
+    assert is_story("It was a hot day. " + story) and is_story("Helen had a cat. " + story)
+
+
+def test_what_is_followed():
+    """Word for word, whole words; any of a thing's forms in s."""
+    assert follows(Told("a thing", ("cat",)), "A Cat ran.") and follows(Told("a thing", ("cat",)), "Two cats ran.")
+    assert not follows(Told("a thing", ("cat",)), "A caterpillar ran.")
+    three = Told("three things", ("cat", "dog", "tree"))
+    assert follows(three, "The dog and the cat sat in a tree.") and not follows(three, "The dog and the cat sat.")
+    assert three.example().instruction == "Write a story with the words dog, tree and cat."
+    begin = Told("first sentence", ("Tom ran.",), "Tom ran. He fell.")
+    assert follows(begin, "Tom ran. Then he sat.") and not follows(begin, "So Tom ran.")
+    assert (begin.example().input, begin.example().output) == ("Tom ran.", "Tom ran. He fell.")
+
+
+def test_held_out_is_what_tuning_never_had():
+    sets = make_instructions(made_up(400), per_kind=8, tested=4)
+    assert [len(part) for part in sets[:3]] == [40, 10, 20]
+    for part, number in ((sets.tuning, 8), (sets.validation, 2), (sets.testing, 4)):
+        assert all(sum(told.kind == kind for told in part) == number for kind in KINDS)
+    assert all(follows(told, told.story) for told in sets.tuning)
+    used = [told.story for told in sets.tuning]
+    assert len(set(used)) == 40 and not set(used) & set(sets.others)
+    known = {word for story in used for word in re.findall(r"\w+", story)}
+    for told in sets.testing + sets.validation:
+        if told.kind == "first sentence":
+            assert not any(story.startswith(told.asked[0]) for story in used)
+        else:
+            assert not known & set(told.asked)
+    assert not {told.asked for told in sets.testing} & {told.asked for told in sets.validation}
+    assert make_instructions(made_up(400), per_kind=8, tested=4) == sets
+    with pytest.raises(ValueError, match="rare names or words, 600 are needed"):
+        make_instructions(made_up(400), per_kind=8, tested=400)
+    with pytest.raises(ValueError, match="stories are left for .*, 300 are needed: fewer --per-kind"):
+        make_instructions(made_up(400), per_kind=300, tested=4)
+
+
+@pytest.fixture
+def command(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(instructions, "TESTED", 2)
+    monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, FULL: 0.001})
+    monkeypatch.setattr(instructions, "TRIED", {ONE_SOFTMAX: (0.1, 0.2)})
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(made_up(200) + ["cut o"]))
+
+    def run(*more):
+        args = ["stories", "--base", tiny_base, "--data", tmp_path / "stories.txt", "--per-kind", 3, "--epochs", 3]
+        args += ["--max-tokens", 300, "--at-a-time", 1, "--device", "cpu", "--out", tmp_path / "out", *more]
+        return CliRunner().invoke(main, list(map(str, args)))
+
+    return run
+
+
+def test_the_command(command, tmp_path, monkeypatch):
+    """From the command line to its files; what is told is given, for random weights tell nothing."""
+    asked = []
+
+    def tell(bed, model, told, prompts=(), raw=False):
+        asked.append((len(told), len(prompts), raw))
+        story = made_up(1)[0]
+        return [f"{' '.join(each.asked)} {story}" if each.kind == "a thing" else "He ran." for each in told]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instructions, "tell", tell)
+        result = command("--seeds", 2)
+    assert result.exit_code == 0, result.output
+    assert "15 instructions to learn from, 10 to be asked" in result.output
+    assert asked == [(10, 0, True), (10, 0, False), (10, 3, False), (10, 3, False), (10, 0, False), (10, 0, False)]
+    found = json.loads((tmp_path / "out" / "stories.json").read_text())
+    assert list(found["rows"]) == ["the base as it is", "the base in the template", ZERO_INIT, FULL]
+    assert found["rows"][ZERO_INIT]["a thing"] == [1.0, 1.0] and found["rows"][ZERO_INIT]["accuracy"] == [0.2, 0.2]
+    assert found["rows"][FULL]["perplexity"][0] != found["rows"]["the base as it is"]["perplexity"][0]
+    assert (tmp_path / "out" / "stories.png").stat().st_size > 1000
+
+
+def test_rates_and_shares(command, tmp_path, monkeypatch):
+    """What is learnt from, and for how many steps; and that answers are decoded."""
+    given, steps = [], instructions.finite_steps
+    monkeypatch.setattr(
+        instructions, "finite_steps", lambda t, e, c: given.append((len(e), c.epochs, c.lr)) or steps(t, e, c)
+    )
+    result = command("--search", "--length", 2, "--layers", 1, "--batch-size", 5)
+    assert result.exit_code == 0, result.output
+    assert given == [(15, 10, 0.1), (15, 10, 0.2)] and "5 to be asked" in result.output
+    assert not (tmp_path / "out" / "stories_rates.png").exists()
+    rows = json.loads((tmp_path / "out" / "stories_rates.json").read_text())["rows"]
+    assert all(len(row["answers"][0]) == 5 and row["lr"] for row in rows.values())
+    given.clear()
+    monkeypatch.setattr(instructions, "SHARES", (0.2, 1.0))
+    monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, ONE_SOFTMAX: 0.1, instructions.LORA: 0.01})
+    monkeypatch.setattr(instructions, "LEAST_STEPS", 4)
+    assert command("--curve", "--seeds", 1).exit_code == 0
+    assert [each[:2] for each in given] == [(3, 4)] * 3 + [(15, 4)] * 3
+    assert (tmp_path / "out" / "stories_curve.png").stat().st_size > 1000
+
+
+def test_errors_are_lines(command, tmp_path):
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(made_up(5)))
+    result = command()
+    assert result.exit_code == 2 and "stories.txt: has 4 stories" in result.stderr and result.stderr.count("\n") == 1
