@@ -19,7 +19,7 @@ from formats.encoders import load_encoder
 from runtime.cli import one_line_errors
 
 NUMBERS = (100, 300, 1000)  # and all
-LEAST_UPDATES = 200  # where examples are few there are more epochs
+LEAST_STEPS = 200  # where examples are few there are more epochs
 
 
 def draw_examples(examples: list[Labelled], number: int, seed: int) -> list[Labelled]:
@@ -29,7 +29,7 @@ def draw_examples(examples: list[Labelled], number: int, seed: int) -> list[Labe
 def for_number(setting: EncoderSetting, number: int) -> EncoderSetting:
     """With as many epochs as so few examples need."""
     steps_per_epoch = math.ceil(number / setting.batch_size)
-    return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_UPDATES / steps_per_epoch)))
+    return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_STEPS / steps_per_epoch)))
 
 
 def best_rates(sets: LabelledSets, setting: EncoderSetting, number: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from encoder_tuning.data import Labelled
 from encoder_tuning.objective import CLASSIFICATION
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViTConfig
-from experiments import encoders
+from experiments import encoders, few_examples
 from experiments.__main__ import main
 from experiments.methods import finite_steps
 from formats.encoders import load_encoder, save_encoder
@@ -115,3 +115,37 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the river of the km " * 80)
     encoders.make_roberta([tmp_path / "text.txt"], bpe)
     assert len(made) == 2
+
+
+def test_few_examples(tmp_path, data, monkeypatch):
+    """Each number of real digits has rates, epochs and draws of its own; what is tried is not what it learns from."""
+    usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
+    for name, number in (("train", 60), ("test", 40)):
+        images = np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).astype(np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
+    compared, compare = [], few_examples.compare_encoder_methods
+
+    def recorded(sets, rates, setting, seeds):
+        compared.append((sets, rates, setting, list(seeds)))
+        return compare(sets, rates, setting, seeds)
+
+    for name, value in (("NUMBERS", (8, 500)), ("METHODS", ("head only", "LoRA")), ("TRIED_RATES", (0.001, 0.01))):
+        monkeypatch.setattr(few_examples, name, value)
+    monkeypatch.setattr(few_examples, "LEAST_STEPS", 4)
+    monkeypatch.setattr(few_examples, "compare_encoder_methods", recorded)
+    args = ["few", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 2, "--epochs", 2]
+    args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, list(map(str, [*args, "--batch-size", 16])))
+    assert result.exit_code == 0, result.output
+    assert [(len(sets.training), len(sets.testing), setting.epochs, seeds) for sets, _, setting, seeds in compared] == [
+        *[(8, 6, 4, [0])] * 2, (8, 40, 4, [0]), (8, 40, 4, [1]),
+        *[(54, 6, 2, [0])] * 2, (60, 40, 2, [0]), (60, 40, 2, [1]),
+    ]  # fmt: skip
+    for tried in (0, 1, 4, 5):
+        sets = compared[tried][0]
+        assert not {e.name for e in sets.training} & {e.name for e in sets.testing}
+    draws = [{e.name for e in compared[i][0].training} for i in (2, 3)]
+    assert draws[0] != draws[1]
+    rows = json.loads((tmp_path / "out" / "few.json").read_text())["by_number"]
+    assert set(rows) == {"8", "60"} and all(len(row["LoRA"]["accuracy"]) == 2 for row in rows.values())
+    assert compared[2][1] == {method: rows["8"][method]["lr"] for method in ("head only", "LoRA")}
