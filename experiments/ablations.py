@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 import toy
 from experiments.measures import base_measures, run_setting
-from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, finite_steps, import_peft, set_up
+from experiments.methods import BY_MLP, FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, finite_steps, import_peft
+from experiments.methods import set_up
 from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, save_results, without_losses
 from experiments.testbed import Testbed
 from training.curves import paint_gates
@@ -83,8 +84,7 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
     right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
-    name = "layers" if N == toy.TUNING["layers"] else f"layers_of_{N}"
-    save_results(out, name, {"paper": paper, "rows": without_losses(rows)}, figure)
+    save_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
 EPOCHS = (15, 30, 60)
@@ -115,7 +115,7 @@ def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
 def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
     """Compare other designs.
 
-    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate.
+    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate, prompts by an MLP.
     """
     default = testbed.default
     settings = {"as it is": default}
@@ -128,6 +128,8 @@ def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
     }
     lrs = [default.lr * factor for factor in (0.1, 0.3, 3, 10)]
     settings |= {f"learning rate {lr:.3g}": default._replace(lr=rounded(lr)) for lr in lrs}
+    mlp = default._replace(method=BY_MLP)
+    settings |= {f"prompts by an MLP, {lr:.3g}": mlp._replace(lr=rounded(lr)) for lr in (*lrs[1:3], default.lr)}
     rows = compare_settings(testbed, settings, seeds)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     shares = {label: percent(row["accuracy"]) for label, row in rows.items()}

@@ -30,7 +30,6 @@ class TestbedOptions:
     """Of every command, as its help says them; None is the toy's, or the default there."""
 
     base: Path | None = None
-    toy_layers: int | None = None  # N of the toy's base
     data: Path | None = None
     task: str | None = None
     text: Path | None = None
@@ -42,6 +41,7 @@ class TestbedOptions:
     lr: float | None = None
     length: int | None = None
     epochs: int | None = None
+    toy_layers: int | None = None  # N of the toy's base
     device: str = "auto"
     dtype: str = "auto"
 

@@ -27,7 +27,7 @@ def small(tiny_base, instructions, tmp_path):
     ]  # fmt: skip
 
 
-ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 12}
+ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 15}
 
 
 def every_row(out):
@@ -160,6 +160,7 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     (["gates", "--max-seq-len", 2], "within 2 tokens there are 0 of 16 examples to learn from, and 0 of 3"),
     (["gates", "--text", "SHORT"], "--text has .* tokens, fewer than a row of 128"),
     (["gates", "--data", "ONE"], "1 examples are too few"),
+    (["gates", "--toy-layers", 8], "--toy-layers is for the toy's base, not for --base"),
 ])  # fmt: skip
 def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
     (tmp_path / "short.txt").write_text("A few words.")

@@ -39,10 +39,17 @@ def test_make_base_writes_a_folder_that_load_llama_reads(cache, monkeypatch):
     assert language_model.make_base() == folder and (folder / "consolidated.00.pth").stat().st_mtime_ns == before
 
 
+def test_a_deeper_one(cache, monkeypatch):
+    monkeypatch.setattr(language_model, "TOKENS", 2 * language_model.ROWS * language_model.ROW)
+    model, _ = load_llama(language_model.make_base(n_layers=8))
+    assert len(model.layers) == 8 and model.layers[7].attention.wq.weight.std() > 0.01
+
+
 def test_another_recipe_makes_another_base(cache, monkeypatch):
     """Numbers, the seed, and the text: one fact that is put otherwise is enough."""
     monkeypatch.setattr(language_model, "cached_folder", lambda name, recipe, make: recipe)
-    recipes = [language_model.make_base(), language_model.make_base(seed=1)]
+    recipes = [language_model.make_base(), language_model.make_base(seed=1), language_model.make_base(n_layers=8)]
+    assert recipes[0] == language_model.make_base(n_layers=4)
     with monkeypatch.context() as patch:
         patch.setattr(language_model, "TOKENS", 1000)
         recipes.append(language_model.make_base())
@@ -56,4 +63,4 @@ def test_another_recipe_makes_another_base(cache, monkeypatch):
         patch.setattr(language_model, "documents", lambda seed: (d.replace("Sofia", "Varna") for d in documents(seed)))
         recipes.append(language_model.make_base())
     told = [json.dumps(recipe, sort_keys=True) for recipe in recipes]
-    assert len(set(told)) == len(told) == 6
+    assert len(set(told)) == len(told) == 7

@@ -124,7 +124,10 @@ LINES = {
         "--size 15M --device cpu --dtype float32 --minutes 0.0001 --skip-tests --out {new}.json",
     ],
     "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilisation 0.5"],
-    "experiments gates": [TESTBED],
+    "experiments gates": [
+        TESTBED,
+        "--toy-layers 3 --limit 8 --held-out 3 --epochs 3 --seeds 1 --device cpu --out {new}",
+    ],
     "experiments vit": [
         "--base {vit} --train {digits}.npz --test {digits}.npz --seeds 1 --epochs 2 --batch-size 20 --length 2 --rank 2 "
         "--out {new}",
@@ -133,6 +136,12 @@ LINES = {
 }  # fmt: skip
 # The same options, run elsewhere: tests/test_experiments.py and test_experiments_encoders.py.
 LIKE = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
+
+ELSEWHERE = {  # run by tests of their own
+    "experiments stages": "--pictures --epochs --seeds --device --out",
+    "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
+    "--at-a-time --search --curve --device --out",
+}
 
 
 def commands(program, name):
@@ -160,8 +169,11 @@ def test_every_option_is_explained_and_has_a_line_here(name):
     if like in LIKE:
         assert options_of(command) == options_of(COMMANDS[f"experiments {LIKE[like]}"])
         return
-    if name == "experiments stages":  # tests/test_experiments_stages.py
-        assert options_of(command) == {"--pictures", "--epochs", "--seeds", "--device", "--out"}
+    if name in ELSEWHERE:
+        assert options_of(command) == set(ELSEWHERE[name].split())
+        return
+    if name == "experiments few":
+        assert options_of(command) == options_of(COMMANDS["experiments vit"]) - {"--search"}
         return
     if name == "experiments roberta":
         assert options_of(command) - options_of(COMMANDS["experiments vit"]) == {"--text", "--tokenizer"}
@@ -248,6 +260,8 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
         monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
         monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
         monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
+    if "--toy-layers" in line:
+        monkeypatch.setattr("experiments.testbed.toy.make_base", lambda n_layers: places["base"])
     result = CliRunner().invoke(PROGRAMS[program], [*command, *line.format(**places, new=tmp_path / "new").split()])
     assert result.exit_code == 0, result.output + str(result.exception)
     if "{new}" in line and "--search" not in line:
