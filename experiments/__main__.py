@@ -28,6 +28,7 @@ from experiments.bits import compare_bits
 from experiments.encoders import roberta, vit
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
+from experiments.sounds import ask_about_sounds
 from experiments.stages import compare_stages
 from experiments.tables import RESULTS, save_results
 from experiments.testbed import TestbedOptions, read_testbed
@@ -104,6 +105,7 @@ main.add_command(vit)
 main.add_command(roberta)
 main.add_command(compare_bits)
 main.add_command(compare_stages)
+main.add_command(ask_about_sounds)
 
 
 @main.command("all", context_settings={"show_default": True})

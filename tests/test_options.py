@@ -162,6 +162,11 @@ def test_every_option_is_explained_and_has_a_line_here(name):
     if name == "experiments stages":  # tests/test_experiments_stages.py
         assert options_of(command) == {"--pictures", "--epochs", "--seeds", "--device", "--out"}
         return
+    if name == "experiments sounds":  # tests/test_experiments_sounds.py
+        assert options_of(command) == {
+            "--model", "--speech", "--clips", "--base", "--epochs", "--lr", "--seeds", "--device", "--out",
+        }  # fmt: skip
+        return
     if name == "experiments roberta":
         assert options_of(command) - options_of(COMMANDS["experiments vit"]) == {"--text", "--tokenizer"}
         return
