@@ -30,6 +30,7 @@ from experiments.few_examples import few_examples
 from experiments.instructions import tell_stories
 from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
+from experiments.sounds import ask_about_sounds
 from experiments.stages import compare_stages
 from experiments.tables import RESULTS, save_results
 from experiments.testbed import TestbedOptions, read_testbed
@@ -113,6 +114,7 @@ main.add_command(few_examples)
 main.add_command(compare_bits)
 main.add_command(compare_stages)
 main.add_command(tell_stories)
+main.add_command(ask_about_sounds)
 
 
 @main.command("all", context_settings={"show_default": True})

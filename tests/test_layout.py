@@ -30,7 +30,8 @@ RANKS = {
 }
 TOP = ["adapter", "convert", "data", "evaluate", "generate", "model", "multimodal", "train"]
 BOOK = ["adapter", "model", "data", "train", "generate"]
-FILES = sorted(path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern) if path.parent.name != "tests")
+PATTERNS = ("*.py", "*/*.py", "docs/examples/*.py")
+FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern) if path.parent.name != "tests")
 # What files of one kind have in common, so that one line in a table is all that another needs: a program its command,
 # a task and a format their ways to read.
 SHARED = {"main", "command", "read", "matches", "score", "read_answers", "write_results", "read_for_scoring"}

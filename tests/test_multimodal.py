@@ -370,7 +370,7 @@ def tone(path, pitch, seed):
 def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path):
     """Two pitches are learnt; the file says which encoder it needs, and no code runs but what the user names."""
     pytest.importorskip("av")
-    shutil.copy(ROOT / "docs" / "spectrum.py", tmp_path / "spectrum.py")
+    shutil.copy(ROOT / "docs" / "examples" / "spectrum.py", tmp_path / "spectrum.py")
     records = []
     for i in range(16):
         tone(tmp_path / f"{i}.wav", (500, 3000)[i % 2], i)

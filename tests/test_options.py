@@ -141,6 +141,7 @@ ELSEWHERE = {  # run by tests of their own
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
     "--at-a-time --search --curve --device --out",
+    "experiments sounds": "--model --speech --clips --base --epochs --lr --seeds --device --out",
 }
 
 

@@ -1,4 +1,4 @@
-"""An encoder for sounds, as `--encoder docs/spectrum.py:rows` takes it. It needs PyAV: pip install av."""
+"""An encoder for sounds, as `--encoder docs/examples/spectrum.py:rows` takes it. It needs PyAV: pip install av."""
 
 import av
 import numpy as np
