@@ -38,9 +38,9 @@ from train import TrainConfig
 PATH = click.Path(path_type=Path)
 
 # Each method's best of those that --search tries, by instructions that are held out for that.
-TRIED = {method: (0.01, 0.03, 0.1, 0.3) for method in (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE)}
+TRIED = {method: (0.01, 0.03, 0.1, 0.3, 1.0) for method in (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE)}
 TRIED |= {LORA: (0.001, 0.003, 0.01, 0.03), FULL: (0.0001, 0.0003, 0.001, 0.003)}
-BEST = {ZERO_INIT: 0.1, BY_MLP: 0.1, ONE_SOFTMAX: 0.1, GATES_AT_ONE: 0.1, LORA: 0.01, FULL: 0.001}
+BEST = {ZERO_INIT: 0.3, BY_MLP: 0.3, ONE_SOFTMAX: 0.3, GATES_AT_ONE: 0.3, LORA: 0.03, FULL: 0.0003}
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the examples
 LEAST_STEPS = 30  # where examples are few there are more epochs
 TESTED = 40  # instructions of each kind
@@ -160,6 +160,19 @@ def print_story_row(label: str, runs: Sequence[dict]) -> None:
     )
 
 
+def some_answers(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list[dict]:
+    """To two instructions of each kind, what the first seed of every row told."""
+    chosen = [[i for i, each in enumerate(told) if each.kind == kind][:2] for kind in KINDS]
+    return [
+        {
+            "kind": told[i].kind,
+            "asked": told[i].asked,
+            "told": {label: row["answers"][0][i] for label, row in rows.items()},
+        }
+        for i in sum(chosen, [])
+    ]
+
+
 def planned_runs(search: bool, curve: bool, seeds: int) -> list[Run]:
     """Of the base and every method at its best rate; or at all its rates; or on ever more examples."""
     if search:
@@ -215,7 +228,7 @@ def make_story_bed(base, data, per_kind, max_tokens, epochs, layers, length, bat
     option("--batch-size", type=Count(), default=16, help="Examples per step."),
     option("--seeds", type=Count(), default=3, help="Runs of everything."),
     option("--at-a-time", type=Count(), default=2, help="Runs side by side, a thread each."),
-    option("--search", is_flag=True, help="Four learning rates of each method, once, on other instructions."),
+    option("--search", is_flag=True, help="Four or five learning rates of each method, on other instructions."),
     option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
     device_options[0],
     option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
@@ -235,7 +248,9 @@ def tell_stories(seeds, at_a_time, search, curve, out, **options):
     )
     rows = do_runs(bed, told, planned_runs(search, curve, seeds), at_a_time)
     name = "stories_rates" if search else "stories_curve" if curve else "stories"
-    asked = [{"kind": each.kind, "asked": each.asked} for each in told]
     values = {"options": {key: str(value) for key, value in options.items() if key not in ("base", "data")}}
-    values |= {"asked": asked, "rows": rows}
+    values |= {
+        "rows": {label: {key: found for key, found in row.items() if key != "answers"} for label, row in rows.items()},
+        "examples": some_answers(told, rows),
+    }
     save_results(out, name, values, None if search else draw_stories(rows, curve))

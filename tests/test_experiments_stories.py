@@ -11,6 +11,7 @@ from experiments import instructions, stories
 from experiments.__main__ import main
 from experiments.methods import FULL, ONE_SOFTMAX, ZERO_INIT
 from experiments.stories import KINDS, Told, follows, is_prose, is_story, make_instructions, sentences
+from experiments.tables import RESULTS
 
 LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
 
@@ -131,8 +132,10 @@ def test_rates_and_shares(command, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert given == [(15, 10, 0.1), (15, 10, 0.2)] and "5 to be asked" in result.output
     assert not (tmp_path / "out" / "stories_rates.png").exists()
-    rows = json.loads((tmp_path / "out" / "stories_rates.json").read_text())["rows"]
-    assert all(len(row["answers"][0]) == 5 and row["lr"] for row in rows.values())
+    found = json.loads((tmp_path / "out" / "stories_rates.json").read_text())
+    assert all(row["lr"] and "answers" not in row for row in found["rows"].values())
+    assert [example["kind"] for example in found["examples"]] == list(KINDS)  # there is one of each
+    assert all(set(example["told"]) == set(found["rows"]) for example in found["examples"])
     given.clear()
     monkeypatch.setattr(instructions, "SHARES", (0.2, 1.0))
     monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, ONE_SOFTMAX: 0.1, instructions.LORA: 0.01})
@@ -146,3 +149,11 @@ def test_errors_are_lines(command, tmp_path):
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(made_up(5)))
     result = command()
     assert result.exit_code == 2 and "stories.txt: has 4 stories" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_best_rates_are_those_that_the_search_found():
+    """As kept in experiments/results/."""
+    rows = json.loads((RESULTS / "stories_rates.json").read_text())["rows"]
+    for method, lr in instructions.BEST.items():
+        ours = {row["lr"][0]: row["accuracy"][0] for label, row in rows.items() if label.startswith(f"{method}, ")}
+        assert set(ours) == set(instructions.TRIED[method]) and ours[lr] == max(ours.values())
