@@ -1,48 +1,33 @@
-"""From labelled pictures, sentences and questions to what encoders read.
+"""From labelled pictures, sentences, words and questions to what encoders read.
 
 image-classification    a folder for each class, or arrays in a .npz
 text-classification     a .tsv, .csv or JSON of sentences and labels
-question-answering      SQuAD 1.1: the answer to a question is a part of its context
+token-classification    CoNLL's columns, a word and its tag a line: conll.py
+question-answering      SQuAD: the answer to a question is a part of its context, or there is none: squad.py
 """
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data import check_text, read_records
+from encoder_tuning.conll import labelled_sentences, read_conll, tag_classes
+from encoder_tuning.labelled import Labelled, LabelledData, class_names, roberta_tokenizer, subset
+from encoder_tuning.squad import labelled_questions, read_squad
 from encoders.media import open_image, preprocess_whole
 from encoders.models import Roberta, ViT
-from formats.roberta_tokenizer import RobertaTokenizer
-from runtime.files import max_bytes, read_json, read_text, require_file
+from formats.encoders import head_labels
+from formats.tensors import named
+from runtime.files import max_bytes, read_text, require_file
 
-HEAD_TASKS = ("image-classification", "text-classification", "question-answering")
-
-
-class Labelled(NamedTuple):
-    """One example, as an encoder reads it."""
-
-    inputs: Tensor  # ids (T,), or pixels (c, S, S)
-    labels: tuple[int, ...]  # its class, or the positions of the first and the last token of the answer
-    name: str
-    size: int  # how many positions it takes
-
-
-class SquadQuestion(NamedTuple):
-    """What is asked about a paragraph, and what people answered."""
-
-    id: str
-    question: str
-    context: str
-    answers: list[str]
-    starts: list[int]  # the character of the context at which each begins
+HEAD_TASKS = ("image-classification", "text-classification", "token-classification", "question-answering")
+STRIDE = 128  # tokens that neighbouring windows of a context share
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -104,93 +89,8 @@ def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def read_squad(path: Path) -> list[SquadQuestion]:
-    """The questions of a file in the format of SQuAD 1.1, where all have an answer.
-
-    Raises OSError, or ValueError that names the question.
-    """
-    values, questions = read_json(path), []
-    try:
-        for paragraph in [paragraph for article in values["data"] for paragraph in article["paragraphs"]]:
-            for qa in paragraph["qas"]:
-                asked = (qa["id"], qa["question"], paragraph["context"])
-                texts = [answer["text"] for answer in qa["answers"]]
-                starts = [answer["answer_start"] for answer in qa["answers"]]
-                question = SquadQuestion(*asked, texts, starts)
-                check_squad_question(question, f"{path}: question {question.id}")
-                questions.append(question)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: is not in SQuAD's format: {type(error).__name__}: {error}") from None
-    if not questions:
-        raise ValueError(f"{path}: holds no questions")
-    return questions
-
-
-def check_squad_question(question: SquadQuestion, where: str) -> None:
-    """Raise ValueError where a field is no text, or an answer does not stand where it should."""
-    for field in ("id", "question", "context"):
-        check_text(getattr(question, field), where, field)
-    if not question.answers:
-        raise ValueError(f"{where}: has no answers")
-    for answer, start in zip(question.answers, question.starts):
-        check_text(answer, where, "answers")
-        found = question.context[start : start + len(answer)] if type(start) is int and start >= 0 else None
-        if found != answer or not answer:
-            raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start!r} of its context")
-
-
 # ---------------------------------------------------------------------------------------------------
 # What encoders read
-
-
-class Span(NamedTuple):
-    """A question as RoBERTa reads it, <s> question </s> </s> context </s>, and where in the context its tokens are."""
-
-    ids: list[int]
-    first: int  # the position of the context's first token
-    offsets: list[tuple[int, int]]  # from which character of the context to which each of its tokens goes
-
-    def positions(self, start: int, end: int) -> tuple[int, int] | None:
-        """Of the first and the last token of those characters; None where the context was cut before their end."""
-        inside = [i for i, (begin, stop) in enumerate(self.offsets) if begin < end and stop > start]
-        if not inside or self.offsets[-1][1] < end:
-            return None
-        return self.first + inside[0], self.first + inside[-1]
-
-    def text(self, context: str, first: int, last: int) -> str:
-        """What stands at the tokens from one position to another."""
-        return context[self.offsets[first - self.first][0] : self.offsets[last - self.first][1]].strip()
-
-
-def span_of(question: SquadQuestion, tokenizer: RobertaTokenizer, max_length: int) -> Span:
-    """The question, and as much of its context as fits."""
-    asked = [tokenizer.bos_id, *tokenizer.encode(question.question.strip()), tokenizer.eos_id, tokenizer.eos_id]
-    ids, offsets = tokenizer.encode_with_offsets(question.context)
-    room = max(0, max_length - len(asked) - 1)
-    return Span([*asked, *ids[:room], tokenizer.eos_id][:max_length], len(asked), offsets[:room])
-
-
-class LabelledData(NamedTuple):
-    """What there is to learn from a file."""
-
-    examples: list[Labelled]
-    classes: list[str]  # none for spans
-    cut: int = 0  # texts that were too long
-    dropped: int = 0  # questions whose answer is in what was cut
-
-
-def labelled_questions(
-    questions: Sequence[SquadQuestion], tokenizer: RobertaTokenizer, max_length: int
-) -> LabelledData:
-    """Those whose first answer is in what fits of the context."""
-    examples, cut = [], 0
-    for question in questions:
-        span = span_of(question, tokenizer, max_length)
-        cut += not span.offsets or span.offsets[-1][1] < len(question.context)
-        positions = span.positions(question.starts[0], question.starts[0] + len(question.answers[0]))
-        if positions is not None:
-            examples.append(Labelled(torch.tensor(span.ids), positions, f"question {question.id}", len(span.ids)))
-    return LabelledData(examples, [], cut, len(questions) - len(examples))
 
 
 def read_labelled(
@@ -201,18 +101,26 @@ def read_labelled(
     max_length: int,
     classes: Sequence[str] = (),
     limit: int | None = None,
+    stride: int = STRIDE,
 ) -> LabelledData:
     """A data file for an encoder from the folder `base`; the classes are those that occur, unless they are given.
 
-    Raises OSError or ValueError, naming file and record.
+    Those of tags are the head's of the base where it knows them all. Raises OSError or ValueError, naming the record.
     """
     check_head_task(task, model, base)
     if task == "question-answering":
-        return labelled_questions(subset(read_squad(data), limit), roberta_tokenizer(model, base), max_length)
+        questions, tokenizer = subset(read_squad(data), limit), roberta_tokenizer(model, base)
+        with named(data):
+            return labelled_questions(questions, tokenizer, max_length, stride)
+    if task == "token-classification":
+        sentences = read_conll(data)
+        classes = list(classes) or tag_classes(sentences, head_labels(base))
+        check_classes(classes, data)
+        with named(data):
+            return labelled_sentences(subset(sentences, limit), roberta_tokenizer(model, base), max_length, classes)
     rows = (read_labelled_images if task == "image-classification" else read_labelled_texts)(data)
     classes = list(classes) or class_names([label for _, label, _ in rows])
-    if len(classes) < 2:
-        raise ValueError(f"{data}: has only one class, {classes[0]!r}: there is nothing to tell apart")
+    check_classes(classes, data)
     tokenizer = None if isinstance(model, ViT) else roberta_tokenizer(model, base)
     examples, cut = [], 0
     for source, label, name in subset(rows, limit):
@@ -230,29 +138,14 @@ def read_labelled(
     return LabelledData(examples, classes, cut)
 
 
+def check_classes(classes: Sequence[str], data: Path) -> None:
+    """Raise ValueError where there is but one."""
+    if len(classes) < 2:
+        raise ValueError(f"{data}: has only one class, {classes[0]!r}: there is nothing to tell apart")
+
+
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
     """Raise ValueError where the model cannot do it."""
     if isinstance(model, ViT) != (task == "image-classification"):
         needed = "a vision transformer" if task == "image-classification" else "a RoBERTa"
         raise ValueError(f"{base}: --task {task} needs {needed}")
-
-
-def roberta_tokenizer(model: Roberta, base: Path) -> RobertaTokenizer:
-    """The tokenizer in the base's folder. Raises FileNotFoundError, or ValueError where it does not fit."""
-    tokenizer = RobertaTokenizer(base)
-    largest = max(tokenizer.ids)
-    if largest >= model.config.vocab_size:
-        raise ValueError(f"{base}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} words")
-    return tokenizer
-
-
-def class_names(labels: Sequence[str]) -> list[str]:
-    """Each once, numbers by size."""
-    return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
-
-
-def subset(rows: list, limit: int | None) -> list:
-    """At most so many, drawn from all of them, for files are often sorted by class."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:limit])]

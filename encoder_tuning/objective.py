@@ -2,6 +2,7 @@
 
 image classification    the class token's state to classes
 text classification     the state of <s> to classes
+token classification    each word's first token's state to tags
 question answering      each token's state to how well the answer begins and ends there
 
 Notation as in adapter.py.
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import group_by_size
-from encoder_tuning.data import Labelled, SquadQuestion, span_of
+from data import IGNORE, group_by_size
+from encoder_tuning.labelled import Labelled
+from encoder_tuning.squad import NO_ANSWER, ContextWindow
 from encoders.heads import HeadAdapter
 from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
@@ -26,12 +28,13 @@ from train import Objective
 def labelled_batches(examples: Sequence[Labelled], max_tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Inputs and labels of the examples, shortest first, of at most `max_tokens` positions (or one example) together.
 
-    Inputs are ids (B, T), padded to the right, or pixels (B, c, S, S); labels (B, 1) or (B, 2).
+    Inputs are ids (B, T), padded to the right, or pixels (B, c, S, S); labels (B, 1), (B, 2), or (B, T), padded, too.
     """
     batches = []
     for part in group_by_size(examples, max_tokens):
         inputs = pad_sequence([example.inputs for example in part], True, RobertaTokenizer.pad_id)
-        batches.append((inputs, torch.tensor([example.labels for example in part])))
+        labels = pad_sequence([torch.tensor(example.labels) for example in part], True, IGNORE)
+        batches.append((inputs, labels))
     return batches
 
 
@@ -47,6 +50,11 @@ def class_scores(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> 
     return adapter.head(encoder_states(model, adapter, inputs)[:, 0])[:, :, None]
 
 
+def tag_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
+    """Of every tag at every token, (B, classes, T)."""
+    return adapter.head(encoder_states(model, adapter, inputs)).transpose(1, 2)
+
+
 def span_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
     """How well the answer begins and ends at every token, (B, T, 2); -inf where there is padding."""
     scores = adapter.head(encoder_states(model, adapter, inputs))
@@ -54,7 +62,7 @@ def span_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
 
 
 def num_labels(examples: Sequence[Labelled]) -> int:
-    return sum(len(example.labels) for example in examples)
+    return sum(label != IGNORE for example in examples for label in example.labels)
 
 
 def label_loss(
@@ -64,16 +72,23 @@ def label_loss(
     batch: tuple[Tensor, Tensor] | None,
     checkpoint_activations: bool = False,
 ) -> Tensor:
-    """Cross entropy, summed over the labels, a class or the ends of a span; for None a zero that has a gradient."""
+    """Cross entropy, summed over the labels: a class, the ends of a span, or tags; for None a zero with a gradient."""
     if batch is None:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
     inputs, labels = batch
     scores = score(model, adapter, inputs)  # (B, classes or T, labels)
-    return F.cross_entropy(scores, labels.to(scores.device), reduction="sum")
+    return F.cross_entropy(scores, labels.to(scores.device), ignore_index=IGNORE, reduction="sum")
 
 
 CLASSIFICATION = Objective(num_labels, labelled_batches, partial(label_loss, class_scores))
+TAGS = Objective(num_labels, labelled_batches, partial(label_loss, tag_scores))
 SPANS = Objective(num_labels, labelled_batches, partial(label_loss, span_scores))
+OBJECTIVES = {  # by task
+    "image-classification": CLASSIFICATION,
+    "text-classification": CLASSIFICATION,
+    "token-classification": TAGS,
+    "question-answering": SPANS,
+}
 
 
 @torch.no_grad()
@@ -86,41 +101,48 @@ def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labe
 
 
 @torch.no_grad()
+def predict_tags(
+    model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
+) -> list[list[int]]:
+    """The likeliest tag of each word of each example."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    likeliest = []
+    for inputs, labels in labelled_batches(examples, max_tokens):
+        best = tag_scores(model, adapter, inputs).argmax(dim=1).cpu()  # (B, T)
+        likeliest += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]
+    return [tags for _, tags in sorted(zip(order, likeliest))]
+
+
+@torch.no_grad()
 def answer_squad(
     model: Roberta,
     adapter: HeadAdapter,
-    tokenizer: RobertaTokenizer,
-    question: SquadQuestion,
-    max_length: int,
+    windows: Sequence[ContextWindow],
+    context: str,
+    no_answer_threshold: float | None = None,
     longest: int = 30,
 ) -> str:
-    """The likeliest span of at most `longest` tokens of the context."""
-    span = span_of(question, tokenizer, max_length)
-    if not span.offsets:
+    """The likeliest span of at most `longest` tokens of the context, over all of its windows.
+
+    Nothing, where <s> outscores it by more than the threshold, in every window; None is for questions that all have an
+    answer.
+    """
+    best, text, no_answer = -torch.inf, "", torch.inf
+    for window in windows:
+        begin, end = span_scores(model, adapter, torch.tensor([window.ids]))[0].unbind(dim=1)  # (T,) each
+        # Most windows do not hold the answer, and say so; the one that does is the least sure that there is none.
+        no_answer = min(no_answer, (begin[NO_ANSWER[0]] + end[NO_ANSWER[1]]).item())
+        part = slice(window.first, window.first + len(window.offsets))
+        pairs = begin[part, None] + end[None, part]  # of every first and last token
+        allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
+        pairs = pairs.masked_fill(~allowed, -torch.inf)
+        if window.offsets and (score := pairs.max().item()) > best:
+            first, last = divmod(pairs.argmax().item(), len(window.offsets))
+            best, text = score, window.text(context, window.first + first, window.first + last)
+    if no_answer_threshold is not None and no_answer - best > no_answer_threshold:
         return ""
-    begin, end = span_scores(model, adapter, torch.tensor([span.ids]))[0].unbind(dim=1)  # (T,) each
-    context = slice(span.first, span.first + len(span.offsets))
-    pairs = begin[context, None] + end[None, context]  # of every first and last token
-    allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
-    first, last = divmod(pairs.masked_fill(~allowed, -torch.inf).argmax().item(), len(span.offsets))
-    return span.text(question.context, span.first + first, span.first + last)
+    return text
 
 
 def accuracy(predicted: Sequence[int], labels: Sequence[int]) -> float:
     return sum(map(int.__eq__, predicted, labels)) / len(labels)
-
-
-def squad_metric() -> Callable[..., dict]:
-    """torchmetrics' own. Raises ValueError where it is not installed."""
-    try:
-        from torchmetrics.functional.text import squad
-    except ImportError:
-        raise ValueError("SQuAD's scores need a package that is not installed: pip install torchmetrics") from None
-    return squad
-
-
-def squad_scores(texts: Sequence[str], questions: Sequence[SquadQuestion]) -> dict[str, float]:
-    """Of answers, `exact_match` and `f1` (Rajpurkar et al., 2016), both in [0, 1]. Raises as `squad_metric`."""
-    predicted = [{"id": str(i), "prediction_text": text} for i, text in enumerate(texts)]
-    expected = [{"id": str(i), "answers": {"text": question.answers}} for i, question in enumerate(questions)]
-    return {name: score.item() / 100 for name, score in squad_metric()(predicted, expected).items()}

@@ -39,7 +39,8 @@ class HeadAdapter(Adapter):
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
         if not weights or any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             raise ValueError("has no head: it is not an adapter for an encoder")
-        whole_number("max_seq_len", metadata.get("max_seq_len", "512"))
+        for name, default, least in (("max_seq_len", 512, 1), ("stride", 0, 0), ("unanswerable", 0, 0)):
+            whole_number(name, metadata.get(name, str(default)), least, 2**31 - 1)
         classes = parse_json(metadata.get("classes", "[]"), "its classes")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError("its classes are no list of names")

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adapter import gated_attention
-from encoder_tuning.data import Labelled, read_labelled
+from data import hold_out
+from encoder_tuning.data import read_labelled
+from encoder_tuning.labelled import Labelled
 from encoder_tuning.objective import CLASSIFICATION, accuracy, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
@@ -32,7 +34,7 @@ from train import TrainConfig, learning_rate, make_optimizer
 
 METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
 TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-# The best of these for each method on a tenth of the training digits, as --search finds them.
+# The best of these for each method, asked about the first tenth of the training digits; --search draws its tenth.
 VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.01}
 # Guessed from those, not searched.
 ROBERTA_RATES = {"head only": 0.01, "prompts and gates": 0.03, "no gates": 0.03, "LoRA": 0.01, "full tuning": 0.001}
@@ -106,11 +108,15 @@ def compare_encoder_methods(
 
 
 def search_encoder_rates(sets: LabelledSets, setting: EncoderSetting) -> None:
-    """Every method at every learning rate, asked about the first tenth of the examples; ValueError if there is none."""
+    """Every method at every learning rate, asked about a tenth of the examples; ValueError if there is none.
+
+    The tenth is drawn from all of them, the same for every run: in files that are sorted by class the first has one.
+    """
     tenth = len(sets.training) // 10
     if not tenth:
         raise ValueError(f"{len(sets.training)} examples have no tenth to try learning rates on")
-    inner = LabelledSets(sets.base, sets.training[tenth:], sets.training[:tenth], sets.num_classes)
+    training, asked = hold_out(sets.training, tenth, seed=0)
+    inner = LabelledSets(sets.base, training, asked, sets.num_classes)
     for lr in TRIED_RATES:
         compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0])
 

@@ -158,6 +158,17 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
     return head.requires_grad_(True)
 
 
+def head_labels(folder: Path) -> list[str]:
+    """What a Hugging Face folder calls the outputs of its head, in their order; none where it does not say.
+
+    Raises ValueError where config.json cannot be read.
+    """
+    file = folder / "config.json"
+    labels = read_json_object(file).get("id2label") if file.is_file() else None
+    names = [labels.get(str(i)) for i in range(len(labels))] if isinstance(labels, dict) else []
+    return names if all(isinstance(name, str) for name in names) else []
+
+
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
     """CLIP's vision tower, frozen. Raises as `load_encoder` does, and ValueError where it is another encoder."""
     path = Path(path)

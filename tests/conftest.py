@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing: a name of the Hub'
 import pytest
 import torch
 from helpers import CHATML, DATA, KINDS, ROOT, copy_base, make_adapter, save_chatml, save_hugging_face
-from helpers import split_for_parallel
+from helpers import save_reader, split_for_parallel
 
 from encoders.models import ViTConfig
 from formats.bases import base_fingerprint, load_llama, read_base
@@ -120,6 +120,11 @@ def bpe(tmp_path_factory):
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     return folder
+
+
+@pytest.fixture
+def reader(tmp_path, bpe):
+    return save_reader(tmp_path / "roberta", bpe)
 
 
 @pytest.fixture(scope="session")

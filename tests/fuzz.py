@@ -283,7 +283,7 @@ def read_adapter(path):
 
 
 def read_head_adapter(path):
-    from encoder_tuning.__main__ import TunedEncoder
+    from encoder_tuning.tuned import TunedEncoder
     from formats.encoders import save_encoder
 
     save_encoder(make_roberta(), path.parent / "base")
@@ -590,7 +590,7 @@ def read_encoder(path):
 
     model, head = load_encoder(path.parent if path.suffix != ".pt" else path)
     if isinstance(model, Roberta):
-        from encoder_tuning.data import roberta_tokenizer
+        from encoder_tuning.labelled import roberta_tokenizer
 
         ids = roberta_tokenizer(model, path.parent).encode("the km")[: model.config.max_length]
         model(torch.tensor([ids]))
@@ -654,9 +654,20 @@ def squad(folder):
 
 
 def read_questions(path):
-    from encoder_tuning.data import read_squad
+    from encoder_tuning.squad import read_squad
 
     read_squad(path)
+
+
+def conll(folder):
+    (folder / "a.conll").write_text("-DOCSTART- O\n\nAnna B-PER\nwent O\n\nLima I-LOC\n")
+    return folder / "a.conll"
+
+
+def read_columns(path):
+    from encoder_tuning.conll import read_conll
+
+    read_conll(path)
 
 
 def scienceqa(folder):
@@ -784,6 +795,7 @@ KINDS = {
     "npz": (npz, npz_arrays, read_npz),
     "tsv": (tsv, text_lines, read_tsv),
     "squad": (squad, text_json, read_questions),
+    "conll": (conll, text_lines, read_columns),
     "scienceqa": (scienceqa, text_json, read_scienceqa),
     "splits": (beside(scienceqa, "pid_splits.json"), text_json, read_scienceqa),
     "results": (beside(scienceqa, "results.json"), text_json, read_scienceqa),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from adapter import Adapter
 from benchmarks import measuring
 from data import Tokens
+from encoders.heads import HeadAdapter
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from model import Config, LLaMA
 from training.run_files import read_metrics
@@ -267,6 +268,30 @@ def make_roberta(seed=0, **options):
     return model.requires_grad_(False)
 
 
+def save_reader(folder, bpe):
+    """A RoBERTa in Hugging Face's layout, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48,
+    )  # fmt: skip
+    vary(transformers.RobertaModel(config)).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text((bpe / name).read_text())
+    return folder
+
+
+def make_head_adapter(model, classes, gates=True, **more):
+    config = model.config
+    adapter = HeadAdapter(
+        layers=2, length=4, dim=config.dim, heads=config.n_heads, widths=[config.dim, classes],
+        generator=torch.Generator().manual_seed(1), **more,
+    )  # fmt: skip
+    if gates:
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
+    return adapter
+
+
 SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
 
 
@@ -466,6 +491,20 @@ def film(path, colours):
                 frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
                 file.mux(stream.encode(frame))
         file.mux(stream.encode())
+
+
+def tune(*args):
+    """python -m encoder_tuning train, in this process."""
+    from encoder_tuning.__main__ import main
+
+    return CliRunner().invoke(main, ["train", *map(str, args)])
+
+
+def ask(*args):
+    """python -m encoder_tuning evaluate, in this process."""
+    from encoder_tuning.__main__ import main
+
+    return CliRunner().invoke(main, ["evaluate", *map(str, args)])
 
 
 def tune_rank(args):

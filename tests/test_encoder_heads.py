@@ -22,6 +22,11 @@ def test_the_file_has_the_head(tmp_path, widths):
     assert names == {"prompts", "gates"} | {
         f"head.{i}.{k}" for i in range(0, 2 * len(widths) - 2, 2) for k in ("weight", "bias")
     }
+    for name, value in (("stride", "-1"), ("unanswerable", "many"), ("max_seq_len", "0")):
+        adapter.save(tmp_path / "b.safetensors", task="question-answering", **{name: value})
+        with pytest.raises(ValueError, match=f"b.safetensors: {name}"):
+            HeadAdapter.load(tmp_path / "b.safetensors")
+        del adapter.metadata[name]
     Adapter(layers=1, length=1, dim=8, heads=2).save(tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match="text.safetensors: has no head: it is not an adapter for an encoder"):
         HeadAdapter.load(tmp_path / "text.safetensors")

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from helpers import HALF, make_vit, timm_names
 from torch.nn.functional import cross_entropy
 
-from encoder_tuning.data import Labelled
+from encoder_tuning.labelled import Labelled
 from encoder_tuning.objective import CLASSIFICATION
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViTConfig
@@ -43,6 +43,22 @@ def test_every_method_learns(tmp_path, method):
     }[method]  # fmt: skip
     if method == "no gates":
         assert adapter.gates.abs().max() == 0
+
+
+def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
+    """From a file that is sorted by class: both classes are asked about, the same examples at every rate."""
+    examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
+    seen = []
+    monkeypatch.setattr(encoders, "compare_encoder_methods", lambda sets, *_: seen.append(sets))
+    sets = encoders.LabelledSets(tmp_path, examples, [], 2)
+    encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
+    encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
+    asked = [example.name for example in seen[0].testing]
+    assert len(asked) == 10 and {example.labels for example in seen[0].testing} == {(0,), (1,)}
+    assert {example.labels for example in seen[0].training} == {(0,), (1,)}
+    assert sorted(asked + [example.name for example in seen[0].training]) == sorted(e.name for e in examples)
+    assert len(seen) == 2 * len(encoders.TRIED_RATES)
+    assert all([example.name for example in sets.testing] == asked for sets in seen)
 
 
 def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import SEEING, make_vit, openai_names, save_coco, save_problem_images, save_problems, vary
+from helpers import SEEING, make_vit, openai_names, save_coco, save_problem_images, save_problems, save_reader, vary
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -98,10 +98,13 @@ LINES = {
         f"--task image-classification --base {{vit}} --data {{digits}}.npz --limit 30 --out {{new}} {ADAPTER} {RUN} "
         "--lr 0.01 --max-seq-len 100 --val-size 4 --micro-batch-tokens 100 --resume auto",
         "--task image-classification --base {vit} --data {digits}.npz --blr 0.1 --layers 1 --epochs 3 --out {new}",
+        "--task question-answering --base {reader} --data {squad} --max-seq-len 30 --stride 8 --layers 1 --epochs 3 "
+        "--device cpu --out {new}",
     ],
     "encoder_tuning evaluate": [
         "--task image-classification --adapter {head} --base {vit} --data {digits}.npz --limit 5 --out {new} "
         "--micro-batch-tokens 100 --device cpu --dtype float32",
+        "--adapter {asked} --data {squad} --stride 100 --no-answer-threshold 0.5 --device cpu --out {new}",
     ],
     "benchmarks train": [
         f"{BENCH} --json {{new}}.json --examples 4 --batch-size 2 --micro-batch-tokens 500 --checkpoint-activations",
@@ -189,7 +192,7 @@ def test_every_option_is_explained_and_has_a_line_here(name):
 
 
 @pytest.fixture(scope="module")
-def places(tiny_base, instructions, tmp_path_factory):
+def places(tiny_base, instructions, bpe, tmp_path_factory):
     """Files that the lines name."""
     folder = tmp_path_factory.mktemp("options")
     for name in ("album", "science", "coco", "vit", "grouped"):
@@ -240,9 +243,14 @@ def places(tiny_base, instructions, tmp_path_factory):
     np.savez(folder / "digits.npz", images=images, labels=np.arange(40) % 2)
     head = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=[32, 2])
     head.save(folder / "head", base=folder / "vit", base_layers=3, task="image-classification", classes='["0", "1"]')
+    about = {"base": save_reader(folder / "reader", bpe), "base_layers": 2, "task": "question-answering"}
+    HeadAdapter(layers=1, length=3, dim=32, heads=4, widths=[32, 2]).save(folder / "asked", **about)
+    questions = [{"id": str(i), "question": "Where?", "answers": [], "is_impossible": True} for i in range(8)]
+    paragraph = {"context": "Anna went home by the river.", "qas": questions}
+    (folder / "squad").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     (folder / "text").write_text("The capital of Peru is Lima, and Anna went home.\n" * 100)
     names = ("album", "science", "coco", "vit", "grouped", "text_only", "seeing", "heard", "theirs", "one_gate", "lit")
-    names += ("digits", "head", "text")
+    names += ("digits", "head", "text", "reader", "asked", "squad")
     return {name: folder / name for name in names} | {"base": tiny_base, "forty": instructions}
 
 

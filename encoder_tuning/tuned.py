@@ -1,0 +1,134 @@
+"""What a tuned encoder answers, task by task, and how right that is."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from encoder_tuning.conll import OUTSIDE, check_tag, entity_metric, entity_scores, read_conll
+from encoder_tuning.data import HEAD_TASKS, STRIDE, check_head_task, read_labelled
+from encoder_tuning.labelled import roberta_tokenizer, subset
+from encoder_tuning.objective import accuracy, answer_squad, classify, predict_tags
+from encoder_tuning.squad import context_windows, read_squad, squad_scores
+from encoders.heads import HeadAdapter, head_adapter
+from encoders.models import Roberta, ViT
+from formats.encoders import head_labels, load_encoder
+from formats.tensors import named
+from runtime.cli import warn
+from runtime.fingerprints import hash_tensors
+
+
+def encoder_fingerprint(model: ViT | Roberta) -> str:
+    """A hash of a few weights."""
+    return hash_tensors([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
+
+
+def suits(head: nn.Sequential | None, task: str) -> bool:
+    """Whether a head that an encoder came with is one for the task.
+
+    RoBERTa's for sentences has two linear layers. Its others have one, for the two ends of an answer or for more tags.
+    """
+    if head is None or task == "image-classification":
+        return head is not None
+    if len(head) > 1 or task == "text-classification":
+        return len(head) > 1 and task == "text-classification"
+    return (head[0].out_features == 2) == (task == "question-answering")
+
+
+class TunedEncoder:
+    """An encoder with an adapter, or with the head that it came with. Raises OSError or ValueError."""
+
+    def __init__(
+        self, adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
+    ):
+        adapter = HeadAdapter.load(adapter_path).to(device) if adapter_path else None
+        metadata = adapter.metadata if adapter else {}
+        task, base = task or metadata.get("task"), base or metadata.get("base")
+        if task not in HEAD_TASKS or base is None:
+            raise ValueError("--base and --task are missing, and no adapter says them")
+        if task != metadata.get("task", task):
+            raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
+        model, own_head = load_encoder(base, dtype, device)
+        check_head_task(task, model, Path(base))
+        if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
+            warn(f"{adapter_path} was tuned on other weights than those of {base}")
+        if adapter is None:
+            if not suits(own_head, task):
+                raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
+            adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
+        adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
+        self.model, self.adapter, self.task, self.base = model, adapter, task, Path(base)
+        self.name = adapter_path or base
+        self.max_length = min(int(metadata.get("max_seq_len", 512)), getattr(model.config, "max_length", 2**20))
+
+    def evaluate_squad(
+        self, data: Path, limit: int | None, stride: int | None, no_answer_threshold: float | None
+    ) -> dict[str, str]:
+        """Say exact match and F1; returns the answers by question. Raises OSError or ValueError.
+
+        Without a threshold it is 0 after tuning on unanswerable questions; else every question gets an answer.
+        """
+        metadata = self.adapter.metadata
+        stride = int(metadata.get("stride", STRIDE)) if stride is None else stride
+        if no_answer_threshold is None and int(metadata.get("unanswerable", 0)):
+            no_answer_threshold = 0.0
+        tokenizer, questions = roberta_tokenizer(self.model, self.base), subset(read_squad(data), limit)
+        with named(data):
+            windows = [context_windows(question, tokenizer, self.max_length, stride) for question in questions]
+        bar = tqdm(zip(windows, questions), total=len(questions), unit="question", file=sys.stderr)
+        texts = [
+            answer_squad(self.model, self.adapter, parts, question.context, no_answer_threshold)
+            for parts, question in bar
+        ]
+        answered = list(zip(texts, questions))
+        kinds = {"questions": answered}
+        if not all(question.answers for question in questions):
+            kinds["answerable"] = [pair for pair in answered if pair[1].answers]
+            kinds["unanswerable"] = [pair for pair in answered if not pair[1].answers]
+        for kind, pairs in kinds.items():
+            if pairs:
+                scores = squad_scores(*zip(*pairs))
+                click.echo(f"{len(pairs):,} {kind}: exact match {scores['exact_match']:.2%}, F1 {scores['f1']:.2%}")
+        return {question.id: text for text, question in answered}
+
+    def evaluate_tags(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, list[str]]:
+        """Say F1, precision and recall of entities; returns the tags by sentence. Raises OSError or ValueError."""
+        entity_metric()  # or say at once that it is missing
+        outputs = self.adapter.head[-1].out_features
+        classes = json.loads(self.adapter.metadata.get("classes", "null")) or head_labels(self.base)
+        if len(classes) != outputs:
+            raise ValueError(f"{self.name}: names {len(classes)} classes, its head has {outputs} outputs")
+        for name in classes:
+            check_tag(name, f"{self.name}: its classes")
+        found = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit)
+        predicted = predict_tags(self.model, self.adapter, found.examples, max_tokens)
+        by_name = {example.name: tags for example, tags in zip(found.examples, predicted)}
+        sentences, answers = subset(read_conll(data), limit), {}
+        for sentence in sentences:
+            tags = [classes[best] for best in by_name.get(sentence.name, [])]
+            answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # of words that were cut off
+        scores = entity_scores([*answers.values()], [sentence.tags for sentence in sentences])
+        click.echo(
+            f"{len(sentences):,} sentences ({found.cut:,} cut to fit), {scores['entities']:,.0f} entities: F1 "
+            f"{scores['f1']:.2%}, precision {scores['precision']:.2%}, recall {scores['recall']:.2%}"
+        )
+        return answers
+
+    def evaluate_classes(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
+        """Say the accuracy, and that of the commonest class; returns classes by example. Raises as others do."""
+        outputs = self.adapter.head[-1].out_features
+        classes = json.loads(self.adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
+        examples = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples
+        predicted = classify(self.model, self.adapter, examples, max_tokens)
+        labels = [example.labels[0] for example in examples]
+        share, [(commonest, number)] = accuracy(predicted, labels), Counter(labels).most_common(1)
+        click.echo(
+            f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} right); "
+            f"always {classes[commonest]!r}: {number / len(labels):.2%}"
+        )
+        return {example.name: classes[best] for example, best in zip(examples, predicted)}

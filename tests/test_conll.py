@@ -1,0 +1,244 @@
+"""Token classification: CoNLL's columns, a label for each word, and entities."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import ask, make_head_adapter, make_roberta, make_tokens, tune, vary
+from safetensors.torch import load_file
+
+from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
+from encoder_tuning.labelled import Labelled
+from encoder_tuning.objective import TAGS, labelled_batches, predict_tags, tag_scores
+from encoder_tuning.tuned import suits
+from encoders.heads import head_adapter
+from formats.encoders import head_labels, load_encoder
+from formats.roberta_tokenizer import RobertaTokenizer
+
+TAG_NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]  # in no alphabetical order
+TEXT = """-DOCSTART- -X- -X- O
+
+the DT B-NP O
+river NN I-NP B-LOC
+Km NN I-NP I-LOC
+
+Anna\tNNP\tB-PER
+ went VBD O
+"""
+
+
+def conll(folder, text=TEXT):
+    (folder / "a.conll").write_text(text)
+    return folder / "a.conll"
+
+
+def test_columns(tmp_path):
+    expected = [
+        TaggedSentence(["the", "river", "Km"], ["O", "B-LOC", "I-LOC"], "sentence 0"),
+        TaggedSentence(["Anna", "went"], ["B-PER", "O"], "sentence 1"),
+    ]
+    assert read_conll(conll(tmp_path)) == expected
+    assert read_conll(conll(tmp_path, TEXT.replace("\n", "\r\n"))) == expected
+    assert read_conll(conll(tmp_path, TEXT.rstrip())) == expected
+    # A space that is part of a word, and a character that Python takes for the end of a line.
+    odd = read_conll(conll(tmp_path, "10\u00a0km B-LOC\na\u2028b O\n"))
+    assert odd[0].words == ["10\u00a0km", "a\u2028b"]
+    for text, message in (
+        ("Anna B-PER\nwent\n", "a.conll: line 2: has 1 column"),
+        ("Anna S-PER\n", "a.conll: line 1: the tag 'S-PER' is neither O nor B-... nor I-..."),
+        ("Anna B-\n", "line 1: the tag 'B-' is neither"),
+        ("-DOCSTART- O\n\n", "a.conll: holds no sentences"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_conll(conll(tmp_path, text))
+
+
+def test_iob1_becomes_bio():
+    """By hand; entities that follow each other are told apart in both."""
+    for tags, bio in (
+        ("I-A I-A O I-A", "B-A I-A O B-A"),
+        ("I-A B-A I-A", "B-A B-A I-A"),
+        ("I-A I-B I-B", "B-A B-B I-B"),
+        ("B-A I-A O O B-B", "B-A I-A O O B-B"),
+        ("B-A I-B", "B-A B-B"),
+    ):
+        assert to_bio(tags.split()) == bio.split()
+        assert to_bio(bio.split()) == bio.split()
+
+
+@pytest.mark.parametrize("max_length", [100, 9, 8, 7, 3, 2])
+def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
+    """Tokens are those that transformers makes of words, the first of each those that it says."""
+    transformers = pytest.importorskip("transformers")
+    files = [str(bpe / name) for name in ("vocab.json", "merges.txt")]
+    theirs = transformers.RobertaTokenizer(*files, add_prefix_space=True)
+    words, tags = ["the", "Añil", "don't", "12", "km"], ["O", "B-LOC", "I-LOC", "B-PER", "O"]
+    data = labelled_sentences([TaggedSentence(words, tags, "sentence 0")], RobertaTokenizer(bpe), max_length, TAG_NAMES)
+    if max_length == 2:
+        assert (data.examples, data.dropped, data.cut) == ([], 1, 1)
+        return
+    encoded = theirs(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    expected, before = [], None
+    for word in encoded.word_ids():
+        expected.append(-100 if word is None or word == before else TAG_NAMES.index(tags[word]))
+        before = word
+    (example,) = data.examples
+    assert example.inputs.tolist() == encoded.input_ids and list(example.labels) == expected
+    assert (data.cut, data.dropped) == (int(max_length < 100), 0)
+    assert TAGS.num_targets([example]) == sum(label != -100 for label in expected) > 0
+
+
+def test_classes():
+    """In the order of the base's head where it knows all, else sorted."""
+    sentences = [TaggedSentence(["a", "b"], ["B-LOC", "O"], "sentence 0")]
+    assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
+    assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
+    with pytest.raises(ValueError, match="sentence 0: its tag 'B-LOC' is none of O, B-PER"):
+        labelled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
+
+
+def test_tags_are_in_the_order_of_the_examples():
+    """Each as alone, however they are put together; gates are open."""
+    model = make_roberta()
+    adapter, examples = make_head_adapter(model, 3), []
+    for i, size in enumerate((9, 5, 12, 7, 5)):
+        labels = tuple(-100 if t % 3 else 0 for t in range(size))
+        examples.append(Labelled(make_tokens(model, size, seed=i).clamp(min=3), labels, str(i), size))
+    with torch.no_grad():
+        scores = [adapter.head(model.encode(example.inputs[None], adapter())[0]) for example in examples]
+        center = torch.cat(scores).mean(dim=0)
+        adapter.head[0].bias -= center  # so that not one tag is the likeliest of all
+    alone = [(score - center)[::3].argmax(dim=1).tolist() for score in scores]
+    assert len(set(sum(alone, []))) == 3
+    for max_tokens in (10, 1000):
+        assert predict_tags(model, adapter, examples, max_tokens) == alone
+
+
+def test_entities():
+    """By hand: an entity is found where its type and both of its ends are."""
+    pytest.importorskip("seqeval")
+    expected = ["B-A I-A O B-B O".split(), "B-A B-A O".split(), "O O".split()]
+    predicted = ["B-A I-A O B-A O".split(), "B-A I-A O".split(), "O B-B".split()]
+    # Expected 4: A 0-1, B 3, A 0, A 1. Predicted 4: A 0-1 (right), A 3 (type), A 0-1 (end), B 1 (nothing there).
+    scores = entity_scores(predicted, expected)
+    assert scores == pytest.approx({"precision": 1 / 4, "recall": 1 / 4, "f1": 1 / 4, "entities": 4})
+    scores = entity_scores([["O"] * len(tags) for tags in expected[:1]] + predicted[1:], expected)
+    assert scores == {"precision": 0, "recall": 0, "f1": 0, "entities": 4}
+    assert entity_scores([["B-A", "B-B"]], [["B-A", "O"]])["f1"] == pytest.approx(2 / 3)
+    assert entity_scores([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0, "entities": 0}
+
+
+def save_tagger(folder, bpe):
+    """transformers' RobertaForTokenClassification with a head that knows TAG_NAMES, and its tokenizer, in a folder."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48, id2label=dict(enumerate(TAG_NAMES)), layer_norm_eps=1e-5,
+    )  # fmt: skip
+    model = vary(transformers.RobertaForTokenClassification(config))
+    with torch.no_grad():  # so that not one tag is the likeliest of all words
+        ids = torch.randint(3, 266, (20, 12), generator=torch.Generator().manual_seed(0))
+        model.classifier.bias -= model(ids).logits.mean(dim=(0, 1))
+    model.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text((bpe / name).read_text())
+    return model
+
+
+SENTENCES = [  # the first tokens of words tell their tags
+    "the DT B-LOC\nkm NN I-LOC\nand CC O\nto TO B-PER\n"
+    if i % 2
+    else "Anna NN O\nto TO B-PER\nthe DT B-LOC\nkm NN I-LOC\n"
+    for i in range(16)
+]
+
+
+def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
+    """Of a batch with padding; only labelled words have a loss. The head is the model's own."""
+    theirs = save_tagger(tmp_path / "tagger", bpe)
+    model, head = load_encoder(tmp_path / "tagger")
+    assert suits(head, "token-classification") and not suits(head, "question-answering")
+    assert not suits(head, "text-classification") and head_labels(tmp_path / "tagger") == TAG_NAMES
+    adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
+    sentences = read_conll(conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
+    examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
+    ((ids, labels),) = labelled_batches(examples, 1000)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=(ids != 1).long(), labels=labels)
+        scores = tag_scores(model, adapter, ids).transpose(1, 2)
+    torch.testing.assert_close(scores[ids != 1], expected.logits[ids != 1], rtol=1e-4, atol=1e-4)
+    loss = sum(TAGS.loss_sum(model, adapter, batch) for batch in labelled_batches(examples, 40))
+    assert len(labelled_batches(examples, 40)) > 1 and (ids == 1).any()
+    assert (loss / TAGS.num_targets(examples)).item() == pytest.approx(expected.loss.item(), rel=1e-4)
+
+
+def test_a_head_that_a_base_came_with(bpe, tmp_path):
+    """Its tags are those of transformers; tuning begins from it; a head for something else is told from it."""
+    pytest.importorskip("seqeval")
+    theirs = save_tagger(tmp_path / "tagger", bpe)
+    args = ["--task", "token-classification", "--base", tmp_path / "tagger", "--device", "cpu"]
+    file = conll(tmp_path, "\n".join(SENTENCES))
+    result = ask(*args, "--data", file, "--out", tmp_path / "tags.json")
+    assert result.exit_code == 0, result.output
+    answers = json.loads((tmp_path / "tags.json").read_text())
+    tokenizer, seen = RobertaTokenizer(bpe), set()
+    for sentence in read_conll(file):
+        pieces = [tokenizer.encode(f" {word}") for word in sentence.words]
+        with torch.no_grad():
+            best = theirs(torch.tensor([[0, *sum(pieces, []), 2]])).logits[0].argmax(dim=1).tolist()
+        starts = [1 + sum(map(len, pieces[:i])) for i in range(len(pieces))]
+        assert answers[sentence.name] == [TAG_NAMES[best[start]] for start in starts]
+        seen |= set(answers[sentence.name])
+    assert len(seen) > 1, "one tag for all words tells nothing"
+
+    begun = tune(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
+    assert begun.exit_code == 0, begun.output
+    tensors = load_file(tmp_path / "run" / "adapter.safetensors")
+    assert torch.equal(tensors["head.0.weight"], theirs.classifier.weight)
+    wrong = ask("--base", tmp_path / "tagger", "--task", "question-answering", "--data", file)
+    assert wrong.exit_code == 2 and "has no head of its own for question-answering" in wrong.stderr
+    config = json.loads((tmp_path / "tagger" / "config.json").read_text())
+    for labels, message in (
+        (None, "names 0 classes, its head has 5 outputs"),
+        ({str(i): f"LABEL_{i}" for i in range(5)}, "its classes: the tag 'LABEL_0' is neither O nor"),
+    ):
+        (tmp_path / "tagger" / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+        unnamed = ask(*args, "--data", file)
+        assert unnamed.exit_code == 2 and message in unnamed.stderr, unnamed.output
+
+
+def test_a_run_on_tags(reader, tmp_path, monkeypatch):
+    """From columns to the scores of entities; words beyond --max-seq-len are outside of any."""
+    pytest.importorskip("seqeval")
+    file = conll(tmp_path, "\n".join(SENTENCES))
+    args = ["--data", file, "--device", "cpu"]
+    options = ["--epochs", 30, "--warmup-epochs", 1, "--batch-size", 4, "--val-size", 0, "--lr", 0.03, "--layers", 2]
+    options += ["--task", "token-classification", "--base", reader]
+    result = tune(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
+    assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 cut to fit" in result.stderr, result.output
+    tuned = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
+    scores = ask(*tuned, *args, "--out", tmp_path / "tags.json")
+    answers = json.loads((tmp_path / "tags.json").read_text())
+    assert answers == {sentence.name: sentence.tags for sentence in read_conll(file)}
+    entities = sum(tag[0] == "B" for tags in answers.values() for tag in tags)
+    expected = f"16 sentences (0 cut to fit), {entities} entities: F1 100.00%, precision 100.00%, recall 100.00%"
+    assert scores.exit_code == 0 and expected in scores.stdout, scores.output
+
+    cut = tune(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
+    assert cut.exit_code == 0 and ", 16 cut to fit" in cut.stderr, cut.output
+    short = ask("--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json")
+    answers = json.loads((tmp_path / "tags.json").read_text())
+    assert short.exit_code == 0 and "(16 cut to fit)" in short.stdout, short.output
+    assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
+    none = tune(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
+    assert none.exit_code == 2 and "of the 0 examples that fit: none is left" in none.stderr, none.output
+
+    new = ask(*tuned, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
+    assert new.exit_code == 2 and "a.conll: sentence 0: its tag 'B-NEW' is none of B-LOC, B-PER, I-LOC, O" in new.stderr
+    alike = tune("--data", conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
+    assert alike.exit_code == 2 and "a.conll: has only one class, 'O'" in alike.stderr, alike.output
+    monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
+    missing = ask(*tuned, *args)
+    assert missing.exit_code == 2 and "not installed: pip install seqeval" in missing.stderr
+    assert len(missing.stderr.strip().splitlines()) == 1
