@@ -44,6 +44,7 @@ BEST = {ZERO_INIT: 0.3, BY_MLP: 0.3, ONE_SOFTMAX: 0.3, GATES_AT_ONE: 0.3, LORA: 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the examples
 LEAST_STEPS = 30  # where examples are few there are more epochs
 TESTED = 40  # instructions of each kind
+PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # beside the methods: nothing is tuned
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Run:
     """One thing to do: tune, or ask the base alone."""
 
     label: str
-    method: str | None  # None is the base in the template, "" without it
+    method: str  # or PLAIN_WORDS, TEMPLATE
     lr: float = 0.0
     seed: int = 0
     share: float = 1.0  # of the examples
@@ -110,7 +111,7 @@ def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
 def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
     """Of one run: scores, perplexity of other stories, and the answers."""
     start, prompts, trained = time.perf_counter(), (), []
-    if not run.method:
+    if run.method in (PLAIN_WORDS, TEMPLATE):
         model, _ = load_llama(bed.base, bed.dtype, bed.device)
     else:
         tokens = bed.examples(run.share)
@@ -123,7 +124,7 @@ def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
         prompts = adapter(dtype=bed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     seconds = time.perf_counter() - start
-    texts = tell(bed, model, told, prompts, raw=run.method == "")
+    texts = tell(bed, model, told, prompts, raw=run.method == PLAIN_WORDS)
     return scores(told, texts) | {
         "perplexity": text_perplexity(model, bed.text, prompts),
         "trained": sum(parameter.numel() for parameter in trained),
@@ -184,7 +185,7 @@ def planned_runs(search: bool, curve: bool, seeds: int) -> list[Run]:
             for method in (ZERO_INIT, ONE_SOFTMAX, LORA)
             for seed in range(seeds)
         ]
-    base = [Run("the base as it is", ""), Run("the base in the template", None)]
+    base = [Run(PLAIN_WORDS, PLAIN_WORDS), Run(TEMPLATE, TEMPLATE)]
     return base + [Run(method, method, lr, seed) for method, lr in BEST.items() for seed in range(seeds)]
 
 
