@@ -16,7 +16,7 @@ from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Request, Responder
 from multimodal import ImageAdapter
-from runtime.cli import Count, bits_options, device_options, one_line_errors
+from runtime.cli import PATH, Count, bits_options, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import answering_ranks, rank, sync_errors
 from runtime.files import require_writable
@@ -100,7 +100,6 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
 # ---------------------------------------------------------------------------------------------------
 # The commands
 
-PATH = click.Path(path_type=Path)
 model_options = option_group(
     "Model",
     option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),

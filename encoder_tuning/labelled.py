@@ -46,8 +46,8 @@ def class_names(labels: Sequence[str]) -> list[str]:
     return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
-def subset(rows: list, limit: int | None) -> list:
+def subset(rows: list, limit: int | None, seed: int = 0) -> list:
     """At most so many, drawn from all of them, for files are often sorted by class."""
     if limit is None or limit >= len(rows):
         return rows
-    return [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:limit])]
+    return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from encoder_tuning.conll import OUTSIDE, check_tag, entity_metric, entity_scores, read_conll
-from encoder_tuning.data import HEAD_TASKS, STRIDE, check_head_task, read_labelled
+from encoder_tuning.conll import OUTSIDE, check_tag, entity_metric, entity_scores, labelled_sentences, read_conll
+from encoder_tuning.data import HEAD_TASKS, STRIDE, check_classes, check_head_task, read_labelled
 from encoder_tuning.labelled import roberta_tokenizer, subset
 from encoder_tuning.objective import accuracy, answer_squad, classify, predict_tags
 from encoder_tuning.squad import context_windows, read_squad, squad_scores
@@ -105,10 +105,13 @@ class TunedEncoder:
             raise ValueError(f"{self.name}: names {len(classes)} classes, its head has {outputs} outputs")
         for name in classes:
             check_tag(name, f"{self.name}: its classes")
-        found = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit)
+        check_classes(classes, data)
+        sentences, tokenizer = subset(read_conll(data), limit), roberta_tokenizer(self.model, self.base)
+        with named(data):
+            found = labelled_sentences(sentences, tokenizer, self.max_length, classes)
         predicted = predict_tags(self.model, self.adapter, found.examples, max_tokens)
         by_name = {example.name: tags for example, tags in zip(found.examples, predicted)}
-        sentences, answers = subset(read_conll(data), limit), {}
+        answers = {}
         for sentence in sentences:
             tags = [classes[best] for best in by_name.get(sentence.name, [])]
             answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # of words that were cut off

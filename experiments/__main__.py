@@ -32,14 +32,12 @@ from experiments.methods import WARMUP_EPOCHS
 from experiments.scienceqa import compare_on_scienceqa
 from experiments.sounds import ask_about_sounds
 from experiments.stages import compare_stages
-from experiments.tables import RESULTS, save_results
+from experiments.tables import out_option, save_results
 from experiments.testbed import TestbedOptions, read_testbed
-from runtime.cli import Count, Real, device_options, one_line_errors
+from runtime.cli import PATH, Count, Real, device_options, one_line_errors
 from tasks import TASKS
 from tasks.scienceqa import read as read_problems
 
-
-PATH = click.Path(path_type=Path)
 
 
 def testbed_options(command):
@@ -75,7 +73,7 @@ def testbed_options(command):
         option_group(
             "Run",
             option("--seeds", type=Count(), default=3, help="Runs of everything."),
-            option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+            out_option,
         ),
     ]
     for group in reversed(groups):

@@ -64,7 +64,7 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     """
     N, default = testbed.n_layers, testbed.default
     counts = {max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers, N - 2, N - 1}
-    counts = sorted(counts - {0, -1})
+    counts = sorted(L for L in counts if L > 0)
     lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
     names = {L: f"topmost {L} of {N} layers" for L in counts}
     low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}

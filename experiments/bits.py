@@ -9,12 +9,12 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 
 from experiments.measures import text_perplexity
-from experiments.tables import RESULTS, save_results
+from experiments.tables import out_option, save_results
 from experiments.testbed import ROW, text_rows
 from formats.bases import load_llama, read_base
 from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
-from runtime.cli import Count, device_options, one_line_errors
+from runtime.cli import PATH, Count, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import read_text
 from runtime.quantization import held_bytes, quantizer
@@ -25,7 +25,6 @@ HELD = {  # dtype, and bits of the layers' weights
     "8 bits": (torch.float32, 8),
     "4 bits": (torch.float32, 4),
 }
-PATH = click.Path(path_type=Path)
 
 
 def label(base: Path) -> str:
@@ -52,7 +51,7 @@ def compare_holdings(base: Path, text: Path, rows: int, device: torch.device) ->
     option("--text", type=PATH, required=True, help="Text of the kind that it was made of."),
     option("--rows", type=Count(), default=64, help="So many rows of it, at most; of 128 tokens."),
     device_options[0],
-    option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+    out_option,
 )
 @one_line_errors()
 def compare_bits(bases, text, rows, device, out):

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from data import hold_out
 from encoder_tuning.data import read_labelled
-from encoder_tuning.labelled import Labelled
+from encoder_tuning.labelled import Labelled, subset
 from encoder_tuning.objective import CLASSIFICATION, accuracy, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
-from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
+from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
-from runtime.cli import Count, one_line_errors
+from runtime.cli import PATH, Count, one_line_errors
 from runtime.files import read_text, write_text
 from toy.cache import cached_folder
 from toy.pretraining import pretrain
@@ -107,18 +107,40 @@ def compare_encoder_methods(
     return rows
 
 
-def search_encoder_rates(sets: LabelledSets, setting: EncoderSetting) -> None:
-    """Every method at every learning rate, asked about a tenth of the examples; ValueError if there is none.
+def search_encoder_rates(
+    sets: LabelledSets, setting: EncoderSetting, number: int | None = None
+) -> dict[str, float]:
+    """Each method's best learning rate, asked about a tenth of the examples; ValueError if there is none.
 
     The tenth is drawn from all of them, the same for every run: in files that are sorted by class the first has one.
+    What is tuned on are the others, or `number` of them.
     """
     tenth = len(sets.training) // 10
     if not tenth:
         raise ValueError(f"{len(sets.training)} examples have no tenth to try learning rates on")
     training, asked = hold_out(sets.training, tenth, seed=0)
-    inner = LabelledSets(sets.base, training, asked, sets.num_classes)
-    for lr in TRIED_RATES:
-        compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0])
+    inner = LabelledSets(sets.base, subset(training, number), asked, sets.num_classes)
+    found = {lr: compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0]) for lr in TRIED_RATES}
+    return {method: max(found, key=lambda lr: found[lr][method]["accuracy"][0]) for method in METHODS}
+
+
+def read_picture_sets(base: Path, train_path: Path, test_path: Path) -> LabelledSets:
+    """For a vision transformer with a head. Raises OSError or ValueError."""
+    model, head = load_encoder(base)
+    if head is None:
+        raise ValueError(f"{base}: has no head")
+    classes = list(map(str, range(head[-1].out_features)))
+    training, testing = (
+        read_labelled("image-classification", model, base, path, 512, classes).examples
+        for path in (train_path, test_path)
+    )
+    return LabelledSets(base, training, testing, len(classes))
+
+
+def untuned_accuracy(sets: LabelledSets) -> float:
+    """With the head that the encoder came with."""
+    model, head = load_encoder(sets.base)
+    return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
 
 
 def print_header(sets: LabelledSets, examples: str) -> None:
@@ -133,9 +155,6 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figur
     values = {baseline: percent([share])} | {method: percent(row["accuracy"]) for method, row in rows.items()}
     draw_bars(figure.subplots(), values, "accuracy, %")
     return figure
-
-
-PATH = click.Path(path_type=Path)
 
 
 SEARCH = option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples.")
@@ -153,7 +172,7 @@ def encoder_options(*of_command, epochs: int):
         option("--batch-size", type=Count(), default=64, help="Examples per optimizer step."),
         option("--length", type=Count(), default=10, help="K, prompt vectors per layer."),
         option("--rank", type=Count(), default=3, help="Of LoRA."),
-        option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+        out_option,
     )
 
 
@@ -169,20 +188,12 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
     Head only, prompts and gates, LoRA, full tuning.
     """
     with one_line_errors():
-        model, head = load_encoder(base)
-        if head is None:
-            raise ValueError(f"{base}: has no head")
-        classes = list(map(str, range(head[-1].out_features)))
-        training, testing = (
-            read_labelled("image-classification", model, base, path, 512, classes).examples
-            for path in (train_path, test_path)
-        )
-        sets, setting = LabelledSets(base, training, testing, len(classes)), EncoderSetting(**setting)
+        sets, setting = read_picture_sets(base, train_path, test_path), EncoderSetting(**setting)
         print_header(sets, "pictures")
         if search:
-            return search_encoder_rates(sets, setting)
-        untuned = head_adapter(model, head, len(classes), layers=1, length=1)
-        share = encoder_accuracy(model, untuned, testing)
+            search_encoder_rates(sets, setting)
+            return
+        share = untuned_accuracy(sets)
         click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
         rows = compare_encoder_methods(sets, VIT_RATES, setting, range(seeds))
         values = {"untuned": share, "options": asdict(setting), "methods": rows}
@@ -209,7 +220,8 @@ def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setti
         sets, setting = LabelledSets(base, training, testing, len(classes)), EncoderSetting(**setting)
         print_header(sets, "sentences")
         if search:
-            return search_encoder_rates(sets, setting)
+            search_encoder_rates(sets, setting)
+            return
         commonest = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
         click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{commonest:>10.2%}")
         rows = compare_encoder_methods(sets, ROBERTA_RATES, setting, range(seeds))

@@ -6,39 +6,23 @@ import statistics
 from dataclasses import asdict, replace
 
 import click
-import numpy as np
 from cloup import command, option
 from matplotlib.figure import Figure
 
-from encoder_tuning.data import Labelled, read_labelled
-from encoders.heads import head_adapter
-from experiments.encoders import METHODS, PATH, TRIED_RATES, EncoderSetting, LabelledSets, compare_encoder_methods
-from experiments.encoders import encoder_accuracy, encoder_options
+from encoder_tuning.labelled import subset
+from experiments.encoders import METHODS, EncoderSetting, compare_encoder_methods, encoder_options, read_picture_sets
+from experiments.encoders import search_encoder_rates, untuned_accuracy
 from experiments.tables import draw_line, percent, save_results
-from formats.encoders import load_encoder
-from runtime.cli import one_line_errors
+from runtime.cli import PATH, one_line_errors
 
 NUMBERS = (100, 300, 1000)  # and all
 LEAST_STEPS = 200  # where examples are few there are more epochs
-
-
-def draw_examples(examples: list[Labelled], number: int, seed: int) -> list[Labelled]:
-    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:number]]
 
 
 def for_number(setting: EncoderSetting, number: int) -> EncoderSetting:
     """With as many epochs as so few examples need."""
     steps_per_epoch = math.ceil(number / setting.batch_size)
     return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_STEPS / steps_per_epoch)))
-
-
-def best_rates(sets: LabelledSets, setting: EncoderSetting, number: int) -> dict[str, float]:
-    """For so many examples, each method's best learning rate by a tenth of all that are there, tuned on others."""
-    order = draw_examples(sets.training, len(sets.training), seed=0)
-    tenth = len(order) // 10
-    inner = LabelledSets(sets.base, order[tenth:][:number], order[:tenth], sets.num_classes)
-    found = {lr: compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0]) for lr in TRIED_RATES}
-    return {method: max(found, key=lambda lr: found[lr][method]["accuracy"][0]) for method in METHODS}
 
 
 def draw_by_number(rows: dict[int, dict[str, dict]], untuned: float) -> Figure:
@@ -61,29 +45,17 @@ def few_examples(base, train_path, test_path, seeds, out, **options):
     On 100, 300, 1,000 and all, every method at its best of six learning rates.
     """
     with one_line_errors():
-        model, head = load_encoder(base)
-        if head is None:
-            raise ValueError(f"{base}: has no head")
-        classes = list(map(str, range(head[-1].out_features)))
-        training, testing = (
-            read_labelled("image-classification", model, base, path, 512, classes).examples
-            for path in (train_path, test_path)
-        )
-        sets, setting = LabelledSets(base, training, testing, len(classes)), EncoderSetting(**options)
-        if len(training) < 10:
-            raise ValueError(f"{train_path}: {len(training)} examples have no tenth to try learning rates on")
-        untuned = encoder_accuracy(model, head_adapter(model, head, len(classes), layers=1, length=1), testing)
-        click.echo(f"untuned: {untuned:.2%} of {len(testing):,} pictures")
-        rows, rates = {}, {}
+        sets, setting = read_picture_sets(base, train_path, test_path), EncoderSetting(**options)
+        training, untuned = sets.training, untuned_accuracy(sets)
+        click.echo(f"untuned: {untuned:.2%} of {len(sets.testing):,} pictures")
+        rows = {}
         for number in sorted({n for n in NUMBERS if n < len(training)} | {len(training)}):
             chosen = for_number(setting, number)
             click.echo(f"\n{number:,} pictures, {chosen.epochs} epochs: learning rates")
-            rates[number] = best_rates(sets, chosen, number)
+            rates = search_encoder_rates(sets, chosen, number)
             click.echo(f"\n{number:,} pictures, each at its best")
             by_seed = [
-                compare_encoder_methods(
-                    replace(sets, training=draw_examples(training, number, seed)), rates[number], chosen, [seed]
-                )
+                compare_encoder_methods(replace(sets, training=subset(training, number, seed)), rates, chosen, [seed])
                 for seed in range(seeds)
             ]
             rows[number] = {

@@ -25,17 +25,15 @@ from experiments.methods import BY_MLP, FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, Z
 from experiments.methods import WARMUP_EPOCHS, Setting, finite_steps, import_peft, set_up
 from experiments.stories import KINDS, StorySets, Told, follows, is_story, make_instructions, read_stories
 from experiments.stories import whole_sentences
-from experiments.tables import RESULTS, draw_bars, draw_line, percent, save_results, spread
+from experiments.tables import draw_bars, draw_line, out_option, percent, save_results, spread
 from experiments.testbed import text_rows
 from formats.bases import load_llama, read_base
 from formats.tokenizers import load_tokenizer
 from generate import generate
 from model import LLaMA
-from runtime.cli import Count, device_options, one_line_errors
+from runtime.cli import PATH, Count, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig
-
-PATH = click.Path(path_type=Path)
 
 # Each method's best of those that --search tries, by instructions that are held out for that.
 TRIED = {method: (0.01, 0.03, 0.1, 0.3, 1.0) for method in (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE)}
@@ -232,7 +230,7 @@ def make_story_bed(base, data, per_kind, max_tokens, epochs, layers, length, bat
     option("--search", is_flag=True, help="Four or five learning rates of each method, on other instructions."),
     option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
     device_options[0],
-    option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+    out_option,
 )
 @one_line_errors()
 def tell_stories(seeds, at_a_time, search, curve, out, **options):

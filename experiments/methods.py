@@ -20,6 +20,7 @@ from adapter import Adapter, Prompt, attend, gated_attention
 from data import IGNORE, Batch
 from formats.bases import load_llama
 from model import LLaMA
+from multimodal import ImageAdapter
 from train import RESPONSES, Objective, Step, TrainConfig, make_optimizer, training_steps
 from training.mlp_prompts import make_prompts_by_mlp
 
@@ -184,6 +185,14 @@ def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
             adapter.gates.fill_(1.0)
     adapter.gates.requires_grad_(setting.method in (ZERO_INIT, BY_MLP))
     return adapter
+
+
+def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> ImageAdapter:
+    """A new one of all layers, for so many features of an image or a sound."""
+    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
+    generator = torch.Generator().manual_seed(config.seed)
+    adapter = ImageAdapter(features=features, length=config.length, generator=generator, **shape)
+    return adapter.to(model.tok_embeddings.weight.device)
 
 
 def finite_steps(tunable: Tunable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:

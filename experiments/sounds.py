@@ -18,7 +18,6 @@ from pathlib import Path
 import click
 import cloup
 import numpy as np
-import torch
 from cloup import option, option_group
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -26,14 +25,14 @@ from tqdm import tqdm
 
 import toy
 from data import AlpacaTemplate, Example, Tokenizer, tokenize
-from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps
-from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
+from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
+from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.bases import load_llama
 from formats.image_encoders import FunctionEncoder
 from generate import Request
 from model import LLaMA
 from multimodal import ImageAdapter
-from runtime.cli import Count, Real, device_options, one_line_errors
+from runtime.cli import PATH, Count, Real, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import write_json
 from tasks import attach_features
@@ -175,10 +174,7 @@ def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[
 
 def tune_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
     """An adapter of all layers, tuned by train.py's loop on examples that have features."""
-    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
-    shape |= {"length": config.length, "features": len(examples[0].features)}
-    generator = torch.Generator().manual_seed(config.seed)
-    adapter = ImageAdapter(generator=generator, **shape).to(model.tok_embeddings.weight.device)
+    adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
     for _ in finite_steps(Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), RESPONSES), tokens, config):
         pass
@@ -255,8 +251,6 @@ def print_exam(label: str, part: str, row: dict) -> None:
 # ---------------------------------------------------------------------------------------------------
 # The command
 
-PATH = click.Path(path_type=Path)
-
 
 @cloup.command("sounds", context_settings={"show_default": True})
 @option_group(
@@ -274,7 +268,7 @@ PATH = click.Path(path_type=Path)
     option("--lr", type=Real(0, 1e3, min_open=True), default=toy.TUNING["lr"], help="Peak."),
     option("--seeds", type=Count(), default=3, help="Runs of everything."),
     device_options[0],
-    option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results."),
+    out_option,
 )
 @one_line_errors()
 def ask_about_sounds(model, speech, clips, base, epochs, lr, seeds, device, out):

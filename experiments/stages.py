@@ -15,12 +15,11 @@ from matplotlib.figure import Figure
 
 import toy
 from data import AlpacaTemplate, Example, Tokenizer, Tokens, tokenize
-from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps
-from experiments.tables import RESULTS, draw_bars, percent, save_results, spread
+from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
+from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.bases import load_llama
 from formats.image_encoders import TowerEncoder
 from model import LLaMA
-from multimodal import ImageAdapter
 from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
 from tasks import attach_features
@@ -52,10 +51,7 @@ def tune_in_stages(
     stages: list, data: dict[str, list[Tokens]], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig
 ) -> tuple[dict[str, float], float]:
     """The scores of `evaluate_digits` after all stages, and their seconds. A later one begins where the last ended."""
-    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
-    shape |= {"length": config.length, "features": len(data["questions"][0].features)}
-    generator = torch.Generator().manual_seed(config.seed)
-    adapter = ImageAdapter(generator=generator, **shape).to(model.tok_embeddings.weight.device)
+    adapter = make_image_adapter(model, len(data["questions"][0].features), config)
     start = time.perf_counter()
     for names, frozen in stages:
         freeze_parts(adapter, frozen)
@@ -75,13 +71,7 @@ def tune_in_stages(
     option("--epochs", type=Count(2), default=12, help="Of each stage."),
     option("--seeds", type=Count(), default=3, help="Runs of everything."),
     device_options[0],
-    option(
-        "--out",
-        type=click.Path(path_type=Path),
-        default=RESULTS,
-        show_default="experiments/results",
-        help="Folder for results.",
-    ),
+    out_option,
 )
 @one_line_errors()
 def compare_stages(pictures, epochs, seeds, device, out):

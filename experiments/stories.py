@@ -11,7 +11,6 @@ import numpy as np
 from data import Example, Tokenizer
 from runtime.files import read_text
 
-MAX_TOKENS = 130  # of a story
 END = re.compile(r'[.!?]"?(?=\s|$)')  # of a sentence
 GOES_ON = re.compile(r'"|(?:He|She|They|His|Her|You|We|I|Yes|No|Then|But|And|So)\b|It (?!was)')
 KIND = re.compile(
@@ -56,25 +55,29 @@ class StorySets(NamedTuple):
     others: list[str]  # whole stories that nothing was made of
 
 
+def sentence_ends(text: str) -> list[int]:
+    """Where each sentence of a text ends."""
+    return [match.end() for match in END.finditer(text)]
+
+
 def sentences(text: str) -> list[str]:
     """Of a text, each with its end; what has no end is left out."""
-    ends = [match.end() for match in END.finditer(text)]
+    ends = sentence_ends(text)
     return [text[start:end].strip() for start, end in zip([0, *ends], ends)]
 
 
 def whole_sentences(text: str) -> str:
     """A text without what follows its last sentence."""
-    ends = [match.end() for match in END.finditer(text)]
-    return text[: ends[-1]] if ends else ""
+    return text[: max(sentence_ends(text), default=0)]
 
 
-def cut_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) -> str:
+def cut_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
     """As many whole sentences as fit into so many tokens."""
-    ends = [match.end() for match in END.finditer(text)]
-    return next((text[:end] for end in reversed(ends) if len(tokenizer.encode(text[:end])) <= max_tokens), "")
+    ends = reversed(sentence_ends(text))
+    return next((text[:end] for end in ends if len(tokenizer.encode(text[:end])) <= max_tokens), "")
 
 
-def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) -> list[str]:
+def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]:
     """Every story, cut. Raises OSError, or ValueError where there are too few."""
     texts = [text.strip() for text in read_text(path).split("<|endoftext|>")][:-1]  # the last may be a part
     stories = [story for text in texts if is_prose(story := cut_at_sentence(text, tokenizer, max_tokens))]

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from cloup import option
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.measures import run_setting
 from experiments.methods import Setting
 from experiments.testbed import Testbed
+from runtime.cli import PATH
 from runtime.files import atomic_write, write_json
 
 RESULTS = Path(__file__).parent / "results"
+out_option = option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results.")
 
 
 def compare_settings(testbed: Testbed, settings: dict[str, Setting], seeds: int) -> dict[str, dict[str, list]]:

@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 import torch
@@ -35,6 +36,8 @@ class Count(click.types.IntParamType):
             self.fail(f"{str(value)[:40]} is not in the range {self.least} to 2**31 - 1.", param, ctx)
         return number
 
+
+PATH = click.Path(path_type=Path)  # an option's type: what is given is made a Path
 
 device_options = [  # which `select_device` makes sense of
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ..."),

@@ -49,7 +49,8 @@ def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
     """From a file that is sorted by class: both classes are asked about, the same examples at every rate."""
     examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     seen = []
-    monkeypatch.setattr(encoders, "compare_encoder_methods", lambda sets, *_: seen.append(sets))
+    rows = {method: {"accuracy": [0.5]} for method in encoders.METHODS}
+    monkeypatch.setattr(encoders, "compare_encoder_methods", lambda sets, *_: seen.append(sets) or rows)
     sets = encoders.LabelledSets(tmp_path, examples, [], 2)
     encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
     encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
@@ -145,10 +146,12 @@ def test_few_examples(tmp_path, data, monkeypatch):
         compared.append((sets, rates, setting, list(seeds)))
         return compare(sets, rates, setting, seeds)
 
-    for name, value in (("NUMBERS", (8, 500)), ("METHODS", ("head only", "LoRA")), ("TRIED_RATES", (0.001, 0.01))):
-        monkeypatch.setattr(few_examples, name, value)
+    monkeypatch.setattr(few_examples, "NUMBERS", (8, 500))
+    monkeypatch.setattr(encoders, "TRIED_RATES", (0.001, 0.01))
     monkeypatch.setattr(few_examples, "LEAST_STEPS", 4)
-    monkeypatch.setattr(few_examples, "compare_encoder_methods", recorded)
+    for module in (encoders, few_examples):
+        monkeypatch.setattr(module, "METHODS", ("head only", "LoRA"))
+        monkeypatch.setattr(module, "compare_encoder_methods", recorded)
     args = ["few", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 2, "--epochs", 2]
     args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, list(map(str, [*args, "--batch-size", 16])))
