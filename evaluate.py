@@ -4,6 +4,7 @@ There is a command for every task of tasks/ that has scores, and `toy`, for the 
 """
 
 import inspect
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import cloup
 from cloup import option, option_group
 
 from data import Example
+from formats.chat_templates import NAMES
 from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Request, Responder
 from multimodal import ImageAdapter
-from runtime.cli import PATH, Count, bits_options, device_options, one_line_errors
+from runtime.cli import PATH, Count, Real, bits_options, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import answering_ranks, rank, sync_errors
 from runtime.files import require_writable
@@ -175,6 +177,60 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
         if images:
             exam.evaluate_digits(model, tokenizer, adapter)
         exam.evaluate_almanac(model, tokenizer, adapter)
+
+
+def parted(ctx, param, value: str) -> list[str]:
+    """An option's value at its commas."""
+    return value.split(",")
+
+
+@main.command("harness")
+@option_group(
+    "Tasks",
+    option(
+        "--tasks",
+        required=True,
+        callback=parted,
+        help="Of the harness, parted by commas; or files of your own, TASK.yaml.",
+    ),
+    option("--include-path", "include", type=PATH, help="A folder with tasks of your own."),
+    option("--num-fewshot", type=Count(0), help="Examples before each question.  [default: the task's]"),
+    option("--limit", type=Count(), help="Ask only the first so many of every task."),
+    option("--template", type=click.Choice(NAMES), help="Write the questions in it.  [default: as they are]"),
+)
+@option_group(
+    "Models, a column each",
+    option("--adapter", "adapter_paths", multiple=True, help="FILE, a run's folder, or NAME=FILE; repeatable."),
+    option("--strength", "strengths", type=Real(0, 1e3), multiple=True, default=[1.0], help="Repeatable, too."),
+    option("--compare", is_flag=True, help="And the base alone.  [default: where there is no adapter]"),
+    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
+    *device_options,
+    *bits_options,
+)
+@option_group(
+    "Results",
+    option("--batch-size", type=Count(), default=16, help="Continuations, or answers, at once."),
+    option("--log-samples", "samples", is_flag=True, help="Write every question and answer."),
+    option("--out", type=PATH, default="out-harness", help="Folder for results."),
+)
+def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, compare, template, **options):
+    """Score by EleutherAI's lm-evaluation-harness.
+
+    Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
+    """
+    # Some tasks import Hugging Face's `evaluate`. This file has its name, so packages are looked for elsewhere first.
+    sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
+    with one_line_errors(), answering_ranks():
+        with sync_errors():
+            try:
+                from tasks import harness
+            except ModuleNotFoundError as error:
+                raise ValueError(f"there is no {error.name}: pip install lm_eval") from None
+            if rank() == 0:
+                require_writable(options["out"], folder=True)
+        loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits)
+        columns = harness.make_columns(*loaded, strengths, compare, template, options["batch_size"])
+        harness.print_columns(harness.run_harness(columns, template=template, **options))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,11 @@ class ChatTemplate(Template):
             name = f"{one} to {names[-1]}" if error.number is None and len(names) > 1 else one
             raise ValueError(f"{name}: the template {self.kind} does not take it: {error}") from None
 
+    def text(self, messages: list[dict[str, str]], begin_answer: bool) -> str:
+        """As it is written, special tokens spelled out. Raises ValueError."""
+        (rendered,) = self.render([messages], ["the conversation"], begin_answer)
+        return re.sub(f"[{BEGIN}{END}]", "", rendered.text)
+
     def parts(self, rendered: Rendered, name: str) -> list[str]:
         """What is not learnt and what is, in turns. Raises ValueError, with the name."""
         text, parts, position = rendered.text, [], 0

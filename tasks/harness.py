@@ -1,0 +1,314 @@
+"""EleutherAI's lm-evaluation-harness on a base and the adapters over it: pip install lm_eval.
+
+The harness has the tasks, the few-shot examples and the metrics. Here is what it asks of a model: how likely a text
+makes another, how likely it is by itself, and how it goes on. What is computed is what its own model "hf" computes.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from adapter import Adapter
+from data import Tokenizer, format_prompt
+from formats.chat_templates import ChatTemplate
+from formats.tokenizers import library_errors
+from generate import Responder, prefill, stream
+from model import KVCache, LLaMA
+from runtime.distributed import rank
+from runtime.errors import printable
+from runtime.files import write_json, write_text
+
+Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would have written it
+
+
+class HarnessModel(TemplateLM):
+    """What the harness asks: the base of a responder with one of its adapters, or "base" alone.
+
+    Requests of like length share a batch, and a context is read once for all of its continuations.
+    """
+
+    CONTEXT, NEW_TOKENS = 2048, 256  # hf's defaults, where neither base nor task says anything
+
+    def __init__(self, responder: Responder, adapter: str, batch_size: int):
+        super().__init__()
+        self.model, self.text_ids, self.batch_size = responder.model, responder.tokenizer, batch_size
+        self.adapter, self.strength = adapter, responder.gate_scale
+        self.prompts, self.template = responder.prompt_sets[adapter], responder.templates[adapter]
+        self._device = self.model.tok_embeddings.weight.device
+        self.max_length = self.model.config.max_seq_len or self.CONTEXT
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text_ids.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        return (self.text_ids.start_ids or [self.eot_token_id])[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Behind <bos>, unless `add_special_tokens` is False, or a chat template has written one."""
+        ids, start = self.encode(string), self.text_ids.start_ids
+        written = bool(start) and ids[: len(start)] == start
+        return ids if add_special_tokens is False or written else [*start, *ids]
+
+    def encode(self, string: str) -> list[int]:
+        """Without <bos>. What spells a special token is one, where the base has a chat template."""
+        if isinstance(self.template, ChatTemplate):
+            return self.template.encode([string], hidden=[])[0]
+        return self.text_ids.encode(string)
+
+    # -- How likely
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+    ) -> list[Scored]:
+        """Of triples: the texts, which nobody looks at, and ids of context and continuation.
+
+        A context is cut from the left where both don't fit. Raises ValueError where a continuation doesn't by itself.
+        """
+        numbers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of the requests with that context
+        for number, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(f"a continuation has {len(continuation)} tokens, the base sees 1 to {self.max_length}")
+            surplus = len(context) + len(continuation) - 1 - self.max_length  # the last token is only predicted
+            numbers[tuple(context[max(0, surplus) :])].append(number)
+        scored: list[Scored | None] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or rank() > 0) as bar:
+            for batch in self.batches(numbers, [len(continuation) for *_, continuation in requests]):
+                rows = [(i, requests[number][2]) for i, (_, those) in enumerate(batch) for number in those]
+                found = self.score([list(context) for context, _ in batch], rows)
+                for (_, number), result in zip(((i, n) for i, (_, those) in enumerate(batch) for n in those), found):
+                    scored[number] = result
+                bar.update(len(rows))
+        return scored
+
+    def batches(
+        self, numbers: dict[tuple[int, ...], list[int]], lengths: Sequence[int]
+    ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+        """Contexts with the numbers of their continuations, longest first, `batch_size` continuations at once."""
+        batch, size = [], 0
+        for context in sorted(numbers, key=lambda context: -len(context) - max(lengths[n] for n in numbers[context])):
+            those = sorted(numbers[context], key=lambda number: -lengths[number])
+            for start in range(0, len(those), self.batch_size):
+                part = those[start : start + self.batch_size]
+                if batch and size + len(part) > self.batch_size:
+                    yield batch
+                    batch, size = [], 0
+                batch.append((context, part))
+                size += len(part)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def score(self, contexts: Sequence[list[int]], rows: Sequence[tuple[int, list[int]]]) -> list[Scored]:
+        """Of R rows, each the index of its context and a continuation."""
+        model, T = self.model, max(len(ids) for _, ids in rows)
+        of_row = torch.tensor([context for context, _ in rows], device=self._device)  # (R,)
+        ids = torch.tensor([ids + [0] * (T - len(ids)) for _, ids in rows], device=self._device)  # (R, T)
+        lengths = torch.tensor([len(ids) for _, ids in rows], device=self._device)  # (R,)
+        later = torch.arange(1, T, device=self._device) < lengths[:, None]  # (R, T - 1), no padding
+        log_p, greedy = torch.zeros(ids.shape, device=self._device), torch.ones_like(ids, dtype=torch.bool)  # (R, T)
+        cache = KVCache(model, batch=len(contexts), capacity=max(map(len, contexts)) + T - 1)
+        logits = prefill(model, contexts, self.prompts, cache)  # (contexts, V)
+        log_p[:, 0], greedy[:, 0] = likelihoods(logits[of_row], ids[:, 0])
+        if T > 1:
+            repeat_rows(cache, of_row)
+            hidden = model.hidden_states(ids[:, :-1], self.prompts, cache)[later]  # (of all rows, C)
+            parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
+            found = [likelihoods(model.output(part), predicted) for part, predicted in parts]
+            log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
+        return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, each token once, in windows of the base's context that follow one another."""
+        windows, owner = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            for pair in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, (log_p, _) in zip(owner, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[number] += log_p
+        return totals
+
+    # -- How it goes on
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Until a text that ends the answer, greedily unless a task says otherwise; contexts are cut from the left.
+
+        Raises ValueError where a task asks for what there is not.
+        """
+        settings: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            settings[json.dumps(request.args[1], sort_keys=True)].append(number)
+        tokens, answers = [self.tok_encode(request.args[0]) for request in requests], [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
+            for setting, numbers in settings.items():
+                limit, until, sampling = self.generation(json.loads(setting))
+                numbers.sort(key=lambda number: -len(tokens[number]))
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    rows = [tokens[number][-(self.max_length - limit) :] for number in batch]
+                    for number, text in zip(batch, self.continue_until(rows, limit, until, sampling)):
+                        answers[number] = text
+                    bar.update(len(batch))
+        return answers
+
+    def generation(self, kwargs: dict) -> tuple[int, list[str], dict]:
+        """How many tokens at most, what ends the text, and how to sample. Raises ValueError."""
+        kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
+        limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
+        if limit >= self.max_length:
+            raise ValueError(f"{limit} new tokens leave no room for a context: the base sees {self.max_length}")
+        if not kwargs.pop("do_sample"):
+            kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
+        sampling = {key: float(kwargs.pop(key)) for key in ("temperature", "top_p") if key in kwargs}
+        if kwargs:
+            raise ValueError(
+                f"generation_kwargs {kwargs}: there are do_sample, temperature, top_p, until, max_gen_toks"
+            )
+        return limit, until, sampling
+
+    def continue_until(self, tokens: list[list[int]], limit: int, until: list[str], sampling: dict) -> list[str]:
+        new, done = [[] for _ in tokens], [False] * len(tokens)
+        seeded = torch.Generator(self._device).manual_seed(torch.initial_seed())  # by the harness
+        options = {"max_new_tokens": limit, "end_ids": self.template.end_ids, "generator": seeded} | sampling
+        for ids in stream(self.model, tokens, self.prompts, **options):
+            for row, id in enumerate(ids):
+                if id is None:
+                    done[row] = True
+                elif not done[row]:
+                    new[row].append(id)
+                    text = self.text_ids.decode(new[row])
+                    done[row] = any(stop in text for stop in until if stop)
+            if all(done):
+                break
+        return [postprocess_generated_text(self.text_ids.decode(ids), until, None) for ids in new]
+
+    # -- What is asked in a template, and what results.json says of the model
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as the template writes them. Raises ValueError where it does not take them."""
+        if isinstance(self.template, ChatTemplate):
+            return self.template.text(chat_history, begin_answer=add_generation_prompt)
+        roles = [message["role"] for message in chat_history]
+        if roles not in (["user"], ["user", "assistant"]):  # a task may begin the answer itself
+            raise ValueError(f"alpaca takes one question, not messages of {', '.join(roles)}")
+        return format_prompt(chat_history[0]["content"]) + "".join(message["content"] for message in chat_history[1:])
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self.template.name
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.template.name
+
+    def get_model_info(self) -> dict[str, object]:
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        dtype = str(self.model.tok_embeddings.weight.dtype)
+        return {"adapter": self.adapter, "strength": self.strength, "base_parameters": weights, "model_dtype": dtype}
+
+
+def repeat_rows(cache: KVCache, rows: Tensor) -> None:
+    """Make the cache one of rows (R,) of what it was, any number of times each."""
+    for layer in cache.layers:
+        layer.k, layer.v = layer.k[rows], layer.v[rows]  # (R, Hkv, capacity, D)
+    cache.lengths = cache.lengths[rows]
+
+
+def likelihoods(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of ids (R,) by logits (R, V), and whether each is the likeliest."""
+    logits = logits.float()
+    return logits.log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1), logits.argmax(dim=1) == ids
+
+
+def make_columns(
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    adapters: dict[str, Adapter],
+    strengths: Sequence[float],
+    compare: bool,
+    template: str | None,
+    batch_size: int,
+) -> dict[str, HarnessModel]:
+    """Every adapter at every strength, by name, and the base, if asked or where there is nothing else."""
+    columns: dict[str, HarnessModel] = {}
+    for strength in strengths:
+        responder = Responder(model, tokenizer, adapters, gate_scale=strength, template=template)
+        if compare or not adapters:
+            columns.setdefault("base", HarnessModel(responder, "base", batch_size))
+        for name in adapters:
+            column = name if strength == 1 else f"{name} x {strength:g}"
+            columns[column] = HarnessModel(responder, name, batch_size)
+    return columns
+
+
+def run_harness(
+    columns: dict[str, HarnessModel],
+    *,
+    tasks: Sequence[str],
+    include: Path | None,
+    out: Path,
+    samples: bool,
+    template: str | None,
+    **options,
+) -> dict[str, dict]:
+    """The harness's results of every column, by its name; none on ranks that don't write.
+
+    Written as results.json into folders of those names, with each example's answer if asked. `tasks` are names, or
+    files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
+    """
+    known = any(not Path(task).exists() for task in tasks)  # by the harness, whose tasks take seconds to list
+    with library_errors("--tasks"):  # so that what has to be fetched is there
+        manager = TaskManager(include_path=include and str(include), include_defaults=known)
+        manager.load([*tasks])
+    options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
+    found = {}
+    for name, column in columns.items():
+        results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
+        if results is not None:
+            found[name] = results
+            write_results(results, out / name)
+    return found
+
+
+def write_results(results: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, answers in results.pop("samples", {}).items():
+        lines = [json.dumps(answer, default=handle_non_serializable, ensure_ascii=False) for answer in answers]
+        write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+    write_json(folder / "results.json", results, default=handle_non_serializable)
+
+
+def print_columns(found: dict[str, dict]) -> None:
+    """A line for every task and metric, a column for every model."""
+    width = 2 + max(20, *map(len, found))
+    click.echo(" " * 40 + "".join(f"{name:>{width}}" for name in found))
+    first = next(iter(found.values()), {"results": {}})
+    for task in first["results"]:
+        for key in first["results"][task]:
+            metric, comma, how = key.partition(
+                ","
+            )  # "acc,none": of the answers as they are, or as a filter leaves them
+            if not comma or metric.endswith("_stderr"):
+                continue
+            cells = []
+            for results in found.values():
+                value, error = (results["results"][task].get(f"{name},{how}") for name in (metric, f"{metric}_stderr"))
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                cells.append(f"{value:.4f}{spread}" if isinstance(value, float) else str(value))
+            line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
+            click.echo(printable(f"{line:40}" + "".join(f"{cell:>{width}}" for cell in cells)))
