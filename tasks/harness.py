@@ -6,7 +6,7 @@ makes another, how likely it is by itself, and how it goes on. What is computed 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -28,7 +28,7 @@ from generate import Responder, prefill, stream
 from model import KVCache, LLaMA
 from runtime.distributed import rank
 from runtime.errors import printable
-from runtime.files import write_json, write_text
+from runtime.files import require_file, write_json, write_text
 
 Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would have written it
 
@@ -72,6 +72,7 @@ class HarnessModel(TemplateLM):
 
     # -- How likely
 
+    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Scored]:
@@ -79,56 +80,49 @@ class HarnessModel(TemplateLM):
 
         A context is cut from the left where both don't fit. Raises ValueError where a continuation doesn't by itself.
         """
-        numbers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # of the requests with that context
-        for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(f"a continuation has {len(continuation)} tokens, the base sees 1 to {self.max_length}")
-            surplus = len(context) + len(continuation) - 1 - self.max_length  # the last token is only predicted
+        continuations, numbers = [ids for *_, ids in requests], defaultdict(list)
+        for number, (_, context, ids) in enumerate(requests):
+            if not 0 < len(ids) <= self.max_length:
+                raise ValueError(f"a continuation has {len(ids)} tokens, the base sees 1 to {self.max_length}")
+            surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
             numbers[tuple(context[max(0, surplus) :])].append(number)
         scored: list[Scored | None] = [None] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or rank() > 0) as bar:
-            for batch in self.batches(numbers, [len(continuation) for *_, continuation in requests]):
-                rows = [(i, requests[number][2]) for i, (_, those) in enumerate(batch) for number in those]
-                found = self.score([list(context) for context, _ in batch], rows)
-                for (_, number), result in zip(((i, n) for i, (_, those) in enumerate(batch) for n in those), found):
-                    scored[number] = result
-                bar.update(len(rows))
+            for contexts in self.batches(numbers, length=len):
+                cache = KVCache(self.model, batch=len(contexts), capacity=len(contexts[0]))
+                logits = prefill(self.model, [list(ids) for ids in contexts], self.prompts, cache)  # (contexts, V)
+                rows = [(row, number) for row, context in enumerate(contexts) for number in numbers[context]]
+                for batch in self.batches(rows, length=lambda pair: len(continuations[pair[1]])):
+                    rows_of_cache, of_batch = zip(*batch)
+                    index = torch.tensor(rows_of_cache, device=self._device)  # (R,)
+                    found = self.score(logits[index], cache, index, [continuations[number] for number in of_batch])
+                    for number, result in zip(of_batch, found):
+                        scored[number] = result
+                    bar.update(len(batch))
         return scored
 
-    def batches(
-        self, numbers: dict[tuple[int, ...], list[int]], lengths: Sequence[int]
-    ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-        """Contexts with the numbers of their continuations, longest first, `batch_size` continuations at once."""
-        batch, size = [], 0
-        for context in sorted(numbers, key=lambda context: -len(context) - max(lengths[n] for n in numbers[context])):
-            those = sorted(numbers[context], key=lambda number: -lengths[number])
-            for start in range(0, len(those), self.batch_size):
-                part = those[start : start + self.batch_size]
-                if batch and size + len(part) > self.batch_size:
-                    yield batch
-                    batch, size = [], 0
-                batch.append((context, part))
-                size += len(part)
-        if batch:
-            yield batch
+    def batches(self, items: Iterable, length: Callable) -> Iterator[list]:
+        """`batch_size` at once, the longest first: if memory is too small for them, that shows at the start."""
+        ordered = sorted(items, key=length, reverse=True)
+        for start in range(0, len(ordered), self.batch_size):
+            yield ordered[start : start + self.batch_size]
 
-    @torch.inference_mode()
-    def score(self, contexts: Sequence[list[int]], rows: Sequence[tuple[int, list[int]]]) -> list[Scored]:
-        """Of R rows, each the index of its context and a continuation."""
-        model, T = self.model, max(len(ids) for _, ids in rows)
-        of_row = torch.tensor([context for context, _ in rows], device=self._device)  # (R,)
-        ids = torch.tensor([ids + [0] * (T - len(ids)) for _, ids in rows], device=self._device)  # (R, T)
-        lengths = torch.tensor([len(ids) for _, ids in rows], device=self._device)  # (R,)
-        later = torch.arange(1, T, device=self._device) < lengths[:, None]  # (R, T - 1), no padding
-        log_p, greedy = torch.zeros(ids.shape, device=self._device), torch.ones_like(ids, dtype=torch.bool)  # (R, T)
-        cache = KVCache(model, batch=len(contexts), capacity=max(map(len, contexts)) + T - 1)
-        logits = prefill(model, contexts, self.prompts, cache)  # (contexts, V)
-        log_p[:, 0], greedy[:, 0] = likelihoods(logits[of_row], ids[:, 0])
+    def score(self, logits: Tensor, cache: KVCache, rows: Tensor, continuations: Sequence[list[int]]) -> list[Scored]:
+        """R continuations, the longest first, of contexts that are rows (R,) of the cache.
+
+        `logits` (R, V) are of what follows each context.
+        """
+        T, device = len(continuations[0]), self._device
+        ids = torch.tensor([ids + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
+        lengths = torch.tensor([len(ids) for ids in continuations], device=device)  # (R,)
+        later = torch.arange(1, T, device=device) < lengths[:, None]  # (R, T - 1): all but the first, and no padding
+        log_p, greedy = torch.zeros(ids.shape, device=device), torch.ones_like(ids, dtype=torch.bool)  # (R, T)
+        log_p[:, 0], greedy[:, 0] = likelihoods(logits, ids[:, 0])
         if T > 1:
-            repeat_rows(cache, of_row)
-            hidden = model.hidden_states(ids[:, :-1], self.prompts, cache)[later]  # (of all rows, C)
+            longer = repeat_rows(self.model, cache, rows, room=T - 1)
+            hidden = self.model.hidden_states(ids[:, :-1], self.prompts, longer)[later]  # (of all rows, C)
             parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
-            found = [likelihoods(model.output(part), predicted) for part, predicted in parts]
+            found = [likelihoods(self.model.output(part), predicted) for part, predicted in parts]
             log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
         return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))
 
@@ -158,9 +152,7 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
             for setting, numbers in settings.items():
                 limit, until, sampling = self.generation(json.loads(setting))
-                numbers.sort(key=lambda number: -len(tokens[number]))
-                for start in range(0, len(numbers), self.batch_size):
-                    batch = numbers[start : start + self.batch_size]
+                for batch in self.batches(numbers, length=lambda number: len(tokens[number])):
                     rows = [tokens[number][-(self.max_length - limit) :] for number in batch]
                     for number, text in zip(batch, self.continue_until(rows, limit, until, sampling)):
                         answers[number] = text
@@ -222,11 +214,14 @@ class HarnessModel(TemplateLM):
         return {"adapter": self.adapter, "strength": self.strength, "base_parameters": weights, "model_dtype": dtype}
 
 
-def repeat_rows(cache: KVCache, rows: Tensor) -> None:
-    """Make the cache one of rows (R,) of what it was, any number of times each."""
-    for layer in cache.layers:
-        layer.k, layer.v = layer.k[rows], layer.v[rows]  # (R, Hkv, capacity, D)
-    cache.lengths = cache.lengths[rows]
+def repeat_rows(model: LLaMA, cache: KVCache, rows: Tensor, room: int) -> KVCache:
+    """A cache of rows (R,) of another, any number of times each, with room for so many more tokens."""
+    longer = KVCache(model, batch=len(rows), capacity=cache.capacity + room)
+    for layer, before in zip(longer.layers, cache.layers):
+        layer.k[:, :, : cache.capacity], layer.v[:, :, : cache.capacity] = before.k[rows], before.v[rows]
+        layer.prompt = before.prompt  # of all rows
+    longer.lengths = cache.lengths[rows]
+    return longer
 
 
 def likelihoods(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +266,8 @@ def run_harness(
     Written as results.json into folders of those names, with each example's answer if asked. `tasks` are names, or
     files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
-    known = any(not Path(task).exists() for task in tasks)  # by the harness, whose tasks take seconds to list
+    files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
+    known = len(files) < len(tasks)  # by the harness, whose tasks take seconds to list
     with library_errors("--tasks"):  # so that what has to be fetched is there
         manager = TaskManager(include_path=include and str(include), include_defaults=known)
         manager.load([*tasks])

@@ -1,0 +1,263 @@
+"""evaluate.py harness: lm_eval's own model `hf`, over transformers and PEFT, is the oracle."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import ROOT, make_adapter
+
+import evaluate
+from formats.adapters import write_peft
+from formats.bases import load_llama
+from generate import Responder
+
+WORDS = "Name the capital of Peru. What is the young of the owl called? The capital is Lima."
+QUESTIONS = [
+    ("Name the capital of Peru.", [" Lima", " The capital of Peru is Lima.", " owl"]),
+    ("What", [" is the young of"]),
+]
+
+
+@pytest.fixture(scope="module")
+def harness():
+    pytest.importorskip("lm_eval")
+    from tasks import harness
+
+    return harness
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_base):
+    """A base of 48 tokens, so that texts are longer."""
+    model, tokenizer = load_llama(tiny_base)
+    model.config = replace(model.config, max_seq_len=48)
+    with torch.no_grad():
+        model.output.weight *= 8
+        model.output.weight[3:259] = 0  # no bytes: tokenizers differ in how they show halves of characters
+    return model.requires_grad_(False), tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(loaded):
+    """Its gates are open, and equal in a layer: PEFT has one for all heads."""
+    adapter = make_adapter(loaded[0], length=4)
+    torch.nn.init.normal_(adapter.gates[:, :1], generator=torch.Generator().manual_seed(5))
+    adapter.gates.data[:, 1:] = adapter.gates.data[:, :1]
+    adapter.metadata["base_layers"] = "3"
+    return adapter
+
+
+def hf(model, folder, theirs=None):
+    """lm_eval's model of transformers' of the same weights and tokenizer."""
+    transformers, peers = pytest.importorskip("transformers"), pytest.importorskip("benchmarks.peers")
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    theirs = peers.as_transformers(model) if theirs is None else theirs
+    return HFLM(theirs, tokenizer=tokenizer, batch_size=4, device="cpu", max_length=model.config.max_seq_len)
+
+
+def ours(harness, loaded, adapter=None, **options):
+    responder = Responder(*loaded, {} if adapter is None else {"ours": adapter}, **options)
+    return harness.HarnessModel(responder, "base" if adapter is None else "ours", batch_size=4)
+
+
+def requests(kind, rows):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, row, i) for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["base", "adapter"])
+def both(request, harness, loaded, adapter, tokenizer_folder, tmp_path_factory):
+    """Ours and theirs, of the base, and with the adapter as PEFT has it."""
+    if request.param == "base":
+        return ours(harness, loaded), hf(loaded[0], tokenizer_folder)
+    peft, peers = pytest.importorskip("peft"), pytest.importorskip("benchmarks.peers")
+    write_peft(adapter, tmp_path_factory.mktemp("peft") / "exported")
+    folder = next(tmp_path_factory.getbasetemp().glob("peft*/exported"))
+    theirs = peft.PeftModel.from_pretrained(peers.as_transformers(loaded[0]), folder)
+    return ours(harness, loaded, adapter), hf(loaded[0], tokenizer_folder, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_likelihoods_are_those_of_hf(both):
+    """Of one token or many, several of one context, of none at all, and where both are longer than the base sees."""
+    rows = [(context, continuation) for context, several in QUESTIONS for continuation in several]
+    rows += [("", "Lima is a capital"), (WORDS * 4, " Lima, the capital"), (WORDS * 4, " owl"), ("What ", "is")]
+    found, expected = (model.loglikelihood(requests("loglikelihood", rows), disable_tqdm=True) for model in both)
+    assert len({round(log_p, 3) for log_p, _ in expected}) == len(rows)
+    torch.testing.assert_close(
+        *(torch.tensor([log_p for log_p, _ in those]) for those in (found, expected)), rtol=1e-5, atol=1e-5
+    )
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_greedy_decoding_says_counts_as_greedy(both):
+    """The three likeliest tokens, and the same but for the last."""
+    model, _ = both
+    context = model.tok_encode(WORDS[:30])
+    ids = []
+    for _ in range(3):
+        ids.append(int(model.model(torch.tensor([context + ids]), model.prompts)[0, -1].argmax()))
+    rows = [(None, context, ids), (None, context, [*ids[:2], (ids[2] + 1) % 300])]
+    (found, expected) = (those._loglikelihood_tokens(rows, disable_tqdm=True) for those in both)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_longer_than_the_base_sees_are_as_likely_as_to_hf(both):
+    rows = [(WORDS * n,) for n in (1, 3, 7)]
+    found, expected = (model.loglikelihood_rolling(requests("rolling", rows), disable_tqdm=True) for model in both)
+    assert len(both[0].tok_encode(WORDS * 7)) > 3 * 48
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_go_on_as_with_hf(both):
+    """Up to a text that ends them, which differs, or for as many tokens as are asked for."""
+    plain = [(WORDS[:n], {"until": [], "max_gen_toks": 12}) for n in (5, 20, 40)] + [(WORDS * 4, {"max_gen_toks": 12})]
+    theirs = both[1].generate_until(requests("generate_until", plain), disable_tqdm=True)
+    assert (
+        len(set(theirs)) > 1 and both[0].generate_until(requests("generate_until", plain), disable_tqdm=True) == theirs
+    )
+    stop = theirs[0][len(theirs[0]) // 2 :][:3]
+    rows = [(WORDS[:n], {"until": [stop], "max_gen_toks": 12}) for n in (5, 20, 40)]
+    found, expected = (model.generate_until(requests("generate_until", rows), disable_tqdm=True) for model in both)
+    assert found == expected and found[0] != theirs[0] and stop not in found[0]
+
+
+def test_a_context_is_read_once(harness, loaded, monkeypatch):
+    """Three continuations of one context: as many positions as of the context and, but for their last, of them."""
+    model, positions = ours(harness, loaded), []
+    forward = type(model.model).hidden_states
+    monkeypatch.setattr(
+        type(model.model), "hidden_states",
+        lambda self, tokens, *args: positions.append(tokens.numel()) or forward(self, tokens, *args),
+    )  # fmt: skip
+    rows = [(None, list(range(5, 25)), [7, 8]), (None, list(range(5, 25)), [9, 8]), (None, list(range(5, 25)), [3])]
+    model._loglikelihood_tokens(rows, disable_tqdm=True)
+    assert positions == [20, 3]  # the one of a single token is padded
+
+
+def test_templates_are_those_of_the_adapter(harness, loaded, adapter):
+    model = ours(harness, loaded, adapter)
+    text = model.apply_chat_template([{"role": "user", "content": "Name it."}])
+    assert model.tok_encode(text) == model.template.prompt("Name it.")
+    with pytest.raises(ValueError, match="alpaca takes one question, not messages of system, user"):
+        model.apply_chat_template([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}])
+    model = ours(harness, loaded, adapter, template="llama-2")
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
+    ids = model.tok_encode(model.apply_chat_template(messages))
+    assert ids[0] == loaded[1].start_ids[0] and ids[1] != ids[0], "one <bos>, the template's"
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: model.generation({"max_gen_toks": 48}), "48 new tokens leave no room .* the base sees 48"),
+        (lambda model: model.generation({"do_sample": True, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do_sample"),
+        (lambda model: model._loglikelihood_tokens([(None, [1], [2] * 49)]), "has 49 tokens, the base sees 1 to 48"),
+        (lambda model: model._loglikelihood_tokens([(None, [1], [])]), "has 0 tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_is_said(harness, loaded, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(ours(harness, loaded))
+
+
+def test_sampling_is_seeded_by_the_harness(harness, loaded):
+    model = ours(harness, loaded)
+    rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})]
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts += model.generate_until(requests("generate_until", rows), disable_tqdm=True)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A file of the harness's own form, over local data, whose code imports Hugging Face's `evaluate`."""
+    records = [{"question": question, "options": options[:3], "right": 1} for question, options in QUESTIONS[:1]] * 3
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "code.py").write_text(
+        "import evaluate\n\ndef question(doc):\n    return doc['question'][: len(evaluate.load.__name__) * 4]\n"
+    )
+    lines = {
+        "task": "capitals", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}, "cache_dir": str(tmp_path)},
+        "doc_to_choice": "options", "doc_to_target": "right",
+    }  # fmt: skip
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
+    text += "doc_to_text: !function code.question\n"
+    text += "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    (tmp_path / "capitals.yaml").write_text(text)
+    return tmp_path / "capitals.yaml"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch):
+    """And a task's own code gets Hugging Face's `evaluate`, not this project's evaluate.py, which stands first."""
+    pytest.importorskip("evaluate")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *(folder for folder in sys.path if folder != str(ROOT))])
+    monkeypatch.delitem(sys.modules, "evaluate")
+    adapter.save(tmp_path / "ours.safetensors")
+    args = ["harness", "--base", tiny_base, "--adapter", tmp_path / "ours.safetensors", "--out", tmp_path / "out"]
+    args += ["--compare", "--strength", "0", "--strength", "1", "--tasks", task, "--log-samples"]
+    result = CliRunner().invoke(evaluate.main, [*map(str, args)])
+    assert result.exit_code == 0, result.output
+    header, line = result.stdout.splitlines()[-2:]
+    assert re.split("  +", header.strip()) == ["base", "ours x 0", "ours"]
+    assert line.startswith("capitals, acc")
+    found = {
+        name: json.loads((tmp_path / "out" / name / "results.json").read_text())
+        for name in ("base", "ours x 0", "ours")
+    }
+    assert found["base"]["results"] == found["ours x 0"]["results"]
+    assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config"} <= set(found["ours"])
+    assert found["ours"]["config"]["strength"] == 1
+    said = {}
+    for name in found:
+        lines = (tmp_path / "out" / name / "samples_capitals.jsonl").read_text().splitlines()
+        said[name] = [json.loads(line)["filtered_resps"] for line in lines]
+    assert said["base"] == said["ours x 0"] != said["ours"] and len(said["ours"]) == 3
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--tasks", "no_such_task.yaml"], "error: no_such_task.yaml: no such task"),
+        (["--tasks", "{empty}"], "error: --tasks: "),
+    ],
+)
+def test_tasks_that_are_none_are_named(harness, tiny_base, tmp_path, monkeypatch, args, message):
+    (tmp_path / "empty.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    args = [arg.format(empty=tmp_path / "empty.yaml") for arg in args]
+    result = CliRunner().invoke(evaluate.main, ["harness", "--base", str(tiny_base), *args])
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(message), result.stderr
+
+
+def test_without_the_harness_one_line_says_how_to_get_it(tiny_base, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "tasks.harness", raising=False)
+    monkeypatch.delattr("tasks.harness", raising=False)
+    result = CliRunner().invoke(
+        evaluate.main, ["harness", "--base", str(tiny_base), "--tasks", "x", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 2 and "pip install lm_eval" in result.stderr and result.stderr.count("\n") == 1
