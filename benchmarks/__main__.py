@@ -5,12 +5,22 @@ import cloup
 from benchmarks.generation import time_generation
 from benchmarks.gpu import time_gpu
 from benchmarks.memory import count_memory, plan_runs
+from benchmarks.scoring import time_scoring
 from benchmarks.training import time_training
 from benchmarks.true_size import time_loading, write_checkpoint
 
 
 @cloup.group(
-    commands=[time_training, time_generation, count_memory, plan_runs, write_checkpoint, time_loading, time_gpu]
+    commands=[
+        time_training,
+        time_generation,
+        time_scoring,
+        count_memory,
+        plan_runs,
+        write_checkpoint,
+        time_loading,
+        time_gpu,
+    ]
 )
 def main():
     """Measure on this machine; with --peers also PEFT, LoRA, full tuning, litgpt, and plain code as the authors'."""

@@ -7,7 +7,7 @@ from cloup import command, option
 
 from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_speed
 from benchmarks.peers import Contestant, Ours, installed_peers
-from benchmarks.workload import prepare_workload, workload_options
+from benchmarks.workload import compile_option, prepare_workload, workload_options
 from generate import decode
 from runtime.cli import Count, one_line_errors
 from runtime.compilation import compile_decoding, decode_by_rows, rows_pay
@@ -29,6 +29,7 @@ def check_same_texts(contestants: dict[str, Contestant], prompt: list[int], numb
 
 @command("generate", context_settings={"show_default": True})
 @workload_options(
+    compile_option,
     option("--tokens", "number", type=Count(2), default=128, help="New ones, after a prompt of 60."),
 )
 @one_line_errors()

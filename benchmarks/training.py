@@ -20,7 +20,7 @@ from benchmarks.measuring import (
     ratio_text,
 )
 from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
-from benchmarks.workload import Workload, prepare_workload, workload_options
+from benchmarks.workload import Workload, compile_option, prepare_workload, workload_options
 from data import IGNORE, Tokens, collate, epoch_batches, num_targets
 from model import LLaMA
 from runtime.cli import Count, one_line_errors
@@ -124,6 +124,7 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
 
 @command("train", context_settings={"show_default": True})
 @workload_options(
+    compile_option,
     option("--examples", "number", type=Count(), default=32, help="So many of the data file."),
     option("--batch-size", type=Count(), default=8, help="Examples per optimizer step."),
     option("--micro-batch-tokens", type=Count(), default=8192, help="Positions of one forward pass."),

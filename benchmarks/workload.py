@@ -11,7 +11,7 @@ from cloup import option, option_group
 
 from adapter import Adapter
 from benchmarks.measuring import json_option
-from data import AlpacaTemplate, Tokens, read_examples, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, Tokens, read_examples, tokenize
 from formats.tokenizers import SentencePieceTokenizer
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, device_options
@@ -49,8 +49,8 @@ class Workload:
     def new_adapter(self) -> Adapter:
         return random_adapter(SHAPES[self.size], self.device)
 
-    def examples(self, number: int) -> list[Tokens]:
-        """So many, evenly spread over the file. Raises OSError or ValueError."""
+    def read(self, number: int) -> tuple[list[Example], Tokenizer]:
+        """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
         if self.data is None:
             examples = [question.example for question in instructions()["tuning"]]
             with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,15 @@ class Workload:
             raise ValueError(f"--data {self.data} needs --tokenizer FILE")
         else:
             examples, tokenizer = read_examples(self.data), SentencePieceTokenizer(self.tokenizer)
-        return tokenize(AlpacaTemplate(tokenizer), examples[:: max(1, len(examples) // number)][:number], 512)[0]
+        return examples[:: max(1, len(examples) // number)][:number], tokenizer
+
+    def examples(self, number: int) -> list[Tokens]:
+        """The same as ids. Raises OSError or ValueError."""
+        examples, tokenizer = self.read(number)
+        return tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]
+
+
+compile_option = option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too.")
 
 
 def workload_options(*of_command):
@@ -74,13 +82,12 @@ def workload_options(*of_command):
         option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
         option("--repeat", type=Count(), default=5, help="Rounds; the contestants take turns."),
         option("--peers", is_flag=True, help="The others too, as far as they are installed."),
-        option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too."),
         *of_command,
         json_option,
     )
 
 
-def prepare_workload(device: str, dtype: str, compiled: bool, **options) -> Workload:
+def prepare_workload(device: str, dtype: str, compiled: bool = False, **options) -> Workload:
     """As the options say. Raises ValueError."""
     device, dtype = select_device(device, dtype)
     if compiled:

@@ -266,11 +266,13 @@ def run_harness(
     Written as results.json into folders of those names, with each example's answer if asked. `tasks` are names, or
     files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
-    files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
-    known = len(files) < len(tasks)  # by the harness, whose tasks take seconds to list
-    with library_errors("--tasks"):  # so that what has to be fetched is there
-        manager = TaskManager(include_path=include and str(include), include_defaults=known)
-        manager.load([*tasks])
+    folder = include and str(include)
+    names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml") or not require_file(task, "task")]
+    with library_errors("--tasks"):
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if not set(names) <= set(manager.all_tasks):  # the harness's own, which take seconds to list
+            manager = TaskManager(include_path=folder)
+        manager.load([*tasks])  # so that what has to be fetched is there
     options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
     found = {}
     for name, column in columns.items():

@@ -378,6 +378,21 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
     return model
 
 
+def save_harness_task(folder):
+    """Three questions of multiple choice, as a file of lm-evaluation-harness's own form."""
+    question = {"question": "Name the capital of Peru.", "right": 1}
+    question["options"] = [" Lima", " The capital of Peru is Lima.", " owl"]
+    (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
+    files = json.dumps({"test": str(folder / "questions.jsonl")})
+    (folder / "capitals.yaml").write_text(
+        "task: capitals\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {files}, cache_dir: {json.dumps(str(folder))}}}\n"
+        "doc_to_text: question\ndoc_to_choice: options\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    return folder / "capitals.yaml"
+
+
 def chat_on_terminal(lines, *args):
     """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
     pty = pytest.importorskip("pty")

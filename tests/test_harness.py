@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, make_adapter
+from helpers import ROOT, make_adapter, save_harness_task
 
 import evaluate
 from formats.adapters import write_peft
@@ -170,7 +170,7 @@ def test_templates_are_those_of_the_adapter(harness, loaded, adapter):
     "call, message",
     [
         (lambda model: model.generation({"max_gen_toks": 48}), "48 new tokens leave no room .* the base sees 48"),
-        (lambda model: model.generation({"do_sample": True, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do_sample"),
+        (lambda model: model.generation({"do_sample": True, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do"),
         (lambda model: model._loglikelihood_tokens([(None, [1], [2] * 49)]), "has 49 tokens, the base sees 1 to 48"),
         (lambda model: model._loglikelihood_tokens([(None, [1], [])]), "has 0 tokens"),
     ],
@@ -192,22 +192,13 @@ def test_sampling_is_seeded_by_the_harness(harness, loaded):
 
 @pytest.fixture
 def task(tmp_path):
-    """A file of the harness's own form, over local data, whose code imports Hugging Face's `evaluate`."""
-    records = [{"question": question, "options": options[:3], "right": 1} for question, options in QUESTIONS[:1]] * 3
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    """One whose own code imports Hugging Face's `evaluate`."""
+    path = save_harness_task(tmp_path)
     (tmp_path / "code.py").write_text(
-        "import evaluate\n\ndef question(doc):\n    return doc['question'][: len(evaluate.load.__name__) * 4]\n"
+        "import evaluate\n\ndef question(doc):\n    return evaluate.load.__name__ and doc['question']\n"
     )
-    lines = {
-        "task": "capitals", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}, "cache_dir": str(tmp_path)},
-        "doc_to_choice": "options", "doc_to_target": "right",
-    }  # fmt: skip
-    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
-    text += "doc_to_text: !function code.question\n"
-    text += "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    (tmp_path / "capitals.yaml").write_text(text)
-    return tmp_path / "capitals.yaml"
+    path.write_text(path.read_text().replace("doc_to_text: question", "doc_to_text: !function code.question"))
+    return path
 
 
 @pytest.mark.filterwarnings("ignore")

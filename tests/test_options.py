@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import SEEING, make_vit, openai_names, save_coco, save_problem_images, save_problems, save_reader, vary
+from helpers import SEEING, make_vit, openai_names, save_coco, save_harness_task, save_problem_images, save_problems
+from helpers import save_reader, vary
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -87,6 +88,12 @@ LINES = {
         "--adapter {text_only} --base {base} --images --device cpu --dtype float32 --bits 8",
         "--adapter {text_only} --base {base} --int8",
     ],
+    "evaluate harness": [
+        "--tasks capitals --include-path {tasks} --adapter {text_only} --base {base} --strength 0.5 --compare "
+        "--limit 2 --num-fewshot 0 --template alpaca --batch-size 2 --log-samples --device cpu --dtype float32 --bits 8 "
+        "--out {new}",
+        "--tasks {tasks}/capitals.yaml --base {base} --int8 --device cpu --out {new}",
+    ],
     "experiments bits": ["--base {base} --base {grouped} --text {text} --rows 2 --device cpu --out {new}"],
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
     "convert import": [
@@ -116,6 +123,10 @@ LINES = {
         f"{BENCH} --json {{new}}.json --tokens 3",
         f"{BENCH} --peers --tokens 3",
         f"{BENCH} --compile --tokens 3",
+    ],
+    "benchmarks score": [
+        f"{BENCH} --json {{new}}.json --questions 2 --choices 2 --batch-size 2",
+        f"{BENCH} --peers --questions 2",
     ],
     "benchmarks memory": ["--size 15M --check --device cpu --dtype float32 --json {new}.json"],
     "benchmarks checkpoint": ["--size TinyLlama-1.1B --tokenizer {base}/tokenizer.model --out {new}"],
@@ -195,7 +206,7 @@ def test_every_option_is_explained_and_has_a_line_here(name):
 def places(tiny_base, instructions, bpe, tmp_path_factory):
     """Files that the lines name."""
     folder = tmp_path_factory.mktemp("options")
-    for name in ("album", "science", "coco", "vit", "grouped"):
+    for name in ("album", "science", "coco", "vit", "grouped", "tasks"):
         (folder / name).mkdir()
     album = folder / "album"
     torch.save(openai_names(make_vit(SEEING)), album / "ViT.pt")
@@ -250,7 +261,8 @@ def places(tiny_base, instructions, bpe, tmp_path_factory):
     (folder / "squad").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     (folder / "text").write_text("The capital of Peru is Lima, and Anna went home.\n" * 100)
     names = ("album", "science", "coco", "vit", "grouped", "text_only", "seeing", "heard", "theirs", "one_gate", "lit")
-    names += ("digits", "head", "text", "reader", "asked", "squad")
+    names += ("digits", "head", "text", "reader", "asked", "squad", "tasks")
+    save_harness_task(folder / "tasks")
     return {name: folder / name for name in names} | {"base": tiny_base, "forty": instructions}
 
 
@@ -261,6 +273,8 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
         pytest.importorskip("pycocoevalcap")
         if shutil.which("java") is None:
             pytest.skip("needs java")
+    if "harness" in name or "benchmarks score" in name:
+        pytest.importorskip("lm_eval")
     # With the real compiler these take a minute: test_train.py and test_generate.py have it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     if program == "benchmarks":
