@@ -83,7 +83,7 @@ def begin_with(path: str | None, adapter: Adapter, base: Config) -> Adapter:
 
 
 def choose_learnt(adapter: Adapter, base, generator: torch.Generator) -> None:
-    """As --prompts and --freeze say, in `base` (options.BaseOptions). Raises ValueError where that contradicts others."""
+    """As --prompts and --freeze say, in a BaseOptions. Raises ValueError where they contradict others."""
     if base.prompts == "mlp":
         if base.init is not None:
             raise ValueError(f"--prompts mlp: a network cannot begin with the prompts of --init {base.init}")
