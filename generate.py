@@ -85,9 +85,9 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids; the rows may differ in length.
 
-    Yields, step by step, B ids, None for a row that has ended: with one of `end_ids`, which is not yielded. All end after
-    `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled. A `cache` holds what
-    stands before the rows, read with the same prompts, and has room for what is to come.
+    Yields, step by step, B ids, None for a row that has ended: with one of `end_ids`, which is not yielded. All end
+    after `max_new_tokens` steps, or when every row has. `decode` is the one above, plain or compiled. A `cache` holds
+    what stands before the rows, read with the same prompts, and has room for what is to come.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")

@@ -36,7 +36,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8: Pillow would cut it off. Raises ValueError at wider pixels, whose range is unknown."""
+    """Grey of 16 bits scaled to 8: Pillow would cut it off. Raises ValueError at wider pixels, of unknown range."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -39,7 +39,6 @@ from tasks import TASKS
 from tasks.scienceqa import read as read_problems
 
 
-
 def testbed_options(command):
     """What all commands take that tune a LLaMA."""
     groups = [

@@ -107,9 +107,7 @@ def compare_encoder_methods(
     return rows
 
 
-def search_encoder_rates(
-    sets: LabelledSets, setting: EncoderSetting, number: int | None = None
-) -> dict[str, float]:
+def search_encoder_rates(sets: LabelledSets, setting: EncoderSetting, number: int | None = None) -> dict[str, float]:
     """Each method's best learning rate, asked about a tenth of the examples; ValueError if there is none.
 
     The tenth is drawn from all of them, the same for every run: in files that are sorted by class the first has one.

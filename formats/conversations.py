@@ -38,7 +38,7 @@ def turns_field(record: object) -> str | None:
 
 
 def check_turns(values: object, where: str, field: str, answered: bool = True) -> tuple[Turn, ...]:
-    """The turns of a record, the value of that field, one of them the assistant's unless nothing need be answered in it.
+    """The turns of a record, the value of that field, one of them the assistant's unless nothing need be answered.
 
     Raises ValueError at an unknown role, an empty content, or an order that cannot be.
     """

@@ -187,7 +187,7 @@ def fill(
     weights = {}
     with named(path, "weight"):
         for name, parameter in model.named_parameters():
-            weights[name] = filled(parameter, lambda target: copy(fetch(name), target), name, dtype, device)
+            weights[name] = filled(parameter, lambda target, name=name: copy(fetch(name), target), name, dtype, device)
     model.load_state_dict(weights, assign=True)
 
 

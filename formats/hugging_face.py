@@ -1,4 +1,4 @@
-"""Hugging Face's layout of LLaMA, Mistral, Qwen2 and Qwen3: config.json, and model*.safetensors or pytorch_model*.bin."""
+"""Hugging Face's layout of LLaMA, Mistral, Qwen2 and Qwen3: config.json, model*.safetensors or pytorch_model*.bin."""
 
 import re
 from collections.abc import Callable, Mapping

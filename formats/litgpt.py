@@ -23,7 +23,7 @@ def key_and_value_rows(config: Config) -> tuple[Tensor, Tensor]:
 def from_litgpt_rows(adapter: Adapter, model: LLaMA) -> Adapter:
     """The adapter with prompts whose keys and values are here what those in its file were in litgpt.
 
-    For each there are 2*Hkv*D numbers to meet with C, so it takes grouped queries. Raises ValueError where it cannot be.
+    For each there are 2*Hkv*D numbers to meet with C, so it takes grouped queries; ValueError where it cannot be.
     """
     config, layers = model.config, len(adapter.prompts)
     adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)

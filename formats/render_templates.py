@@ -70,7 +70,7 @@ def reply(compiled: Callable[[str], jinja2.Template], line: str) -> str:
         request, rendered = json.loads(line), []
         template = compiled(request["template"])
         values = {"tools": None, "documents": None} | request["variables"]  # as transformers has them
-        for number, talk in enumerate(request["talks"]):
+        for number, talk in enumerate(request["talks"]):  # noqa: B007 (an error below names it)
             rendered.append(render_talk(template, values, talk))
         return json.dumps({"rendered": rendered}, ensure_ascii=False)
     except MemoryError:

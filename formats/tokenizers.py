@@ -1,4 +1,4 @@
-"""Tokenizers in the files that they come in: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), tokenizer.json (all else)."""
+"""Tokenizers in the files they come in: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), tokenizer.json (all else)."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""Instructions in Stanford Alpaca's format, and conversations: JSON or JSONL, of the author's own or anybody's making."""
+"""Instructions in Stanford Alpaca's format, and conversations: JSON or JSONL, one's own or anybody's."""
 
 from pathlib import Path
 

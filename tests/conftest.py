@@ -134,7 +134,11 @@ def tiny_adapter(tiny_base, tmp_path_factory):
     torch.nn.init.constant_(adapter.gates, 2.0)
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
     adapter.save(
-        path, base=tiny_base, base_layers=3, base_fingerprint=base_fingerprint(*read_base(tiny_base)), prompt_template="alpaca"
+        path,
+        base=tiny_base,
+        base_layers=3,
+        base_fingerprint=base_fingerprint(*read_base(tiny_base)),
+        prompt_template="alpaca",
     )
     return path
 

@@ -363,8 +363,9 @@ def hugging_face(folder):
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     values = {
         "model_type": "llama", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 8,
-        "num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 300, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "rope_scaling": rope | {"original_max_position_embeddings": 64}, "max_position_embeddings": 128, "rope_theta": 1e4,
+        "num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 300, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "rope_scaling": rope | {"original_max_position_embeddings": 64}, "max_position_embeddings": 128,
+        "hidden_act": "silu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     return folder / "model-1.safetensors"
@@ -551,7 +552,8 @@ def vit_folder(folder):
     save_file(tensors, folder / "model.safetensors")
     values = {
         "model_type": "vit", "image_size": 24, "patch_size": 8, "hidden_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "intermediate_size": 96, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "num_channels": 3,
+        "num_attention_heads": 2, "intermediate_size": 96, "num_channels": 3, "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
@@ -893,6 +895,7 @@ def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[in
 # Whole commands
 
 BASE_OPTIONS = ["--base", "{base}", "--device", "cpu"]
+INTO_FOLDER = ["--out", "{folder}/o"]
 TRAIN = ["train.py", *BASE_OPTIONS, "--out", "{folder}/out", "--epochs", "3", "--val-size", "0", "--batch-size", "2"]
 COMMANDS = {
     "alpaca": [*TRAIN, "--data", "{path}"],
@@ -905,9 +908,9 @@ COMMANDS = {
     "authors": ["convert.py", "import", "{path}", "{folder}/ours.safetensors", "--heads", "4"],
     "lit": ["convert.py", "import", "{path}", "{folder}/ours.safetensors", "--heads", "4"],
     "peft": ["convert.py", "show", "{parent}", "--heads", "4"],
-    "prompts": ["generate.py", *BASE_OPTIONS, "--prompts", "{path}", "--out", "{folder}/out.jsonl", "--max-new-tokens", "2"],
-    "scienceqa": ["evaluate.py", "scienceqa", "--data", "{path}", "--results", "{parent}/results.json", "--out", "{folder}/o"],
-    "results": ["evaluate.py", "scienceqa", "--data", "{parent}/problems.json", "--results", "{path}", "--out", "{folder}/o"],
+    "prompts": ["generate.py", *BASE_OPTIONS, "--prompts", "{path}", "--out", "{folder}/o", "--max-new-tokens", "2"],
+    "scienceqa": ["evaluate.py", "scienceqa", "--data", "{path}", "--results", "{parent}/results.json", *INTO_FOLDER],
+    "results": ["evaluate.py", "scienceqa", "--data", "{parent}/problems.json", "--results", "{path}", *INTO_FOLDER],
     "head adapter": ["-m", "encoder_tuning", "evaluate", "--adapter", "{path}", "--base", "{base}", "--data", "{base}"],
     "npz": ["-m", "encoder_tuning", "train", "--task", "image-classification", "--base", "{base}", "--data", "{path}"],
 }  # fmt: skip

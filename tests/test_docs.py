@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: what they link to, name, and tell one to type is there."""
+"""README.md, CONTRIBUTING.md and docs/ against the code: what they link to, name, and tell one to type is there."""
 
 import importlib
 import json
@@ -18,7 +18,8 @@ from formats import bases, hugging_face, llama2c, meta
 from model import RopeScaling
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+SUBJECTS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *SUBJECTS]
 PROGRAMS = {f"{name}.py": name for name in ("train", "generate", "evaluate", "convert")}
 PACKAGES = ("experiments", "benchmarks", "encoder_tuning")  # python -m NAME
 FOREIGN = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--local-dir"}  # torchrun's, and those of `hf download`
@@ -128,7 +129,7 @@ def tree(text):
     """What the README's tree says there is on the top level: the names that begin its lines, and those of its last."""
     block = next(block for block in blocks(text) if block.startswith("adapter.py "))
     *lines, last = block.splitlines()
-    return {line.split()[0] for line in lines} | set(re.findall(r"[\w.-]+\.(?:md|txt|ini)|LICENSE", last))
+    return {line.split()[0] for line in lines} | set(re.findall(r"[\w.-]+\.(?:md|txt|toml|cff)|LICENSE", last))
 
 
 def on_the_top_level():
@@ -169,7 +170,8 @@ def test_the_tree_is_the_top_level():
 
 def test_every_page_is_in_the_readme():
     text = README.read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"docs/{page.name}" not in text] == []
+    assert [page.name for page in SUBJECTS if f"docs/{page.name}" not in text] == []
+    assert "(CONTRIBUTING.md)" in text
 
 
 def test_ci_runs_the_line_for_a_fresh_machine():

@@ -107,7 +107,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 def test_the_same_adapter_makes_the_same_bytes(tmp_path):
     contents = set()
-    for number in range(5):
+    for _ in range(5):
         adapter = make_adapter(make_model())
         adapter.save(tmp_path / "a", **{f"field {i}": "ü" * i for i in range(8)})
         contents.add((tmp_path / "a").read_bytes())

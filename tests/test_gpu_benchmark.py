@@ -90,7 +90,7 @@ def test_other_models_share_the_weights_and_the_rounded_have_their_own():
 
 
 def test_operations_are_those_that_pytorch_counts():
-    """Of a step without recomputation: forward, backwards through adapted layers, and the head where there is a loss."""
+    """Of a step, nothing recomputed: forward, backwards through adapted layers, and the head where there is a loss."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from train import TrainConfig, make_optimizer, train_step

@@ -99,8 +99,9 @@ def test_one_gate_for_all_heads(tmp_path):
     """A file of PEFT's, of whose base the heads are not known before it is read."""
     place = "base_model.model.model.layers.{}.self_attn.adaption_"
     tensors = {place.format(i) + "prompt": torch.randn(1, 3, 16) for i in (1, 2)}
+    tensors |= {place.format(i) + "gate": torch.ones(1) * i for i in (1, 2)}
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
-    save_file(tensors | {place.format(i) + "gate": torch.ones(1) * i for i in (1, 2)}, tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     begun = begin_with(str(tmp_path), adapter_of("text", 1), BASE)
     assert torch.equal(begun.gates, torch.tensor([[1.0, 1.0], [2.0, 2.0]])) and begun.gate_activation == "identity"
 

@@ -27,7 +27,7 @@ def test_the_prompts_are_the_network_s():
     adapter = made_by_mlp()
     (network,) = adapter.parametrizations.prompts
     e = adapter.parametrizations.prompts.original.detach().double()  # (L, E)
-    (W1, b1), (W2, b2) = ((m.weight.detach().double(), m.bias.detach().double()) for m in (network.mlp[0], network.mlp[2]))
+    W1, b1, W2, b2 = (parameter.detach().double() for parameter in network.mlp.parameters())
     for layer, prompts in enumerate(adapter.prompts):
         hidden = [max(0.0, float(W1[i] @ e[layer] + b1[i])) for i in range(len(b1))]
         expected = W2 @ torch.tensor(hidden, dtype=torch.double) + b2  # (K*C,)

@@ -80,8 +80,8 @@ LINES = {
         "--skip-missing --max-new-tokens 3 --batch-size 2 --device cpu --dtype float32 --out {new}",
         "--data {coco}/captions.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --bits 8 "
         "--out {new}",
-        "--data {coco}/captions.json --adapter {seeing} --base {base} --images {coco} --int8 --limit 1 --clip {album}/ViT.pt "
-        "--skip-missing --max-new-tokens 2 --device cpu --out {new}",
+        "--data {coco}/captions.json --adapter {seeing} --base {base} --images {coco} --int8 --limit 1 "
+        "--clip {album}/ViT.pt --skip-missing --max-new-tokens 2 --device cpu --out {new}",
         "--data {coco}/captions.json --results {coco}/results.json --out {new}",
     ],
     "evaluate toy": [
@@ -143,8 +143,8 @@ LINES = {
         "--toy-layers 3 --limit 8 --held-out 3 --epochs 3 --seeds 1 --device cpu --out {new}",
     ],
     "experiments vit": [
-        "--base {vit} --train {digits}.npz --test {digits}.npz --seeds 1 --epochs 2 --batch-size 20 --length 2 --rank 2 "
-        "--out {new}",
+        "--base {vit} --train {digits}.npz --test {digits}.npz --seeds 1 --epochs 2 --batch-size 20 --length 2 "
+        "--rank 2 --out {new}",
         "--base {vit} --train {digits}.npz --test {digits}.npz --epochs 2 --search --out {new}",
     ],
 }  # fmt: skip

@@ -377,9 +377,10 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
 @pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
 def test_a_rank_ends_at_once(ranks, printed):
     """With what it has printed, and its exit code; a process alone ends as any other."""
-    code = "import atexit; from runtime.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); print('done, ', end=''); "
+    code = "import atexit; from runtime.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); "
+    code += "print('done, ', end=''); exit_rank(3)"
     result = subprocess.run(
-        [sys.executable, "-c", code + "exit_rank(3)"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (3, printed), result.stderr

@@ -89,7 +89,8 @@ def answers_of(base, adapters, bits=None):
         cache = KVCache(model, batch=len(tokens), capacity=100)
         logits = prefill(model, tokens, concat_prompts(prompts), cache)
         texts = responder.answer_batch(asked(), tqdm(disable=True))
-    return logits.tolist(), texts, {name: list(weight.shape) for name, weight in model.named_parameters()}, held_bytes(model)
+    shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
+    return logits.tolist(), texts, shapes, held_bytes(model)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,8 @@ def test_commands(forks, tiny_base, tiny_adapter, tmp_path):
 
 def test_evaluation(forks, tiny_adapter, tmp_path):
     path = save_problems(tmp_path, image=None)
-    args = ["scienceqa", "--data", path, "--adapter", tiny_adapter, "--device", "cpu", "--max-new-tokens", 3, "--choose"]
+    args = ["scienceqa", "--data", path, "--adapter", tiny_adapter, "--device", "cpu", "--choose"]
+    args += ["--max-new-tokens", 3]
     alone = say("evaluate", None, *args, "--out", tmp_path / "alone")
     assert alone[0] == 0 and together(forks, 2, "evaluate", None, *args, "--out", tmp_path / "two")[:2] == alone[:2]
     written = {file.name: file.read_text() for file in (tmp_path / "alone").iterdir()}
@@ -225,7 +227,8 @@ def test_what_one_rank_alone_cannot_do_is_said(forks, tiny_base):
     ranks = Ranks(forks, 2, partial(say, spoil=without_its_gpu), "generate", None, "--base", tiny_base, "--raw", "hi")
     results = ranks.results()
     assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
-    assert results[0][2].startswith("error: rank 1: device 'cuda:77' is not to be had") and results[0][2].count("\n") == 1
+    said = results[0][2]
+    assert said.startswith("error: rank 1: device 'cuda:77' is not to be had") and said.count("\n") == 1
 
 
 def test_a_weight_of_another_model_is_a_line(tiny_base, tmp_path):

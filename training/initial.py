@@ -20,7 +20,7 @@ PARTS = ("prompts", "gates", "projection")
 
 
 def load_initial(path: str) -> Adapter:
-    """Before the base's heads are known: a file with one gate for all of them has that. Raises OSError or ValueError."""
+    """Before the base's heads are known: a file with one gate for all has that. Raises OSError or ValueError."""
     try:
         initial = load_adapter(path)
     except ValueError:
@@ -83,7 +83,7 @@ def begin_with(path: str | None, adapter: Adapter, base: Config) -> Adapter:
 
 
 def choose_learnt(adapter: Adapter, base, generator: torch.Generator) -> None:
-    """As --prompts and --freeze say, in `base` (options.BaseOptions). Raises ValueError where they contradict others."""
+    """As --prompts and --freeze say, in a BaseOptions. Raises ValueError where they contradict others."""
     if base.prompts == "mlp":
         if base.init is not None:
             raise ValueError(f"--prompts mlp: a network cannot begin with the prompts of --init {base.init}")

@@ -1,4 +1,4 @@
-"""What a training command can be told beside its hyper-parameters, each kind in a record, and the options that fill it."""
+"""What a training command can be told beside its hyper-parameters, each kind a record, and the options that fill it."""
 
 import hashlib
 import math
