@@ -1,6 +1,6 @@
 """Run the Python of a page, from the root of the repository: python docs/examples/run_page.py docs/method.md.
 
-Its ```python blocks run in order in one namespace, as if a reader typed them. What a block prints is what the page shows
+Its ```python blocks run in order in one namespace, as if a reader typed them. What a block prints is what the page has
 behind it; pictures are written where the block says.
 """
 
