@@ -1,0 +1,108 @@
+"""docs/method.md's program, on an untrained base of the toy's shape: what the page asserts is most of the test."""
+
+import re
+import traceback
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import ROOT
+
+from adapter import Adapter
+from formats.meta import meta_config
+from model import LLaMA
+from runtime.files import write_json
+from toy import almanac
+from toy.language_model import PARAMS
+
+PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"^```python\n.*?^```\n(?:\n```\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)  # and what it printed
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """The module of docs/examples/run_page.py."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
+    import run_page
+
+    return run_page
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_base, tmp_path_factory):
+    """A folder like the toy's base, its tokenizer too, but for the weights."""
+    folder = tmp_path_factory.mktemp("untrained")
+    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
+    write_json(folder / "params.json", PARAMS)
+    torch.manual_seed(0)
+    torch.save(LLaMA(meta_config(PARAMS, 1024)).state_dict(), folder / "consolidated.00.pth")
+    return folder
+
+
+@pytest.fixture
+def page(untrained, tmp_path, monkeypatch):
+    """Its text on that base, with few examples, epochs and new tokens; pictures go to a temporary folder."""
+    sets = almanac.instructions()
+    few = {"tuning": sets["tuning"][:32], "wordings": sets["wordings"][:2]}
+    monkeypatch.setattr(almanac, "instructions", lambda: few)
+    (tmp_path / "docs" / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = PAGE
+    faster = {"make_base()": repr(str(untrained)), "epochs=12": "epochs=2", "max_new_tokens=40": "max_new_tokens=4"}
+    for theirs, ours in faster.items():
+        assert text.count(theirs) == 1
+        text = text.replace(theirs, ours)
+    return text
+
+
+def test_the_page_runs_and_shows_what_it_prints(page, runner, tmp_path):
+    """Shapes are compared with those on the page; figures are the trained base's."""
+    shown = [found[1] or "" for found in SHOWN.finditer(PAGE)]
+    printed = list(runner.run_blocks(page, "method.md"))
+    assert [bool(text) for text in printed] == [bool(text) for text in shown]
+    shapes = [i for i, text in enumerate(shown) if text.startswith(("T ", "q, k, v ", "P "))]
+    assert len(shapes) == 3 and [printed[i] for i in shapes] == [shown[i] for i in shapes]
+    drawn = sorted(path.name for path in (tmp_path / "docs" / "pictures").iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "pictures").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("W @ v + torch.tanh(g)", "W @ v + g"),
+        ("kp = heads(Wk(P))", "kp = rope(heads(Wk(P.repeat(1, 5, 1)[:, :T])))[:, :, :K]"),
+        ("vp = heads(Wv(P))", "vp = heads(Wk(P))"),
+        ("A = over_prompts.softmax(dim=3)", "A = scores.softmax(dim=3)[..., :K]"),
+        ("W = over_words.masked_fill(~causal, -math.inf)", "W = over_words"),
+        ("transpose(2, 3) / math.sqrt(D)  # (1, H, T, K + T)", "transpose(2, 3)"),
+        ("rope(heads(Wk(x)))", "heads(Wk(x))"),
+        ("adapted(torch.zeros(H))", "adapted(torch.ones(H))"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_found(page, runner, right, wrong):
+    assert page.count(right) == 1
+    with pytest.raises(AssertionError):
+        list(runner.run_blocks(page.replace(right, wrong), "method.md"))
+
+
+def test_a_wrong_adapter_is_found(page, runner, monkeypatch):
+    monkeypatch.setitem(Adapter.ACTIVATIONS, "tanh", lambda g: g)
+    with pytest.raises(AssertionError):
+        list(runner.run_blocks(page, "method.md"))
+
+
+def test_pictures_are_small():
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert sizes and max(sizes.values()) < 100_000, sizes
+
+
+def test_blocks_share_names_and_errors_have_the_page_s_line(runner, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\n```\n\n```\nno program\n```\n\n```python\nprint(x)\n```\n")
+    result = CliRunner().invoke(runner.main, [str(page)])
+    assert result.exit_code == 0 and result.stdout == "--- block 1\n--- block 2\n1\n"
+    with pytest.raises(ZeroDivisionError) as error:
+        list(runner.run_blocks("text\n\n```python\n\n1 / 0\n```\n", "page.md"))
+    last = traceback.extract_tb(error.tb)[-1]
+    assert (last.filename, last.lineno) == ("page.md", 5)
+    assert CliRunner().invoke(runner.main, [str(tmp_path / "none.md")]).exit_code == 2
