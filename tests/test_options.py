@@ -90,8 +90,8 @@ LINES = {
     ],
     "evaluate harness": [
         "--tasks capitals --include-path {tasks} --adapter {text_only} --base {base} --strength 0.5 --compare "
-        "--limit 2 --num-fewshot 0 --template alpaca --batch-size 2 --log-samples --device cpu --dtype float32 --bits 8 "
-        "--out {new}",
+        "--limit 2 --num-fewshot 0 --template alpaca --batch-size 2 --log-samples --device cpu --dtype float32 "
+        "--bits 8 --out {new}",
         "--tasks {tasks}/capitals.yaml --base {base} --int8 --device cpu --out {new}",
     ],
     "experiments bits": ["--base {base} --base {grouped} --text {text} --rows 2 --device cpu --out {new}"],
