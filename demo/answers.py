@@ -116,9 +116,9 @@ class Demonstration:
             answers = answers._replace(adapter=answers.adapter + piece)
             yield answers
         if ids:
-            labels = [self.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-            labels = [after[len(before) :] for before, after in zip(labels, labels[1:])]
-            yield (answers := answers._replace(labels=labels, shares=answer_shares(responder, request, ids)))
+            labels, shares = token_texts(self.tokenizer, ids), answer_shares(responder, request, ids)
+            answers = answers._replace(labels=labels, shares=shares)
+            yield answers
         for piece in pieces(responder, Request(request.instruction, request.input), sampling.seed, []):
             answers = answers._replace(base=answers.base + piece)
             yield answers
@@ -131,6 +131,18 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
     options = responder.sampling | {"max_new_tokens": limit, "generator": generator}
     new = stream(responder.model, [tokens], responder.prompts(request), **options)
     yield from text_pieces(new, responder.tokenizer, ids)
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each of an answer's ids adds to its text; a character of several tokens stands at the last of them."""
+    texts, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            text = shown
+        texts.append(text[len(shown) :])
+        shown = text
+    return texts
 
 
 def answer_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:

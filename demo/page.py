@@ -5,6 +5,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+import click
 import gradio as gr
 import torch
 
@@ -32,8 +33,9 @@ size: what the prompts change, the two answers show.
 """
 ABOUT_GATES = """### How far the gates are open
 
-tanh(g) of the adapter, of each head of each adapted layer, at strength 1. Training starts with all at 0 (white), where
-the model is the base. A gate below 0 takes away what the prompts say. The strength multiplies all of them.
+tanh(g) in each head of each adapted layer, at strength 1 (g itself, where the adapter's file says so). Training starts
+with all at 0 (white), where the model is the base. A gate below 0 subtracts what the prompts say. The strength
+multiplies them all.
 """
 CSS = """
 .shares { overflow-x: auto; }
@@ -44,6 +46,7 @@ CSS = """
 .shares tr:first-child th { vertical-align: bottom; }
 .shares th span { writing-mode: vertical-rl; transform: rotate(180deg); font-family: ui-monospace, monospace; }
 .shares td { min-width: 24px; color: #111; background: color-mix(in srgb, #e8590c calc(var(--share) * 100%), #fff); }
+#preview img { height: 96px; }
 .notice { border-left: 4px solid #e8590c; padding: 4px 12px; }
 """
 
@@ -65,15 +68,16 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
             with gr.Column(min_width=280):
                 name = gr.Radio(names, value=names[0], label="Adapter", visible=len(names) > 1, elem_id="adapter")
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Strength (0: the base)", elem_id="strength")
-                with gr.Accordion("Sampling", open=False):
+                with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                     sampling = sampling_sliders()
         with gr.Row():
-            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            ask = gr.Button("Ask", variant="primary", scale=4, elem_id="ask")
             stop = gr.Button("Stop")
-        notice = gr.HTML(elem_id="notice")
+        notice = gr.HTML(elem_id="notice", padding=False)
         with gr.Row():
-            adapted = gr.Textbox(label="With the adapter", lines=3, interactive=False, elem_id="adapted")
-            base = gr.Textbox(label="The base alone", lines=3, interactive=False, elem_id="base")
+            answer = {"lines": 3, "max_lines": 20, "interactive": False, "min_width": 300}
+            adapted = gr.Textbox(label="With the adapter", elem_id="adapted", **answer)
+            base = gr.Textbox(label="The base alone", elem_id="base", **answer)
         gr.Markdown(ABOUT_SHARES)
         shares = gr.HTML(elem_id="shares")
         gr.Markdown(ABOUT_GATES)
@@ -152,16 +156,22 @@ def as_notice(error: Exception) -> str:
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Until Ctrl-C; nobody outside is told or asked. Raises OSError where the port is taken."""
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        mcp_server=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        footer_links=[],
-        max_file_size=UPLOAD,
-        theme=gr.themes.Default(font=SYSTEM_FONTS[0], font_mono=SYSTEM_FONTS[1]),
-        css=CSS,
-    )
+    """Until Ctrl-C; nobody outside is told or asked. Raises OSError where the port cannot be had."""
+    off = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode"), False)
+    theme = gr.themes.Default(font=SYSTEM_FONTS[0], font_mono=SYSTEM_FONTS[1])
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=UPLOAD,
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            **off,
+        )
+    except OSError:
+        raise OSError(f"{host}:{port}: is taken, or no place to listen at; give another --port, or --host") from None
+    click.echo(f"http://{host}:{port}, until Ctrl-C")
+    page.block_thread()
