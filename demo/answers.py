@@ -167,14 +167,14 @@ def preview(path: Path) -> str:
 def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
     """A heat map as an HTML table, layers (the topmost first) by tokens, in per cent.
 
-    shares (L, n); n labels; `first_layer` is that of row 0. The darkest cell is the largest share.
+    shares (L, n); n labels; `first_layer` is that of row 0. The colours mean the same in every table: white is 0, full
+    colour is 1.
     """
-    top = max(shares.max().item(), 1e-6)
     head = "".join(f"<th><span>{escape(repr(label)[1:-1])}</span></th>" for label in labels)
     rows = []
     for layer in reversed(range(len(shares))):
         cells = (
-            f'<td style="--share: {share / top:.2f}" title="{share:.1%}">{100 * share:.0f}</td>'
+            f'<td style="--share: {share:.2f}" title="{share:.1%}">{100 * share:.0f}</td>'
             for share in shares[layer].tolist()
         )
         rows.append(f"<tr><th>{first_layer + layer}</th>{''.join(cells)}</tr>")

@@ -38,7 +38,7 @@ with all at 0 (white), where the model is the base. A gate below 0 subtracts wha
 multiplies them all.
 """
 CSS = """
-.shares { overflow-x: auto; }
+.shares { overflow-x: auto; padding-bottom: 10px; }
 .shares table { border-collapse: collapse; font-size: 12px; line-height: 1.2; }
 .shares th, .shares td { padding: 3px 4px; text-align: center; border: 1px solid var(--border-color-primary); }
 .shares th { font-weight: normal; white-space: pre; }
@@ -47,6 +47,7 @@ CSS = """
 .shares th span { writing-mode: vertical-rl; transform: rotate(180deg); font-family: ui-monospace, monospace; }
 .shares td { min-width: 24px; color: #111; background: color-mix(in srgb, #e8590c calc(var(--share) * 100%), #fff); }
 #preview img { height: 96px; }
+#notice:not(:has(.notice)) { display: none; }
 .notice { border-left: 4px solid #e8590c; padding: 4px 12px; }
 """
 
@@ -100,10 +101,10 @@ def sampling_sliders() -> list[gr.Slider]:
     """The fields of `Sampling` but for the strength, in their order."""
     usual = Sampling()
     return [
-        gr.Slider(0, 2, usual.temperature, step=0.05, label="Temperature (0: always the likeliest token)"),
-        gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p, where the temperature is not 0"),
-        gr.Slider(1, 1024, usual.max_new_tokens, step=1, label="Tokens of an answer, at most", elem_id="tokens"),
-        gr.Slider(0, 99, usual.seed, step=1, label="Seed: the same one, the same answers"),
+        gr.Slider(0, 2, usual.temperature, step=0.05, label="Temperature (0: greedy)"),
+        gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p"),
+        gr.Slider(1, 1024, usual.max_new_tokens, step=1, label="New tokens, at most", elem_id="tokens"),
+        gr.Slider(0, 99, usual.seed, step=1, label="Seed"),
     ]
 
 

@@ -144,7 +144,7 @@ def test_the_heat_map_shows_labels_as_text():
     table = shares_table(torch.tensor([[0.1, 0.25], [0.0, 0.5]]), ["<b>", "\n"], first_layer=2)
     assert "&lt;b&gt;" in table and "<b>" not in table and "\\n" in table
     assert table.index("<th>3</th>") < table.index("<th>2</th>"), "the topmost layer is on top"
-    assert 'title="25.0%">25<' in table and "--share: 0.50" in table
+    assert 'title="25.0%">25<' in table and "--share: 0.25" in table
 
 
 def test_an_upload_is_seen_and_gone(demonstration, seeing, tmp_path):
@@ -203,6 +203,28 @@ def test_bad_starts_are_one_line(tiny_adapter, monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}: is taken" in refused("--adapter", tiny_adapter, "--port", port)
+
+
+def test_every_option_is_heeded(seeing, tiny_base, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
+    (tmp_path / "eye.py").write_text("import torch\ndef rows(path): return torch.arange(512.0).view(4, 128)\n")
+    made, served = [], []
+    monkeypatch.setattr("demo.page.make_page", lambda demonstration: made.append(demonstration))
+    monkeypatch.setattr("demo.page.serve", lambda page, host, port: served.append((host, port)))
+    every = f"--adapter {seeing} --base {tiny_base} --device cpu --dtype bfloat16 --template llama-2"
+    for more in (f"--clip {seeing.parent}/ViT.pt --int8 --host 0.0.0.0", f"--encoder {tmp_path}/eye.py:rows --bits 8"):
+        result = CliRunner().invoke(main, [*every.split(), *more.split(), "--port", "7777"])
+        assert result.exit_code == 0, result.output
+    assert served == [("0.0.0.0", 7777), ("127.0.0.1", 7777)]
+    assert [each.encoders["seeing"].metadata.get("encoder") for each in made] == [None, f"{tmp_path}/eye.py:rows"]
+    for demonstration in made:
+        weight = demonstration.model.layers[0].attention.wq.weight
+        assert weight.dtype == torch.bfloat16 and "Int8" in type(weight).__name__
+        assert demonstration.template == "llama-2"
+        assert last_answers(demonstration, Request(QUESTION, adapter="seeing")).shares.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------
