@@ -35,7 +35,7 @@ ABOUT_GATES = """### How far the gates are open
 
 tanh(g) in each head of each adapted layer, at strength 1 (g itself, where the adapter's file says so). Training starts
 with all at 0 (white), where the model is the base. A gate below 0 subtracts what the prompts say. The strength
-multiplies them all.
+multiplies them all; at 0 the model is the base again.
 """
 CSS = """
 .shares { overflow-x: auto; padding-bottom: 10px; }
@@ -68,7 +68,7 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
                         forget = gr.Button("Remove the image", visible=False, size="sm")
             with gr.Column(min_width=280):
                 name = gr.Radio(names, value=names[0], label="Adapter", visible=len(names) > 1, elem_id="adapter")
-                strength = gr.Slider(0, 2, 1, step=0.05, label="Strength (0: the base)", elem_id="strength")
+                strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", elem_id="strength")
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                     sampling = sampling_sliders()
         with gr.Row():
