@@ -36,7 +36,7 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-class Answers(NamedTuple):
+class SideBySide(NamedTuple):
     """What there is of both answers so far, and once the adapter's is there, what it was made of."""
 
     adapter: str = ""
@@ -92,7 +92,7 @@ class Demonstration:
         finally:
             path.unlink(missing_ok=True)
 
-    def answer(self, request: Request, sampling: Sampling) -> Iterator[Answers]:
+    def answer(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
         """The answers of an adapter, then of the base, each growing piece by piece; the base sees no image.
 
         Both have the adapter's template and the same seed. Raises ValueError where nothing is asked, or more than the
@@ -111,7 +111,7 @@ class Demonstration:
             top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
         )
-        answers, ids = Answers(), []
+        answers, ids = SideBySide(), []
         for piece in pieces(responder, request, sampling.seed, ids):
             answers = answers._replace(adapter=answers.adapter + piece)
             yield answers

@@ -44,7 +44,8 @@ CSS = """
 .shares th { font-weight: normal; white-space: pre; }
 .shares th:first-child { position: sticky; left: 0; background: var(--body-background-fill); }
 .shares tr:first-child th { vertical-align: bottom; }
-.shares th span { writing-mode: vertical-rl; transform: rotate(180deg); font-family: ui-monospace, monospace; }
+.shares th span { display: inline-block; writing-mode: vertical-rl; transform: rotate(180deg); }
+.shares th span { font-family: ui-monospace, monospace; }
 .shares td { min-width: 24px; color: #111; background: color-mix(in srgb, #e8590c calc(var(--share) * 100%), #fff); }
 #preview img { height: 96px; }
 #notice:not(:has(.notice)) { display: none; }

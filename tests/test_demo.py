@@ -232,7 +232,7 @@ def test_every_option_is_heeded(seeing, tiny_base, tmp_path, monkeypatch):
 
 
 def start(folder, *adapters):
-    """The command on a free port: the process, and the address that it says. All that it writes lies in a folder."""
+    """The command on a free port: the process, and its address. All that it writes lies in a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -245,9 +245,7 @@ def start(folder, *adapters):
         stderr=(folder / "stderr").open("w"),
         text=True,
     )
-    address = process.stdout.readline().split(",")[0]
-    assert address == f"http://127.0.0.1:{port}", (folder / "stderr").read_text()
-    return process, address
+    return process, f"http://127.0.0.1:{port}"
 
 
 class Browser:
@@ -313,10 +311,11 @@ def test_the_page(driver, tiny_adapter, seeing, tiny_base, tmp_path):
     """Asked, turned down to the base, shown an image and a broken one; nothing from elsewhere, nothing left behind."""
     image, server_folder = upload(tmp_path), tmp_path / "server"
     server_folder.mkdir()
-    base, of_words = generated("--base", tiny_base), generated("--adapter", tiny_adapter)
-    of_image = generated("--adapter", seeing, "--image", image)
     process, address = start(server_folder, f"words={tiny_adapter}", f"seeing={seeing}")
     try:
+        base, of_words = generated("--base", tiny_base), generated("--adapter", tiny_adapter)
+        of_image = generated("--adapter", seeing, "--image", image)
+        assert process.stdout.readline() == f"{address}, until Ctrl-C\n", (server_folder / "stderr").read_text()
         page = Browser(driver, address)
         page.all("#sampling button")[0].click()
         page.until(lambda: page.all("#tokens input[type=number]"))
