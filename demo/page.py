@@ -54,9 +54,9 @@ CSS = """
 
 
 def make_page(demonstration: Demonstration) -> gr.Blocks:
-    """All there is to see, bound to a demonstration; an upload that nothing came of goes after a minute or two."""
+    """All there is to see, bound to a demonstration; an upload that nobody waited for goes after an hour."""
     names, encoders = list(demonstration.adapters), demonstration.encoders
-    with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=(60, 60)) as page:
+    with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
