@@ -22,6 +22,18 @@ model_options = option_group(
     *device_options,
 )
 
+encoder_options = [  # of which `load_image_encoder` makes what sees images
+    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
+    option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
+]
+
+
+def template_option(templates: Sequence[str]):
+    """A decorator; `templates` are formats.chat_templates.NAMES."""
+    return option(
+        "--template", type=click.Choice(templates), help="How it is written.  [default: as the adapter's data]"
+    )
+
 
 def question_options(templates: Sequence[str]):
     """A decorator; `templates` are formats.chat_templates.NAMES."""
@@ -31,9 +43,8 @@ def question_options(templates: Sequence[str]):
         option(
             "--image", "--video", "--audio", "images", type=click.Path(), multiple=True, help="What PROMPT is about."
         ),
-        option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
-        option("--encoder", help="A function of yours, FILE.py:NAME, instead: it makes (M, Cv) numbers of a file."),
-        option("--template", type=click.Choice(templates), help="How it is written.  [default: as the adapter's data]"),
+        *encoder_options,
+        template_option(templates),
         option("--raw", is_flag=True, help="Continue the prompt as it stands, without any template."),
         option("--compare", is_flag=True, help="Answer with the base alone, and with every adapter."),
     )

@@ -29,19 +29,30 @@ def apply_rope(vector, position, theta):
     return torch.stack(turned)
 
 
-def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
-    """One query (D,) of one head over lists of (D,) vectors; gate is a number, already through tanh."""
+def attention_terms(q, keys, values, prompt_keys, prompt_values, gate):
+    """What the words and what the prompts give to one query (D,) of one head, over lists of (D,) vectors; (D,) each.
+
+    gate is a number, already through tanh.
+    """
     scale = 1 / math.sqrt(len(q))
     over_words = softmax([q @ key * scale for key in keys])
-    output = sum(weight * value for weight, value in zip(over_words, values))
-    if prompt_keys:
-        over_prompts = softmax([q @ key * scale for key in prompt_keys])
-        output = output + sum(gate * weight * value for weight, value in zip(over_prompts, prompt_values))
-    return output
+    words = sum(weight * value for weight, value in zip(over_words, values))
+    if not prompt_keys:
+        return words, torch.zeros_like(words)
+    over_prompts = softmax([q @ key * scale for key in prompt_keys])
+    return words, sum(gate * weight * value for weight, value in zip(over_prompts, prompt_values))
 
 
-def logits(weights, config, tokens, prompts=None, gates=None):
-    """Logits (T, V) of one sequence. prompts (L, K, C) and gates (L, H), before tanh, for the last L layers."""
+def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
+    words, prompts = attention_terms(q, keys, values, prompt_keys, prompt_values, gate)
+    return words + prompts
+
+
+def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
+    """Logits (T, V) of one sequence. prompts (L, K, C) and gates (L, H), before tanh, for the last L layers.
+
+    Where `terms` is a dict, it gets `attention_terms` of all heads side by side, by layer and token: (H*D,) each.
+    """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
     L = 0 if prompts is None else len(prompts)
@@ -74,8 +85,11 @@ def logits(weights, config, tokens, prompts=None, gates=None):
                 prompt_keys = [project("wk", p, of_kv) for p in prompt]
                 prompt_values = [project("wv", p, of_kv) for p in prompt]
                 gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
-                heads.append(gated_attention(q, keys, values, prompt_keys, prompt_values, gate))
-            outputs.append(matrices["wo"] @ torch.cat(heads))
+                heads.append(attention_terms(q, keys, values, prompt_keys, prompt_values, gate))
+            words, of_prompts = map(torch.cat, zip(*heads))
+            if terms is not None:
+                terms[n, t] = words, of_prompts
+            outputs.append(matrices["wo"] @ (words + of_prompts))
         xs = [x + output for x, output in zip(xs, outputs)]
 
         w1, w2, w3 = (w[layer + f"feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))

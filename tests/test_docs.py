@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 SUBJECTS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *SUBJECTS]
 PROGRAMS = {f"{name}.py": name for name in ("train", "generate", "evaluate", "convert")}
-PACKAGES = ("experiments", "benchmarks", "encoder_tuning")  # python -m NAME
+PACKAGES = ("experiments", "benchmarks", "encoder_tuning", "demo")  # python -m NAME
 FOREIGN = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--local-dir"}  # torchrun's, and those of `hf download`
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -21,6 +21,7 @@ RANKS = {
     "generate": 7,
     "tasks": 8,
     "toy": 8,
+    "demo": 8,
     "train": 9,
     "evaluate": 9,
     "convert": 9,

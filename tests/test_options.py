@@ -25,6 +25,7 @@ import generate
 import train
 from benchmarks import __main__ as benchmarks
 from benchmarks import measuring, true_size, workload
+from demo import __main__ as demo
 from encoder_tuning import __main__ as encoder_tuning
 from encoders.heads import HeadAdapter
 from model import Config
@@ -32,6 +33,7 @@ from model import Config
 PROGRAMS = {
     "train": train.main, "generate": generate.main, "evaluate": evaluate.main, "convert": convert.main,
     "encoder_tuning": encoder_tuning.main, "benchmarks": benchmarks.main, "experiments": experiments.main,
+    "demo": demo.main,
 }  # fmt: skip
 ADAPTER = "--layers 2 --length 3 --epochs 3 --warmup-epochs 0.5 --batch-size 8 --weight-decay 0.01 --seed 1"
 RUN = "--save-every 2 --log-every 2 --max-minutes 5 --device cpu --dtype float32"
@@ -152,6 +154,7 @@ LINES = {
 LIKE = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
 
 ELSEWHERE = {  # run by tests of their own
+    "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --int8 --host --port",
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
     "--at-a-time --search --curve --device --out",

@@ -1,0 +1,188 @@
+"""What the page asks for, without the page: two answers side by side, a picture's features, HTML of what is shown."""
+
+import base64
+import io
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from adapter import Adapter
+from data import Tokenizer
+from demo.prompt_share import prompt_shares
+from encoders.media import frames_of
+from formats.image_encoders import load_image_encoder
+from formats.requests import Request
+from generate import Responder, stream, text_pieces
+from model import LLaMA
+from multimodal import ImageAdapter
+from runtime.errors import error_line
+from training.curves import draw_gates
+
+THUMBNAIL = (240, 240)  # pixels, at most
+
+
+class Sampling(NamedTuple):
+    """How an answer is made; the defaults are greedy."""
+
+    strength: float = 1.0  # scales the gates; 0 is the base
+    temperature: float = 0.0
+    top_p: float = 0.75
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+class SideBySide(NamedTuple):
+    """What there is of both answers so far, and once the adapter's is there, what it was made of."""
+
+    adapter: str = ""
+    base: str = ""
+    labels: list[str] = []  # the adapter's answer, token by token: n texts
+    shares: Tensor | None = None  # (L, n), of the prompts, while each of them was chosen
+
+
+class Seen(NamedTuple):
+    """What is left of an upload."""
+
+    features: dict[str, Tensor]  # (F,) for every adapter that takes images, by its name
+    preview: str  # HTML
+
+
+class Demonstration:
+    """A base, adapters over it by name, and what makes features of images for those that take them.
+
+    `tower`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError where an image
+    adapter's encoder cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: LLaMA,
+        tokenizer: Tokenizer,
+        adapters: dict[str, Adapter],
+        *,
+        tower: str | None = None,
+        encoder: str | None = None,
+        template: str | None = None,
+    ):
+        self.model, self.tokenizer, self.adapters, self.template = model, tokenizer, adapters, template
+        weight = model.tok_embeddings.weight
+        self.encoders = {
+            name: load_image_encoder(tower, encoder, weight.dtype, weight.device, adapter)
+            for name, adapter in adapters.items()
+            if isinstance(adapter, ImageAdapter)
+        }
+        if (tower or encoder) and not self.encoders:
+            raise ValueError("--clip and --encoder are for adapters that were tuned on images; here is none")
+
+    def see(self, path: Path) -> Seen:
+        """The features of a file that was uploaded, for every adapter that takes images; the file is deleted.
+
+        Raises OSError or ValueError, in words that name the file alone, not the folder where it was put.
+        """
+        try:
+            features = {name: encoder.encode([path])[0] for name, encoder in self.encoders.items()}
+            return Seen(features, preview(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(error_line(error).replace(str(path), path.name)) from None
+        finally:
+            path.unlink(missing_ok=True)
+
+    def answer(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
+        """The answers of an adapter, then of the base, each growing piece by piece; the base sees no image.
+
+        Both have the adapter's template and the same seed. Raises ValueError where nothing is asked, or more than the
+        base's context holds.
+        """
+        if not request.instruction.strip():
+            raise ValueError("There is no question yet: type an instruction.")
+        name = request.adapter
+        responder = Responder(
+            self.model,
+            self.tokenizer,
+            {name: self.adapters[name]},  # alone: the base takes the template of the first one
+            gate_scale=sampling.strength,
+            template=self.template,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        answers, ids = SideBySide(), []
+        for piece in pieces(responder, request, sampling.seed, ids):
+            answers = answers._replace(adapter=answers.adapter + piece)
+            yield answers
+        if ids:
+            labels, shares = token_texts(self.tokenizer, ids), answer_shares(responder, request, ids)
+            answers = answers._replace(labels=labels, shares=shares)
+            yield answers
+        for piece in pieces(responder, Request(request.instruction, request.input), sampling.seed, []):
+            answers = answers._replace(base=answers.base + piece)
+            yield answers
+
+
+def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
+    """An answer piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
+    tokens, limit = responder.tokens_and_limit(request)
+    generator = torch.Generator(responder.model.tok_embeddings.weight.device).manual_seed(seed)
+    options = responder.sampling | {"max_new_tokens": limit, "generator": generator}
+    new = stream(responder.model, [tokens], responder.prompts(request), **options)
+    yield from text_pieces(new, responder.tokenizer, ids)
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each of an answer's ids adds to its text; a character of several tokens stands at the last of them."""
+    texts, shown = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            text = shown
+        texts.append(text[len(shown) :])
+        shown = text
+    return texts
+
+
+def answer_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
+    """The prompts' share (L, n) while each of an answer's n tokens was chosen: at the token before it."""
+    tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.tok_embeddings.weight.device)
+    shares = prompt_shares(responder.model, tokens, responder.prompts(request))  # (L, 1, T + n)
+    return shares[:, 0, -len(ids) - 1 : -1].cpu()
+
+
+def preview(path: Path) -> str:
+    """A file as the page shows it: small, and within the page itself, so that no file is kept; else its name."""
+    try:
+        image = frames_of(path)[0]
+    except ValueError:  # a sound, say, that an encoder of the user's understands
+        return f"<p>{escape(path.name)}</p>"
+    image.thumbnail(THUMBNAIL)
+    image.save(png := io.BytesIO(), "PNG")
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(path.name)}">'
+
+
+def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
+    """A heat map as an HTML table, layers (the topmost first) by tokens, in per cent.
+
+    shares (L, n); n labels; `first_layer` is that of row 0. The colours mean the same in every table: white is 0, full
+    colour is 1.
+    """
+    head = "".join(f"<th><span>{escape(repr(label)[1:-1])}</span></th>" for label in labels)
+    rows = []
+    for layer in reversed(range(len(shares))):
+        cells = (
+            f'<td style="--share: {share:.2f}" title="{share:.1%}">{100 * share:.0f}</td>'
+            for share in shares[layer].tolist()
+        )
+        rows.append(f"<tr><th>{first_layer + layer}</th>{''.join(cells)}</tr>")
+    return f'<div class="shares"><table><tr><th>layer</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def gates_figure(adapter: Adapter) -> Figure:
+    """The adapter's gates, layers by heads, as training drew them."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    draw_gates(figure.subplots(), adapter)
+    return figure

@@ -1,0 +1,61 @@
+"""How much of a layer's attention output comes from the prompts, at every token.
+
+Zero-init attention is a sum, g A vp + W v: what the prompts say, through the gates, and what the words say, as in the
+frozen layer. Each term is a vector of H*D numbers at every token, all heads side by side, before Wo mixes them. The
+share of the prompts is how long theirs is, of both lengths together:
+
+    share = |g A vp| / (|g A vp| + |W v|)
+
+0 is the frozen layer, 1/2 says that both are equally long. It is a measure of size, not of effect: a short vector may
+turn an answer, a long one may change nothing, and the two may point against each other. That a share is large says
+where the adapter speaks loudly; whether it says what matters, the base's answer beside the adapter's shows.
+
+Notation as in adapter.py.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adapter import Prompt, attend
+from model import LLaMA
+
+
+def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
+    """`adapter.gated_attention`, which also adds to `shares`, at every adapted layer, the prompts' share (B, T)."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
+        gate: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        B = q.shape[0]
+        words = attend(q, k, v, mask, causal)  # W v (B, H, T, D)
+        prompts = gate * attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))  # g A vp, the same
+        of_words, of_prompts = (torch.linalg.vector_norm(x.float(), dim=(1, 3)) for x in (words, prompts))  # (B, T)
+        shares.append(of_prompts / (of_prompts + of_words))
+        return words + prompts
+
+    return attention
+
+
+@torch.no_grad()
+def prompt_shares(model: LLaMA, tokens: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first; one forward of (B, T) ids.
+
+    An answer that is there is read again, all of it at once: by causality every token sees what it saw when it was
+    made. A model's attention is chosen when it is made, so a second one is made here, without memory, and holds the
+    first one's weights, quantised or not: none is copied.
+    """
+    shares: list[Tensor] = []
+    with torch.device("meta"):
+        twin = LLaMA(model.config, measuring_attention(shares))
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.hidden_states(tokens, prompts)
+    return torch.stack(shares)
