@@ -195,6 +195,7 @@ def draw_stories(rows: dict[str, dict[str, list]], curve: bool) -> Figure:
             shares = [rows[f"{method}, {share:.0%}"]["accuracy"] for share in SHARES]
             draw_line(axes, [100 * share for share in SHARES], list(map(percent, shares)), method)
         axes.set(xlabel="examples, % of all", xscale="log", ylabel="stories that do as told, %")
+        axes.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
         axes.legend()
         return figure
     left, right = figure.subplots(1, 2, sharey=True)
