@@ -218,8 +218,6 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
 
     Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
     """
-    # Some tasks import Hugging Face's `evaluate`. This file has its name, so packages are looked for elsewhere first.
-    sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
     with one_line_errors(), answering_ranks():
         with sync_errors():
             try:
@@ -234,4 +232,6 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
 
 
 if __name__ == "__main__":
+    # Some of the harness's tasks import Hugging Face's `evaluate`: this file's folder is looked into last.
+    sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
     main()

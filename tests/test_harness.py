@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 from dataclasses import replace
 
@@ -202,7 +203,7 @@ def task(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch):
+def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch, capsys):
     """And a task's own code gets Hugging Face's `evaluate`, not this project's evaluate.py, which stands first."""
     pytest.importorskip("evaluate")
     monkeypatch.setattr(sys, "path", [str(ROOT), *(folder for folder in sys.path if folder != str(ROOT))])
@@ -210,9 +211,10 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
     adapter.save(tmp_path / "ours.safetensors")
     args = ["harness", "--base", tiny_base, "--adapter", tmp_path / "ours.safetensors", "--out", tmp_path / "out"]
     args += ["--compare", "--strength", "0", "--strength", "1", "--tasks", task, "--log-samples"]
-    result = CliRunner().invoke(evaluate.main, [*map(str, args)])
-    assert result.exit_code == 0, result.output
-    header, line = result.stdout.splitlines()[-2:]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    header, line = capsys.readouterr().out.splitlines()[-2:]
     assert re.split("  +", header.strip()) == ["base", "ours x 0", "ours"]
     assert line.startswith("capitals, acc")
     found = {
