@@ -26,7 +26,7 @@ from formats.chat_templates import ChatTemplate
 from formats.tokenizers import library_errors
 from generate import Responder, prefill, stream
 from model import KVCache, LLaMA
-from runtime.distributed import rank
+from runtime.distributed import rank, sync_errors
 from runtime.errors import printable
 from runtime.files import require_file, write_json, write_text
 
@@ -268,7 +268,7 @@ def run_harness(
     """
     folder = include and str(include)
     names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml") or not require_file(task, "task")]
-    with library_errors("--tasks"):
+    with sync_errors(), library_errors("--tasks"):
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(names) <= set(manager.all_tasks):  # the harness's own, which take seconds to list
             manager = TaskManager(include_path=folder)
@@ -292,21 +292,21 @@ def write_results(results: dict, folder: Path) -> None:
 
 
 def print_columns(found: dict[str, dict]) -> None:
-    """A line for every task and metric, a column for every model."""
-    width = 2 + max(20, *map(len, found))
-    click.echo(" " * 40 + "".join(f"{name:>{width}}" for name in found))
-    first = next(iter(found.values()), {"results": {}})
-    for task in first["results"]:
-        for key in first["results"][task]:
-            metric, comma, how = key.partition(
-                ","
-            )  # "acc,none": of the answers as they are, or as a filter leaves them
-            if not comma or metric.endswith("_stderr"):
-                continue
-            cells = []
-            for results in found.values():
-                value, error = (results["results"][task].get(f"{name},{how}") for name in (metric, f"{metric}_stderr"))
-                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                cells.append(f"{value:.4f}{spread}" if isinstance(value, float) else str(value))
-            line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
-            click.echo(printable(f"{line:40}" + "".join(f"{cell:>{width}}" for cell in cells)))
+    """A line for every task and metric, a column for every model; nothing on ranks that have no results."""
+    width = 2 + max([20, *map(len, found)])
+    if found:
+        click.echo(printable(" " * 40 + "".join(f"{name:>{width}}" for name in found)))
+    for task, metrics in next(iter(found.values()), {"results": {}})["results"].items():
+        for key in metrics:
+            metric, comma, how = key.partition(",")  # "acc,none": of answers as they are; or of what a filter leaves
+            if comma and not metric.endswith("_stderr"):
+                cells = [score_text(results["results"][task], metric, how) for results in found.values()]
+                line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
+                click.echo(printable(f"{line:40}" + "".join(f"{cell:>{width}}" for cell in cells)))
+
+
+def score_text(metrics: dict[str, object], metric: str, how: str) -> str:
+    """With its standard error, where the harness has one."""
+    value, error = (metrics.get(f"{name},{how}") for name in (metric, f"{metric}_stderr"))
+    spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+    return f"{value:.4f}{spread}" if isinstance(value, float) else str(value)

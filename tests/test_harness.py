@@ -231,6 +231,15 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
     assert said["base"] == said["ours x 0"] != said["ours"] and len(said["ours"]) == 3
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_rank_that_is_not_the_first_writes_nothing(harness, tiny_base, tmp_path, monkeypatch):
+    """The harness gives it no results."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    args = ["harness", "--base", tiny_base, "--tasks", save_harness_task(tmp_path), "--out", tmp_path / "out"]
+    result = CliRunner().invoke(evaluate.main, [*map(str, args)])
+    assert result.exit_code == 0 and result.stdout == "" and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
