@@ -179,9 +179,8 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
         exam.evaluate_almanac(model, tokenizer, adapter)
 
 
-def parted(ctx, param, value: str) -> list[str]:
-    """An option's value at its commas."""
-    return value.split(",")
+def at_commas(ctx, param, value: str) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 @main.command("harness")
@@ -190,8 +189,8 @@ def parted(ctx, param, value: str) -> list[str]:
     option(
         "--tasks",
         required=True,
-        callback=parted,
-        help="Of the harness, parted by commas; or files of your own, TASK.yaml.",
+        callback=at_commas,
+        help="Of the harness, separated by commas; or files, TASK.yaml.",
     ),
     option("--include-path", "include", type=PATH, help="A folder with tasks of your own."),
     option("--num-fewshot", type=Count(0), help="Examples before each question.  [default: the task's]"),
@@ -220,14 +219,14 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
     """
     with one_line_errors(), answering_ranks():
         with sync_errors():
-            try:
-                from tasks import harness
-            except ModuleNotFoundError as error:
-                raise ValueError(f"there is no {error.name}: pip install lm_eval") from None
+            from tasks import harness
+
             if rank() == 0:
                 require_writable(options["out"], folder=True)
         loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits)
-        columns = harness.make_columns(*loaded, strengths, compare, template, options["batch_size"])
+        base = base or next(iter(loaded[2].values())).metadata["base"]
+        about = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}
+        columns = harness.make_columns(loaded, strengths, compare, template, options["batch_size"], about)
         harness.print_columns(harness.run_harness(columns, template=template, **options))
 
 

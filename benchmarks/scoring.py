@@ -34,10 +34,8 @@ def time_scoring(json_path, questions, choices, batch_size, **options):
 
     Of `evaluate.py harness`; with --peers, of lm_eval's own model `hf` as well.
     """
-    try:
-        from tasks.harness import HarnessModel
-    except ModuleNotFoundError as error:
-        raise ValueError(f"there is no {error.name}: pip install lm_eval") from None
+    from tasks.harness import HarnessModel
+
     workload = prepare_workload(**options)
     model, rows = workload.new_model(), questions_of(workload, questions, choices)
     contestants = {"ours": HarnessModel(Responder(model, workload.read(1)[1], {}), "base", batch_size)}

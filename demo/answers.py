@@ -24,6 +24,7 @@ from runtime.errors import error_line
 from training.curves import draw_gates
 
 THUMBNAIL = (240, 240)  # pixels, at most
+LONGEST = 20_000  # characters of a question or its input: not every base says how many tokens it sees
 
 
 class Sampling(NamedTuple):
@@ -45,7 +46,7 @@ class SideBySide(NamedTuple):
     shares: Tensor | None = None  # (L, n), of the prompts, while each of them was chosen
 
 
-class Seen(NamedTuple):
+class Upload(NamedTuple):
     """What is left of an upload."""
 
     features: dict[str, Tensor]  # (F,) for every adapter that takes images, by its name
@@ -79,14 +80,14 @@ class Demonstration:
         if (tower or encoder) and not self.encoders:
             raise ValueError("--clip and --encoder are for adapters that were tuned on images; here is none")
 
-    def see(self, path: Path) -> Seen:
+    def encode_upload(self, path: Path) -> Upload:
         """The features of a file that was uploaded, for every adapter that takes images; the file is deleted.
 
         Raises OSError or ValueError, in words that name the file alone, not the folder where it was put.
         """
         try:
             features = {name: encoder.encode([path])[0] for name, encoder in self.encoders.items()}
-            return Seen(features, preview(path))
+            return Upload(features, preview(path))
         except (OSError, ValueError) as error:
             raise ValueError(error_line(error).replace(str(path), path.name)) from None
         finally:
@@ -100,6 +101,8 @@ class Demonstration:
         """
         if not request.instruction.strip():
             raise ValueError("There is no question yet: type an instruction.")
+        if max(len(request.instruction), len(request.input)) > LONGEST:
+            raise ValueError(f"A question or its input has {LONGEST:,} characters at most.")
         name = request.adapter
         responder = Responder(
             self.model,

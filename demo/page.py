@@ -9,7 +9,7 @@ import click
 import gradio as gr
 import torch
 
-from demo.answers import Demonstration, Sampling, Seen, gates_figure, shares_table
+from demo.answers import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
 from formats.requests import Request
 from runtime.errors import error_line, memory_errors
 
@@ -60,12 +60,14 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                instruction = gr.Textbox(label="Instruction", max_lines=6, elem_id="instruction")
-                context = gr.Textbox(label="Input, where the instruction is about one", max_lines=6, elem_id="input")
+                instruction = gr.Textbox(label="Instruction", max_lines=6, max_length=LONGEST, elem_id="instruction")
+                context = gr.Textbox(
+                    label="Input, where the instruction is about one", max_lines=6, max_length=LONGEST, elem_id="input"
+                )
                 with gr.Row(visible=names[0] in encoders) as image:
                     file = gr.File(label="Image", height=120, elem_id="file")
                     with gr.Column(min_width=160):
-                        preview, seen = gr.HTML(elem_id="preview"), gr.State()
+                        preview, upload = gr.HTML(elem_id="preview"), gr.State()
                         forget = gr.Button("Remove the image", visible=False, size="sm")
             with gr.Column(min_width=280):
                 name = gr.Radio(names, value=names[0], label="Adapter", visible=len(names) > 1, elem_id="adapter")
@@ -85,13 +87,13 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
         gr.Markdown(ABOUT_GATES)
         gates = gr.Plot(gates_figure(demonstration.adapters[names[0]]), show_label=False, elem_id="gates")
 
-        asked = [instruction, context, name, strength, seen, *sampling]
+        asked = [instruction, context, name, strength, upload, *sampling]
         shown = [adapted, base, shares, notice]
         answering = gr.on(
             [ask.click, instruction.submit], partial(stream_answers, demonstration), asked, shown, **ON_THE_MODEL
         )
         stop.click(None, cancels=[answering], api_visibility="private")
-        picture = [file, seen, preview, forget, notice]
+        picture = [file, upload, preview, forget, notice]
         file.upload(partial(take_image, demonstration), file, picture, **ON_THE_MODEL)
         forget.click(no_image, None, picture, api_visibility="private")
         name.change(partial(choose_adapter, demonstration), name, [image, gates], api_visibility="private")
@@ -104,8 +106,8 @@ def sampling_sliders() -> list[gr.Slider]:
     return [
         gr.Slider(0, 2, usual.temperature, step=0.05, label="Temperature (0: greedy)"),
         gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p"),
-        gr.Slider(1, 1024, usual.max_new_tokens, step=1, label="New tokens, at most", elem_id="tokens"),
-        gr.Slider(0, 99, usual.seed, step=1, label="Seed"),
+        gr.Slider(1, 1024, usual.max_new_tokens, step=1, precision=0, label="New tokens, at most", elem_id="tokens"),
+        gr.Slider(0, 99, usual.seed, step=1, precision=0, label="Seed"),
     ]
 
 
@@ -115,11 +117,11 @@ def stream_answers(
     context: str,
     name: str,
     strength: float,
-    seen: Seen | None,
+    upload: Upload | None,
     *sampling,
 ) -> Iterator[list]:
     """What stands in both answers, the heat map and the notice, while the answers grow."""
-    features = seen.features.get(name) if seen else None
+    features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)
     yield ["", "", "", ""]  # nothing of what was asked before
@@ -139,10 +141,10 @@ def take_image(demonstration: Demonstration, path: str) -> list:
     """An upload becomes features and a preview; the place for files is free again, and the file is gone."""
     try:
         with memory_errors():
-            seen = demonstration.see(Path(path))
+            upload = demonstration.encode_upload(Path(path))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return [*no_image()[:-1], as_notice(error)]
-    return [None, seen, seen.preview, gr.Button(visible=True), ""]
+    return [None, upload, upload.preview, gr.Button(visible=True), ""]
 
 
 def no_image() -> list:

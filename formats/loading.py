@@ -29,7 +29,7 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         name, _, file = path.partition("=")
         if not file or Path(path).exists():
-            name, file = Path(path).name if Path(path).is_dir() else Path(path).stem, path
+            name, file = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem, path
         if name in files or name == "base":
             raise ValueError(f"{file}: the name {name!r} is taken; give it another, --adapter NAME={file}")
         files[name] = file

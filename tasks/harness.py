@@ -1,27 +1,22 @@
 """EleutherAI's lm-evaluation-harness on a base and the adapters over it: pip install lm_eval.
 
 The harness has the tasks, the few-shot examples and the metrics. Here is what it asks of a model: how likely a text
-makes another, how likely it is by itself, and how it goes on. What is computed is what its own model "hf" computes.
+makes another, how likely it is by itself, and how it goes on. Likelihoods and greedy texts are those of its own model
+"hf"; in Alpaca's template a continuation is tokenized as the answers that an adapter was tuned on.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
 from adapter import Adapter
-from data import Tokenizer, format_prompt
+from data import ALPACA, AlpacaTemplate, Tokenizer, format_prompt
 from formats.chat_templates import ChatTemplate
 from formats.tokenizers import library_errors
 from generate import Responder, prefill, stream
@@ -30,6 +25,17 @@ from runtime.distributed import rank, sync_errors
 from runtime.errors import printable
 from runtime.files import require_file, write_json, write_text
 
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise ValueError(f"the harness is a package of its own (no {error.name}): pip install lm_eval") from None
+
+RESPONSE = ALPACA["without_input"].splitlines()[-1]  # what an answer in Alpaca's template follows
 Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would have written it
 
 
@@ -41,26 +47,26 @@ class HarnessModel(TemplateLM):
 
     CONTEXT, NEW_TOKENS = 2048, 256  # hf's defaults, where neither base nor task says anything
 
-    def __init__(self, responder: Responder, adapter: str, batch_size: int):
+    def __init__(self, responder: Responder, adapter: str, batch_size: int, about: Mapping[str, object] = {}):
         super().__init__()
-        self.model, self.text_ids, self.batch_size = responder.model, responder.tokenizer, batch_size
-        self.adapter, self.strength = adapter, responder.gate_scale
+        self.model, self.batch_size, self.about = responder.model, batch_size, about
+        self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
         self.prompts, self.template = responder.prompt_sets[adapter], responder.templates[adapter]
         self._device = self.model.tok_embeddings.weight.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
     @property
     def eot_token_id(self) -> int:
-        return self.text_ids.eos_id
+        return self.text_tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return (self.text_ids.start_ids or [self.eot_token_id])[0]
+        return (self.text_tokenizer.start_ids or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Behind <bos>, unless `add_special_tokens` is False, or a chat template has written one."""
-        ids, start = self.encode(string), self.text_ids.start_ids
+        ids, start = self.encode(string), self.text_tokenizer.start_ids
         written = bool(start) and ids[: len(start)] == start
         return ids if add_special_tokens is False or written else [*start, *ids]
 
@@ -68,7 +74,13 @@ class HarnessModel(TemplateLM):
         """Without <bos>. What spells a special token is one, where the base has a chat template."""
         if isinstance(self.template, ChatTemplate):
             return self.template.encode([string], hidden=[])[0]
-        return self.text_ids.encode(string)
+        return self.text_tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenized together, and cut where the context ends; but apart behind Alpaca's prompt, as in tuning."""
+        if context.endswith(RESPONSE) and isinstance(self.template, AlpacaTemplate):
+            return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # answers begin without a space
+        return super()._encode_pair(context, continuation)
 
     # -- How likely
 
@@ -80,24 +92,24 @@ class HarnessModel(TemplateLM):
 
         A context is cut from the left where both don't fit. Raises ValueError where a continuation doesn't by itself.
         """
-        continuations, numbers = [ids for *_, ids in requests], defaultdict(list)
-        for number, (_, context, ids) in enumerate(requests):
+        continuations, of_context = [ids for *_, ids in requests], defaultdict(list)  # which requests have it
+        for i, (_, context, ids) in enumerate(requests):
             if not 0 < len(ids) <= self.max_length:
                 raise ValueError(f"a continuation has {len(ids)} tokens, the base sees 1 to {self.max_length}")
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
-            numbers[tuple(context[max(0, surplus) :])].append(number)
+            of_context[tuple(context[max(0, surplus) :])].append(i)
         scored: list[Scored | None] = [None] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or rank() > 0) as bar:
-            for contexts in self.batches(numbers, length=len):
+            for contexts in self.batches(of_context, length=len):
                 cache = KVCache(self.model, batch=len(contexts), capacity=len(contexts[0]))
                 logits = prefill(self.model, [list(ids) for ids in contexts], self.prompts, cache)  # (contexts, V)
-                rows = [(row, number) for row, context in enumerate(contexts) for number in numbers[context]]
-                for batch in self.batches(rows, length=lambda pair: len(continuations[pair[1]])):
-                    rows_of_cache, of_batch = zip(*batch)
-                    index = torch.tensor(rows_of_cache, device=self._device)  # (R,)
-                    found = self.score(logits[index], cache, index, [continuations[number] for number in of_batch])
-                    for number, result in zip(of_batch, found):
-                        scored[number] = result
+                pairs = [(row, i) for row, context in enumerate(contexts) for i in of_context[context]]
+                for batch in self.batches(pairs, length=lambda pair: len(continuations[pair[1]])):
+                    rows, asked = zip(*batch)
+                    index = torch.tensor(rows, device=self._device)  # (R,)
+                    found = self.score(logits[index], cache, index, [continuations[i] for i in asked])
+                    for i, result in zip(asked, found):
+                        scored[i] = result
                     bar.update(len(batch))
         return scored
 
@@ -128,14 +140,14 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once, in windows of the base's context that follow one another."""
-        windows, owner = [], []
-        for number, (text,) in enumerate(request.args for request in requests):
+        windows, of_window = [], []
+        for i, (text,) in enumerate(request.args for request in requests):
             for pair in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(pair)))
-                owner.append(number)
+                of_window.append(i)
         totals = [0.0] * len(requests)
-        for number, (log_p, _) in zip(owner, self._loglikelihood_tokens(windows, disable_tqdm)):
-            totals[number] += log_p
+        for i, (log_p, _) in zip(of_window, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[i] += log_p
         return totals
 
     # -- How it goes on
@@ -146,16 +158,19 @@ class HarnessModel(TemplateLM):
         Raises ValueError where a task asks for what there is not.
         """
         settings: dict[str, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            settings[json.dumps(request.args[1], sort_keys=True)].append(number)
-        tokens, answers = [self.tok_encode(request.args[0]) for request in requests], [""] * len(requests)
+        for i, request in enumerate(requests):
+            settings[json.dumps(request.args[1], sort_keys=True)].append(i)
+        tokens = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        answers = [""] * len(requests)
+        generator = torch.Generator(self._device).manual_seed(torch.initial_seed())  # which the harness sets
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
-            for setting, numbers in settings.items():
+            for setting, of_setting in settings.items():
                 limit, until, sampling = self.generation(json.loads(setting))
-                for batch in self.batches(numbers, length=lambda number: len(tokens[number])):
-                    rows = [tokens[number][-(self.max_length - limit) :] for number in batch]
-                    for number, text in zip(batch, self.continue_until(rows, limit, until, sampling)):
-                        answers[number] = text
+                sampling |= {"max_new_tokens": limit, "generator": generator}
+                for batch in self.batches(of_setting, length=lambda i: len(tokens[i])):
+                    rows = [tokens[i][-(self.max_length - limit) :] for i in batch]
+                    for i, text in zip(batch, self.continue_until(rows, until, sampling)):
+                        answers[i] = text
                     bar.update(len(batch))
         return answers
 
@@ -165,8 +180,12 @@ class HarnessModel(TemplateLM):
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
         if limit >= self.max_length:
             raise ValueError(f"{limit} new tokens leave no room for a context: the base sees {self.max_length}")
+        if kwargs.get("num_beams") == 1:
+            del kwargs["num_beams"]
         if not kwargs.pop("do_sample"):
             kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
+        elif not kwargs.get("temperature"):
+            raise ValueError("generation_kwargs: do_sample without a temperature")
         sampling = {key: float(kwargs.pop(key)) for key in ("temperature", "top_p") if key in kwargs}
         if kwargs:
             raise ValueError(
@@ -174,32 +193,36 @@ class HarnessModel(TemplateLM):
             )
         return limit, until, sampling
 
-    def continue_until(self, tokens: list[list[int]], limit: int, until: list[str], sampling: dict) -> list[str]:
+    def continue_until(self, tokens: list[list[int]], until: list[str], sampling: dict) -> list[str]:
+        """As `stream`, up to where each text has one of `until`, which is left off."""
         new, done = [[] for _ in tokens], [False] * len(tokens)
-        seeded = torch.Generator(self._device).manual_seed(torch.initial_seed())  # by the harness
-        options = {"max_new_tokens": limit, "end_ids": self.template.end_ids, "generator": seeded} | sampling
-        for ids in stream(self.model, tokens, self.prompts, **options):
+        for ids in stream(self.model, tokens, self.prompts, end_ids=self.template.end_ids, **sampling):
             for row, id in enumerate(ids):
                 if id is None:
                     done[row] = True
                 elif not done[row]:
                     new[row].append(id)
-                    text = self.text_ids.decode(new[row])
+                    text = self.text_tokenizer.decode(new[row])
                     done[row] = any(stop in text for stop in until if stop)
             if all(done):
                 break
-        return [postprocess_generated_text(self.text_ids.decode(ids), until, None) for ids in new]
+        return [postprocess_generated_text(self.text_tokenizer.decode(ids), until, None) for ids in new]
 
     # -- What is asked in a template, and what results.json says of the model
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as the template writes them. Raises ValueError where it does not take them."""
+        """Messages as the template writes them; the last may be the beginning of the answer, which the task makes.
+
+        Raises ValueError where the template does not take them.
+        """
+        begun = chat_history[-1]["content"] if chat_history[-1]["role"] == "assistant" else ""
+        asked = chat_history[:-1] if begun else chat_history
         if isinstance(self.template, ChatTemplate):
-            return self.template.text(chat_history, begin_answer=add_generation_prompt)
-        roles = [message["role"] for message in chat_history]
-        if roles not in (["user"], ["user", "assistant"]):  # a task may begin the answer itself
+            return self.template.text(asked, begin_answer=True) + begun
+        roles = [message["role"] for message in asked]
+        if roles not in (["user"], ["system", "user"]):  # a description is put before the question
             raise ValueError(f"alpaca takes one question, not messages of {', '.join(roles)}")
-        return format_prompt(chat_history[0]["content"]) + "".join(message["content"] for message in chat_history[1:])
+        return format_prompt("\n\n".join(message["content"] for message in asked)) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.template.name
@@ -208,10 +231,8 @@ class HarnessModel(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.template.name
 
-    def get_model_info(self) -> dict[str, object]:
-        weights = sum(weight.numel() for weight in self.model.parameters())
-        dtype = str(self.model.tok_embeddings.weight.dtype)
-        return {"adapter": self.adapter, "strength": self.strength, "base_parameters": weights, "model_dtype": dtype}
+    def get_model_info(self) -> Mapping[str, object]:
+        return self.about
 
 
 def repeat_rows(model: LLaMA, cache: KVCache, rows: Tensor, room: int) -> KVCache:
@@ -231,23 +252,28 @@ def likelihoods(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_columns(
-    model: LLaMA,
-    tokenizer: Tokenizer,
-    adapters: dict[str, Adapter],
+    loaded: tuple[LLaMA, Tokenizer, dict[str, Adapter]],
     strengths: Sequence[float],
     compare: bool,
     template: str | None,
     batch_size: int,
+    about: Mapping[str, object],
 ) -> dict[str, HarnessModel]:
-    """Every adapter at every strength, by name, and the base, if asked or where there is nothing else."""
+    """Every adapter at every strength, by name, and the base, if asked or where there is nothing else.
+
+    `about` is what results.json says of all of them. Raises ValueError at a name that can be no folder's, or is taken.
+    """
     columns: dict[str, HarnessModel] = {}
-    for strength in strengths:
-        responder = Responder(model, tokenizer, adapters, gate_scale=strength, template=template)
-        if compare or not adapters:
-            columns.setdefault("base", HarnessModel(responder, "base", batch_size))
-        for name in adapters:
+    for strength in dict.fromkeys(strengths):
+        responder = Responder(*loaded, gate_scale=strength, template=template)
+        if compare or not responder.adapters:
+            columns.setdefault("base", HarnessModel(responder, "base", batch_size, about))
+        for name in responder.adapters:
             column = name if strength == 1 else f"{name} x {strength:g}"
-            columns[column] = HarnessModel(responder, name, batch_size)
+            if name in ("", ".", "..") or {"/", "\\"} & set(name) or column in columns:
+                raise ValueError(f"{column!r} is taken, or no name of a folder for results: --adapter NAME=FILE")
+            its = {"adapter": name, "strength": strength}
+            columns[column] = HarnessModel(responder, name, batch_size, {**about, **its})
     return columns
 
 
@@ -267,17 +293,18 @@ def run_harness(
     files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
-    names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml") or not require_file(task, "task")]
+    files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
+    names = {task for task in tasks if Path(task) not in files}
     with sync_errors(), library_errors("--tasks"):
         manager = TaskManager(include_path=folder, include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):  # the harness's own, which take seconds to list
+        if not names <= set(manager.all_tasks):  # the harness's own, which take seconds to list
             manager = TaskManager(include_path=folder)
         manager.load([*tasks])  # so that what has to be fetched is there
     options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
     found = {}
-    for name, column in columns.items():
+    for name, column in columns.items():  # the harness keeps a task's requests in it, so each column loads its own
         results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
-        if results is not None:
+        if rank() == 0:
             found[name] = results
             write_results(results, out / name)
     return found
@@ -285,24 +312,25 @@ def run_harness(
 
 def write_results(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for task, answers in results.pop("samples", {}).items():
-        lines = [json.dumps(answer, default=handle_non_serializable, ensure_ascii=False) for answer in answers]
-        write_text(folder / f"samples_{task}.jsonl", "".join(line + "\n" for line in lines))
+    samples = results.pop("samples", {})
     write_json(folder / "results.json", results, default=handle_non_serializable)
+    for task, answers in samples.items():
+        lines = [json.dumps(answer, default=handle_non_serializable, ensure_ascii=False) for answer in answers]
+        write_text(folder / f"samples_{task.replace('/', '_')}.jsonl", "".join(line + "\n" for line in lines))
 
 
 def print_columns(found: dict[str, dict]) -> None:
     """A line for every task and metric, a column for every model; nothing on ranks that have no results."""
-    width = 2 + max([20, *map(len, found)])
-    if found:
-        click.echo(printable(" " * 40 + "".join(f"{name:>{width}}" for name in found)))
+    lines = {"": list(found)}
     for task, metrics in next(iter(found.values()), {"results": {}})["results"].items():
         for key in metrics:
             metric, comma, how = key.partition(",")  # "acc,none": of answers as they are; or of what a filter leaves
             if comma and not metric.endswith("_stderr"):
-                cells = [score_text(results["results"][task], metric, how) for results in found.values()]
                 line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
-                click.echo(printable(f"{line:40}" + "".join(f"{cell:>{width}}" for cell in cells)))
+                lines[line] = [score_text(results["results"][task], metric, how) for results in found.values()]
+    left, width = max(map(len, lines)), 2 + max([len(cell) for cells in lines.values() for cell in cells], default=0)
+    for line, cells in lines.items() if found else ():
+        click.echo(printable(f"{line:{left}}" + "".join(f"{cell:>{width}}" for cell in cells)))
 
 
 def score_text(metrics: dict[str, object], metric: str, how: str) -> str:

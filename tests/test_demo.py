@@ -153,10 +153,10 @@ def test_an_upload_is_seen_and_gone(demonstration, seeing, tmp_path):
     weight = demonstration.model.tok_embeddings.weight
     (expected,) = attach_images([request], {0: path}, demonstration.adapters, weight, None, None)
     answer = generated("--adapter", seeing, "--image", path)
-    seen = demonstration.see(path)
-    assert not path.exists() and "data:image/png;base64," in seen.preview
-    assert torch.equal(seen.features["seeing"], expected.features) and list(seen.features) == ["seeing"]
-    answers = last_answers(demonstration, request._replace(features=seen.features["seeing"]))
+    encoded = demonstration.encode_upload(path)
+    assert not path.exists() and "data:image/png;base64," in encoded.preview
+    assert torch.equal(encoded.features["seeing"], expected.features) and list(encoded.features) == ["seeing"]
+    answers = last_answers(demonstration, request._replace(features=encoded.features["seeing"]))
     assert answers.adapter == answer != last_answers(demonstration, request).adapter, "the image matters"
 
 
@@ -165,16 +165,26 @@ def test_a_broken_upload_is_a_sentence_and_gone(demonstration, tmp_path):
     for content, message in ((whole[:100], "x.png: is a broken image"), (b"%!PS-Adobe-3.0 EPSF", "x.png: is not an")):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(ValueError, match=f"^{message}"):
-            demonstration.see(tmp_path / "x.png")
+            demonstration.encode_upload(tmp_path / "x.png")
         assert not (tmp_path / "x.png").exists()
 
 
 def test_nothing_asked_or_too_much(demonstration, monkeypatch):
     with pytest.raises(ValueError, match="type an instruction"):
         last_answers(demonstration, Request(" \n", adapter="words"))
+    with pytest.raises(ValueError, match="20,000 characters at most"):
+        last_answers(demonstration, Request("cat", "a" * 20_001, adapter="words"))
     monkeypatch.setattr(demonstration.model, "config", replace(demonstration.model.config, max_seq_len=64))
     with pytest.raises(ValueError, match="the prompt has .* tokens, the base sees only 64"):
         last_answers(demonstration, Request("cat " * 100, adapter="words"))
+
+
+def test_numbers_of_tokens_and_seeds_are_whole():
+    pytest.importorskip("gradio")
+    from demo.page import sampling_sliders
+
+    *_, tokens, seed = sampling_sliders()
+    assert isinstance(tokens.preprocess(8.5), int) and isinstance(seed.preprocess(5.5), int)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from helpers import ROOT, make_adapter, save_harness_task
 
 import evaluate
+from data import Example
 from formats.adapters import write_peft
 from formats.bases import load_llama
 from generate import Responder
@@ -155,23 +156,36 @@ def test_a_context_is_read_once(harness, loaded, monkeypatch):
     assert positions == [20, 3]  # the one of a single token is padded
 
 
-def test_templates_are_those_of_the_adapter(harness, loaded, adapter):
+def test_alpaca_s_prompts_and_answers_are_those_of_tuning(harness, loaded, adapter):
     model = ours(harness, loaded, adapter)
     text = model.apply_chat_template([{"role": "user", "content": "Name it."}])
     assert model.tok_encode(text) == model.template.prompt("Name it.")
-    with pytest.raises(ValueError, match="alpaca takes one question, not messages of system, user"):
-        model.apply_chat_template([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}])
+    for continuation in ("Lima", " Lima", "The capital"):
+        example = Example("Name it.", output=continuation.lstrip())
+        ((prompt, answer),) = next(model.template.rounds([example]))
+        assert model._encode_pair(text, continuation) == (prompt, answer[:-1])  # <eos> is not asked for
+    described = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
+    assert model.tok_encode(model.apply_chat_template(described)) == model.template.prompt("Be kind.\n\nName it.")
+    with pytest.raises(ValueError, match="alpaca takes one question, not messages of user, assistant, user"):
+        model.apply_chat_template([{"role": role, "content": "?"} for role in ("user", "assistant", "user")])
+
+
+def test_a_template_of_chats_writes_bos_once_and_ends_no_answer_that_a_task_began(harness, loaded, adapter):
     model = ours(harness, loaded, adapter, template="llama-2")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
     ids = model.tok_encode(model.apply_chat_template(messages))
-    assert ids[0] == loaded[1].start_ids[0] and ids[1] != ids[0], "one <bos>, the template's"
+    assert ids[0] == loaded[1].start_ids[0] and ids[1] != ids[0]
+    begun = [*messages, {"role": "assistant", "content": " The capital is"}]
+    text = model.apply_chat_template(begun, add_generation_prompt=False)
+    assert text.endswith("[/INST] The capital is") and loaded[1].eos_id not in model.tok_encode(text)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda model: model.generation({"max_gen_toks": 48}), "48 new tokens leave no room .* the base sees 48"),
-        (lambda model: model.generation({"do_sample": True, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do"),
+        (lambda model: model.generation({"temperature": 1, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do"),
+        (lambda model: model.generation({"do_sample": True, "max_gen_toks": 9}), "do_sample without a temperature"),
         (lambda model: model._loglikelihood_tokens([(None, [1], [2] * 49)]), "has 49 tokens, the base sees 1 to 48"),
         (lambda model: model._loglikelihood_tokens([(None, [1], [])]), "has 0 tokens"),
     ],
@@ -182,13 +196,27 @@ def test_what_cannot_be_computed_is_said(harness, loaded, call, message):
 
 
 def test_sampling_is_seeded_by_the_harness(harness, loaded):
+    """Once: the batches of one run draw otherwise."""
     model = ours(harness, loaded)
-    rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})]
+    rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})] * 12
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        texts += model.generate_until(requests("generate_until", rows), disable_tqdm=True)
-    assert texts[0] == texts[1] != texts[2]
+        texts.append(model.generate_until(requests("generate_until", rows), disable_tqdm=True))
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 12 > model.batch_size
+
+
+@pytest.mark.parametrize("names, strengths", [(["../x"], [1]), ([".."], [1]), (["a", "a x 0.5"], [1, 0.5])])
+def test_columns_have_names_of_their_own_that_are_folders(harness, loaded, adapter, names, strengths):
+    both = *loaded, dict.fromkeys(names, adapter)
+    with pytest.raises(ValueError, match="is taken, or no name of a folder"):
+        harness.make_columns(both, strengths, False, None, 4, {})
+
+
+def test_equal_strengths_are_one_column(harness, loaded, adapter):
+    columns = harness.make_columns((*loaded, {"a": adapter}), [0.5, 0.5, 2], True, None, 4, {"bits": "8"})
+    assert list(columns) == ["base", "a x 0.5", "a x 2"]
+    assert columns["a x 2"].get_model_info() == {"bits": "8", "adapter": "a", "strength": 2}
 
 
 @pytest.fixture
@@ -223,7 +251,7 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
     }
     assert found["base"]["results"] == found["ours x 0"]["results"]
     assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config"} <= set(found["ours"])
-    assert found["ours"]["config"]["strength"] == 1
+    assert found["ours"]["config"]["strength"] == 1 and found["base"]["config"]["base"] == str(tiny_base)
     said = {}
     for name in found:
         lines = (tmp_path / "out" / name / "samples_capitals.jsonl").read_text().splitlines()
@@ -233,8 +261,8 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_rank_that_is_not_the_first_writes_nothing(harness, tiny_base, tmp_path, monkeypatch):
-    """The harness gives it no results."""
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    """Though it may be the first of its machine."""
+    monkeypatch.setattr(harness, "rank", lambda: 1)
     args = ["harness", "--base", tiny_base, "--tasks", save_harness_task(tmp_path), "--out", tmp_path / "out"]
     result = CliRunner().invoke(evaluate.main, [*map(str, args)])
     assert result.exit_code == 0 and result.stdout == "" and not (tmp_path / "out").exists()
