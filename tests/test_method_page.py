@@ -45,7 +45,6 @@ def page(untrained, tmp_path, monkeypatch):
     sets = almanac.instructions()
     few = {"tuning": sets["tuning"][:32], "wordings": sets["wordings"][:2]}
     monkeypatch.setattr(almanac, "instructions", lambda: few)
-    (tmp_path / "docs" / "pictures").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     text = PAGE
     faster = {"make_base()": repr(str(untrained)), "epochs=12": "epochs=2", "max_new_tokens=40": "max_new_tokens=4"}
@@ -62,7 +61,7 @@ def test_the_page_runs_and_shows_what_it_prints(page, runner, tmp_path):
     assert [bool(text) for text in printed] == [bool(text) for text in shown]
     shapes = [i for i, text in enumerate(shown) if text.startswith(("T ", "q, k, v ", "P "))]
     assert len(shapes) == 3 and [printed[i] for i in shapes] == [shown[i] for i in shapes]
-    drawn = sorted(path.name for path in (tmp_path / "docs" / "pictures").iterdir())
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == sorted(re.findall(r"\(pictures/(.+?)\)", page))
 
 
