@@ -143,6 +143,31 @@ def test_texts_go_on_as_with_hf(both):
     assert found == expected and found[0] != theirs[0] and stop not in found[0]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_others_trained_scores_as_with_hf(harness, data, tmp_path):
+    """tinystories3.8M: which sentence goes on a story, how likely stories are, and how the model goes on itself."""
+    transformers = pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    folder = data / "models" / "tinystories3.8M"
+    responder = Responder(*load_llama(folder), {})
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder, add_bos_token=True, eos_token="</s>")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    both = harness.HarnessModel(responder, "base", 8), HFLM(theirs, tokenizer=tokenizer, batch_size=8, device="cpu")
+    text = (data / "text" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    stories = [" ".join(story.split()) for story in text.split("<|endoftext|>")[1:7]]
+    sentences = [story.split(". ") for story in stories]
+    rows = [(f"{those[0]}.", f" {other[1]}.") for those in sentences for other in sentences]
+    for kind, asked in {"loglikelihood": rows, "loglikelihood_rolling": [(story,) for story in stories]}.items():
+        found, expected = (getattr(each, kind)(requests(kind, asked), disable_tqdm=True) for each in both)
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    scores = torch.tensor(both[0].loglikelihood(requests("loglikelihood", rows), disable_tqdm=True))[:, 0].view(6, 6)
+    assert (scores.argmax(dim=1) == torch.arange(6)).sum() > 3, "what is asked is what the model knows"
+    asked = [(story[:60], {"until": ["."], "max_gen_toks": 30}) for story in stories]
+    found, expected = (each.generate_until(requests("generate_until", asked), disable_tqdm=True) for each in both)
+    assert found == expected and len(set(found)) > 3
+
+
 def test_a_context_is_read_once(harness, loaded, monkeypatch):
     """Three continuations of one context: as many positions as of the context and, but for their last, of them."""
     model, positions = ours(harness, loaded), []
