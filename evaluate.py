@@ -18,6 +18,7 @@ from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Request, Responder
 from multimodal import ImageAdapter
+from runtime import asking
 from runtime.cli import PATH, Count, Real, bits_options, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import answering_ranks, rank, sync_errors
@@ -112,8 +113,7 @@ model_options = option_group(
 image_options = option_group(
     "Images",
     option("--images", type=PATH, help="Where the images are.  [default: beside the data]"),
-    option("--clip", "tower", type=click.Path(), help="CLIP's vision tower.  [default: the adapter's]"),
-    option("--encoder", help="A function of yours, FILE.py:NAME, instead."),
+    *asking.encoder_options,
     option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
 )
 
@@ -197,13 +197,11 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--limit", type=Count(), help="Ask only the first so many of every task."),
     option("--template", type=click.Choice(NAMES), help="Write the questions in it.  [default: as they are]"),
 )
+@asking.model_options
 @option_group(
-    "Models, a column each",
-    option("--adapter", "adapter_paths", multiple=True, help="FILE, a run's folder, or NAME=FILE; repeatable."),
+    "Columns",
     option("--strength", "strengths", type=Real(0, 1e3), multiple=True, default=[1.0], help="Repeatable, too."),
     option("--compare", is_flag=True, help="And the base alone.  [default: where there is no adapter]"),
-    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
-    *device_options,
     *bits_options,
 )
 @option_group(

@@ -1,11 +1,14 @@
 """Multiple choice: how fast continuations of contexts are scored, as a harness asks for it."""
 
+from collections.abc import Sequence
+
 import torch
 from cloup import command, option
 
 from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text
 from benchmarks.peers import as_transformers
-from benchmarks.workload import Workload, prepare_workload, workload_options
+from benchmarks.workload import prepare_workload, workload_options
+from data import AlpacaTemplate, Example, Tokenizer
 from generate import Responder
 from runtime.cli import Count, one_line_errors
 
@@ -13,13 +16,13 @@ SCORING_COLUMNS = {"questions/s": lambda row: f"{row['questions_per_second']:.1f
 CHOICE = 24  # tokens of an option, at most
 
 
-def questions_of(workload: Workload, number: int, choices: int) -> list[tuple[None, list[int], list[int]]]:
+def questions_of(
+    examples: Sequence[Example], tokenizer: Tokenizer, choices: int
+) -> list[tuple[None, list[int], list[int]]]:
     """Prompts of the data, each with the beginnings of its own response and of those of the examples that follow."""
-    examples = workload.examples(number)
-    prompts = [[id for id, learnt in zip(each.ids, each.loss_mask) if not learnt] for each in examples]
-    responses = [[id for id, learnt in zip(each.ids, each.loss_mask) if learnt][:CHOICE] for each in examples]
-    rows = range(len(examples))
-    return [(None, prompts[i], responses[(i + j) % len(responses)]) for i in rows for j in range(choices)]
+    rounds = [asked for (asked,) in AlpacaTemplate(tokenizer).rounds(examples)]
+    rows = range(len(rounds))
+    return [(None, rounds[i].prompt, rounds[(i + j) % len(rows)].answer[:CHOICE]) for i in rows for j in range(choices)]
 
 
 @command("score", context_settings={"show_default": True})
@@ -37,28 +40,25 @@ def time_scoring(json_path, questions, choices, batch_size, **options):
     from tasks.harness import HarnessModel
 
     workload = prepare_workload(**options)
-    model, rows = workload.new_model(), questions_of(workload, questions, choices)
-    contestants = {"ours": HarnessModel(Responder(model, workload.read(1)[1], {}), "base", batch_size)}
+    model, (examples, tokenizer) = workload.new_model(), workload.read(questions)
+    rows = questions_of(examples, tokenizer, choices)
+    contestants = {"ours": HarnessModel(Responder(model, tokenizer, {}), "base", batch_size)}
     if workload.peers:
         import tokenizers
         import transformers
         from lm_eval.models.huggingface import HFLM
 
         nothing = tokenizers.Tokenizer(tokenizers.models.BPE())  # all are ids already
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=nothing, eos_token="</s>")
-        theirs = as_transformers(model)
-        contestants["lm_eval's hf"] = HFLM(
-            theirs, tokenizer=tokenizer, batch_size=batch_size, device=str(workload.device)
-        )
-    found = {
-        name: torch.tensor(each._loglikelihood_tokens(rows, disable_tqdm=True)) for name, each in contestants.items()
-    }
-    for name, scores in found.items():
-        if workload.dtype == torch.float32 and not torch.allclose(scores, found["ours"], rtol=1e-4):
-            raise ValueError(f"{name} scores otherwise than ours: not the same work")
+        nobody = transformers.PreTrainedTokenizerFast(tokenizer_object=nothing, eos_token="</s>")
+        theirs = HFLM(as_transformers(model), tokenizer=nobody, batch_size=batch_size, device=str(workload.device))
+        contestants["lm_eval's hf"] = theirs
     runs = {
         name: lambda its=each: its._loglikelihood_tokens(rows, disable_tqdm=True) for name, each in contestants.items()
     }
+    found = {name: torch.tensor(run()) for name, run in runs.items()}
+    for name, scores in found.items():
+        if workload.dtype == torch.float32 and not torch.allclose(scores, found["ours"], rtol=1e-4):
+            raise ValueError(f"{name} scores otherwise than ours: not the same work")
     table = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
     for row in table.values():
         row["questions_per_second"] = questions / row["median"]

@@ -25,18 +25,9 @@ from model import LLaMA
 def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
     """`adapter.gated_attention`, which also adds to `shares`, at every adapted layer, the prompts' share (B, T)."""
 
-    def attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prompt_k: Tensor,
-        prompt_v: Tensor,
-        gate: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = False,
-    ) -> Tensor:
+    def attention(q, k, v, prompt_k, prompt_v, gate, *mask_and_causal) -> Tensor:
         B = q.shape[0]
-        words = attend(q, k, v, mask, causal)  # W v (B, H, T, D)
+        words = attend(q, k, v, *mask_and_causal)  # W v (B, H, T, D)
         prompts = gate * attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))  # g A vp, the same
         of_words, of_prompts = (torch.linalg.vector_norm(x.float(), dim=(1, 3)) for x in (words, prompts))  # (B, T)
         shares.append(of_prompts / (of_prompts + of_words))

@@ -1,4 +1,4 @@
-"""What generate.py can be told."""
+"""What commands that answer can be told: generate.py, and in part evaluate.py and the demo."""
 
 from collections.abc import Mapping, Sequence
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data import IGNORE, Example, Round, Tokens, collate
@@ -71,6 +72,11 @@ def answered(responder: Responder, request: Request, text: str) -> Round:
     return next(responder.templates[request.adapter].rounds([example]))[0]
 
 
+def token_log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p, in nats, of ids (R,) by logits (R, V): (R,)."""
+    return logits.float().log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
+
+
 @torch.no_grad()
 def log_likelihoods(responder: Responder, rows: Sequence[tuple[Request, str]]) -> list[float]:
     """log p(answer and its end | request), in nats, of each of B rows."""
@@ -83,8 +89,7 @@ def log_likelihoods(responder: Responder, rows: Sequence[tuple[Request, str]]) -
     loss_mask = targets != IGNORE  # (B, T), R of them
     prompts = concat_prompts([responder.prompts(request) for request, _ in rows])
     hidden = model.hidden_states(inputs, prompts)[loss_mask]  # (R, C)
-    log_p = model.output(hidden).float().log_softmax(dim=1)  # (R, V)
-    of_token = log_p.gather(1, targets[loss_mask][:, None]).squeeze(1)  # (R,)
+    of_token = token_log_p(model.output(hidden), targets[loss_mask])  # (R,)
     of_row = torch.zeros(len(rows), device=device).index_add(0, loss_mask.nonzero()[:, 0], of_token)  # (B,)
     return of_row.tolist()
 

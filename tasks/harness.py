@@ -24,6 +24,7 @@ from model import KVCache, LLaMA
 from runtime.distributed import rank, sync_errors
 from runtime.errors import printable
 from runtime.files import require_file, write_json, write_text
+from tasks.answering import token_log_p
 
 try:
     from lm_eval import simple_evaluate
@@ -247,8 +248,7 @@ def repeat_rows(model: LLaMA, cache: KVCache, rows: Tensor, room: int) -> KVCach
 
 def likelihoods(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """log p of ids (R,) by logits (R, V), and whether each is the likeliest."""
-    logits = logits.float()
-    return logits.log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1), logits.argmax(dim=1) == ids
+    return token_log_p(logits, ids), logits.argmax(dim=1) == ids
 
 
 def make_columns(

@@ -89,8 +89,8 @@ def both(request, harness, loaded, adapter, tokenizer_folder, tmp_path_factory):
     if request.param == "base":
         return ours(harness, loaded), hf(loaded[0], tokenizer_folder)
     peft, peers = pytest.importorskip("peft"), pytest.importorskip("benchmarks.peers")
-    write_peft(adapter, tmp_path_factory.mktemp("peft") / "exported")
-    folder = next(tmp_path_factory.getbasetemp().glob("peft*/exported"))
+    folder = tmp_path_factory.mktemp("peft") / "exported"
+    write_peft(adapter, folder)
     theirs = peft.PeftModel.from_pretrained(peers.as_transformers(loaded[0]), folder)
     return ours(harness, loaded, adapter), hf(loaded[0], tokenizer_folder, theirs)
 
