@@ -1,4 +1,4 @@
-"""From a file of instructions to batches of token ids: records, the template, tokens, batches.
+"""From a file of instructions to batches of token ids: records, template, tokens, batches.
 
 Notation as in adapter.py.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from runtime.files import parse_json, read_text
 
-MEDIA = ("image", "video", "audio")  # fields that may name a file that a record is about
-IGNORE = -100  # a target that carries no loss; never a token's id
+MEDIA = ("image", "video", "audio")  # fields that name the media file of a record
+IGNORE = -100  # ignore_index of the cross entropy
 
-# The Stanford Alpaca template, as the paper trains with it.
+# The Stanford Alpaca template, with which the paper trains.
 ALPACA = {
     "with_input": (
         "Below is an instruction that describes a task, paired with an input that provides further "
@@ -32,7 +32,7 @@ ALPACA = {
 
 
 class Turn(NamedTuple):
-    """Of a conversation: one by "system" or none, then by "user" and "assistant" in turns."""
+    """One message of a conversation; the first may be a system message, then user and assistant alternate."""
 
     role: str
     content: str
@@ -40,69 +40,74 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One record of a data file. A task may know more of its own; see tasks/."""
+    """One record of a data file. A task may add fields in a subclass; see tasks/."""
 
     instruction: str = ""
     input: str = ""
     output: str = ""
-    image: str = ""  # the name of a picture, or a video, or a sound, that it is about, if any
-    name: str = ""  # how messages call it: "record 3"
-    turns: tuple[Turn, ...] = ()  # of a conversation; one question and its answer are instruction and output as well
+    image: str = ""  # the file name of its image, video or sound, if it has one
+    name: str = ""  # its name in error messages: "record 3"
+    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns also fills instruction and output
     features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), of its image
 
 
 class Tokens(NamedTuple):
-    """One example as ids."""
+    """One tokenized example."""
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
-    loss_mask: list[bool]  # which of them are learnt: responses, each with its end
-    name: str  # the example's
+    loss_mask: list[bool]  # True for the tokens of responses, each with its <eos>
+    name: str  # of the example
     features: Tensor | None = None  # (F,), of its image, if it has one
 
     @property
     def size(self) -> int:
-        """How many positions it takes."""
+        """The number of positions in a batch."""
         return len(self.ids)
+
+    @property
+    def num_targets(self) -> int:
+        """The number of tokens that the loss is a mean over."""
+        return sum(self.loss_mask)
 
 
 class Batch(NamedTuple):
-    """Examples side by side, as a model reads them."""
+    """A padded batch of examples."""
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORE where there is no loss
-    features: Tensor | None = None  # (B, F), of the images, or zeros; None where no row has an image
-    has_image: Tensor | None = None  # (B,), which rows have one
+    features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has one
+    has_image: Tensor | None = None  # (B,)
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, whatever the kind of its file."""
+    """Text to ids and back, for every kind of tokenizer file."""
 
-    start_ids: list[int]  # <bos>, where texts begin with one
-    eos_id: int  # ends an answer; so do all of `end_ids`
-    end_ids: list[int]
+    start_ids: list[int]  # <bos>, if texts begin with one
+    eos_id: int  # ends a response in training
+    end_ids: list[int]  # any of them ends a response in generation
     vocab_size: int
-    special_ids: dict[str, int]  # of special tokens, by what spells them
-    named_tokens: dict[str, str]  # what spells "bos_token" and "eos_token"
+    special_ids: dict[str, int]  # ids of the special tokens by their text
+    named_tokens: dict[str, str]  # the texts of "bos_token" and "eos_token"
     chat_template: str | None  # the base's own, for formats/chat_templates.py
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Ids of the text alone, without <bos> and <eos>; `after` is a special token that stands before it.
+        """Return the ids of the text, without <bos> and <eos>; `after` is the special token before it, if any.
 
-        Raises ValueError at half a character (a lone surrogate).
+        Raises ValueError at an unpaired surrogate.
         """
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; those beyond the vocabulary, which a padded embedding can yield, have none."""
+        """Return the text of the ids. Ids beyond the vocabulary, which padded embeddings can produce, have no text."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Alpaca-format records, as of `read_records`. Raises OSError, or ValueError that names file, record and field."""
+    """Read Alpaca-format records. Raises OSError, or ValueError that names file, record and field."""
     records = enumerate(read_records(path))
     return [check_record(record, path, f"record {index}") for index, record in records]
 
 
 def read_records(path: str | Path) -> list:
-    """The values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    """Read the values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError naming the line."""
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
         cure = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
         raise ValueError(f"{path}: is not JSON; {cure} makes it so")
@@ -120,12 +125,13 @@ def read_records(path: str | Path) -> list:
 def check_record(
     record: object, path: str | Path, name: str, needed: Sequence[str] = ("instruction", "output")
 ) -> Example:
-    """An Example of one JSON value; path and name ("record 3", counted from 0) begin the error message.
+    """Check one JSON value and convert it; path and name ("record 3", counted from 0) begin the error message.
 
-    Only the fields that are needed, `input`, and one of `image`, `video` and `audio` are looked at.
+    Reads the needed fields, `input`, and one of `image`, `video` and `audio`, and ignores all others.
     """
-    where, wanted = f"{path}: {name}", " and ".join(map(repr, needed))
+    where = f"{path}: {name}"
     if not isinstance(record, dict):
+        wanted = " and ".join(map(repr, needed))
         raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {wanted}")
     for needed_field in needed:
         if needed_field not in record:
@@ -140,46 +146,48 @@ def check_record(
 
 
 def check_text(value: object, where: str, name: str) -> None:
-    """Raise ValueError where the value of a field is no text."""
+    """Raise ValueError if the value of a field is no text."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{where}: field '{name}' has half a character (a lone surrogate)")
+        raise ValueError(f"{where}: field '{name}' has an unpaired surrogate")
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """The instruction in Alpaca's template, up to where the response begins."""
+    """Return the instruction in Alpaca's template, up to where the response begins."""
     return ALPACA["with_input" if input else "without_input"].format(instruction=instruction, input=input)
 
 
 class Round(NamedTuple):
-    """A question and its answer, as ids."""
+    """A prompt and its response, as ids."""
 
-    prompt: list[int]  # all that stands before the answer, and behind the one before
-    answer: list[int]  # with its end; this is learnt
+    prompt: list[int]  # tokens between the previous response and this one
+    answer: list[int]  # the response with its <eos>; the loss covers these tokens
 
 
 class Template(Protocol):
-    """How questions and answers are written for a model: `AlpacaTemplate`, or one of formats/chat_templates.py."""
+    """The format of prompts and responses: `AlpacaTemplate`, or one of formats/chat_templates.py."""
 
     name: str
-    end_ids: list[int]  # each of them ends an answer
-    has_turns: bool  # whether an answer may be followed by another question
+    end_ids: list[int]  # any of them ends a response
+    has_turns: bool  # whether a conversation may have several turns
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """What training conditions on, and what generation starts from."""
+        """Return the ids that training conditions on, and that generation starts from."""
 
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
-        """Of every example. Raises ValueError, naming it, at one that cannot be written so."""
+        """Yield the prompts and responses of every example. Raises ValueError that names one that does not fit."""
 
 
 class AlpacaTemplate(Template):
-    """One question, one answer."""
+    """Stanford Alpaca's template: one instruction, one response."""
 
-    name, has_turns = "alpaca", False
+    name = "alpaca"
+    has_turns = False
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.end_ids = tokenizer, tokenizer.end_ids
+        self.tokenizer = tokenizer
+        self.end_ids = tokenizer.end_ids
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         return self.tokenizer.start_ids + self.tokenizer.encode(format_prompt(instruction, input))
@@ -187,23 +195,26 @@ class AlpacaTemplate(Template):
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
         for example in examples:
             if example.turns and not example.output:
-                wanted = "alpaca takes a question and an answer: --template auto, llama-2, llama-3 or chatml"
+                wanted = "alpaca takes one instruction and its response: --template auto, llama-2, llama-3 or chatml"
                 raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {wanted}")
             answer = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
             yield [Round(self.prompt(example.instruction, example.input), answer)]
 
 
 def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
-    """Every example that fits, and how many had to be cut at `max_length`: a response (which then has no <eos>), or
-    whole rounds from the end of a conversation.
+    """Return the examples that fit into `max_length` tokens, and the number of those that had to be truncated.
 
-    An example whose prompt leaves no room for a response is dropped: it has nothing to learn from.
-    Prompt and response are tokenized apart and joined as ids. In one go a token could straddle the two
-    (as in 3.3 % of Alpaca), and the prompt in training would not be the one that generation starts from.
+    Truncation shortens a response, which then has no <eos>, or removes whole rounds from the end of a conversation. An
+    example whose prompt leaves no room for a response is dropped.
+
+    Prompt and response are tokenized separately and joined as ids. If they were tokenized together, a token could span
+    both (as in 3.3 % of Alpaca), and the prompt in training would differ from the one that generation starts from.
     """
-    tokenized, cut = [], 0
+    tokenized = []
+    num_truncated = 0
     for example, rounds in zip(examples, template.rounds(examples)):
-        ids, loss_mask = [], []
+        ids = []
+        loss_mask = []
         for prompt, answer in rounds:
             if ids and len(ids) + len(prompt) + len(answer) > max_length:
                 break
@@ -211,14 +222,14 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
             loss_mask += [False] * len(prompt) + [True] * len(answer)
         if any(loss_mask[:max_length]):
             tokenized.append(Tokens(ids[:max_length], loss_mask[:max_length], example.name, example.features))
-            cut += sum(len(prompt) + len(answer) for prompt, answer in rounds) > max_length
-    return tokenized, cut
+            num_truncated += sum(len(prompt) + len(answer) for prompt, answer in rounds) > max_length
+    return tokenized, num_truncated
 
 
 def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
-    """To train on, and held out: a share of them where `val_size` is below 1, else so many.
+    """Split into (training, validation); `val_size` < 1 is a fraction, otherwise a count.
 
-    Raises ValueError where nothing is left to train on.
+    Raises ValueError if nothing remains to train on.
     """
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
@@ -228,10 +239,11 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch as lists of example indices; every index occurs once.
+    """Return the batches of one epoch as lists of example indices; every index occurs once.
 
-    Examples of like length share a batch: next to no padding. The order stays random all the same: they are shuffled,
-    sorted only within pools of 64 batches, and the batches shuffled. It follows from the arguments: resuming is exact.
+    Examples of similar length share a batch, which leaves almost no padding. The order is random nevertheless: examples
+    are shuffled, sorted by length within pools of 64 batches, and then the batches are shuffled. Deterministic in
+    (seed, epoch), so that resuming is exact.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -243,53 +255,47 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def num_targets(examples: Sequence[Tokens]) -> int:
-    """How many tokens of the examples have a loss."""
-    return sum(sum(example.loss_mask) for example in examples)
-
-
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
-    """A batch in as many parts as there are ranks: about as many positions for each, of like length."""
-    parts, before, total = [[] for _ in range(world_size)], 0, sum(example.size for example in examples)
+    """Split a batch into one part per rank, each with about the same number of tokens, of similar length."""
+    parts = [[] for _ in range(world_size)]
+    total = sum(example.size for example in examples)
+    before = 0  # cumulative number of tokens
     for example in sorted(examples, key=lambda example: example.size):
-        middle = before + example.size / 2  # of the example, in the row of all positions
+        middle = before + example.size / 2
         parts[int(world_size * middle / total)].append(example)
         before += example.size
     return parts
 
 
-def group_by_size(examples: Sequence, max_tokens: int) -> Iterator[list]:
-    """The examples, shortest first, in parts of at most `max_tokens` positions once padded (or of one example)."""
-    part: list = []
+def group_by_size(examples: Sequence, max_tokens: int) -> list[list]:
+    """Split the examples, shortest first, into groups of at most `max_tokens` positions once padded, or one example."""
+    groups = []
     for example in sorted(examples, key=lambda example: example.size):
-        if part and (len(part) + 1) * example.size > max_tokens:  # the newest is the longest
-            yield part
-            part = []
-        part.append(example)
-    if part:
-        yield part
-
-
-def micro_batches(examples: Sequence[Tokens], max_tokens: int) -> list[Batch]:
-    """The examples as batches of at most `max_tokens` positions each (or of one example)."""
-    return [collate(part) for part in group_by_size(examples, max_tokens)]
+        if not groups or (len(groups[-1]) + 1) * example.size > max_tokens:  # this one is the longest of its group
+            groups.append([])
+        groups[-1].append(example)
+    return groups
 
 
 def collate(examples: Sequence[Tokens]) -> Batch:
-    """Side by side: targets[b, t] is the token that follows inputs[b, t].
+    """Pad the examples to a batch: targets[b, t] is the token that follows inputs[b, t].
 
-    Where there is no loss (the prompt, the padding) the target is IGNORE. Padding goes to the
-    right, where causal attention keeps it from ever being looked at: its id is of no account.
+    Where there is no loss (prompts and padding) the target is IGNORE. The padding is on the right, where causal
+    attention never sees it, so its id does not matter. No examples make a batch of one position without a target.
     """
+    if not examples:
+        return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
     T = max(len(example.ids) for example in examples) - 1
     inputs = torch.zeros(len(examples), T, dtype=torch.long)
     targets = torch.full((len(examples), T), IGNORE)
     for row, example in enumerate(examples):
-        ids, loss_mask = torch.tensor(example.ids), torch.tensor(example.loss_mask)
+        ids = torch.tensor(example.ids)
+        loss_mask = torch.tensor(example.loss_mask)
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = ids[1:].where(loss_mask[1:], IGNORE)
     known = [example.features for example in examples if example.features is not None]
     if not known:
         return Batch(inputs, targets)
-    features = [torch.zeros_like(known[0]) if e.features is None else e.features for e in examples]
-    return Batch(inputs, targets, torch.stack(features), torch.tensor([e.features is not None for e in examples]))
+    features = [torch.zeros_like(known[0]) if example.features is None else example.features for example in examples]
+    has_image = [example.features is not None for example in examples]
+    return Batch(inputs, targets, torch.stack(features), torch.tensor(has_image))

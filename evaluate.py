@@ -21,11 +21,11 @@ from multimodal import ImageAdapter
 from runtime import asking
 from runtime.cli import PATH, Count, Real, bits_options, device_options, one_line_errors
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, rank, sync_errors
+from runtime.distributed import answering_ranks, rank
 from runtime.files import require_writable
-from tasks import TASKS, Task, attach_features, with_images
-from tasks.answering import Answers, likeliest_answers, written_answers
-from toy import exam
+from tasks import TASKS, Task, load_task
+from tasks.answering import Answers, likeliest_answers, read_answers, write_scores, written_answers
+from tasks.images import attach_features, with_images
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     """From a file of examples to answers, scores, and what is written of them. Raises OSError or ValueError."""
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
-    with sync_errors():
-        examples = read(config.data, images=config.images, split=config.split)[: config.limit]
+    examples = read(config.data, images=config.images, split=config.split)[: config.limit]
     if config.results is None:
         answers = answer(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
         raise ValueError("--results has the answers: no --adapter, --base or --choose beside it")
     else:
-        texts, method = task.read_answers(config.results, examples), f"as in {config.results}"
+        read = task.read_answers or read_answers
+        texts, method = read(config.results, examples), f"as in {config.results}"
         answers = Answers(name, config.split, examples, texts, method, False, config.results.stem)
     scores = task.score(answers.examples, answers.texts)
     if rank() == 0:
-        task.write_results(answers, scores, config.out)
+        (task.write_results or write_scores)(answers, scores, config.out)
 
 
 def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
@@ -118,7 +118,21 @@ image_options = option_group(
 )
 
 
-@cloup.group(context_settings={"show_default": True})
+class TaskCommands(click.Group):
+    """A group with a command for every task that has scores; a task is imported when its command is asked for."""
+
+    command_class = cloup.Command
+
+    def list_commands(self, context) -> list[str]:
+        return sorted([*super().list_commands(context), *(name for name in TASKS if load_task(name).score)])
+
+    def get_command(self, context, name: str):
+        if name in TASKS and load_task(name).score:
+            return task_command(name, load_task(name))
+        return super().get_command(context, name)
+
+
+@click.group(cls=TaskCommands, context_settings={"show_default": True})
 def main():
     """Score an adapter, or a base without any."""
 
@@ -148,17 +162,11 @@ def task_command(name: str, task: Task) -> click.Command:
     )
     def command(**options):
         with one_line_errors(), answering_ranks():
-            with sync_errors():
-                if rank() == 0:
-                    require_writable(options["out"], folder=True)
+            if rank() == 0:
+                require_writable(options["out"], folder=True)
             evaluate(name, task, EvalConfig(**options))
 
     return command
-
-
-for name, task in TASKS.items():
-    if task.score is not None:
-        main.add_command(task_command(name, task))
 
 
 @main.command("toy")
@@ -169,6 +177,8 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
 
     Of the base alone, and of the base with the adapter.
     """
+    from toy import exam
+
     with one_line_errors(), answering_ranks():
         if adapter_path is None:
             raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
@@ -216,11 +226,10 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
     Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
     """
     with one_line_errors(), answering_ranks():
-        with sync_errors():
-            from tasks import harness
+        from tasks import harness
 
-            if rank() == 0:
-                require_writable(options["out"], folder=True)
+        if rank() == 0:
+            require_writable(options["out"], folder=True)
         loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits)
         base = base or next(iter(loaded[2].values())).metadata["base"]
         about = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}

@@ -28,7 +28,7 @@ from runtime.asking import sampling_options, speed_options
 from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, broadcast_from_rank0, sync_errors
+from runtime.distributed import answering_ranks, broadcast_from_rank0
 from runtime.errors import printable
 from runtime.terminal import read_commands
 
@@ -53,7 +53,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 def prefill(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
     """Read B rows of ids, which may differ in length, behind what the cache holds: logits (B, V) of what follows."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
     lengths = torch.tensor([len(row) for row in tokens], device=device)
     longest = int(lengths.max())
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)  # (B, T)
@@ -175,7 +175,7 @@ class Responder:
         self.prompt_sets: dict[str, Sequence[Prompt]] = {"base": ()}
         for name, adapter in adapters.items():
             with torch.no_grad():
-                self.prompt_sets[name] = adapter(gate_scale=gate_scale, dtype=model.tok_embeddings.weight.dtype)
+                self.prompt_sets[name] = adapter(gate_scale=gate_scale, dtype=model.dtype)
         tuned_with = {name: adapter.metadata.get("prompt_template", "alpaca") for name, adapter in adapters.items()}
         tuned_with |= {"base": next(iter(tuned_with.values()), "alpaca")}
         kinds = {kind: load_template(kind, tokenizer) for kind in {template or kind for kind in tuned_with.values()}}
@@ -191,8 +191,8 @@ class Responder:
         """Of the adapter that is asked, shifted by the image if there is one."""
         if request.features is None:
             return self.prompt_sets[request.adapter]
-        weight, adapter = self.model.tok_embeddings.weight, self.adapters[request.adapter]
-        return adapter(request.features[None].to(weight.device), gate_scale=self.gate_scale, dtype=weight.dtype)
+        features = request.features[None].to(self.model.device)  # (1, F)
+        return self.adapters[request.adapter](features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
     def tokens(self, request: Request) -> list[int]:
         """<bos> and the instruction, in its template, behind what was said before. Raises ValueError."""
@@ -341,24 +341,23 @@ def main(prompt, input, adapter_paths, compare, images, folder, tower, encoder, 
     that name different adapters (or null, the base) share a batch.
     """
     with one_line_errors(), answering_ranks():
-        with sync_errors():
-            check_question(prompt, input, adapter_paths, compare, images, jsonl, out, options)
+        check_question(prompt, input, adapter_paths, compare, images, jsonl, out, options)
         responder = make_responder(adapter_paths, **options)
         first = next(iter(responder.adapters), "base")
-        names, weight = ["base", *responder.adapters] if compare else [first], responder.model.tok_embeddings.weight
+        names = ["base", *responder.adapters] if compare else [first]
         if images:
-            with sync_errors():
-                paths = files_in(images, of_any_kind=encoder is not None)
-                requests = [Request(prompt, input, first)] * len(paths)
-                requests = attach_images(requests, dict(enumerate(paths)), responder.adapters, weight, tower, encoder)
+            paths = files_in(images, of_any_kind=encoder is not None)
+            requests = [Request(prompt, input, first)] * len(paths)
+            requests = attach_images(
+                requests, dict(enumerate(paths)), responder.adapters, responder.model, tower, encoder
+            )
             for path, answer in zip(paths, responder.answer_all(requests, batch_size, "image")):
                 several = f"{printable(str(path))}: " + answer.replace("\n", "\\n")
                 click.echo(several if len(paths) > 1 else answer)
         elif jsonl is not None:
-            with sync_errors():
-                records, requests, pictures = read_requests(jsonl, responder.prompt_sets, first, folder)
-                check_requests(responder, requests, jsonl)
-                requests = attach_images(requests, pictures, responder.adapters, weight, tower, encoder)
+            records, requests, pictures = read_requests(jsonl, responder.prompt_sets, first, folder)
+            check_requests(responder, requests, jsonl)
+            requests = attach_images(requests, pictures, responder.adapters, responder.model, tower, encoder)
             write_answers(out, records, responder.answer_all(requests, batch_size, "record"))
         elif prompt is not None:
             print_answers([Conversation(responder, name) for name in names], prompt, input)
@@ -373,9 +372,8 @@ def make_responder(
 ) -> Responder:
     """As the options say. Raises OSError or ValueError."""
     device, dtype = select_device(device, dtype)
-    with sync_errors():
-        if compile:
-            prepare_to_compile(device, bits)
+    if compile:
+        prepare_to_compile(device, bits)
     model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, attention, bits)
     return Responder(
         model,

@@ -1,6 +1,6 @@
-"""LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with room for prompts.
+"""LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with an optional prompt per layer.
 
-Parameters carry the names of Meta's checkpoints. Notation as in adapter.py.
+Parameters have the names of Meta's checkpoints. Notation as in adapter.py.
 """
 
 import math
@@ -18,7 +18,7 @@ from runtime.schema import require_number
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3.1's stretching of the rotary frequencies, for contexts longer than the pre-trained one."""
+    """Llama 3.1's interpolation of the rotary frequencies, for contexts longer than the pretrained one."""
 
     factor: float
     low_freq_factor: float
@@ -28,7 +28,7 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a LLaMA; the defaults are Llama 2 7B's. Raises ValueError where the numbers make no model."""
+    """The dimensions of a LLaMA, by default Llama 2 7B's. Raises ValueError if they are inconsistent."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -40,9 +40,9 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    max_seq_len: int | None = None  # how far it was trained to see, where the checkpoint says so
+    max_seq_len: int | None = None  # context length in tokens, if the checkpoint states it
     qkv_bias: bool = False  # Qwen2's
-    qk_norm: bool = False  # Qwen3's: q and k are normed head by head, before they are rotated
+    qk_norm: bool = False  # Qwen3's: RMSNorm over each head of q and k, before the rotary embedding
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
@@ -61,7 +61,7 @@ class Config:
             raise ValueError(f"head_dim is {self.head_dim}: rotary embedding needs it even")
 
 
-# The sizes that were published, smallest first.
+# The published sizes, smallest first.
 SIZES = {
     #                 dim  layers heads kv  D  hidden   vocab   eps    theta     rope scaling
     "TinyLlama-1.1B": Config(2048, 22, 32, 4, 64, 5632, 32000, 1e-5, 1e4, None, 2048),
@@ -91,37 +91,37 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, 1, D/2), in float32, of the angles by which `apply_rope` turns positions (B, T).
+    """Cosine and sine (B, T, 1, D/2), in float32, of the rotary angles at positions (B, T).
 
-    Made anew at each forward, for all layers at once: a table kept in the module would be rounded by
+    Recomputed in every forward pass, once for all layers: a table stored in the module would be rounded by
     `model.bfloat16()`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
     if config.rope_scaling is not None:
         factor, low, high, context = config.rope_scaling
-        turns = context * frequencies / (2 * math.pi)  # whole turns within the pre-trained context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast pairs stay, 0: slow ones are stretched
+        turns = context * frequencies / (2 * math.pi)  # rotations within the pretrained context
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequencies are kept, 0: low ones interpolated
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
     angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, D): neighbours 2i and 2i+1 are a pair, as in Meta's checkpoints."""
+    """Rotary embedding of x (B, T, H, D), which rotates dimensions 2i and 2i+1 together, as Meta's checkpoints do."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 class LayerCache:
-    """One layer's keys and values of the tokens so far, and of its prompt."""
+    """Keys and values of one layer: of the tokens so far, and of its prompt."""
 
     def __init__(self, k: Tensor, v: Tensor):
         self.k, self.v = k, v  # (B, Hkv, capacity, D)
-        self.prompt: tuple[Tensor, Tensor] | None = None  # projected once, at the first forward
+        self.prompt: tuple[Tensor, Tensor] | None = None  # projected at the first forward pass
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, Hkv, T, D) at positions (B, T); return the whole cache (B, Hkv, capacity, D)."""
+        """Write k, v (B, Hkv, T, D) at positions (B, T), and return the whole cache (B, Hkv, capacity, D)."""
         index = positions[:, None, :, None].expand_as(k)
         self.k.scatter_(2, index, k)
         self.v.scatter_(2, index, v)
@@ -129,33 +129,36 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of one generation: made and owned by its caller, of fixed size, gone with it.
+    """Key/value cache of fixed size for one generation, created and owned by the caller.
 
-    `lengths` (B,) says how many tokens of each row count. The model writes behind them, the caller moves them. So rows
-    of unequal prompts go in padded to the right, each advanced by its own length; what follows overwrites the padding.
+    `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller advances
+    them. Rows of different length are therefore padded on the right and advanced each by its own length; the next
+    tokens overwrite the padding.
     """
 
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
-        weight, config = model.tok_embeddings.weight, model.config
+        config = model.config
         shape = (batch, config.n_kv_heads, capacity, config.head_dim)
-        self.layers = [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        how = {"dtype": model.dtype, "device": model.device}
+        self.layers = [LayerCache(torch.zeros(shape, **how), torch.zeros(shape, **how)) for _ in model.layers]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.capacity = capacity
 
 
 class Positions(NamedTuple):
-    """Where the tokens of one forward pass are, and what each may look at; the same for all layers."""
+    """Positions of the tokens of one forward pass, and the attention mask, shared by all layers."""
 
     index: Tensor  # (1|B, T)
     cos: Tensor  # (1|B, T, 1, D/2), of `rope_cos_sin`
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, capacity) over a cache; None without one: plain causal attention
+    mask: Tensor | None  # (B, 1, T, capacity) with a cache; None without one: causal attention
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config, gated: Callable[..., Tensor]):
         super().__init__()
-        C, H, Hkv, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        C, D = config.dim, config.head_dim
+        H, Hkv = config.n_heads, config.n_kv_heads
         self.head_dim = D
         self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.wk = nn.Linear(C, Hkv * D, bias=config.qkv_bias)
@@ -168,23 +171,25 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H*D) -> (B, T, H, D)
 
     def project_prompt(self, prompt: Prompt, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt's tokens, unrotated: a prompt has no position."""
+        """Keys and values (1|B, Hkv, K, D) of a prompt, without rotary embedding: a prompt has no position."""
         if cache is not None and cache.prompt is not None:
             return cache.prompt
-        k, v = self.k_norm(self.heads(self.wk(prompt.tokens))), self.heads(self.wv(prompt.tokens))  # (1|B, K, Hkv, D)
-        kv = k.transpose(1, 2), v.transpose(1, 2)  # (1|B, Hkv, K, D)
+        k = self.k_norm(self.heads(self.wk(prompt.tokens))).transpose(1, 2)  # (1|B, Hkv, K, D)
+        v = self.heads(self.wv(prompt.tokens)).transpose(1, 2)  # (1|B, Hkv, K, D)
         if cache is not None:
-            cache.prompt = kv
-        return kv
+            cache.prompt = k, v
+        return k, v
 
     def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
-        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, T, H|Hkv, D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, positions.cos, positions.sin), apply_rope(k, positions.cos, positions.sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H|Hkv, T, D)
+        q = self.q_norm(self.heads(self.wq(x)))  # (B, T, H, D)
+        k = self.k_norm(self.heads(self.wk(x)))  # (B, T, Hkv, D)
+        v = self.heads(self.wv(x)).transpose(1, 2)  # (B, Hkv, T, D)
+        q = apply_rope(q, positions.cos, positions.sin).transpose(1, 2)  # (B, H, T, D)
+        k = apply_rope(k, positions.cos, positions.sin).transpose(1, 2)  # (B, Hkv, T, D)
         if cache is not None:
             k, v = cache.write(k, v, positions.index)  # (B, Hkv, S, D)
-        mask, causal = positions.mask, positions.mask is None
+        mask = positions.mask
+        causal = mask is None
         if prompt is None:
             output = attend(q, k, v, mask, causal)  # (B, H, T, D)
         else:
@@ -194,7 +199,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU (Shazeer, 2020)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -220,7 +225,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """A LLaMA. `attention` is `gated_attention` or `gated_attention_paper`: the same function, two ways."""
+    """A LLaMA. `attention` is `gated_attention` or `gated_attention_paper`, two equivalent implementations."""
 
     def __init__(self, config: Config, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -230,6 +235,14 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tok_embeddings.weight.dtype
+
     def hidden_states(
         self,
         tokens: Tensor,  # (B, T)
@@ -237,15 +250,16 @@ class LLaMA(nn.Module):
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """What the output head reads, (B, T, C). The last len(prompts) layers get the prompts.
+        """Final hidden states (B, T, C), the input of the output head. The topmost len(prompts) layers get the prompts.
 
-        With `checkpoint_activations` a layer keeps only its input for the backward pass, and is run again there.
-        Raises ValueError where there are more prompts than layers.
+        With `checkpoint_activations` a layer stores only its input, and is recomputed in the backward pass. Raises
+        ValueError if there are more prompts than layers.
         """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
             raise ValueError(f"{len(prompts)} layers of prompts for a model of {len(self.layers)} layers")
-        index, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        mask = None
         if cache is not None:
             index = cache.lengths[:, None] + index  # (B, T)
             mask = torch.arange(cache.capacity, device=tokens.device) <= index[:, None, :, None]  # (B, 1, T, capacity)
@@ -254,8 +268,11 @@ class LLaMA(nn.Module):
         x = self.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(self.layers):
             prompt = prompts[i - first_adapted] if i >= first_adapted else None
-            inputs = (x, positions, prompt, cache.layers[i] if cache is not None else None)
-            x = checkpoint(block, *inputs, use_reentrant=False) if checkpoint_activations else block(*inputs)
+            layer_cache = cache.layers[i] if cache is not None else None
+            if checkpoint_activations:
+                x = checkpoint(block, x, positions, prompt, layer_cache, use_reentrant=False)
+            else:
+                x = block(x, positions, prompt, layer_cache)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
@@ -264,6 +281,6 @@ class LLaMA(nn.Module):
 
 
 def num_parameters(config: Config) -> int:
-    """Of a LLaMA of that shape, without making it."""
+    """The number of parameters of a LLaMA, counted without allocating it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in LLaMA(config).parameters())

@@ -1,14 +1,14 @@
-"""Tune an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
+"""Train an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
 
-In this order: the configuration, the optimizer and its learning rate, the loss, one step, the loop; then what a run
-is made of, a run with its files, and the command. Notation as in adapter.py.
+In this order: the configuration, the optimizer and its schedule, the loss, one step, the loop; then `train`, the whole
+run from the options to summary.json, and the command. Notation as in adapter.py.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,89 +19,87 @@ from cloup import command
 from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
-from data import IGNORE, Batch, Example, Tokenizer, epoch_batches, hold_out, tokenize
-from data import micro_batches, num_targets, split_over_ranks
-from formats.bases import base_fingerprint, load_llama, read_base
-from formats.chat_templates import NAMES, load_template
+from data import IGNORE, Example, Tokens, collate, epoch_batches, group_by_size, hold_out, split_over_ranks, tokenize
+from formats.bases import base_fingerprint, load_base_tokenizer, load_weights, read_base
+from formats.chat_templates import load_template
 from formats.hub import find_base
-from formats.tensors import named
-from model import LLaMA, num_parameters
-from multimodal import ImageAdapter
-from runtime import distributed
+from formats.tensors import Weights, named
+from model import Config, LLaMA, num_parameters
+from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
+from runtime.cli import options_of, pick, setting, warn
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import all_reduce_sum, local_rank, rank, sync_errors, world_size
-from runtime.errors import AllRanksError, memory_errors
+from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, exit_rank, first_rank_speaks
+from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, world_size
 from runtime.files import resolved
-from runtime.quantization import quantizer
-from tasks import TASKS, see_images, with_images
-from toy import TOYS
-from training.initial import begin_with, choose_learnt, shaped_as_initial
-from training.launch import launch, say
+from tasks import load_task
+from toy import TUNING, load_toy
 from training.loss import chunked_cross_entropy
-from training.options import BaseOptions, DataOptions, RunOptions, fixed_options, pick
-from training.options import base_options, data_options, memory_options, optimisation_options, run_options
-from training.run import Prepared, Recorder, Step
-from training.run_files import run_state
+from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
+from training.run import Run
 from training.sharding import choose_strategy, fsdp_sharder
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every hyper-parameter, the paper's where it says one (section 4.1)."""
+    """The hyper-parameters, by default the paper's if it states them (section 4.1); each is a command-line option."""
 
-    layers: int | None = None  # L, the topmost so many; None is all but two: 30 of 32 in the paper
-    length: int = 10  # K
-    epochs: int = 5
-    warmup_epochs: float = 2  # the learning rate rises over these, then falls along half a cosine to zero
-    batch_size: int = 64  # examples of an optimizer step, over all ranks
-    blr: float = 9e-3  # a base rate, as the authors have it: for a batch of 256
-    lr: float | None = None  # the peak itself, in place of blr
-    weight_decay: float = 0.02  # of the prompts; none of the gates, which it would pull shut
-    gradient_clip: float | None = None  # the highest norm of the gradient: off, as in the paper
-    max_seq_len: int | None = None  # tokens; longer responses are cut. None is 512, or all that the base can see
-    val_size: float = 0.02  # held out: a share if below 1, else a number of examples
-    seed: int = 0  # of prompts, what is held out, and the order of examples
-    micro_batch_tokens: int = 8192  # positions of one forward pass: memory, not what is learnt
-    checkpoint_activations: bool = False  # run each layer again for the backward pass: less memory, more time
+    layers: int | None = setting(None, "L, number of topmost layers to adapt.  [default: all but two]", Count())
+    length: int = setting(10, "K, number of prompt vectors per layer.", click.IntRange(1, 4096))
+    epochs: int = setting(5, "Passes over the training data.", Count())
+    warmup_epochs: float = setting(2, "Linear warm-up of the learning rate; then a half cosine to 0.", Real(0))
+    batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
+    blr: float = setting(9e-3, "Base learning rate: lr = blr * batch size / 256.", Real(0, 1e3))
+    lr: float | None = setting(None, "Peak learning rate.  [default: from --blr]", Real(0, 1e3))
+    weight_decay: float = setting(0.02, "For the prompts; it would pull the gates to 0.", Real(0, 1e3))
+    gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
+    max_seq_len: int | None = setting(
+        None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's]", Count(2)
+    )
+    val_size: float = setting(0.02, "Validation set: a fraction if below 1, otherwise a count.", Real(0))
+    seed: int = setting(0, "Of the initial prompts, the validation split, and the order of examples.", SEED)
+    micro_batch_tokens: int = setting(8192, "Positions per forward pass; affects memory only.", Count())
+    checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
 
     @property
     def peak_lr(self) -> float:
         return self.blr * self.batch_size / 256 if self.lr is None else self.lr
 
     def for_base(self, base: Path | str, n_layers: int, context: float) -> "TrainConfig":
-        """With L decided. Raises ValueError at more than a base of so many layers, reading so far, has."""
+        """Fill in the defaults that depend on the base, and validate; `context` is its context length in tokens."""
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
-            raise ValueError(f"{warmup}: the learning rate would never get to fall; give fewer, or 0")
+            raise ValueError(f"{warmup}: the learning rate would never decay; use fewer, or 0")
         layers = max(1, n_layers - 2) if self.layers is None else self.layers
-        config = replace(self, layers=layers, max_seq_len=self.max_seq_len or min(512, context))
-        for name, limit in (("layers", n_layers), ("max_seq_len", context)):
-            if getattr(config, name) > limit:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {base} has only {limit}")
-        return config
+        max_seq_len = self.max_seq_len or min(512, context)
+        if layers > n_layers:
+            raise ValueError(f"--layers {layers}: {base} has only {n_layers}")
+        if max_seq_len > context:
+            raise ValueError(f"--max-seq-len {max_seq_len}: {base} has only {context}")
+        return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
-# AdamW moves a number by about the learning rate in each step, however large it is. What suits the prompts would throw
-# over the projection of images, or a head, whose weights are far smaller.
+# AdamW's update of a parameter is about the learning rate, whatever its size. The rate of the prompts would destabilize
+# the image projection and an encoder's head, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
-HIGH_LR = 0.1  # nothing was seen to learn above it
+HIGH_LR = 0.1  # higher rates were never seen to work
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the adapter alone, the base has no part in it. A group's rate is the schedule's times its `scale`."""
-    learnt = {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
-    prompts, gates = ([learnt.pop(name)] if name in learnt else [] for name in ("prompts", "gates"))
+    """AdamW over the trainable parameters of the adapter. A group's rate is the schedule's times its `scale`."""
+    parameters = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    prompts = [parameters.pop("prompts")] if "prompts" in parameters else []
+    gates = [parameters.pop("gates")] if "gates" in parameters else []
     groups = [
         {"params": prompts, "weight_decay": weight_decay, "scale": 1.0},
         {"params": gates, "weight_decay": 0.0, "scale": 1.0},
-        {"params": list(learnt.values()), "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE},
+        {"params": list(parameters.values()), "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Of step 0 .. total-1: up in a line over `warmup` steps, then down to zero along half a cosine."""
+    """Linear warm-up over `warmup` steps, then cosine decay to zero, for steps 0 .. total-1."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -110,35 +108,25 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 # ---------------------------------------------------------------------------------------------------
 # The loss, the step, the loop
 
-EMPTY_BATCH = Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
 
+def response_loss(
+    model: LLaMA, adapter: Adapter, examples: Sequence[Tokens], checkpoint_activations: bool = False
+) -> Tensor:
+    """Cross entropy, summed over the R response tokens of the examples.
 
-def response_loss(model: LLaMA, adapter: Adapter, batch: Batch | None, checkpoint_activations: bool = False) -> Tensor:
-    """Cross entropy, summed over the R response tokens of a micro-batch; None is a batch without any.
-
-    The output head sees the positions that have a loss, and no others: prompts are half of Alpaca.
+    The output head is applied to the positions that have a target only: prompts are half of Alpaca's tokens. Without
+    examples the loss is a zero with a graph through all layers.
     """
-    batch = batch or EMPTY_BATCH
-    device, dtype = model.tok_embeddings.weight.device, model.tok_embeddings.weight.dtype
-    inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
+    batch = collate(examples)
+    inputs = batch.inputs.to(model.device)  # (B, T)
+    targets = batch.targets.to(model.device)  # (B, T)
     if batch.features is None:
-        prompts = adapter(dtype=dtype)
+        prompts = adapter(dtype=model.dtype)
     else:
-        prompts = adapter(batch.features.to(device), batch.has_image.to(device), dtype=dtype)
+        prompts = adapter(batch.features.to(model.device), batch.has_image.to(model.device), dtype=model.dtype)
     hidden = model.hidden_states(inputs, prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
     loss_mask = targets != IGNORE  # (B, T)
     return chunked_cross_entropy(hidden[loss_mask], model.output.weight, targets[loss_mask])
-
-
-class Objective(NamedTuple):
-    """What is learnt, from examples that have a `size` in positions and a `name`."""
-
-    num_targets: Callable[[Sequence], int]  # the loss is a mean over so many
-    micro_batches: Callable[[Sequence, int], list]  # of at most so many positions each
-    loss_sum: Callable[..., Tensor]  # as response_loss; it has a gradient for None, too
-
-
-RESPONSES = Objective(num_targets, micro_batches, response_loss)
 
 
 def train_step(
@@ -148,30 +136,29 @@ def train_step(
     examples: Sequence,
     lr: float,
     config: TrainConfig,
-    objective: Objective = RESPONSES,
+    loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """One optimizer step on a batch, in micro-batches and over all ranks; returns the mean loss before it.
+    """Take one optimizer step on a batch, in micro-batches and over all ranks; return the mean loss before it.
 
-    Raises FloatingPointError, with the adapter as before, where the loss or its gradient is not finite; ValueError
-    where there is no memory left for the optimizer's own work.
+    Raises FloatingPointError, with the adapter unchanged, if the loss or its gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    optimizer.zero_grad()
-    # Dividing by the targets of the whole batch, not of each part, makes the parts' gradients add up to the gradient of
-    # one large batch, however it is split, and over however many ranks.
-    targets = objective.num_targets(examples)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     loss = torch.zeros((), device=parameters[0].device)
-    shares = [
-        objective.micro_batches(part, config.micro_batch_tokens) for part in split_over_ranks(examples, world_size())
-    ]
-    mine, rounds = shares[rank()], max(map(len, shares))
-    for batch in mine + [None] * (rounds - len(mine)):  # a rank out of work goes along: FSDP gathers layers together
-        part = objective.loss_sum(model, adapter, batch, config.checkpoint_activations) / targets
+
+    # Dividing by the number of targets of the whole batch makes the gradients of its parts add up to the gradient of
+    # the batch, however it is split into micro-batches and over ranks.
+    num_targets = sum(example.num_targets for example in examples)
+    shares = split_over_ranks(examples, world_size())
+    micro_batches = [group_by_size(share, config.micro_batch_tokens) for share in shares]
+    mine = micro_batches[rank()]
+    # Ranks without data run empty micro-batches, because FSDP's all-gathers are collective.
+    mine += [[]] * (max(map(len, micro_batches)) - len(mine))
+    for micro_batch in mine:
+        part = loss_fn(model, adapter, micro_batch, config.checkpoint_activations) / num_targets
         part.backward()
         loss += part.detach()
-    for parameter in parameters:
-        if parameter.grad is None:  # of a projection, where there was no image
-            parameter.grad = torch.zeros_like(parameter)
     all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
 
     norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
@@ -180,28 +167,37 @@ def train_step(
         raise FloatingPointError(f"a loss of {loss.item()} led to values that are not finite, from {names}")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
-    try:
-        with memory_errors():
-            optimizer.step()
-    except torch.OutOfMemoryError as error:  # some parameters may have moved: only what is on the disk is whole
-        raise ValueError(f"no memory for the optimizer's step: {error}; what was saved last stands") from None
+    optimizer.step()
     return loss.item()
 
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, adapter: nn.Module, examples: Sequence, config: TrainConfig, objective: Objective = RESPONSES
+    model: nn.Module,
+    adapter: nn.Module,
+    examples: Sequence,
+    config: TrainConfig,
+    loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Mean loss over all targets of the examples, the same to the last bit on any number of ranks."""
-    batches = objective.micro_batches(examples, config.micro_batch_tokens)
-    losses = torch.zeros(
-        math.ceil(len(batches) / world_size()) * world_size(), device=next(adapter.parameters()).device
-    )
-    batches += [None] * (len(losses) - len(batches))
-    for i in range(rank(), len(batches), world_size()):
-        losses[i] = objective.loss_sum(model, adapter, batches[i])
+    """Mean loss over all targets of the examples, identical to the last bit for any number of ranks."""
+    micro_batches = group_by_size(examples, config.micro_batch_tokens)
+    micro_batches += [[]] * (-len(micro_batches) % world_size())
+    losses = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
+    for i in range(rank(), len(micro_batches), world_size()):
+        losses[i] = loss_fn(model, adapter, micro_batches[i])
     all_reduce_sum([losses])
-    return sum(losses.tolist()) / objective.num_targets(examples)
+    return sum(losses.tolist()) / sum(example.num_targets for example in examples)
+
+
+class Step(NamedTuple):
+    """An optimizer step that was taken."""
+
+    number: int  # from 1
+    epoch: int  # from 0
+    loss: float  # before the step
+    lr: float
+    tokens: int
+    seconds: float
 
 
 def training_steps(
@@ -210,209 +206,279 @@ def training_steps(
     optimizer: torch.optim.Optimizer,
     examples: Sequence,
     config: TrainConfig,
-    objective: Objective = RESPONSES,
+    loss_fn: Callable[..., Tensor] = response_loss,
     first_step: int = 0,
 ) -> Iterator[Step]:
-    """The training loop: takes the steps from `first_step` on, and says each of them.
+    """Run the optimizer steps from `first_step` on, yielding a Step after each.
 
-    The order of examples and the learning rate follow from the step alone, and nothing on the way is random: a resumed
-    run goes on as if it had never stopped, on whatever number of ranks. Raises as `train_step`, and RankLostError.
+    The order of examples and the learning rate are functions of the step, and nothing else is random: a resumed run
+    continues exactly, on any number of ranks. Raises as `train_step`.
     """
     sizes = [example.size for example in examples]
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
-    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
-    for step in range(first_step, total):
+    num_steps = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    for step in range(first_step, num_steps):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == first_step:
             batches = epoch_batches(sizes, config.batch_size, config.seed, epoch)
-        lr = learning_rate(step, peak=config.peak_lr, warmup=warmup, total=total)
+        batch = [examples[i] for i in batches[position]]
+        lr = learning_rate(step, peak=config.peak_lr, warmup=warmup, total=num_steps)
         start = time.perf_counter()
-        with distributed.detect_lost_ranks(), memory_errors():
-            batch = [examples[i] for i in batches[position]]
-            loss = train_step(model, adapter, optimizer, batch, lr, config, objective)
+        loss = train_step(model, adapter, optimizer, batch, lr, config, loss_fn)
         yield Step(step + 1, epoch, loss, lr, sum(example.size for example in batch), time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------------
-# From the options to all that the loop needs
+# A training run
 
 
-def read_training_data(source: DataOptions) -> tuple[list[Example], DataOptions]:
-    """The examples to use; and where their images are and what sees them, as the options or the toy say.
+def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -> None:
+    """Train an adapter over a frozen LLaMA. `run` is the folder --out: it resumes, logs and saves.
+
+    Raises OSError, or ValueError in one line.
+    """
+    device, dtype = select_device(base.device, base.dtype)
+
+    # Records, headers and template come first: they take a second, the weights may take minutes.
+    with local_rank0_first():  # it downloads the base, or pretrains the toy's, for the other ranks of its machine
+        examples, data = read_training_data(data)  # one Example per record, the toy's own without --data
+        path = find_training_base(base, data)
+    shape, weights = read_base(path)  # model.Config, and a function that reads each weight
+    tokenizer = load_base_tokenizer(path, shape)
+    template = load_template(data.template, tokenizer)
+    encoder = None
+    if data.tower or data.encoder:
+        from tasks.images import encode_images
+
+        examples, encoder = encode_images(examples, data, dtype, device)  # each with its features (F,)
+    if base.init:
+        from training.initial import adapter_fingerprint, init_from_adapter, load_initial, shaped_as
+
+        initial = load_initial(base.init, shape, run.out)
+        config = shaped_as(initial, config, base.init)  # its L and K
+    config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
+    with named(data.data or f"the toy {data.toy}"):
+        tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
+        training, validation = hold_out(tokens, config.val_size, config.seed)
+
+    fixed = fixed_options(config, data, base, dtype, examples)
+    fixed |= {"base_fingerprint": base_fingerprint(shape, weights), "prompt_template": template.name}
+    if encoder:
+        fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
+    if base.init:
+        fixed["init"] = adapter_fingerprint(initial)
+    if world_size() > 1:
+        check_same_on_all_ranks(fixed)
+    if run.is_finished(fixed):
+        print_rank0(f"{run.out}: this run is finished, nothing is left to do")
+        return
+
+    model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
+    adapter = make_adapter(config, base, shape, training).to(device)  # float32, gates at zero
+    adapter.metadata = describe_adapter(data, base, path, shape, encoder, fixed, len(training))
+    if base.init:
+        adapter = init_from_adapter(initial, adapter, base.init)
+    if base.freeze:
+        freeze_parts(adapter, base.freeze)
+    optimizer = make_optimizer(adapter, config.weight_decay)
+    counts = {"examples": len(training), "held_out": len(validation)}
+    counts |= {"dropped": len(examples) - len(tokens), "cut": num_truncated}
+    print_overview(model, adapter, config, counts, strategy)
+    steps_per_epoch = math.ceil(len(training) / config.batch_size)
+    num_steps = config.epochs * steps_per_epoch
+    fixed["base"] = resolved(base.base)  # for the summary; the same weights may move
+    run.begin(adapter, optimizer, fixed, counts, num_steps)  # on --resume, fills both from checkpoint.pt
+
+    with run.saving_on_errors():
+        if validation and run.step % steps_per_epoch == 0:
+            run.log_validation(mean_loss(model, adapter, validation, config))
+        for step in training_steps(model, adapter, optimizer, training, config, first_step=run.step):
+            run.log_step(step)
+            if run.asked_to_stop():  # Ctrl-C, SIGTERM or --max-minutes, on any rank
+                run.save_checkpoint()
+                return
+            if validation and step.number % steps_per_epoch == 0:
+                run.log_validation(mean_loss(model, adapter, validation, config))
+            if step.number % run.options.save_every == 0 and step.number < num_steps:
+                run.save_checkpoint()
+        run.save_checkpoint()
+
+    scores = {}
+    if data.data is None:  # the toy's held-out questions; sharded layers need every rank
+        with first_rank_speaks():
+            scores = load_toy(data.toy).evaluate(model, tokenizer, adapter)
+    run.finish(scores)  # curves.png and summary.json; then checkpoint.pt is removed
+
+
+def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
+    """Read the examples, and fill in the image folder, the vision encoder and the template if they are not given.
 
     Raises OSError or ValueError, naming the record.
     """
-    if source.data is None:
-        examples, source = TOYS[source.toy].examples(source)
+    if data.data is None:
+        examples, data = load_toy(data.toy).examples(data)
     else:
-        source = replace(source, images=source.images or str(Path(source.data).parent))
-        examples = TASKS[source.task].read(source.data, source.images)
-    examples = examples[: source.limit]
-    if source.template is None:
-        source = replace(source, template="auto" if any(example.turns for example in examples) else "alpaca")
-    if source.tower is None and source.encoder is None:
-        return [replace(example, image="") for example in examples], source
-    used = with_images(examples, source.images, source.skip_missing, source.data or f"the toy {source.toy}")
-    if len(used) < len(examples):
-        say(f"{len(examples) - len(used):,} of {len(examples):,} left out: their image is not there")
-    if not any(example.image for example in used):
-        raise ValueError(f"{source.data}: none of its {len(examples)} examples has an image that is there")
-    return used, source
+        data = replace(data, images=data.images or str(Path(data.data).parent))
+        examples = load_task(data.task).read(data.data, data.images)
+    examples = examples[: data.limit]
+    if data.template is None:
+        has_turns = any(example.turns for example in examples)
+        data = replace(data, template="auto" if has_turns else "alpaca")
+    if data.tower is None and data.encoder is None:
+        return [replace(example, image="") for example in examples], data
+    from tasks.images import with_images
+
+    kept = with_images(examples, data.images, data.skip_missing, data.data or f"the toy {data.toy}")
+    if len(kept) < len(examples):
+        print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} skipped: their image is missing")
+    if not any(example.image for example in kept):
+        raise ValueError(f"{data.data}: none of its {len(examples)} examples has an image that is there")
+    return kept, data
 
 
-def load_base(base: BaseOptions, path: Path, opened: tuple, device: torch.device) -> tuple[LLaMA, Tokenizer, str, str]:
-    """The frozen base, its tokenizer, its fingerprint, and the strategy: "ddp" (whole on every rank) or "fsdp".
+def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
+    """The path of the base: a folder or file, a download of a Hub name, or the toy's."""
+    if base.base is not None:
+        return find_base(base.base)
+    if data.data is not None:
+        print_rank0("no --base: training over the toy's LLaMA of 1M parameters; see docs/base_models.md for real ones")
+    return load_toy(data.toy).base()
 
-    What travels with ddp is the gradient of the adapter, summed in `train_step`. With fsdp the layers are split over
-    the ranks as well, and gathered when it is their turn. Raises ValueError.
+
+def load_frozen(
+    path: Path, shape: Config, weights: Weights, base: BaseOptions, dtype: torch.dtype, device: torch.device
+) -> tuple[LLaMA, str]:
+    """Load the frozen base, and return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
+
+    Either way `train_step` sums the gradient of the adapter over the ranks. With fsdp the layers are sharded as well,
+    and gathered when they are needed. Raises ValueError.
     """
-    dtype = getattr(torch, base.dtype)
-    bits = base.bits and int(base.bits)
-    size = num_parameters(opened[0]) * (bits or 8 * dtype.itemsize) // 8
-    strategy = choose_strategy(base.strategy, size, device)
-    if strategy == "fsdp" and (bits or base.compile):
-        raise AllRanksError("--bits and --compile need the base whole on every rank: --strategy ddp")
-    shard = fsdp_sharder(device) if strategy == "fsdp" else None
-    with sync_errors():
-        quantize = quantizer(bits, device)
-        model, tokenizer = load_llama(path, dtype, device, ATTENTIONS[base.attention], shard, opened, quantize)
-        if base.compile:
-            compile_layers(model.layers)
-    return model, tokenizer, base_fingerprint(*opened), strategy
+    bits = int(base.bits or 0)
+    if base.compile:
+        prepare_to_compile(device, base.bits)
+    strategy = "ddp"
+    if world_size() > 1 or base.strategy == "fsdp":
+        num_bytes = num_parameters(shape) * (bits or 8 * dtype.itemsize) // 8
+        strategy = choose_strategy(base.strategy, num_bytes, device)
+    prepare_layer = None
+    if strategy == "fsdp":
+        if bits or base.compile:
+            raise ValueError("--bits and --compile need the whole base on every rank: --strategy ddp")
+        prepare_layer = fsdp_sharder(device)
+    elif bits:
+        from runtime.quantization import quantizer
+
+        prepare_layer = quantizer(bits, device)
+    model = load_weights(path, shape, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
+    if strategy == "fsdp":
+        prepare_layer(model)
+    if base.compile:
+        compile_layers(model.layers)
+    return model, strategy
 
 
-def prepare(
-    config: TrainConfig, source: DataOptions, base: BaseOptions, examples: list[Example], device: torch.device
-) -> tuple[Prepared, TrainConfig]:
-    """All that training a LLaMA needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
-    with sync_errors():
-        if base.compile:
-            prepare_to_compile(device, base.bits)
-        path = TOYS[source.toy].base() if base.base is None else find_base(base.base)
-        shape, weights = read_base(path)
-        asked, config = config.max_seq_len, config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
-        if asked is None and config.max_seq_len < 512:
-            say(f"--max-seq-len {config.max_seq_len}: {path} sees no more")
-        if base.bits == "8":  # autograd would keep the widened weights of all layers
-            config = replace(config, checkpoint_activations=True)
-    model, tokenizer, fingerprint, strategy = load_base(base, path, (shape, weights), device)
-    options = fixed_options(config, source, base, examples) | {"base_fingerprint": fingerprint}
-    distributed.check_same_on_all_ranks(options | asdict(config) | {"strategy": strategy, "compile": base.compile})
-
-    shape = {"layers": config.layers, "length": config.length, "dim": model.config.dim, "heads": model.config.n_heads}
+def make_adapter(config: TrainConfig, base: BaseOptions, shape: Config, examples: Sequence[Tokens]) -> Adapter:
+    """A new adapter; one with a projection if an example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
-    about = {"base": resolved(base.base or path), "base_layers": str(model.config.n_layers)}
-    if any(example.image for example in examples):
-        examples, encoder = see_images(examples, source, getattr(torch, base.dtype), device)
-        features = [example.features for example in examples if example.features is not None]
-        options |= encoder.fixed_options(features)
-        about |= encoder.metadata
-        adapter = ImageAdapter(features=len(features[0]), generator=generator, **shape).to(device)
+    size = {"layers": config.layers, "length": config.length, "dim": shape.dim, "heads": shape.n_heads}
+    features = next((example.features for example in examples if example.features is not None), None)
+    if features is None:
+        adapter = Adapter(**size, generator=generator)
     else:
-        adapter = Adapter(generator=generator, **shape).to(device)
-    with sync_errors():
-        template = load_template(source.template, tokenizer)
-    with sync_errors(), named(source.data or f"the toy {source.toy}"):
-        tokens, cut = tokenize(template, examples, config.max_seq_len)
-        training, validation = hold_out(tokens, config.val_size, config.seed)
-    options["prompt_template"] = template.name
-    dropped = len(examples) - len(tokens)
-    counts = {"examples": len(training), "held_out": len(validation), "dropped": dropped, "cut": cut}
-    about["data"] = f"toy {source.toy}" if source.data is None else Path(source.data).name
-    about |= {"prompt_template": template.name} | ({"bits": base.bits} if base.bits else {})
-    known = {name: options[name] for name in ("base_fingerprint", "epochs", "batch_size", "lr", "seed")}
-    adapter.metadata = about | {"examples": str(len(training))} | {name: str(value) for name, value in known.items()}
-    with sync_errors():
-        adapter = begin_with(base.init, adapter, model.config)
-        choose_learnt(adapter, base, generator)
-    return Prepared(model, tokenizer, adapter, training, validation, counts, options, base.base, strategy), config
+        from multimodal import ImageAdapter
+
+        adapter = ImageAdapter(**size, features=len(features), generator=generator)
+    if base.prompts == "mlp":
+        from training.mlp_prompts import make_prompts_by_mlp
+
+        if base.init is not None:
+            raise ValueError(f"--prompts mlp: a network cannot be initialized from the prompts of --init {base.init}")
+        make_prompts_by_mlp(adapter, generator)
+    return adapter
+
+
+def describe_adapter(
+    data: DataOptions, base: BaseOptions, path: Path, shape: Config, encoder, fixed: dict, num_examples: int
+) -> dict[str, str]:
+    """The metadata of the adapter file: what the adapter was trained over, on, and how."""
+    metadata = {"base": resolved(base.base or path), "base_layers": str(shape.n_layers)}
+    metadata["data"] = Path(data.data).name if data.data else f"toy {data.toy}"
+    metadata["examples"] = str(num_examples)
+    for name in ("prompt_template", "base_fingerprint", "epochs", "batch_size", "lr", "seed"):
+        metadata[name] = str(fixed[name])
+    if base.bits:
+        metadata["bits"] = base.bits
+    if base.prompts == "mlp":
+        metadata["prompts_by"] = "mlp"
+    if encoder:
+        metadata |= encoder.metadata
+    return metadata
+
+
+def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
+    """Exclude parts of the adapter from training. Raises ValueError if there is no such part, or nothing else."""
+    for name in names:
+        parameters = [p for place, p in adapter.named_parameters() if name in place.split(".")]
+        if not parameters:
+            raise ValueError(f"--freeze {name}: the adapter has none, because no example has an image")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in adapter.parameters()):
+        raise ValueError(f"--freeze {' --freeze '.join(names)}: nothing is left to train")
+
+
+def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
+    """Print the numbers of parameters and examples, and a warning if the learning rate is unusual."""
+    trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, model))
+    ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
+    print_rank0(
+        f"{trainable:,} parameters to train, {frozen:,} frozen, on {model.device} in {model.dtype}{ranks}\n"
+        f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
+        f"(the prompt alone fills {config.max_seq_len} tokens), {counts['cut']:,} truncated"
+    )
+    if config.peak_lr > HIGH_LR and rank() == 0:
+        lr = f"{config.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
+        warn(f"the peak learning rate is {lr}, the paper's 0.00225")
 
 
 # ---------------------------------------------------------------------------------------------------
-# A run with its files, and the command
+# The command
 
 
-def tune(
-    prepared: Prepared,
-    config: TrainConfig,
-    run: RunOptions,
-    state: str,
-    objective: Objective = RESPONSES,
-    evaluate: Callable | None = None,
-) -> None:
-    """The training loop, followed with metrics, validation and checkpoints, from the beginning or where a run stopped.
-
-    `state` is of `run_state`; `evaluate` is asked of the tuned adapter at the end.
-    """
-    model, adapter, training = prepared.model, prepared.adapter, prepared.training
-    optimizer = make_optimizer(adapter, config.weight_decay)
-    if config.peak_lr > HIGH_LR:
-        lr = f"{config.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
-        say(f"warning: the peak learning rate is {lr}, the paper's 0.00225")
-    recorder = Recorder(prepared, optimizer, run)
-    recorder.begin(state)
-    first_step, steps_per_epoch = recorder.progress.step, math.ceil(len(training) / config.batch_size)
-    steps = training_steps(model, adapter, optimizer, training, config, objective, first_step)
-    less_memory = f"fewer than --micro-batch-tokens {config.micro_batch_tokens}"
-    if objective is RESPONSES:
-        less_memory = f"--checkpoint-activations or {less_memory}"
-    recorder.follow(  # this takes the steps, one by one: here the loop runs
-        steps,
-        partial(mean_loss, model, adapter, prepared.validation, config, objective),
-        total=config.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        less_memory=less_memory,
-    )
-    recorder.finish(evaluate)
-
-
-def tune_llama(config: TrainConfig, source: DataOptions, base: BaseOptions, run: RunOptions) -> None:
-    """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
-    with sync_errors():
-        source = source.checked(base.base)
-        device, dtype = select_device(base.device, base.dtype)
-        base = replace(base, dtype=str(dtype).removeprefix("torch."))
-        if base.base is None and local_rank() == 0:
-            TOYS[source.toy].make()  # one of a machine's ranks for all of them
-    with sync_errors():
-        examples, source = read_training_data(source)
-        if base.base is not None and local_rank() == 0:
-            find_base(base.base)  # fetched, where it is a name
-        config = shaped_as_initial(config, base.init, run.out)
-        options = fixed_options(config, source, base, examples)
-    state = distributed.broadcast_from_rank0(lambda: run_state(run.out, run.resume, options, base.base))
-    if state == "finished":
-        say(f"{run.out}: this run is finished, nothing is left to do")
-        return
-    prepared, config = prepare(config, source, base, examples, device)
-    evaluate = TOYS[source.toy].evaluate if source.data is None else None
-    tune(prepared, config, run, state, evaluate=evaluate)
-
-
-@command(context_settings={"show_default": True, "default_map": asdict(TrainConfig())})  # its defaults, once
-@data_options([*TASKS], [*TOYS], NAMES)
-@base_options
-@optimisation_options
-@memory_options
-@run_options
+@command(context_settings={"show_default": True})
+@options_of(DataOptions, "Data")
+@options_of(BaseOptions, "Frozen model", extra=[*device_options, *bits_options])
+@options_of(TrainConfig, "Adapter and optimization")
+@options_of(RunOptions, "Run")
 @click.pass_context
 def main(context, **options):
-    """Tune a LLaMA-Adapter: the base stays frozen, a few prompts and gates learn to follow instructions.
+    """Train a LLaMA-Adapter: the base stays frozen, prompts and gates learn to follow instructions.
 
-    Without --data and --base this makes a tiny LLaMA that knows an almanac by heart, tunes it with options
-    of its own, and shows what the adapter brought out of it.
+    Without --data and --base this trains over a tiny LLaMA that knows an almanac by heart, and shows what the adapter
+    makes of it.
     """
     if options["data"] is None:
-        given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-        given |= {"lr"} if "blr" in given else set()
-        tuning = TOYS[options["toy"] or "text"].tuning
-        options |= {name: value for name, value in tuning.items() if name not in given}
-    parts = [pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions, RunOptions)]
-    launch(lambda: tune_llama(*parts), options["out"])
+        options |= toy_defaults(context, options)
+    if options["bits"] == "8":  # autograd would store the dequantized weights of all layers
+        options["checkpoint_activations"] = True
+    config, data, base = (pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions))
+    with one_line_errors(), process_group(), Run(pick(RunOptions, options)) as run:
+        train(config, data.checked(base.base), base, run)
+        barrier()  # no rank leaves while the first one still writes
+    sys.exit(run.exit_code)
+
+
+def toy_defaults(context: click.Context, options: dict) -> dict:
+    """The toy's own hyper-parameters, except those given on the command line."""
+    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    if "blr" in given:
+        given.add("lr")
+    return {name: value for name, value in TUNING.items() if name not in given}
 
 
 if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        distributed.exit_rank(end.code)
+        exit_rank(end.code)

@@ -18,7 +18,6 @@ from benchmarks.measuring import copy_speed, matmul_speed, measured_on, peak_gro
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
 from benchmarks.peers import installed_peers
 from benchmarks.workload import SHAPES, random_adapter, random_examples, random_model
-from data import num_targets
 from generate import decode, generate
 from model import LLaMA
 from runtime.cli import Real, device_options, one_line_errors
@@ -71,9 +70,10 @@ class Bench:
             model = LLaMA(self.config, attention)
         model.load_state_dict(self.model.state_dict(), assign=True)
         model.requires_grad_(False)
-        quantize = quantizer(bits, self.device)
-        for block in model.layers if quantize else ():
-            quantize(block)
+        if bits is not None:
+            quantize = quantizer(bits, self.device)
+            for block in model.layers:
+                quantize(block)
         return model
 
     def training(self, bits: int | None, again: bool, compiled: bool, attention: Callable[..., Tensor]) -> dict:
@@ -97,7 +97,7 @@ class Bench:
         while sum(taken) < self.SECONDS and len(taken) < 5:
             taken.append(seconds_of(step, self.device))
         seconds, tokens = min(taken), sum(example.size for example in self.examples)
-        operations = step_operations(self.config, tokens, num_targets(self.examples), again)
+        operations = step_operations(self.config, tokens, sum(example.num_targets for example in self.examples), again)
         five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS
         row = {"seconds": taken, "tokens_per_second": tokens / seconds, "peak_bytes": peak}
         row |= {"matmul_share": operations / seconds / self.matmul}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Adapter
-from data import IGNORE, Tokens, collate, num_targets
+from data import IGNORE, Tokens, collate
 from formats.hugging_face import to_hugging_face
 from generate import decode, generate
 from model import LLaMA, apply_rope, rope_cos_sin
@@ -55,11 +55,11 @@ class Ours(Contestant):
         return optimizer
 
     def loss(self, examples: list[Tokens]) -> Tensor:
-        return response_loss(self.model, self.adapter, collate(examples)) / num_targets(examples)
+        return response_loss(self.model, self.adapter, examples) / sum(example.num_targets for example in examples)
 
     @torch.no_grad()
     def continuation(self, tokens: list[int], n: int) -> list[int]:
-        prompts = self.adapter(dtype=self.model.tok_embeddings.weight.dtype) if self.adapter else ()
+        prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
         return generate(self.model, [tokens], prompts, max_new_tokens=n, decode=self.decode)[0]
 
 
@@ -75,12 +75,12 @@ class Plain(Ours):
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         inputs, targets = padded(examples, self.max_seq_len)
-        device = self.model.tok_embeddings.weight.device
+        device = self.model.device
         logits = self.logits(inputs.to(device), start=0, cache=None)  # (B, T, V)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE)
 
     def logits(self, tokens: Tensor, start: int, cache: list | None) -> Tensor:
-        model, prompts = self.model, self.adapter(dtype=self.model.tok_embeddings.weight.dtype)
+        model, prompts = self.model, self.adapter(dtype=self.model.dtype)
         (B, T), group = tokens.shape, model.config.n_heads // model.config.n_kv_heads
         cos, sin = rope_cos_sin(torch.arange(start, start + T, device=tokens.device)[None], model.config)
         mask = torch.full((T, start + T), -math.inf, device=tokens.device).triu(start + 1)
@@ -110,7 +110,7 @@ class Plain(Ours):
         model, config = self.model, self.model.config
         shape = (1, config.n_kv_heads, len(tokens) + n, config.head_dim)
         cache = [[model.tok_embeddings.weight.new_zeros(shape) for _ in "kv"] for _ in model.layers]
-        new, ids = torch.tensor([tokens], device=model.tok_embeddings.weight.device), []
+        new, ids = torch.tensor([tokens], device=model.device), []
         for step in range(n):
             new = self.logits(new, len(tokens) + step - 1 if step else 0, cache)[:, -1].argmax(dim=1)[:, None]
             ids.append(new.item())

@@ -21,7 +21,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
 from benchmarks.workload import Workload, compile_option, prepare_workload, workload_options
-from data import IGNORE, Tokens, collate, epoch_batches, num_targets
+from data import IGNORE, Tokens, collate, epoch_batches
 from model import LLaMA
 from runtime.cli import Count, one_line_errors
 from runtime.compilation import compile_layers
@@ -69,9 +69,9 @@ class Ablation(Ours):
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         inputs, targets = padded(examples, 512) if self.level < 2 else collate(examples)[:2]
-        device = self.model.tok_embeddings.weight.device
+        device = self.model.device
         inputs, targets = inputs.to(device), targets.to(device)
-        hidden = self.model.hidden_states(inputs, self.adapter(dtype=self.model.tok_embeddings.weight.dtype))
+        hidden = self.model.hidden_states(inputs, self.adapter(dtype=self.model.dtype))
         if self.level >= 1:
             hidden, targets = hidden[targets != IGNORE], targets[targets != IGNORE]
         logits = self.model.output(hidden).float().flatten(0, -2)
@@ -152,7 +152,7 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
     speed, flops = matmul_speed(device, workload.dtype), counter.get_total_flops()
     for name, row in rows.items():
         row["examples_per_second"] = len(examples) / row["median"]
-        row["response_tokens_per_second"] = num_targets(examples) / row["median"]
+        row["response_tokens_per_second"] = sum(example.num_targets for example in examples) / row["median"]
         row["peak_bytes_beyond_the_model"] = peaks[name]
         row["first_loss"] = losses[name]
         is_ours = isinstance(contestants[name], OursTraining)

@@ -9,6 +9,7 @@ import torch
 from cloup import command, option, option_group
 from torch import Tensor
 
+from adapter import gated_attention
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
 from benchmarks.workload import SHAPES, random_adapter, random_examples
 from formats.bases import read_base
@@ -145,12 +146,12 @@ def what_it_takes(
     base: Path, number: int, new: int, device: torch.device, dtype: torch.dtype, bits: str | None
 ) -> dict[str, float]:
     """Seconds and bytes, of the rank that needs most. Raises OSError or ValueError."""
-    quantize, row = quantizer(bits and int(bits), device), {}
+    prepare_layer, row = quantizer(int(bits), device) if bits else None, {}
     shape, weights = read_base(base)
 
     def load():
         start = time.perf_counter()
-        model, _ = load_part_of_rank(base, (shape, weights), dtype, device, quantize=quantize)
+        model = load_part_of_rank(base, shape, weights, dtype, device, gated_attention, prepare_layer)
         row["load_seconds"] = time.perf_counter() - start
         return model
 

@@ -71,9 +71,8 @@ class Demonstration:
         template: str | None = None,
     ):
         self.model, self.tokenizer, self.adapters, self.template = model, tokenizer, adapters, template
-        weight = model.tok_embeddings.weight
         self.encoders = {
-            name: load_image_encoder(tower, encoder, weight.dtype, weight.device, adapter)
+            name: load_image_encoder(tower, encoder, model.dtype, model.device, adapter)
             for name, adapter in adapters.items()
             if isinstance(adapter, ImageAdapter)
         }
@@ -130,7 +129,7 @@ class Demonstration:
 def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
     """An answer piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
     tokens, limit = responder.tokens_and_limit(request)
-    generator = torch.Generator(responder.model.tok_embeddings.weight.device).manual_seed(seed)
+    generator = torch.Generator(responder.model.device).manual_seed(seed)
     options = responder.sampling | {"max_new_tokens": limit, "generator": generator}
     new = stream(responder.model, [tokens], responder.prompts(request), **options)
     yield from text_pieces(new, responder.tokenizer, ids)
@@ -150,7 +149,7 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def answer_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
     """The prompts' share (L, n) while each of an answer's n tokens was chosen: at the token before it."""
-    tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.tok_embeddings.weight.device)
+    tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.device)
     shares = prompt_shares(responder.model, tokens, responder.prompts(request))  # (L, 1, T + n)
     return shares[:, 0, -len(ids) - 1 : -1].cpu()
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 import gradio as gr
-import torch
 
 from demo.answers import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
 from formats.requests import Request
-from runtime.errors import error_line, memory_errors
+from runtime.errors import error_line, is_out_of_memory
 
 WAITING = 16  # requests; a further one is told to come again
 UPLOAD = "64mb"
@@ -127,22 +126,24 @@ def stream_answers(
     yield ["", "", "", ""]  # nothing of what was asked before
     drawn = False
     try:
-        with memory_errors():
-            for answers in demonstration.answer(request, Sampling(strength, *sampling)):
-                heat = gr.skip()
-                if answers.shares is not None and not drawn:
-                    heat, drawn = shares_table(answers.shares, answers.labels, first_layer), True
-                yield [answers.adapter, answers.base, heat, gr.skip()]
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        for answers in demonstration.answer(request, Sampling(strength, *sampling)):
+            heat = gr.skip()
+            if answers.shares is not None and not drawn:
+                heat, drawn = shares_table(answers.shares, answers.labels, first_layer), True
+            yield [answers.adapter, answers.base, heat, gr.skip()]
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
+            raise
         yield [gr.skip(), gr.skip(), gr.skip(), as_notice(error)]
 
 
 def take_image(demonstration: Demonstration, path: str) -> list:
     """An upload becomes features and a preview; the place for files is free again, and the file is gone."""
     try:
-        with memory_errors():
-            upload = demonstration.encode_upload(Path(path))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        upload = demonstration.encode_upload(Path(path))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
+            raise
         return [*no_image()[:-1], as_notice(error)]
     return [None, upload, upload.preview, gr.Button(visible=True), ""]
 

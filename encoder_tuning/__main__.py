@@ -7,7 +7,8 @@ python -m encoder_tuning evaluate --adapter out/adapter.safetensors --data more-
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -18,28 +19,31 @@ from cloup import option, option_group
 
 from data import hold_out
 from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labelled
-from encoder_tuning.labelled import Labelled
-from encoder_tuning.objective import OBJECTIVES
+from encoder_tuning.labelled import Labelled, LabelledData
+from encoder_tuning.objective import LOSSES
 from encoder_tuning.tuned import TunedEncoder, encoder_fingerprint, suits
 from encoders.heads import head_adapter
 from formats.encoders import load_encoder
-from runtime.cli import Count, Real, device_options, one_line_errors
+from runtime.cli import Count, Real, device_options, one_line_errors, options_of, pick, setting
 from runtime.device import select_device
-from runtime.distributed import broadcast_from_rank0, check_same_on_all_ranks, exit_rank, sync_errors
+from runtime.distributed import barrier, check_same_on_all_ranks, exit_rank, print_rank0, process_group, world_size
 from runtime.files import require_writable, write_json
-from train import TrainConfig, optimisation_options, tune
-from training.launch import launch, say
-from training.options import MICRO_BATCH, MICRO_BATCH_HELP, BaseOptions, DataOptions, RunOptions
-from training.options import fixed_options, pick, run_options
-from training.run import Prepared
-from training.run_files import run_state
+from train import TrainConfig, make_optimizer, mean_loss, training_steps
+from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
+from training.run import Run
+
+TASK_DATA = "Folders of pictures or .npz; .tsv, .csv, JSON; CoNLL's columns; SQuAD."
+STRIDE_HELP = "Tokens that neighbouring windows of a long context share."
 
 
 @dataclass(frozen=True)
 class EncoderData(DataOptions):
-    """What there is to learn from."""
+    """The training data."""
 
-    stride: int = STRIDE  # tokens that neighbouring windows of a question's context share
+    data: str | None = setting(None, TASK_DATA, click.Path(), required=True)
+    task: str | None = setting(None, "What to train for.", click.Choice(HEAD_TASKS), required=True)
+    limit: int | None = setting(None, "Use only this many examples, drawn from all.", Count())
+    stride: int = setting(STRIDE, STRIDE_HELP, Count(0))
 
 
 def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
@@ -60,56 +64,93 @@ WHY_DROPPED = {  # by task; "40 tokens" comes next
 
 
 # ---------------------------------------------------------------------------------------------------
-# Tuning
+# Training
 
 
-def prepare_encoder(
-    config: TrainConfig, source: EncoderData, base: BaseOptions, device: torch.device
-) -> tuple[Prepared, TrainConfig]:
-    """All that training needs, checked; and the configuration with L decided. Raises OSError or ValueError."""
-    path, task = Path(base.base), source.task
-    model, own_head = load_encoder(path, getattr(torch, base.dtype), device)
+def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run: Run) -> None:
+    """Train prompts, gates and a head over a frozen encoder, as train.train does over a LLaMA.
+
+    Raises OSError, or ValueError in one line.
+    """
+    device, dtype = select_device(base.device, base.dtype)
+    path = Path(base.base)
+    model, own_head = load_encoder(path, dtype, device)
     config = config.for_base(path, model.config.n_layers, getattr(model.config, "max_length", math.inf))
-    limits = {"limit": source.limit, "stride": source.stride}
-    data = read_labelled(task, model, path, Path(source.data), config.max_seq_len, **limits)
-    contents = [(row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in data.examples]
-    options = fixed_options(config, source, base, [data.classes, *contents])
-    options["base_fingerprint"] = encoder_fingerprint(model)
-    training, validation = hold_out_by_name(data.examples, config.val_size, config.seed)
+    limits = {"limit": data.limit, "stride": data.stride}
+    labelled = read_labelled(data.task, model, path, Path(data.data), config.max_seq_len, **limits)
+    training, validation = hold_out_by_name(labelled.examples, config.val_size, config.seed)
 
-    generator, shape = torch.Generator().manual_seed(config.seed), {"layers": config.layers, "length": config.length}
-    own_head = own_head if suits(own_head, task) else None
-    adapter = head_adapter(model, own_head, len(data.classes) or 2, **shape, generator=generator)
-    known = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
-    about = {name: options[name] for name in known} | {"classes": json.dumps(data.classes), "examples": len(training)}
-    about |= {"base": path.resolve(), "base_layers": model.config.n_layers, "data": Path(source.data).name}
-    adapter.metadata |= {name: str(value) for name, value in about.items()}
-    counts = {"examples": len(training), "held_out": len(validation), "dropped": data.dropped, "cut": data.cut}
-    if data.questions:
-        of_questions = {name: getattr(data, name) for name in ("questions", "windowed", "unanswerable")}
-        adapter.metadata |= {"stride": str(source.stride), "unanswerable": str(data.unanswerable)}
-        counts |= of_questions
-        say(
-            f"{data.questions:,} questions, {data.unanswerable:,} of them unanswerable; the contexts of "
-            f"{data.windowed:,} are read in windows, each an example"
-        )
-    prepared = Prepared(model, None, adapter, training, validation, counts, options, base.base)
-    return prepared._replace(why_dropped=WHY_DROPPED[task]), config
-
-
-def tune_encoder(config: TrainConfig, source: EncoderData, base: BaseOptions, run: RunOptions) -> None:
-    """From the options to the summary. Raises OSError, ValueError, torch.OutOfMemoryError, or Stopped."""
-    with sync_errors():
-        device, dtype = select_device(base.device, base.dtype)
-        base = replace(base, dtype=str(dtype).removeprefix("torch."))
-    with sync_errors():
-        prepared, config = prepare_encoder(config, source, base, device)
-    check_same_on_all_ranks(prepared.options | asdict(config))
-    state = broadcast_from_rank0(lambda: run_state(run.out, run.resume, prepared.options, base.base))
-    if state == "finished":
-        say(f"{run.out}: this run is finished, nothing is left to do")
+    contents = [
+        (row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in labelled.examples
+    ]
+    fixed = fixed_options(config, data, base, dtype, [labelled.classes, *contents])
+    fixed["base_fingerprint"] = encoder_fingerprint(model)
+    if world_size() > 1:
+        check_same_on_all_ranks(fixed)
+    if run.is_finished(fixed):
+        print_rank0(f"{run.out}: this run is finished, nothing is left to do")
         return
-    tune(prepared, config, run, state, OBJECTIVES[source.task])
+
+    size = {"layers": config.layers, "length": config.length}
+    generator = torch.Generator().manual_seed(config.seed)
+    head = own_head if suits(own_head, data.task) else None
+    adapter = head_adapter(model, head, len(labelled.classes) or 2, **size, generator=generator)
+    adapter.metadata |= describe_head_adapter(data, labelled, path, model.config.n_layers, fixed, len(training))
+    optimizer = make_optimizer(adapter, config.weight_decay)
+    counts = {"examples": len(training), "held_out": len(validation), "dropped": labelled.dropped, "cut": labelled.cut}
+    if labelled.questions:
+        counts |= {name: getattr(labelled, name) for name in ("questions", "windowed", "unanswerable")}
+    print_encoder_overview(model, adapter, data.task, config, counts)
+    steps_per_epoch = math.ceil(len(training) / config.batch_size)
+    num_steps = config.epochs * steps_per_epoch
+    fixed["base"] = str(path.resolve())
+    run.begin(adapter, optimizer, fixed, counts, num_steps)
+
+    loss_fn = LOSSES[data.task]
+    with run.saving_on_errors():
+        if validation and run.step % steps_per_epoch == 0:
+            run.log_validation(mean_loss(model, adapter, validation, config, loss_fn))
+        for step in training_steps(model, adapter, optimizer, training, config, loss_fn, run.step):
+            run.log_step(step)
+            if run.asked_to_stop():
+                run.save_checkpoint()
+                return
+            if validation and step.number % steps_per_epoch == 0:
+                run.log_validation(mean_loss(model, adapter, validation, config, loss_fn))
+            if step.number % run.options.save_every == 0 and step.number < num_steps:
+                run.save_checkpoint()
+        run.save_checkpoint()
+    run.finish({})
+
+
+def describe_head_adapter(
+    data: EncoderData, labelled: LabelledData, path: Path, num_layers: int, fixed: dict, num_examples: int
+) -> dict[str, str]:
+    """The metadata of the adapter file: what the adapter was trained over, on, and how."""
+    known = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
+    metadata = {name: fixed[name] for name in known}
+    metadata |= {"classes": json.dumps(labelled.classes), "examples": num_examples}
+    metadata |= {"base": path.resolve(), "base_layers": num_layers, "data": Path(data.data).name}
+    if labelled.questions:
+        metadata |= {"stride": data.stride, "unanswerable": labelled.unanswerable}
+    return {name: str(value) for name, value in metadata.items()}
+
+
+def print_encoder_overview(model, adapter, task: str, config: TrainConfig, counts: dict) -> None:
+    """Print the numbers of parameters and examples."""
+    trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, model))
+    weight = next(model.parameters())
+    ranks = f", ddp over {world_size()} ranks" if world_size() > 1 else ""
+    if "questions" in counts:
+        print_rank0(
+            f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; the contexts of "
+            f"{counts['windowed']:,} are read in windows, each an example"
+        )
+    print_rank0(
+        f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"
+        f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
+        f"({WHY_DROPPED[task]} {config.max_seq_len} tokens), {counts['cut']:,} truncated"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -121,31 +162,29 @@ def main():
     """Tune the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
 
 
-TASK_DATA = "Folders of pictures or .npz; .tsv, .csv, JSON; CoNLL's columns; SQuAD."
-STRIDE_HELP = "Tokens that neighbouring windows of a long context share."
 NO_ANSWER_HELP = "No answer where <s> scores higher by so much.  [default: 0 if tuned on unanswerable ones, else never]"
 
 
-@main.command("train", context_settings={"show_default": True, "default_map": asdict(TrainConfig())})
+@main.command("train", context_settings={"show_default": True})
+@options_of(EncoderData, "Data", only=("task", "data", "limit", "stride"))
 @option_group(
-    "Data",
-    option("--task", type=click.Choice(HEAD_TASKS), required=True, help="What is learnt."),
-    option("--data", type=click.Path(), required=True, help=TASK_DATA),
-    option("--limit", type=Count(), help="Use only so many examples, drawn from all."),
-    option("--stride", type=Count(0), default=STRIDE, help=STRIDE_HELP),
-)
-@option_group(
-    "Model",
-    option("--base", type=click.Path(), required=True, help="A ViT, CLIP's tower, or a RoBERTa with its tokenizer."),
+    "Frozen model",
+    option("--base", type=click.Path(), required=True, help="A ViT, CLIP's vision encoder, or a RoBERTa."),
     *device_options,
 )
-@optimisation_options
-@option_group("Memory and speed", MICRO_BATCH)
-@run_options
+@options_of(
+    TrainConfig,
+    "Adapter and optimization",
+    only=[each.name for each in fields(TrainConfig) if each.name != "checkpoint_activations"],
+)
+@options_of(RunOptions, "Run")
 def train_command(**options):
-    """Tune an adapter and a head."""
-    parts = [pick(record, options) for record in (TrainConfig, EncoderData, BaseOptions, RunOptions)]
-    launch(lambda: tune_encoder(*parts), options["out"])
+    """Train an adapter and a head."""
+    config, data, base = (pick(record, options) for record in (TrainConfig, EncoderData, BaseOptions))
+    with one_line_errors(), process_group(), Run(pick(RunOptions, options)) as run:
+        train_encoder(config, data, base, run)
+        barrier()
+    sys.exit(run.exit_code)
 
 
 @main.command("evaluate", context_settings={"show_default": True})
@@ -164,7 +203,10 @@ def train_command(**options):
     *device_options,
 )
 @option_group("Run", option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON."))
-@option_group("Memory and speed", option("--micro-batch-tokens", type=Count(), default=8192, help=MICRO_BATCH_HELP))
+@option_group(
+    "Memory and speed",
+    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions per forward pass; affects memory only."),
+)
 def evaluate_command(
     data, task, adapter_path, base, out, limit, stride, no_answer_threshold, micro_batch_tokens, device, dtype
 ):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from data import IGNORE
 from encoders.models import Roberta
 from formats.roberta_tokenizer import RobertaTokenizer
 
@@ -17,7 +18,12 @@ class Labelled(NamedTuple):
     inputs: Tensor  # ids (T,), or pixels (c, S, S)
     labels: tuple[int, ...]  # its class; the positions of an answer's first and last token; or T classes, some IGNORE
     name: str  # the windows of one question share theirs
-    size: int  # how many positions it takes
+    size: int  # the number of positions in a batch
+
+    @property
+    def num_targets(self) -> int:
+        """The number of labels that the loss is a mean over."""
+        return sum(label != IGNORE for label in self.labels)
 
 
 class LabelledData(NamedTuple):

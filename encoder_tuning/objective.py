@@ -22,20 +22,17 @@ from encoder_tuning.squad import NO_ANSWER, ContextWindow
 from encoders.heads import HeadAdapter
 from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
-from train import Objective
 
 
-def labelled_batches(examples: Sequence[Labelled], max_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and labels of the examples, shortest first, of at most `max_tokens` positions (or one example) together.
+def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
+    """Pad the examples to inputs and labels.
 
-    Inputs are ids (B, T), padded to the right, or pixels (B, c, S, S); labels (B, 1), (B, 2), or (B, T), padded, too.
+    Inputs are ids (B, T), padded on the right, or pixels (B, c, S, S). Labels are (B, 1), (B, 2), or (B, T),
+    padded with IGNORE.
     """
-    batches = []
-    for part in group_by_size(examples, max_tokens):
-        inputs = pad_sequence([example.inputs for example in part], True, RobertaTokenizer.pad_id)
-        labels = pad_sequence([torch.tensor(example.labels) for example in part], True, IGNORE)
-        batches.append((inputs, labels))
-    return batches
+    inputs = pad_sequence([example.inputs for example in examples], True, RobertaTokenizer.pad_id)
+    labels = pad_sequence([torch.tensor(example.labels) for example in examples], True, IGNORE)
+    return inputs, labels
 
 
 def encoder_states(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
@@ -61,33 +58,30 @@ def span_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
     return scores.masked_fill((inputs == model.config.pad_id).to(scores.device)[:, :, None], -torch.inf)
 
 
-def num_labels(examples: Sequence[Labelled]) -> int:
-    return sum(label != IGNORE for example in examples for label in example.labels)
-
-
 def label_loss(
     score: Callable[..., Tensor],
     model: ViT | Roberta,
     adapter: HeadAdapter,
-    batch: tuple[Tensor, Tensor] | None,
+    examples: Sequence[Labelled],
     checkpoint_activations: bool = False,
 ) -> Tensor:
-    """Cross entropy, summed over the labels: a class, the ends of a span, or tags; for None a zero with a gradient."""
-    if batch is None:
+    """Cross entropy, summed over the labels: a class, the ends of a span, or tags. No examples: a zero with a graph."""
+    if not examples:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
-    inputs, labels = batch
+    inputs, labels = collate_labelled(examples)
     scores = score(model, adapter, inputs)  # (B, classes or T, labels)
     return F.cross_entropy(scores, labels.to(scores.device), ignore_index=IGNORE, reduction="sum")
 
 
-CLASSIFICATION = Objective(num_labels, labelled_batches, partial(label_loss, class_scores))
-TAGS = Objective(num_labels, labelled_batches, partial(label_loss, tag_scores))
-SPANS = Objective(num_labels, labelled_batches, partial(label_loss, span_scores))
-OBJECTIVES = {  # by task
-    "image-classification": CLASSIFICATION,
-    "text-classification": CLASSIFICATION,
-    "token-classification": TAGS,
-    "question-answering": SPANS,
+# As train.response_loss.
+class_loss = partial(label_loss, class_scores)
+tag_loss = partial(label_loss, tag_scores)
+span_loss = partial(label_loss, span_scores)
+LOSSES = {  # by task
+    "image-classification": class_loss,
+    "text-classification": class_loss,
+    "token-classification": tag_loss,
+    "question-answering": span_loss,
 }
 
 
@@ -95,7 +89,7 @@ OBJECTIVES = {  # by task
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
     """The likeliest class of each."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
-    batches = labelled_batches(examples, max_tokens)
+    batches = [collate_labelled(group) for group in group_by_size(examples, max_tokens)]
     likeliest = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
     return [best for _, best in sorted(zip(order, likeliest.tolist()))]
 
@@ -107,7 +101,8 @@ def predict_tags(
     """The likeliest tag of each word of each example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
     likeliest = []
-    for inputs, labels in labelled_batches(examples, max_tokens):
+    for group in group_by_size(examples, max_tokens):
+        inputs, labels = collate_labelled(group)
         best = tag_scores(model, adapter, inputs).argmax(dim=1).cpu()  # (B, T)
         likeliest += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]
     return [tags for _, tags in sorted(zip(order, likeliest))]

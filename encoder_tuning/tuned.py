@@ -17,6 +17,7 @@ from encoder_tuning.objective import accuracy, answer_squad, classify, predict_t
 from encoder_tuning.squad import context_windows, read_squad, squad_scores
 from encoders.heads import HeadAdapter, head_adapter
 from encoders.models import Roberta, ViT
+from formats.adapters import load_adapter
 from formats.encoders import head_labels, load_encoder
 from formats.tensors import named
 from runtime.cli import warn
@@ -46,7 +47,9 @@ class TunedEncoder:
     def __init__(
         self, adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
     ):
-        adapter = HeadAdapter.load(adapter_path).to(device) if adapter_path else None
+        adapter = load_adapter(adapter_path).to(device) if adapter_path else None
+        if adapter is not None and not isinstance(adapter, HeadAdapter):
+            raise ValueError(f"{adapter_path}: has no head: it is not an adapter for an encoder")
         metadata = adapter.metadata if adapter else {}
         task, base = task or metadata.get("task"), base or metadata.get("base")
         if task not in HEAD_TASKS or base is None:

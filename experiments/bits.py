@@ -33,11 +33,12 @@ def label(base: Path) -> str:
 
 def compare_holdings(base: Path, text: Path, rows: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Perplexity of the text and bytes of the layers, for each of HELD. Raises OSError or ValueError."""
-    found, opened = {}, read_base(base)
-    length = min(ROW, opened[0].max_seq_len or ROW)
+    found = {}
+    length = min(ROW, read_base(base)[0].max_seq_len or ROW)
     tokens = text_rows(load_tokenizer(base if base.is_dir() else base.parent), [read_text(text)], length)[:rows]
     for name, (dtype, bits) in HELD.items():
-        model, _ = load_llama(base, dtype, device, opened=opened, quantize=quantizer(bits, device))
+        prepare_layer = quantizer(bits, device) if bits else None
+        model, _ = load_llama(base, dtype, device, prepare_layer=prepare_layer)
         values = {"perplexity": text_perplexity(model, tokens.to(device)), "layer_bytes": held_bytes(model.layers)}
         found[name] = values
         click.echo(f"{label(base):24}{name:>10}{values['perplexity']:>12.4f}{values['layer_bytes']:>16,}")

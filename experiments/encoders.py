@@ -19,7 +19,7 @@ from adapter import gated_attention
 from data import hold_out
 from encoder_tuning.data import read_labelled
 from encoder_tuning.labelled import Labelled, subset
-from encoder_tuning.objective import CLASSIFICATION, accuracy, classify
+from encoder_tuning.objective import accuracy, class_loss, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
@@ -68,14 +68,14 @@ def set_up_encoder(method: str, base: Path, num_classes: int, setting: EncoderSe
     adapter = head_adapter(model, head, num_classes, **shape, generator=generator)
     if method in ("prompts and gates", "no gates"):
         adapter.gates.requires_grad_(method == "prompts and gates")
-        return Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), CLASSIFICATION)
+        return Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), class_loss)
     trained = []
     if method == "LoRA":
         trained = add_lora(model, setting.rank, seed)
     if method == "full tuning":
         trained = model.requires_grad_(True).parameters()
     headed = NoPrompts(trained, adapter.head)
-    return Tunable(model, headed, headed.make_optimizer(), CLASSIFICATION)
+    return Tunable(model, headed, headed.make_optimizer(), class_loss)
 
 
 def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labelled]) -> float:

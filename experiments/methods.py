@@ -6,7 +6,7 @@ these weights in the adapter's place. Notation as in adapter.py.
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapter import Adapter, Prompt, attend, gated_attention
-from data import IGNORE, Batch
+from data import IGNORE, Tokens, collate
 from formats.bases import load_llama
 from model import LLaMA
 from multimodal import ImageAdapter
-from train import RESPONSES, Objective, Step, TrainConfig, make_optimizer, training_steps
+from train import Step, TrainConfig, make_optimizer, response_loss, training_steps
 from training.mlp_prompts import make_prompts_by_mlp
 
 ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
@@ -95,17 +95,18 @@ class NoPrompts(nn.Module):
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
-def whole_model_loss(model: LLaMA, adapter: nn.Module, batch: Batch, checkpoint_activations: bool = False) -> Tensor:
-    """As train.response_loss, which has no gradient for the output head; of one process, so there is always a batch."""
-    device = model.tok_embeddings.weight.device
-    inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
+def whole_model_loss(
+    model: LLaMA, adapter: nn.Module, examples: Sequence[Tokens], checkpoint_activations: bool = False
+) -> Tensor:
+    """Like train.response_loss, but with a gradient for the output head as well."""
+    batch = collate(examples)
+    inputs = batch.inputs.to(model.device)  # (B, T)
+    targets = batch.targets.to(model.device)  # (B, T)
     hidden = model.hidden_states(inputs, checkpoint_activations=checkpoint_activations)  # (B, T, C)
     loss_mask = targets != IGNORE  # (B, T)
     logits = model.output(hidden[loss_mask]).float()  # (R, V)
     return F.cross_entropy(logits, targets[loss_mask], reduction="sum")
 
-
-WHOLE_MODEL = RESPONSES._replace(loss_sum=whole_model_loss)
 
 # ---------------------------------------------------------------------------------------------------
 # LoRA (Hu et al., 2022), which is PEFT's
@@ -148,7 +149,7 @@ class Tunable(NamedTuple):
     model: nn.Module
     adapter: nn.Module  # or NoPrompts: what is trained, always in float32
     optimizer: torch.optim.Optimizer
-    objective: Objective
+    loss_fn: Callable[..., Tensor] = response_loss
 
 
 def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Tunable:
@@ -156,11 +157,11 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
     if setting.method == FULL:
         model, _ = load_llama(base, torch.float32, device)
         adapter = NoPrompts(model.requires_grad_(True).parameters())
-        return Tunable(model, adapter, adapter.make_optimizer(), WHOLE_MODEL)
+        return Tunable(model, adapter, adapter.make_optimizer(), whole_model_loss)
     model, _ = load_llama(base, dtype, device, ungated_attention if setting.method == ONE_SOFTMAX else gated_attention)
     if setting.method == LORA:
         adapter = NoPrompts(add_lora(model, setting.rank, seed))
-        return Tunable(model, adapter, adapter.make_optimizer(), RESPONSES)
+        return Tunable(model, adapter, adapter.make_optimizer())
     adapter = make_prompts(model, setting, seed).to(device)
     if setting.method == BY_MLP:
         make_prompts_by_mlp(adapter, torch.Generator().manual_seed(seed))
@@ -168,7 +169,7 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
     for group in optimizer.param_groups:
         if group["params"][0] is adapter.gates:
             group["weight_decay"] = setting.gate_decay
-    return Tunable(model, adapter, optimizer, RESPONSES)
+    return Tunable(model, adapter, optimizer)
 
 
 def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
@@ -192,12 +193,12 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
     shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
     generator = torch.Generator().manual_seed(config.seed)
     adapter = ImageAdapter(features=features, length=config.length, generator=generator, **shape)
-    return adapter.to(model.tok_embeddings.weight.device)
+    return adapter.to(model.device)
 
 
 def finite_steps(tunable: Tunable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:
     """train.py's steps, with a progress bar; they end where the next would lead to values that are not finite."""
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
-    steps = training_steps(tunable.model, tunable.adapter, tunable.optimizer, examples, config, tunable.objective)
+    steps = training_steps(tunable.model, tunable.adapter, tunable.optimizer, examples, config, tunable.loss_fn)
     with suppress(FloatingPointError), tqdm(steps, total=total, unit="step", file=sys.stderr, leave=False) as bar:
         yield from bar

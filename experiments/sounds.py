@@ -35,11 +35,12 @@ from multimodal import ImageAdapter
 from runtime.cli import PATH, Count, Real, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import write_json
-from tasks import attach_features
+from tasks.images import attach_features
+from toy import language_model
 from toy.almanac import capitalised
 from toy.cache import cached_folder
 from toy.exam import greedy_answers
-from train import RESPONSES, TrainConfig, make_optimizer
+from train import TrainConfig, make_optimizer
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SCORES = "its 12 scores"
@@ -176,7 +177,7 @@ def tune_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, 
     """An adapter of all layers, tuned by train.py's loop on examples that have features."""
     adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
-    for _ in finite_steps(Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), RESPONSES), tokens, config):
+    for _ in finite_steps(Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY)), tokens, config):
         pass
     return adapter
 
@@ -288,7 +289,7 @@ def ask_about_sounds(model, speech, clips, base, epochs, lr, seeds, device, out)
         labels[part] = {"all": statistics.mean(right), "words": share_by_word(right, examples)}
     shares = ", ".join(f"{part} {found['all']:.1%}" for part, found in labels.items())
     click.echo(f"its own likeliest label is right: {shares}\n")
-    llama, tokenizer = load_llama(base or toy.make_base(), device=device)
+    llama, tokenizer = load_llama(base or language_model.make_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
     click.echo(f"{'answered exactly':24}{'':12}{'heard':>8}{'±':>7}{'withheld':>10}{'another':>9}")
     rows = {}

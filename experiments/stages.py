@@ -22,12 +22,11 @@ from formats.image_encoders import TowerEncoder
 from model import LLaMA
 from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
-from tasks import attach_features
-from toy import digits
+from tasks.images import attach_features
+from toy import digits, language_model
 from toy.almanac import NUMBERS
 from toy.exam import evaluate_digits
-from train import RESPONSES, TrainConfig, make_optimizer
-from training.initial import freeze_parts
+from train import TrainConfig, freeze_parts, make_optimizer
 
 # What is learnt in each stage, and what stays as it is meanwhile.
 RUNS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -56,7 +55,7 @@ def tune_in_stages(
     for names, frozen in stages:
         freeze_parts(adapter, frozen)
         examples = [example for name in names for example in data[name]]
-        tunable = Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), RESPONSES)
+        tunable = Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY))
         for _ in finite_steps(tunable, examples, config):
             pass
     seconds = time.perf_counter() - start
@@ -82,7 +81,7 @@ def compare_stages(pictures, epochs, seeds, device, out):
     device, _ = select_device(device, "float32")
     folder = digits.make_digits()
     files = digits.pictures(folder)[0][: digits.TUNED_ON]
-    model, tokenizer = load_llama(toy.make_base(), device=device)
+    model, tokenizer = load_llama(language_model.make_base(), device=device)
     asked = [question.example for question in digits.questions(files[:pictures])]
     encoder = TowerEncoder(str(folder / "tower"), torch.float32, device)
     data = {}

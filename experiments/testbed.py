@@ -19,8 +19,8 @@ from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
 from runtime.device import select_device
 from runtime.files import read_text
-from tasks import TASKS
-from toy import almanac
+from tasks import load_task
+from toy import almanac, language_model
 from toy.language_model import ROW
 from train import TrainConfig
 
@@ -86,7 +86,8 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     default = Setting(layers=options.toy_layers or toy.TUNING["layers"], lr=toy.TUNING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
     batch_size = options.batch_size or toy.TUNING["batch_size"]
-    base = toy.make_base() if options.toy_layers is None else toy.make_base(n_layers=options.toy_layers)
+    shape = {} if options.toy_layers is None else {"n_layers": options.toy_layers}
+    base = language_model.make_base(**shape)
     return TestbedParts(base, default, batch_size, tuning, subset(asked, options.held_out), documents)
 
 
@@ -110,7 +111,7 @@ def data_parts(options: TestbedOptions, searching: bool, asked: list[Example] | 
     """What is asked is a tenth of the data, held out, or given. Raises OSError or ValueError."""
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
-    tuning = examples = TASKS[options.task or "instructions"].read(options.data)
+    tuning = examples = load_task(options.task or "instructions").read(options.data)
     for _ in range((asked is None) + searching):  # a search has its own questions, from what is tuned on
         if len(tuning) < 2:
             raise ValueError(f"{options.data}: {len(examples)} examples are too few to learn from some and ask others")

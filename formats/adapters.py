@@ -24,6 +24,7 @@ from encoders.heads import HeadAdapter
 from formats.tensors import load_pth, named, open_tensors, require_dense
 from multimodal import ImageAdapter
 from runtime.files import read_json_object, require_file, write_json, write_tensors
+from runtime.schema import whole_number
 
 
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
@@ -40,7 +41,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         path = peft_weights(path)
         tensors = {name: fetch() for name, fetch in open_tensors(path).items()}
     elif not is_pickle(require_file(path, "adapter file")):
-        return adapter_class(path).load(path)
+        return load_own(path)
     else:
         tensors = load_pth(path)
         tensors = tensors.get("model", tensors)  # litgpt's are one level down
@@ -66,14 +67,45 @@ def is_pickle(path: Path) -> bool:
     return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
 
 
-def adapter_class(path: Path) -> type[Adapter]:
-    """For words, for images, or for an encoder: what tensors a file of ours has beside prompts and gates."""
-    classes = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
+def load_own(path: Path) -> Adapter:
+    """Check and load an adapter file of this project. Raises ValueError that says what is wrong with it."""
     try:
         with safe_open(path, "pt") as file:
-            return next((classes[name] for name in classes if name in file.keys()), Adapter)
-    except SafetensorError:
-        return Adapter  # which will say what is wrong
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    kinds = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
+    kind = next((kinds[name] for name in kinds if name in tensors), Adapter)
+    with named(path):
+        check_own(kind, tensors, metadata)
+        try:
+            return kind.from_tensors(tensors, metadata)
+        except RuntimeError as error:  # a tensor that is missing, unknown, or of another shape
+            raise ValueError(" ".join(str(error).split())) from None
+
+
+def check_own(kind: type[Adapter], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Raise ValueError if these are not the tensors and metadata of an adapter of this kind."""
+    if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
+        raise ValueError(f"is not of the format 'llama-adapter', version '1', but says {metadata}")
+    if not {"prompts", "gates"} <= set(tensors):
+        raise ValueError(f"holds {sorted(tensors)}, without the tensors 'gates' and 'prompts'")
+    if metadata.get("gate_activation") not in kind.ACTIVATIONS:
+        raise ValueError(f"gate_activation {metadata.get('gate_activation')!r} is none of {list(kind.ACTIVATIONS)}")
+    prompts, gates = tensors["prompts"], tensors["gates"]
+    if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
+        raise ValueError(f"prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)} are not (L, K, C) and (L, H)")
+    for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
+        if metadata.get(name) != str(size):
+            raise ValueError(f"metadata says {name} {metadata.get(name)}, the tensors say {size}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"expected float32, found {tensor.dtype} in {name}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
+    kind.extra_arguments(tensors, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------

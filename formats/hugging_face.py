@@ -11,9 +11,9 @@ from formats.tensors import Weights, copy, named, open_shards, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 from runtime.schema import require_number
-from runtime.tensor_parallel import WHOLE, Part
+from runtime.tensor_parallel import Part
 
-TOLD_BY = "config.json"
+CONFIG = "config.json"
 
 # Meta's names of the modules with weights, and Hugging Face's; {} is the number of a layer.
 TO_HUGGING_FACE = {
@@ -74,19 +74,15 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     return weights
 
 
-def matches(path: Path) -> bool:
-    return (path / TOLD_BY).exists() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-
-
 def read(folder: Path) -> tuple[Config, Weights]:
     """Raises OSError, or ValueError at what a LLaMA does not have."""
-    values = read_json_object(folder / TOLD_BY)
-    with named(folder / TOLD_BY):
+    values = read_json_object(folder / CONFIG)
+    with named(folder / CONFIG):
         config = hugging_face_config(values)
 
-    def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor, part: Part = WHOLE) -> None:
+    def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor, part: Part | None = None) -> None:
         source = require_dense(fetch())
-        if rotated and source.shape == part.whole_shape(target.shape):
+        if rotated and source.shape == (part.whole_shape(target.shape) if part else target.shape):
             source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)  # a part is of whole heads
             target = target.unflatten(0, (-1, config.head_dim // 2, 2))
         copy(source, target, part)

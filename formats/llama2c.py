@@ -12,17 +12,16 @@ from formats.tensors import Weights, copy
 from model import Config
 from runtime.files import require_file
 
-TOLD_BY = "one llama2.c .bin"
-
-
-def matches(path: Path) -> bool:
-    """A file of any name, for the older of its two layouts begins with nothing to know it by; or the folder of one."""
-    return path.is_file() or len(list(path.glob("*.bin"))) == 1
-
 
 def read(path: Path) -> tuple[Config, Weights]:
-    """Raises ValueError where the header, or the size that follows from it, is not that of such a file."""
-    file = require_file(path if path.is_file() else next(path.glob("*.bin")))
+    """Read the header of a file, or of the only .bin in a folder.
+
+    Raises ValueError if the header, or the size that follows from it, is not that of such a file.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.bin"))
+    if len(files) > 1:
+        raise ValueError(f"{path}: holds {len(files)} files of llama2.c ({files[0].name} ...); name one of them")
+    file = require_file(files[0])
     config, start, modern, tied = read_header(file)
     floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
     stacked, place = {}, 0

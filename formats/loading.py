@@ -10,14 +10,14 @@ from adapter import ATTENTIONS, Adapter
 from data import Tokenizer
 from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
-from formats.bases import base_fingerprint, load_llama, read_base
+from formats.bases import base_fingerprint, load_base_tokenizer, load_weights, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
 from formats.tensors import Weights
 from model import Config, LLaMA
 from runtime.cli import warn
 from runtime.compilation import decode_by_rows, rows_pay
-from runtime.distributed import local_rank, sync_errors
+from runtime.distributed import local_rank0_first, world_size
 from runtime.errors import printable
 from runtime.quantization import quantizer
 from runtime.tensor_parallel import base_of_rank, join_ranks
@@ -49,33 +49,33 @@ def load_with_adapters(
     Of several ranks each has its part of every layer. Raises OSError or ValueError where the files don't fit each
     other. Warns where an adapter was tuned on other weights, and says how files of others were understood.
     """
-    with sync_errors():
-        files, base, read = named_files(adapter_paths, base)
-        if local_rank() == 0:
-            find_base(base)  # fetched, where it is a name, by one of a machine's ranks for all of them
-    with sync_errors():
-        folder, quantize = find_base(base), quantizer(bits and int(bits), device)
-        config, weights = read_base(folder)
-        options = {"attention": ATTENTIONS[attention], "quantize": quantize}
-        model, tokenizer = load_part_of_rank(folder, (config, weights), dtype, device, **options)
-        if rows_pay(device, dtype) and bits is None:
-            decode_by_rows(model)
-        fingerprint = base_fingerprint(config, weights)
-        adapters = {}
-        for name, path in files.items():
-            adapter = read[name] if name in read else load_adapter(path, heads=config.n_heads)
-            check_adapter(adapter, path, base, config, fingerprint)
-            adapters[name] = adapter.to(device)
+    files, base, read = named_files(adapter_paths, base)
+    with local_rank0_first():  # it downloads a base that is given by name
+        folder = find_base(base)
+    config, weights = read_base(folder)
+    prepare_layer = quantizer(int(bits), device) if bits else None
+    tokenizer = load_base_tokenizer(folder, config)
+    model = load_part_of_rank(folder, config, weights, dtype, device, ATTENTIONS[attention], prepare_layer)
+    if rows_pay(device, dtype) and bits is None:
+        decode_by_rows(model)
+    fingerprint = base_fingerprint(config, weights)
+    adapters = {}
+    for name, path in files.items():
+        adapter = read[name] if name in read else load_adapter(path, heads=config.n_heads)
+        check_adapter(adapter, path, base, config, fingerprint)
+        adapters[name] = adapter.to(device)
     return model, tokenizer, adapters
 
 
 def load_part_of_rank(
-    folder: Path, opened: tuple[Config, Weights], dtype: torch.dtype, device: torch.device, **options
-) -> tuple[LLaMA, Tokenizer]:
-    """`load_llama` of what this rank has of every layer, all of it where it is alone. Raises OSError or ValueError."""
-    model, tokenizer = load_llama(folder, dtype, device, opened=base_of_rank(*opened), **options)
+    folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args
+) -> LLaMA:
+    """`load_weights`; with several ranks, only this rank's part of every layer. Raises OSError or ValueError."""
+    if world_size() == 1:
+        return load_weights(folder, config, weights, dtype, device, *args)
+    model = load_weights(folder, *base_of_rank(config, weights), dtype, device, *args)
     join_ranks(model)
-    return model, tokenizer
+    return model
 
 
 def named_files(adapter_paths: Sequence[str], base: str | None) -> tuple[dict[str, str], str, dict[str, Adapter]]:

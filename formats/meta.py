@@ -12,16 +12,12 @@ from model import Config, RopeScaling
 from runtime.files import read_json_object
 from runtime.tensor_parallel import WHOLE, Part
 
-TOLD_BY = "params.json"
-
-
-def matches(path: Path) -> bool:
-    return (path / TOLD_BY).exists() or any(path.glob("consolidated.*.pth"))
+PARAMS = "params.json"
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
     """Each of n files has a part of every weight, as the model ran on n GPUs. Raises OSError or ValueError."""
-    params = read_json_object(folder / TOLD_BY)
+    params = read_json_object(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))
     names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]
     if [file.name for file in files] != names:
@@ -41,7 +37,7 @@ def read(folder: Path) -> tuple[Config, Weights]:
     else:
         vocab_size = len(shards[0]["tok_embeddings.weight"])
         weights["output.weight"] = weights["tok_embeddings.weight"]
-    with named(folder / TOLD_BY):
+    with named(folder / PARAMS):
         if params.get("vocab_size", -1) not in (-1, vocab_size):
             raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights have {vocab_size} tokens")
         return meta_config(params, vocab_size), weights
@@ -57,11 +53,12 @@ def read_shard(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def join(pieces: list[Tensor], target: Tensor, part: Part = WHOLE) -> None:
+def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None:
     """Copy a weight's pieces, equal cuts along one dimension, to where they belong; a norm is whole in each file.
 
     Of a `part` of the weight. Raises ValueError where they do not make up the weight.
     """
+    part = part or WHOLE
     n, shape, whole = len(pieces), tuple(pieces[0].shape), part.whole_shape(target.shape)
     for piece in pieces:
         require_dense(piece)

@@ -11,6 +11,7 @@ from adapter import Adapter
 from data import Turn, check_record, read_records
 from formats.conversations import check_turns, turns_field
 from formats.image_encoders import load_image_encoder
+from model import LLaMA
 from runtime.distributed import rank
 from runtime.files import atomic_write, path_inside, require_file
 
@@ -60,18 +61,18 @@ def attach_images(
     requests: Sequence[Request],
     images: dict[int, Path],
     adapters: dict[str, Adapter],
-    weight: Tensor,
+    model: LLaMA,
     tower: str | None,
     encoder: str | None,
 ) -> list[Request]:
     """The requests, those that have an image with its features, as the adapter that is asked was tuned on.
 
-    `weight` says the type and the device to encode with. Raises OSError or ValueError, where an adapter cannot see
+    Encodes in the model's dtype, on its device. Raises OSError or ValueError, where an adapter cannot see
     images, too.
     """
     requests = list(requests)
     for name in dict.fromkeys(requests[i].adapter for i in images):
-        image_encoder = load_image_encoder(tower, encoder, weight.dtype, weight.device, adapters.get(name))
+        image_encoder = load_image_encoder(tower, encoder, model.dtype, model.device, adapters.get(name))
         ours = [i for i in images if requests[i].adapter == name]
         for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
             requests[i] = requests[i]._replace(features=features)

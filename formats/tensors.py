@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime.files import first_line, read_json_object, require_file
-from runtime.tensor_parallel import WHOLE, Part
+from runtime.tensor_parallel import Part
 
 # Of a base, by Meta's names: what copies each weight, or a `part` of it alone, into a tensor of that shape.
 Weights = dict[str, Callable[..., None]]
@@ -62,15 +62,15 @@ def require_dense(tensor: object) -> Tensor:
     return tensor
 
 
-def copy(source: Tensor, target: Tensor, part: Part = WHOLE) -> None:
-    """The source, or a part of it, of which alone the bytes are touched.
+def copy(source: Tensor, target: Tensor, part: Part | None = None) -> None:
+    """Copy the source, or the part of it that this rank holds; only those bytes are read.
 
-    Raises ValueError, with both shapes, where they differ, and where the source is no dense tensor.
+    Raises ValueError, with both shapes, if they differ, and if the source is no dense tensor.
     """
-    expected = part.whole_shape(target.shape)
+    expected = part.whole_shape(target.shape) if part else target.shape
     if require_dense(source).shape != expected:
-        raise ValueError(f"is {tuple(source.shape)}, its configuration says {expected}")
-    target.copy_(part.of(source))
+        raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(expected)}")
+    target.copy_(part.of(source) if part else source)
 
 
 def filled(

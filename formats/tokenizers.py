@@ -176,37 +176,39 @@ PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a base's folder: tokenizer.json, or tokenizer.model, whose content tells the kind.
+    """Load the tokenizer of a base's folder: tokenizer.json, or tokenizer.model, whose content tells the kind.
 
-    Of both, the first, unless they make other ids of a text. Raises FileNotFoundError or ValueError.
+    If both are there, the first is used, unless they make different ids of a text. Raises FileNotFoundError or
+    ValueError.
     """
-    tokenizer = choose_tokenizer(Path(folder))
-    tokenizer.chat_template = read_chat_template(Path(folder))
+    folder = Path(folder)
+    has_json = (folder / "tokenizer.json").is_file()
+    path = find_tokenizer_model(folder)
+    if has_json:
+        tokenizer = JsonTokenizer(folder)
+    elif path is None:
+        missing = folder / "tokenizer.model"
+        raise FileNotFoundError(f"{missing}: no such tokenizer file, and no tokenizer.json beside it")
+    else:
+        tokenizer = load_tokenizer_model(path)
+    if has_json and path is not None:
+        other = load_tokenizer_model(path)
+        differing = next((text for text in PROBES if other.encode(text) != tokenizer.encode(text)), None)
+        if differing is not None:
+            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the latter is used")
+            tokenizer = other
+    tokenizer.chat_template = read_chat_template(folder)
     return tokenizer
 
 
-def choose_tokenizer(folder: Path) -> Tokenizer:
-    """As `load_tokenizer` says."""
-    if not (folder / "tokenizer.json").is_file():
-        return load_tokenizer_model(folder)
-    tokenizer = JsonTokenizer(folder)
-    try:
-        other = load_tokenizer_model(folder)
-    except FileNotFoundError:
-        return tokenizer
-    for text in PROBES:
-        if other.encode(text) != tokenizer.encode(text):
-            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {text!r}; the latter is used")
-            return other
-    return tokenizer
+def find_tokenizer_model(folder: Path) -> Path | None:
+    """The path of tokenizer.model, or None; Llama 3's repositories on Hugging Face have it in a folder below."""
+    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
+    return next((place for place in places if place.is_file()), None)
 
 
-def load_tokenizer_model(folder: Path) -> Tokenizer:
-    """SentencePiece's or tiktoken's. Raises FileNotFoundError or ValueError."""
-    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # Llama 3's on Hugging Face is below
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{places[0]}: no such tokenizer file, and no tokenizer.json beside it")
+def load_tokenizer_model(path: Path) -> Tokenizer:
+    """Load SentencePiece's or tiktoken's file. Raises ValueError."""
     with open(path, "rb") as file:
         looks_like_text = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
     return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)

@@ -1,21 +1,26 @@
-"""What the commands share: number types, options, and how they speak of bad input."""
+"""What the commands share: number types, options, and how they report errors."""
 
 import math
 import sys
+import time
+from collections.abc import Collection
 from contextlib import contextmanager
+from dataclasses import Field, field, fields
 from pathlib import Path
 
 import click
 import torch
-from cloup import option
+from cloup import option, option_group
 
-from runtime.errors import AllRanksError, error_line, launched_rank, memory_errors, printable
+from runtime.distributed import is_first_to_report, is_lost_rank, launched_world_size, rank
+from runtime.errors import error_line, is_out_of_memory, printable
 
 SEED = click.IntRange(0, 2**63 - 1)
+PATH = click.Path(path_type=Path)  # the type of an option whose value becomes a Path
 
 
 class Real(click.FloatRange):
-    """A finite number in a range; click's own range lets NaN and infinity through."""
+    """A finite number in a range. click's own range accepts NaN and infinity."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -37,37 +42,84 @@ class Count(click.types.IntParamType):
         return number
 
 
-PATH = click.Path(path_type=Path)  # an option's type: what is given is made a Path
+# ---------------------------------------------------------------------------------------------------
+# Options that are the fields of a dataclass
 
-device_options = [  # which `select_device` makes sense of
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ..."),
+
+def setting(default, help: str, type=None, flag: str | None = None, **more) -> Field:
+    """A dataclass field that is a command-line option, too, by default --its-name.
+
+    `type` is a click type; `more` goes to click. A bool is a flag without a value.
+    """
+    if isinstance(default, bool):
+        more["is_flag"] = True
+    return field(default=default, metadata={"option": {"help": help, "type": type, **more}, "flag": flag})
+
+
+def options_of(record: type, title: str, only: Collection[str] | None = None, extra: Collection = ()):
+    """A decorator that adds the settings of a dataclass as a group of options; `only` names some of them."""
+    made = []
+    for each in fields(record):
+        if "option" in each.metadata and (only is None or each.name in only):
+            flag = each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
+            made.append(option(flag, each.name, default=each.default, **each.metadata["option"]))
+    return option_group(title, *made, *extra)
+
+
+def pick(record: type, options: dict):
+    """An instance of the dataclass, filled with those of a command's options that are its fields."""
+    return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
+
+
+DEVICE_HELP = "auto, cpu, cuda, cuda:1, mps ..."
+device_options = [  # the arguments of `runtime.device.select_device`
+    option("--device", default="auto", help=DEVICE_HELP),
     option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."),
 ]
-
-
-# Either fills `bits`, with None, "8" or "4", which `runtime.quantization.quantizer` makes sense of.
-bits_options = [
-    option("--bits", type=click.Choice(["8", "4"]), help="Hold the layers' weights in so many.  [default: --dtype's]"),
+bits_options = [  # both fill `bits` with None, "8" or "4"
+    option("--bits", type=click.Choice(["8", "4"]), help="Quantize the layers' weights.  [default: --dtype's bits]"),
     option("--int8", "bits", flag_value="8", help="The same as --bits 8."),
 ]
 
 
+# ---------------------------------------------------------------------------------------------------
+# Warnings and errors
+
+
 def warn(text: str) -> None:
-    """Say in a line what the user may not have meant."""
+    """Print a warning in one line to standard error."""
     click.echo(f"warning: {printable(text)}", err=True)
 
 
 @contextmanager
 def one_line_errors():
-    """Turns errors of input, files and memory into one line and exit code 2."""
+    """Turn errors of input, files, memory and other ranks into one line on standard error and exit code 2."""
     try:
-        with memory_errors():
-            yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        rank, processes = launched_rank()
-        if not isinstance(error, AllRanksError):
-            who = f"\nerror: rank {rank}" if processes > 1 else "error"  # apart from the first rank's progress bar
-            click.echo(f"{who}: {error_line(error)}", err=True)
-        elif rank == 0:
-            click.echo(f"error: {error_line(error)}", err=True)
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if is_lost_rank(error):
+            # The rank that failed has printed its error, and torchrun is about to end this one.
+            time.sleep(3)
+            report_lost_rank(error)
+        elif isinstance(error, ValueError | OSError | torch.OutOfMemoryError) or is_out_of_memory(error):
+            print_error(error)
+        else:
+            raise
         sys.exit(2)
+
+
+def print_error(error: BaseException) -> None:
+    """Print an error of this rank."""
+    if launched_world_size() == 1:
+        click.echo(f"error: {error_line(error)}", err=True)
+        return
+    # If all ranks have the same error, the first one prints it, and torchrun ends the others before they do.
+    time.sleep(0.5 * rank())
+    click.echo(f"\nerror: rank {rank()}: {error_line(error)}", err=True)  # on a line below the progress bar
+
+
+def report_lost_rank(error: BaseException, advice: str = "") -> None:
+    """Print that another rank has ended, unless a lower one has printed it."""
+    time.sleep(0.5 * rank())
+    if is_first_to_report():
+        click.echo(f"\nerror: rank {rank()}: another rank has ended ({error_line(error)[:100]} ...){advice}", err=True)

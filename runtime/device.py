@@ -1,36 +1,37 @@
-"""Where tensors live and in what dtype: decided here alone."""
+"""Where tensors live and in which dtype: decided here alone."""
 
 import sys
 
 import torch
 
-from runtime.distributed import rank_device, sync_errors
+from runtime.distributed import local_rank, world_size
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Of a base: a GPU in bfloat16 if there is one, else Apple's or a CPU in float32, or what is asked for.
+    """Return the device and dtype of the base: by default a GPU in bfloat16, else Apple's GPU or the CPU in float32.
 
-    Of several ranks each has a GPU of its own. Raises ValueError, on all of them, where this machine, or this PyTorch,
-    has no such device.
+    With several ranks, each one gets a GPU of its own. Raises ValueError if the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
-    with sync_errors():
-        device = rank_device(device)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        try:
-            torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-            raise ValueError(f"device {device!r} is not to be had: {str(error).splitlines()[0]}") from None
+    if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
+        if device not in ("auto", "cuda"):
+            raise ValueError(f"--device {device}: with several processes each has its own; use cuda, cpu or auto")
+        device = f"cuda:{local_rank()}"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
     if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # where NCCL, and whoever says "cuda", will look
+        torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     return torch.device(device), getattr(torch, dtype)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, elsewhere the most that the process held."""
+    """Return the peak memory in bytes: of tensors on a GPU, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

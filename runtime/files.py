@@ -1,14 +1,16 @@
 """Files that are there, files that are written wholly or not at all, and JSON whose errors name the line."""
 
+import glob
 import gzip
 import io
 import json
 import lzma
 import os
+import re
 import secrets
 import socket
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,58 +59,52 @@ def path_inside(folder: str | Path, name: str) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """A temporary name to write to, renamed to `path` at the end: a reader sees the old file or the new.
+    """Yield a temporary name to write to, and rename it to `path` at the end: a reader sees the old file or the new.
 
-    The name is this call's own: two processes that write the same file do not write into each other's.
+    The temporary name is unique, so that two processes that write the same file do not disturb each other.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: is there already, and is no file")
-    temporary = path.with_name(f"{os.getpid()}-{secrets.token_hex(4)}.unfinished")
+    temporary = path.with_name(f"{path.name[:99]}.{os.getpid()}-{secrets.token_hex(4)}.unfinished")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file)  # all of it is on the disk before the old one goes
+            os.fsync(file)  # its content is on the disk before the old file is replaced
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # where the disk is full Python names no file
+        if error.filename in (None, str(temporary)):  # if the disk is full, Python names no file
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def file_lock(path: Path, taken: Callable[[], None]):
-    """Nobody else runs here meanwhile. Where another process does, `taken` says so; if it returns, this one waits."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        taken()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+def remove_unfinished(path: Path) -> None:
+    """Delete the temporary files that a killed `atomic_write` of this path has left."""
+    for file in path.parent.glob(f"{glob.escape(path.name)}.*.unfinished"):
+        if re.fullmatch(r"\.\d+-[0-9a-f]{8}\.unfinished", file.name.removeprefix(path.name)):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(folder: Path):
-    """Nobody else writes to the folder meanwhile. Raises ValueError that says who does."""
+    """Keep other processes from writing to the folder. Raises ValueError that names the process that does."""
+    path = folder / ".lock"
     holder = folder / ".lock-holder"
-
-    def taken() -> None:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
         who = holder.read_text() if holder.exists() else "another process"
         raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
-
-    with file_lock(folder / ".lock", taken):
-        try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:

@@ -7,16 +7,14 @@ import torch
 from torch import nn
 
 
-def quantizer(bits: int | None, device: torch.device) -> Callable[[nn.Module], None] | None:
-    """What rounds the linear weights of a layer, in place, to 8 or 4 bits; None leaves them as they are.
+def quantizer(bits: int, device: torch.device) -> Callable[[nn.Module], None]:
+    """Return a function that rounds the linear weights of a layer, in place, to 8 or 4 bits.
 
     8: whole numbers and a scale for each row. 4: NF4 of QLoRA (Dettmers et al., 2023), 16 values that suit normally
     distributed weights, a scale for each 64 numbers, itself in 8 bits. They are widened wherever they are used; of
     those in 8 bits autograd would keep the wide ones for the backward pass: train with activation checkpointing. Raises
     ValueError without torchao, or on a device that has no such arithmetic.
     """
-    if bits is None:
-        return None
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
     except ImportError:

@@ -84,7 +84,7 @@ def log_likelihoods(responder: Responder, rows: Sequence[tuple[Request, str]]) -
     for request, text in rows:
         prompt, answer = answered(responder, request, text)
         tokens.append(Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer), ""))
-    batch, device = collate(tokens), model.tok_embeddings.weight.device
+    batch, device = collate(tokens), model.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
     loss_mask = targets != IGNORE  # (B, T), R of them
     prompts = concat_prompts([responder.prompts(request) for request, _ in rows])

@@ -14,6 +14,7 @@ import click
 
 from data import Example, check_text
 from runtime.files import read_json, write_json
+from tasks import Task
 from tasks.answering import Answers
 
 INSTRUCTION = "Generate caption for this image"
@@ -142,3 +143,15 @@ def write_results(answers: Answers, scores: dict[str, float], folder: Path) -> N
     write_json(folder / "results.json", rows)
     write_json(folder / "scores.json", scores | {"images": len(pictures)})
     click.echo(f"wrote results.json and scores.json to {folder}", err=True)
+
+
+TASK = Task(
+    read,
+    score,
+    read_for_scoring=read_for_scoring,
+    read_answers=read_answers,
+    write_results=write_results,
+    needs_images=True,
+    data_help="COCO's captions_*.json.",
+    unit="image",
+)

@@ -21,7 +21,7 @@ from formats.chat_templates import ChatTemplate
 from formats.tokenizers import library_errors
 from generate import Responder, prefill, stream
 from model import KVCache, LLaMA
-from runtime.distributed import rank, sync_errors
+from runtime.distributed import rank
 from runtime.errors import printable
 from runtime.files import require_file, write_json, write_text
 from tasks.answering import token_log_p
@@ -53,7 +53,7 @@ class HarnessModel(TemplateLM):
         self.model, self.batch_size, self.about = responder.model, batch_size, about
         self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
         self.prompts, self.template = responder.prompt_sets[adapter], responder.templates[adapter]
-        self._device = self.model.tok_embeddings.weight.device
+        self._device = self.model.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
     @property
@@ -295,7 +295,7 @@ def run_harness(
     folder = include and str(include)
     files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     names = {task for task in tasks if Path(task) not in files}
-    with sync_errors(), library_errors("--tasks"):
+    with library_errors("--tasks"):
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not names <= set(manager.all_tasks):  # the harness's own, which take seconds to list
             manager = TaskManager(include_path=folder)

@@ -12,6 +12,7 @@ import click
 
 from data import Example, check_text
 from runtime.files import read_json, write_json, write_text
+from tasks import Task
 from tasks.answering import Answers
 
 LETTERS = "ABCDEFGHIJ"
@@ -232,3 +233,16 @@ def wrong_answers(answers: Answers) -> list[str]:
             said += f", of: {text!r}" if answers.generated and text is not None else ""
             wrong.append(f"{problem.name} {problem.image}\n{problem.instruction}\n{problem.output}; {said}")
     return wrong
+
+
+TASK = Task(
+    read,
+    score,
+    choices=Problem.answers,
+    read_answers=read_answers,
+    write_results=write_results,
+    split="test",
+    max_new_tokens=32,
+    data_help="ScienceQA's problems.json.",
+    unit="problem",
+)

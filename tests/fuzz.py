@@ -469,9 +469,10 @@ def conversations(folder):
 
 
 def read_data(path):
-    from tasks import TASKS, with_images
+    from tasks import load_task
+    from tasks.images import with_images
 
-    with_images(TASKS["instructions"].read(path), path.parent, True, path)
+    with_images(load_task("instructions").read(path), path.parent, True, path)
 
 
 def a_run(folder):
@@ -485,7 +486,7 @@ def a_run(folder):
     optimizer.step()
     for line in ({"val_loss": 2.0, "step": 0}, {"step": 1, "loss": 2.0, "lr": 0.1, "gate_mean_abs": 0.1}):
         write_metrics(folder / "metrics.jsonl", line)
-    save_checkpoint(folder, made, optimizer, Progress(1, 10, 1.0), {"epochs": 3})
+    save_checkpoint(folder / "checkpoint.pt", made, optimizer, Progress(1, 10, 1.0), {"epochs": 3})
     (folder / "done").mkdir()
     summary = {"options": {"epochs": 3, "base": None}, "tokens": 5}
     (folder / "done" / "summary.json").write_text(json.dumps(summary))
@@ -494,14 +495,17 @@ def a_run(folder):
 
 def read_run(path):
     """As --resume does."""
+    from runtime.files import read_json_object
     from train import make_optimizer
     from training.curves import draw_curves
-    from training.run_files import begin_in_folder, load_checkpoint, read_metrics, run_state
+    from training.run_files import begin_in_folder, check_options, load_checkpoint, read_metrics, run_state
 
     folder = path.parent if path.parent.name != "done" else path.parent.parent
-    if run_state(folder / "done", "yes", {"epochs": 3}, None) == "finished" and path.parent.name == "done":
+    if path.parent.name == "done":
+        if run_state(folder / "done", "yes") == "finished":
+            check_options(read_json_object(path).get("options"), {"epochs": 3}, path)
         return
-    run_state(folder, "yes", {"epochs": 3}, None)
+    run_state(folder, "yes")
     made = make_adapter(make_model())
     optimizer = make_optimizer(made, 0.0)
     progress = load_checkpoint(folder / "checkpoint.pt", made, optimizer, {"epochs": 3})

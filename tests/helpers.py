@@ -3,12 +3,17 @@
 import io
 import json
 import os
-import socket
+import queue
+import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -129,6 +134,12 @@ def run(*args):
     import train
 
     return CliRunner().invoke(train.main, [str(arg) for arg in args])
+
+
+def subcommands(group):
+    """The commands of a click group, by name."""
+    context = click.Context(group)
+    return {name: group.get_command(context, name) for name in group.list_commands(context)}
 
 
 def command(args, spoil=None):
@@ -298,32 +309,81 @@ SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, 
 HALF = (0.5, 0.5, 0.5)
 
 
-def begin(rank, world, port, results, target, args):
+def launch(main, args, spoil=None, stdin=""):
+    """A command in a process of its own, which exits as the program does; `spoil` is called with the rank before."""
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("RANK", 0))
+    if spoil is not None:
+        spoil(rank)
+    sys.stdin = io.StringIO(stdin if rank == 0 else "")
+    main([str(arg) for arg in args])
+
+
+def train_command(args, spoil=None):
+    """train.py as `launch` runs it."""
+    import train
+
+    launch(train.main, args, spoil)
+
+
+def begin(rank, world, port, folder, results, target, args):
+    """Run target(*args) as one of several ranks; what it prints goes to files."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    results.put((rank, target(*args)))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
+    code = 1
+    try:
+        results.put((rank, target(*args)))
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    results.close()
+    results.join_thread()
+    os._exit(code)
 
 
 class Ranks:
-    """What torchrun does: `world` processes that run target(*args); `results` has what they return, by rank."""
+    """What torchrun does: `world` processes that run target(*args), and SIGTERM to the others if one of them fails."""
 
     def __init__(self, forks, world, target, *args):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.queue = forks.Queue()
-        every = [(rank, world, port, self.queue, target, args) for rank in range(world)]
-        self.processes = [forks.Process(target=begin, args=each) for each in every]
+        shared = (self.store.port, self.folder, self.queue, target, args)
+        self.processes = [forks.Process(target=begin, args=(rank, world, *shared)) for rank in range(world)]
         for process in self.processes:
             process.start()
 
-    def results(self, expected=None, timeout=60):
-        number = len(self.processes) if expected is None else expected
-        results = dict(self.queue.get(timeout=timeout) for _ in range(number))
-        for process in self.processes:
-            process.join(timeout)
-            assert process.exitcode is not None, "a rank hangs"
-        return [results.get(rank) for rank in range(len(self.processes))]
+    def results(self, timeout=60):
+        """By rank: what the target returned, or else exit code, standard output, standard error."""
+        returned, failed, deadline = {}, False, time.monotonic() + timeout
+        while any(process.exitcode is None for process in self.processes):
+            assert time.monotonic() < deadline, f"a rank hangs: {[p.exitcode for p in self.processes]}"
+            with suppress(queue.Empty):
+                returned |= [self.queue.get(timeout=0.1)]
+            if not failed and any(process.exitcode for process in self.processes):
+                failed, deadline = True, time.monotonic() + 30  # then torchrun kills
+                for process in self.processes:
+                    process.terminate()
+        with suppress(queue.Empty):
+            while True:
+                returned |= [self.queue.get(timeout=0.01)]
+        ended = [(p.exitcode, self.read("stdout", i), self.read("stderr", i)) for i, p in enumerate(self.processes)]
+        shutil.rmtree(self.folder)
+        return [returned.get(rank, each) for rank, each in enumerate(ended)]
+
+    def read(self, name, rank):
+        return (self.folder / f"{name}-{rank}").read_text()
+
+
+def said_by(results):
+    """The error lines of all ranks."""
+    return [line for _, _, stderr in results for line in stderr.splitlines() if line.startswith("error: ")]
 
 
 class Malicious:
@@ -523,11 +583,7 @@ def ask(*args):
 
 
 def tune_rank(args):
-    """python -m encoder_tuning train, as one of several ranks: exit code, standard output, standard error."""
+    """python -m encoder_tuning train, as one of several ranks."""
     from encoder_tuning.__main__ import main
 
-    torch.set_num_threads(1)
-    result = CliRunner().invoke(main, ["train", *map(str, args)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    launch(main, ["train", *args])

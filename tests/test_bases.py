@@ -94,15 +94,15 @@ def test_a_loaded_head_lies_transposed_on_a_cpu(tiny_base, data):
     assert tied.output.weight is tied.tok_embeddings.weight and tied.output.weight.is_contiguous()
 
 
-def test_layers_are_sharded_one_by_one_and_the_model_last(tiny_base):
+def test_layers_are_prepared_one_by_one(tiny_base):
     seen = []
 
-    def shard(module):
+    def prepare(module):
         assert not any(parameter.is_meta for parameter in module.parameters())
         seen.append(module)
 
-    model, _ = load_llama(tiny_base, shard=shard)
-    assert seen == [*model.layers, model]
+    model, _ = load_llama(tiny_base, prepare_layer=prepare)
+    assert seen == [*model.layers]
 
 
 def test_fingerprint_knows_the_weights_and_not_the_layout(tiny_base, tmp_path):

@@ -41,10 +41,13 @@ def test_pictures_and_their_captions(tmp_path):
         ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: has no text 'caption'"),
         ({"annotations": [{"image_id": 5, "caption": ""}]}, r"annotations\[0\]: has no text 'caption'"),
         ({"annotations": [{"image_id": 5, "caption": 7}]}, r"annotations\[0\]: field 'caption' is a int, not a string"),
-        ({"annotations": [{"image_id": 5, "caption": "\ud800"}]}, r"annotations\[0\]: field 'caption' has half a char"),
+        (
+            {"annotations": [{"image_id": 5, "caption": "\ud800"}]},
+            r"annotations\[0\]: field 'caption' has an unpaired surr",
+        ),
         ({"annotations": []}, "holds no captions"),
         ({"images": [{"id": "5"}]}, r"images\[0\]: has no number 'id'"),
-        ({"images": [{"id": 5, "file_name": "\ud800"}]}, r"images\[0\]: field 'file_name' has half a character"),
+        ({"images": [{"id": 5, "file_name": "\ud800"}]}, r"images\[0\]: field 'file_name' has an unpaired surrogate"),
         ({"images": None}, "has no lists 'images' and 'annotations'"),
     ],
 )

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
 from encoder_tuning.labelled import Labelled
-from encoder_tuning.objective import TAGS, labelled_batches, predict_tags, tag_scores
+from data import group_by_size
+from encoder_tuning.objective import collate_labelled, predict_tags, tag_loss, tag_scores
 from encoder_tuning.tuned import suits
 from encoders.heads import head_adapter
 from formats.encoders import head_labels, load_encoder
@@ -86,7 +87,7 @@ def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
     (example,) = data.examples
     assert example.inputs.tolist() == encoded.input_ids and list(example.labels) == expected
     assert (data.cut, data.dropped) == (int(max_length < 100), 0)
-    assert TAGS.num_targets([example]) == sum(label != -100 for label in expected) > 0
+    assert example.num_targets == sum(label != -100 for label in expected) > 0
 
 
 def test_classes():
@@ -163,14 +164,17 @@ def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
     adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
     sentences = read_conll(conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
     examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
-    ((ids, labels),) = labelled_batches(examples, 1000)
+    ids, labels = collate_labelled(group_by_size(examples, 1000)[0])
     with torch.no_grad():
         expected = theirs(ids, attention_mask=(ids != 1).long(), labels=labels)
         scores = tag_scores(model, adapter, ids).transpose(1, 2)
     torch.testing.assert_close(scores[ids != 1], expected.logits[ids != 1], rtol=1e-4, atol=1e-4)
-    loss = sum(TAGS.loss_sum(model, adapter, batch) for batch in labelled_batches(examples, 40))
-    assert len(labelled_batches(examples, 40)) > 1 and (ids == 1).any()
-    assert (loss / TAGS.num_targets(examples)).item() == pytest.approx(expected.loss.item(), rel=1e-4)
+    groups = group_by_size(examples, 40)
+    loss = sum(tag_loss(model, adapter, group) for group in groups)
+    assert len(groups) > 1 and (ids == 1).any()
+    assert (loss / sum(example.num_targets for example in examples)).item() == pytest.approx(
+        expected.loss.item(), rel=1e-4
+    )
 
 
 def test_a_head_that_a_base_came_with(bpe, tmp_path):
@@ -216,7 +220,7 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     options = ["--epochs", 30, "--warmup-epochs", 1, "--batch-size", 4, "--val-size", 0, "--lr", 0.03, "--layers", 2]
     options += ["--task", "token-classification", "--base", reader]
     result = tune(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
-    assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 cut to fit" in result.stderr, result.output
+    assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 truncated" in result.stderr, result.output
     tuned = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
     scores = ask(*tuned, *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
@@ -226,7 +230,7 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     assert scores.exit_code == 0 and expected in scores.stdout, scores.output
 
     cut = tune(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
-    assert cut.exit_code == 0 and ", 16 cut to fit" in cut.stderr, cut.output
+    assert cut.exit_code == 0 and ", 16 truncated" in cut.stderr, cut.output
     short = ask("--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
     assert short.exit_code == 0 and "(16 cut to fit)" in short.stdout, short.output

@@ -11,7 +11,7 @@ from data import AlpacaTemplate, Example, Turn, tokenize
 from formats.bases import load_llama
 from formats.chat_templates import load_template
 from formats.conversations import read_conversation
-from tasks import TASKS
+from tasks import load_task
 from training.run_files import read_metrics
 
 TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"), ("assistant", "Because.")]
@@ -31,7 +31,7 @@ def test_records_are_told_apart_by_their_fields(tmp_path):
     ]
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)))
     turns = tuple(Turn(*turn) for turn in TALK)
-    assert TASKS["instructions"].read(tmp_path / "mixed.jsonl") == [
+    assert load_task("instructions").read(tmp_path / "mixed.jsonl") == [
         Example(turns=turns, name="record 0"),
         Example(turns=turns, name="record 1"),
         Example("Say a.", "", "a", name="record 2"),
@@ -125,7 +125,7 @@ def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
     template = AlpacaTemplate(tokenizer)
     assert list(template.rounds([once])) == list(template.rounds([Example("Hi", "", "Ho")]))
     with pytest.raises(
-        ValueError, match="record 1: is a conversation of 5 turns; alpaca takes a question and an answer"
+        ValueError, match="record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
     ):
         list(template.rounds([Example(turns=tuple(Turn(*turn) for turn in TALK), name="record 1")]))
 
@@ -180,7 +180,7 @@ def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chat
             (),
             "--template auto: the base has neither a chat_template in tokenizer_config.json nor a chat_template.jinja",
         ),
-        (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes a question"),
+        (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes one instruction"),
         (
             ("--template", "chatml"),
             "--template chatml is not for this base: its tokenizer has no special token '<|im_start|>'",

@@ -17,8 +17,7 @@ from data import (
     epoch_batches,
     format_prompt,
     hold_out,
-    micro_batches,
-    num_targets,
+    group_by_size,
     read_examples,
     split_over_ranks,
     tokenize,
@@ -65,7 +64,7 @@ def test_json_and_jsonl_plain_and_packed(tmp_path, opener, jsonl, bom):
         ('[{"instruction": "a", "input": null, "output": ""}]', "record 0: field 'input' is a NoneType"),
         ('["a"]', "record 0: is a str, not an object"),
         ("7", "record 0: is a int, not an object"),
-        ('[{"instruction": "a\\ud800", "output": ""}]', "record 0: field 'instruction' has half a character"),
+        ('[{"instruction": "a\\ud800", "output": ""}]', "record 0: field 'instruction' has an unpaired surrogate"),
         ("[" * 100_000, "line 1: cannot be read"),
         ('[{"instruction": ' + "1" * 5000 + "}]", "line 1: cannot be read"),
     ],
@@ -171,19 +170,21 @@ def test_batches_have_little_padding():
 def test_micro_batches_keep_to_the_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [make_example([record] * length, 2, record) for record, length in enumerate(lengths)]
-    parts = list(micro_batches(examples, budget))
+    parts = [collate(group) for group in group_by_size(examples, budget)]
     assert sorted(i for inputs, *_ in parts for i in inputs[:, 0].tolist()) == list(range(64))
     assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, *_ in parts)
-    assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == num_targets(examples)
+    assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == sum(
+        example.num_targets for example in examples
+    )
     if budget == 10**6:
         assert len(parts) == 1
 
 
 def test_rows_with_and_without_an_image_share_a_batch():
     features = [torch.tensor([1.0, 2.0]), None, torch.tensor([3.0, 4.0])]
-    (batch,) = micro_batches([make_example([1, 5, 6 + i], 2, i, seen) for i, seen in enumerate(features)], 100)
+    batch = collate([make_example([1, 5, 6 + i], 2, i, seen) for i, seen in enumerate(features)])
     assert batch.features.tolist() == [[1, 2], [0, 0], [3, 4]] and batch.has_image.tolist() == [True, False, True]
-    (batch,) = micro_batches([make_example([1, 5, 6], 2, 0)], 100)
+    batch = collate([make_example([1, 5, 6], 2, 0)])
     assert batch.features is batch.has_image is None
 
 

@@ -12,9 +12,9 @@ import click
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, subcommands
 
-from formats import bases, hugging_face, llama2c, meta
+from formats import bases
 from model import RopeScaling
 
 README = ROOT / "README.md"
@@ -61,7 +61,7 @@ def options_of(command):
 
 def all_options(command):
     """Of a command, and of its subcommands."""
-    parts = command.commands.values() if isinstance(command, click.Group) else ()
+    parts = subcommands(command).values() if isinstance(command, click.Group) else ()
     return options_of(command).union(*map(all_options, parts))
 
 
@@ -76,11 +76,11 @@ def wrong_in_line(line):
     wrong, (command, arguments) = [], found
     if isinstance(command, click.Group) and arguments and not arguments[0].startswith("-"):
         if arguments[0].isupper() or "|" in arguments[0]:  # NAME, or show|import|export
-            names, subcommands = set(arguments[0].split("|")) - {"NAME"}, []
+            names, parts = set(arguments[0].split("|")) - {"NAME"}, []
         else:
-            names, subcommands = {arguments[0]}, [command.commands.get(arguments[0])]
-        wrong += [f"{line}: there is no command {name}" for name in names - set(command.commands)]
-        command = subcommands[0] if subcommands and subcommands[0] is not None else command
+            names, parts = {arguments[0]}, [subcommands(command).get(arguments[0])]
+        wrong += [f"{line}: there is no command {name}" for name in names - set(subcommands(command))]
+        command = parts[0] if parts and parts[0] is not None else command
     known = all_options(command)
     for argument in arguments:
         if argument in ("&&", "|", ";"):
@@ -225,7 +225,6 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     (tmp_path / "numpy_folder.py").write_text(blocks(page, "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "numpy_folder", raising=False)
-    numpy_folder = importlib.import_module("numpy_folder")
     model, _ = bases.load_llama(tiny_base)
     base = tmp_path / "base"
     base.mkdir()
@@ -233,10 +232,9 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     np.savez(base / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
     model.config = replace(model.config, rope_theta=5e5, rope_scaling=RopeScaling(8, 1, 4, 32), max_seq_len=64)
     (base / "shape.json").write_text(json.dumps(vars(model.config)))
-    monkeypatch.setattr(bases, "FORMATS", (meta, hugging_face, llama2c))
     with pytest.raises(ValueError, match="holds neither"):
         bases.load_llama(base)
-    monkeypatch.setattr(bases, "FORMATS", (numpy_folder, *bases.FORMATS))
+    monkeypatch.setattr(bases, "FORMATS", {"numpy_folder": ("weights.npz",)} | bases.FORMATS)
     tokens, loaded = torch.tensor([[1, 5, 7]]), bases.load_llama(base)[0]
     assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
     (base / "shape.json").write_text("{}")

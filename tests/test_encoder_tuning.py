@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from encoder_tuning.data import read_labelled_images, read_labelled_texts
 from encoder_tuning.labelled import Labelled, class_names
-from encoder_tuning.objective import CLASSIFICATION, SPANS, TAGS, accuracy, classify
+from encoder_tuning.objective import accuracy, class_loss, classify, span_loss, tag_loss
 from train import TrainConfig, make_optimizer, mean_loss, train_step
 from training.run_files import read_metrics
 
@@ -74,28 +74,28 @@ def test_sentences(tmp_path):
 # What is learnt
 
 
-def examples_of(model, of=CLASSIFICATION, sizes=(9, 5, 7, 12)):
+def examples_of(model, of=class_loss, sizes=(9, 5, 7, 12)):
     examples = []
     for i, size in enumerate(sizes):
         ids = make_tokens(model, size, seed=i).clamp(min=3)
-        labels = (i % 3, 4) if of is SPANS else (i % 3,)
-        if of is TAGS:  # of every other token
+        labels = (i % 3, 4) if of is span_loss else (i % 3,)
+        if of is tag_loss:  # of every other token
             labels = tuple(-100 if t % 2 == 0 else (i + t) % 3 for t in range(size))
         examples.append(Labelled(ids, labels, f"example {i}", size))
     return examples
 
 
-@pytest.mark.parametrize("of", [CLASSIFICATION, SPANS, TAGS], ids=["class", "span", "tags"])
+@pytest.mark.parametrize("of", [class_loss, span_loss, tag_loss], ids=["class", "span", "tags"])
 def test_the_loss_is_that_of_every_example_alone(of):
     """With padding and in parts of any size; in float64 by hand. A mean over what has a label, and nothing else."""
     model = make_roberta()
-    adapter = make_head_adapter(model, 2 if of is SPANS else 3)
+    adapter = make_head_adapter(model, 2 if of is span_loss else 3)
     examples, expected = examples_of(model, of), []
     for example in examples:
         with torch.no_grad():
             states = model.encode(example.inputs[None], adapter())[0].double()
         scores = states @ adapter.head[0].weight.double().T + adapter.head[0].bias.double()  # (T, classes)
-        of_labels = scores.T if of is SPANS else scores
+        of_labels = scores.T if of is span_loss else scores
         labels = [(i, label) for i, label in enumerate(example.labels) if label != -100]
         expected += [-of_labels[i].log_softmax(0)[label].item() for i, label in labels]
     for max_tokens in (12, 1000):
@@ -108,11 +108,11 @@ def test_the_loss_is_that_of_every_example_alone(of):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("of", [CLASSIFICATION, SPANS, TAGS])
+@pytest.mark.parametrize("of", [class_loss, span_loss, tag_loss])
 def test_a_rank_out_of_work_has_a_gradient_of_zero(of):
     model = make_roberta()
     adapter = make_head_adapter(model, 2)
-    loss = of.loss_sum(model, adapter, None)
+    loss = of(model, adapter, [])
     loss.backward()
     assert loss.item() == 0 and all(parameter.grad.abs().max() == 0 for parameter in adapter.parameters())
 
@@ -122,7 +122,7 @@ def test_the_gates_of_encoders_open_first():
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
     optimizer = make_optimizer(adapter, 0.0)
-    train_step(model, adapter, optimizer, examples_of(model), 0.0, TrainConfig(), CLASSIFICATION)
+    train_step(model, adapter, optimizer, examples_of(model), 0.0, TrainConfig(), class_loss)
     assert adapter.prompts.grad.abs().max() == 0
     assert adapter.gates.grad.abs().min() > 0 and adapter.head[0].weight.grad.abs().sum() > 0
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import SEEING, make_vit, openai_names, run, save_coco, save_problem_images, save_problems
+from helpers import SEEING, make_vit, openai_names, run, save_coco, save_problem_images, save_problems, subcommands
 from PIL import Image
 
 import evaluate
@@ -14,6 +14,7 @@ from adapter import Adapter
 from model import LLaMA
 from multimodal import ImageAdapter
 from tasks.captions import coco_scorers
+from toy import exam
 
 
 def run_evaluate(*args):
@@ -91,7 +92,7 @@ def test_every_answer_is_about_its_own_image(folder, seeing, monkeypatch):
     monkeypatch.setattr(evaluate, "written_answers", note)
     args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
     assert run_evaluate(*args, "--adapter", seeing).exit_code == 0
-    problems = {problem.instruction: problem for problem in evaluate.TASKS["scienceqa"].read(args[2], split="test")}
+    problems = {problem.instruction: problem for problem in evaluate.load_task("scienceqa").read(args[2], split="test")}
     adapter = ImageAdapter.load(seeing)
     encoder = evaluate.load_image_encoder(None, None, torch.float32, torch.device("cpu"), adapter)
     for instruction, features in asked.items():
@@ -171,10 +172,10 @@ def test_tuned_on_captions_and_asked(tmp_path, seeing, tiny_base):
 
 
 def test_a_task_has_a_command_where_it_has_scores():
-    scored = {name for name, task in evaluate.TASKS.items() if task.score}
-    assert set(evaluate.main.commands) == {"toy", "harness"} | scored
-    assert {"toy", "scienceqa", "captions"} <= set(evaluate.main.commands)
-    offered = {name: {option.name for option in command.params} for name, command in evaluate.main.commands.items()}
+    scored = {name for name in evaluate.TASKS if evaluate.load_task(name).score}
+    assert set(subcommands(evaluate.main)) == {"toy", "harness"} | scored
+    assert {"toy", "scienceqa", "captions"} <= set(subcommands(evaluate.main))
+    offered = {name: {option.name for option in command.params} for name, command in subcommands(evaluate.main).items()}
     assert offered["scienceqa"] - offered["captions"] == {"split", "choose"}
     refused = run_evaluate("captions", "--data", "x", "--choose")
     assert refused.exit_code == 2 and "No such option" in refused.stderr
@@ -189,7 +190,7 @@ def test_the_toy_needs_an_adapter():
 def test_the_toy_s_questions_are_put_to_the_adapter(text_only, monkeypatch, images):
     put = []
     for name in ("evaluate_almanac", "evaluate_digits"):
-        monkeypatch.setattr(evaluate.exam, name, lambda *args, name=name: put.append((name, *map(type, args[::2]))))
+        monkeypatch.setattr(exam, name, lambda *args, name=name: put.append((name, *map(type, args[::2]))))
     result = run_evaluate("toy", "--adapter", text_only, *images, "--device", "cpu")
     assert result.exit_code == 0, result.output
     asked = ["evaluate_digits", "evaluate_almanac"] if images else ["evaluate_almanac"]

@@ -10,7 +10,7 @@ from helpers import HALF, make_vit, timm_names
 from torch.nn.functional import cross_entropy
 
 from encoder_tuning.labelled import Labelled
-from encoder_tuning.objective import CLASSIFICATION
+from encoder_tuning.objective import class_loss
 from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders, few_examples
@@ -33,9 +33,9 @@ def test_every_method_learns(tmp_path, method):
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
     config = TrainConfig(epochs=8, warmup_epochs=1, batch_size=4, lr=0.01)
-    before = mean_loss(model, adapter, examples, config, CLASSIFICATION)
+    before = mean_loss(model, adapter, examples, config, class_loss)
     assert len(list(finite_steps(tunable, examples, config))) == 8 * 3
-    assert mean_loss(model, adapter, examples, config, CLASSIFICATION) < before - 0.05
+    assert mean_loss(model, adapter, examples, config, class_loss) < before - 0.05
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])}
     assert changed == {
         "head only": set(), "prompts and gates": set(), "no gates": set(), "full tuning": set(frozen),

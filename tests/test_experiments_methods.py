@@ -10,14 +10,13 @@ from helpers import make_adapter, make_example, make_model, make_testbed, make_t
 from safetensors.torch import load_file
 
 from adapter import Adapter, gated_attention
-from data import AlpacaTemplate, collate, hold_out, read_examples, tokenize
+from data import AlpacaTemplate, hold_out, read_examples, tokenize
 from experiments.methods import (
     BY_MLP,
     FULL,
     GATES_AT_ONE,
     LORA,
     ONE_SOFTMAX,
-    WHOLE_MODEL,
     ZERO_INIT,
     LowAdapter,
     NoPrompts,
@@ -26,10 +25,11 @@ from experiments.methods import (
     finite_steps,
     lora_layers,
     set_up,
+    whole_model_loss,
     ungated_attention,
 )
 from formats.bases import load_llama
-from train import RESPONSES, TrainConfig, make_optimizer, mean_loss
+from train import TrainConfig, make_optimizer, mean_loss, response_loss
 from training.run_files import read_metrics
 
 METHODS = (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
@@ -120,9 +120,8 @@ def test_an_adapter_of_the_lowest_layers():
 def test_full_tuning_has_the_whole_gradient():
     """Of every weight, the output head's and the embeddings' included, as autograd has it of plain logits."""
     examples = [make_example([1, 5, 9, 3, 8, 2], 3, "a"), make_example([1, 5, 7, 2], 2, "b")]
-    batch = collate(examples)
     model, other = make_model().requires_grad_(True), make_model().requires_grad_(True)
-    loss = WHOLE_MODEL.loss_sum(model, NoPrompts(model.parameters()), batch)
+    loss = whole_model_loss(model, NoPrompts(model.parameters()), examples)
     loss.backward()
     expected = 0
     for example in examples:
@@ -134,8 +133,8 @@ def test_full_tuning_has_the_whole_gradient():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4, msg=name)
         assert p.grad.abs().max() > 0, name
     with torch.no_grad():
-        torch.testing.assert_close(RESPONSES.loss_sum(model, NoPrompts([]), batch), loss)
-    assert WHOLE_MODEL.num_targets(examples) == RESPONSES.num_targets(examples) == 5
+        torch.testing.assert_close(response_loss(model, NoPrompts([]), examples), loss)
+    assert sum(example.num_targets for example in examples) == 5
 
 
 def test_what_has_no_prompts_holds_what_is_trained():
@@ -161,7 +160,7 @@ def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     training, _ = hold_out(tokens, 4, seed=3)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2, generator=torch.Generator().manual_seed(3))
-    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.02), RESPONSES)
+    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.02))
     config = TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05, seed=3)
     steps = list(finite_steps(tunable, training, config))
     assert [step.loss for step in steps] == losses and [step.number for step in steps] == list(range(1, 16))
@@ -173,7 +172,7 @@ def test_steps_end_where_values_are_not_finite(tiny_base, instructions):
     model, tokenizer = load_llama(tiny_base)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2)
-    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.0), RESPONSES)
+    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.0))
     steps = finite_steps(tunable, tokens, TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05))
     taken = [next(steps) for _ in range(4)]
     before = [p.detach().clone() for p in adapter.parameters()]

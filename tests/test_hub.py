@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, Ranks, command, make_adapter, run
+from helpers import ROOT, Ranks, train_command, make_adapter, run
 
 import generate
 from adapter import Adapter
@@ -267,6 +267,6 @@ def take_for_the_hub(rank, url, cache):
 def test_one_rank_of_a_machine_fetches_for_all(server, args, tmp_path, forks):
     args = [*args, "--base", "owner/model"]
     spoil = partial(take_for_the_hub, url=server.url, cache=tmp_path / "cache")
-    for code, _, stderr in Ranks(forks, 2, command, args, spoil).results():
+    for code, _, stderr in Ranks(forks, 2, train_command, args, spoil).results():
         assert code == 0, stderr
     assert server.fetched() == NEEDED

@@ -13,7 +13,8 @@ from adapter import Adapter
 from encoders.heads import HeadAdapter
 from model import Config
 from multimodal import ImageAdapter
-from training.initial import begin_with, freeze_parts
+from train import freeze_parts
+from training.initial import init_from_adapter, load_initial
 from training.run_files import read_metrics
 
 BASE = Config(16, 3, 2, 2, 8, 48, 100)
@@ -79,6 +80,11 @@ def adapter_of(kind, seed, features=6, **shape):
     return adapter
 
 
+def begin_with(path, adapter):
+    initial = load_initial(str(path), BASE, path.parent / "out")
+    return init_from_adapter(initial, adapter, str(path))
+
+
 @pytest.mark.parametrize("initial", ["text", "images"])
 @pytest.mark.parametrize("new", ["text", "images"])
 def test_words_and_images(tmp_path, initial, new):
@@ -86,7 +92,7 @@ def test_words_and_images(tmp_path, initial, new):
     known, adapter = adapter_of(initial, 1, gate_activation="identity"), adapter_of(new, 2)
     known.save(tmp_path / "a.safetensors")
     fresh = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
-    begun = begin_with(str(tmp_path / "a.safetensors"), adapter, BASE)
+    begun = begin_with(tmp_path / "a.safetensors", adapter)
     assert isinstance(begun, ImageAdapter) == ("images" in (initial, new)) and begun.gate_activation == "identity"
     expected = fresh | known.state_dict()
     assert begun.state_dict().keys() == expected.keys()
@@ -102,7 +108,7 @@ def test_one_gate_for_all_heads(tmp_path):
     tensors |= {place.format(i) + "gate": torch.ones(1) * i for i in (1, 2)}
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    begun = begin_with(str(tmp_path), adapter_of("text", 1), BASE)
+    begun = begin_with(tmp_path, adapter_of("text", 1))
     assert torch.equal(begun.gates, torch.tensor([[1.0, 1.0], [2.0, 2.0]])) and begun.gate_activation == "identity"
 
 
@@ -117,7 +123,7 @@ def test_one_gate_for_all_heads(tmp_path):
 def test_what_does_not_fit(tmp_path, changes, message):
     adapter_of("images", 1, **changes).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=f"--init .*a.safetensors: .*{message}"):
-        begin_with(str(tmp_path / "a.safetensors"), adapter_of("images", 2), BASE)
+        begin_with(tmp_path / "a.safetensors", adapter_of("images", 2))
 
 
 def test_warnings(tmp_path, capsys):
@@ -126,7 +132,7 @@ def test_warnings(tmp_path, capsys):
     adapter.save(tmp_path / "a.safetensors")
     new = adapter_of("text", 2)
     new.metadata["base_fingerprint"] = "bb"
-    begin_with(str(tmp_path / "a.safetensors"), new, BASE)
+    begin_with(tmp_path / "a.safetensors", new)
     said = capsys.readouterr().err
     assert "over another base: base_fingerprint is aa, here bb" in said
     assert "with another template: prompt_template is llama-3, here alpaca" in said
@@ -139,9 +145,9 @@ def test_parts():
     still = {name for name, parameter in adapter.named_parameters() if not parameter.requires_grad}
     assert still == {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert sum(len(group["params"]) for group in train.make_optimizer(adapter, 0.1).param_groups) == 2
-    with pytest.raises(ValueError, match="--freeze projection: there is none, for no example has an image"):
+    with pytest.raises(ValueError, match="--freeze projection: the adapter has none, because no example has an image"):
         freeze_parts(adapter_of("text", 1), ["projection"])
-    with pytest.raises(ValueError, match="--freeze prompts --freeze gates: then there is nothing left to tune"):
+    with pytest.raises(ValueError, match="--freeze prompts --freeze gates: nothing is left to train"):
         freeze_parts(adapter_of("text", 1), ["prompts", "gates"])
 
 
@@ -154,8 +160,8 @@ def test_errors_are_lines(first, tmp_path):
         (["--init", tmp_path / "junk"], "junk: not a whole safetensors file"),
         (["--init", tmp_path / "head.safetensors"], "head.safetensors: is for an encoder, not for a LLaMA"),
         (["--init", folder, "--layers", 1], "--layers 1: "),
-        (["--init", folder, "--out", folder], "lies where this run will write: give another --out"),
-        (["--init", folder / "adapter.safetensors", "--out", folder], "lies where this run will write"),
+        (["--init", folder, "--out", folder], "is in the folder that this run writes to: give another --out"),
+        (["--init", folder / "adapter.safetensors", "--out", folder], "is in the folder that this run writes to"),
     ):
         result = run(*args, *more)
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr

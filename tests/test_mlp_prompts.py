@@ -88,4 +88,7 @@ def test_frozen_or_begun_with(args, tmp_path):
     learnt = load_file(tmp_path / "run" / "adapter.safetensors")
     assert learnt["prompts"].std().item() == pytest.approx(1, abs=1e-6) and learnt["gates"].abs().sum() > 0
     result = run(*args, "--prompts", "mlp", "--init", tmp_path / "run", "--out", tmp_path / "second")
-    assert result.exit_code == 2 and "--prompts mlp: a network cannot begin with the prompts of --init" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "--prompts mlp: a network cannot be initialized from the prompts of --init" in result.stderr
+    )

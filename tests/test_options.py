@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import SEEING, make_vit, openai_names, save_coco, save_harness_task, save_problem_images, save_problems
-from helpers import save_reader, vary
+from helpers import save_reader, subcommands, vary
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -165,7 +165,7 @@ ELSEWHERE = {  # run by tests of their own
 def commands(program, name):
     """Every command, by the program and its own name."""
     if isinstance(program, click.Group):
-        for child, command in program.commands.items():
+        for child, command in subcommands(program).items():
             yield f"{name} {child}", command
     else:
         yield name, program
@@ -287,7 +287,7 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
         monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
         monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     if "--toy-layers" in line:
-        monkeypatch.setattr("experiments.testbed.toy.make_base", lambda n_layers: places["base"])
+        monkeypatch.setattr("toy.language_model.make_base", lambda n_layers: places["base"])
     result = CliRunner().invoke(PROGRAMS[program], [*command, *line.format(**places, new=tmp_path / "new").split()])
     assert result.exit_code == 0, result.output + str(result.exception)
     if "{new}" in line and "--search" not in line:

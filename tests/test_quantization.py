@@ -12,7 +12,7 @@ from adapter import Adapter
 from formats import bases
 from generate import generate
 from generate import main as generate_command
-from model import Config
+from model import Config, LLaMA
 from runtime.quantization import quantizer
 from train import TrainConfig, make_optimizer, train_step
 
@@ -98,9 +98,9 @@ def test_the_wide_model_is_never_whole(tiny_base, tmp_path, monkeypatch):
     def model_parameters():
         return [p for other in seen[0].layers for name, p in other.named_parameters() if "norm" not in name]
 
-    seen, empty = [], bases.empty_llama
-    monkeypatch.setattr(bases, "empty_llama", lambda *args: seen.append(empty(*args)) or seen[0])
-    bases.load_llama(tmp_path / "hf", quantize=watch)
+    seen = []
+    monkeypatch.setattr(bases, "LLaMA", lambda *args: seen.append(LLaMA(*args)) or seen[0])
+    bases.load_llama(tmp_path / "hf", prepare_layer=watch)
     assert wide == [0, 0, 0]
 
 

@@ -43,7 +43,7 @@ def test_pid_splits_decide_where_they_are(path, tmp_path):
         ({"choices": ["one"]}, "problem 12: has 1 choices, not 2 to 10"),
         ({"choices": "ab"}, "problem 12: field 'choices' is not a list of strings"),
         ({"hint": 0}, "problem 12: field 'hint' is a int"),
-        ({"choices": ["a", "b", "\ud800"]}, "problem 12: field 'choices' has half a character"),
+        ({"choices": ["a", "b", "\ud800"]}, "problem 12: field 'choices' has an unpaired surrogate"),
         ({"subject": "science"}, "problem 12: subject 'science' is none of natural science, social"),
         ({"grade": "grade13"}, "problem 12: grade 'grade13' is not"),
         ({"grade": "first"}, "problem 12: grade 'first' is not"),

@@ -4,19 +4,17 @@ import json
 import os
 import signal
 import time
-from functools import partial
 
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import KINDS, Ranks, copy_base, make_adapter, peak_anonymous, save_hugging_face, save_problems
-from helpers import split_for_parallel
+from helpers import KINDS, Ranks, copy_base, launch, make_adapter, peak_anonymous, said_by, save_hugging_face
+from helpers import save_problems, split_for_parallel
 from tqdm import tqdm
 
 import benchmarks.__main__ as benchmarks
 import evaluate
 import generate
-import runtime.device
 from data import read_records
 from formats.bases import load_llama, read_base
 from formats.loading import load_part_of_rank, load_with_adapters
@@ -128,28 +126,27 @@ def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
         assert (result[3] - outside) < 0.6 * (held - outside)
 
 
-def say(program, stdin, *args, spoil=None):
-    """A command: its exit code, standard output, standard error.
+PROGRAMS = {"generate": generate, "evaluate": evaluate, "benchmarks": benchmarks}
 
-    The first rank alone is typed to, and has a folder for the answers.
-    """
-    torch.set_num_threads(1)
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        args = [str(arg).replace("two", "nowhere/two") for arg in args]
-    if spoil is not None:
-        spoil()
-    main = {"generate": generate, "evaluate": evaluate, "benchmarks": benchmarks}[program].main
-    result = CliRunner().invoke(main, list(map(str, args)), input=stdin if first else "")
+
+def say(program, stdin, *args):
+    """A command: its exit code, standard output, standard error."""
+    result = CliRunner().invoke(PROGRAMS[program].main, list(map(str, args)), input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
-def together(forks, world, program, stdin, *args, spoil=None, expected=None):
+def say_as_rank(program, stdin, args, spoil=None):
+    """The first rank alone is typed to, and has a folder for the answers."""
+    if os.environ["RANK"] != "0":
+        args = [str(arg).replace("two", "nowhere/two") for arg in args]
+    launch(PROGRAMS[program].main, args, spoil, stdin or "")
+
+
+def together(forks, world, program, stdin, *args):
     """The same command on several ranks, of which the others must be silent; what the first said."""
-    ranks = Ranks(forks, world, partial(say, spoil=spoil), program, stdin, *args)
-    first, *others = ranks.results(expected=expected)
+    first, *others = Ranks(forks, world, say_as_rank, program, stdin, args).results()
     assert all(code == first[0] and stdout == stderr == "" for code, stdout, stderr in others), others
     return first
 
@@ -182,20 +179,22 @@ def test_evaluation(forks, tiny_adapter, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["hi"], "error: 3 processes cannot share the base's n_kv_heads 2 evenly\n"),
-        (["hi", "--device", "cuda:0"], "error: --device cuda:0: of several processes each has its own"),
-        (["--raw", "--input", "b", "hi"], "error: --input is a field of the template"),
-        (["--prompts", "none.jsonl", "--out", "out.jsonl"], "error: "),
-        (["hi", "--adapter", "none.safetensors"], "error: none.safetensors: no such adapter file\n"),
+        (["hi"], "3 processes cannot share the base's n_kv_heads 2 evenly"),
+        (["hi", "--device", "cuda:0"], "--device cuda:0: with several processes each has its own"),
+        (["--raw", "--input", "b", "hi"], "--input is a field of the template"),
+        (["--prompts", "none.jsonl", "--out", "out.jsonl"], ""),
+        (["hi", "--adapter", "none.safetensors"], "none.safetensors: no such adapter file"),
     ],
 )
 def test_what_is_wrong_is_said_once(forks, tiny_base, tmp_path, more, message):
     more = [tmp_path / word if word == "out.jsonl" else word for word in more]
-    code, stdout, stderr = together(forks, 3, "generate", None, "--base", tiny_base, *more)
-    assert (code, stdout) == (2, "") and stderr.startswith(message) and stderr.count("\n") == 1
+    results = Ranks(forks, 3, say_as_rank, "generate", None, ["--base", tiny_base, *more]).results()
+    (line,) = said_by(results)
+    assert line.startswith(f"error: rank 0: {message}")
+    assert results[0][0] == 2 and all(stdout == "" for _, stdout, _ in results)
 
 
-def killed_at_the_fourth_token():
+def killed_at_the_fourth_token(_):
     """Of the second rank."""
     decode, calls = generate.decode, []
 
@@ -211,24 +210,26 @@ def killed_at_the_fourth_token():
 def test_a_lost_rank_ends_all(forks, tiny_base):
     start = time.monotonic()
     args = ["--base", tiny_base, "--device", "cpu", "--raw", "--max-new-tokens", 500, "hi"]
-    ranks = Ranks(forks, 2, partial(say, spoil=killed_at_the_fourth_token), "generate", None, *args)
-    code, _, stderr = ranks.results(expected=1)[0]
-    assert code == 2 and stderr.count("error: another rank has ended") == 1 and "Traceback" not in stderr
-    assert time.monotonic() - start < 30
+    results = Ranks(forks, 2, say_as_rank, "generate", None, args, killed_at_the_fourth_token).results()
+    assert [code for code, _, _ in results] == [-signal.SIGTERM, -signal.SIGKILL]  # torchrun says that it was killed
+    assert "Traceback" not in results[0][2] and time.monotonic() - start < 30
 
 
-def without_its_gpu():
-    """Where there are more ranks than GPUs."""
-    if os.environ["RANK"] == "1":
-        runtime.device.rank_device = lambda name: "cuda:77"
+def without_its_gpu(rank):
+    """There are more ranks than GPUs."""
+
+    def fail(*_):
+        raise ValueError("device 'cuda:1' is not available")
+
+    if rank == 1:
+        generate.select_device = fail
 
 
 def test_what_one_rank_alone_cannot_do_is_said(forks, tiny_base):
-    ranks = Ranks(forks, 2, partial(say, spoil=without_its_gpu), "generate", None, "--base", tiny_base, "--raw", "hi")
-    results = ranks.results()
-    assert [code for code, _, _ in results] == [2, 2] and results[1][2] == ""
-    said = results[0][2]
-    assert said.startswith("error: rank 1: device 'cuda:77' is not to be had") and said.count("\n") == 1
+    args = ["--base", tiny_base, "--raw", "hi"]
+    results = Ranks(forks, 2, say_as_rank, "generate", None, args, without_its_gpu).results()
+    (line,) = said_by(results)
+    assert line.startswith("error: rank 1: device 'cuda:1' is not available") and results[1][0] == 2
 
 
 def test_a_weight_of_another_model_is_a_line(tiny_base, tmp_path):
@@ -242,10 +243,11 @@ def test_a_weight_of_another_model_is_a_line(tiny_base, tmp_path):
 
 def load_and_watch(tiny_base, base):
     torch.set_num_threads(1)
-    init_distributed()
+    if "RANK" in os.environ:
+        init_distributed()
 
     def load(path):
-        return load_part_of_rank(path, read_base(path), torch.float32, CPU)[0]
+        return load_part_of_rank(path, *read_base(path), torch.float32, CPU)
 
     load(tiny_base)  # so that the libraries' own memory doesn't count
     model, peak = peak_anonymous(lambda: load(base))

@@ -9,7 +9,7 @@ from helpers import run
 import evaluate
 from adapter import Adapter
 from multimodal import ImageAdapter
-from toy import TOYS, almanac
+from toy import almanac, toys
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Options:
 
 def test_examples_of_each(small_digits):
     """By their numbers; of pictures those to be tuned on, and of the blind the same, with no tower to see them."""
-    text, options = TOYS["text"].examples(Options())
+    text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
     assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["tuning"]]
-    seen, options = TOYS["images"].examples(Options())
+    seen, options = toys.TOYS["images"].examples(Options())
     assert options == Options(str(small_digits), str(small_digits / "tower"))
     assert [e.name for e in seen] == [f"toy question {i}" for i in range(3 * 20 + len(text))]
     named = {example.image for example in seen} - {""}
     assert len(named) == 20 and all((small_digits / image).is_file() for image in named)
-    assert TOYS["blind"].examples(Options()) == (seen, Options())
+    assert toys.TOYS["blind"].examples(Options()) == (seen, Options())
 
 
 @pytest.fixture

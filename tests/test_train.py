@@ -1,5 +1,6 @@
 """Gradients, schedule, the run's files, resuming, and what happens to bad input."""
 
+import inspect
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from adapter import Adapter, gated_attention, gated_attention_paper
 from data import AlpacaTemplate, hold_out, read_examples, tokenize
 from formats.bases import load_llama
 from runtime.compilation import compile_layers
-from toy import TOYS
+from toy import toys
 from train import TrainConfig, learning_rate, make_optimizer, mean_loss, train_step
-from training.launch import CTRL_C, signals
 from training.loss import chunked_cross_entropy
+from training.options import RunOptions
+from training.run import CTRL_C, Run
 from training.run_files import read_metrics
 
 
@@ -180,7 +183,7 @@ def test_a_run_on_a_gpu_in_bfloat16(args, tmp_path):
     position = args.index("--device")
     result = run(*args[:position], *args[position + 2 :])
     assert result.exit_code == 0, result.output
-    assert "on cuda in torch.bfloat16" in result.stderr
+    assert "on cuda:0 in torch.bfloat16" in result.stderr or "on cuda in torch.bfloat16" in result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["val_loss_after"] < summary["val_loss_before"]
     assert 0 < summary["peak_memory_bytes"] < 10**9
@@ -295,13 +298,16 @@ def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, st
     assert "this run is finished" in run(*args, "--resume").stderr
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), signals(between_steps=True) as asked:
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end, Run(RunOptions(tmp_path / "run")) as run:
+        run.in_loop = True
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert asked() == CTRL_C
+        assert run.asked == CTRL_C
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
+    assert end.value.code == 130 and signal.getsignal(signal.SIGINT) == before
 
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
@@ -476,7 +482,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--val-size", 40], "--val-size holds out 40"),
         (["--max-seq-len", 8], "of the 0 examples that fit"),
         (["--device", "cuda:99"], "cuda:99"),
-        (["--resume"], "nothing to resume"),
+        (["--resume"], "no such checkpoint to resume from"),
         (["--data", ""], "is a folder, not a file"),
         (["--base", ""], "holds neither params.json"),
         (["--lr", "nan"], "--lr"),
@@ -516,7 +522,7 @@ def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base
     )
     assert "2 examples to train on, 0 held out, 0 dropped" in limited.stderr
     assert result.exit_code == 0, result.output
-    assert "1 dropped" in result.stderr and "1 cut" in result.stderr
+    assert "1 dropped" in result.stderr and "1 truncated" in result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["dropped"] == 1 and summary["cut"] == 1 and summary["examples"] == 3
     assert summary["val_loss_after"] is None
@@ -534,8 +540,8 @@ def test_default_rate_is_the_papers(args, tmp_path):
 def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
     """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
     tuning = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
-    tiny = TOYS["text"]._replace(tuning=tuning, make=lambda: None, base=lambda: tiny_base)
-    monkeypatch.setitem(TOYS, "text", tiny)
+    monkeypatch.setattr("train.TUNING", tuning)
+    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=lambda: tiny_base))
     seen = {}
     for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):
         result = run("--out", tmp_path / name, "--limit", 64, "--device", "cpu", *more)
@@ -546,6 +552,29 @@ def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
         assert summary["trainable_parameters"] == 3 * 10 * 16 + 3 * 2
         assert 0 == summary["heldout_accuracy_base"] <= summary["heldout_accuracy_adapter"] < 1
     assert seen["own"] == pytest.approx(0.05) and seen["given"] == pytest.approx(1e-3 * 64 / 256)
+
+
+def test_data_without_a_base_says_over_what_it_trains(args, tmp_path, monkeypatch, tiny_base):
+    """The toy's LLaMA learns nothing useful from Alpaca, and people forget --base."""
+    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=lambda: tiny_base))
+    i = args.index("--base")
+    result = run(*args[:i], *args[i + 2 :])
+    assert result.exit_code == 0 and result.stderr.splitlines()[0].startswith("no --base: training over the toy's")
+    assert "no --base" not in run(*args).stderr
+
+
+def test_the_loop_is_in_sight(args, monkeypatch):
+    """Between the command and the first backward pass are four functions, which train.py shows."""
+    frames = []
+
+    def look(self):
+        frames.extend(f"{Path(frame.filename).name} {frame.function}" for frame in inspect.stack()[1:])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.Tensor, "backward", look)
+    assert run(*args).exit_code == 130
+    ours = [frame for frame in frames if frame.startswith(("train.py", "run.py", "options.py", "cli.py"))]
+    assert ours == ["train.py train_step", "train.py training_steps", "train.py train", "train.py main"]
 
 
 def test_real_alpaca_on_a_real_model(data, tmp_path):
@@ -590,5 +619,5 @@ def test_an_adapter_that_is_worse_than_none_is_warned_of(args, monkeypatch, loss
     """As --lr 1000 makes it on real text; the random base here gets better by anything."""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
-    warning = "warning: the validation loss is 2.1250, before tuning it was 2.0000: it has done harm"
+    warning = "warning: the validation loss is 2.1250, before training it was 2.0000: the adapter does harm"
     assert result.exit_code == 0 and (warning in result.stderr) == worse

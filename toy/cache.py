@@ -4,18 +4,34 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import click
-
-from runtime.files import file_lock
+from filelock import FileLock, Timeout
 
 
 def cache_root() -> Path:
     """$LLAMA_ADAPTER_CACHE, else llama-adapter in $XDG_CACHE_HOME, else in ~/.cache."""
     named = os.environ.get("LLAMA_ADAPTER_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama-adapter"
+
+
+@contextmanager
+def file_lock(path: Path, taken: Callable[[], None]):
+    """Hold a lock file. If another process holds it, call `taken`, and wait."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        taken()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Path:

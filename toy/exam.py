@@ -79,9 +79,9 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     numbered = {f"{title:34}{len(chosen):>8}": chosen for title, chosen in rows.items()}
     print_scores(scores, numbered, corner=f"{'':34}{'number':>8}")
 
-    weight, example = model.tok_embeddings.weight, questions[0].example
-    tokens = torch.tensor([AlpacaTemplate(tokenizer).prompt(example.instruction, example.input)], device=weight.device)
-    same = torch.equal(model(tokens), model(tokens, adapter(gate_scale=0.0, dtype=weight.dtype)))
+    example = questions[0].example
+    tokens = torch.tensor([AlpacaTemplate(tokenizer).prompt(example.instruction, example.input)], device=model.device)
+    same = torch.equal(model(tokens), model(tokens, adapter(gate_scale=0.0, dtype=model.dtype)))
     print(
         f"\nWith the adapter taken away (strength 0) the logits are the base's, bit for bit: {'yes' if same else 'NO'}"
     )
@@ -101,8 +101,7 @@ def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dic
     withheld = [Request(question.example.instruction, adapter="adapter") for question in questions]
     asked = {"no image": withheld}
     if isinstance(adapter, ImageAdapter):
-        weight = model.tok_embeddings.weight
-        encoder = load_image_encoder(str(folder / "tower"), None, weight.dtype, weight.device, adapter)
+        encoder = load_image_encoder(str(folder / "tower"), None, model.dtype, model.device, adapter)
         features = encoder.encode(held_out)
         others = [features[i] for i in np.random.default_rng(0).permutation(len(features))]
         for name, images in (("image", features), ("another image", others)):

@@ -1,190 +1,245 @@
-"""A training run with its files: what it is made of, and its steps followed with metrics, validation, checkpoints."""
+"""A training run: its folder and lock, metrics, checkpoints, progress bar, and the reasons to stop."""
 
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from adapter import Adapter
-from data import Tokenizer
-from runtime.cli import warn
+from runtime.cli import report_lost_rank, warn
 from runtime.device import peak_memory
-from runtime.distributed import RankLostError, all_reduce_max, detect_lost_ranks, first_rank_speaks, rank
-from runtime.distributed import sync_errors, world_size
-from runtime.errors import AllRanksError, memory_errors
-from runtime.files import resolved, write_json
-from training.curves import draw_curves
-from training.launch import TIME, Stopped, say, signals
-from training.mlp_prompts import with_plain_prompts
+from runtime.distributed import (
+    all_reduce_max,
+    barrier,
+    broadcast_from_rank0,
+    is_lost_rank,
+    print_rank0,
+    rank,
+    world_size,
+)
+from runtime.errors import error_line, is_out_of_memory
+from runtime.files import locked, read_json_object, require_writable, write_json
 from training.options import RunOptions
-from training.run_files import Progress, begin_in_folder, load_checkpoint, read_metrics, save_checkpoint, write_metrics
+from training.run_files import CHECKPOINT, SUMMARY, Progress, begin_in_folder, check_options, finish_moving
+from training.run_files import load_checkpoint, read_metrics, run_state, save_checkpoint, write_metrics
+
+# Why a run stops between two steps, and its exit code. If ranks differ, the highest number counts.
+TIME, SIGTERM, CTRL_C = 1, 2, 3
+REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
 
 
-class Prepared(NamedTuple):
-    """All that training needs, found, loaded and checked."""
+class Run:
+    """The folder --out of a training run. All ranks call its methods, and the first one writes.
 
-    model: nn.Module
-    tokenizer: Tokenizer | None
-    adapter: Adapter
-    training: list  # examples
-    validation: list  # held out
-    counts: dict[str, int]  # of examples: examples, held_out, dropped, cut
-    options: dict[str, object]  # the fixed ones: a resumed run must have the same
-    base: str | None  # as the user says it; None is the toy's
-    strategy: str = "ddp"
-    why_dropped: str = "the prompt alone fills"
-
-
-class Step(NamedTuple):
-    """An optimizer step that was taken."""
-
-    number: int  # from 1
-    epoch: int  # from 0
-    loss: float  # before it
-    lr: float
-    tokens: int
-    seconds: float
-
-
-class Recorder:
-    """Follows the steps of a run: a line of metrics for each, validation at every epoch, checkpoints, reasons to stop.
-
-    `progress` is always that of the adapter and the optimizer as they are. Only the first rank writes.
+    As a context it makes and locks the folder, and exits with one line if the run is interrupted. Raises OSError, or
+    ValueError if the folder cannot be written to, another process uses it, or --resume does not suit what is there.
     """
 
-    def __init__(self, prepared: Prepared, optimizer: torch.optim.Optimizer, run: RunOptions):
-        self.prepared, self.optimizer, self.run, self.progress = prepared, optimizer, run, Progress()
+    def __init__(self, options: RunOptions):
+        self.options = options
+        self.out = options.out
+        self.metrics = self.out / "metrics.jsonl"
+        self.step = 0  # optimizer steps taken; the adapter and the optimizer are as of this step
+        self.tokens = 0
+        self.seconds = 0.0  # spent in the steps
+        self.saved_step = 0  # of checkpoint.pt
+        self.val_losses: list[float] = []
+        self.in_loop = False
+        self.asked = 0  # the highest of the reasons that a signal has given between two steps
+        self.stopped = 0  # the reason for which the run has stopped
 
-    def begin(self, state: str) -> None:
-        """Say what will be done, make the folder ready; to go on, fill adapter and optimizer from the checkpoint.
+    @property
+    def exit_code(self) -> int:
+        return REASONS[self.stopped][1] if self.stopped else 0
 
-        `state` is of `run_state`. Raises OSError, or ValueError where the files of a run don't fit.
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            if rank() == 0:
+                is_new = not require_writable(self.out, folder=True).exists()
+                self.out.mkdir(parents=True, exist_ok=True)
+                stack.callback(remove_if_empty, self.out, is_new)
+                stack.enter_context(locked(self.out))
+                finish_moving(self.out)
+            self.state = broadcast_from_rank0(lambda: run_state(self.out, self.options.resume))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        has_checkpoint = (self.out / CHECKPOINT).exists()
+        self.stack.close()
+        advice = "to continue, add --resume" if has_checkpoint else "nothing was saved yet"
+        if isinstance(error, KeyboardInterrupt):
+            text, code = REASONS[error.args[0] if error.args else CTRL_C]
+            if world_size() == 1:  # with several ranks, the signal may come from torchrun because another has failed
+                print_rank0(f"{text}: {advice}")
+            raise SystemExit(code) from None
+        if self.stopped and error is None:
+            print_rank0(f"{REASONS[self.stopped][0]} after step {self.step}: {advice}")
+
+    def on_signal(self, number: int, frame) -> None:
+        """Note the signal if a step may be running; interrupt otherwise, and at a second Ctrl-C.
+
+        Under torchrun the second Ctrl-C may be the first one, forwarded.
         """
-        adapter, counts, options = self.prepared.adapter, self.prepared.counts, self.prepared.options
-        trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, self.prepared.model))
-        ranks = f", {self.prepared.strategy} over {world_size()} ranks" if world_size() > 1 else ""
-        say(
-            f"{trainable:,} parameters to train, {frozen:,} frozen, on {adapter.gates.device} in {options['dtype']}"
-            f"{ranks}\n{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, "
-            f"{counts['dropped']:,} dropped ({self.prepared.why_dropped} {options['max_seq_len']} tokens), "
-            f"{counts['cut']:,} cut to fit"
-        )
-        if state == "begun":
-            self.progress = load_checkpoint(self.run.out / "checkpoint.pt", adapter, self.optimizer, options)
-        with sync_errors():
-            moved = begin_in_folder(self.run.out, self.progress.step) if rank() == 0 else None
-        if moved is not None:
-            say(f"{self.run.out}: the run that finished there is now in {moved}")
+        reason = CTRL_C if number == signal.SIGINT else SIGTERM
+        is_second = reason == CTRL_C and self.asked == CTRL_C and world_size() == 1
+        if not self.in_loop or is_second:
+            raise KeyboardInterrupt(reason)
+        self.asked = max(self.asked, reason)
 
-    def follow(
-        self,
-        steps: Iterator[Step],
-        validation_loss: Callable[[], float],
-        *,
-        total: int,
-        steps_per_epoch: int,
-        less_memory: str,
-    ) -> None:
-        """Take all steps; `less_memory` is what would take less.
+    def is_finished(self, fixed: dict) -> bool:
+        """Whether --resume finds nothing left to do. Raises ValueError if the finished run had other options."""
+        if self.state == "finished" and rank() == 0:
+            check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
+        return self.state == "finished"
 
-        Raises Stopped, FloatingPointError where values are not finite, torch.OutOfMemoryError, RankLostError where
-        another rank is gone, all of them with the last good state saved, and OSError where it cannot be.
+    def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
+        """Prepare the folder, and on --resume fill adapter and optimizer from checkpoint.pt.
+
+        `counts` are numbers of examples for the summary. Raises OSError, or ValueError if the files do not fit.
         """
-        bar = tqdm(total=total, initial=self.progress.step, unit="step", file=sys.stderr, disable=rank() > 0)
-        with self.advise(less_memory), bar, signals(between_steps=True) as asked:
-            try:
-                if self.progress.step % steps_per_epoch == 0:
-                    self.validate(validation_loss, bar)
-                for step in steps:
-                    self.record_step(step, bar)
-                    late = TIME if time.perf_counter() > self.run.deadline else 0
-                    with detect_lost_ranks():
-                        reason = all_reduce_max(max(late, asked()))
-                    if reason:
-                        raise Stopped(reason, step.number)
-                    if step.number % steps_per_epoch == 0:
-                        self.validate(validation_loss, bar)
-                    if step.number % self.run.save_every == 0 or step.number == total:
-                        self.save()
-            except (Stopped, FloatingPointError, torch.OutOfMemoryError, RankLostError):
-                self.save()
-                raise
-
-    def record_step(self, step: Step, bar: tqdm) -> None:
-        tokens, seconds = self.progress.tokens + step.tokens, self.progress.seconds + step.seconds
-        self.progress = Progress(step.number, tokens, seconds)
-        speed, gates = step.tokens / step.seconds, self.prepared.adapter.gate_values()
-        line = {"epoch": step.epoch, "loss": step.loss, "lr": step.lr, "tokens_per_second": speed}
-        self.record(line | {"gate_mean_abs": gates.abs().mean().item()})
-        bar.update()
-        if step.number % self.run.log_every == 0:
-            bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
-
-    def validate(self, validation_loss: Callable[[], float], bar: tqdm) -> None:
-        if not self.prepared.validation:
-            return
-        with detect_lost_ranks(), memory_errors():
-            loss = validation_loss()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the validation loss is {loss}")
-        self.record({"val_loss": loss})
+        self.adapter = adapter
+        self.optimizer = optimizer
+        self.fixed = fixed
+        self.counts = counts
+        self.num_steps = num_steps
+        barrier()  # every rank has loaded its base before files change
+        if self.state == "begun":
+            progress = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
+            self.step, self.tokens, self.seconds = progress
+            self.saved_step = self.step
         if rank() == 0:
-            bar.write(f"step {self.progress.step}: validation loss {loss:.4f}", file=sys.stderr)
+            moved = begin_in_folder(self.out, self.step)
+            if moved is not None:
+                finished = "the run that finished there" if (moved / SUMMARY).exists() else "an unfinished adapter"
+                print_rank0(f"{self.out}: {finished} is now in {moved}")
+            if self.step:
+                self.val_losses = [line["val_loss"] for line in read_metrics(self.metrics) if "val_loss" in line]
 
-    def record(self, line: dict) -> None:
-        if rank() == 0:
-            write_metrics(self.run.out / "metrics.jsonl", {"step": self.progress.step} | line)
-
-    def save(self) -> None:
-        if rank() == 0:
-            save_checkpoint(self.run.out, self.prepared.adapter, self.optimizer, self.progress, self.prepared.options)
+    # -----------------------------------------------------------------------------------------------
+    # During the loop
 
     @contextmanager
-    def advise(self, less_memory: str):
-        """Tells what ended the run with what is saved, and what may help."""
-        files = f"{self.run.out}/checkpoint.pt and adapter.safetensors are as of step"
-        try:
-            yield
-        except FloatingPointError as error:
-            where, advice = f"in step {self.progress.step + 1}", "a lower --lr may help, with another --out"
-            raise AllRanksError(f"{where}: {error}; {files} {self.progress.step}; {advice}") from None
-        except RankLostError as error:
-            raise RankLostError(f"{error}; {files} {self.progress.step}; to go on, add --resume") from None
-        except torch.OutOfMemoryError as error:
-            advice = f"to go on, add --resume and {less_memory}"
-            raise ValueError(f"{error}; {files} {self.progress.step}; {advice}") from None
+    def saving_on_errors(self):
+        """Show the progress bar; if a step fails, save the last whole step and say how to continue.
 
-    def finish(self, evaluate: Callable | None) -> None:
-        """Write the adapter with its losses, curves, and summary.json, with what `evaluate` says of the tuned adapter.
-
-        `evaluate` is called with model, tokenizer and adapter.
+        Steps fail for lack of memory, values that are not finite, or because another rank has ended.
         """
-        prepared, out, scores = self.prepared, self.run.out, {}
-        if evaluate is not None and (rank() == 0 or prepared.strategy == "fsdp"):  # a split model needs all ranks
-            with first_rank_speaks():
-                scores = evaluate(prepared.model, prepared.tokenizer, prepared.adapter)
+        self.in_loop = True
+        options = {"total": self.num_steps, "initial": self.step, "unit": "step", "disable": rank() > 0}
+        with tqdm(**options, file=sys.stderr) as self.bar:
+            try:
+                yield
+            except (FloatingPointError, RuntimeError, MemoryError) as error:
+                self.save_after_error()
+                self.explain(error)
+                raise
+            finally:
+                self.in_loop = False
+
+    def save_after_error(self) -> None:
+        """Save the state before the failed step, unless the optimizer has already changed a part of it."""
+        steps = {int(state["step"]) for state in self.optimizer.state.values()}
+        if rank() == 0 and steps == {self.step} and self.saved_step < self.step:
+            self.save_checkpoint()
+
+    def explain(self, error: Exception) -> None:
+        """Raise ValueError, or exit, with the cause, what is saved, and advice; return if the error is unexpected."""
+        saved = "nothing was saved yet"
+        if self.saved_step:
+            saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors are as of step {self.saved_step}"
+        if is_lost_rank(error):
+            report_lost_rank(error, f"; {saved}; to continue, add --resume")
+            sys.exit(2)
+        if isinstance(error, FloatingPointError):
+            advice = "a lower --lr may help, with another --out"
+            raise ValueError(f"in step {self.step + 1}: {error}; {saved}; {advice}") from None
+        if is_out_of_memory(error):
+            advice = "to continue, add --resume and a smaller --micro-batch-tokens, or --checkpoint-activations"
+            raise ValueError(f"{error_line(error)}; {saved}; {advice}") from None
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
+        minutes = (time.perf_counter() - self.options.started) / 60
+        is_late = minutes > (self.options.max_minutes or math.inf)
+        self.stopped = all_reduce_max(max(self.asked, TIME if is_late else 0))
+        return self.stopped > 0
+
+    def log_step(self, step) -> None:
+        """Write a line of metrics for a train.Step."""
+        self.step = step.number
+        self.tokens += step.tokens
+        self.seconds += step.seconds
+        if rank() > 0:
+            return
+        speed = step.tokens / step.seconds
+        line = {"step": step.number, "epoch": step.epoch, "loss": step.loss, "lr": step.lr, "tokens_per_second": speed}
+        line["gate_mean_abs"] = self.adapter.gate_values().abs().mean().item()
+        write_metrics(self.metrics, line)
+        self.bar.update()
+        if step.number % self.options.log_every == 0:
+            self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
+
+    def log_validation(self, loss: float) -> None:
+        """Write a line of metrics. Raises FloatingPointError if the loss is not finite."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is {loss}")
+        self.val_losses.append(loss)
         if rank() == 0:
-            adapter, metrics = prepared.adapter, read_metrics(out / "metrics.jsonl")
-            losses = [line["val_loss"] for line in metrics if "val_loss" in line] or [None]
-            change = {"val_loss_before": losses[0], "val_loss_after": losses[-1]}
-            if losses[0] is not None and losses[-1] > losses[0]:
-                than = f"{losses[-1]:.4f}, before tuning it was {losses[0]:.4f}: it has done harm"
+            write_metrics(self.metrics, {"step": self.step, "val_loss": loss})
+            self.bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
+
+    def save_checkpoint(self) -> None:
+        """Write the adapter, for use, and then checkpoint.pt."""
+        if rank() == 0:
+            adapter = self.adapter
+            if parametrize.is_parametrized(adapter):
+                from training.mlp_prompts import with_plain_prompts
+
+                adapter = with_plain_prompts(adapter)
+            adapter.save(self.out / "adapter.safetensors", steps=self.step, **self.change())
+            progress = Progress(self.step, self.tokens, self.seconds)
+            save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed)
+        self.saved_step = self.step
+
+    def change(self) -> dict[str, float | None]:
+        """The first and the newest validation loss."""
+        before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
+        return {"val_loss_before": before, "val_loss_after": after}
+
+    # -----------------------------------------------------------------------------------------------
+    # At the end
+
+    def finish(self, scores: dict[str, float]) -> None:
+        """Write curves.png and summary.json, with the scores of an evaluation, and remove checkpoint.pt."""
+        if rank() == 0:
+            from training.curves import draw_curves  # loads matplotlib
+
+            change = self.change()
+            before, after = change.values()
+            if before is not None and after > before:
+                than = f"{after:.4f}, before training it was {before:.4f}: the adapter does harm"
                 warn(f"the validation loss is {than}; a lower --lr may help")
-            with_plain_prompts(adapter).save(out / "adapter.safetensors", **change)
-            draw_curves(metrics, adapter, out / "curves.png")
-            summary = {"trainable_parameters": sum(p.numel() for p in adapter.parameters())} | prepared.counts
-            summary |= {"adapter_bytes": (out / "adapter.safetensors").stat().st_size} | change
-            speed = self.progress.tokens / self.progress.seconds
-            summary |= {"tokens": self.progress.tokens, "tokens_per_second": speed} | scores
-            summary |= {"wall_seconds": time.perf_counter() - self.run.started}
-            summary |= {"peak_memory_bytes": peak_memory(adapter.gates.device)}
-            summary |= {"options": prepared.options | {"base": resolved(prepared.base)}}
-            write_json(out / "summary.json", summary, indent=2)
-            (out / "checkpoint.pt").unlink()
-        say(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {out}")
+            draw_curves(read_metrics(self.metrics), self.adapter, self.out / "curves.png")
+            summary = {"trainable_parameters": sum(p.numel() for p in self.adapter.parameters())} | self.counts
+            summary |= {"adapter_bytes": (self.out / "adapter.safetensors").stat().st_size} | change
+            summary |= {"tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds} | scores
+            summary |= {"wall_seconds": time.perf_counter() - self.options.started}
+            summary |= {"peak_memory_bytes": peak_memory(self.adapter.gates.device), "options": self.fixed}
+            write_json(self.out / SUMMARY, summary, indent=2)
+            (self.out / CHECKPOINT).unlink()
+        print_rank0(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {self.out}")
+
+
+def remove_if_empty(folder: Path, is_new: bool) -> None:
+    """Remove a folder that this run has made and nothing was written to."""
+    if is_new and not any(folder.iterdir()):
+        folder.rmdir()

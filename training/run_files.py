@@ -1,6 +1,6 @@
-"""What a training run writes to its folder and reads back: metrics, checkpoints, a summary.
+"""The files of a training run: metrics, checkpoints, and the state that they tell.
 
-`options` are the fixed ones everywhere here: those in which a run and its resumption must be the same.
+`fixed` are the options that a run and its resumption must share.
 """
 
 import io
@@ -15,10 +15,12 @@ import torch
 
 from adapter import Adapter
 from formats.tensors import load_pth, require_dense
-from runtime.distributed import broadcast_from_rank0, sync_errors
-from runtime.files import atomic_write, first_line, read_bytes, read_json_object, resolved
+from runtime.distributed import broadcast_from_rank0
+from runtime.files import atomic_write, first_line, read_bytes, remove_unfinished
 from runtime.schema import require_number
-from training.mlp_prompts import with_plain_prompts
+
+CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
+WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # what a finished run leaves
 
 
 class Progress(NamedTuple):
@@ -26,81 +28,102 @@ class Progress(NamedTuple):
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of its steps
+    seconds: float = 0.0  # spent in its steps
 
 
-def run_state(out: Path, resume: str | None, options: dict, base: str | Path | None) -> str:
-    """How a run stands in its folder: "new", "begun" or "finished".
+def run_state(out: Path, resume: str | None) -> str:
+    """Return "new", "begun" or "finished". checkpoint.pt exists from the first save until the summary is written.
 
-    `options` are those known so far, `resume` is None, "yes" or "auto". Raises ValueError where it does not suit that,
-    or where the run that finished there had other options.
+    `resume` is None, "yes" or "auto". Raises ValueError if it contradicts the state.
     """
-    checkpoint, summary = out / "checkpoint.pt", out / "summary.json"
-    if checkpoint.exists():
+    if (out / CHECKPOINT).exists():
         if resume is None:
-            raise ValueError(f"{checkpoint} is of an unfinished run: go on with --resume, or use another --out")
+            cure = "continue it with --resume, or use another --out"
+            raise ValueError(f"{out / CHECKPOINT} is of an unfinished run: {cure}")
         return "begun"
-    if resume is not None and summary.exists():
-        before = read_json_object(summary).get("options")
-        check_options(before, options | {"base": resolved(base)}, summary)
+    if resume is not None and (out / SUMMARY).exists():
         return "finished"
     if resume == "yes":
-        raise ValueError(
-            f"{checkpoint}: nothing to resume, nothing was saved; leave out --resume, or say --resume auto"
-        )
+        raise ValueError(f"{out / CHECKPOINT}: no such checkpoint to resume from; omit --resume, or use --resume auto")
     return "new"
 
 
-def check_options(before: object, options: dict, path: Path) -> None:
-    """Raise ValueError where a run that left `path` had other options than now."""
+def check_options(before: object, fixed: dict, path: Path) -> None:
+    """Raise ValueError if the run that wrote `path` had other options. The base may have moved."""
     if not isinstance(before, dict):
-        raise ValueError(f"{path}: does not say the options of its run")
-    for name, value in options.items():
-        if before.get(name) != value:
+        raise ValueError(f"{path}: does not state the options of its run")
+    for name, value in fixed.items():
+        if name != "base" and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
             raise ValueError(f"{was}: a resumed run cannot change it")
 
 
-WRITTEN = ("adapter.safetensors", "summary.json", "metrics.jsonl", "curves.png")
+# ---------------------------------------------------------------------------------------------------
+# The folder
 
 
 def begin_in_folder(out: Path, step: int) -> Path | None:
-    """Make the folder ready to go on after `step`: what a killed run left of later steps goes.
+    """Prepare the folder to continue after `step`, and remove what a killed run wrote later.
 
-    What a run that finished there left, where a new one begins, is moved to a folder in it, which is returned. Raises
-    OSError, or ValueError where metrics are missing.
+    If a new run begins where another has written an adapter, its files are moved to a new folder run-N, which is
+    returned. Raises OSError, or ValueError if metrics are missing.
     """
+    for name in (*WRITTEN, CHECKPOINT):
+        remove_unfinished(out / name)
+    if step:
+        (out / SUMMARY).unlink(missing_ok=True)
+        (out / "curves.png").unlink(missing_ok=True)
+        trim_metrics(out / "metrics.jsonl", step)
+        return None
     moved = None
-    if step == 0 and (out / "adapter.safetensors").is_file():
+    if any((out / name).is_file() for name in ("adapter.safetensors", SUMMARY)):
         moved = next(place for i in count(1) if not (place := out / f"run-{i}").exists())
-        moved.mkdir()
-        for name in filter(lambda name: (out / name).is_file(), WRITTEN):
-            (out / name).rename(moved / name)
-    for stale in (out / "summary.json", out / "curves.png", *out.glob("*.unfinished")):
-        stale.unlink(missing_ok=True)
-    trim_metrics(out / "metrics.jsonl", step)
+        move_run(out, moved)
+    for name in ("metrics.jsonl", "curves.png"):
+        (out / name).unlink(missing_ok=True)
     return moved
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Take from metrics.jsonl what a killed run wrote after the step that is gone on from.
+def move_run(out: Path, folder: Path) -> None:
+    """Move the files of a run into `folder`, which gets its name when all of them are there."""
+    moving = folder.with_name(f"{folder.name}.moving")
+    moving.mkdir(exist_ok=True)
+    for name in WRITTEN:
+        if (out / name).is_file():
+            (out / name).rename(moving / name)
+    moving.rename(folder)
 
-    An evaluation at that very step goes as well, since it is made again. Raises ValueError where steps are missing.
+
+def finish_moving(out: Path) -> None:
+    """Complete a `move_run` that was killed. A run writes nothing before its predecessor is moved."""
+    for moving in out.glob("run-*.moving"):
+        if any(moving.iterdir()):
+            move_run(out, moving.with_suffix(""))
+        else:
+            moving.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Remove the lines that a killed run wrote after the step of its checkpoint.
+
+    An evaluation at that very step is removed, too, because it is repeated. Raises ValueError if steps are missing.
     """
     kept = []
-    if step:
-        for line in read_metrics(path):
-            if line["step"] < step or (line["step"] == step and "loss" in line):
-                kept.append(line)
-        steps = [line["step"] for line in kept if "loss" in line]
-        if len(steps) != step or steps != list(range(1, step + 1)):
-            raise ValueError(f"{path}: does not have every step up to {step}, where checkpoint.pt stands")
+    for line in read_metrics(path):
+        if line["step"] < step or (line["step"] == step and "loss" in line):
+            kept.append(line)
+    if [line["step"] for line in kept if "loss" in line] != list(range(1, step + 1)):
+        raise ValueError(f"{path}: does not have every step up to {step}, the step of checkpoint.pt")
     with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Every whole line; a killed run may leave half of one at the end. Raises ValueError, naming the line."""
+    """Read every complete line; a killed run may leave half a line at the end. Raises ValueError, naming the line."""
     lines = []
     if path.exists():
         for number, text in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
@@ -112,7 +135,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def checked_line(line: object) -> dict:
-    """A line of metrics; raises ValueError where it is none."""
+    """Return a line of metrics. Raises ValueError if it is none."""
     if not isinstance(line, dict):
         raise ValueError(f"a {type(line).__name__}")
     require_number("step", line.get("step"), 0, 2**40, whole=True)
@@ -122,7 +145,7 @@ def checked_line(line: object) -> dict:
 
 
 def write_metrics(path: Path, line: dict) -> None:
-    """Append one. Raises OSError that names the file."""
+    """Append one line. Raises OSError that names the file."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -130,55 +153,58 @@ def write_metrics(path: Path, line: dict) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def save_checkpoint(
-    out: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, options: dict
-) -> None:
-    """The adapter for use, and all that `--resume` needs.
+# ---------------------------------------------------------------------------------------------------
+# checkpoint.pt
 
-    When the new checkpoint takes the place of the old one, it and the metrics so far are on the disk.
-    """
-    with open(out / "metrics.jsonl", "rb+") as metrics:
+
+def save_checkpoint(
+    path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, fixed: dict
+) -> None:
+    """Write all that `--resume` needs, after the metrics so far have reached the disk."""
+    with open(path.with_name("metrics.jsonl"), "rb+") as metrics:
         os.fsync(metrics)
-    with_plain_prompts(adapter).save(out / "adapter.safetensors", steps=progress.step)
     state = {
         "progress": progress._asdict(),
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "options": options,
+        "options": fixed,
     }
     content = io.BytesIO()
     torch.save(state, content)
-    with atomic_write(out / "checkpoint.pt") as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content.getvalue())
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, options: dict) -> Progress:
-    """Fill adapter and optimizer; returns the progress. The first rank reads the file, for all.
+def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict) -> Progress:
+    """Fill adapter and optimizer, and return the progress. The first rank reads the file for all.
 
-    Raises FileNotFoundError, or ValueError where the file is broken or of a run with other options.
+    Raises FileNotFoundError, or ValueError if the file is broken or of a run with other options.
     """
-    content = broadcast_from_rank0(partial(read_bytes, path))
-    with sync_errors():
-        checkpoint = load_pth(path, content)
-        check_options(checkpoint.get("options"), options, path)
-        try:
-            progress = Progress(*(checkpoint["progress"][name] for name in Progress._fields))
-            require_number("step", progress.step, 1, 2**40, whole=True)
-            require_number("tokens", progress.tokens, 1, 2**60, whole=True)
-            require_number("seconds", progress.seconds, 1e-9, 1e12)
-            for tensor in checkpoint["adapter"].values():
-                require_dense(tensor)
-            adapter.load_state_dict(checkpoint["adapter"])
-            load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
-            return progress
-        except Exception as error:  # whatever is missing, or of another shape
-            raise ValueError(f"{path}: not a checkpoint of train.py: {first_line(error)}") from None
+    checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
+    not_ours = f"{path}: not a checkpoint of train.py"
+    try:
+        options = json.loads(json.dumps(checkpoint.get("options")))  # plain values, and nothing else
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{not_ours}: its options: {first_line(error)}") from None
+    check_options(options, json.loads(json.dumps(fixed)), path)
+    try:
+        progress = Progress(*(checkpoint["progress"][name] for name in Progress._fields))
+        require_number("step", progress.step, 1, 2**40, whole=True)
+        require_number("tokens", progress.tokens, 1, 2**60, whole=True)
+        require_number("seconds", progress.seconds, 1e-9, 1e12)
+        for tensor in checkpoint["adapter"].values():
+            require_dense(tensor)
+        adapter.load_state_dict(checkpoint["adapter"])
+        load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
+        return progress
+    except Exception as error:  # whatever is missing or has another shape
+        raise ValueError(f"{not_ours}: {first_line(error)}") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) -> None:
-    """Fill AdamW with what it knew of each parameter, after so many steps; rates and betas stay its own.
+    """Fill AdamW's moments of each parameter after `steps` steps; rates and betas remain those of `optimizer`.
 
-    Raises ValueError where that is not of the parameter's shape, not finite, or of another step.
+    Raises ValueError if a moment has another shape, is not finite, or is of another step.
     """
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:

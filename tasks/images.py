@@ -1,0 +1,67 @@
+"""The images of examples: which are there, and their features."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from data import Example
+from formats.image_encoders import FunctionEncoder, TowerEncoder, load_image_encoder
+from runtime.distributed import local_rank0_first
+from runtime.files import path_inside, require_file
+
+AnyExample = TypeVar("AnyExample", bound=Example)
+
+
+def with_images(
+    examples: Sequence[AnyExample], folder: str | Path, skip_missing: bool, path: str | Path
+) -> list[AnyExample]:
+    """The examples whose image is in the folder, or that have none; `path`, their file, begins the error messages.
+
+    Raises FileNotFoundError that names the example, unless those with a missing image are skipped, and ValueError if
+    no example remains.
+    """
+    kept = []
+    for example in examples:
+        try:
+            if example.image:
+                require_file(path_inside(folder, example.image), "image")
+        except (FileNotFoundError, ValueError) as error:
+            if skip_missing and isinstance(error, FileNotFoundError):
+                continue
+            raise type(error)(f"{path}: {example.name}: {error}") from None
+        kept.append(example)
+    if not kept:
+        raise ValueError(f"{path}: none of its {len(examples)} examples has an image that is there")
+    return kept
+
+
+def attach_features(
+    examples: Sequence[AnyExample],
+    folder: str | Path,
+    encoder: TowerEncoder | FunctionEncoder,
+    cache: Path | None = None,
+) -> list[AnyExample]:
+    """The examples, each with the features (F,) of its image. An image that several share is encoded once.
+
+    `cache` is a folder that keeps features for the next run. Raises OSError or ValueError.
+    """
+    paths = [Path(folder) / example.image if example.image else None for example in examples]
+    distinct = list(dict.fromkeys(path for path in paths if path is not None))
+    features = dict(zip(distinct, encoder.encode(distinct, cache=cache))) if distinct else {}
+    return [replace(example, features=features.get(path)) for example, path in zip(examples, paths)]
+
+
+def encode_images(
+    examples: Sequence[AnyExample], data, dtype: torch.dtype, device: torch.device
+) -> tuple[list[AnyExample], TowerEncoder | FunctionEncoder]:
+    """The examples with the features of their images, and the encoder that computed them.
+
+    `data` is a training.options.DataOptions. Raises OSError or ValueError.
+    """
+    encoder = load_image_encoder(data.tower, data.encoder, dtype, device)
+    with local_rank0_first():  # it fills the cache for the other ranks
+        examples = attach_features(examples, data.images, encoder, cache=data.features)
+    return examples, encoder
