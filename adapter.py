@@ -1,7 +1,7 @@
-"""LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): the method, and nothing else.
+"""LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): gated attention, the adapter, and its file.
 
-A frozen transformer learns to follow instructions from K learnable prompt vectors and one
-learnable gate per head, added to each of its topmost L layers:
+A frozen transformer is adapted by K learned prompt vectors and one learned gate per head in each
+of its topmost L layers:
 
     q = rope(Wq x)   k = rope(Wk x)   v = Wv x           as in plain LLaMA
     kp = Wk P        vp = Wv P                            the layer's own frozen Wk, Wv
@@ -9,9 +9,8 @@ learnable gate per head, added to each of its topmost L layers:
     weights = [ tanh(g) * softmax(scores over prompts) ; softmax(scores over tokens) ]
     output  = Wo ( weights [vp ; v] )
 
-The two softmaxes are separate. With g = 0, where training starts, the output is exactly that of the
-frozen layer. So the adapter starts as the pretrained model, and the prompts contribute only as far
-as training finds them useful ("zero-init attention", section 3.2).
+The two softmaxes are separate. Gates are initialized to 0, so the adapted model is exactly the
+pretrained one when training starts ("zero-init attention", section 3.2).
 
 Notation, here and in every other file:
     B batch   T tokens   S key length: cached plus new tokens   C model width   V vocabulary size
@@ -32,7 +31,7 @@ from runtime.files import write_tensors
 
 
 class Prompt(NamedTuple):
-    """Prompt embeddings and gate of one layer, which projects the embeddings with its own weights.
+    """Prompt embeddings and gate of one layer. The layer projects the embeddings with its own frozen Wk and Wv.
 
     The first dimension is 1 if the batch shares the prompt, B if each sample has its own.
     """
@@ -68,7 +67,7 @@ def gated_attention_paper(
 
     q (B, H, T, D); k, v (B, Hkv, S, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1);
     returns (B, H, T, D). Prompts have no position and no causal order: every query attends to all
-    of them. `mask` and `causal` as for `attend`; they apply to the tokens only.
+    of them. `mask` and `causal` have the same meaning as for `attend`, and apply to the tokens only.
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]
@@ -98,27 +97,31 @@ def gated_attention(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """The same function as `gated_attention_paper`, as two fused attentions that store no weights.
+    """Equivalent to `gated_attention_paper`, with two fused attentions that do not store the weights.
 
-    [g A ; W] [vp ; v] = g (A vp) + W v, so the prompts are a second attention, scaled and added.
-    At gate zero the result is the frozen layer's attention bit for bit; the explicit form's is
-    equal up to rounding.
+    With A and W the softmax over prompts and tokens, [g A ; W] [vp ; v] = g (A vp) + W v. With a zero
+    gate the result is bit for bit that of the frozen layer; that of `gated_attention_paper` is equal
+    up to rounding.
     """
+    over_prompts = prompt_attention(q, prompt_k, prompt_v, gate)  # (B, H, T, D)
+    return attend(q, k, v, mask, causal) + over_prompts
+
+
+def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
+    """The prompts' term of gated attention, g A vp (B, H, T, D)."""
     B = q.shape[0]
-    over_tokens = attend(q, k, v, mask, causal)  # (B, H, T, D)
-    over_prompts = attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))  # (B, H, T, D)
-    return over_tokens + gate * over_prompts
+    return gate * attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))
 
 
-ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # two equivalent implementations
+ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the values of --attention
 
 
 class Adapter(nn.Module):
     """The trainable parameters: K prompt vectors and H gates for each of the topmost L layers.
 
-    L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30, in float32 whatever the
-    dtype of the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized
-    from N(0, 1), gates to zero. `metadata` is that of the safetensors file, str to str.
+    L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30, in float32 for any dtype
+    of the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized from
+    N(0, 1), gates to zero. `metadata` (str to str) is stored in the safetensors file.
     """
 
     # The published implementations disagree on the activation of the gate: docs/method.md.
@@ -143,10 +146,10 @@ class Adapter(nn.Module):
     def forward(
         self, condition: Tensor | None = None, gate_scale: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[Prompt]:
-        """Return the prompts of the L adapted layers, lowest layer first, in the base's dtype.
+        """Return the prompts of the L adapted layers, lowest layer first, cast to the dtype of the base.
 
         `condition` (B, C), such as a projected image, is added to every prompt vector (section 3.3).
-        `gate_scale` scales the gates after their activation: 0 is the frozen base.
+        `gate_scale` scales the gates after their activation: 0 gives the output of the frozen base.
         """
         tokens = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:
@@ -159,13 +162,8 @@ class Adapter(nn.Module):
         """Gate values after the activation, (L, H)."""
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
-    @classmethod
-    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
-        """Extra constructor arguments of a subclass, inferred from the tensors and metadata of a file."""
-        return {}
-
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
-        """Raise ValueError, with both numbers, if the adapter does not fit a base of this size."""
+        """Raise ValueError if the adapter does not fit a base of these dimensions; the message has both numbers."""
         base = {"layers": layers, "dim": dim, "heads": heads}
         made_for = {"dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
         made_for["layers"] = int(self.metadata.get("base_layers", layers))
@@ -176,7 +174,7 @@ class Adapter(nn.Module):
             raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, the base has {layers} layers")
 
     def save(self, path: str | Path, **metadata) -> None:
-        """Write the adapter file atomically, after adding to its metadata."""
+        """Add to the metadata, and write the adapter file atomically."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
             "format": "llama-adapter",
@@ -190,18 +188,21 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Read an adapter file strictly. `formats.adapters.load_adapter` also explains what is wrong with a file."""
+        """Load an adapter file, strictly. `formats.adapters.load_adapter` also explains what is wrong with a file."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls.from_tensors(tensors, file.metadata())
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "Adapter":
-        """Build an adapter from the content of its file. Every tensor must be present and have its shape."""
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
+        """Build an adapter from the content of its file. Every tensor must be present and have its shape.
+
+        A subclass passes its constructor's `extra` arguments, inferred from the tensors.
+        """
         layers, length, dim = tensors["prompts"].shape
-        shape = {"layers": layers, "length": length, "dim": dim, "heads": tensors["gates"].shape[1]}
-        extra = cls.extra_arguments(tensors, metadata)
-        adapter = cls(**shape, **extra, gate_activation=metadata["gate_activation"])
+        heads = tensors["gates"].shape[1]
+        activation = metadata["gate_activation"]
+        adapter = cls(layers=layers, length=length, dim=dim, heads=heads, gate_activation=activation, **extra)
         adapter.load_state_dict(tensors)
         adapter.metadata = dict(metadata)
         return adapter

@@ -1,4 +1,4 @@
-"""From a file of instructions to batches of token ids: records, template, tokens, batches.
+"""Read instruction data, format it with a prompt template, tokenize and batch it.
 
 Notation as in adapter.py.
 """
@@ -17,7 +17,7 @@ from runtime.files import parse_json, read_text
 MEDIA = ("image", "video", "audio")  # fields that name the media file of a record
 IGNORE = -100  # ignore_index of the cross entropy
 
-# The Stanford Alpaca template, with which the paper trains.
+# The Stanford Alpaca template, which the paper uses.
 ALPACA = {
     "with_input": (
         "Below is an instruction that describes a task, paired with an input that provides further "
@@ -46,9 +46,19 @@ class Example:
     input: str = ""
     output: str = ""
     image: str = ""  # the file name of its image, video or sound, if it has one
-    name: str = ""  # its name in error messages: "record 3"
-    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns also fills instruction and output
-    features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), of its image
+    name: str = ""  # a label for error messages, such as "record 3"
+    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns is in instruction and output as well
+    features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of its image
+
+
+class Request(NamedTuple):
+    """An instruction to respond to."""
+
+    instruction: str
+    input: str = ""
+    adapter: str = "base"  # the name of the adapter that responds
+    features: Tensor | None = None  # (F,), of its image, if it has one
+    history: Sequence[Turn] = ()  # earlier turns
 
 
 class Tokens(NamedTuple):
@@ -56,17 +66,17 @@ class Tokens(NamedTuple):
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
     loss_mask: list[bool]  # True for the tokens of responses, each with its <eos>
-    name: str  # of the example
-    features: Tensor | None = None  # (F,), of its image, if it has one
+    name: str  # label of the example, for error messages
+    features: Tensor | None = None  # (F,), features of its image
 
     @property
     def size(self) -> int:
-        """The number of positions in a batch."""
+        """The number of token ids."""
         return len(self.ids)
 
     @property
     def num_targets(self) -> int:
-        """The number of tokens that the loss is a mean over."""
+        """The number of target tokens, which the loss is a mean over."""
         return sum(self.loss_mask)
 
 
@@ -74,26 +84,27 @@ class Batch(NamedTuple):
     """A padded batch of examples."""
 
     inputs: Tensor  # (B, T)
-    targets: Tensor  # (B, T), IGNORE where there is no loss
+    targets: Tensor  # (B, T), IGNORE at prompts and padding
     features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has one
     has_image: Tensor | None = None  # (B,)
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back, for every kind of tokenizer file."""
+    """The interface of all tokenizers."""
 
-    start_ids: list[int]  # <bos>, if texts begin with one
+    start_ids: list[int]  # <bos>, or none
     eos_id: int  # ends a response in training
     end_ids: list[int]  # any of them ends a response in generation
     vocab_size: int
     special_ids: dict[str, int]  # ids of the special tokens by their text
     named_tokens: dict[str, str]  # the texts of "bos_token" and "eos_token"
-    chat_template: str | None  # the base's own, for formats/chat_templates.py
+    chat_template: str | None  # the base's own Jinja template
 
     def encode(self, text: str, after: str = "") -> list[int]:
-        """Return the ids of the text, without <bos> and <eos>; `after` is the special token before it, if any.
+        """Return the ids of the text, without <bos> and <eos>.
 
-        Raises ValueError at an unpaired surrogate.
+        `after` is the special token before the text, if any; some tokenizers then omit a leading space. Raises
+        ValueError at an unpaired surrogate.
         """
 
     def decode(self, ids: list[int]) -> str:
@@ -110,7 +121,7 @@ def read_records(path: str | Path) -> list:
     """Read the values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError naming the line."""
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
         cure = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
-        raise ValueError(f"{path}: is not JSON; {cure} makes it so")
+        raise ValueError(f"{path}: is not JSON; convert it: {cure}")
     text = read_text(path)
     if text.lstrip().startswith("["):
         records = parse_json(text, path)
@@ -125,7 +136,7 @@ def read_records(path: str | Path) -> list:
 def check_record(
     record: object, path: str | Path, name: str, needed: Sequence[str] = ("instruction", "output")
 ) -> Example:
-    """Check one JSON value and convert it; path and name ("record 3", counted from 0) begin the error message.
+    """Check one JSON value and return an Example. Error messages begin with path and name ("record 3", from 0).
 
     Reads the needed fields, `input`, and one of `image`, `video` and `audio`, and ignores all others.
     """
@@ -146,7 +157,7 @@ def check_record(
 
 
 def check_text(value: object, where: str, name: str) -> None:
-    """Raise ValueError if the value of a field is no text."""
+    """Raise ValueError if the value of a field is not a string, or contains an unpaired surrogate."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -154,7 +165,7 @@ def check_text(value: object, where: str, name: str) -> None:
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """Return the instruction in Alpaca's template, up to where the response begins."""
+    """Return the prompt in Alpaca's template, which ends with "### Response:"."""
     return ALPACA["with_input" if input else "without_input"].format(instruction=instruction, input=input)
 
 
@@ -170,13 +181,13 @@ class Template(Protocol):
 
     name: str
     end_ids: list[int]  # any of them ends a response
-    has_turns: bool  # whether a conversation may have several turns
+    has_turns: bool  # whether it supports conversations of several turns
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """Return the ids that training conditions on, and that generation starts from."""
+        """Return the ids of the prompt, the same in training and generation."""
 
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
-        """Yield the prompts and responses of every example. Raises ValueError that names one that does not fit."""
+        """Yield the prompts and responses of every example. Raises ValueError, naming an example that does not fit."""
 
 
 class AlpacaTemplate(Template):
@@ -213,6 +224,7 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
     tokenized = []
     num_truncated = 0
     for example, rounds in zip(examples, template.rounds(examples)):
+        total = sum(len(prompt) + len(answer) for prompt, answer in rounds)
         ids = []
         loss_mask = []
         for prompt, answer in rounds:
@@ -222,14 +234,14 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
             loss_mask += [False] * len(prompt) + [True] * len(answer)
         if any(loss_mask[:max_length]):
             tokenized.append(Tokens(ids[:max_length], loss_mask[:max_length], example.name, example.features))
-            num_truncated += sum(len(prompt) + len(answer) for prompt, answer in rounds) > max_length
+            num_truncated += total > max_length
     return tokenized, num_truncated
 
 
 def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     """Split into (training, validation); `val_size` < 1 is a fraction, otherwise a count.
 
-    Raises ValueError if nothing remains to train on.
+    Raises ValueError if the training set would be empty.
     """
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
@@ -241,9 +253,9 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the batches of one epoch as lists of example indices; every index occurs once.
 
-    Examples of similar length share a batch, which leaves almost no padding. The order is random nevertheless: examples
-    are shuffled, sorted by length within pools of 64 batches, and then the batches are shuffled. Deterministic in
-    (seed, epoch), so that resuming is exact.
+    Examples of similar length share a batch, which leaves almost no padding. To keep the order random, examples are
+    shuffled, sorted by length within pools of 64 batches, and then the batches are shuffled. Deterministic in (seed,
+    epoch), so that resuming is exact.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -256,7 +268,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
-    """Split a batch into one part per rank, each with about the same number of tokens, of similar length."""
+    """Split a batch into one part per rank, with about the same number of tokens and examples of similar length."""
     parts = [[] for _ in range(world_size)]
     total = sum(example.size for example in examples)
     before = 0  # cumulative number of tokens
@@ -268,20 +280,20 @@ def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
 
 
 def group_by_size(examples: Sequence, max_tokens: int) -> list[list]:
-    """Split the examples, shortest first, into groups of at most `max_tokens` positions once padded, or one example."""
+    """Group the examples, shortest first, so that a padded group has at most `max_tokens` positions, or one example."""
     groups = []
     for example in sorted(examples, key=lambda example: example.size):
-        if not groups or (len(groups[-1]) + 1) * example.size > max_tokens:  # this one is the longest of its group
+        if not groups or (len(groups[-1]) + 1) * example.size > max_tokens:  # sorted: this one sets the padded length
             groups.append([])
         groups[-1].append(example)
     return groups
 
 
 def collate(examples: Sequence[Tokens]) -> Batch:
-    """Pad the examples to a batch: targets[b, t] is the token that follows inputs[b, t].
+    """Pad the examples to a batch, where targets[b, t] is the token after inputs[b, t].
 
-    Where there is no loss (prompts and padding) the target is IGNORE. The padding is on the right, where causal
-    attention never sees it, so its id does not matter. No examples make a batch of one position without a target.
+    The target is IGNORE at prompts and padding. The padding is on the right, where causal attention never sees it, so
+    its id does not matter. An empty list returns a batch of one position whose target is IGNORE.
     """
     if not examples:
         return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))

@@ -12,14 +12,14 @@ import click
 import cloup
 from cloup import option, option_group
 
-from data import Example
+from data import Example, Request
 from formats.chat_templates import NAMES
 from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
-from generate import Request, Responder
+from generate import Responder
 from multimodal import ImageAdapter
-from runtime import asking
-from runtime.cli import PATH, Count, Real, bits_options, device_options, one_line_errors
+from runtime.cli import PATH, Count, Real, adapter_options, bits_options, device_options, encoder_options
+from runtime.cli import one_line_errors
 from runtime.device import select_device
 from runtime.distributed import answering_ranks, rank
 from runtime.files import require_writable
@@ -113,7 +113,7 @@ model_options = option_group(
 image_options = option_group(
     "Images",
     option("--images", type=PATH, help="Where the images are.  [default: beside the data]"),
-    *asking.encoder_options,
+    *encoder_options,
     option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
 )
 
@@ -207,7 +207,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--limit", type=Count(), help="Ask only the first so many of every task."),
     option("--template", type=click.Choice(NAMES), help="Write the questions in it.  [default: as they are]"),
 )
-@asking.model_options
+@adapter_options
 @option_group(
     "Columns",
     option("--strength", "strengths", type=Real(0, 1e3), multiple=True, default=[1.0], help="Repeatable, too."),

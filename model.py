@@ -3,6 +3,7 @@
 Parameters have the names of Meta's checkpoints. Notation as in adapter.py.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from runtime.schema import require_number
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3.1's interpolation of the rotary frequencies, for contexts longer than the pretrained one."""
+    """Llama 3.1's scaling of the rotary frequencies, for contexts longer than in pretraining."""
 
     factor: float
     low_freq_factor: float
@@ -28,21 +29,21 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """The dimensions of a LLaMA, by default Llama 2 7B's. Raises ValueError if they are inconsistent."""
+    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if they are inconsistent."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
     n_heads: int = 32  # H
     n_kv_heads: int = 32  # Hkv
     head_dim: int = 128  # D
-    hidden_dim: int = 11008  # of the feed-forward
+    hidden_dim: int = 11008  # width of the feed-forward network
     vocab_size: int = 32000  # V
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_seq_len: int | None = None  # context length in tokens, if the checkpoint states it
-    qkv_bias: bool = False  # Qwen2's
-    qk_norm: bool = False  # Qwen3's: RMSNorm over each head of q and k, before the rotary embedding
+    qkv_bias: bool = False  # used by Qwen2
+    qk_norm: bool = False  # used by Qwen3: RMSNorm over each head of q and k, before the rotary embedding
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
@@ -54,14 +55,14 @@ class Config:
         for value in self.rope_scaling or ():
             require_number("a number of rope_scaling", value, 1e-30, 1e12)
         if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
-            raise ValueError(f"rope_scaling {tuple(self.rope_scaling)} has no room between low and high frequencies")
+            raise ValueError(f"rope_scaling {tuple(self.rope_scaling)}: low_freq_factor is not below high_freq_factor")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}: rotary embedding needs it even")
+            raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number")
 
 
-# The published sizes, smallest first.
+# Published sizes, for benchmarks and tests; a checkpoint's own configuration says its dimensions.
 SIZES = {
     #                 dim  layers heads kv  D  hidden   vocab   eps    theta     rope scaling
     "TinyLlama-1.1B": Config(2048, 22, 32, 4, 64, 5632, 32000, 1e-5, 1e4, None, 2048),
@@ -100,8 +101,8 @@ def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
     if config.rope_scaling is not None:
         factor, low, high, context = config.rope_scaling
-        turns = context * frequencies / (2 * math.pi)  # rotations within the pretrained context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: high frequencies are kept, 0: low ones interpolated
+        rotations = context * frequencies / (2 * math.pi)  # within the pretrained context
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)  # 1: high frequencies are kept, 0: low ones interpolated
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
     angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
@@ -113,12 +114,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
+@dataclass
 class LayerCache:
-    """Keys and values of one layer: of the tokens so far, and of its prompt."""
+    """Cached keys and values of one layer, of the tokens and of the prompt."""
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v  # (B, Hkv, capacity, D)
-        self.prompt: tuple[Tensor, Tensor] | None = None  # projected at the first forward pass
+    k: Tensor  # (B, Hkv, capacity, D)
+    v: Tensor
+    prompt: tuple[Tensor, Tensor] | None = None  # (1|B, Hkv, K, D) each, projected at the first forward pass
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, Hkv, T, D) at positions (B, T), and return the whole cache (B, Hkv, capacity, D)."""
@@ -132,7 +134,7 @@ class KVCache:
     """Key/value cache of fixed size for one generation, created and owned by the caller.
 
     `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller advances
-    them. Rows of different length are therefore padded on the right and advanced each by its own length; the next
+    them. Rows of different length are padded on the right, and each is advanced by its own length, so that the next
     tokens overwrite the padding.
     """
 
@@ -144,12 +146,27 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.capacity = capacity
 
+    def grow(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
+        """Return a longer copy; of these rows (R,), any number of times each, if they are given."""
+        longer = copy.copy(self)
+        rows = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
+        longer.capacity = capacity
+        longer.lengths = self.lengths[rows]
+        longer.layers = []
+        for layer in self.layers:
+            k, v = (F.pad(x[rows], (0, 0, 0, capacity - self.capacity)) for x in (layer.k, layer.v))
+            prompt = layer.prompt
+            if prompt is not None and len(prompt[0]) > 1:  # each row has its own
+                prompt = prompt[0][rows], prompt[1][rows]
+            longer.layers.append(LayerCache(k, v, prompt))
+        return longer
+
 
 class Positions(NamedTuple):
     """Positions of the tokens of one forward pass, and the attention mask, shared by all layers."""
 
     index: Tensor  # (1|B, T)
-    cos: Tensor  # (1|B, T, 1, D/2), of `rope_cos_sin`
+    cos: Tensor  # (1|B, T, 1, D/2), from `rope_cos_sin`
     sin: Tensor
     mask: Tensor | None  # (B, 1, T, capacity) with a cache; None without one: causal attention
 
@@ -171,7 +188,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H*D) -> (B, T, H, D)
 
     def project_prompt(self, prompt: Prompt, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values (1|B, Hkv, K, D) of a prompt, without rotary embedding: a prompt has no position."""
+        """Project a prompt to keys and values (1|B, Hkv, K, D), unrotated: a prompt has no position."""
         if cache is not None and cache.prompt is not None:
             return cache.prompt
         k = self.k_norm(self.heads(self.wk(prompt.tokens))).transpose(1, 2)  # (1|B, Hkv, K, D)
@@ -225,7 +242,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """A LLaMA. `attention` is `gated_attention` or `gated_attention_paper`, two equivalent implementations."""
+    """Decoder-only transformer. `attention`, `gated_attention` or its equivalent, is used in layers with a prompt."""
 
     def __init__(self, config: Config, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -250,14 +267,14 @@ class LLaMA(nn.Module):
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """Final hidden states (B, T, C), the input of the output head. The topmost len(prompts) layers get the prompts.
+        """Return the final hidden states (B, T, C); the topmost len(prompts) layers get the prompts.
 
         With `checkpoint_activations` a layer stores only its input, and is recomputed in the backward pass. Raises
         ValueError if there are more prompts than layers.
         """
         first_adapted = len(self.layers) - len(prompts)
         if first_adapted < 0:
-            raise ValueError(f"{len(prompts)} layers of prompts for a model of {len(self.layers)} layers")
+            raise ValueError(f"prompts for {len(prompts)} layers, but the model has {len(self.layers)} layers")
         index = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
@@ -276,11 +293,11 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) for tokens (B, T)."""
+        """Return logits (B, T, V) for tokens (B, T)."""
         return self.output(self.hidden_states(tokens, prompts, cache))
 
 
 def num_parameters(config: Config) -> int:
-    """The number of parameters of a LLaMA, counted without allocating it."""
+    """Count the parameters of a LLaMA without allocating it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in LLaMA(config).parameters())

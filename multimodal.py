@@ -64,14 +64,14 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         return super().forward(shift if has_image is None else shift * has_image[:, None], gate_scale, dtype)
 
     @classmethod
-    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ImageAdapter":
         down = tensors.get("projection.0.weight")
         if down is None or down.dim() != 2 or 0 in down.shape:
             raise ValueError("has no projection: it is not an adapter for images")
         depths = whole_number("tower_depths", metadata.get("tower_depths", "1"))
         if down.shape[1] % depths:
             raise ValueError(f"tower_depths is {depths}, its projection takes {down.shape[1]} features")
-        return {"bottleneck": down.shape[0], "features": down.shape[1]}
+        return super().from_tensors(tensors, metadata, bottleneck=down.shape[0], features=down.shape[1])
 
 
 def layers_at_depths(n_layers: int, number: int) -> list[int]:

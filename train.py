@@ -1,7 +1,7 @@
 """Train an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
 
-In this order: the configuration, the optimizer and its schedule, the loss, one step, the loop; then `train`, the whole
-run from the options to summary.json, and the command. Notation as in adapter.py.
+In this order: hyper-parameters, optimizer and schedule, loss, optimizer step, training steps; then `train`, a whole run
+from the options to summary.json, and the command. Notation as in adapter.py.
 """
 
 import math
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
 from data import IGNORE, Example, Tokens, collate, epoch_batches, group_by_size, hold_out, split_over_ranks, tokenize
-from formats.bases import base_fingerprint, load_base_tokenizer, load_weights, read_base
+from formats.bases import base_fingerprint, load_weights, read_base
 from formats.chat_templates import load_template
 from formats.hub import find_base
 from formats.tensors import Weights, named
+from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA, num_parameters
 from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
 from runtime.cli import options_of, pick, setting, warn
@@ -42,22 +43,22 @@ from training.sharding import choose_strategy, fsdp_sharder
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The hyper-parameters, by default the paper's if it states them (section 4.1); each is a command-line option."""
+    """Hyper-parameters. The defaults are the paper's if it states them (section 4.1)."""
 
     layers: int | None = setting(None, "L, number of topmost layers to adapt.  [default: all but two]", Count())
     length: int = setting(10, "K, number of prompt vectors per layer.", click.IntRange(1, 4096))
     epochs: int = setting(5, "Passes over the training data.", Count())
-    warmup_epochs: float = setting(2, "Linear warm-up of the learning rate; then a half cosine to 0.", Real(0))
+    warmup_epochs: float = setting(2, "Epochs of linear warm-up, followed by cosine decay to 0.", Real(0))
     batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
     blr: float = setting(9e-3, "Base learning rate: lr = blr * batch size / 256.", Real(0, 1e3))
     lr: float | None = setting(None, "Peak learning rate.  [default: from --blr]", Real(0, 1e3))
-    weight_decay: float = setting(0.02, "For the prompts; it would pull the gates to 0.", Real(0, 1e3))
+    weight_decay: float = setting(0.02, "Of all but the gates, which it would pull to 0.", Real(0, 1e3))
     gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
     max_seq_len: int | None = setting(
-        None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's]", Count(2)
+        None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's context]", Count(2)
     )
     val_size: float = setting(0.02, "Validation set: a fraction if below 1, otherwise a count.", Real(0))
-    seed: int = setting(0, "Of the initial prompts, the validation split, and the order of examples.", SEED)
+    seed: int = setting(0, "For the initial prompts, the validation split and the order of examples.", SEED)
     micro_batch_tokens: int = setting(8192, "Positions per forward pass; affects memory only.", Count())
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
 
@@ -69,24 +70,24 @@ class TrainConfig:
         """Fill in the defaults that depend on the base, and validate; `context` is its context length in tokens."""
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
-            raise ValueError(f"{warmup}: the learning rate would never decay; use fewer, or 0")
+            raise ValueError(f"{warmup}: the learning rate would never decay; warm up for fewer epochs")
         layers = max(1, n_layers - 2) if self.layers is None else self.layers
         max_seq_len = self.max_seq_len or min(512, context)
         if layers > n_layers:
-            raise ValueError(f"--layers {layers}: {base} has only {n_layers}")
+            raise ValueError(f"--layers {layers}: {base} has only {n_layers} layers")
         if max_seq_len > context:
-            raise ValueError(f"--max-seq-len {max_seq_len}: {base} has only {context}")
+            raise ValueError(f"--max-seq-len {max_seq_len}: {base} has a context of only {context} tokens")
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
-# AdamW's update of a parameter is about the learning rate, whatever its size. The rate of the prompts would destabilize
-# the image projection and an encoder's head, whose weights are far smaller.
+# AdamW's update is about the learning rate, whatever the size of the parameter. The rate of the prompts would
+# destabilize the image projection and an encoder's head, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
-HIGH_LR = 0.1  # higher rates were never seen to work
+HIGH_LR = 0.1  # warn above this: no run with a higher rate is known to work
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of the adapter. A group's rate is the schedule's times its `scale`."""
+    """AdamW over the trainable parameters of the adapter. The `scale` of a group multiplies the scheduled rate."""
     parameters = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
     prompts = [parameters.pop("prompts")] if "prompts" in parameters else []
     gates = [parameters.pop("gates")] if "gates" in parameters else []
@@ -106,7 +107,7 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The loss, the step, the loop
+# The loss, and the optimizer steps
 
 
 def response_loss(
@@ -114,8 +115,8 @@ def response_loss(
 ) -> Tensor:
     """Cross entropy, summed over the R response tokens of the examples.
 
-    The output head is applied to the positions that have a target only: prompts are half of Alpaca's tokens. Without
-    examples the loss is a zero with a graph through all layers.
+    The output head runs only at positions with a target; half of Alpaca's tokens are prompts. Without examples the
+    loss is a zero that is connected to all layers.
     """
     batch = collate(examples)
     inputs = batch.inputs.to(model.device)  # (B, T)
@@ -138,17 +139,17 @@ def train_step(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Take one optimizer step on a batch, in micro-batches and over all ranks; return the mean loss before it.
+    """Take one optimizer step on a batch, split over ranks and into micro-batches; return the mean loss before it.
 
     Raises FloatingPointError, with the adapter unchanged, if the loss or its gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    for parameter in parameters:
+    for parameter in parameters:  # a projection without an image in its share gets no gradient of its own
         parameter.grad = torch.zeros_like(parameter)
-    loss = torch.zeros((), device=parameters[0].device)
+    total_loss = torch.zeros((), device=parameters[0].device)
 
-    # Dividing by the number of targets of the whole batch makes the gradients of its parts add up to the gradient of
-    # the batch, however it is split into micro-batches and over ranks.
+    # Each loss is divided by the number of targets of the whole batch, so that the gradients add up to the gradient of
+    # the batch for any split into micro-batches and over ranks.
     num_targets = sum(example.num_targets for example in examples)
     shares = split_over_ranks(examples, world_size())
     micro_batches = [group_by_size(share, config.micro_batch_tokens) for share in shares]
@@ -156,19 +157,19 @@ def train_step(
     # Ranks without data run empty micro-batches, because FSDP's all-gathers are collective.
     mine += [[]] * (max(map(len, micro_batches)) - len(mine))
     for micro_batch in mine:
-        part = loss_fn(model, adapter, micro_batch, config.checkpoint_activations) / num_targets
-        part.backward()
-        loss += part.detach()
-    all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
+        loss = loss_fn(model, adapter, micro_batch, config.checkpoint_activations) / num_targets
+        loss.backward()
+        total_loss += loss.detach()
+    all_reduce_sum([total_loss, *(parameter.grad for parameter in parameters)])
 
     norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
-    if not (loss.isfinite() and norm.isfinite()):
+    if not (total_loss.isfinite() and norm.isfinite()):
         names = ", ".join(dict.fromkeys(example.name for example in examples))
-        raise FloatingPointError(f"a loss of {loss.item()} led to values that are not finite, from {names}")
+        raise FloatingPointError(f"a loss of {total_loss.item()} led to values that are not finite, from {names}")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     optimizer.step()
-    return loss.item()
+    return total_loss.item()
 
 
 @torch.no_grad()
@@ -179,7 +180,7 @@ def mean_loss(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Mean loss over all targets of the examples, identical to the last bit for any number of ranks."""
+    """Mean loss over all targets of the examples, bit for bit the same for any number of ranks."""
     micro_batches = group_by_size(examples, config.micro_batch_tokens)
     micro_batches += [[]] * (-len(micro_batches) % world_size())
     losses = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
@@ -190,7 +191,7 @@ def mean_loss(
 
 
 class Step(NamedTuple):
-    """An optimizer step that was taken."""
+    """Metrics of one optimizer step."""
 
     number: int  # from 1
     epoch: int  # from 0
@@ -211,8 +212,8 @@ def training_steps(
 ) -> Iterator[Step]:
     """Run the optimizer steps from `first_step` on, yielding a Step after each.
 
-    The order of examples and the learning rate are functions of the step, and nothing else is random: a resumed run
-    continues exactly, on any number of ranks. Raises as `train_step`.
+    The order of examples and the learning rate depend only on the configuration and the step, so that resuming is
+    exact, on any number of ranks. Raises FloatingPointError as `train_step`.
     """
     sizes = [example.size for example in examples]
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
@@ -236,27 +237,27 @@ def training_steps(
 def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -> None:
     """Train an adapter over a frozen LLaMA. `run` is the folder --out: it resumes, logs and saves.
 
-    Raises OSError, or ValueError in one line.
+    Raises OSError or ValueError.
     """
     device, dtype = select_device(base.device, base.dtype)
 
-    # Records, headers and template come first: they take a second, the weights may take minutes.
-    with local_rank0_first():  # it downloads the base, or pretrains the toy's, for the other ranks of its machine
-        examples, data = read_training_data(data)  # one Example per record, the toy's own without --data
+    # Check data, headers and template first: they take a second, the weights may take minutes.
+    with local_rank0_first():  # it downloads the base, or pretrains the toy's, and the other ranks reuse it
+        examples, data = read_training_data(data)  # one Example per record; the toy's without --data
         path = find_training_base(base, data)
-    shape, weights = read_base(path)  # model.Config, and a function that reads each weight
-    tokenizer = load_base_tokenizer(path, shape)
+    shape, weights = read_base(path)  # model.Config, and one function per weight that reads it
+    tokenizer = load_tokenizer(path, shape.vocab_size)
     template = load_template(data.template, tokenizer)
     encoder = None
-    if data.tower or data.encoder:
+    if data.tower or data.encoder:  # modules for special cases are imported on use, here and below
         from tasks.images import encode_images
 
-        examples, encoder = encode_images(examples, data, dtype, device)  # each with its features (F,)
+        examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
     if base.init:
         from training.initial import adapter_fingerprint, init_from_adapter, load_initial, shaped_as
 
         initial = load_initial(base.init, shape, run.out)
-        config = shaped_as(initial, config, base.init)  # its L and K
+        config = shaped_as(initial, config, base.init)  # takes L and K from the adapter
     config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
     with named(data.data or f"the toy {data.toy}"):
         tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
@@ -275,7 +276,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         return
 
     model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
-    adapter = make_adapter(config, base, shape, training).to(device)  # float32, gates at zero
+    adapter = make_adapter(config, base, shape, tokens).to(device)  # float32, gates at zero
     adapter.metadata = describe_adapter(data, base, path, shape, encoder, fixed, len(training))
     if base.init:
         adapter = init_from_adapter(initial, adapter, base.init)
@@ -287,7 +288,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     print_overview(model, adapter, config, counts, strategy)
     steps_per_epoch = math.ceil(len(training) / config.batch_size)
     num_steps = config.epochs * steps_per_epoch
-    fixed["base"] = resolved(base.base)  # for the summary; the same weights may move
+    fixed["base"] = resolved(base.base)  # for the summary; not compared, because the files may move
     run.begin(adapter, optimizer, fixed, counts, num_steps)  # on --resume, fills both from checkpoint.pt
 
     with run.saving_on_errors():
@@ -305,16 +306,16 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         run.save_checkpoint()
 
     scores = {}
-    if data.data is None:  # the toy's held-out questions; sharded layers need every rank
+    if data.data is None:  # the toy's held-out questions; on all ranks, because sharded layers need them
         with first_rank_speaks():
             scores = load_toy(data.toy).evaluate(model, tokenizer, adapter)
     run.finish(scores)  # curves.png and summary.json; then checkpoint.pt is removed
 
 
 def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
-    """Read the examples, and fill in the image folder, the vision encoder and the template if they are not given.
+    """Read the examples; return them, and the options with their defaults filled in.
 
-    Raises OSError or ValueError, naming the record.
+    Raises OSError or ValueError, naming file and record.
     """
     if data.data is None:
         examples, data = load_toy(data.toy).examples(data)
@@ -331,14 +332,14 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
 
     kept = with_images(examples, data.images, data.skip_missing, data.data or f"the toy {data.toy}")
     if len(kept) < len(examples):
-        print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} skipped: their image is missing")
+        print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} skipped: their image was not found")
     if not any(example.image for example in kept):
-        raise ValueError(f"{data.data}: none of its {len(examples)} examples has an image that is there")
+        raise ValueError(f"{data.data}: none of its {len(examples)} examples names an image")
     return kept, data
 
 
 def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
-    """The path of the base: a folder or file, a download of a Hub name, or the toy's."""
+    """Return the path of the base: a folder or file, a download from the Hub, or the toy's."""
     if base.base is not None:
         return find_base(base.base)
     if data.data is not None:
@@ -351,8 +352,8 @@ def load_frozen(
 ) -> tuple[LLaMA, str]:
     """Load the frozen base, and return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
 
-    Either way `train_step` sums the gradient of the adapter over the ranks. With fsdp the layers are sharded as well,
-    and gathered when they are needed. Raises ValueError.
+    With both, `train_step` sums the gradient of the adapter over the ranks. With fsdp, layers are gathered when they
+    are needed. Raises ValueError.
     """
     bits = int(base.bits or 0)
     if base.compile:
@@ -379,7 +380,7 @@ def load_frozen(
 
 
 def make_adapter(config: TrainConfig, base: BaseOptions, shape: Config, examples: Sequence[Tokens]) -> Adapter:
-    """A new adapter; one with a projection if an example has the features of an image."""
+    """Create the adapter: an ImageAdapter if any example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
     size = {"layers": config.layers, "length": config.length, "dim": shape.dim, "heads": shape.n_heads}
     features = next((example.features for example in examples if example.features is not None), None)
@@ -401,7 +402,7 @@ def make_adapter(config: TrainConfig, base: BaseOptions, shape: Config, examples
 def describe_adapter(
     data: DataOptions, base: BaseOptions, path: Path, shape: Config, encoder, fixed: dict, num_examples: int
 ) -> dict[str, str]:
-    """The metadata of the adapter file: what the adapter was trained over, on, and how."""
+    """Return the metadata of the adapter file: base, data and hyper-parameters."""
     metadata = {"base": resolved(base.base or path), "base_layers": str(shape.n_layers)}
     metadata["data"] = Path(data.data).name if data.data else f"toy {data.toy}"
     metadata["examples"] = str(num_examples)
@@ -417,7 +418,7 @@ def describe_adapter(
 
 
 def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
-    """Exclude parts of the adapter from training. Raises ValueError if there is no such part, or nothing else."""
+    """Freeze parts of the adapter. Raises ValueError if a part does not exist, or nothing remains trainable."""
     for name in names:
         parameters = [p for place, p in adapter.named_parameters() if name in place.split(".")]
         if not parameters:
@@ -429,8 +430,9 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
-    """Print the numbers of parameters and examples, and a warning if the learning rate is unusual."""
-    trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, model))
+    """Print the numbers of parameters and examples, and warn about an unusual learning rate."""
+    trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters())
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {model.device} in {model.dtype}{ranks}\n"
@@ -453,14 +455,13 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 @options_of(RunOptions, "Run")
 @click.pass_context
 def main(context, **options):
-    """Train a LLaMA-Adapter: the base stays frozen, prompts and gates learn to follow instructions.
+    """Train a LLaMA-Adapter: prompts and gates are trained, the base stays frozen.
 
-    Without --data and --base this trains over a tiny LLaMA that knows an almanac by heart, and shows what the adapter
-    makes of it.
+    Without --data and --base this trains over a tiny LLaMA that was pretrained on an almanac, and evaluates it.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)
-    if options["bits"] == "8":  # autograd would store the dequantized weights of all layers
+    if options["bits"] == "8":  # else autograd keeps the dequantized weights of all layers
         options["checkpoint_activations"] = True
     config, data, base = (pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions))
     with one_line_errors(), process_group(), Run(pick(RunOptions, options)) as run:
@@ -470,7 +471,7 @@ def main(context, **options):
 
 
 def toy_defaults(context: click.Context, options: dict) -> dict:
-    """The toy's own hyper-parameters, except those given on the command line."""
+    """Return the toy's hyper-parameters, except those given on the command line."""
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if "blr" in given:
         given.add("lr")

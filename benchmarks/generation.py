@@ -10,7 +10,7 @@ from benchmarks.peers import Contestant, Ours, installed_peers
 from benchmarks.workload import compile_option, prepare_workload, workload_options
 from generate import decode
 from runtime.cli import Count, one_line_errors
-from runtime.compilation import compile_decoding, decode_by_rows, rows_pay
+from runtime.compilation import compile_decoding, decode_by_rows
 
 GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -42,7 +42,7 @@ def time_generation(json_path, number, **options):
     prompt = (workload.examples(1000)[0].ids * 60)[:60]
     model, adapter = workload.new_model(), workload.new_adapter()
     loaded = model
-    if rows_pay(workload.device, workload.dtype):
+    if workload.device.type == "cpu" and workload.dtype == torch.bfloat16:
         loaded = deepcopy(model)
         decode_by_rows(loaded)  # as `load_with_adapters` does
     contestants: dict[str, Contestant] = {"ours": Ours(loaded, adapter), "ours, base alone": Ours(loaded, None)}

@@ -15,7 +15,7 @@ from benchmarks.workload import SHAPES, random_adapter, random_examples
 from formats.bases import read_base
 from formats.hugging_face import to_hugging_face
 from formats.loading import load_part_of_rank
-from generate import stream
+from generate import Sampling, stream
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import peak_memory, select_device
@@ -171,7 +171,7 @@ def what_it_takes(
     def answer():
         with torch.no_grad():
             prompts = adapter(dtype=dtype)
-        tokens = stream(model, [example.ids], prompts, max_new_tokens=new)
+        tokens = stream(model, [example.ids], prompts, Sampling(max_new_tokens=new))
         next(tokens)  # the prompt is read
         return seconds_of(lambda: list(tokens), device) / (new - 1)
 

@@ -9,14 +9,17 @@ from cloup import command, option, option_group
 from demo.answers import Demonstration
 from formats.chat_templates import NAMES
 from formats.loading import load_with_adapters
-from runtime.asking import encoder_options, model_options, template_option
-from runtime.cli import bits_options, one_line_errors
+from runtime.cli import adapter_options, bits_options, encoder_options, one_line_errors
 from runtime.device import select_device
 
 
 @command(context_settings={"show_default": True})
-@model_options
-@option_group("What is asked", *encoder_options, template_option(NAMES))
+@adapter_options
+@option_group(
+    "Prompt",
+    *encoder_options,
+    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's]"),
+)
 @option_group("Memory", *bits_options)
 @option_group(
     "Page",

@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from adapter import Adapter
-from data import Tokenizer
+from data import Request, Tokenizer
 from demo.prompt_share import prompt_shares
 from encoders.media import frames_of
 from formats.image_encoders import load_image_encoder
-from formats.requests import Request
 from generate import Responder, stream, text_pieces
 from model import LLaMA
 from multimodal import ImageAdapter
@@ -130,8 +129,8 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
     """An answer piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
     tokens, limit = responder.tokens_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
-    options = responder.sampling | {"max_new_tokens": limit, "generator": generator}
-    new = stream(responder.model, [tokens], responder.prompts(request), **options)
+    sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
+    new = stream(responder.model, [tokens], responder.prompts(request), sampling)
     yield from text_pieces(new, responder.tokenizer, ids)
 
 

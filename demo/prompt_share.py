@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from adapter import Prompt, attend
+from adapter import Prompt, attend, prompt_attention
 from model import LLaMA
 
 
@@ -26,12 +26,11 @@ def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
     """`adapter.gated_attention`, which also adds to `shares`, at every adapted layer, the prompts' share (B, T)."""
 
     def attention(q, k, v, prompt_k, prompt_v, gate, *mask_and_causal) -> Tensor:
-        B = q.shape[0]
-        words = attend(q, k, v, *mask_and_causal)  # W v (B, H, T, D)
-        prompts = gate * attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))  # g A vp, the same
-        of_words, of_prompts = (torch.linalg.vector_norm(x.float(), dim=(1, 3)) for x in (words, prompts))  # (B, T)
-        shares.append(of_prompts / (of_prompts + of_words))
-        return words + prompts
+        over_tokens = attend(q, k, v, *mask_and_causal)  # W v (B, H, T, D)
+        over_prompts = prompt_attention(q, prompt_k, prompt_v, gate)  # g A vp (B, H, T, D)
+        of_tokens, of_prompts = (x.float().norm(dim=(1, 3)) for x in (over_tokens, over_prompts))  # (B, T)
+        shares.append(of_prompts / (of_prompts + of_tokens))
+        return over_tokens + over_prompts
 
     return attention
 

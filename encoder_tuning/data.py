@@ -24,7 +24,7 @@ from encoders.media import open_image, preprocess_whole
 from encoders.models import Roberta, ViT
 from formats.encoders import head_labels
 from formats.tensors import named
-from runtime.files import max_bytes, read_text, require_file
+from runtime.files import MAX_BYTES, read_text, require_file
 
 HEAD_TASKS = ("image-classification", "text-classification", "token-classification", "question-answering")
 STRIDE = 128  # tokens that neighbouring windows of a context share
@@ -46,8 +46,8 @@ def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]
         return [(file, label, f"{label}/{file.name}") for file, label in found]
     require_file(path, "data")
     try:
-        if sum(entry.file_size for entry in ZipFile(path).infolist()) > max_bytes():
-            raise ValueError(f"holds more than {max_bytes():,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+        if sum(entry.file_size for entry in ZipFile(path).infolist()) > MAX_BYTES:
+            raise ValueError(f"holds more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = map(np.asarray, (arrays["images"], arrays["labels"]))
     except Exception as error:  # whatever a broken file makes numpy meet

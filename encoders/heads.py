@@ -35,7 +35,7 @@ class HeadAdapter(Adapter):
         self.metadata["head_activation"] = head_activation
 
     @classmethod
-    def extra_arguments(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, object]:
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "HeadAdapter":
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
         if not weights or any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             raise ValueError("has no head: it is not an adapter for an encoder")
@@ -51,7 +51,7 @@ class HeadAdapter(Adapter):
             raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
         if activation not in HEAD_ACTIVATIONS:
             raise ValueError(f"head_activation {activation!r} is none of {list(HEAD_ACTIVATIONS)}")
-        return {"widths": widths, "head_activation": activation}
+        return super().from_tensors(tensors, metadata, widths=widths, head_activation=activation)
 
 
 def head_adapter(

@@ -35,7 +35,7 @@ def compare_holdings(base: Path, text: Path, rows: int, device: torch.device) ->
     """Perplexity of the text and bytes of the layers, for each of HELD. Raises OSError or ValueError."""
     found = {}
     length = min(ROW, read_base(base)[0].max_seq_len or ROW)
-    tokens = text_rows(load_tokenizer(base if base.is_dir() else base.parent), [read_text(text)], length)[:rows]
+    tokens = text_rows(load_tokenizer(base), [read_text(text)], length)[:rows]
     for name, (dtype, bits) in HELD.items():
         prepare_layer = quantizer(bits, device) if bits else None
         model, _ = load_llama(base, dtype, device, prepare_layer=prepare_layer)

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from cloup import option, option_group
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapter import Prompt
-from data import AlpacaTemplate, Tokenizer, Tokens, tokenize
+from data import AlpacaTemplate, Request, Tokenizer, Tokens, tokenize
 from experiments.measures import text_perplexity
 from experiments.methods import BY_MLP, FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT
 from experiments.methods import WARMUP_EPOCHS, Setting, finite_steps, import_peft, set_up
@@ -29,10 +28,11 @@ from experiments.tables import draw_bars, draw_line, out_option, percent, save_r
 from experiments.testbed import text_rows
 from formats.bases import load_llama, read_base
 from formats.tokenizers import load_tokenizer
-from generate import generate
+from generate import Responder
 from model import LLaMA
 from runtime.cli import PATH, Count, device_options, one_line_errors
 from runtime.device import select_device
+from tasks.answering import written_answers
 from train import TrainConfig
 
 # Each method's best of those that --search tries, by instructions that are held out for that.
@@ -79,23 +79,21 @@ class StoryBed:
         return self.tokens([self.sets.tuning[i] for i in order])
 
 
-@torch.no_grad()
 def tell(
-    bed: StoryBed, model: LLaMA, told: Sequence[Told], prompts: Sequence[Prompt] = (), raw: bool = False
+    bed: StoryBed, model: LLaMA, told: Sequence[Told], adapter: nn.Module | None = None, raw: bool = False
 ) -> list[str]:
-    """What the model tells, greedily, as far as whole sentences go; `raw` is without the template."""
-    template, texts = AlpacaTemplate(bed.tokenizer), []
-    for start in range(0, len(told), 100):
-        examples = [each.example() for each in told[start : start + 100]]
-        asked = [template.prompt(example.instruction, example.input) for example in examples]
+    """The whole sentences of the model's greedy responses; `raw` is without the template."""
+    name = "base" if adapter is None else "adapter"
+    adapters = {} if adapter is None else {name: adapter}
+    responder = Responder(model, bed.tokenizer, adapters, raw=raw, max_new_tokens=bed.max_tokens)
+    requests = []
+    for example in (each.example() for each in told):
         if raw:
-            asked = [
-                [*bed.tokenizer.start_ids, *bed.tokenizer.encode(f"{example.instruction}\n{example.input}".strip())]
-                for example in examples
-            ]
-        answers = generate(model, asked, prompts, max_new_tokens=bed.max_tokens, end_ids=bed.tokenizer.end_ids)
-        texts += [whole_sentences(bed.tokenizer.decode(ids).strip()) for ids in answers]
-    return texts
+            requests.append(Request(f"{example.instruction}\n{example.input}".strip(), adapter=name))
+        else:
+            requests.append(Request(example.instruction, example.input, name))
+    texts = written_answers(responder, requests, batch_size=100, unit="story")
+    return [whole_sentences((text or "").strip()) for text in texts]
 
 
 def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
@@ -108,7 +106,7 @@ def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
 
 def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
     """Of one run: scores, perplexity of other stories, and the answers."""
-    start, prompts, trained = time.perf_counter(), (), []
+    start, adapter, prompts, trained = time.perf_counter(), None, (), []
     if run.method in (PLAIN_WORDS, TEMPLATE):
         model, _ = load_llama(bed.base, bed.dtype, bed.device)
     else:
@@ -122,7 +120,7 @@ def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
         prompts = adapter(dtype=bed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     seconds = time.perf_counter() - start
-    texts = tell(bed, model, told, prompts, raw=run.method == PLAIN_WORDS)
+    texts = tell(bed, model, told, adapter, raw=run.method == PLAIN_WORDS)
     return scores(told, texts) | {
         "perplexity": text_perplexity(model, bed.text, prompts),
         "trained": sum(parameter.numel() for parameter in trained),

@@ -11,27 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Prompt
-from data import AlpacaTemplate
+from data import Request
 from experiments.methods import LORA, ONE_SOFTMAX, Setting, Tunable, finite_steps, lora_layers, set_up
 from experiments.testbed import Testbed
 from formats.bases import load_llama
-from generate import generate
+from generate import Responder
 from model import LLaMA
+from tasks.answering import written_answers
 from train import TrainConfig, mean_loss
 
 
-@torch.no_grad()
-def exact_accuracy(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt]) -> float:
-    """The share of the held-out questions that are answered in the very words expected, and no more."""
-    tokenizer, questions = testbed.tokenizer, testbed.questions
-    template = AlpacaTemplate(tokenizer)
-    limit = 1 + max(sum(tokens.loss_mask) for tokens in testbed.held_out)
-    answers: list[list[int]] = []
-    for start in range(0, len(questions), 128):
-        batch = [template.prompt(q.instruction, q.input) for q in questions[start : start + 128]]
-        answers += generate(model, batch, prompts, max_new_tokens=limit, end_ids=tokenizer.end_ids)
-    right = [len(ids) < limit and tokenizer.decode(ids) == q.output for ids, q in zip(answers, questions)]
-    return sum(right) / len(right)
+def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
+    """The share of the held-out questions whose response is exactly the expected one."""
+    limit = 1 + max(tokens.num_targets for tokens in testbed.held_out)
+    responder = Responder(model, testbed.tokenizer, {"adapter": adapter}, max_new_tokens=limit)
+    requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions]
+    answers = written_answers(responder, requests, batch_size=128, unit="question")
+    return statistics.mean(text == question.output for text, question in zip(answers, testbed.questions))
 
 
 @torch.no_grad()
@@ -109,7 +105,7 @@ def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
     trained = [p for p in adapter.parameters() if p.requires_grad]
     last_epoch = losses[-(len(losses) // setting.epochs) :]
     return {
-        "accuracy": exact_accuracy(testbed, model, prompts),
+        "accuracy": exact_accuracy(testbed, model, adapter),
         "train_loss": statistics.mean(last_epoch),
         "val_loss": mean_loss(model, adapter, testbed.held_out, TrainConfig()),
         "seconds": seconds,

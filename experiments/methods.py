@@ -85,6 +85,7 @@ class NoPrompts(nn.Module):
         super().__init__()
         self.trained = nn.ParameterList(trained)
         self.head = head
+        self.metadata: dict[str, str] = {}
 
     def forward(self, *_, **__) -> list[Prompt]:
         return []

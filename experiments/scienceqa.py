@@ -7,13 +7,14 @@ import click
 from matplotlib.figure import Figure
 
 from adapter import Adapter
+from data import Request
 from experiments.ablations import rate_for
 from experiments.measures import tune_setting
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
 from experiments.tables import draw_bars, percent, save_results, spread
 from experiments.testbed import Testbed
 from formats.bases import load_llama
-from generate import Request, Responder
+from generate import Responder
 from model import LLaMA
 from tasks.answering import likeliest_answers, written_answers
 from tasks.scienceqa import Problem, score

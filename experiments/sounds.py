@@ -24,12 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import toy
-from data import AlpacaTemplate, Example, Tokenizer, tokenize
+from data import AlpacaTemplate, Example, Request, Tokenizer, tokenize
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
 from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.bases import load_llama
 from formats.image_encoders import FunctionEncoder
-from generate import Request
 from model import LLaMA
 from multimodal import ImageAdapter
 from runtime.cli import PATH, Count, Real, device_options, one_line_errors

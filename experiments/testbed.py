@@ -136,7 +136,7 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     base, (config, _) = parts.base, read_base(parts.base)
     if default.layers > config.n_layers:
         raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
-    tokenizer = load_tokenizer(base if base.is_dir() else base.parent)
+    tokenizer = load_tokenizer(base)
     max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
     tuning = subset(parts.tuning, options.limit)
     template = AlpacaTemplate(tokenizer)

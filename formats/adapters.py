@@ -40,9 +40,14 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
     if path.is_dir():
         path = peft_weights(path)
         tensors = {name: fetch() for name, fetch in open_tensors(path).items()}
-    elif not is_pickle(require_file(path, "adapter file")):
-        return load_own(path)
     else:
+        with open(require_file(path, "adapter file"), "rb") as file:
+            start = file.read(9)
+        # The formats of torch.save, now and before PyTorch 1.6. The length at the beginning of a safetensors file may
+        # look the same, but its header begins with a brace.
+        is_pickle = start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
+        if not is_pickle:
+            return load_own(path)
         tensors = load_pth(path)
         tensors = tensors.get("model", tensors)  # litgpt's are one level down
         if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
@@ -55,16 +60,6 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         adapter = from_layers(layers, heads)
     adapter.metadata["imported_from"] = f"{layers.origin}: {path.name}"
     return adapter
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether the file begins as torch.save writes it, or wrote it before PyTorch 1.6.
-
-    The length that begins a safetensors file may look the same; its header begins with a brace behind that.
-    """
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
 
 
 def load_own(path: Path) -> Adapter:
@@ -105,7 +100,6 @@ def check_own(kind: type[Adapter], tensors: dict[str, Tensor], metadata: dict[st
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
     whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
-    kind.extra_arguments(tensors, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------

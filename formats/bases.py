@@ -44,7 +44,7 @@ def load_llama(
     """
     path = Path(path)
     config, weights = read_base(path)
-    tokenizer = load_base_tokenizer(path, config)
+    tokenizer = load_tokenizer(path, config.vocab_size)
     return load_weights(path, config, weights, dtype, device, attention, prepare_layer), tokenizer
 
 
@@ -73,14 +73,6 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     return config, weights
 
 
-def load_base_tokenizer(path: Path, config: Config) -> Tokenizer:
-    """Load the tokenizer in the base's folder. Raises FileNotFoundError, or ValueError if the base is too small."""
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{path}: {config.vocab_size} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
-    return tokenizer
-
-
 def load_weights(
     path: Path,
     config: Config,
@@ -105,22 +97,17 @@ def load_weights(
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         transpose_output_head(model.output)  # a parameter keeps its strides when it is filled
 
-    def fill(part: str) -> None:
+    parts = ["tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm", "output"]
+    for part in parts:
+        if part == "output" and weights["output.weight"] is weights["tok_embeddings.weight"]:  # a tied head
+            model.output.weight = model.tok_embeddings.weight
+            break
         for name, parameter in list(model.get_submodule(part).named_parameters(part)):
             module, _, attribute = name.rpartition(".")
             value = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
             setattr(model.get_submodule(module), attribute, value)
-
-    fill("tok_embeddings")
-    for i, block in enumerate(model.layers):
-        fill(f"layers.{i}")
-        if prepare_layer is not None:
-            prepare_layer(block)
-    fill("norm")
-    if weights["output.weight"] is weights["tok_embeddings.weight"]:  # a tied head
-        model.output.weight = model.tok_embeddings.weight
-    else:
-        fill("output")
+        if part.startswith("layers.") and prepare_layer is not None:
+            prepare_layer(model.get_submodule(part))
     return model
 
 

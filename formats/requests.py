@@ -3,27 +3,12 @@
 import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import Tensor
-
-from adapter import Adapter
-from data import Turn, check_record, read_records
+from data import Request, Turn, check_record, read_records
 from formats.conversations import check_turns, turns_field
 from formats.image_encoders import load_image_encoder
-from model import LLaMA
 from runtime.distributed import rank
 from runtime.files import atomic_write, path_inside, require_file
-
-
-class Request(NamedTuple):
-    """What is asked, and of whom."""
-
-    instruction: str
-    input: str = ""
-    adapter: str = "base"  # its name
-    features: Tensor | None = None  # (F,), of the image that it is about
-    history: Sequence[Turn] = ()  # what was said before
 
 
 def read_requests(
@@ -58,21 +43,17 @@ def read_requests(
 
 
 def attach_images(
-    requests: Sequence[Request],
-    images: dict[int, Path],
-    adapters: dict[str, Adapter],
-    model: LLaMA,
-    tower: str | None,
-    encoder: str | None,
+    requests: Sequence[Request], images: dict[int, Path], responder, tower: str | None, encoder: str | None
 ) -> list[Request]:
-    """The requests, those that have an image with its features, as the adapter that is asked was tuned on.
+    """The requests, each with the features of its image, encoded as in the training of its adapter.
 
-    Encodes in the model's dtype, on its device. Raises OSError or ValueError, where an adapter cannot see
-    images, too.
+    `images` are paths by the index of the request, `responder` is a generate.Responder. Raises OSError, or ValueError
+    if an adapter has no projection.
     """
     requests = list(requests)
+    model = responder.model
     for name in dict.fromkeys(requests[i].adapter for i in images):
-        image_encoder = load_image_encoder(tower, encoder, model.dtype, model.device, adapters.get(name))
+        image_encoder = load_image_encoder(tower, encoder, model.dtype, model.device, responder.loaded[name].adapter)
         ours = [i for i in images if requests[i].adapter == name]
         for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
             requests[i] = requests[i]._replace(features=features)

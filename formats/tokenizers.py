@@ -175,40 +175,32 @@ def read_chat_template(folder: Path) -> str | None:
 PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a base's folder: tokenizer.json, or tokenizer.model, whose content tells the kind.
+def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:
+    """Load the tokenizer in a base's folder, or beside its file: tokenizer.json, or tokenizer.model of either kind.
 
-    If both are there, the first is used, unless they make different ids of a text. Raises FileNotFoundError or
-    ValueError.
+    If both are there, the first is used, unless they make different ids of a text. Raises FileNotFoundError, or
+    ValueError, also if the base has too few embeddings.
     """
-    folder = Path(folder)
-    has_json = (folder / "tokenizer.json").is_file()
-    path = find_tokenizer_model(folder)
-    if has_json:
-        tokenizer = JsonTokenizer(folder)
-    elif path is None:
-        missing = folder / "tokenizer.model"
-        raise FileNotFoundError(f"{missing}: no such tokenizer file, and no tokenizer.json beside it")
-    else:
-        tokenizer = load_tokenizer_model(path)
-    if has_json and path is not None:
-        other = load_tokenizer_model(path)
-        differing = next((text for text in PROBES if other.encode(text) != tokenizer.encode(text)), None)
+    base = Path(base)
+    folder = base.parent if base.is_file() else base
+    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter: Llama 3
+    path = next((place for place in places if place.is_file()), None)
+    found: list[Tokenizer] = []
+    if (folder / "tokenizer.json").is_file():
+        found.append(JsonTokenizer(folder))
+    if path is not None:
+        with open(path, "rb") as file:
+            is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
+        found.append(TiktokenTokenizer(path) if is_tiktoken else SentencePieceTokenizer(path))
+    if not found:
+        raise FileNotFoundError(f"{places[0]}: no such tokenizer file, and no tokenizer.json beside it")
+    tokenizer = found[0]
+    if len(found) == 2:
+        differing = next((text for text in PROBES if found[0].encode(text) != found[1].encode(text)), None)
         if differing is not None:
             warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the latter is used")
-            tokenizer = other
+            tokenizer = found[1]
     tokenizer.chat_template = read_chat_template(folder)
+    if num_embeddings is not None and tokenizer.vocab_size > num_embeddings:
+        raise ValueError(f"{base}: {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
     return tokenizer
-
-
-def find_tokenizer_model(folder: Path) -> Path | None:
-    """The path of tokenizer.model, or None; Llama 3's repositories on Hugging Face have it in a folder below."""
-    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
-    return next((place for place in places if place.is_file()), None)
-
-
-def load_tokenizer_model(path: Path) -> Tokenizer:
-    """Load SentencePiece's or tiktoken's file. Raises ValueError."""
-    with open(path, "rb") as file:
-        looks_like_text = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
-    return TiktokenTokenizer(path) if looks_like_text else SentencePieceTokenizer(path)

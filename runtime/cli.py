@@ -1,4 +1,4 @@
-"""What the commands share: number types, options, and how they report errors."""
+"""Command-line code that the commands share: number types, options, and error reporting."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)  # the type of an option whose value becomes a
 
 
 class Real(click.FloatRange):
-    """A finite number in a range. click's own range accepts NaN and infinity."""
+    """A finite number in a range; click.FloatRange accepts NaN and infinity."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -47,9 +47,9 @@ class Count(click.types.IntParamType):
 
 
 def setting(default, help: str, type=None, flag: str | None = None, **more) -> Field:
-    """A dataclass field that is a command-line option, too, by default --its-name.
+    """Declare a dataclass field that is also a command-line option, --its-name unless `flag` is given.
 
-    `type` is a click type; `more` goes to click. A bool is a flag without a value.
+    `type` is a click type; `more` are further arguments of click.option. A bool is a flag without a value.
     """
     if isinstance(default, bool):
         more["is_flag"] = True
@@ -57,7 +57,7 @@ def setting(default, help: str, type=None, flag: str | None = None, **more) -> F
 
 
 def options_of(record: type, title: str, only: Collection[str] | None = None, extra: Collection = ()):
-    """A decorator that adds the settings of a dataclass as a group of options; `only` names some of them."""
+    """Return a decorator that adds the settings of a dataclass as a group of options; `only` restricts the names."""
     made = []
     for each in fields(record):
         if "option" in each.metadata and (only is None or each.name in only):
@@ -67,7 +67,7 @@ def options_of(record: type, title: str, only: Collection[str] | None = None, ex
 
 
 def pick(record: type, options: dict):
-    """An instance of the dataclass, filled with those of a command's options that are its fields."""
+    """Create the dataclass from those of a command's options that are its fields."""
     return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 
 
@@ -79,6 +79,17 @@ device_options = [  # the arguments of `runtime.device.select_device`
 bits_options = [  # both fill `bits` with None, "8" or "4"
     option("--bits", type=click.Choice(["8", "4"]), help="Quantize the layers' weights.  [default: --dtype's bits]"),
     option("--int8", "bits", flag_value="8", help="The same as --bits 8."),
+]
+ADAPTER_HELP = "FILE, a run's folder, or NAME=FILE; repeatable."
+adapter_options = option_group(
+    "Model",
+    option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help=ADAPTER_HELP),
+    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
+    *device_options,
+)
+encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
+    option("--clip", "tower", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
+    option("--encoder", help="In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers of a file."),
 ]
 
 
@@ -93,7 +104,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def one_line_errors():
-    """Turn errors of input, files, memory and other ranks into one line on standard error and exit code 2."""
+    """Report errors of input, files, memory and lost ranks in one line on standard error, and exit with code 2."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -109,7 +120,7 @@ def one_line_errors():
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error of this rank."""
+    """Print an error, with the rank if there are several."""
     if launched_world_size() == 1:
         click.echo(f"error: {error_line(error)}", err=True)
         return
@@ -119,7 +130,7 @@ def print_error(error: BaseException) -> None:
 
 
 def report_lost_rank(error: BaseException, advice: str = "") -> None:
-    """Print that another rank has ended, unless a lower one has printed it."""
+    """Print that another rank has ended, once for all ranks; the lower ones come first."""
     time.sleep(0.5 * rank())
     if is_first_to_report():
         click.echo(f"\nerror: rank {rank()}: another rank has ended ({error_line(error)[:100]} ...){advice}", err=True)

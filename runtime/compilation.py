@@ -77,13 +77,8 @@ class RowLinear(nn.Linear):
         return product.view(*x.shape[:-1], -1)
 
 
-def rows_pay(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether RowLinear is quicker without being compiled, too."""
-    return device.type == "cpu" and dtype == torch.bfloat16
-
-
 def decode_by_rows(model: nn.Module) -> None:
-    """Let RowLinear take the place of all linear layers without bias."""
+    """Replace all linear layers without bias by RowLinear, which in bfloat16 on a CPU is faster even uncompiled."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if type(module) is nn.Linear and module.bias is None:

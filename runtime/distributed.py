@@ -1,9 +1,8 @@
-"""Several processes (ranks) on one job, as torchrun starts them. In a single process these functions do nothing.
+"""Several processes (ranks) on one job, as torchrun starts them. With one process, collectives do nothing.
 
-In training every rank holds the whole adapter and its optimizer, processes its share of every batch, and adds its
-gradient to the other ranks' gradients; then all take the same step. This is data parallelism in which only the
-adapter's gradient is communicated. In generation every rank holds a part of each layer (runtime/tensor_parallel.py),
-all compute the same response, and the first one prints it.
+In training every rank holds the whole adapter and its optimizer, and processes its share of every batch. The gradients
+of the adapter are summed over the ranks, and all take the same step. In generation every rank holds a part of each
+layer (runtime/tensor_parallel.py), all compute the same response, and the first one prints it.
 
 A rank that fails prints its error and exits with code 2; torchrun then ends the others. There is no barrier while an
 exception propagates, because the other ranks may never reach it.
@@ -33,12 +32,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The index of this process among those of its machine."""
+    """The index of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def launched_world_size() -> int:
-    """The number of processes that torchrun started, known before they are connected."""
+    """The number of processes that torchrun started; available before they are connected."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -84,7 +83,7 @@ def print_rank0(text: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until all ranks have called this."""
     all_reduce_max(0)
 
 
@@ -102,7 +101,7 @@ def local_rank0_first():
 
 
 def broadcast_from_rank0(read: Callable):
-    """Return on every rank what `read` returns on the first one; only that one calls it."""
+    """Call `read` on the first rank, and return its result on every rank."""
     value = [read() if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(value)
@@ -118,7 +117,7 @@ def check_same_on_all_ranks(values: dict) -> None:
 
 
 def all_reduce_max(number: int) -> int:
-    """The maximum over all ranks. It travels over gloo, which notices a rank that has ended; NCCL would wait for it."""
+    """The maximum over all ranks, over gloo, which notices a rank that has ended."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number)
@@ -129,7 +128,7 @@ def all_reduce_max(number: int) -> int:
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place."""
     if world_size() > 1:
-        all_reduce_max(0)
+        barrier()  # it notices a rank that has ended; NCCL would wait for it
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -139,25 +138,25 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether this is PyTorch's error for a rank that has ended, in any of its wordings."""
+    """Whether PyTorch reports with this error that another rank has ended."""
     if not isinstance(error, RuntimeError) or launched_world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def is_first_to_report() -> bool:
-    """Whether no other rank has reported the lost rank yet, by a counter in torchrun's store."""
+    """Whether no other rank has reported the lost rank yet, according to a counter in torchrun's store."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"lost rank reported {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except RuntimeError:  # without torchrun's own store, it was in the first rank and has ended with it
+    except RuntimeError:  # a store that lives in the first rank has ended with it
         return True
 
 
 @contextmanager
 def first_rank_speaks():
-    """Discard what the other ranks print in the block."""
+    """Suppress the output of all ranks but the first."""
     with ExitStack() as stack:
         if rank() > 0:
             nothing = stack.enter_context(open(os.devnull, "w"))
@@ -172,6 +171,6 @@ def answering_ranks():
     if launched_world_size() == 1:
         yield
         return
-    with process_group(timeout=timedelta(days=1)), first_rank_speaks():  # the user may think at a terminal meanwhile
+    with process_group(timeout=timedelta(days=1)), first_rank_speaks():  # the first rank may wait for a user
         yield
         barrier()  # no rank leaves while another still works

@@ -132,28 +132,25 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         file.writelines((len(header).to_bytes(8, "little"), header, memoryview(content)[end:]))
 
 
-def max_bytes() -> int:
-    """How many bytes are read of a file that is held in memory: $LLAMA_ADAPTER_MAX_BYTES, or 2**30.
-
-    A small packed file can hold any number of zeros. Weights are mapped, and have no bound.
-    """
-    return int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
+# The most bytes that are read of a file that is held in memory: a small compressed file can hold any number of zeros.
+# Weights are mapped, and have no bound.
+MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
     """The content of a file, unpacked where it is a .gz or .xz. Raises FileNotFoundError, or ValueError."""
-    path, limit = require_file(path, what), max_bytes()
+    path = require_file(path, what)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
-    if size <= limit:
+    if size <= MAX_BYTES:
         try:
             with (packed or open)(path, "rb") as file:
-                content = file.read(limit + 1 if packed else size + 1)
+                content = file.read(MAX_BYTES + 1 if packed else size + 1)
         except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-        if len(content) <= limit:
+        if len(content) <= MAX_BYTES:
             return content
-    raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+    raise ValueError(f"{path}: holds more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
 
 
 def read_text(path: str | Path) -> str:

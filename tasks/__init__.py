@@ -1,4 +1,4 @@
-"""What a LLaMA is trained on and asked about: a task is one file here, and one line in the table TASKS."""
+"""Tasks: how data is read for training, and how responses are scored. Each is a module, and a line in TASKS."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import Example
 
-TASKS = {  # by the name that --task takes: the module, which is imported on use and has a TASK
+TASKS = {  # from the name for --task to the module that defines TASK, which is imported on use
     "instructions": "tasks.instructions",
     "scienceqa": "tasks.scienceqa",
     "captions": "tasks.captions",
@@ -16,12 +16,12 @@ TASKS = {  # by the name that --task takes: the module, which is imported on use
 
 @dataclass(frozen=True)
 class Task:
-    """How the examples of a task are read, and how responses to them are scored. Only `read` is required.
+    """Reader and scorer of one task; only `read` is required.
 
-    `read(path, images=None, split=None)` returns Examples: those to train on, if no split is named. `images` is the
-    folder of the images; an Example has the name of its image in there. `score(examples, responses)` returns numbers by
-    name. A response is a text, or None if the prompt left no room for one. A task without `score` has no command in
-    evaluate.py; the docstring of `score` is the command's help. Both raise OSError, or ValueError in one line.
+    `read(path, images=None, split=None)` returns Examples, by default those to train on; the image of an Example is
+    relative to the folder `images`. `score(examples, responses)` returns numbers by name. A response is a text, or None
+    if the prompt fills the context. A task without `score` has no command in evaluate.py; the docstring of `score` is
+    the command's help. Both raise OSError, or ValueError in one line.
     """
 
     read: Callable[..., list[Example]]
@@ -38,5 +38,5 @@ class Task:
 
 
 def load_task(name: str) -> Task:
-    """Import the task of one of the names in TASKS."""
+    """Import and return a task by its name in TASKS."""
     return import_module(TASKS[name]).TASK

@@ -1,97 +1,78 @@
-"""A model's answers to many questions, what it writes or holds for the likeliest, and how they are written to files."""
+"""A model's answers to many questions, generated or chosen among options, and how they are written to files."""
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data import IGNORE, Example, Round, Tokens, collate
-from generate import Request, Responder, concat_prompts
+from data import Example, Request
+from generate import Responder
 from runtime.files import read_json, write_json
-
-
-def in_batches(
-    responder: Responder, requests: Sequence[Request], room: Sequence[int], size: int, unit: str
-) -> Iterator[tuple[list[int], tqdm]]:
-    """Numbers of requests of like length, so many at once, and a progress bar.
-
-    Those that leave less room in the base's context than they need, in tokens, are left out.
-    """
-    lengths = [len(responder.tokens(request)) for request in requests]
-    limit = responder.model.config.max_seq_len or math.inf
-    fitting = [i for i, length in enumerate(lengths) if length + room[i] <= limit]
-    order = sorted(fitting, key=lengths.__getitem__)
-    with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:
-        for start in range(0, len(order), size):
-            yield order[start : start + size], bar
+from tasks.scoring import score_continuations
 
 
 def written_answers(
-    responder: Responder, requests: Sequence[Request], size: int = 64, unit: str = "request"
+    responder: Responder, requests: Sequence[Request], batch_size: int = 64, unit: str = "request"
 ) -> list[str | None]:
-    """What is generated for each, so many at once; None where the request leaves no room for an answer."""
+    """Generate a response to each request, in batches of similar length; None if the prompt fills the context."""
+    context = responder.model.config.max_seq_len or math.inf
+    lengths = [len(responder.tokens(request)) for request in requests]
+    order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
     answers: list[str | None] = [None] * len(requests)
-    for batch, bar in in_batches(responder, requests, [1] * len(requests), size, unit):
-        for i, text in zip(batch, responder.answer_batch([requests[i] for i in batch], bar)):
-            answers[i] = text
+    with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, text in zip(batch, responder.answer_batch([requests[i] for i in batch])):
+                answers[i] = text
+            bar.update(len(batch))
     return answers
+
+
+def choice_log_likelihoods(
+    responder: Responder,
+    requests: Sequence[Request],
+    choices: Sequence[list[str]],
+    batch_size: int = 64,
+    unit: str = "choice",
+) -> list[list[float] | None]:
+    """log p(choice and its end | request), in nats, for the choices of each request; None if one does not fit."""
+    context = responder.model.config.max_seq_len or math.inf
+    likelihoods: list[list[float] | None] = [None] * len(requests)
+    asked = []  # (request, choice) of each row
+    prompts, tokens, continuations = [], [], []
+    for i, (request, ours) in enumerate(zip(requests, choices)):
+        template = responder.loaded[request.adapter].template
+        rounds = [next(template.rounds([Example(request.instruction, request.input, text)]))[0] for text in ours]
+        if any(len(each.prompt) + len(each.answer) - 1 > context for each in rounds):
+            continue
+        likelihoods[i] = [math.nan] * len(ours)
+        of_request = responder.prompts(request)
+        for j, (prompt, answer) in enumerate(rounds):
+            asked.append((i, j))
+            prompts.append(of_request)
+            tokens.append(prompt)
+            continuations.append(answer)
+    with tqdm(total=len(asked), unit=unit, file=sys.stderr) as bar:
+        scored = score_continuations(responder.model, tokens, continuations, prompts, batch_size, bar)
+    for (i, j), (log_p, _) in zip(asked, scored):
+        likelihoods[i][j] = log_p
+    return likelihoods
 
 
 def likeliest_answers(
     responder: Responder,
     requests: Sequence[Request],
     choices: Sequence[list[str]],
-    size: int = 64,
-    unit: str = "request",
+    batch_size: int = 64,
+    unit: str = "choice",
 ) -> list[str | None]:
-    """Which of its choices is the likeliest after each request; None where there is no room for them."""
-    answers: list[str | None] = [None] * len(requests)
-    room = [
-        max(len(answered(responder, request, choice).answer) - 1 for choice in ours)
-        for request, ours in zip(requests, choices)
-    ]
-    for batch, bar in in_batches(responder, requests, room, size, unit):
-        rows = [(requests[i], choice) for i in batch for choice in choices[i]]
-        likelihoods = iter(log_likelihoods(responder, rows))
-        for i in batch:
-            ours = {choice: next(likelihoods) for choice in choices[i]}
-            answers[i] = max(ours, key=ours.get)
-        bar.update(len(batch))
-    return answers
-
-
-def answered(responder: Responder, request: Request, text: str) -> Round:
-    """The request with that answer, as it is learnt."""
-    example = Example(request.instruction, request.input, text)
-    return next(responder.templates[request.adapter].rounds([example]))[0]
-
-
-def token_log_p(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p, in nats, of ids (R,) by logits (R, V): (R,)."""
-    return logits.float().log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
-
-
-@torch.no_grad()
-def log_likelihoods(responder: Responder, rows: Sequence[tuple[Request, str]]) -> list[float]:
-    """log p(answer and its end | request), in nats, of each of B rows."""
-    model, tokens = responder.model, []
-    for request, text in rows:
-        prompt, answer = answered(responder, request, text)
-        tokens.append(Tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer), ""))
-    batch, device = collate(tokens), model.device
-    inputs, targets = batch.inputs.to(device), batch.targets.to(device)  # (B, T)
-    loss_mask = targets != IGNORE  # (B, T), R of them
-    prompts = concat_prompts([responder.prompts(request) for request, _ in rows])
-    hidden = model.hidden_states(inputs, prompts)[loss_mask]  # (R, C)
-    of_token = token_log_p(model.output(hidden), targets[loss_mask])  # (R,)
-    of_row = torch.zeros(len(rows), device=device).index_add(0, loss_mask.nonzero()[:, 0], of_token)  # (B,)
-    return of_row.tolist()
+    """Return the most likely of its choices for each request; None if they do not fit into the context."""
+    likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size, unit)
+    return [None if found is None else ours[found.index(max(found))] for found, ours in zip(likelihoods, choices)]
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,23 @@ makes another, how likely it is by itself, and how it goes on. Likelihoods and g
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from adapter import Adapter
 from data import ALPACA, AlpacaTemplate, Tokenizer, format_prompt
 from formats.chat_templates import ChatTemplate
 from formats.tokenizers import library_errors
-from generate import Responder, prefill, stream
-from model import KVCache, LLaMA
+from generate import Responder, Sampling, stream
+from model import LLaMA
 from runtime.distributed import rank
 from runtime.errors import printable
 from runtime.files import require_file, write_json, write_text
-from tasks.answering import token_log_p
+from tasks.scoring import Scored, in_batches, score_continuations
 
 try:
     from lm_eval import simple_evaluate
@@ -37,7 +36,6 @@ except ModuleNotFoundError as error:
     raise ValueError(f"the harness is a package of its own (no {error.name}): pip install lm_eval") from None
 
 RESPONSE = ALPACA["without_input"].splitlines()[-1]  # what an answer in Alpaca's template follows
-Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would have written it
 
 
 class HarnessModel(TemplateLM):
@@ -52,7 +50,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.batch_size, self.about = responder.model, batch_size, about
         self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
-        self.prompts, self.template = responder.prompt_sets[adapter], responder.templates[adapter]
+        _, self.prompts, self.template = responder.loaded[adapter]
         self._device = self.model.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
@@ -85,59 +83,23 @@ class HarnessModel(TemplateLM):
 
     # -- How likely
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Scored]:
-        """Of triples: the texts, which nobody looks at, and ids of context and continuation.
+        """Score triples: the texts, which are not used, and the ids of context and continuation.
 
-        A context is cut from the left where both don't fit. Raises ValueError where a continuation doesn't by itself.
+        A context is truncated on the left if both do not fit. Raises ValueError if a continuation alone does not.
         """
-        continuations, of_context = [ids for *_, ids in requests], defaultdict(list)  # which requests have it
-        for i, (_, context, ids) in enumerate(requests):
+        contexts, continuations = [], []
+        for _, context, ids in requests:
             if not 0 < len(ids) <= self.max_length:
                 raise ValueError(f"a continuation has {len(ids)} tokens, the base sees 1 to {self.max_length}")
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
-            of_context[tuple(context[max(0, surplus) :])].append(i)
-        scored: list[Scored | None] = [None] * len(requests)
+            contexts.append(context[max(0, surplus) :])
+            continuations.append(ids)
+        prompts = [self.prompts] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or rank() > 0) as bar:
-            for contexts in self.batches(of_context, length=len):
-                cache = KVCache(self.model, batch=len(contexts), capacity=len(contexts[0]))
-                logits = prefill(self.model, [list(ids) for ids in contexts], self.prompts, cache)  # (contexts, V)
-                pairs = [(row, i) for row, context in enumerate(contexts) for i in of_context[context]]
-                for batch in self.batches(pairs, length=lambda pair: len(continuations[pair[1]])):
-                    rows, asked = zip(*batch)
-                    index = torch.tensor(rows, device=self._device)  # (R,)
-                    found = self.score(logits[index], cache, index, [continuations[i] for i in asked])
-                    for i, result in zip(asked, found):
-                        scored[i] = result
-                    bar.update(len(batch))
-        return scored
-
-    def batches(self, items: Iterable, length: Callable) -> Iterator[list]:
-        """`batch_size` at once, the longest first: if memory is too small for them, that shows at the start."""
-        ordered = sorted(items, key=length, reverse=True)
-        for start in range(0, len(ordered), self.batch_size):
-            yield ordered[start : start + self.batch_size]
-
-    def score(self, logits: Tensor, cache: KVCache, rows: Tensor, continuations: Sequence[list[int]]) -> list[Scored]:
-        """R continuations, the longest first, of contexts that are rows (R,) of the cache.
-
-        `logits` (R, V) are of what follows each context.
-        """
-        T, device = len(continuations[0]), self._device
-        ids = torch.tensor([ids + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
-        lengths = torch.tensor([len(ids) for ids in continuations], device=device)  # (R,)
-        later = torch.arange(1, T, device=device) < lengths[:, None]  # (R, T - 1): all but the first, and no padding
-        log_p, greedy = torch.zeros(ids.shape, device=device), torch.ones_like(ids, dtype=torch.bool)  # (R, T)
-        log_p[:, 0], greedy[:, 0] = likelihoods(logits, ids[:, 0])
-        if T > 1:
-            longer = repeat_rows(self.model, cache, rows, room=T - 1)
-            hidden = self.model.hidden_states(ids[:, :-1], self.prompts, longer)[later]  # (of all rows, C)
-            parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
-            found = [likelihoods(self.model.output(part), predicted) for part, predicted in parts]
-            log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
-        return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))
+            return score_continuations(self.model, contexts, continuations, prompts, self.batch_size, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once, in windows of the base's context that follow one another."""
@@ -166,17 +128,18 @@ class HarnessModel(TemplateLM):
         generator = torch.Generator(self._device).manual_seed(torch.initial_seed())  # which the harness sets
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
             for setting, of_setting in settings.items():
-                limit, until, sampling = self.generation(json.loads(setting))
-                sampling |= {"max_new_tokens": limit, "generator": generator}
-                for batch in self.batches(of_setting, length=lambda i: len(tokens[i])):
-                    rows = [tokens[i][-(self.max_length - limit) :] for i in batch]
+                until, sampling = self.generation(json.loads(setting))
+                sampling = sampling._replace(generator=generator)
+                room = self.max_length - sampling.max_new_tokens
+                for batch in in_batches(of_setting, self.batch_size, length=lambda i: len(tokens[i])):
+                    rows = [tokens[i][-room:] for i in batch]
                     for i, text in zip(batch, self.continue_until(rows, until, sampling)):
                         answers[i] = text
                     bar.update(len(batch))
         return answers
 
-    def generation(self, kwargs: dict) -> tuple[int, list[str], dict]:
-        """How many tokens at most, what ends the text, and how to sample. Raises ValueError."""
+    def generation(self, kwargs: dict) -> tuple[list[str], Sampling]:
+        """The stop strings, and how to sample. Raises ValueError."""
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
         if limit >= self.max_length:
@@ -192,12 +155,12 @@ class HarnessModel(TemplateLM):
             raise ValueError(
                 f"generation_kwargs {kwargs}: there are do_sample, temperature, top_p, until, max_gen_toks"
             )
-        return limit, until, sampling
+        return until, Sampling(limit, end_ids=self.template.end_ids, **sampling)
 
-    def continue_until(self, tokens: list[list[int]], until: list[str], sampling: dict) -> list[str]:
+    def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
         """As `stream`, up to where each text has one of `until`, which is left off."""
         new, done = [[] for _ in tokens], [False] * len(tokens)
-        for ids in stream(self.model, tokens, self.prompts, end_ids=self.template.end_ids, **sampling):
+        for ids in stream(self.model, tokens, self.prompts, sampling):
             for row, id in enumerate(ids):
                 if id is None:
                     done[row] = True
@@ -236,21 +199,6 @@ class HarnessModel(TemplateLM):
         return self.about
 
 
-def repeat_rows(model: LLaMA, cache: KVCache, rows: Tensor, room: int) -> KVCache:
-    """A cache of rows (R,) of another, any number of times each, with room for so many more tokens."""
-    longer = KVCache(model, batch=len(rows), capacity=cache.capacity + room)
-    for layer, before in zip(longer.layers, cache.layers):
-        layer.k[:, :, : cache.capacity], layer.v[:, :, : cache.capacity] = before.k[rows], before.v[rows]
-        layer.prompt = before.prompt  # of all rows
-    longer.lengths = cache.lengths[rows]
-    return longer
-
-
-def likelihoods(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of ids (R,) by logits (R, V), and whether each is the likeliest."""
-    return token_log_p(logits, ids), logits.argmax(dim=1) == ids
-
-
 def make_columns(
     loaded: tuple[LLaMA, Tokenizer, dict[str, Adapter]],
     strengths: Sequence[float],
@@ -266,9 +214,9 @@ def make_columns(
     columns: dict[str, HarnessModel] = {}
     for strength in dict.fromkeys(strengths):
         responder = Responder(*loaded, gate_scale=strength, template=template)
-        if compare or not responder.adapters:
+        if compare or len(responder.loaded) == 1:
             columns.setdefault("base", HarnessModel(responder, "base", batch_size, about))
-        for name in responder.adapters:
+        for name in loaded[2]:
             column = name if strength == 1 else f"{name} x {strength:g}"
             if name in ("", ".", "..") or {"/", "\\"} & set(name) or column in columns:
                 raise ValueError(f"{column!r} is taken, or no name of a folder for results: --adapter NAME=FILE")

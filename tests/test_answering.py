@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers import make_adapter
 
+from data import Request
 from formats.bases import load_llama
-from generate import Request, Responder
-from tasks.answering import likeliest_answers, log_likelihoods, written_answers
+from generate import Responder
+from multimodal import ImageAdapter
+from tasks import scoring
+from tasks.answering import choice_log_likelihoods, likeliest_answers, written_answers
 
 
 @pytest.fixture
@@ -27,14 +30,43 @@ def one_by_one(responder, request, answer):
 
 
 def test_likelihoods_are_those_of_the_tokens_one_by_one(responder):
-    """Of rows with adapters of their own and none."""
+    """Requests with an adapter and without share batches; so do continuations of contexts of any length."""
     rows = [
-        (Request("Hi", "", "a"), "Yes, no."),
-        (Request("Hello you", "", "base"), "No"),
-        (Request("A", "", "a"), ""),
+        (Request("Hi", "", "a"), ["Yes, no.", "", "Yes"]),
+        (Request("Hello you", "", "base"), ["No", "No, it is not so at all"]),
+        (Request("A", "", "a"), [""]),
+        (Request("Hi", "", "base"), ["Yes, no."]),
     ]
-    for (request, answer), likelihood in zip(rows, log_likelihoods(responder, rows)):
-        assert likelihood == pytest.approx(one_by_one(responder, request, answer), abs=1e-4)
+    for batch_size in (1, 2, 64):
+        found = choice_log_likelihoods(responder, *map(list, zip(*rows)), batch_size)
+        for (request, ours), likelihoods in zip(rows, found):
+            expected = [one_by_one(responder, request, answer) for answer in ours]
+            assert likelihoods == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_context_is_processed_once(responder, monkeypatch):
+    """However many choices it has; and images of their own make contexts of their own."""
+    read, prefill = [], scoring.prefill
+    monkeypatch.setattr(scoring, "prefill", lambda model, rows, *more: read.extend(rows) or prefill(model, rows, *more))
+    requests = [Request("Hi", "", "a"), Request("Hi", "", "base"), Request("Hi", "", "a")]
+    choice_log_likelihoods(responder, requests, [["Yes", "No", "Perhaps"]] * 3)
+    assert len(read) == 2  # with the adapter, and without
+
+
+def test_choices_about_images_of_their_own(tiny_base):
+    """Each row keeps the prompts of its image, when contexts are repeated for their choices."""
+    model, tokenizer = load_llama(tiny_base)
+    adapter = ImageAdapter(layers=3, length=3, dim=16, heads=2, features=4, bottleneck=3)
+    torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
+    responder = Responder(model, tokenizer, {"a": adapter})
+    features = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)) * 5
+    requests = [Request("Hi", "", "a", features=row) for row in features]
+    choices = [["Yes", "No, never"], ["a b c"], ["No", "Yes", ""]]
+    found = choice_log_likelihoods(responder, requests, choices)
+    for request, ours, likelihoods in zip(requests, choices, found):
+        expected = [one_by_one(responder, request, answer) for answer in ours]
+        assert likelihoods == pytest.approx(expected, abs=1e-4)
+    assert len({likelihoods[0] for likelihoods in found}) == 3
 
 
 def test_the_likeliest_is_the_likeliest_one_by_one(responder):

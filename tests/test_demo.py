@@ -133,10 +133,10 @@ def test_a_column_is_what_chose_its_token(demonstration):
     model, tokenizer, adapter = demonstration.model, demonstration.tokenizer, demonstration.adapters["words"]
     responder = generate.Responder(model, tokenizer, {"words": adapter}, max_new_tokens=8)
     tokens = responder.tokens(Request(QUESTION, "of animals", "words"))
-    (ids,) = generate.generate(model, [tokens], responder.prompt_sets["words"], max_new_tokens=8)
+    (ids,) = generate.generate(model, [tokens], responder.loaded["words"].prompts, max_new_tokens=8)
     assert "".join(answers.labels) == answers.adapter and answers.shares.shape == (len(adapter.gates), len(ids))
     for i in range(len(ids)):
-        shares = prompt_shares(model, torch.tensor([tokens + ids[:i]]), responder.prompt_sets["words"])
+        shares = prompt_shares(model, torch.tensor([tokens + ids[:i]]), responder.loaded["words"].prompts)
         torch.testing.assert_close(answers.shares[:, i], shares[:, 0, -1], rtol=0, atol=1e-5)
 
 
@@ -150,8 +150,8 @@ def test_the_heat_map_shows_labels_as_text():
 def test_an_upload_is_seen_and_gone(demonstration, seeing, tmp_path):
     path = upload(tmp_path)
     request = Request(QUESTION, adapter="seeing")
-    weight = demonstration.model.tok_embeddings.weight
-    (expected,) = attach_images([request], {0: path}, demonstration.adapters, weight, None, None)
+    responder = generate.Responder(demonstration.model, demonstration.tokenizer, demonstration.adapters)
+    (expected,) = attach_images([request], {0: path}, responder, None, None)
     answer = generated("--adapter", seeing, "--image", path)
     encoded = demonstration.encode_upload(path)
     assert not path.exists() and "data:image/png;base64," in encoded.preview

@@ -7,7 +7,8 @@ from helpers import make_adapter
 import evaluate
 from adapter import Adapter
 from formats.bases import load_llama
-from generate import Request, Responder
+from data import Request
+from generate import Responder
 from multimodal import ImageAdapter
 from toy import almanac, digits, exam
 

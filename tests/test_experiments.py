@@ -132,7 +132,7 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
 
     def note(responder, requests, *_, **__):
         (name,) = {request.adapter for request in requests}
-        adapter = responder.adapters.get(name)
+        adapter = responder.loaded[name].adapter
         gates = None if adapter is None else adapter.gates.abs().max().item() > 0
         asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
         return [None] * len(requests)

@@ -10,7 +10,7 @@ from helpers import make_testbed
 import train
 from experiments import measures
 from experiments.measures import base_measures, exact_accuracy, perplexity, run_setting, tune_setting
-from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, set_up
+from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, NoPrompts, set_up
 from formats.bases import load_llama
 
 METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
@@ -56,16 +56,14 @@ def test_an_answer_is_exact_or_not(bed, monkeypatch):
     tokenizer, limits = bed.tokenizer, []
     longest = max(len(tokenizer.encode(question.output)) for question in bed.questions)
 
-    def generate(model, tokens, prompts, max_new_tokens, end_ids):
-        limits.append(max_new_tokens)
-        said = [tokenizer.encode(question.output) for question in bed.questions]
-        first = (said[0] + tokenizer.encode(" indeed"))[: max_new_tokens - 1]  # ended, but in other words
-        unended = said[1] + [tokenizer.eos_id] * (max_new_tokens - len(said[1]))  # the words, and no end
-        return [first, unended, *said[2:]]
+    def answer(responder, requests, batch_size, unit):
+        limits.append(responder.sampling.max_new_tokens)
+        outputs = [question.output for question in bed.questions]
+        return [outputs[0] + " indeed", None, *outputs[2:]]  # in other words, and without room for an answer
 
-    monkeypatch.setattr(measures, "generate", generate)
+    monkeypatch.setattr(measures, "written_answers", answer)
     model, _ = load_llama(bed.base)
-    assert exact_accuracy(bed, model, ()) == (len(bed.questions) - 2) / len(bed.questions)
+    assert exact_accuracy(bed, model, NoPrompts([])) == (len(bed.questions) - 2) / len(bed.questions)
     assert limits == [longest + 2]
 
 

@@ -104,8 +104,8 @@ def test_the_command(command, tmp_path, monkeypatch):
     """From the command line to its files; what is told is given, for random weights tell nothing."""
     asked = []
 
-    def tell(bed, model, told, prompts=(), raw=False):
-        asked.append((len(told), len(prompts), raw))
+    def tell(bed, model, told, adapter=None, raw=False):
+        asked.append((len(told), 0 if adapter is None else len(adapter()), raw))
         story = made_up(1)[0]
         return [f"{' '.join(each.asked)} {story}" if each.kind == "a thing" else "He ran." for each in told]
 

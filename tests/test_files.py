@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from formats.tensors import load_pth
 from runtime.errors import error_line
-from runtime.files import atomic_write, max_bytes, path_inside, read_text, require_writable, write_tensors
+from runtime.files import MAX_BYTES, atomic_write, path_inside, read_text, require_writable, write_tensors
 
 
 @pytest.mark.parametrize("name, opener", [("a.json", open), ("a.json.gz", gzip.open), ("a.json.xz", lzma.open)])
 def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch, name, opener):
-    monkeypatch.setenv("LLAMA_ADAPTER_MAX_BYTES", "1000")
+    monkeypatch.setattr("runtime.files.MAX_BYTES", 1000)
     with opener(tmp_path / name, "wb") as file:
         file.write(b" " * 1000)
     assert read_text(tmp_path / name) == " " * 1000
@@ -29,7 +29,7 @@ def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch, name, opener):
 
 
 def test_the_bound_is_a_gigabyte():
-    assert max_bytes() == 2**30
+    assert MAX_BYTES == 2**30
 
 
 def test_what_never_ends_is_not_read(tmp_path):

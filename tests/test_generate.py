@@ -17,7 +17,7 @@ from data import format_prompt
 from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
 from formats.loading import load_with_adapters
-from generate import decode, generate, main, prefill, sample, stream, text_pieces
+from generate import Sampling, decode, generate, main, prefill, sample, stream, text_pieces
 from model import KVCache
 from runtime.compilation import RowLinear, compile_decoding, decode_by_rows
 
@@ -102,7 +102,7 @@ def test_each_row_stops_at_its_own_end():
     for long, short in zip(whole, stopped):
         assert short == (long[: long.index(eos)] if eos in long else long)
     assert len(stopped[1]) < 12
-    assert len(list(stream(model, rows[1:2], max_new_tokens=12, end_ids=[eos]))) == len(stopped[1])
+    assert len(list(stream(model, rows[1:2], sampling=Sampling(12, end_ids=[eos])))) == len(stopped[1])
 
 
 def test_an_update_is_seen_by_the_next_generation():
@@ -191,8 +191,8 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
     """The template with and without the input field, or the bare text, after <bos>; the sampling as asked for."""
     seen = []
 
-    def stream(model, tokens, prompts, **options):
-        seen.append((*tokens, options))
+    def stream(model, tokens, prompts, sampling, decode):
+        seen.append((*tokens, sampling, decode))
         return iter([])
 
     monkeypatch.setattr("generate.stream", stream)
@@ -204,20 +204,17 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
         (["--raw", ""], ""),
     ]:
         assert run("--adapter", tiny_adapter, *args).exit_code == 0
-        tokens, options = seen.pop()
+        tokens, sampling, decoding = seen.pop()
         assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
-        assert options.pop("generator").initial_seed() == 0
+        assert sampling.generator.initial_seed() == 0 and decoding is decode
         # The paper's sampling, not another (OGV 133).
-        assert options.pop("decode") is decode and options.pop("cache").capacity == len(tokens) + 256
-        assert options == {"max_new_tokens": 256, "end_ids": set(tokenizer.end_ids), "temperature": 0.1, "top_p": 0.75}
+        assert sampling[:4] == (256, 0.1, 0.75, set(tokenizer.end_ids))
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
-    tokens, options = seen.pop()
-    assert options.pop("generator").initial_seed() == 7 and options.pop("decode") is decode
-    assert options.pop("cache").capacity == len(tokens) + 3
-    assert options == {"max_new_tokens": 3, "end_ids": set(tokenizer.end_ids), "temperature": 0.5, "top_p": 0.9}
+    _, sampling, _ = seen.pop()
+    assert sampling.generator.initial_seed() == 7 and sampling[:4] == (3, 0.5, 0.9, set(tokenizer.end_ids))
     run("--adapter", tiny_adapter, "--greedy", "cat")
-    assert seen.pop()[1]["temperature"] == 0
+    assert seen.pop()[1].temperature == 0
 
 
 def test_the_answer_appears_as_it_is_made(tiny_adapter, monkeypatch):
@@ -420,7 +417,7 @@ def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
     assert result.exit_code == 2 and "different lengths cannot share a batch" in result.stderr
     assert "--prompts and --out go together" in run("--adapter", chef, *files[:2]).stderr
     for more in (["hi"], ["--compare"], ["--input", "x"]):
-        assert "--prompts names all there is" in run("--adapter", chef, *files, *more).stderr
+        assert "--prompts contains all prompts" in run("--adapter", chef, *files, *more).stderr
     for out in (tmp_path, tmp_path / "absent" / "out.jsonl"):
         result = run("--adapter", chef, *files[:3], out)
         assert result.exit_code == 2 and str(out) in result.stderr and result.stderr.count("\n") == 1
@@ -530,7 +527,9 @@ def test_an_adapter_of_an_encoder_says_what_it_is(tiny_base, tmp_path):
     adapter = HeadAdapter(widths=[16, 3], layers=2, length=3, dim=16, heads=2)
     adapter.save(tmp_path / "a.safetensors", task="image-classification")
     result = run("--base", tiny_base, "--adapter", tmp_path / "a.safetensors", "Hello")
-    assert result.exit_code == 2 and "a.safetensors: was tuned for image-classification, on an encoder" in result.stderr
+    assert (
+        result.exit_code == 2 and "a.safetensors: was trained for image-classification, on an encoder" in result.stderr
+    )
 
 
 def test_a_bad_out_is_found_before_the_base_is_read(tmp_path, monkeypatch):

@@ -19,15 +19,15 @@ RANKS = {
     "formats": 5,
     "generate": 7,
     "tasks": 8,
-    "toy": 8,
-    "training": 9,
-    "train": 10,
-    "evaluate": 10,
-    "convert": 10,
-    "demo": 10,
-    "encoder_tuning": 11,
-    "benchmarks": 11,
-    "experiments": 12,  # compares encoders as well
+    "toy": 9,
+    "training": 10,
+    "train": 11,
+    "evaluate": 11,
+    "convert": 11,
+    "demo": 11,
+    "encoder_tuning": 12,
+    "benchmarks": 12,
+    "experiments": 13,  # compares encoders as well
 }
 TOP = ["adapter", "convert", "data", "evaluate", "generate", "model", "multimodal", "train"]
 PATTERNS = ("*.py", "*/*.py", "docs/examples/*.py")

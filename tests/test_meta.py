@@ -40,7 +40,7 @@ LLAMA_31_8B = dict(
         (dict(ffn_dim_multiplier=float("inf")), "params.json: dim, n_heads, multiple_of"),
         (dict(n_layers="3"), "params.json: n_layers is '3'"),
         (dict(n_heads=3), "params.json: head_dim is 5"),
-        (dict(n_heads=1, n_kv_heads=3), "params.json: 1 query heads cannot share 3"),
+        (dict(n_heads=1, n_kv_heads=3), "params.json: n_heads 1 is not a multiple of n_kv_heads 3"),
         (dict(norm_eps="x"), "params.json: norm_eps is 'x'"),
         (dict(rope_theta=0), "params.json: rope_theta is 0"),
         (dict(vocab_size=7), "params.json: vocab_size is 7, but the weights have 1024"),

@@ -73,7 +73,7 @@ def test_prompts_are_projected_once_per_generation():
 
 def test_too_many_prompts_are_refused():
     model = make_model()
-    with pytest.raises(ValueError, match="4 layers of prompts for a model of 3 layers"):
+    with pytest.raises(ValueError, match="prompts for 4 layers, but the model has 3 layers"):
         model(make_tokens(model, 1, 2), make_adapter(model, layers=3)() + make_adapter(model, layers=1)())
 
 
@@ -118,7 +118,7 @@ def test_norms_of_large_values_survive_bfloat16_and_float16():
         (dict(n_layers=10**30), "n_layers is 10"),
         (dict(norm_eps=float("nan")), "norm_eps is nan"),
         (dict(rope_theta="10000"), "rope_theta is '10000'"),
-        (dict(n_kv_heads=3), "32 query heads cannot share 3"),
+        (dict(n_kv_heads=3), "n_heads 32 is not a multiple of n_kv_heads 3"),
         (dict(head_dim=127), "head_dim is 127"),
     ],
 )

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import generate
 import train
 from adapter import Adapter
-from data import AlpacaTemplate, check_record
+from data import AlpacaTemplate, check_record, hold_out
 from encoders.media import open_video, preprocess
 from encoders.models import ViTConfig
 from formats.adapters import load_adapter
@@ -260,7 +260,7 @@ def test_missing_pictures(train_args, album, tmp_path):
     assert result.exit_code == 2 and "record 3: " in result.stderr and "none.png: no such image" in result.stderr
     result = run(train, *args, "--skip-missing")
     assert result.exit_code == 0 and f"{len(records) - 1} examples to train on" in result.stderr
-    assert f"1 of {len(records)} skipped: their image is missing" in result.stderr
+    assert f"1 of {len(records)} skipped: their image was not found" in result.stderr
 
 
 def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
@@ -268,6 +268,22 @@ def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
     i = train_args.index("--clip")
     assert run(train, *train_args[:i], *train_args[i + 2 :], "--epochs", 2).exit_code == 0
     assert type(Adapter.load(tmp_path / "run" / "adapter.safetensors")) is Adapter
+
+
+def test_an_image_that_is_held_out_alone(train_args, album, tmp_path):
+    """The adapter has a projection even if no example to train on has an image."""
+    records = json.loads((album / "data.json").read_text())
+    images = [record for record in records if record.get("image")][:1]
+    records = images + [{"instruction": f"Say {i}.", "output": "no"} for i in range(9)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    args = [*train_args, "--data", tmp_path / "data.json", "--images", album, "--epochs", 2]
+    for seed in range(20):
+        training, (held_out,) = hold_out(list(range(10)), 1, seed)
+        if held_out == 0:
+            break
+    result = run(train, *args, "--val-size", 1, "--seed", seed)
+    assert result.exit_code == 0, result.output
+    assert type(ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")) is ImageAdapter
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -436,7 +436,7 @@ def test_which_strategy_and_which_device(monkeypatch):
 def test_what_is_not_finite_is_said_once(forks, args):
     results = Ranks(forks, 2, train_command, args, not_a_number).results()
     (line,) = said_by(results)
-    assert line.startswith("error: rank 0: in step 7: a loss of nan led to values that are not finite, from record ")
+    assert line.startswith("error: rank 0: after step 6: a loss of nan led to values that are not finite, from record ")
     assert "as of step 6;" in line and results[0][0] == 2
 
 

@@ -7,9 +7,8 @@ from click.testing import CliRunner
 from helpers import chat_in_process, make_adapter
 
 import generate
-from data import Turn
+from data import Request, Turn
 from formats.bases import load_llama
-from formats.requests import Request
 from generate import Conversation, Responder
 
 
@@ -73,7 +72,7 @@ def test_the_system_turn_and_a_fresh_start(responder):
 
 def test_an_answer_without_end_is_taken_as_it_stands(responder):
     """One that was cut by its length: its text is a turn like any other. A long question makes the cache grow."""
-    responder.sampling["end_ids"] = ()
+    responder.sampling = responder.sampling._replace(end_ids=())
     conversation = Conversation(responder, "a")
     first = "".join(conversation.answer("Hi"))
     capacity = conversation.cache.capacity

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from helpers import ROOT, run, save_problem_images, save_problems
 
 from adapter import Adapter
-from data import Example
+from data import Example, Request
 from formats.bases import load_llama
-from generate import Request, Responder
+from generate import Responder
 from tasks import TASKS, load_task, scienceqa
-from tasks.answering import Answers, log_likelihoods, read_answers, write_scores
+from tasks.answering import Answers, choice_log_likelihoods, read_answers, write_scores
 from tasks.images import attach_features, with_images
 
 
@@ -83,9 +83,9 @@ def test_training_on_scienceqa(tiny_base, tmp_path):
     (problem,) = scienceqa.read(path)
     adapters = {"a": Adapter.load(tmp_path / "run" / "adapter.safetensors")}
     responder = Responder(model, tokenizer, adapters, max_new_tokens=9)
-    rows = [(Request(problem.instruction, "", name), text) for name in ("base", "a") for text in problem.answers()]
-    likelihoods = log_likelihoods(responder, rows)
-    assert likelihoods[3] > likelihoods[1] + 1 and likelihoods[3] > likelihoods[2]
+    requests = [Request(problem.instruction, "", name) for name in ("base", "a")]
+    before, after = choice_log_likelihoods(responder, requests, [problem.answers()] * 2)
+    assert after[1] > before[1] + 1 and after[1] > after[0]
 
 
 def test_results_that_no_task_has_a_say_in(tmp_path, capsys):

@@ -10,16 +10,14 @@ import torch
 from click.testing import CliRunner
 from helpers import KINDS, Ranks, copy_base, launch, make_adapter, peak_anonymous, said_by, save_hugging_face
 from helpers import save_problems, split_for_parallel
-from tqdm import tqdm
 
 import benchmarks.__main__ as benchmarks
 import evaluate
 import generate
-from data import read_records
+from data import Request, read_records
 from formats.bases import load_llama, read_base
 from formats.loading import load_part_of_rank, load_with_adapters
 from formats.meta import join
-from formats.requests import Request
 from generate import Responder, concat_prompts, prefill
 from model import KVCache
 from multimodal import ImageAdapter
@@ -86,7 +84,7 @@ def answers_of(base, adapters, bits=None):
         tokens, prompts = map(list, zip(*((responder.tokens(r), responder.prompts(r)) for r in asked())))
         cache = KVCache(model, batch=len(tokens), capacity=100)
         logits = prefill(model, tokens, concat_prompts(prompts), cache)
-        texts = responder.answer_batch(asked(), tqdm(disable=True))
+        texts = responder.answer_batch(asked())
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
     return logits.tolist(), texts, shapes, held_bytes(model)
 

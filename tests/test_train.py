@@ -436,7 +436,9 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
         result = run(*args)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "not finite, from record " in last and last.startswith("error: in step 4: ")
+    assert (
+        last.startswith("error: ") and "not finite, from record " in last and last.startswith("error: after step 3: ")
+    )
     assert "checkpoint.pt and adapter.safetensors are as of step 3;" in last
     kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
     assert all(torch.equal(p, good) for p, good in zip(kept.parameters(), adapters[3]))
@@ -449,7 +451,7 @@ def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path):
     weights["norm.weight"][0] = math.nan
     torch.save(weights, folder / "consolidated.00.pth")
     result = run(*args, "--base", folder)
-    assert result.exit_code == 2 and "in step 1: the validation loss is nan" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "after step 0: the validation loss is nan" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("blocked", ["metrics.jsonl", "adapter.safetensors", "curves.png", "summary.json"])
@@ -496,7 +498,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
         (
             ["--data", "a.csv"],
-            "a.csv: is not JSON; pandas.read_csv('a.csv').fillna('').to_json('data.json', orient='records') makes",
+            "a.csv: is not JSON; convert it: pandas.read_csv('a.csv').fillna('').to_json(",
         ),
         (["--base", "llama.gguf"], "llama.gguf: no such base model"),
         (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),
@@ -600,7 +602,11 @@ def test_by_default_examples_are_as_long_as_the_base_sees(instructions, tmp_path
     """And that is said; asking for more is an error."""
     args = ["--base", data / "stories260K", "--data", instructions, "--out", tmp_path / "run", "--epochs", 3]
     result = run(*args, "--limit", 20, "--max-seq-len", 513)
-    assert result.exit_code == 2 and "--max-seq-len 513" in result.stderr and "only 512" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "--max-seq-len 513" in result.stderr
+        and "a context of only 512 tokens" in result.stderr
+    )
     config = TrainConfig().for_base("base", 3, 100)
     assert config.max_seq_len == 100 and TrainConfig().for_base("base", 3, math.inf).max_seq_len == 512
 

@@ -1,20 +1,19 @@
 """What examines a tuned adapter: held-out questions about the almanac, and about held-out pictures of digits."""
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from adapter import Adapter
-from data import AlpacaTemplate, Tokenizer
+from data import AlpacaTemplate, Request, Tokenizer
 from formats.image_encoders import load_image_encoder
-from generate import Request, Responder
+from generate import Responder
 from model import LLaMA
 from multimodal import ImageAdapter
+from tasks.answering import written_answers
 from toy import almanac, digits
 from toy.almanac import HELD_OUT, ExamQuestion
 
@@ -27,11 +26,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
     """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
-    texts = []
-    with tqdm(total=len(requests), unit="question", file=sys.stderr) as bar:
-        for start in range(0, len(requests), 128):
-            texts += responder.answer_batch(requests[start : start + 128], bar)
-    return texts
+    return written_answers(responder, requests, batch_size=128, unit="question")
 
 
 def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""A training run: its folder and lock, metrics, checkpoints, progress bar, and the reasons to stop."""
+"""A training run: output folder, metrics, checkpoints, progress bar, and signals."""
 
 import math
 import signal
@@ -29,7 +29,7 @@ from training.options import RunOptions
 from training.run_files import CHECKPOINT, SUMMARY, Progress, begin_in_folder, check_options, finish_moving
 from training.run_files import load_checkpoint, read_metrics, run_state, save_checkpoint, write_metrics
 
-# Why a run stops between two steps, and its exit code. If ranks differ, the highest number counts.
+# Reasons to stop between two steps, with message and exit code. With several ranks, the highest number wins.
 TIME, SIGTERM, CTRL_C = 1, 2, 3
 REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
 
@@ -37,21 +37,21 @@ REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM"
 class Run:
     """The folder --out of a training run. All ranks call its methods, and the first one writes.
 
-    As a context it makes and locks the folder, and exits with one line if the run is interrupted. Raises OSError, or
-    ValueError if the folder cannot be written to, another process uses it, or --resume does not suit what is there.
+    The context manager creates and locks the folder, and handles interrupts. It raises OSError, or ValueError if the
+    folder cannot be written to, another process uses it, or --resume contradicts its content.
     """
 
     def __init__(self, options: RunOptions):
         self.options = options
         self.out = options.out
         self.metrics = self.out / "metrics.jsonl"
-        self.step = 0  # optimizer steps taken; the adapter and the optimizer are as of this step
+        self.step = 0  # completed steps; adapter and optimizer are in this state
         self.tokens = 0
         self.seconds = 0.0  # spent in the steps
-        self.saved_step = 0  # of checkpoint.pt
+        self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
         self.in_loop = False
-        self.asked = 0  # the highest of the reasons that a signal has given between two steps
+        self.asked = 0  # the highest reason to stop signalled so far
         self.stopped = 0  # the reason for which the run has stopped
 
     @property
@@ -85,9 +85,9 @@ class Run:
             print_rank0(f"{REASONS[self.stopped][0]} after step {self.step}: {advice}")
 
     def on_signal(self, number: int, frame) -> None:
-        """Note the signal if a step may be running; interrupt otherwise, and at a second Ctrl-C.
+        """During training, record the signal, to stop after the step. At other times, interrupt at once.
 
-        Under torchrun the second Ctrl-C may be the first one, forwarded.
+        A second Ctrl-C interrupts at once as well, except under torchrun, which forwards the first one.
         """
         reason = CTRL_C if number == signal.SIGINT else SIGTERM
         is_second = reason == CTRL_C and self.asked == CTRL_C and world_size() == 1
@@ -96,22 +96,22 @@ class Run:
         self.asked = max(self.asked, reason)
 
     def is_finished(self, fixed: dict) -> bool:
-        """Whether --resume finds nothing left to do. Raises ValueError if the finished run had other options."""
+        """Return True if the run to resume is finished. Raises ValueError if it had other options."""
         if self.state == "finished" and rank() == 0:
             check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
         return self.state == "finished"
 
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
-        """Prepare the folder, and on --resume fill adapter and optimizer from checkpoint.pt.
+        """Prepare the folder; on --resume, load the state of adapter and optimizer from checkpoint.pt.
 
-        `counts` are numbers of examples for the summary. Raises OSError, or ValueError if the files do not fit.
+        `counts`, numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match.
         """
         self.adapter = adapter
         self.optimizer = optimizer
         self.fixed = fixed
         self.counts = counts
         self.num_steps = num_steps
-        barrier()  # every rank has loaded its base before files change
+        barrier()  # files change only when every rank has loaded its base
         if self.state == "begun":
             progress = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
             self.step, self.tokens, self.seconds = progress
@@ -129,9 +129,9 @@ class Run:
 
     @contextmanager
     def saving_on_errors(self):
-        """Show the progress bar; if a step fails, save the last whole step and say how to continue.
+        """Show the progress bar. If a step fails, save the last whole step and report how to continue.
 
-        Steps fail for lack of memory, values that are not finite, or because another rank has ended.
+        A step fails if memory runs out, values are not finite, or another rank has ended.
         """
         self.in_loop = True
         options = {"total": self.num_steps, "initial": self.step, "unit": "step", "disable": rank() > 0}
@@ -146,13 +146,13 @@ class Run:
                 self.in_loop = False
 
     def save_after_error(self) -> None:
-        """Save the state before the failed step, unless the optimizer has already changed a part of it."""
+        """Save the last completed step, unless the failed one has already updated some parameters."""
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
         if rank() == 0 and steps == {self.step} and self.saved_step < self.step:
             self.save_checkpoint()
 
     def explain(self, error: Exception) -> None:
-        """Raise ValueError, or exit, with the cause, what is saved, and advice; return if the error is unexpected."""
+        """Raise ValueError, or exit, with the cause, the saved step, and advice. Return if the error is unexpected."""
         saved = "nothing was saved yet"
         if self.saved_step:
             saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors are as of step {self.saved_step}"
@@ -161,20 +161,20 @@ class Run:
             sys.exit(2)
         if isinstance(error, FloatingPointError):
             advice = "a lower --lr may help, with another --out"
-            raise ValueError(f"in step {self.step + 1}: {error}; {saved}; {advice}") from None
+            raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
         if is_out_of_memory(error):
             advice = "to continue, add --resume and a smaller --micro-batch-tokens, or --checkpoint-activations"
             raise ValueError(f"{error_line(error)}; {saved}; {advice}") from None
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
+        """Return True, on all ranks, if any has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
         minutes = (time.perf_counter() - self.options.started) / 60
         is_late = minutes > (self.options.max_minutes or math.inf)
         self.stopped = all_reduce_max(max(self.asked, TIME if is_late else 0))
         return self.stopped > 0
 
     def log_step(self, step) -> None:
-        """Write a line of metrics for a train.Step."""
+        """Append a train.Step to metrics.jsonl, and advance the progress."""
         self.step = step.number
         self.tokens += step.tokens
         self.seconds += step.seconds
@@ -189,7 +189,7 @@ class Run:
             self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
 
     def log_validation(self, loss: float) -> None:
-        """Write a line of metrics. Raises FloatingPointError if the loss is not finite."""
+        """Append a validation loss to metrics.jsonl. Raises FloatingPointError if it is not finite."""
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
         self.val_losses.append(loss)
@@ -198,7 +198,7 @@ class Run:
             self.bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
 
     def save_checkpoint(self) -> None:
-        """Write the adapter, for use, and then checkpoint.pt."""
+        """Write adapter.safetensors, then checkpoint.pt."""
         if rank() == 0:
             adapter = self.adapter
             if parametrize.is_parametrized(adapter):
@@ -211,7 +211,7 @@ class Run:
         self.saved_step = self.step
 
     def change(self) -> dict[str, float | None]:
-        """The first and the newest validation loss."""
+        """The first and the last validation loss."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
         return {"val_loss_before": before, "val_loss_after": after}
 
@@ -219,7 +219,7 @@ class Run:
     # At the end
 
     def finish(self, scores: dict[str, float]) -> None:
-        """Write curves.png and summary.json, with the scores of an evaluation, and remove checkpoint.pt."""
+        """Write curves.png and summary.json, which includes the scores, and remove checkpoint.pt."""
         if rank() == 0:
             from training.curves import draw_curves  # loads matplotlib
 
@@ -229,7 +229,9 @@ class Run:
                 than = f"{after:.4f}, before training it was {before:.4f}: the adapter does harm"
                 warn(f"the validation loss is {than}; a lower --lr may help")
             draw_curves(read_metrics(self.metrics), self.adapter, self.out / "curves.png")
-            summary = {"trainable_parameters": sum(p.numel() for p in self.adapter.parameters())} | self.counts
+            summary = {
+                "trainable_parameters": sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
+            } | self.counts
             summary |= {"adapter_bytes": (self.out / "adapter.safetensors").stat().st_size} | change
             summary |= {"tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds} | scores
             summary |= {"wall_seconds": time.perf_counter() - self.options.started}
@@ -240,6 +242,6 @@ class Run:
 
 
 def remove_if_empty(folder: Path, is_new: bool) -> None:
-    """Remove a folder that this run has made and nothing was written to."""
+    """Remove the folder if this run has created it and it is empty."""
     if is_new and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,6 +1,6 @@
-"""The files of a training run: metrics, checkpoints, and the state that they tell.
+"""The files of a training run: metrics and checkpoints, and the state of the run that follows from them.
 
-`fixed` are the options that a run and its resumption must share.
+`fixed` are the options that must not change on resume.
 """
 
 import io
@@ -20,11 +20,11 @@ from runtime.files import atomic_write, first_line, read_bytes, remove_unfinishe
 from runtime.schema import require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
-WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # what a finished run leaves
+WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # the files of a finished run
 
 
 class Progress(NamedTuple):
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     tokens: int = 0
@@ -49,7 +49,7 @@ def run_state(out: Path, resume: str | None) -> str:
 
 
 def check_options(before: object, fixed: dict, path: Path) -> None:
-    """Raise ValueError if the run that wrote `path` had other options. The base may have moved."""
+    """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
     for name, value in fixed.items():
@@ -63,7 +63,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
 
 
 def begin_in_folder(out: Path, step: int) -> Path | None:
-    """Prepare the folder to continue after `step`, and remove what a killed run wrote later.
+    """Prepare the folder to continue after `step`, and discard what a killed run wrote later.
 
     If a new run begins where another has written an adapter, its files are moved to a new folder run-N, which is
     returned. Raises OSError, or ValueError if metrics are missing.
@@ -85,7 +85,7 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
 
 
 def move_run(out: Path, folder: Path) -> None:
-    """Move the files of a run into `folder`, which gets its name when all of them are there."""
+    """Move the files of a run into `folder`, which has a temporary name until all of them are there."""
     moving = folder.with_name(f"{folder.name}.moving")
     moving.mkdir(exist_ok=True)
     for name in WRITTEN:
@@ -95,7 +95,7 @@ def move_run(out: Path, folder: Path) -> None:
 
 
 def finish_moving(out: Path) -> None:
-    """Complete a `move_run` that was killed. A run writes nothing before its predecessor is moved."""
+    """Complete a `move_run` that was killed. No other run has written here since."""
     for moving in out.glob("run-*.moving"):
         if any(moving.iterdir()):
             move_run(out, moving.with_suffix(""))
@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def checked_line(line: object) -> dict:
-    """Return a line of metrics. Raises ValueError if it is none."""
+    """Validate one line of metrics, and return it."""
     if not isinstance(line, dict):
         raise ValueError(f"a {type(line).__name__}")
     require_number("step", line.get("step"), 0, 2**40, whole=True)
@@ -160,7 +160,7 @@ def write_metrics(path: Path, line: dict) -> None:
 def save_checkpoint(
     path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, fixed: dict
 ) -> None:
-    """Write all that `--resume` needs, after the metrics so far have reached the disk."""
+    """Write the checkpoint atomically, after flushing metrics.jsonl."""
     with open(path.with_name("metrics.jsonl"), "rb+") as metrics:
         os.fsync(metrics)
     state = {
@@ -176,9 +176,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict) -> Progress:
-    """Fill adapter and optimizer, and return the progress. The first rank reads the file for all.
+    """Load the state of adapter and optimizer, and return the progress. The first rank reads the file for all.
 
-    Raises FileNotFoundError, or ValueError if the file is broken or of a run with other options.
+    Raises FileNotFoundError, or ValueError if the file is invalid or of a run with other options.
     """
     checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
     not_ours = f"{path}: not a checkpoint of train.py"
@@ -202,7 +202,7 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) -> None:
-    """Fill AdamW's moments of each parameter after `steps` steps; rates and betas remain those of `optimizer`.
+    """Load AdamW's moments after `steps` steps; keep the optimizer's own hyper-parameters.
 
     Raises ValueError if a moment has another shape, is not finite, or is of another step.
     """

@@ -1,0 +1,96 @@
+"""Log-likelihoods of continuations: each context is processed once, for all of its continuations."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adapter import Prompt
+from generate import concat_prompts, prefill
+from model import KVCache, LLaMA
+
+Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would generate it
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: LLaMA,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[Prompt]],
+    batch_size: int,
+    bar: tqdm,
+) -> list[Scored]:
+    """Score each continuation after its context, with its own prompts; all three have one entry per continuation.
+
+    Contexts of similar length share a batch, and so do their continuations. Equal contexts with the same prompts are
+    processed once. The bar advances by the number of continuations.
+    """
+    of_context = defaultdict(list)  # the continuations of each distinct context
+    for i, (context, own) in enumerate(zip(contexts, prompts)):
+        of_context[tuple(context), id(own)].append(i)
+    scored: list[Scored | None] = [None] * len(continuations)
+    for batch in in_batches(of_context, batch_size, length=lambda key: len(key[0])):
+        rows = [list(ids) for ids, _ in batch]
+        of_rows = concat_prompts([prompts[of_context[key][0]] for key in batch])
+        cache = KVCache(model, batch=len(rows), capacity=len(rows[0]))
+        logits = prefill(model, rows, of_rows, cache)  # (contexts, V)
+        pairs = [(row, i) for row, key in enumerate(batch) for i in of_context[key]]
+        for part in in_batches(pairs, batch_size, length=lambda pair: len(continuations[pair[1]])):
+            index = torch.tensor([row for row, _ in part], device=model.device)  # (R,)
+            ids = [continuations[i] for _, i in part]
+            found = score_rows(model, logits[index], select_rows(of_rows, index), cache, index, ids)
+            for (_, i), result in zip(part, found):
+                scored[i] = result
+            bar.update(len(part))
+    return scored
+
+
+def in_batches(items: Iterable, size: int, length: Callable) -> Iterator[list]:
+    """Batches of items, the longest first: if they need too much memory, that shows at the start."""
+    ordered = sorted(items, key=length, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def score_rows(
+    model: LLaMA,
+    logits: Tensor,
+    prompts: Sequence[Prompt],
+    cache: KVCache,
+    rows: Tensor,
+    continuations: Sequence[Sequence[int]],
+) -> list[Scored]:
+    """Score R continuations, the longest first, of contexts that are rows (R,) of the cache.
+
+    `logits` (R, V) are those after each context.
+    """
+    T, device = len(continuations[0]), model.device
+    ids = torch.tensor([[*ids] + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
+    lengths = torch.tensor([len(ids) for ids in continuations], device=device)  # (R,)
+    later = torch.arange(1, T, device=device) < lengths[:, None]  # (R, T - 1): neither the first token nor padding
+    log_p = torch.zeros(ids.shape, device=device)  # (R, T)
+    greedy = torch.ones_like(ids, dtype=torch.bool)  # (R, T)
+    log_p[:, 0], greedy[:, 0] = token_scores(logits, ids[:, 0])
+    if T > 1:
+        longer = cache.grow(cache.capacity + T - 1, rows)
+        hidden = model.hidden_states(ids[:, :-1], prompts, longer)[later]  # (tokens, C)
+        parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
+        found = [token_scores(model.output(part), predicted) for part, predicted in parts]
+        log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
+    return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))
+
+
+def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of ids (R,), in nats, by logits (R, V), and whether each is the argmax."""
+    log_p = logits.float().log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
+    return log_p, logits.argmax(dim=1) == ids
+
+
+def select_rows(prompts: Sequence[Prompt], rows: Tensor) -> Sequence[Prompt]:
+    """The prompts of rows (R,) of a batch; those that the batch shares stay as they are."""
+    if not prompts or len(prompts[0].gate) == 1:
+        return prompts
+    return [Prompt(prompt.tokens[rows], prompt.gate[rows]) for prompt in prompts]
