@@ -7,9 +7,6 @@ from matplotlib.figure import Figure
 
 from adapter import Adapter
 from formats.adapters import describe_reading, load_adapter, write_peft
-from formats.bases import load_llama
-from formats.hub import find_base
-from formats.litgpt import from_litgpt_rows
 from runtime.cli import one_line_errors
 from runtime.errors import printable
 from runtime.files import atomic_write, require_writable
@@ -74,23 +71,15 @@ def show_adapter(path, png, **reading):
 @main.command("import")
 @click.argument("path", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--litgpt-rows", is_flag=True, help="The file is of litgpt v0.5.5 or later: it needs --base.")
-@click.option("--base", type=click.Path(), help="The base that it was tuned on, for --litgpt-rows.")
 @reading_options
-def import_adapter(path, out, litgpt_rows, base, **reading):
+def import_adapter(path, out, **reading):
     """Write another's adapter as a file of ours.
 
     Of the authors, lit-llama, litgpt or PEFT.
     """
     with one_line_errors():
-        if litgpt_rows != (base is not None):
-            raise ValueError("--litgpt-rows and --base go together")
         require_writable(out)
-        if litgpt_rows:
-            model, _ = load_llama(find_base(base))
-            adapter = from_litgpt_rows(load_adapter(path, **reading | {"heads": model.config.n_heads}), model)
-        else:
-            adapter = load_adapter(path, **reading)
+        adapter = load_adapter(path, **reading)
         adapter.save(out)
         click.echo(printable(describe_reading(adapter)), err=True)
 

@@ -276,7 +276,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         return
 
     model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
-    adapter = make_adapter(config, base, shape, tokens).to(device)  # float32, gates at zero
+    adapter = make_adapter(config, shape, tokens).to(device)  # float32, gates at zero
     adapter.metadata = describe_adapter(data, base, path, shape, encoder, fixed, len(training))
     if base.init:
         adapter = init_from_adapter(initial, adapter, base.init)
@@ -379,24 +379,16 @@ def load_frozen(
     return model, strategy
 
 
-def make_adapter(config: TrainConfig, base: BaseOptions, shape: Config, examples: Sequence[Tokens]) -> Adapter:
+def make_adapter(config: TrainConfig, shape: Config, examples: Sequence[Tokens]) -> Adapter:
     """Create the adapter: an ImageAdapter if any example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
     size = {"layers": config.layers, "length": config.length, "dim": shape.dim, "heads": shape.n_heads}
     features = next((example.features for example in examples if example.features is not None), None)
     if features is None:
-        adapter = Adapter(**size, generator=generator)
-    else:
-        from multimodal import ImageAdapter
+        return Adapter(**size, generator=generator)
+    from multimodal import ImageAdapter
 
-        adapter = ImageAdapter(**size, features=len(features), generator=generator)
-    if base.prompts == "mlp":
-        from training.mlp_prompts import make_prompts_by_mlp
-
-        if base.init is not None:
-            raise ValueError(f"--prompts mlp: a network cannot be initialized from the prompts of --init {base.init}")
-        make_prompts_by_mlp(adapter, generator)
-    return adapter
+    return ImageAdapter(**size, features=len(features), generator=generator)
 
 
 def describe_adapter(
@@ -410,8 +402,6 @@ def describe_adapter(
         metadata[name] = str(fixed[name])
     if base.bits:
         metadata["bits"] = base.bits
-    if base.prompts == "mlp":
-        metadata["prompts_by"] = "mlp"
     if encoder:
         metadata |= encoder.metadata
     return metadata

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import toy
 from experiments.measures import base_measures, run_setting
-from experiments.methods import BY_MLP, FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, finite_steps, import_peft
+from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, finite_steps, import_peft
 from experiments.methods import set_up
 from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, save_results, without_losses
 from experiments.testbed import Testbed
@@ -128,8 +128,6 @@ def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
     }
     lrs = [default.lr * factor for factor in (0.1, 0.3, 3, 10)]
     settings |= {f"learning rate {lr:.3g}": default._replace(lr=rounded(lr)) for lr in lrs}
-    mlp = default._replace(method=BY_MLP)
-    settings |= {f"prompts by an MLP, {lr:.3g}": mlp._replace(lr=rounded(lr)) for lr in (*lrs[1:3], default.lr)}
     rows = compare_settings(testbed, settings, seeds)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     shares = {label: percent(row["accuracy"]) for label, row in rows.items()}

@@ -22,10 +22,8 @@ from formats.bases import load_llama
 from model import LLaMA
 from multimodal import ImageAdapter
 from train import Step, TrainConfig, make_optimizer, response_loss, training_steps
-from training.mlp_prompts import make_prompts_by_mlp
 
 ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
-BY_MLP = "zero-init, prompts by an MLP"
 LORA, FULL = "LoRA", "full tuning"
 
 WARMUP_EPOCHS = 2  # of every setting, as in the paper
@@ -164,8 +162,6 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
         adapter = NoPrompts(add_lora(model, setting.rank, seed))
         return Tunable(model, adapter, adapter.make_optimizer())
     adapter = make_prompts(model, setting, seed).to(device)
-    if setting.method == BY_MLP:
-        make_prompts_by_mlp(adapter, torch.Generator().manual_seed(seed))
     optimizer = make_optimizer(adapter, WEIGHT_DECAY)
     for group in optimizer.param_groups:
         if group["params"][0] is adapter.gates:
@@ -185,7 +181,7 @@ def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
         adapter.prompts *= setting.scale
         if setting.method == GATES_AT_ONE:
             adapter.gates.fill_(1.0)
-    adapter.gates.requires_grad_(setting.method in (ZERO_INIT, BY_MLP))
+    adapter.gates.requires_grad_(setting.method == ZERO_INIT)
     return adapter
 
 

@@ -6,7 +6,8 @@ The published implementations compute the same attention and differ in their fil
   code puts tanh around the gate, their published inference code does not. Their first release has one gate for all
   heads, as it is;
 - lit-llama and litgpt: one .pth, `adapter_wte` and `gating_factor` per adapted layer, the gate as it is; older files
-  have one gate for all heads. What is special to litgpt from v0.5.5 on is in formats/litgpt.py;
+  have one gate for all heads. A file of litgpt v0.5.5 or later cannot be told from earlier ones, and does not work:
+  litgpt projects its prompts with other rows of the layer's weights (docs/adapters.md);
 - PEFT's AdaptionPrompt: a folder, one gate a layer, as it is.
 """
 
@@ -23,6 +24,7 @@ from adapter import Adapter
 from encoders.heads import HeadAdapter
 from formats.tensors import load_pth, named, open_tensors, require_dense
 from multimodal import ImageAdapter
+from runtime.cli import warn
 from runtime.files import read_json_object, require_file, write_json, write_tensors
 from runtime.schema import whole_number
 
@@ -58,6 +60,8 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
             some = ", ".join(sorted(tensors)[:3])
             raise ValueError(f"an adapter of no kind known; it holds {some} ...{other_method(tensors)}")
         adapter = from_layers(layers, heads)
+    if layers.origin == LIT_ORIGIN:
+        warn(f"{path}: if this is of litgpt v0.5.5 or later, it does not work here: docs/adapters.md")
     adapter.metadata["imported_from"] = f"{layers.origin}: {path.name}"
     return adapter
 
@@ -115,7 +119,9 @@ class LayerTensors(NamedTuple):
     gate_activation: str
 
 
-# The names of prompts and gates in the files of others.
+LIT_ORIGIN = "lit-llama, or litgpt before v0.5.5"
+
+# The names of prompts and gates in third-party files.
 AUTHORS = ("adapter_query.weight", r"layers\.(\d+)\.attention\.gate")
 LIT = (r"transformer\.h\.(\d+)\.attn\.adapter_wte\.weight", r"transformer\.h\.(\d+)\.attn\.gating_factor")
 PEFT = (r".*\.layers\.(\d+)\.self_attn\.adaption_prompt", r".*\.layers\.(\d+)\.self_attn\.adaption_gate")
@@ -167,7 +173,7 @@ def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
     if not prompts:
         return None
     refuse_rest(tensors, LIT)
-    return LayerTensors("lit-llama, or litgpt before v0.5.5", prompts, gates, "identity")
+    return LayerTensors(LIT_ORIGIN, prompts, gates, "identity")
 
 
 def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:

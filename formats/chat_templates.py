@@ -7,18 +7,15 @@ the conversation is text, whatever it spells.
 import hashlib
 import json
 import re
-import subprocess
-import sys
-import tempfile
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import contextmanager
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import AlpacaTemplate, Example, Round, Template, Tokenizer, Turn
-from formats.render_templates import BEGIN, END
 from runtime.cli import warn
 from runtime.files import first_line
 
@@ -53,7 +50,9 @@ NEEDED = {  # tokens that the base must have
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 NAMES = ("alpaca", *TEMPLATES, "auto")
-OPEN, CLOSE = "\ufdd2", "\ufdd3"  # around the number of a text that the template must not see as it is
+# Private markers, noncharacters of Unicode: around a response, and around the number of a hidden text.
+BEGIN, END = "\ufdd0", "\ufdd1"
+OPEN, CLOSE = "\ufdd2", "\ufdd3"
 
 
 def load_template(name: str, tokenizer: Tokenizer) -> Template:
@@ -84,74 +83,110 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     return ChatTemplate(name, TEMPLATES[name], tokenizer, {"bos_token": start, "eos_token": spelling[tokenizer.eos_id]})
 
 
-class Rendered(NamedTuple):
-    """A conversation as its template writes it."""
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: the text between them is covered by the loss."""
 
-    text: str
-    spans: list  # without markers: of each answer where it begins and ends, or None where others write it otherwise
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller) -> str:
+        return BEGIN + caller() + END
+
+
+def raise_exception(message: str) -> None:
+    """Called by templates that do not take a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options) -> str:
+    """The filter `tojson` of Hugging Face's templates, without HTML escapes."""
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a template in Jinja's sandbox, as transformers does. Raises jinja2.TemplateError.
+
+    The sandbox keeps a template from files and from the attributes of objects, but not from looping or allocating.
+    """
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(source)
 
 
 class ChatTemplate(Template):
-    """A template of Jinja, over a tokenizer. Raises ValueError where it is none, or writes no conversation.
+    """A Jinja template over a tokenizer. Raises ValueError if it is invalid, or writes no conversation.
 
-    What is learnt of an answer stands between {% generation %} and {% endgeneration %}, or, in a template without them,
-    is what it adds for the assistant's turn, up to the special token that ends it.
+    The loss covers what is between {% generation %} and {% endgeneration %}. In a template without them, it covers what
+    the assistant's turn adds, up to the special token that ends it.
     """
 
     has_turns = True
-    CHARACTERS = 200_000  # so many of conversations, or more of one, are rendered at once
+    MAX_CHARACTERS = 10_000_000  # of a rendered conversation
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer, variables: dict[str, str]):
-        self.name, self.kind, self.tokenizer = name, name.partition(":")[0], tokenizer
-        self.renderer = Renderer(source, variables)
+        self.name = name
+        self.kind = name.partition(":")[0]
+        self.tokenizer = tokenizer
+        self.variables = {"tools": None, "documents": None} | variables  # as transformers has them
         self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.unseen = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
-        example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a question and its answer")
+        example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a prompt and its response")
+        with self.errors(example.name):
+            self.template = compile_template(source)
         ((prompt, answer),) = next(self.rounds([example]))
         ends = [id for id in answer[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
-            warn(f"the template {self.kind} ends no answer with a special token: it is not learnt to end")
+            warn(f"the template {self.kind} ends no response with a special token: the model will not learn to end")
         if prompt != self.prompt("Hi"):
-            warn(f"the template {self.kind} begins an answer that is asked for otherwise than one that is learnt")
+            warn(f"the template {self.kind} begins a response in generation otherwise than in training")
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
 
     def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         hidden: list[str] = []
         messages = self.messages([*history, Turn("user", question(instruction, input))], hidden)
-        (rendered,) = self.render([messages], ["the prompt"], begin_answer=True)
-        try:
-            parts = self.parts(rendered, "the prompt")
-        except ValueError:  # earlier turns are written otherwise: as the base is asked, whatever it was tuned on
-            parts = [rendered.text]
-        return [id for ids in self.encode(parts, hidden) for id in ids]
+        with self.errors("the prompt"):
+            text = self.render(messages, begin_answer=True)
+            try:
+                parts = self.parts(text, messages)
+            except ValueError:  # earlier turns are written otherwise: prompt as the base expects it
+                parts = [text]
+            return [id for ids in self.encode(parts, hidden) for id in ids]
 
     def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
-        for chunk in self.chunks(examples):
-            hidden: list[str] = []
-            talks = [self.messages(conversation(example), hidden) for example in chunk]
-            names = [example.name for example in chunk]
-            for talk, rendered, name in zip(talks, self.render(talks, names), names):
-                ids = self.encode(self.parts(rendered, name), hidden)
-                rounds = [Round(*pair) for pair in zip(ids[::2], ids[1::2])]  # what follows the last answer is left off
-                if len(rounds) != len(answers(talk)) or not all(round.answer for round in rounds):
-                    raise ValueError(f"{name}: the template {self.kind} leaves an answer out")
-                yield rounds
-
-    def chunks(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
-        chunk, characters = [], 0
         for example in examples:
-            chunk.append(example)
-            characters += sum(len(turn.content) for turn in conversation(example))
-            if characters > self.CHARACTERS or len(chunk) == 64:
-                yield chunk
-                chunk, characters = [], 0
-        if chunk:
-            yield chunk
+            hidden: list[str] = []
+            messages = self.messages(conversation(example), hidden)
+            with self.errors(example.name):
+                parts = self.parts(self.render(messages, begin_answer=False), messages)
+                ids = self.encode(parts, hidden)
+            rounds = [Round(*pair) for pair in zip(ids[::2], ids[1::2])]  # what follows the last response is omitted
+            if len(rounds) != len(answers(messages)) or not all(each.answer for each in rounds):
+                raise ValueError(f"{example.name}: the template {self.kind} omits a response")
+            yield rounds
+
+    @contextmanager
+    def errors(self, name: str):
+        """Turn whatever a template raises into a ValueError that begins with the name of the example."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        except Exception as error:  # a template is a third-party program
+            what = "needs too much memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{name}: the template {self.kind} does not take it: {first_line(ValueError(what))}"
+            ) from None
 
     def messages(self, turns: Sequence[Turn], hidden: list[str]) -> list[dict[str, str]]:
-        """As templates take them. What would spell a special token is put by in `hidden`, and its number written."""
+        """Messages as templates take them. Text that spells a special token goes to `hidden`, its number is written."""
 
         def hide(found: re.Match) -> str:
             hidden.append(found[0])
@@ -159,50 +194,54 @@ class ChatTemplate(Template):
 
         return [{"role": turn.role, "content": self.unseen.sub(hide, turn.content)} for turn in turns]
 
-    def render(self, talks: Sequence[list], names: Sequence[str], begin_answer: bool = False) -> list[Rendered]:
-        """Conversations, given as messages, with the beginning of an answer if there is to be one.
-
-        Raises ValueError, with the name.
-        """
-        ends = [[] if self.marks_answers else answers(talk) for talk in talks]
-        requests = [
-            {"messages": talk, "begin_answer": begin_answer, "answers": numbers} for talk, numbers in zip(talks, ends)
-        ]
-        try:
-            return [Rendered(**rendered) for rendered in self.renderer(requests)]
-        except TemplateError as error:
-            one = names[error.number or 0]
-            name = f"{one} to {names[-1]}" if error.number is None and len(names) > 1 else one
-            raise ValueError(f"{name}: the template {self.kind} does not take it: {error}") from None
+    def render(self, messages: list[dict[str, str]], begin_answer: bool) -> str:
+        """Render messages, with the beginning of a response if asked. Raises ValueError if that is too long."""
+        pieces = []
+        length = 0
+        for piece in self.template.generate(self.variables, messages=messages, add_generation_prompt=begin_answer):
+            pieces.append(piece)
+            length += len(piece)
+            if length > self.MAX_CHARACTERS:
+                raise ValueError(f"the template {self.kind} writes more than {self.MAX_CHARACTERS:,} characters")
+        return "".join(pieces)
 
     def text(self, messages: list[dict[str, str]], begin_answer: bool) -> str:
-        """As it is written, special tokens spelled out. Raises ValueError."""
-        (rendered,) = self.render([messages], ["the conversation"], begin_answer)
-        return re.sub(f"[{BEGIN}{END}]", "", rendered.text)
+        """Render messages, special tokens spelled out. Raises ValueError."""
+        with self.errors("the conversation"):
+            return re.sub(f"[{BEGIN}{END}]", "", self.render(messages, begin_answer))
 
-    def parts(self, rendered: Rendered, name: str) -> list[str]:
-        """What is not learnt and what is, in turns. Raises ValueError, with the name."""
-        text, parts, position = rendered.text, [], 0
+    def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
+        """Split a rendered conversation into parts that the loss alternately omits and covers. Raises ValueError."""
         if self.marks_answers:
             return re.split(f"[{BEGIN}{END}]", text)
-        for span in rendered.spans:
-            if span is None or span[0] < position:
+        parts, position = [], 0
+        for number in answers(messages):
+            before = self.render(messages[:number], begin_answer=True)
+            after = self.render(messages[: number + 1], begin_answer=False)
+            if not (text.startswith(after) and after.startswith(before)) or len(before) < position:
                 how = f"the template {self.kind} writes a turn otherwise when others follow"
-                raise ValueError(f"{name}: {how}; --template chatml, llama-2 or llama-3 does not")
-            answer = text[slice(*span)]
+                raise ValueError(f"{how}; --template chatml, llama-2 or llama-3 does not")
+            answer = after[len(before) :]
             ended = max((found.end() for found in self.special.finditer(answer)), default=len(answer))
-            parts += [text[position : span[0]], answer[:ended]]
-            position = span[0] + ended
+            parts += [text[position : len(before)], answer[:ended]]
+            position = len(before) + ended
         return [*parts, text[position:]]
 
     def encode(self, parts: Sequence[str], hidden: Sequence[str]) -> list[list[int]]:
-        """Ids of the parts of a text. Those of the parts before do not depend on what follows.
+        """Return the ids of the parts of a text. Those of earlier parts do not depend on what follows.
 
-        Between special tokens a part is encoded with what stands before it. Where that makes other ids of what has been
-        encoded already, it is encoded alone, and so is what follows it up to the next special token.
+        Between special tokens a part is encoded with the text before it. If that changes the ids of earlier text, it is
+        encoded alone, and so is what follows it up to the next special token. Raises ValueError if the template itself
+        writes one of the private markers.
         """
+
+        def reveal(number: re.Match) -> str:
+            if int(number[1]) >= len(hidden):
+                raise ValueError(f"the template {self.kind} writes the noncharacters U+FDD2 and U+FDD3")
+            return hidden[int(number[1])]
+
         found: list[list[int]] = []
-        special, before, known = "", "", []  # the newest special token, and text and ids since
+        special, before, known = "", "", []  # the newest special token, and text and ids since then
         for part in parts:
             ids: list[int] = []
             for piece in filter(None, self.special.split(part)):
@@ -210,7 +249,7 @@ class ChatTemplate(Template):
                     ids.append(self.tokenizer.special_ids[piece])
                     special, before, known = piece, "", []
                     continue
-                piece = re.sub(f"{OPEN}(\\d+){CLOSE}", lambda number: hidden[int(number[1])], piece)
+                piece = re.sub(f"{OPEN}([0-9]{{1,9}}){CLOSE}", reveal, piece)
                 together = self.tokenizer.encode(before + piece, after=special)
                 fits = together[: len(known)] == known
                 new = together[len(known) :] if fits else self.tokenizer.encode(piece)
@@ -234,69 +273,3 @@ def conversation(example: Example) -> Sequence[Turn]:
 def answers(messages: Sequence[dict[str, str]]) -> list[int]:
     """Which of the messages are the assistant's."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-class TemplateError(ValueError):
-    """A conversation that could not be rendered, by its number; None where that is not known."""
-
-    def __init__(self, text: str, number: int | None):
-        super().__init__(text)
-        self.number = number
-
-
-class Renderer:
-    """A process that renders one template, formats/render_templates.py; started when it is needed."""
-
-    SECONDS = 20  # that a request may take
-
-    def __init__(self, source: str, variables: dict[str, str]):
-        self.source, self.variables = source, variables
-        self.process: subprocess.Popen | None = None
-
-    def __call__(self, talks: list[dict]) -> list[dict]:
-        """What render_templates.render_talk makes of each. Raises TemplateError."""
-        request = {"template": self.source, "variables": self.variables, "talks": talks}
-        line = json.dumps(request, ensure_ascii=False)
-        process = self.started()
-        timer = threading.Timer(self.SECONDS + 1, process.kill)  # its own is not on every system
-        timer.start()
-        try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            timer.cancel()
-        if not answer.endswith("\n"):
-            raise TemplateError(self.why_ended(), None)
-        reply = json.loads(answer)
-        if "error" in reply:
-            raise TemplateError(first_line(ValueError(reply["error"])), reply["number"])
-        return reply["rendered"]
-
-    def started(self) -> subprocess.Popen:
-        """-P: Python looks for packages where it does for this program, but not beside the file."""
-        if self.process is None:
-            command = [sys.executable, "-P", str(Path(__file__).with_name("render_templates.py")), str(self.SECONDS)]
-            self.errors, pipe = tempfile.TemporaryFile(), subprocess.PIPE
-            self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=self.errors, encoding="utf-8", start_new_session=True
-            )
-            weakref.finalize(self, end_process, self.process)
-        return self.process
-
-    def why_ended(self) -> str:
-        """Of a process that did not answer; the next request starts another."""
-        code, self.process = self.process.wait(), None
-        self.errors.seek(0)
-        said = self.errors.read().decode(errors="replace").strip().splitlines()
-        return f"took longer than {self.SECONDS} s" if code < 0 or not said else f"cannot be rendered: {said[-1]}"
-
-
-def end_process(process: subprocess.Popen) -> None:
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    with suppress(BrokenPipeError):
-        process.stdin.close()

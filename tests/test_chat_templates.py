@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from helpers import CHATML, SAMPLES, save_chatml
 
 from data import Example, Turn
 from formats import chat_templates
-from formats.chat_templates import TEMPLATES, Renderer, TemplateError, load_template
+from formats.chat_templates import TEMPLATES, load_template
 from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 
 MARKERS = re.compile(r"\{%[-+]? *(end)?generation *-?%\}")
@@ -277,9 +276,6 @@ def test_where_a_base_has_its_template(tmp_path, capsys):
             load_template("auto", load_tokenizer(tmp_path))
 
 
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     "source, message",
     [
@@ -289,21 +285,34 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
         ("{% import 'os' as os %}", "no loader for this environment"),
-        ("{{ 'a' * 10**10 }}", "needs more than 1,073,741,824 bytes of memory"),
+        ("{% for i in range(2000) %}{{ 'a' * 10000 }}{% endfor %}", "writes more than 10,000,000 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("\ufdd29\ufdd3" + CHATML, "writes the noncharacters U+FDD2 and U+FDD3"),
+        ("\ufdd2" + "9" * 5000 + "\ufdd3", "omits a response"),
         ("{{ strftime_now('%Y') }}", "UndefinedError: 'strftime_now' is undefined"),
-        (ENDLESS, "took longer than 0.9 s"),
-        ("{{ messages[0].content }}", "leaves an answer out"),
+        ("{{ messages[0].content }}", "omits a response"),
         ("{{ 'x' if add_generation_prompt else 'y' }}", "writes a turn otherwise when others follow"),
-        ("{% generation %}{% endgeneration %}", "leaves an answer out"),
+        ("{% generation %}{% endgeneration %}", "omits a response"),
     ],
 )
-def test_a_bad_template_is_an_error_in_a_line(tmp_path, monkeypatch, source, message):
-    monkeypatch.setattr(Renderer, "SECONDS", 0.9)
+def test_a_bad_template_is_an_error_in_a_line(tmp_path, source, message):
     save_chatml(tmp_path, template=source)
-    start = time.monotonic()
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_template("auto", load_tokenizer(tmp_path))
-    assert "\n" not in str(caught.value) and time.monotonic() - start < 20
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_that_runs_out_is_an_error_in_a_line(tmp_path, monkeypatch):
+    """A template can allocate as much as it wants."""
+    save_chatml(tmp_path, template=CHATML)
+    template = load_template("auto", load_tokenizer(tmp_path))
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(template, "render", fail)
+    with pytest.raises(ValueError, match="^the prompt: the template auto does not take it: needs too much memory$"):
+        template.prompt("Hi")
 
 
 def test_a_record_that_the_template_does_not_take_is_named(tmp_path):
@@ -323,49 +332,11 @@ def test_a_template_without_an_end_is_warned_of(tmp_path, capsys):
         tmp_path, template="{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
     )
     assert load_template("auto", load_tokenizer(tmp_path)).end_ids == [2, 0]
-    assert "the template auto ends no answer with a special token" in capsys.readouterr().err
-
-
-def talk_of(text):
-    return {"messages": text, "begin_answer": False, "answers": []}
-
-
-def test_a_renderer_ends_with_what_holds_it(tmp_path):
-    renderer = Renderer("{{ messages }}", {})
-    assert renderer([talk_of("a"), talk_of("b")]) == [{"text": "a", "spans": []}, {"text": "b", "spans": []}]
-    process = renderer.process
-    assert process.poll() is None
-    del renderer
-    assert process.poll() is not None
-
-
-def test_after_a_record_that_takes_too_long_another_is_rendered(tmp_path, monkeypatch):
-    """Which of several it was is not known; and the process ends by itself, whether or not it is waited for."""
-    monkeypatch.setattr(Renderer, "SECONDS", 0.5)
-    slow = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}"
-    save_chatml(tmp_path, template=slow + CHATML)
-    template = load_template("auto", load_tokenizer(tmp_path))
-    some = [replace(example, turns=example.turns[-2:]) for example in examples()[:3]]
-    bad = Example(turns=(Turn("user", "slow"), Turn("assistant", "a")), name="record 7")
-    with pytest.raises(
-        ValueError, match="^record 0 to record 7: the template auto does not take it: took longer than 0.5"
-    ):
-        list(template.rounds([*some, bad]))
-    assert len(list(template.rounds(some))) == 3
-    monkeypatch.setattr("threading.Timer.start", lambda _: None)  # nobody ends it
-    with pytest.raises(ValueError, match="^record 7: the template auto does not take it: took longer than 0.5 s"):
-        list(template.rounds([bad]))
-
-
-def test_a_renderer_that_does_not_start_says_why(tmp_path, monkeypatch):
-    (tmp_path / "jinja2.py").write_text("raise ImportError('no jinja here')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(TemplateError, match="^cannot be rendered: ImportError: no jinja here$"):
-        Renderer("", {})([])
+    assert "the template auto ends no response with a special token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", [CHATML, MARKERS.sub("", CHATML)])
-def test_long_conversations_fit_into_the_renderer(tmp_path, source):
+def test_long_conversations(tmp_path, source):
     """Sixty-four of forty turns, of two thousand characters that take three bytes each."""
     save_chatml(tmp_path, template=source)
     template = load_template("auto", load_tokenizer(tmp_path))
@@ -386,7 +357,7 @@ def test_where_the_template_marks_one_of_two_answers(tmp_path):
     first = CHATML.replace("message.role == 'assistant'", "message.role == 'assistant' and loop.index < 3")
     save_chatml(tmp_path, template=first)
     template = load_template("auto", load_tokenizer(tmp_path))
-    with pytest.raises(ValueError, match="^record 2: the template auto leaves an answer out"):
+    with pytest.raises(ValueError, match="^record 2: the template auto omits a response"):
         list(template.rounds([replace(examples()[2], name="record 2")]))
 
 
@@ -395,7 +366,7 @@ def test_a_prompt_that_is_not_what_was_learnt_behind_is_warned_of(tmp_path, caps
     assert beginning in CHATML
     save_chatml(tmp_path, template=CHATML.replace(beginning, beginning.replace("' }}", "<think>' }}")))
     load_template("auto", load_tokenizer(tmp_path))
-    said = "the template auto begins an answer that is asked for otherwise than one that is learnt"
+    said = "the template auto begins a response in generation otherwise than in training"
     assert said in capsys.readouterr().err
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from adapter import Adapter, gated_attention
 from data import AlpacaTemplate, hold_out, read_examples, tokenize
 from experiments.methods import (
-    BY_MLP,
     FULL,
     GATES_AT_ONE,
     LORA,
@@ -32,7 +31,7 @@ from formats.bases import load_llama
 from train import TrainConfig, make_optimizer, mean_loss, response_loss
 from training.run_files import read_metrics
 
-METHODS = (ZERO_INIT, BY_MLP, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
+METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
 
 
 def test_attention_without_gates_is_one_softmax():
@@ -201,19 +200,19 @@ def test_where_every_method_starts(bed):
     for method in METHODS:
         model, adapter, optimizer, _ = tunable = ready(bed, method=method, lr=0.02)
         loss = mean_loss(model, adapter, bed.held_out, TrainConfig())
-        assert (loss == start) == (method in (ZERO_INIT, BY_MLP, LORA, FULL)), method
+        assert (loss == start) == (method in (ZERO_INIT, LORA, FULL)), method
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert {id(p) for p in adapter.parameters() if p.requires_grad} == held
         # what a figure says is trained, is; what isn't, is as it was
         frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in held}
-        gates = adapter.gates.clone() if method in METHODS[:4] else None
+        gates = adapter.gates.clone() if method in METHODS[:3] else None
         before = mean_loss(model, adapter, bed.tuning, TrainConfig())
         steps = list(finite_steps(tunable, bed.tuning, bed.train_config(bed.default._replace(lr=0.02), 0)))
         assert len(steps) == 12 and mean_loss(model, adapter, bed.tuning, TrainConfig()) < before
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], p) for name, p in frozen.items())
         if gates is not None:
-            assert torch.equal(adapter.gates, gates) == (method not in (ZERO_INIT, BY_MLP))
+            assert torch.equal(adapter.gates, gates) == (method != ZERO_INIT)
 
 
 @pytest.mark.parametrize("change", [

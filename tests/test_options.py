@@ -56,7 +56,6 @@ LINES = {
         "--skip-missing --epochs 3 --val-size 0 --device cpu --out {new}",
         "--base {base} --data {album}/data.json --skip-missing --encoder {album}/eye.py:rows --device cpu --out {new}",
         "--base {base} --data {forty} --limit 8 --epochs 3 --init {text_only} --freeze gates --device cpu --out {new}",
-        "--base {base} --data {forty} --limit 8 --epochs 3 --prompts mlp --device cpu --out {new}",
     ],
     "generate": [
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
@@ -100,7 +99,6 @@ LINES = {
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
     "convert import": [
         "{theirs} {new} --heads 2 --gate identity --length 3",
-        "{lit} {new} --litgpt-rows --base {grouped}",
     ],
     "convert export": ["{one_gate} {new} --heads 2 --gate identity --length 3"],
     "encoder_tuning train": [

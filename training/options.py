@@ -65,7 +65,6 @@ class BaseOptions:
     freeze: tuple[str, ...] = setting(
         (), "A part of the adapter to keep as it is; repeatable.", click.Choice(PARTS), multiple=True
     )
-    prompts: str = setting("plain", "Learned directly, or computed by a small network.", click.Choice(["plain", "mlp"]))
     device: str = "auto"  # device, dtype and bits: the options that all commands share, in runtime/cli.py
     dtype: str = "auto"
     bits: str | None = None
@@ -99,6 +98,5 @@ def fixed_options(
     fixed |= {"lr": config.peak_lr, "dtype": str(dtype), "bits": base.bits}
     fixed |= {name: getattr(data, name) for name in ("task", "toy", "limit", "template", "skip_missing")}
     fixed |= {"init": None, "freeze": sorted(set(base.freeze)) or None}
-    fixed["prompts"] = None if base.prompts == "plain" else base.prompts
     fixed["data_hash"] = hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
     return fixed

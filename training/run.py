@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from adapter import Adapter
@@ -200,12 +199,7 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write adapter.safetensors, then checkpoint.pt."""
         if rank() == 0:
-            adapter = self.adapter
-            if parametrize.is_parametrized(adapter):
-                from training.mlp_prompts import with_plain_prompts
-
-                adapter = with_plain_prompts(adapter)
-            adapter.save(self.out / "adapter.safetensors", steps=self.step, **self.change())
+            self.adapter.save(self.out / "adapter.safetensors", steps=self.step, **self.change())
             progress = Progress(self.step, self.tokens, self.seconds)
             save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed)
         self.saved_step = self.step
