@@ -242,7 +242,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     device, dtype = select_device(base.device, base.dtype)
 
     # Check data, headers and template first: they take a second, the weights may take minutes.
-    with local_rank0_first():  # it downloads the base, or pretrains the toy's, and the other ranks reuse it
+    with local_rank0_first():  # it downloads the base, and the other ranks reuse it
         examples, data = read_training_data(data)  # one Example per record; the toy's without --data
         path = find_training_base(base, data)
     shape, weights = read_base(path)  # model.Config, and one function per weight that reads it
@@ -344,7 +344,7 @@ def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
         return find_base(base.base)
     if data.data is not None:
         print_rank0("no --base: training over the toy's LLaMA of 1M parameters; see docs/base_models.md for real ones")
-    return load_toy(data.toy).base()
+    return load_toy(data.toy).base
 
 
 def load_frozen(

@@ -1,9 +1,7 @@
 """What is run: the shape of a model, random weights for it, and examples whose lengths are real."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import torch
@@ -12,13 +10,13 @@ from cloup import option, option_group
 from adapter import Adapter
 from benchmarks.measuring import json_option
 from data import AlpacaTemplate, Example, Tokenizer, Tokens, read_examples, tokenize
-from formats.tokenizers import SentencePieceTokenizer
+from formats.tokenizers import SentencePieceTokenizer, load_tokenizer
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, device_options
 from runtime.compilation import prepare_to_compile, transpose_output_head
 from runtime.device import select_device
 from toy.almanac import instructions
-from toy.language_model import train_tokenizer
+from toy.language_model import BASE
 
 SHAPES = {
     #            dim layers heads kv D hidden vocab
@@ -53,8 +51,7 @@ class Workload:
         """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
         if self.data is None:
             examples = [question.example for question in instructions()["tuning"]]
-            with tempfile.TemporaryDirectory() as folder:
-                tokenizer = train_tokenizer(Path(folder) / "tokenizer.model", seed=0)
+            tokenizer = load_tokenizer(BASE)
         elif self.tokenizer is None:
             raise ValueError(f"--data {self.data} needs --tokenizer FILE")
         else:

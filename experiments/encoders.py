@@ -1,4 +1,4 @@
-"""The comparison for encoders: a ViT, and a small RoBERTa that is pre-trained here, for want of a trained one."""
+"""The comparison for encoders: a ViT, and a small RoBERTa that is pretrained here, for want of a trained one."""
 
 import statistics
 import time
@@ -22,13 +22,13 @@ from encoder_tuning.labelled import Labelled, subset
 from encoder_tuning.objective import accuracy, class_loss, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
+from experiments.cached import cached_folder
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
 from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.cli import PATH, Count, one_line_errors
 from runtime.files import read_text, write_text
-from toy.cache import cached_folder
 from toy.pretraining import pretrain
 from train import TrainConfig, learning_rate, make_optimizer
 
@@ -200,7 +200,7 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
 
 @command(context_settings={"show_default": True})
 @encoder_options(
-    option("--text", "texts", type=PATH, multiple=True, required=True, help="To pre-train on."),
+    option("--text", "texts", type=PATH, multiple=True, required=True, help="To pretrain on."),
     option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder."),
     SEARCH,
     epochs=2,
@@ -208,7 +208,7 @@ def vit(base, train_path, test_path, seeds, out, search, **setting):
 def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setting):
     """Tune a small RoBERTa on sentences.
 
-    It is pre-trained here. Head only, prompts and gates, LoRA, full tuning.
+    It is pretrained here. Head only, prompts and gates, LoRA, full tuning.
     """
     with one_line_errors():
         base, task = make_roberta(texts, tokenizer), "text-classification"
@@ -283,7 +283,7 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
 
     parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
     schedule, in_turn = partial(learning_rate, total=steps, **SCHEDULE), losses()
-    options = {"steps": steps, "desc": "pre-training RoBERTa"} | OPTIMIZER
+    options = {"steps": steps, "desc": "pretraining RoBERTa"} | OPTIMIZER
     pretrain(parameters, lambda step: next(in_turn), schedule, **options)
     return model
 

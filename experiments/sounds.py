@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import toy
 from data import AlpacaTemplate, Example, Request, Tokenizer, tokenize
+from experiments.cached import cached_folder, toy_base
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
 from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.bases import load_llama
@@ -35,9 +36,7 @@ from runtime.cli import PATH, Count, Real, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import write_json
 from tasks.images import attach_features
-from toy import language_model
 from toy.almanac import capitalised
-from toy.cache import cached_folder
 from toy.exam import greedy_answers
 from train import TrainConfig, make_optimizer
 
@@ -288,7 +287,7 @@ def ask_about_sounds(model, speech, clips, base, epochs, lr, seeds, device, out)
         labels[part] = {"all": statistics.mean(right), "words": share_by_word(right, examples)}
     shares = ", ".join(f"{part} {found['all']:.1%}" for part, found in labels.items())
     click.echo(f"its own likeliest label is right: {shares}\n")
-    llama, tokenizer = load_llama(base or language_model.make_base(), device=device)
+    llama, tokenizer = load_llama(base or toy_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
     click.echo(f"{'answered exactly':24}{'':12}{'heard':>8}{'±':>7}{'withheld':>10}{'another':>9}")
     rows = {}

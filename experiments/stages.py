@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import toy
 from data import AlpacaTemplate, Example, Tokenizer, Tokens, tokenize
+from experiments.cached import cached_folder, toy_base
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
 from experiments.tables import draw_bars, out_option, percent, save_results, spread
 from formats.bases import load_llama
@@ -23,7 +24,7 @@ from model import LLaMA
 from runtime.cli import Count, device_options, one_line_errors
 from runtime.device import select_device
 from tasks.images import attach_features
-from toy import digits, language_model
+from toy import digits
 from toy.almanac import NUMBERS
 from toy.exam import evaluate_digits
 from train import TrainConfig, freeze_parts, make_optimizer
@@ -79,11 +80,11 @@ def compare_stages(pictures, epochs, seeds, device, out):
     The toy's digits: captions, then questions, against both at once, and questions alone.
     """
     device, _ = select_device(device, "float32")
-    folder = digits.make_digits()
+    folder = cached_folder("digits", [], digits.write_pictures)
     files = digits.pictures(folder)[0][: digits.TUNED_ON]
-    model, tokenizer = load_llama(language_model.make_base(), device=device)
+    model, tokenizer = load_llama(toy_base(), device=device)
     asked = [question.example for question in digits.questions(files[:pictures])]
-    encoder = TowerEncoder(str(folder / "tower"), torch.float32, device)
+    encoder = TowerEncoder(str(digits.ENCODER), torch.float32, device)
     data = {}
     for name, examples in (("captions", captions(files)), ("questions", asked)):
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)

@@ -13,6 +13,7 @@ from torch import Tensor
 import toy
 from data import AlpacaTemplate, Example, Tokenizer, Tokens, hold_out, tokenize
 from encoder_tuning.data import subset
+from experiments.cached import toy_base
 from experiments.methods import WARMUP_EPOCHS, Setting
 from formats.bases import read_base
 from formats.hub import find_base
@@ -20,7 +21,7 @@ from formats.tokenizers import load_tokenizer
 from runtime.device import select_device
 from runtime.files import read_text
 from tasks import load_task
-from toy import almanac, language_model
+from toy import almanac
 from toy.language_model import ROW
 from train import TrainConfig
 
@@ -66,7 +67,7 @@ class Testbed:
     tuning: list[Tokens]
     held_out: list[Tokens]
     questions: list[Example]  # those of held_out
-    text: Tensor  # (rows, T) token ids, of the kind that the base was pre-trained on; of no rows where there is none
+    text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; of no rows where there is none
     n_layers: int  # N
     batch_size: int
     default: Setting
@@ -84,10 +85,10 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
         raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
     tuning, asked = toy_examples(searching)
     default = Setting(layers=options.toy_layers or toy.TUNING["layers"], lr=toy.TUNING["lr"])
-    documents = islice(almanac.documents(seed=1), 500)  # the base was pre-trained on those of seed 0
+    documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on those of seed 0
     batch_size = options.batch_size or toy.TUNING["batch_size"]
     shape = {} if options.toy_layers is None else {"n_layers": options.toy_layers}
-    base = language_model.make_base(**shape)
+    base = toy_base(**shape)
     return TestbedParts(base, default, batch_size, tuning, subset(asked, options.held_out), documents)
 
 

@@ -13,9 +13,10 @@ import torch
 from helpers import CHATML, DATA, KINDS, ROOT, copy_base, make_adapter, save_chatml, save_hugging_face
 from helpers import save_reader, split_for_parallel
 
-from encoders.models import ViTConfig
 from formats.bases import base_fingerprint, load_llama, read_base
+from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
+from toy.language_model import BASE
 
 # Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
 
@@ -35,20 +36,19 @@ def data():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def toy_cache(tmp_path_factory):
-    """What the toys make in tests stays in no user's cache."""
+def cache(tmp_path_factory):
+    """What experiments make in tests is not kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path_factory.mktemp("toy-cache")))
+        patch.setattr("experiments.cached.CACHE", tmp_path_factory.mktemp("cache"))
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder in Meta's layout: the almanac's tokenizer and a random model of 3 layers."""
-    from toy.language_model import train_tokenizer
-
     folder = tmp_path_factory.mktemp("tiny-base")
-    tokenizer = train_tokenizer(folder / "tokenizer.model", seed=0)
+    (folder / "tokenizer.model").write_bytes((BASE / "tokenizer.model").read_bytes())
+    tokenizer = load_tokenizer(folder)
     params = dict(dim=16, n_layers=3, n_heads=2, multiple_of=8, norm_eps=1e-5, vocab_size=-1)
     (folder / "params.json").write_text(json.dumps(params))
     torch.manual_seed(0)
@@ -58,19 +58,17 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def small_digits(toy_cache):
-    """What make_digits() makes, by a smaller tower that hardly learns; 20 pictures are tuned on, 30 held out."""
+def small_digits(tmp_path_factory):
+    """The folder of the pictures of digits; 20 are trained on, 30 held out."""
     pytest.importorskip("sklearn")
     from toy import digits
 
+    folder = tmp_path_factory.mktemp("digits")
+    digits.write_pictures(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            digits, "TOWER", ViTConfig(image_size=16, patch_size=8, dim=16, n_layers=4, n_heads=2, hidden_dim=16)
-        )
-        patch.setattr(digits, "EPOCHS", 1)
         patch.setattr(digits, "TUNED_ON", 20)
         patch.setattr(digits, "HELD_OUT", 30)
-        yield digits.make_digits()
+        yield folder
 
 
 @pytest.fixture(scope="session")

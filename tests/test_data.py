@@ -22,8 +22,8 @@ from data import (
     split_over_ranks,
     tokenize,
 )
-from formats.tokenizers import SentencePieceTokenizer
-from toy.language_model import train_tokenizer
+from formats.tokenizers import SentencePieceTokenizer, load_tokenizer
+from toy.language_model import BASE
 
 RECORDS = [
     {"instruction": "Añade 1.", "input": "2", "output": "3"},
@@ -33,8 +33,8 @@ EXAMPLES = [Example("Añade 1.", "2", "3", name="record 0"), Example("Hi", "", "
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", seed=0)
+def tokenizer():
+    return load_tokenizer(BASE)
 
 
 @pytest.mark.parametrize("opener", [open, gzip.open, lzma.open])

@@ -1,6 +1,6 @@
 """The digits: pictures, the tower that learns them, and the questions about them."""
 
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +29,6 @@ def test_pictures_are_scikit_learn_s(small_digits):
 def test_held_out_pictures_are_not_learnt_from(small_digits):
     tuned, held_out = digits.pictures(small_digits)
     assert len(held_out) == 30 and len(tuned) == 1767 and not set(tuned) & set(held_out)
-
-
-def test_another_recipe_makes_another_folder(monkeypatch):
-    """What only tuning depends on makes none."""
-    monkeypatch.setattr(digits, "cached_folder", lambda name, recipe, make: json.dumps(recipe, sort_keys=True))
-    recipe = digits.make_digits()
-    with monkeypatch.context() as patch:
-        patch.setattr(digits, "TUNED_ON", 21)
-        assert digits.make_digits() == recipe
-    recipes = {recipe}
-    for name, value in (("HELD_OUT", 31), ("EPOCHS", 2), ("BATCH", 3), ("TOWER", ViTConfig(16, 8, 16, 1, 2, 16))):
-        with monkeypatch.context() as patch:
-            patch.setattr(digits, name, value)
-            recipes.add(digits.make_digits())
-    assert len(recipes) == 5
 
 
 def test_questions_and_answers():
@@ -78,8 +63,23 @@ def test_a_tower_learns_digits(small_digits, monkeypatch):
 
 
 def test_scikit_learn_missing_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path))
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
-        digits.make_digits()
+        digits.write_pictures(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_encoder_of_the_repository_knows_digits(tmp_path):
+    """Held-out pictures are nearest to the mean features of their digit in at least 90 %."""
+    pytest.importorskip("sklearn")
+    digits.write_pictures(tmp_path)
+    tower = load_vit(digits.ENCODER)
+    assert tower.config == digits.TOWER
+    features, labels = [], []
+    for files in digits.pictures(tmp_path):
+        images = torch.stack([preprocess(open_image(file), digits.TOWER) for file in files[:600]])
+        with torch.no_grad():
+            features.append(tower.norm(tower(images)[-1][:, 0]))
+        labels.append(torch.tensor([int(file.name[0]) for file in files[:600]]))
+    means = torch.stack([features[0][labels[0] == digit].mean(0) for digit in range(10)])
+    assert (torch.cdist(features[1], means).argmin(1) == labels[1]).float().mean() >= 0.9

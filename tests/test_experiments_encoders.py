@@ -108,7 +108,7 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
         torch.manual_seed(0)
         return Roberta(RobertaConfig(266, 130, 32, 2, 4, 48))
 
-    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setattr(encoders, "pretrain_roberta", pretrain_roberta)
     (tmp_path / "text.txt").write_text("the km the 12 km of the river " * 80)
     lines = [

@@ -131,7 +131,7 @@ def test_espeak_ng_speaks(tmp_path, monkeypatch):
     """A few words; the records beside are a data file of train.py's, whose sounds are there."""
     if shutil.which("espeak-ng") is None:
         pytest.skip("needs espeak-ng")
-    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path))
+    monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setattr(sounds, "WORDS", ["stop", "eight"])
     monkeypatch.setattr(sounds, "VOICES", {"tuned": (["en-us"], ["m1", "f1"]), "held-out": (["en-gb"], ["m7"])})
     folder = sounds.make_speech()
@@ -150,7 +150,7 @@ def test_espeak_ng_speaks(tmp_path, monkeypatch):
 
 
 def test_without_espeak_ng(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path))
+    monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setenv("PATH", "")
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite"])
     assert result.exit_code == 2 and "apt install espeak-ng; or name a folder with --speech" in result.stderr

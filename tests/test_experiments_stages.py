@@ -12,7 +12,7 @@ from experiments.__main__ import main
 
 @pytest.fixture
 def small(small_digits, tiny_base, monkeypatch):
-    monkeypatch.setattr("toy.language_model.make_base", lambda: tiny_base)
+    monkeypatch.setattr("experiments.stages.toy_base", lambda: tiny_base)
 
 
 def run(tmp_path, *args):

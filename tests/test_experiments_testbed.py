@@ -5,13 +5,13 @@ from itertools import islice
 import toy
 from experiments import testbed
 from experiments.methods import Setting
-from toy import almanac, language_model
+from toy import almanac
 from toy.language_model import ROW
 
 
 def test_the_toy_is_the_default(tiny_base, monkeypatch):
     """With train.py's options for it, and text that its base has not seen."""
-    monkeypatch.setattr(language_model, "make_base", lambda: tiny_base)
+    monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
     assert bed.default == Setting(layers=3, lr=toy.TUNING["lr"]) and bed.batch_size == toy.TUNING["batch_size"]
     assert len(bed.tuning) == 824 and len(bed.held_out) == len(bed.questions) == 1020

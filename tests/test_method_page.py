@@ -9,11 +9,12 @@ from click.testing import CliRunner
 from helpers import ROOT
 
 from adapter import Adapter
-from formats.meta import meta_config
+from formats.bases import read_base
+from formats.hugging_face import to_hugging_face
 from model import LLaMA
-from runtime.files import write_json
+from runtime.files import write_tensors
 from toy import almanac
-from toy.language_model import PARAMS
+from toy.language_model import BASE
 
 PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 SHOWN = re.compile(r"^```python\n.*?^```\n(?:\n```\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)  # and what it printed
@@ -29,13 +30,14 @@ def runner(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def untrained(tiny_base, tmp_path_factory):
-    """A folder like the toy's base, its tokenizer too, but for the weights."""
+def untrained(tmp_path_factory):
+    """A folder like the toy's base, except for the weights."""
     folder = tmp_path_factory.mktemp("untrained")
-    (folder / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
-    write_json(folder / "params.json", PARAMS)
+    for name in ("tokenizer.model", "config.json"):
+        (folder / name).write_bytes((BASE / name).read_bytes())
     torch.manual_seed(0)
-    torch.save(LLaMA(meta_config(PARAMS, 1024)).state_dict(), folder / "consolidated.00.pth")
+    model = LLaMA(read_base(BASE)[0])
+    write_tensors(folder / "model.safetensors", to_hugging_face(model.state_dict(), model.config))
     return folder
 
 
@@ -47,7 +49,7 @@ def page(untrained, tmp_path, monkeypatch):
     monkeypatch.setattr(almanac, "instructions", lambda: few)
     monkeypatch.chdir(tmp_path)
     text = PAGE
-    faster = {"make_base()": repr(str(untrained)), "epochs=12": "epochs=2", "max_new_tokens=40": "max_new_tokens=4"}
+    faster = {"BASE  #": f"{str(untrained)!r}  #", "epochs=12": "epochs=2", "max_new_tokens=40": "max_new_tokens=4"}
     for theirs, ours in faster.items():
         assert text.count(theirs) == 1
         text = text.replace(theirs, ours)

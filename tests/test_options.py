@@ -285,7 +285,7 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
         monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
         monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     if "--toy-layers" in line:
-        monkeypatch.setattr("toy.language_model.make_base", lambda n_layers: places["base"])
+        monkeypatch.setattr("experiments.testbed.toy_base", lambda n_layers: places["base"])
     result = CliRunner().invoke(PROGRAMS[program], [*command, *line.format(**places, new=tmp_path / "new").split()])
     assert result.exit_code == 0, result.output + str(result.exception)
     if "{new}" in line and "--search" not in line:

@@ -1,10 +1,12 @@
-"""The one loop that pre-trains, beside the same steps written out."""
+"""The one loop that pretrains, beside the same steps written out."""
 
 import math
 
 import pytest
 import torch
 
+from formats.tokenizers import load_tokenizer
+from toy import language_model
 from toy.pretraining import pretrain, warmup_cosine
 
 
@@ -44,39 +46,13 @@ def test_without_clip_gradients_stay_as_they_are():
     assert seen[0].norm() > 0.1 and seen[1].norm() <= 1e-3
 
 
-def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    monkeypatch.setattr("toy.pretraining.SAVE_EVERY", 2)
-    options = {"steps": 5, "betas": (0.8, 0.9), "weight_decay": 0.1, "desc": "", "kept": tmp_path / "kept.pt"}
-    asked = []
-
-    def tune(layer, stop=None):
-        def loss_of(step):
-            asked.append(step)
-            if step == stop:
-                raise KeyboardInterrupt
-            return layer(BATCHES[step]).square().mean()
-
-        pretrain(layer.parameters(), loss_of, lambda step: 0.1 / (1 + step), **options)
-        return layer.weight
-
-    whole = tune(make_layer())
-    (tmp_path / "kept.pt").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        tune(make_layer(), stop=3)
-    asked.clear()
-    assert torch.equal(tune(make_layer()), whole) and asked == [2, 3, 4]
-
-
 def test_the_toys_models_are_the_same_on_any_number_of_threads(tiny_base):
     """To the last bit; and the number of threads stays what it was."""
-    from formats.tokenizers import load_tokenizer
-    from toy import language_model
-
-    tokenizer, tokens, models = load_tokenizer(tiny_base), 10 * language_model.ROWS * language_model.ROW, []
+    tokenizer, models = load_tokenizer(tiny_base), []
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        models.append(language_model.pretrain_base(tokenizer, seed=0, tokens=tokens).state_dict())
+        models.append(language_model.pretrain_base(tokenizer, stop_after=10)[0].state_dict())
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -1,6 +1,7 @@
 """The table of what train.py tunes on where it is given nothing, and its commands from the options to the tables."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -9,26 +10,28 @@ from helpers import run
 import evaluate
 from adapter import Adapter
 from multimodal import ImageAdapter
-from toy import almanac, toys
+from toy import almanac, digits, toys
 
 
 @dataclass(frozen=True)
 class Options:
     images: str | None = None
     tower: str | None = None
+    features: Path | None = None
 
 
-def test_examples_of_each(small_digits):
+def test_examples_of_each(small_digits, tmp_path):
     """By their numbers; of pictures those to be tuned on, and of the blind the same, with no tower to see them."""
     text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
     assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["tuning"]]
-    seen, options = toys.TOYS["images"].examples(Options())
-    assert options == Options(str(small_digits), str(small_digits / "tower"))
+    seen, options = toys.TOYS["images"].examples(Options(features=tmp_path))
+    folder = Path(options.images)
+    assert options == Options(str(tmp_path / "digits"), str(digits.ENCODER), tmp_path)
     assert [e.name for e in seen] == [f"toy question {i}" for i in range(3 * 20 + len(text))]
     named = {example.image for example in seen} - {""}
-    assert len(named) == 20 and all((small_digits / image).is_file() for image in named)
-    assert toys.TOYS["blind"].examples(Options()) == (seen, Options())
+    assert len(named) == 20 and all((folder / image).is_file() for image in named)
+    assert toys.TOYS["blind"].examples(Options(features=tmp_path)) == (seen, Options(features=tmp_path))
 
 
 @pytest.fixture
@@ -47,19 +50,11 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     path = tmp_path / "run" / "adapter.safetensors"
     adapter = ImageAdapter.load(path)
-    assert adapter.metadata["data"] == "toy images" and adapter.metadata["tower"] == str(small_digits / "tower")
+    assert adapter.metadata["data"] == "toy images" and adapter.metadata["tower"] == str(digits.ENCODER)
     for column in ("chance", "no image", "image", "another image", "new entities in new wordings", "bit for bit: yes"):
         assert column in result.stdout
     again = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
     assert again.exit_code == 0 and again.stdout == result.stdout, again.output
-
-    monkeypatch.setenv(
-        "LLAMA_ADAPTER_CACHE", str(tmp_path / "empty")
-    )  # the tower is made, and trained, when it is asked
-    elsewhere = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
-    assert elsewhere.exit_code == 0 and list((tmp_path / "empty").glob("toy-digits-*/tower")), elsewhere.output
-    monkeypatch.delenv("LLAMA_ADAPTER_CACHE")
-    monkeypatch.setenv("LLAMA_ADAPTER_CACHE", str(small_digits.parent))
 
     blind = run(*args, "--toy", "blind", "--out", tmp_path / "blind")
     assert blind.exit_code == 0 and "another image" not in blind.stdout and "no image" in blind.stdout

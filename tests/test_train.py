@@ -543,7 +543,7 @@ def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
     """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
     tuning = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
     monkeypatch.setattr("train.TUNING", tuning)
-    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=lambda: tiny_base))
+    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     seen = {}
     for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):
         result = run("--out", tmp_path / name, "--limit", 64, "--device", "cpu", *more)
@@ -558,7 +558,7 @@ def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
 
 def test_data_without_a_base_says_over_what_it_trains(args, tmp_path, monkeypatch, tiny_base):
     """The toy's LLaMA learns nothing useful from Alpaca, and people forget --base."""
-    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=lambda: tiny_base))
+    monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     i = args.index("--base")
     result = run(*args[:i], *args[i + 2 :])
     assert result.exit_code == 0 and result.stderr.splitlines()[0].startswith("no --base: training over the toy's")

@@ -1,7 +1,7 @@
 """A pocket almanac: facts, the text that a base is pre-trained on, and instructions about the facts.
 
 The paper's thesis is that the knowledge is in the frozen base, and that the adapter only brings it out. Here that can
-be watched in three minutes on two cores. The base is pre-trained on almanac pages and on gossip (people asking each
+be watched in less than a minute on two cores. The base is pretrained on almanac pages and on gossip (people asking each
 other and answering), where every fact below occurs, but never an instruction. The instructions are about half of the
 entities; the other half is held out, so whoever answers those must know them from the base.
 """

@@ -7,7 +7,6 @@ an instruction is; prompts, gates and a projection have to learn both.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 from data import Example
 from encoders.media import open_image, preprocess
 from encoders.models import ViT, ViTConfig
-from formats.encoders import save_encoder
 from toy.almanac import KINDS, NUMBERS, ExamQuestion, capitalised
-from toy.cache import cached_folder
 from toy.pretraining import one_thread, pretrain, warmup_cosine
 
+ENCODER = Path(__file__).with_name("vision_encoder")  # part of the repository, made by `python -m toy`
 TOWER = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, hidden_dim=128)
 BATCH, EPOCHS = 64, 30
 SCHEDULE = {"peak": 3e-3, "warmup": 50}
@@ -38,27 +36,17 @@ ANSWERS = {
 }
 
 
-def make_digits() -> Path:
-    """The folder of pictures/DIGIT-NUMBER.png, and of the tower, in Hugging Face's layout; made at the first call.
-
-    Raises ValueError where scikit-learn, whose digits these are, is missing.
-    """
-
-    def make(folder: Path) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise ValueError("the handwritten digits are scikit-learn's: pip install scikit-learn") from None
-        digits = load_digits()
-        (folder / "pictures").mkdir(exist_ok=True)
-        for i, (ink, digit) in enumerate(zip(digits.images, digits.target)):  # 8 x 8, 0 to 16
-            paper = np.round(255 * (1 - ink / 16)).astype(np.uint8)
-            Image.fromarray(paper).save(folder / "pictures" / f"{digit}-{i:04}.png")
-        save_encoder(train_tower(folder), folder / "tower")
-
-    return cached_folder(
-        "toy-digits", [asdict(TOWER), BATCH, EPOCHS, SCHEDULE, OPTIMIZER, HELD_OUT, "one thread"], make
-    )
+def write_pictures(folder: Path) -> None:
+    """Write pictures/DIGIT-NUMBER.png into the folder. Raises ValueError if scikit-learn, their source, is missing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the handwritten digits are scikit-learn's: pip install scikit-learn") from None
+    digits = load_digits()
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for i, (ink, digit) in enumerate(zip(digits.images, digits.target)):  # 8 x 8, 0 to 16
+        paper = np.round(255 * (1 - ink / 16)).astype(np.uint8)
+        Image.fromarray(paper).save(folder / "pictures" / f"{digit}-{i:04}.png")
 
 
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:

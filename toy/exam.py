@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -89,15 +91,18 @@ def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dic
     An adapter for images answers with the picture, with none, and with one that belongs to another question; any other
     answers without. Chance is to always name the digit that is commonest in tuning.
     """
-    folder = digits.make_digits()
-    tuned, held_out = digits.pictures(folder)
+    with TemporaryDirectory() as folder:
+        digits.write_pictures(Path(folder))
+        tuned, held_out = digits.pictures(Path(folder))
+        features = None
+        if isinstance(adapter, ImageAdapter):
+            encoder = load_image_encoder(str(digits.ENCODER), None, model.dtype, model.device, adapter)
+            features = encoder.encode(held_out)
     questions = digits.questions(held_out)
     common = commonest(digits.questions(tuned[: digits.TUNED_ON]))
     withheld = [Request(question.example.instruction, adapter="adapter") for question in questions]
     asked = {"no image": withheld}
-    if isinstance(adapter, ImageAdapter):
-        encoder = load_image_encoder(str(folder / "tower"), None, model.dtype, model.device, adapter)
-        features = encoder.encode(held_out)
+    if features is not None:
         others = [features[i] for i in np.random.default_rng(0).permutation(len(features))]
         for name, images in (("image", features), ("another image", others)):
             each = [image for image in images for _ in digits.ANSWERS]

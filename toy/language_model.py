@@ -1,4 +1,4 @@
-"""A tiny LLaMA that knows the almanac by heart, and its tokenizer."""
+"""A tiny LLaMA that is pretrained on the almanac, and its tokenizer."""
 
 import io
 from collections.abc import Iterator
@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import ALPACA, Tokenizer
-from formats.meta import meta_config
+from formats.hugging_face import to_hugging_face
 from formats.tokenizers import SentencePieceTokenizer
-from model import LLaMA
+from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, write_json, write_tensors
 from toy.almanac import documents
-from toy.cache import cached_folder
 from toy.pretraining import one_thread, pretrain, warmup_cosine
 
-PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5, "vocab_size": -1}  # params.json
+BASE = Path(__file__).with_name("base")  # part of the repository, made by `python -m toy`
+
+N_LAYERS = 4
 TOKENIZER = {  # LLaMA's settings
     "model_type": "bpe",
     "vocab_size": 1024,
@@ -35,20 +36,32 @@ SCHEDULE = {"peak": 6e-3, "warmup": 100, "floor": 0.1}
 OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 
 
-def make_base(seed: int = 0, n_layers: int = PARAMS["n_layers"]) -> Path:
-    """The folder of the pre-trained base, in Meta's layout; made at the first call, in about three minutes."""
-    params = PARAMS | {"n_layers": n_layers}
-
-    def make(folder: Path) -> None:
-        tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
-        write_json(folder / "params.json", params)
-        model = pretrain_base(tokenizer, seed, TOKENS, params, kept=folder / "pretraining.pt")
-        with atomic_write(folder / "consolidated.00.pth") as temporary:
-            torch.save(model.state_dict(), temporary)
-        (folder / "pretraining.pt").unlink(missing_ok=True)
-
-    numbers = [params, TOKENIZER, ROW, ROWS, TOKENS, SCHEDULE, OPTIMIZER, seed, "one thread"]
-    return cached_folder("toy-base", [*numbers, list(tokenizer_text(seed))], make)
+def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[float]:
+    """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses. Takes four minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
+    model, losses = pretrain_base(tokenizer, seed, n_layers)
+    config = model.config
+    tensors = {name: tensor.contiguous() for name, tensor in to_hugging_face(model.state_dict(), config).items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "bos_token_id": tokenizer.start_ids[0],
+        "eos_token_id": tokenizer.eos_id,
+        "torch_dtype": "float32",
+    }
+    write_json(folder / "config.json", values, indent=2)
+    return losses
 
 
 def tokenizer_text(seed: int) -> Iterator[str]:
@@ -71,23 +84,27 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
 
 @one_thread()
 def pretrain_base(
-    tokenizer: Tokenizer, seed: int, tokens: int, params: dict = PARAMS, kept: Path | None = None
-) -> LLaMA:
-    """Plain next-token training on rows cut from a stream of documents; `kept` as for `pretrain`."""
+    tokenizer: Tokenizer, seed: int = 0, n_layers: int = N_LAYERS, stop_after: int | None = None
+) -> tuple[LLaMA, list[float]]:
+    """Next-token training on rows of a stream of documents; return the model and the losses.
+
+    `stop_after` ends it after this many steps of the whole schedule.
+    """
+    steps = TOKENS // (ROW * ROWS)
+    needed = ROW * ROWS * (stop_after or steps)
     source, stream = documents(seed), []
-    while len(stream) <= tokens:
+    while len(stream) <= needed:
         stream += [*tokenizer.start_ids, *tokenizer.encode(next(source)), tokenizer.eos_id]
-    steps = tokens // (ROW * ROWS)
-    batches = torch.tensor(stream[: steps * ROWS * ROW]).view(steps, ROWS, ROW)
+    batches = torch.tensor(stream[:needed]).view(-1, ROWS, ROW)
 
     torch.manual_seed(seed)
-    model = LLaMA(meta_config(params, tokenizer.vocab_size))
+    model = LLaMA(Config(128, n_layers, 4, 4, 32, 344, tokenizer.vocab_size))
     transpose_output_head(model.output)
 
     def loss_of(step: int) -> Tensor:
         rows = batches[step]
         return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
-    options = {"steps": steps, "desc": "pre-training the toy base", "kept": kept} | OPTIMIZER
-    pretrain(model.parameters(), loss_of, partial(warmup_cosine, total=steps, **SCHEDULE), **options)
-    return model
+    options = {"steps": len(batches), "desc": "pretraining the toy's base"} | OPTIMIZER
+    losses = pretrain(model.parameters(), loss_of, partial(warmup_cosine, total=steps, **SCHEDULE), **options)
+    return model, losses

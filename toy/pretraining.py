@@ -1,19 +1,13 @@
-"""The pre-training loop of the project: of the toy's two models here, and of experiments' small RoBERTa."""
+"""The pretraining loop of the project, for the toy's two models and the small RoBERTa of the experiments."""
 
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from formats.tensors import load_pth, named
-from runtime.files import atomic_write
-
-SAVE_EVERY = 200  # steps
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
@@ -49,18 +43,16 @@ def pretrain(
     weight_decay: float,
     clip: float | None = None,
     desc: str,
-    kept: Path | None = None,
-) -> None:
-    """As many AdamW steps.
+) -> list[float]:
+    """Take AdamW steps, and return the losses.
 
-    `loss_of` and `learning_rate` are asked with the step, from 0, when its turn comes. `clip` is the highest norm of a
-    gradient; `desc` stands before the progress bar. `kept` is a file that a run which was stopped goes on from.
+    `loss_of` and `learning_rate` are called with the step, from 0. `clip` is the maximum norm of a gradient; `desc` is
+    the label of the progress bar.
     """
-    parameters, first = list(parameters), 0
+    parameters = list(parameters)
+    losses = []
     optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=weight_decay, fused=True)
-    if kept is not None and kept.exists():
-        first = load_progress(kept, parameters, optimizer)
-    bar = tqdm(range(first, steps), desc=desc, initial=first, total=steps, unit="step", file=sys.stderr)
+    bar = tqdm(range(steps), desc=desc, unit="step", file=sys.stderr)
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         loss = loss_of(step)
@@ -69,22 +61,6 @@ def pretrain(
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        if kept is not None and (step + 1) % SAVE_EVERY == 0:
-            save_progress(kept, parameters, optimizer, step + 1)
-
-
-def save_progress(kept: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """All that `load_progress` needs."""
-    with atomic_write(kept) as temporary:
-        torch.save({"parameters": parameters, "optimizer": optimizer.state_dict(), "steps": steps}, temporary)
-
-
-def load_progress(kept: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Fill both; returns the number of steps taken. Raises ValueError where the file is no such thing."""
-    known = load_pth(kept)
-    with torch.no_grad(), named(kept):
-        for parameter, value in zip(parameters, known["parameters"], strict=True):
-            parameter.copy_(value)
-        optimizer.load_state_dict(known["optimizer"])
-    return known["steps"]
+        losses.append(loss.item())
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    return losses

@@ -8,13 +8,13 @@ from typing import NamedTuple
 from data import Example
 from toy import almanac, digits
 from toy.exam import evaluate_almanac, evaluate_digits
-from toy.language_model import make_base
+from toy.language_model import BASE
 
 
 class Toy(NamedTuple):
     """A base, training data, and an evaluation."""
 
-    base: Callable[[], Path]  # returns the folder of the base, which is pretrained at the first call
+    base: Path
     examples: Callable  # takes DataOptions; returns Examples, and the options with `images` and `tower` filled in
     evaluate: Callable[..., dict[str, float]]  # takes model, tokenizer and adapter; prints tables, returns scores
 
@@ -28,10 +28,12 @@ def text_examples(options):
 
 
 def image_examples(options):
-    folder = digits.make_digits()
+    """The pictures go to the cache of image features."""
+    folder = options.features / "digits"
+    digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
     asked = digits.questions(files[: digits.TUNED_ON]) + almanac.instructions()["tuning"]
-    return numbered(asked), replace(options, images=str(folder), tower=str(folder / "tower"))
+    return numbered(asked), replace(options, images=str(folder), tower=str(digits.ENCODER))
 
 
 def blind_examples(options):
@@ -44,7 +46,7 @@ def evaluate_both(model, tokenizer, adapter) -> dict[str, float]:
 
 
 TOYS = {
-    "text": Toy(make_base, text_examples, evaluate_almanac),
-    "images": Toy(make_base, image_examples, evaluate_both),
-    "blind": Toy(make_base, blind_examples, evaluate_both),
+    "text": Toy(BASE, text_examples, evaluate_almanac),
+    "images": Toy(BASE, image_examples, evaluate_both),
+    "blind": Toy(BASE, blind_examples, evaluate_both),
 }

@@ -1,0 +1,31 @@
+"""The bases and data that experiments make, in experiments/cache/, which git ignores."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from toy.language_model import BASE, N_LAYERS, make_base
+
+CACHE = Path(__file__).with_name("cache")
+
+
+def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Path:
+    """The folder that make(empty folder) has filled, at the first call with this recipe, any JSON value."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    folder = CACHE / f"{name}-{digest}"
+    if not folder.exists():
+        unfinished = CACHE / f"{folder.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        make(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def toy_base(seed: int = 0, n_layers: int = N_LAYERS) -> Path:
+    """The toy's base, or one of another seed or number of layers."""
+    if (seed, n_layers) == (0, N_LAYERS):
+        return BASE
+    return cached_folder("toy-base", [seed, n_layers], lambda folder: make_base(folder, seed, n_layers))
