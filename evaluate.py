@@ -21,7 +21,7 @@ from multimodal import ImageAdapter
 from runtime.cli import PATH, Count, Real, adapter_options, bits_options, device_options, encoder_options
 from runtime.cli import one_line_errors
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, rank
+from runtime.distributed import answering_ranks, rank, run_command
 from runtime.files import require_writable
 from tasks import TASKS, Task, load_task
 from tasks.answering import Answers, likeliest_answers, read_answers, write_scores, written_answers
@@ -130,6 +130,11 @@ class TaskCommands(click.Group):
         if name in TASKS and load_task(name).score:
             return task_command(name, load_task(name))
         return super().get_command(context, name)
+
+    def resolve_command(self, context, args: list[str]):
+        if args[0] not in self.list_commands(context):
+            raise click.NoSuchCommand(args[0], possibilities=self.list_commands(context), ctx=context)
+        return super().resolve_command(context, args)
 
 
 @click.group(cls=TaskCommands, context_settings={"show_default": True})
@@ -240,4 +245,4 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
 if __name__ == "__main__":
     # Some of the harness's tasks import Hugging Face's `evaluate`: this file's folder is looked into last.
     sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
-    main()
+    run_command(main)

@@ -24,7 +24,7 @@ from model import KVCache, LLaMA
 from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, broadcast_from_rank0, rank
+from runtime.distributed import answering_ranks, broadcast_from_rank0, rank, run_command
 from runtime.errors import printable
 from runtime.files import require_writable
 from runtime.terminal import read_commands
@@ -500,4 +500,4 @@ def print_one_line(responder: Responder, instruction: str, input: str, names: Se
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

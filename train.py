@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ from runtime.cli import SEED, Count, Real, bits_options, device_options, one_lin
 from runtime.cli import options_of, pick, setting, warn
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, exit_rank, first_rank_speaks
-from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, world_size
+from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, first_rank_speaks
+from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, run_command, world_size
 from runtime.files import resolved
 from tasks import load_task
 from toy import TUNING, load_toy
@@ -67,7 +67,10 @@ class TrainConfig:
         return self.blr * self.batch_size / 256 if self.lr is None else self.lr
 
     def for_base(self, base: Path | str, n_layers: int, context: float) -> "TrainConfig":
-        """Fill in the defaults that depend on the base, and validate; `context` is its context length in tokens."""
+        """Fill in the defaults that depend on the base, and validate; `context` is its context length in tokens.
+
+        Warns about an unusually high learning rate.
+        """
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
             raise ValueError(f"{warmup}: the learning rate would never decay; warm up for fewer epochs")
@@ -77,13 +80,15 @@ class TrainConfig:
             raise ValueError(f"--layers {layers}: {base} has only {n_layers} layers")
         if max_seq_len > context:
             raise ValueError(f"--max-seq-len {max_seq_len}: {base} has a context of only {context} tokens")
+        if self.peak_lr > 0.1 and rank() == 0:  # no run with a higher rate is known to work
+            lr = f"{self.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
+            warn(f"the peak learning rate is {lr}, the paper's 0.00225")
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
 # AdamW's update is about the learning rate, whatever the size of the parameter. The rate of the prompts would
 # destabilize the image projection and an encoder's head, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
-HIGH_LR = 0.1  # warn above this: no run with a higher rate is known to work
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
@@ -248,34 +253,32 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     shape, weights = read_base(path)  # model.Config, and one function per weight that reads it
     tokenizer = load_tokenizer(path, shape.vocab_size)
     template = load_template(data.template, tokenizer)
-    encoder = None
-    if data.tower or data.encoder:  # modules for special cases are imported on use, here and below
-        from tasks.images import encode_images
-
-        examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
-    if base.init:
+    if base.init:  # modules for special cases are imported on use, here and below
         from training.initial import adapter_fingerprint, init_from_adapter, load_initial, shaped_as
 
         initial = load_initial(base.init, shape, run.out)
         config = shaped_as(initial, config, base.init)  # takes L and K from the adapter
     config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
-    with named(data.data or f"the toy {data.toy}"):
-        tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
-        training, validation = hold_out(tokens, config.val_size, config.seed)
-
     fixed = fixed_options(config, data, base, dtype, examples)
     fixed |= {"base_fingerprint": base_fingerprint(shape, weights), "prompt_template": template.name}
-    if encoder:
-        fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
     if base.init:
         fixed["init"] = adapter_fingerprint(initial)
-    if world_size() > 1:
-        check_same_on_all_ranks(fixed)
+    check_same_on_all_ranks(fixed | asdict(config) | {"strategy": base.strategy, "compile": base.compile})
     if run.is_finished(fixed):
         print_rank0(f"{run.out}: this run is finished, nothing is left to do")
         return
 
+    encoder = None
+    if data.tower or data.encoder:
+        from tasks.images import encode_images
+
+        examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
+        fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
+    with named(data.data or f"the toy {data.toy}"):
+        tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
+        training, validation = hold_out(tokens, config.val_size, config.seed)
     model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
+    del weights  # this closes the files of the base
     adapter = make_adapter(config, shape, tokens).to(device)  # float32, gates at zero
     adapter.metadata = describe_adapter(data, base, path, shape, encoder, fixed, len(training))
     if base.init:
@@ -306,7 +309,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         run.save_checkpoint()
 
     scores = {}
-    if data.data is None:  # the toy's held-out questions; on all ranks, because sharded layers need them
+    if data.data is None and (rank() == 0 or strategy == "fsdp"):  # sharded layers need all ranks
         with first_rank_speaks():
             scores = load_toy(data.toy).evaluate(model, tokenizer, adapter)
     run.finish(scores)  # curves.png and summary.json; then checkpoint.pt is removed
@@ -420,7 +423,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
-    """Print the numbers of parameters and examples, and warn about an unusual learning rate."""
+    """Print the numbers of parameters and examples."""
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters())
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
@@ -429,9 +432,6 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
         f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
         f"(the prompt alone fills {config.max_seq_len} tokens), {counts['cut']:,} truncated"
     )
-    if config.peak_lr > HIGH_LR and rank() == 0:
-        lr = f"{config.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
-        warn(f"the peak learning rate is {lr}, the paper's 0.00225")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -469,7 +469,4 @@ def toy_defaults(context: click.Context, options: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SystemExit as end:
-        exit_rank(end.code)
+    run_command(main)

@@ -8,6 +8,7 @@ from benchmarks.memory import count_memory, plan_runs
 from benchmarks.scoring import time_scoring
 from benchmarks.training import time_training
 from benchmarks.true_size import time_loading, write_checkpoint
+from runtime.distributed import run_command
 
 
 @cloup.group(
@@ -27,4 +28,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks")
+    run_command(main, prog_name="python -m benchmarks")

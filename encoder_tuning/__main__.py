@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -26,13 +26,14 @@ from encoders.heads import head_adapter
 from formats.encoders import load_encoder
 from runtime.cli import Count, Real, device_options, one_line_errors, options_of, pick, setting
 from runtime.device import select_device
-from runtime.distributed import barrier, check_same_on_all_ranks, exit_rank, print_rank0, process_group, world_size
+from runtime.distributed import barrier, check_same_on_all_ranks, print_rank0, process_group, run_command, world_size
 from runtime.files import require_writable, write_json
 from train import TrainConfig, make_optimizer, mean_loss, training_steps
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 
 TASK_DATA = "Folders of pictures or .npz; .tsv, .csv, JSON; CoNLL's columns; SQuAD."
+LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"
 STRIDE_HELP = "Tokens that neighbouring windows of a long context share."
 
 
@@ -85,8 +86,7 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     ]
     fixed = fixed_options(config, data, base, dtype, [labelled.classes, *contents])
     fixed["base_fingerprint"] = encoder_fingerprint(model)
-    if world_size() > 1:
-        check_same_on_all_ranks(fixed)
+    check_same_on_all_ranks(fixed | asdict(config))
     if run.is_finished(fixed):
         print_rank0(f"{run.out}: this run is finished, nothing is left to do")
         return
@@ -181,7 +181,7 @@ NO_ANSWER_HELP = "No answer where <s> scores higher by so much.  [default: 0 if 
 def train_command(**options):
     """Train an adapter and a head."""
     config, data, base = (pick(record, options) for record in (TrainConfig, EncoderData, BaseOptions))
-    with one_line_errors(), process_group(), Run(pick(RunOptions, options)) as run:
+    with one_line_errors(), process_group(), Run(pick(RunOptions, options), LESS_MEMORY) as run:
         train_encoder(config, data, base, run)
         barrier()
     sys.exit(run.exit_code)
@@ -230,7 +230,4 @@ def evaluate_command(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SystemExit as end:
-        exit_rank(end.code)
+    run_command(main)

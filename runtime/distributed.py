@@ -44,9 +44,13 @@ def launched_world_size() -> int:
 def init_distributed(timeout: timedelta | None = None) -> None:
     """Connect to the other ranks. GPU tensors travel over NCCL, all others over gloo.
 
-    `timeout` limits how long a rank waits for one that is alive; a rank that has ended is noticed at once.
+    `timeout` limits how long a rank waits for one that is alive; a rank that has ended is noticed at once. Raises
+    ValueError if the ranks cannot be reached.
     """
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    except dist.DistError as error:
+        raise ValueError(f"cannot connect to the other ranks: {error}") from None
 
 
 @contextmanager
@@ -60,16 +64,19 @@ def process_group(timeout: timedelta | None = None):
     dist.destroy_process_group()  # not after an error: on a GPU it would wait for ranks that are still computing
 
 
-def exit_rank(code: int | None) -> NoReturn:
-    """End the process; under torchrun at once, without PyTorch's cleanup.
+def run_command(command: click.Command, **options) -> NoReturn:
+    """Run a click command, then end the process; under torchrun at once, without PyTorch's cleanup.
 
     Threads of a process group may outlive it there and occasionally abort a process whose work is done.
     """
-    if launched_world_size() == 1:
-        sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code or 0)
+    try:
+        command(**options)
+    except SystemExit as end:
+        if launched_world_size() == 1:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(end.code or 0)
 
 
 def print_rank0(text: str) -> None:
@@ -139,7 +146,7 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether PyTorch reports with this error that another rank has ended."""
-    if not isinstance(error, RuntimeError) or launched_world_size() == 1:
+    if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 

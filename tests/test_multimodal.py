@@ -35,6 +35,7 @@ from encoders.models import ViTConfig
 from formats.adapters import load_adapter
 from formats.bases import load_llama
 from formats.encoders import load_vit
+from formats.image_encoders import FunctionEncoder
 from multimodal import (
     ImageAdapter,
     encode_images,
@@ -409,7 +410,7 @@ def tone(path, pitch, seed):
         file.writeframes((8000 * sound).astype(np.int16).tobytes())
 
 
-def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path):
+def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
     """Two pitches are learnt; the file says which encoder it needs, and no code runs but what the user names."""
     pytest.importorskip("av")
     shutil.copy(ROOT / "docs" / "examples" / "spectrum.py", tmp_path / "spectrum.py")
@@ -419,11 +420,18 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path):
         records.append({"instruction": "High?", "output": ("no", "yes")[i % 2], "audio": f"{i}.wav"})
     (tmp_path / "data.json").write_text(json.dumps(records))
     where = f"{tmp_path / 'spectrum.py'}:rows"
-    result = run(
+    args = [
         train, "--data", tmp_path / "data.json", "--base", tiny_base, "--encoder", where, "--out", tmp_path / "run",
         "--epochs", 40, "--batch-size", 8, "--val-size", 0, "--lr", 0.1, "--layers", 3, "--device", "cpu",
-    )  # fmt: skip
+    ]  # fmt: skip
+    result = run(*args)
     assert result.exit_code == 0, result.output
+    with monkeypatch.context() as patch:  # encoding may take hours: other checks come first
+        patch.setattr(FunctionEncoder, "encode", None)
+        assert "is finished" in run(*args, "--resume").stderr
+        for more in (["--layers", 99], ["--warmup-epochs", 50], ["--init", "nowhere"]):
+            refused = run(*args, "--out", tmp_path / "new", *more)
+            assert refused.exit_code == 2 and f"{more[1]}" in refused.stderr
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
     assert adapter.metadata["encoder"] == where and adapter.projection[0].in_features == 4 * 128
     model, tokenizer = load_llama(tiny_base)

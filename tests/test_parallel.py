@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -382,9 +383,17 @@ def other_data(rank):
         instructions.TASK = Task(lambda *a: read(*a)[:-1])
 
 
-def test_ranks_with_other_data_end_all(forks, args):
-    (line,) = said_by(Ranks(forks, 2, train_command, args, other_data).results())
-    assert line.startswith("error: rank 1: data_hash is ") and "on the first rank" in line
+def other_micro_batches(rank):
+    for_base = train.TrainConfig.for_base
+    if rank == 1:
+        train.TrainConfig.for_base = lambda self, *more: replace(for_base(self, *more), micro_batch_tokens=77)
+
+
+@pytest.mark.parametrize("spoil, name", [(other_data, "data_hash"), (other_micro_batches, "micro_batch_tokens")])
+def test_ranks_with_other_data_or_options_end_all(forks, args, spoil, name):
+    """Validation adds up a loss for each micro-batch, so that these have to be the same."""
+    (line,) = said_by(Ranks(forks, 2, train_command, args, spoil).results())
+    assert line.startswith(f"error: rank 1: {name} is ") and "on the first rank" in line
 
 
 def quick_examination(rank):
@@ -494,8 +503,8 @@ def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_b
 @pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
 def test_a_rank_ends_at_once(ranks, printed):
     """With what it has printed, and its exit code; a process alone ends as any other."""
-    code = "import atexit; from runtime.distributed import exit_rank; atexit.register(print, 'cleared up', end=''); "
-    code += "print('done, ', end=''); exit_rank(3)"
+    code = "import atexit, sys; from runtime.distributed import run_command; "
+    code += "atexit.register(print, 'cleared up', end=''); print('done, ', end=''); run_command(lambda: sys.exit(3))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env=os.environ | {"RANK": "0", "WORLD_SIZE": ranks},

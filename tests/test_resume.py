@@ -1,11 +1,13 @@
 """A run that is stopped, by whatever it is, goes on as if it had not been."""
 
+import gc
 import json
 import os
 import random
 import signal
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -327,10 +329,42 @@ def test_memory_that_runs_out(args, tmp_path, monkeypatch, where, kept, machine)
         result = run(*args, "--save-every", 4)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: no memory left") and f"as of step {kept}; to continue, add --resume and" in last
+    assert last.startswith("error: no memory left") and f"as of step {kept}; a smaller --micro-batch-tokens" in last
+    assert last.endswith("; to continue, add --resume")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept
     assert run(*args, "--resume").exit_code == 0
     assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
+
+
+def test_memory_that_runs_out_at_once(args, monkeypatch):
+    """There is no checkpoint, so that the advice is not to resume."""
+    monkeypatch.setattr(train, "chunked_cross_entropy", lambda *more: run_out("gpu"))
+    result = run(*args, "--val-size", 0)
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and "; nothing was saved yet; a smaller --micro" in last and "--resume" not in last
+
+
+def test_the_files_of_the_base_are_closed_before_the_loop(args, monkeypatch):
+    """Older .pth files cannot be mapped: their tensors would stay in memory beside the model."""
+    read, tensors = train.read_base, []
+
+    def reading(path):
+        shape, weights = read(path)
+        return shape, Noted(weights)
+
+    class Noted(dict):
+        def __init__(self, weights):
+            super().__init__(weights)
+            tensors.append(weakref.ref(self))
+
+    def step(*more):
+        gc.collect()
+        assert [each() for each in tensors] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "read_base", reading)
+    monkeypatch.setattr(train, "train_step", step)
+    assert run(*args).exit_code == 130
 
 
 def test_metrics_with_a_gap_are_refused(args, tmp_path):

@@ -32,6 +32,8 @@ from training.run_files import load_checkpoint, read_metrics, run_state, save_ch
 TIME, SIGTERM, CTRL_C = 1, 2, 3
 REASONS = {TIME: ("stopped by --max-minutes", 0), SIGTERM: ("stopped by SIGTERM", 0), CTRL_C: ("interrupted", 130)}
 
+LESS_MEMORY = "a smaller --micro-batch-tokens, or --checkpoint-activations, needs less memory"
+
 
 class Run:
     """The folder --out of a training run. All ranks call its methods, and the first one writes.
@@ -40,8 +42,9 @@ class Run:
     folder cannot be written to, another process uses it, or --resume contradicts its content.
     """
 
-    def __init__(self, options: RunOptions):
+    def __init__(self, options: RunOptions, less_memory: str = LESS_MEMORY):
         self.options = options
+        self.less_memory = less_memory  # advice for when memory runs out
         self.out = options.out
         self.metrics = self.out / "metrics.jsonl"
         self.step = 0  # completed steps; adapter and optimizer are in this state
@@ -147,23 +150,27 @@ class Run:
     def save_after_error(self) -> None:
         """Save the last completed step, unless the failed one has already updated some parameters."""
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
-        if rank() == 0 and steps == {self.step} and self.saved_step < self.step:
+        if steps == {self.step} and self.saved_step < self.step:
             self.save_checkpoint()
 
     def explain(self, error: Exception) -> None:
         """Raise ValueError, or exit, with the cause, the saved step, and advice. Return if the error is unexpected."""
         saved = "nothing was saved yet"
+        to_continue = ""
         if self.saved_step:
             saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors are as of step {self.saved_step}"
-        if is_lost_rank(error):
-            report_lost_rank(error, f"; {saved}; to continue, add --resume")
-            sys.exit(2)
+            to_continue = "; to continue, add --resume"
         if isinstance(error, FloatingPointError):
             advice = "a lower --lr may help, with another --out"
             raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
+        if rank() > 0:  # the first rank may be saving at this moment, or may have ended before it could
+            saved = f"what is saved is in {self.out}"
+            to_continue = "; to continue, add --resume"
+        if is_lost_rank(error):
+            report_lost_rank(error, f"; {saved}{to_continue}")
+            sys.exit(2)
         if is_out_of_memory(error):
-            advice = "to continue, add --resume and a smaller --micro-batch-tokens, or --checkpoint-activations"
-            raise ValueError(f"{error_line(error)}; {saved}; {advice}") from None
+            raise ValueError(f"{error_line(error)}; {saved}; {self.less_memory}{to_continue}") from None
 
     def asked_to_stop(self) -> bool:
         """Return True, on all ranks, if any has received Ctrl-C or SIGTERM, or --max-minutes have passed."""

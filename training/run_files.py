@@ -26,9 +26,9 @@ WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # the
 class Progress(NamedTuple):
     """The progress of a run."""
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # spent in its steps
+    step: int
+    tokens: int
+    seconds: float  # spent in its steps
 
 
 def run_state(out: Path, resume: str | None) -> str:
