@@ -277,6 +277,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     with named(data.data or f"the toy {data.toy}"):
         tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
         training, validation = hold_out(tokens, config.val_size, config.seed)
+
     model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
     del weights  # this closes the files of the base
     adapter = make_adapter(config, shape, tokens).to(device)  # float32, gates at zero
