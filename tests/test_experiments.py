@@ -27,7 +27,7 @@ def small(tiny_base, instructions, tmp_path):
     ]  # fmt: skip
 
 
-ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 15}
+ROWS = {"methods": 4, "zero_init": 12, "layers": 6 + 6, "epochs": 3, "design": 12}
 
 
 def every_row(out):
