@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapter import Adapter
 from data import IGNORE, Tokens, collate
-from formats.hugging_face import to_hugging_face
+from formats.hugging_face import hugging_face_shape, to_hugging_face
 from generate import decode, generate
 from model import LLaMA, apply_rope, rope_cos_sin
 from train import make_optimizer, response_loss
@@ -242,14 +242,7 @@ def as_transformers(model: LLaMA) -> nn.Module:
     c, weight = model.config, model.tok_embeddings.weight
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            intermediate_size=c.hidden_dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            rms_norm_eps=c.norm_eps,
+            **hugging_face_shape(c),
             rope_theta=c.rope_theta,
             tie_word_embeddings=False,
         )

@@ -13,7 +13,7 @@ from adapter import gated_attention
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
 from benchmarks.workload import SHAPES, random_adapter, random_examples
 from formats.bases import read_base
-from formats.hugging_face import to_hugging_face
+from formats.hugging_face import hugging_face_shape, to_hugging_face
 from formats.loading import load_part_of_rank
 from generate import Sampling, stream
 from model import SIZES, Config, LLaMA
@@ -45,19 +45,8 @@ def hugging_face_values(config: Config) -> dict:
     if config.rope_scaling is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling))
-    return {
-        "model_type": "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_seq_len or 2048,
-        "rope_parameters": rope,
-    }
+    more = {"max_position_embeddings": config.max_seq_len or 2048, "rope_parameters": rope}
+    return {"model_type": "llama"} | hugging_face_shape(config) | more
 
 
 @command("checkpoint", context_settings={"show_default": True})

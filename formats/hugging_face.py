@@ -64,6 +64,20 @@ def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def hugging_face_shape(config: Config) -> dict[str, int | float]:
+    """Return the sizes of a LLaMA, and its norm's epsilon, by the names that they have in config.json."""
+    return {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+    }
+
+
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The weights of a LLaMA as LlamaForCausalLM's."""
     weights = {}
