@@ -31,7 +31,7 @@ from runtime.terminal import read_commands
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen, and when a response ends."""
+    """Settings of how tokens are chosen, and of when a response ends."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # of the softmax; 0 is greedy decoding
@@ -232,7 +232,7 @@ class Responder:
         return adapter(features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
     def has_turns(self, adapter: str) -> bool:
-        """Whether a response may be followed by another prompt."""
+        """Return True if a response may be followed by another prompt."""
         return self.loaded[adapter].template.has_turns and not self.raw
 
     def answer_batch(self, requests: Sequence[Request]) -> list[str]:

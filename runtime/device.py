@@ -1,4 +1,4 @@
-"""Where tensors live and in which dtype: decided here alone."""
+"""The choice of device and dtype, which is made here alone."""
 
 import sys
 

@@ -145,14 +145,14 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether PyTorch reports with this error that another rank has ended."""
+    """Return True if PyTorch reports with this error that another rank has ended."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def is_first_to_report() -> bool:
-    """Whether no other rank has reported the lost rank yet, according to a counter in torchrun's store."""
+    """Return True if no other rank has reported the lost rank yet, according to a counter in torchrun's store."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))

@@ -4,7 +4,10 @@ import re
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine ran out of memory. On a CPU, PyTorch raises a plain RuntimeError for this."""
+    """Return True if the device or the machine ran out of memory.
+
+    On a CPU, PyTorch raises a plain RuntimeError for this.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(

@@ -37,7 +37,7 @@ def data():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """What experiments make in tests is not kept."""
+    """Give the experiments a temporary cache, so that nothing which they make in tests is kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.cached.CACHE", tmp_path_factory.mktemp("cache"))
         yield

@@ -348,7 +348,7 @@ def begin(rank, world, port, folder, results, target, args):
 
 
 class Ranks:
-    """What torchrun does: `world` processes that run target(*args), and SIGTERM to the others if one of them fails."""
+    """Run target(*args) in `world` processes as torchrun does: if one fails, the others receive SIGTERM."""
 
     def __init__(self, forks, world, target, *args):
         self.folder = Path(tempfile.mkdtemp())
@@ -360,7 +360,7 @@ class Ranks:
             process.start()
 
     def results(self, timeout=60):
-        """By rank: what the target returned, or else exit code, standard output, standard error."""
+        """Return, by rank, what the target returned, or else exit code, standard output and standard error."""
         returned, failed, deadline = {}, False, time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
             assert time.monotonic() < deadline, f"a rank hangs: {[p.exitcode for p in self.processes]}"

@@ -21,7 +21,7 @@ def test_the_tokenizer_is_reproduced(tmp_path):
 
 
 def test_the_first_losses_are_reproduced():
-    """On any number of cores, and to rounding on any kind of CPU."""
+    """They are the same on any number of cores, and up to rounding on any kind of CPU."""
     _, losses = pretrain_base(load_tokenizer(BASE), stop_after=50)
     assert len(LOSSES) == 50 and max(abs(a - b) for a, b in zip(losses, LOSSES)) < 1e-3
     assert losses[-1] < 4 < losses[0]

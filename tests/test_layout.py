@@ -1,4 +1,4 @@
-"""Where files are, which way imports go, and what is imported at the start."""
+"""Tests of the layout: places of files, directions of imports, and what is imported at the start."""
 
 import ast
 import json

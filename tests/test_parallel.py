@@ -306,7 +306,7 @@ def test_a_rank_that_fails_in_training_ends_all(forks, args, tmp_path, strategy,
 
 
 def in_turns(path):
-    """On the second rank: whether the first one has finished its block."""
+    """Return, on the second rank, whether the first one has finished its block."""
     with process_group():
         with local_rank0_first():
             there = path.exists()

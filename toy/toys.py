@@ -1,4 +1,4 @@
-"""What `python train.py` trains over and on, if the user gives neither data nor a base."""
+"""The bases and data that `python train.py` uses if the user gives none."""
 
 from collections.abc import Callable
 from dataclasses import replace
