@@ -24,7 +24,7 @@ from adapter import Adapter, Prompt
 from encoders.media import frames_of, preprocess
 from encoders.models import ViT
 from runtime.files import atomic_write, require_file
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 from runtime.schema import whole_number
 
 DEPTHS = 4  # M

@@ -21,7 +21,7 @@ from formats.adapters import load_adapter
 from formats.encoders import head_labels, load_encoder
 from formats.tensors import named
 from runtime.cli import warn
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 
 
 def encoder_fingerprint(model: ViT | Roberta) -> str:

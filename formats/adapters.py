@@ -67,7 +67,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
 
 
 def load_own(path: Path) -> Adapter:
-    """Check and load an adapter file of this project. Raises ValueError that says what is wrong with it."""
+    """Load an adapter file of this project. Raises ValueError that says what is wrong with it."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -76,34 +76,32 @@ def load_own(path: Path) -> Adapter:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
     kinds = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
     kind = next((kinds[name] for name in kinds if name in tensors), Adapter)
+
+    if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
+        raise ValueError(f"{path}: is not of the format 'llama-adapter', version '1', but says {metadata}")
+    if not {"prompts", "gates"} <= set(tensors):
+        raise ValueError(f"{path}: holds {sorted(tensors)}, without the tensors 'gates' and 'prompts'")
+    activation = metadata.get("gate_activation")
+    if activation not in kind.ACTIVATIONS:
+        raise ValueError(f"{path}: gate_activation {activation!r} is none of {list(kind.ACTIVATIONS)}")
+    prompts, gates = tensors["prompts"], tensors["gates"]
+    if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
+        found = f"prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)}"
+        raise ValueError(f"{path}: {found} are not (L, K, C) and (L, H)")
+    for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
+        if metadata.get(name) != str(size):
+            raise ValueError(f"{path}: metadata says {name} {metadata.get(name)}, the tensors say {size}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{path}: expected float32, found {tensor.dtype} in {name}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
     with named(path):
-        check_own(kind, tensors, metadata)
+        whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
         try:
             return kind.from_tensors(tensors, metadata)
         except RuntimeError as error:  # a tensor that is missing, unknown, or of another shape
             raise ValueError(" ".join(str(error).split())) from None
-
-
-def check_own(kind: type[Adapter], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Raise ValueError if these are not the tensors and metadata of an adapter of this kind."""
-    if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
-        raise ValueError(f"is not of the format 'llama-adapter', version '1', but says {metadata}")
-    if not {"prompts", "gates"} <= set(tensors):
-        raise ValueError(f"holds {sorted(tensors)}, without the tensors 'gates' and 'prompts'")
-    if metadata.get("gate_activation") not in kind.ACTIVATIONS:
-        raise ValueError(f"gate_activation {metadata.get('gate_activation')!r} is none of {list(kind.ACTIVATIONS)}")
-    prompts, gates = tensors["prompts"], tensors["gates"]
-    if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
-        raise ValueError(f"prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)} are not (L, K, C) and (L, H)")
-    for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
-        if metadata.get(name) != str(size):
-            raise ValueError(f"metadata says {name} {metadata.get(name)}, the tensors say {size}")
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"expected float32, found {tensor.dtype} in {name}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
-    whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
 
 
 # ---------------------------------------------------------------------------------------------------

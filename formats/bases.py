@@ -15,7 +15,7 @@ from formats.tensors import Weights, check_layers, download_hint, filled
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 
 # The module that reads each layout, imported on use, and the files that the layout is known by, as glob patterns. The
 # first layout that matches counts. Its `read(path)` returns a Config, and a function per weight that fills a tensor.

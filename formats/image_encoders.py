@@ -11,7 +11,7 @@ from formats.encoders import load_vit
 from multimodal import DEPTHS, ImageAdapter, encode_images, encode_with_function, load_function, tower_fingerprint
 from runtime.cli import warn
 from runtime.files import resolved
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 
 
 class TowerEncoder:

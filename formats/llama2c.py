@@ -22,32 +22,11 @@ def read(path: Path) -> tuple[Config, Weights]:
     if len(files) > 1:
         raise ValueError(f"{path}: holds {len(files)} files of llama2.c ({files[0].name} ...); name one of them")
     file = require_file(files[0])
-    config, start, modern, tied = read_header(file)
-    floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
-    stacked, place = {}, 0
-    for name, shape in layout(config, modern, tied).items():
-        stacked[name] = torch.from_numpy(floats[place : place + prod(shape)]).view(shape)
-        place += prod(shape)
-
-    weights: Weights = {}
-    for name, tensor in stacked.items():
-        if name.startswith("layers."):
-            _, module = name.split(".", 1)
-            weights |= {f"layers.{i}.{module}.weight": partial(copy, tensor[i]) for i in range(config.n_layers)}
-        elif not name.startswith("rope."):
-            weights[f"{name}.weight"] = partial(copy, tensor)
-    if tied:
-        weights["output.weight"] = weights["tok_embeddings.weight"]
-    return config, weights
-
-
-def read_header(file: Path) -> tuple[Config, int, bool, bool]:
-    """The shape, the byte where the tensors begin, whether it is the newer layout, and whether the head is tied."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         raw = opened.read(256)
     modern = raw[:4] == b"24ka"  # "ak42", little-endian
-    start = 256 if modern else 28
+    start = 256 if modern else 28  # where the tensors begin
     if size < start:
         raise ValueError(f"{file}: {size} bytes are not a llama2.c checkpoint")
     version = struct.unpack("<i", raw[4:8])[0]
@@ -62,10 +41,24 @@ def read_header(file: Path) -> tuple[Config, int, bool, bool]:
             raise ValueError(f"width {C}, {H} heads")
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: not a llama2.c checkpoint (its header reads {header}: {error})") from None
-    expected = start + 4 * sum(map(prod, layout(config, modern, tied).values()))
+    shapes = layout(config, modern, tied)
+    expected = start + 4 * sum(map(prod, shapes.values()))
     if size != expected:
         raise ValueError(f"{file}: {size} bytes, but its header asks for {expected}")
-    return config, start, modern, tied
+
+    floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
+    weights: Weights = {}
+    for name, shape in shapes.items():
+        values, floats = floats[: prod(shape)], floats[prod(shape) :]
+        tensor = torch.from_numpy(values).view(shape)
+        if name.startswith("layers."):
+            _, module = name.split(".", 1)
+            weights |= {f"layers.{i}.{module}.weight": partial(copy, tensor[i]) for i in range(config.n_layers)}
+        elif not name.startswith("rope."):
+            weights[f"{name}.weight"] = partial(copy, tensor)
+    if tied:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    return config, weights
 
 
 def layout(config: Config, modern: bool, tied: bool) -> dict[str, tuple[int, ...]]:

@@ -19,8 +19,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path):
         try:
-            self.model = SentencePieceProcessor()
-            self.model.LoadFromSerializedProto(read_bytes(path))
+            self.model = SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
         bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()

@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -10,11 +11,12 @@ import re
 import secrets
 import socket
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
@@ -130,6 +132,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     header += b" " * (-len(header) % 8)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.writelines((len(header).to_bytes(8, "little"), header, memoryview(content)[end:]))
+
+
+def hash_tensors(tensors: Sequence[Tensor]) -> str:
+    """Return a hash of the values, rounded to bfloat16, so that it does not depend on the dtype they are held in."""
+    rounded = torch.cat([tensor.detach().flatten().to("cpu", torch.bfloat16) for tensor in tensors])
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
 # The most bytes that are read of a file that is held in memory: a small compressed file can hold any number of zeros.

@@ -10,7 +10,7 @@ from model import Config
 from multimodal import ImageAdapter
 from runtime.cli import warn
 from runtime.distributed import rank
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 
 
 def load_initial(path: str, base: Config, out: Path) -> Adapter:
