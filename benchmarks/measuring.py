@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import itertools
-import platform
 import statistics
 import threading
 import time
@@ -17,6 +16,7 @@ from cloup import option
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from runtime.device import device_name
 from runtime.files import atomic_write, read_json_object, write_json
 
 MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; small ones would not keep the device busy
@@ -127,17 +127,14 @@ json_option = option(
 
 def measured_on(size: str, device: torch.device, dtype: torch.dtype) -> dict:
     """What figures depend on, besides the options of their own command."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     threads = torch.get_num_threads()
-    return {"size": size, "device": name, "threads": threads, "dtype": str(dtype)[6:], "torch": torch.__version__}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return {
+        "size": size,
+        "device": device_name(device),
+        "threads": threads,
+        "dtype": str(dtype)[6:],
+        "torch": torch.__version__,
+    }
 
 
 def ratio_text(row: dict) -> str:

@@ -1,26 +1,52 @@
-"""The paper's tables and figures again: each is given a testbed, the number of seeds, and a folder.
+"""The paper's tables and figures again, each over a testbed.
 
 Tables and figures are numbered as in the final version of the paper, "v1" is the first."""
 
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import click
 import numpy as np
 from matplotlib.figure import Figure
 
 import toy
+from experiments.drawing import draw_bars, draw_line, percent
 from experiments.measures import base_measures, run_setting
-from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, finite_steps, import_peft
+from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, Setting, finite_steps, import_peft
 from experiments.methods import set_up
-from experiments.tables import compare_settings, draw_bars, draw_line, percent, rounded, save_results, without_losses
+from experiments.runs import Column, Runs, rounded, spread
 from experiments.testbed import Testbed
 from training.curves import paint_gates
 
 
-def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
+COLUMNS = (
+    Column("trained", "trained", ","),
+    Column("accuracy", "exact", spread=True),
+    Column("val_loss", "loss held out", ".4f"),
+    Column("train_loss", "last epoch", ".4f"),
+    Column("seconds", "seconds", ".1f"),
+)
+
+
+def compare_settings(
+    runs: Runs, testbed: Testbed, settings: dict[str, Setting], in_rounds: bool = False
+) -> dict[str, dict]:
+    """Train and measure every setting with every seed; return the values of `run_setting`, seed by seed."""
+    rows = runs.table(COLUMNS, settings, partial(run_setting, testbed), in_rounds=in_rounds)
+    return {label: row | {"setting": settings[label]._asdict()} for label, row in rows.items()}
+
+
+def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
+    """Rows as they are written: without the loss of every step, but with mean and standard deviation."""
+    written = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
+    for row in written.values():
+        row |= {"mean": statistics.mean(row["accuracy"]), "standard_deviation": spread(row["accuracy"])}
+    return written
+
+
+def compare_inits(runs: Runs, testbed: Testbed) -> None:
     """Compare zero-init attention with random init.
 
     Table 5 and Figure 7 (v1: 5), at four learning rates.
@@ -29,7 +55,7 @@ def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
     default = testbed.default
     lrs = [rounded(factor * default.lr) for factor in (0.1, 1, 3, 10)]
     settings = {f"{method}, {lr:.3g}": default._replace(method=method, lr=lr) for lr in lrs for method in inits}
-    rows = compare_settings(testbed, settings, seeds)
+    rows = compare_settings(runs, testbed, settings)
     paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
 
     figure = Figure(figsize=(4 * (len(lrs) + 1), 4), layout="constrained")
@@ -48,14 +74,14 @@ def compare_inits(testbed: Testbed, seeds: int, out: Path) -> None:
     per_epoch = math.ceil(len(testbed.tuning) / testbed.batch_size)
     curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
     values = {"paper": paper, "rows": without_losses(rows), "loss_by_epoch": curves}
-    save_results(out, "zero_init", values, figure)
+    runs.save("zero_init", values, figure)
 
 
 def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
     return [statistics.mean(losses[start : start + per_epoch]) for start in range(0, len(losses), per_epoch)]
 
 
-def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
+def compare_shapes(runs: Runs, testbed: Testbed) -> None:
     """Compare layers and lengths.
 
     Table 4: the number of adapted layers, which they are, and the prompts' length.
@@ -71,7 +97,7 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     settings = {names[L]: default._replace(layers=L) for L in counts}
     settings |= {name: default._replace(layers=L, where="bottom") for L, name in low.items()}
     settings |= {f"K = {K}": default._replace(length=K) for K in lengths}
-    rows = compare_settings(testbed, settings, seeds)
+    rows = compare_settings(runs, testbed, settings)
     paper = {"ScienceQA, validation, %, by topmost layers of 32": {10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03}}
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -84,19 +110,19 @@ def compare_shapes(testbed: Testbed, seeds: int, out: Path) -> None:
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
     right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
-    save_results(out, "layers", {"paper": paper, "rows": without_losses(rows)}, figure)
+    runs.save("layers", {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
 EPOCHS = (15, 30, 60)
 
 
-def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
+def compare_epochs(runs: Runs, testbed: Testbed) -> None:
     """Train for long: does it over-fit?
 
     Table 6 of v1: training loss, held-out loss and accuracy after 15, 30 and 60 epochs.
     """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
-    rows = compare_settings(testbed, settings, seeds)
+    rows = compare_settings(runs, testbed, settings)
     columns = ("training loss", "validation loss", "ScienceQA, validation, %")
     published = {15: (0.022, 0.136, 82.08), 30: (0.004, 0.241, 83.85), 60: (0.001, 0.282, 83.94)}
     paper = {f"{epochs} epochs": dict(zip(columns, row)) for epochs, row in published.items()}
@@ -109,13 +135,13 @@ def compare_epochs(testbed: Testbed, seeds: int, out: Path) -> None:
     left.legend()
     draw_line(right, EPOCHS, [percent(row["accuracy"]) for row in rows.values()])
     right.set(xlabel="epochs", ylabel="answered exactly, %", xticks=EPOCHS)
-    save_results(out, "epochs", {"paper": paper, "rows": without_losses(rows)}, figure)
+    runs.save("epochs", {"paper": paper, "rows": without_losses(rows)}, figure)
 
 
-def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
+def compare_designs(runs: Runs, testbed: Testbed) -> None:
     """Compare other designs.
 
-    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate, prompts by an MLP.
+    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate.
     """
     default = testbed.default
     settings = {"as it is": default}
@@ -128,14 +154,14 @@ def compare_designs(testbed: Testbed, seeds: int, out: Path) -> None:
     }
     lrs = [default.lr * factor for factor in (0.1, 0.3, 3, 10)]
     settings |= {f"learning rate {lr:.3g}": default._replace(lr=rounded(lr)) for lr in lrs}
-    rows = compare_settings(testbed, settings, seeds)
+    rows = compare_settings(runs, testbed, settings)
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     shares = {label: percent(row["accuracy"]) for label, row in rows.items()}
     draw_bars(figure.subplots(), shares, "answered exactly, %")
-    save_results(out, "design", {"rows": without_losses(rows)}, figure)
+    runs.save("design", {"rows": without_losses(rows)}, figure)
 
 
-def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
+def watch_gates(runs: Runs, testbed: Testbed) -> None:
     """Draw how the gates open.
 
     Pictures of layers x heads at several steps. One seed.
@@ -165,7 +191,7 @@ def watch_gates(testbed: Testbed, seeds: int, out: Path) -> None:
         axes.set(title=f"step {step}")
     figure.colorbar(image, ax=panels)
 
-    save_results(out, "gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
+    runs.save("gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
     click.echo(f"{'step':>8}" + "".join(f"{f'layer {N - L + i}':>10}" for i in range(L)) + "   (mean |tanh g|)")
     for step in shown:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))
@@ -180,17 +206,15 @@ def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:
     return rounded(testbed.default.lr / RATES[ZERO_INIT] * RATES[method] * factor)
 
 
-def compare_methods(testbed: Testbed, seeds: int, out: Path) -> None:
+def compare_methods(runs: Runs, testbed: Testbed) -> None:
     """Compare with LoRA and full tuning.
 
     Table 1 (v1: 3), and prompts without gates: parameters, bytes, time, forgetting.
     """
     import_peft()  # or say at once that it is missing
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
-    for seed in range(seeds):  # in rounds, so that their times can be compared
-        for setting in settings.values():
-            run_setting(testbed, setting, seed)
-    rows, before = compare_settings(testbed, settings, seeds), base_measures(testbed)[0]
+    rows = compare_settings(runs, testbed, settings, in_rounds=True)
+    before, _ = base_measures(testbed)
     print_forgetting(rows, before)
     paper = {
         "full tuning (Alpaca)": {"trained": "7B", "storage": "13 GB", "hours on 8 A100": 3},
@@ -208,7 +232,7 @@ def compare_methods(testbed: Testbed, seeds: int, out: Path) -> None:
         draw_bars(panels[3], {label: row["perplexity"] for label, row in rows.items()}, "perplexity of the base's text")
         panels[3].axvline(before, color="black", linewidth=1)
     values = {"paper": paper, "perplexity_before": before, "rows": without_losses(rows)}
-    save_results(out, "methods", values, figure)
+    runs.save("methods", values, figure)
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
@@ -224,7 +248,7 @@ def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
         click.echo(f"{label:36}{row['bytes'][0]:>12,}{ours:>18}{after:>9}{again:>12}{merged:>15}")
 
 
-def search_rates(testbed: Testbed, seeds: int, out: Path) -> None:
+def search_rates(runs: Runs, testbed: Testbed) -> None:
     """Search each method's learning rate.
 
     Of Table 1, and what it costs the base; no held-out question is used.
@@ -234,8 +258,8 @@ def search_rates(testbed: Testbed, seeds: int, out: Path) -> None:
     for method in RATES:
         tried = [rate_for(testbed, method, factor) for factor in (0.1, 0.3, 1, 3, 10)]
         settings |= {f"{method}, {lr:.3g}": testbed.default._replace(method=method, lr=lr) for lr in tried}
-    rows = compare_settings(testbed, settings, seeds)
-    save_results(out, "rates", {"rows": without_losses(rows)}, draw_rates(rows) if len(testbed.text) else None)
+    rows = compare_settings(runs, testbed, settings)
+    runs.save("rates", {"rows": without_losses(rows)}, draw_rates(rows) if len(testbed.text) else None)
 
 
 def draw_rates(rows: dict[str, dict]) -> Figure:

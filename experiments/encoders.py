@@ -1,17 +1,17 @@
 """The comparison for encoders: a ViT, and a small RoBERTa that is pretrained here, for want of a trained one."""
 
-import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
 import torch.nn.functional as F
-from cloup import command, option, option_group
+from cloup import option, option_group
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -23,11 +23,12 @@ from encoder_tuning.objective import accuracy, class_loss, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
 from experiments.cached import cached_folder
+from experiments.drawing import draw_bars, percent
 from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
-from experiments.tables import draw_bars, out_option, percent, save_results, spread
+from experiments.runs import Column, Runs, experiment, training_options
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
-from runtime.cli import PATH, Count, one_line_errors
+from runtime.cli import PATH
 from runtime.files import read_text, write_text
 from toy.pretraining import pretrain
 from train import TrainConfig, learning_rate, make_optimizer
@@ -40,38 +41,41 @@ VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA
 ROBERTA_RATES = {"head only": 0.03, "prompts and gates": 0.03, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.001}
 
 
-@dataclass(frozen=True)
-class EncoderSetting:
-    """What all methods have in common."""
+class EncoderRun(NamedTuple):
+    """How one adapter is trained."""
 
+    method: str
+    lr: float
     epochs: int  # the first of them is warm-up
-    batch_size: int
-    length: int  # K
-    rank: int  # of LoRA
+    number: int | None = None  # of training examples; None is all
+    on_tenth: bool = False  # scored on a tenth of the training examples, which is held out, to choose a learning rate
 
 
 @dataclass(frozen=True)
 class LabelledSets:
-    """An encoder, what it learns from, and what it is asked."""
+    """An encoder, what it learns from and is scored on, and what all methods have in common."""
 
     base: Path
     training: list[Labelled]
     testing: list[Labelled]
     num_classes: int
+    batch_size: int
+    length: int  # K
+    rank: int  # of LoRA
 
 
-def set_up_encoder(method: str, base: Path, num_classes: int, setting: EncoderSetting, seed: int) -> Tunable:
+def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Tunable:
     """A fresh encoder, and what is tuned of it or on top of it; the head is the base's own if that fits."""
     generator = torch.Generator().manual_seed(seed)
-    model, head = load_encoder(base, attention=ungated_attention if method == "no gates" else gated_attention)
-    shape = {"layers": model.config.n_layers, "length": setting.length}
-    adapter = head_adapter(model, head, num_classes, **shape, generator=generator)
+    model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
+    shape = {"layers": model.config.n_layers, "length": sets.length}
+    adapter = head_adapter(model, head, sets.num_classes, **shape, generator=generator)
     if method in ("prompts and gates", "no gates"):
         adapter.gates.requires_grad_(method == "prompts and gates")
         return Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), class_loss)
     trained = []
     if method == "LoRA":
-        trained = add_lora(model, setting.rank, seed)
+        trained = add_lora(model, sets.rank, seed)
     if method == "full tuning":
         trained = model.requires_grad_(True).parameters()
     headed = NoPrompts(trained, adapter.head)
@@ -83,46 +87,58 @@ def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[La
     return accuracy(likeliest, [example.labels[0] for example in examples])
 
 
-def compare_encoder_methods(
-    sets: LabelledSets, rates: dict[str, float], setting: EncoderSetting, seeds: Sequence[int]
-) -> dict[str, dict]:
-    """Accuracy of every method on the testing examples, seed by seed, and what it trains and takes."""
+COLUMNS = (
+    Column("trained", "trained", ","),
+    Column("lr", "rate", "g"),
+    Column("accuracy", "accuracy", ".2%", spread=True),
+    Column("seconds", "seconds", ".0f"),
+)
+
+
+def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
+    """Train with one seed, which also draws the examples if not all are used; return what stands in a table."""
+    training, testing = sets.training, sets.testing
+    if run.on_tenth:
+        training, testing = hold_out(training, len(training) // 10, seed=0)
+    start = time.perf_counter()
+    tunable = set_up_encoder(run.method, sets, seed)
+    config = TrainConfig(epochs=run.epochs, warmup_epochs=1, batch_size=sets.batch_size, lr=run.lr, seed=seed)
+    for _ in finite_steps(tunable, subset(training, run.number, seed), config):
+        pass
+    return {
+        "trained": sum(p.numel() for p in tunable.adapter.parameters() if p.requires_grad),
+        "lr": run.lr,
+        "accuracy": encoder_accuracy(tunable.model, tunable.adapter, testing),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def compare_encoders(runs: Runs, sets: LabelledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
+    """Train by every method with every seed; return the values of `train_and_score`."""
     import_peft()  # or say at once that it is missing
-    rows = {}
-    for method, lr in rates.items():
-        accuracies, start = [], time.perf_counter()
-        for seed in seeds:
-            tunable = set_up_encoder(method, sets.base, sets.num_classes, setting, seed)
-            how = {"epochs": setting.epochs, "warmup_epochs": 1, "batch_size": setting.batch_size, "lr": lr}
-            for _ in finite_steps(tunable, sets.training, TrainConfig(seed=seed, **how)):
-                pass
-            accuracies.append(encoder_accuracy(tunable.model, tunable.adapter, sets.testing))
-        trained = sum(p.numel() for p in tunable.adapter.parameters() if p.requires_grad)
-        seconds = (time.perf_counter() - start) / len(seeds)
-        rows[method] = {"trained": trained, "lr": lr, "accuracy": accuracies, "seconds": seconds}
-        click.echo(
-            f"{method:20}{trained:>10,}{lr:>9g}{statistics.mean(accuracies):>10.2%} ± {spread(accuracies):.2%}"
-            f"{seconds:>8.0f} s   " + ", ".join(f"{share:.2%}" for share in accuracies)
-        )
-    return rows
+    settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
+    return runs.table(COLUMNS, settings, partial(train_and_score, sets))
 
 
-def search_encoder_rates(sets: LabelledSets, setting: EncoderSetting, number: int | None = None) -> dict[str, float]:
-    """Each method's best learning rate, asked about a tenth of the examples; ValueError if there is none.
+def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: int | None = None) -> dict[str, float]:
+    """Return each method's best learning rate on a tenth of the training examples. Raises ValueError if it is empty.
 
     The tenth is drawn from all of them, the same for every run: in files that are sorted by class the first has one.
-    What is tuned on are the others, or `number` of them.
+    Trained on are the others, or `number` of them.
     """
-    tenth = len(sets.training) // 10
-    if not tenth:
+    import_peft()
+    if len(sets.training) < 10:
         raise ValueError(f"{len(sets.training)} examples have no tenth to try learning rates on")
-    training, asked = hold_out(sets.training, tenth, seed=0)
-    inner = LabelledSets(sets.base, subset(training, number), asked, sets.num_classes)
-    found = {lr: compare_encoder_methods(inner, dict.fromkeys(METHODS, lr), setting, [0]) for lr in TRIED_RATES}
-    return {method: max(found, key=lambda lr: found[lr][method]["accuracy"][0]) for method in METHODS}
+    settings = {
+        f"{method}, {lr:g}": EncoderRun(method, lr, epochs, number, on_tenth=True)
+        for lr in TRIED_RATES
+        for method in METHODS
+    }
+    found = runs.table(COLUMNS, settings, partial(train_and_score, sets), once=settings)
+    return {method: max(TRIED_RATES, key=lambda lr: found[f"{method}, {lr:g}"]["accuracy"][0]) for method in METHODS}
 
 
-def read_picture_sets(base: Path, train_path: Path, test_path: Path) -> LabelledSets:
+def read_picture_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabelledSets:
     """For a vision transformer with a head. Raises OSError or ValueError."""
     model, head = load_encoder(base)
     if head is None:
@@ -132,7 +148,7 @@ def read_picture_sets(base: Path, train_path: Path, test_path: Path) -> Labelled
         read_labelled("image-classification", model, base, path, 512, classes).examples
         for path in (train_path, test_path)
     )
-    return LabelledSets(base, training, testing, len(classes))
+    return LabelledSets(base, training, testing, len(classes), **options)
 
 
 def untuned_accuracy(sets: LabelledSets) -> float:
@@ -141,11 +157,8 @@ def untuned_accuracy(sets: LabelledSets) -> float:
     return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
 
 
-def print_header(sets: LabelledSets, examples: str) -> None:
-    click.echo(
-        f"{len(sets.training):,} {examples} to learn from, {len(sets.testing):,} to be asked about\n\n"
-        f"{'':20}{'trained':>10}{'rate':>9}{'accuracy':>10}{'':10}{'each':>8}"
-    )
+def print_numbers(sets: LabelledSets, examples: str) -> None:
+    click.echo(f"{len(sets.training):,} {examples} to learn from, {len(sets.testing):,} to be asked about")
 
 
 def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figure:
@@ -158,73 +171,61 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figur
 SEARCH = option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples.")
 
 
-def encoder_options(*of_command, epochs: int):
-    """A decorator: the command's own options and those of both; they differ in how many epochs suit the data."""
-    return option_group(
-        "Options",
+def encoder_options(*of_command, epochs: int) -> list[Callable]:
+    """Return the groups of options of a command, its own and those of all; the data decide how many epochs suit."""
+    data = option_group(
+        "Data",
         *of_command,
-        option("--train", "train_path", type=PATH, required=True, help="What to tune on."),
+        option("--train", "train_path", type=PATH, required=True, help="What to train on."),
         option("--test", "test_path", type=PATH, required=True, help="What to measure on."),
-        option("--seeds", type=Count(), default=3, help="Runs of every method."),
-        option("--epochs", type=Count(2), default=epochs, help="Of tuning."),
-        option("--batch-size", type=Count(), default=64, help="Examples per optimizer step."),
-        option("--length", type=Count(), default=10, help="K, prompt vectors per layer."),
-        option("--rank", type=Count(), default=3, help="Of LoRA."),
-        out_option,
     )
+    return [data, training_options(epochs=epochs, batch_size=64, length=10, rank=3)]
 
 
-@command(context_settings={"show_default": True})
-@encoder_options(
-    option("--base", type=PATH, required=True, help="A vision transformer with a head."),
-    SEARCH,
-    epochs=5,
-)
-def vit(base, train_path, test_path, seeds, out, search, **setting):
-    """Tune a vision transformer on other pictures.
+VIT = option("--base", type=PATH, required=True, help="A vision transformer with a head.")
+
+
+@experiment("vit", *encoder_options(VIT, SEARCH, epochs=5))
+def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> None:
+    """Train over a vision transformer, on other pictures.
 
     Head only, prompts and gates, LoRA, full tuning.
     """
-    with one_line_errors():
-        sets, setting = read_picture_sets(base, train_path, test_path), EncoderSetting(**setting)
-        print_header(sets, "pictures")
-        if search:
-            search_encoder_rates(sets, setting)
-            return
-        share = untuned_accuracy(sets)
-        click.echo(f"{'untuned':20}{0:>10}{'':>9}{share:>10.2%}")
-        rows = compare_encoder_methods(sets, VIT_RATES, setting, range(seeds))
-        values = {"untuned": share, "options": asdict(setting), "methods": rows}
-        save_results(out, "vit", values, draw_accuracies(rows, "untuned", share))
+    sets = read_picture_sets(base, train_path, test_path, **options)
+    print_numbers(sets, "pictures")
+    if search:
+        search_encoder_rates(runs, sets, epochs)
+        return
+    share = untuned_accuracy(sets)
+    click.echo(f"untuned: {share:.2%}\n")
+    rows = compare_encoders(runs, sets, VIT_RATES, epochs)
+    runs.save("vit", {"untuned": share, "rows": rows}, draw_accuracies(rows, "untuned", share))
 
 
-@command(context_settings={"show_default": True})
-@encoder_options(
-    option("--text", "texts", type=PATH, multiple=True, required=True, help="To pretrain on."),
-    option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder."),
-    SEARCH,
-    epochs=2,
-)
-def roberta(texts, tokenizer, train_path, test_path, seeds, out, search, **setting):
-    """Tune a small RoBERTa on sentences.
+TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="To pretrain on.")
+TOKENIZER = option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder.")
+
+
+@experiment("roberta", *encoder_options(TEXTS, TOKENIZER, SEARCH, epochs=2))
+def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs, **options) -> None:
+    """Train over a small RoBERTa, on sentences.
 
     It is pretrained here. Head only, prompts and gates, LoRA, full tuning.
     """
-    with one_line_errors():
-        base, task = make_roberta(texts, tokenizer), "text-classification"
-        model, _ = load_encoder(base)
-        training, classes, *_ = read_labelled(task, model, base, train_path, 128)
-        testing = read_labelled(task, model, base, test_path, 128, classes).examples
-        sets, setting = LabelledSets(base, training, testing, len(classes)), EncoderSetting(**setting)
-        print_header(sets, "sentences")
-        if search:
-            search_encoder_rates(sets, setting)
-            return
-        commonest = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
-        click.echo(f"{'always the commonest':20}{0:>10}{'':>9}{commonest:>10.2%}")
-        rows = compare_encoder_methods(sets, ROBERTA_RATES, setting, range(seeds))
-        values = {"majority": commonest, "options": asdict(setting), "methods": rows}
-        save_results(out, "roberta", values, draw_accuracies(rows, "always the commonest", commonest))
+    base, task = make_roberta(texts, tokenizer), "text-classification"
+    model, _ = load_encoder(base)
+    training, classes, *_ = read_labelled(task, model, base, train_path, 128)
+    testing = read_labelled(task, model, base, test_path, 128, classes).examples
+    sets = LabelledSets(base, training, testing, len(classes), **options)
+    print_numbers(sets, "sentences")
+    if search:
+        search_encoder_rates(runs, sets, epochs)
+        return
+    commonest = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
+    click.echo(f"always the commonest: {commonest:.2%}\n")
+    rows = compare_encoders(runs, sets, ROBERTA_RATES, epochs)
+    figure = draw_accuracies(rows, "always the commonest", commonest)
+    runs.save("roberta", {"majority": commonest, "rows": rows}, figure)
 
 
 SMALL = RobertaConfig(vocab_size=50265, max_positions=130, dim=128, n_layers=4, n_heads=4, hidden_dim=512)

@@ -1,28 +1,29 @@
-"""A vision transformer tuned on few examples and on many (Table 6 of the final version has 1,000), each method at the
+"""A vision transformer trained on few examples and on many (Table 6 of the final version has 1,000), each method at the
 best of its learning rates for that many."""
 
 import math
 import statistics
-from dataclasses import asdict, replace
+from functools import partial
 
 import click
-from cloup import command, option
 from matplotlib.figure import Figure
 
-from encoder_tuning.labelled import subset
-from experiments.encoders import METHODS, EncoderSetting, compare_encoder_methods, encoder_options, read_picture_sets
-from experiments.encoders import search_encoder_rates, untuned_accuracy
-from experiments.tables import draw_line, percent, save_results
-from runtime.cli import PATH, one_line_errors
+from experiments.drawing import draw_line, percent
+from experiments.encoders import (
+    COLUMNS,
+    METHODS,
+    VIT,
+    EncoderRun,
+    encoder_options,
+    read_picture_sets,
+    search_encoder_rates,
+    train_and_score,
+    untuned_accuracy,
+)
+from experiments.runs import Runs, experiment
 
 NUMBERS = (100, 300, 1000)  # and all
 LEAST_STEPS = 200  # where examples are few there are more epochs
-
-
-def for_number(setting: EncoderSetting, number: int) -> EncoderSetting:
-    """With as many epochs as so few examples need."""
-    steps_per_epoch = math.ceil(number / setting.batch_size)
-    return replace(setting, epochs=max(setting.epochs, math.ceil(LEAST_STEPS / steps_per_epoch)))
 
 
 def draw_by_number(rows: dict[int, dict[str, dict]], untuned: float) -> Figure:
@@ -37,38 +38,29 @@ def draw_by_number(rows: dict[int, dict[str, dict]], untuned: float) -> Figure:
     return figure
 
 
-@command("few", context_settings={"show_default": True})
-@encoder_options(option("--base", type=PATH, required=True, help="A vision transformer with a head."), epochs=5)
-def few_examples(base, train_path, test_path, seeds, out, **options):
-    """Tune a vision transformer on few pictures.
+@experiment("few", *encoder_options(VIT, epochs=5))
+def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
+    """Train over a vision transformer on few pictures.
 
     On 100, 300, 1,000 and all, every method at its best of six learning rates.
     """
-    with one_line_errors():
-        sets, setting = read_picture_sets(base, train_path, test_path), EncoderSetting(**options)
-        training, untuned = sets.training, untuned_accuracy(sets)
-        click.echo(f"untuned: {untuned:.2%} of {len(sets.testing):,} pictures")
-        rows = {}
-        for number in sorted({n for n in NUMBERS if n < len(training)} | {len(training)}):
-            chosen = for_number(setting, number)
-            click.echo(f"\n{number:,} pictures, {chosen.epochs} epochs: learning rates")
-            rates = search_encoder_rates(sets, chosen, number)
-            click.echo(f"\n{number:,} pictures, each at its best")
-            by_seed = [
-                compare_encoder_methods(replace(sets, training=subset(training, number, seed)), rates, chosen, [seed])
-                for seed in range(seeds)
-            ]
-            rows[number] = {
-                method: by_seed[0][method] | {"accuracy": [row[method]["accuracy"][0] for row in by_seed]}
-                for method in METHODS
-            }
-        print_by_number(rows)
-        values = {"untuned": untuned, "options": asdict(setting), "by_number": rows}
-        save_results(out, "few", values, draw_by_number(rows, untuned))
+    sets = read_picture_sets(base, train_path, test_path, **options)
+    untuned = untuned_accuracy(sets)
+    click.echo(f"untuned: {untuned:.2%} of {len(sets.testing):,} pictures")
+    rows = {}
+    for number in sorted({n for n in NUMBERS if n < len(sets.training)} | {len(sets.training)}):
+        enough = max(epochs, math.ceil(LEAST_STEPS / math.ceil(number / sets.batch_size)))
+        click.echo(f"\n{number:,} pictures, {enough} epochs: learning rates")
+        rates = search_encoder_rates(runs, sets, enough, number)
+        click.echo(f"\n{number:,} pictures, each at its best")
+        settings = {method: EncoderRun(method, lr, enough, number) for method, lr in rates.items()}
+        rows[number] = runs.table(COLUMNS, settings, partial(train_and_score, sets))
+    print_by_number(rows)
+    runs.save("few", {"untuned": untuned, "by_number": rows}, draw_by_number(rows, untuned))
 
 
 def print_by_number(rows: dict[int, dict[str, dict]]) -> None:
     click.echo(f"\n{'':20}" + "".join(f"{number:>18,}" for number in rows))
     for method in METHODS:
-        cells = [f"{statistics.mean(row[method]['accuracy']):.2%} at {row[method]['lr']:g}" for row in rows.values()]
+        cells = [f"{statistics.mean(row[method]['accuracy']):.2%} at {row[method]['lr'][0]:g}" for row in rows.values()]
         click.echo(f"{method:20}" + "".join(f"{cell:>18}" for cell in cells))

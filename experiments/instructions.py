@@ -1,17 +1,15 @@
 """What a base that tells stories, and follows no instruction, can be brought to do; and with how many examples."""
 
 import math
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
-import cloup
 import numpy as np
 import torch
 from cloup import option, option_group
@@ -19,18 +17,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from data import AlpacaTemplate, Request, Tokenizer, Tokens, tokenize
+from experiments.drawing import draw_bars, draw_line, percent
 from experiments.measures import text_perplexity
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT
 from experiments.methods import WARMUP_EPOCHS, Setting, finite_steps, import_peft, set_up
+from experiments.runs import Column, Runs, experiment, training_options
 from experiments.stories import KINDS, StorySets, Told, follows, is_story, make_instructions, read_stories
 from experiments.stories import whole_sentences
-from experiments.tables import draw_bars, draw_line, out_option, percent, save_results, spread
 from experiments.testbed import text_rows
 from formats.bases import load_llama, read_base
 from formats.tokenizers import load_tokenizer
 from generate import Responder
 from model import LLaMA
-from runtime.cli import PATH, Count, device_options, one_line_errors
+from runtime.cli import PATH, Count, device_options
 from runtime.device import select_device
 from tasks.answering import written_answers
 from train import TrainConfig
@@ -45,14 +44,11 @@ TESTED = 40  # instructions of each kind
 PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # beside the methods: nothing is tuned
 
 
-@dataclass(frozen=True)
-class Run:
-    """One thing to do: tune, or ask the base alone."""
+class StoryRun(NamedTuple):
+    """How an adapter is trained; or the base alone is asked."""
 
-    label: str
     method: str  # or PLAIN_WORDS, TEMPLATE
     lr: float = 0.0
-    seed: int = 0
     share: float = 1.0  # of the examples
 
 
@@ -104,18 +100,29 @@ def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
     return {"stories": statistics.mean(stories), "accuracy": statistics.mean(right)} | by_kind
 
 
-def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
-    """Of one run: scores, perplexity of other stories, and the answers."""
-    start, adapter, prompts, trained = time.perf_counter(), None, (), []
+COLUMNS = (
+    Column("trained", "trained", ","),
+    Column("stories", "stories"),
+    Column("accuracy", "as told", spread=True),
+    *(Column(kind, kind) for kind in KINDS),
+    Column("perplexity", "perplexity", ".2f"),
+    Column("seconds", "seconds", ".0f"),
+)
+
+
+def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int) -> dict:
+    """Scores, perplexity of other stories, and the responses."""
+    start = time.perf_counter()
     if run.method in (PLAIN_WORDS, TEMPLATE):
         model, _ = load_llama(bed.base, bed.dtype, bed.device)
+        adapter, prompts, trained = None, (), []
     else:
         tokens = bed.examples(run.share)
         epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(len(tokens) / bed.batch_size)))
         how = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / bed.setting.epochs, "lr": run.lr}
         setting = bed.setting._replace(method=run.method, lr=run.lr)
-        model, adapter, *_ = tunable = set_up(setting, run.seed, bed.base, bed.dtype, bed.device)
-        for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=run.seed, **how)):
+        model, adapter, *_ = tunable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
+        for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
             pass
         prompts = adapter(dtype=bed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
@@ -125,36 +132,9 @@ def tune_and_ask(bed: StoryBed, told: Sequence[Told], run: Run) -> dict:
         "perplexity": text_perplexity(model, bed.text, prompts),
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": seconds,
+        "lr": run.lr,
         "answers": texts,
     }
-
-
-def do_runs(bed: StoryBed, told: Sequence[Told], runs: Sequence[Run], at_a_time: int) -> dict[str, dict[str, list]]:
-    """All runs, several at a time; a line for each label when its last seed is done. Values seed by seed."""
-    click.echo(
-        f"{'':40}{'trained':>10}{'stories':>9}{'as told':>9}{'±':>7}"
-        + "".join(f"{kind:>15}" for kind in KINDS)
-        + f"{'perplexity':>12}{'seconds':>9}"
-    )
-    rows: dict[str, list[dict]] = {run.label: [] for run in runs}
-    processes = {"mp_context": multiprocessing.get_context("spawn"), "initializer": partial(torch.set_num_threads, 1)}
-    with ProcessPoolExecutor(at_a_time, **processes) as pool:
-        do = pool.map if at_a_time > 1 else map
-        for run, found in zip(runs, do(partial(tune_and_ask, bed, told), runs)):
-            rows[run.label].append(found | {"lr": run.lr})
-            if len(rows[run.label]) == sum(other.label == run.label for other in runs):
-                print_story_row(run.label, rows[run.label])
-    return {label: {name: [one[name] for one in found] for name in found[0]} for label, found in rows.items()}
-
-
-def print_story_row(label: str, runs: Sequence[dict]) -> None:
-    mean = {name: statistics.mean(run[name] for run in runs) for name in runs[0] if name != "answers"}
-    click.echo(
-        f"{label:40}{mean['trained']:>10,.0f}{mean['stories']:>9.1%}{mean['accuracy']:>9.1%}"
-        f"{spread([run['accuracy'] for run in runs]):>7.1%}"
-        + "".join(f"{mean[kind]:>15.1%}" for kind in KINDS)
-        + f"{mean['perplexity']:>12.2f}{mean['seconds']:>9.0f}"
-    )
 
 
 def some_answers(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list[dict]:
@@ -170,19 +150,18 @@ def some_answers(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list
     ]
 
 
-def planned_runs(search: bool, curve: bool, seeds: int) -> list[Run]:
-    """Of the base and every method at its best rate; or at all its rates; or on ever more examples."""
+def planned_runs(search: bool, curve: bool) -> dict[str, StoryRun]:
+    """The base, and every method at its best rate; or each at all its rates; or on more and more examples."""
     if search:
-        return [Run(f"{method}, {lr:g}", method, lr) for method, rates in TRIED.items() for lr in rates]
+        return {f"{method}, {lr:g}": StoryRun(method, lr) for method, rates in TRIED.items() for lr in rates}
     if curve:
-        return [
-            Run(f"{method}, {share:.0%}", method, BEST[method], seed, share)
+        return {
+            f"{method}, {share:.0%}": StoryRun(method, BEST[method], share)
             for share in SHARES
             for method in (ZERO_INIT, ONE_SOFTMAX, LORA)
-            for seed in range(seeds)
-        ]
-    base = [Run(PLAIN_WORDS, PLAIN_WORDS), Run(TEMPLATE, TEMPLATE)]
-    return base + [Run(method, method, lr, seed) for method, lr in BEST.items() for seed in range(seeds)]
+        }
+    base = {PLAIN_WORDS: StoryRun(PLAIN_WORDS), TEMPLATE: StoryRun(TEMPLATE)}
+    return base | {method: StoryRun(method, lr) for method, lr in BEST.items()}
 
 
 def draw_stories(rows: dict[str, dict[str, list]], curve: bool) -> Figure:
@@ -213,26 +192,22 @@ def make_story_bed(base, data, per_kind, max_tokens, epochs, layers, length, bat
     return StoryBed(base, tokenizer, sets, text.to(device), setting, batch_size, max_tokens, device, dtype)
 
 
-@cloup.command("stories", context_settings={"show_default": True})
-@option_group(
-    "Options",
-    option("--base", type=PATH, required=True, help="A LLaMA that tells stories."),
-    option("--data", type=PATH, required=True, help="Stories, divided by <|endoftext|>."),
-    option("--per-kind", type=Count(), default=100, help="Instructions of each of five kinds to tune on."),
-    option("--max-tokens", type=Count(2), default=64, help="Of a story; it is cut at the end of a sentence."),
-    option("--epochs", type=Count(WARMUP_EPOCHS + 1), default=5, help="Of tuning."),
-    option("--layers", type=Count(), help="L.  [default: all]"),
-    option("--length", type=Count(), default=10, help="K."),
-    option("--batch-size", type=Count(), default=16, help="Examples per step."),
-    option("--seeds", type=Count(), default=3, help="Runs of everything."),
-    option("--at-a-time", type=Count(), default=2, help="Runs side by side, a thread each."),
-    option("--search", is_flag=True, help="Four or five learning rates of each method, on other instructions."),
-    option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
-    device_options[0],
-    out_option,
+@experiment(
+    "stories",
+    option_group(
+        "Options",
+        option("--base", type=PATH, required=True, help="A LLaMA that tells stories."),
+        option("--data", type=PATH, required=True, help="Stories, divided by <|endoftext|>."),
+        option("--per-kind", type=Count(), default=100, help="Instructions of each of five kinds to train on."),
+        option("--max-tokens", type=Count(2), default=64, help="Of a story; it is truncated at the end of a sentence."),
+        option("--at-a-time", type=Count(), default=2, help="Number of processes, with one thread each."),
+        option("--search", is_flag=True, help="Four or five learning rates of each method, on other instructions."),
+        option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
+        device_options[0],
+    ),
+    training_options(layers="all", length=10, epochs=5, batch_size=16),
 )
-@one_line_errors()
-def tell_stories(seeds, at_a_time, search, curve, out, **options):
+def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
     """Bring a base that tells stories to follow instructions.
 
     Five kinds of them, by every method: how many stories do as told, and what is forgotten.
@@ -244,11 +219,12 @@ def tell_stories(seeds, at_a_time, search, curve, out, **options):
         f"{len(bed.sets.tuning):,} instructions to learn from, {len(told):,} to be asked, "
         f"{len(bed.text):,} rows of other stories\n"
     )
-    rows = do_runs(bed, told, planned_runs(search, curve, seeds), at_a_time)
+    planned = planned_runs(search, curve)
+    once = planned if search else [PLAIN_WORDS, TEMPLATE]
+    rows = runs.table(COLUMNS, planned, partial(train_and_ask, bed, told), once=once, at_a_time=at_a_time)
     name = "stories_rates" if search else "stories_curve" if curve else "stories"
-    values = {"options": {key: str(value) for key, value in options.items() if key not in ("base", "data")}}
-    values |= {
+    values = {
         "rows": {label: {key: found for key, found in row.items() if key != "answers"} for label, row in rows.items()},
         "examples": some_answers(told, rows),
     }
-    save_results(out, name, values, None if search else draw_stories(rows, curve))
+    runs.save(name, values, None if search else draw_stories(rows, curve))

@@ -97,9 +97,8 @@ def tune_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Tunable
     return tunable, losses + [math.nan] * (total - len(losses)), time.perf_counter() - start
 
 
-@cache
 def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
-    """Tune, and measure: what stands in a table, for one seed."""
+    """Train with one seed, and measure what stands in a table."""
     (model, adapter, _, _), losses, seconds = tune_setting(testbed, setting, seed)
     prompts = adapter(dtype=testbed.dtype)
     trained = [p for p in adapter.parameters() if p.requires_grad]

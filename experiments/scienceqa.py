@@ -1,23 +1,26 @@
 """Table 5 on its own data, ScienceQA, as far as a base goes that is at hand."""
 
 import statistics
-from pathlib import Path
+from functools import partial
 
 import click
 from matplotlib.figure import Figure
 
 from adapter import Adapter
 from data import Request
+from encoder_tuning.labelled import subset
 from experiments.ablations import rate_for
+from experiments.drawing import draw_bars, percent
 from experiments.measures import tune_setting
-from experiments.methods import ONE_SOFTMAX, ZERO_INIT
-from experiments.tables import draw_bars, percent, save_results, spread
-from experiments.testbed import Testbed
+from experiments.methods import ONE_SOFTMAX, ZERO_INIT, Setting
+from experiments.runs import Column, Runs, experiment
+from experiments.testbed import Testbed, TestbedOptions, read_testbed, testbed_options
 from formats.bases import load_llama
 from generate import Responder
 from model import LLaMA
 from tasks.answering import likeliest_answers, written_answers
 from tasks.scienceqa import Problem, score
+from tasks.scienceqa import read as read_problems
 from train import TrainConfig, mean_loss
 
 
@@ -35,50 +38,48 @@ def answer_problems(
     }
 
 
-def compare_on_scienceqa(testbed: Testbed, seeds: int, out: Path, problems: list[Problem]) -> None:
+COLUMNS = (
+    Column("written", "written", spread=True),
+    Column("likeliest", "likeliest", spread=True),
+    Column("val_loss", "loss held out", ".4f"),
+)
+
+
+def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting | None, seed: int) -> dict:
+    """Accuracies by how answers are found, all columns for the likeliest, and the held-out loss. None is the base."""
+    if setting is None:
+        model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
+        adapter, val_loss = None, None
+    else:
+        (model, adapter, _, _), _, _ = tune_setting(testbed, setting, seed)
+        val_loss = mean_loss(model, adapter, testbed.held_out, TrainConfig())
+    answers = answer_problems(testbed, problems, model, adapter)
+    columns = {way: score(problems, found) for way, found in answers.items()}
+    accuracies = {way: found["Avg"] / 100 for way, found in columns.items()}
+    return accuracies | {"columns": columns["likeliest"], "val_loss": val_loss}
+
+
+@experiment("scienceqa", *testbed_options)
+def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
     """Compare inits on ScienceQA.
 
     Table 5 on its own data, the validation split; of a problem with an image, the text alone.
     """
+    if base is None or data is None or task not in (None, "scienceqa"):
+        raise ValueError("this needs --base and --data, ScienceQA's problems.json, and no other --task")
+    problems = subset(read_problems(data, split="val"), held_out)
+    how = TestbedOptions(base=base, data=data, task="scienceqa", held_out=len(problems), **options)
+    testbed = read_testbed(how, asked=problems)
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
-    click.echo(
-        f"{len(testbed.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"
-        f"{'':36}{'written':>9}{'±':>7}{'likeliest':>11}{'±':>7}{'loss held out':>15}"
-    )
-    rows = {}
-    for method in ("base", ZERO_INIT, ONE_SOFTMAX):
-        rows[method] = scienceqa_row(testbed, problems, method, seeds if method != "base" else 1)
-        print_row(method, rows[method])
+    click.echo(f"{len(testbed.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n")
+    settings: dict[str, Setting | None] = {"base": None}
+    for method in (ZERO_INIT, ONE_SOFTMAX):
+        settings[method] = testbed.default._replace(method=method, lr=rate_for(testbed, method))
+    rows = runs.table(COLUMNS, settings, partial(train_and_score, testbed, problems), once=["base"])
     paper = {"validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     axes = figure.subplots()
     draw_bars(axes, {method: percent(row["likeliest"]) for method, row in rows.items()}, "likeliest answer right, %")
     axes.axvline(100 * chance, color="black", linewidth=1)
     values = {"paper": paper, "chance": chance, "problems": len(problems), "tuned_on": len(testbed.tuning)}
-    save_results(out, "scienceqa", values | {"rows": rows}, figure)
-
-
-def scienceqa_row(testbed: Testbed, problems: list[Problem], method: str, seeds: int) -> dict[str, list]:
-    """Accuracies by how answers are found, seed by seed; all columns for the likeliest; the held-out loss."""
-    row: dict[str, list] = {"written": [], "likeliest": [], "columns": [], "val_loss": []}
-    for seed in range(seeds):
-        if method == "base":
-            (model, _), adapter = load_llama(testbed.base, testbed.dtype, testbed.device), None
-        else:
-            setting = testbed.default._replace(method=method, lr=rate_for(testbed, method))
-            (model, adapter, _, _), _, _ = tune_setting(testbed, setting, seed)
-            row["val_loss"].append(mean_loss(model, adapter, testbed.held_out, TrainConfig()))
-        for way, answers in answer_problems(testbed, problems, model, adapter).items():
-            columns = score(problems, answers)
-            row[way].append(columns["Avg"] / 100)
-        row["columns"].append(columns)  # of the likeliest
-    return row
-
-
-def print_row(method: str, row: dict[str, list]) -> None:
-    loss = f"{statistics.mean(row['val_loss']):.4f}" if row["val_loss"] else "-"
-    means = "".join(
-        f"{statistics.mean(row[way]):>{width}.1%}{spread(row[way]):>7.1%}"
-        for way, width in (("written", 9), ("likeliest", 11))
-    )
-    click.echo(f"{method:36}{means}{loss:>15}")
+    runs.save("scienceqa", values | {"rows": rows}, figure)

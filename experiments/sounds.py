@@ -13,10 +13,10 @@ import time
 import wave
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
-import cloup
 import numpy as np
 from cloup import option, option_group
 from matplotlib.figure import Figure
@@ -26,13 +26,14 @@ from tqdm import tqdm
 import toy
 from data import AlpacaTemplate, Example, Request, Tokenizer, tokenize
 from experiments.cached import cached_folder, toy_base
+from experiments.drawing import draw_bars, percent
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
-from experiments.tables import draw_bars, out_option, percent, save_results, spread
+from experiments.runs import Column, Runs, experiment, training_options
 from formats.bases import load_llama
 from formats.image_encoders import FunctionEncoder
 from model import LLaMA
 from multimodal import ImageAdapter
-from runtime.cli import PATH, Count, Real, device_options, one_line_errors
+from runtime.cli import PATH, device_options
 from runtime.device import select_device
 from runtime.files import write_json
 from tasks.images import attach_features
@@ -171,7 +172,7 @@ def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[
 # Tuning, and the exam
 
 
-def tune_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
+def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
     """An adapter of all layers, tuned by train.py's loop on examples that have features."""
     adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
@@ -222,58 +223,52 @@ def label_matches(examples: Sequence[Example]) -> list[bool]:
     return [label == (word if word in LABELS else "unknown") for label, word in zip(heard, words)]
 
 
-def tune_and_evaluate(
-    sounds: dict[str, list[Example]], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig, seeds: int
-) -> dict[str, dict]:
-    """For each part but the tuned one the shares, seed by seed, and of the heard also those of each word, all seeds."""
-    exams = {part: examples for part, examples in sounds.items() if part != "tuned"}
-    runs = {part: [] for part in exams}
-    for seed in range(seeds):
-        adapter = tune_on_sounds(sounds["tuned"], model, tokenizer, replace(config, seed=seed))
-        for part, examples in exams.items():
-            runs[part].append(evaluate_sounds(examples, model, tokenizer, adapter))
-    rows = {}
-    for part, examples in exams.items():
-        rows[part] = {name: [statistics.mean(run[name]) for run in runs[part]] for name in runs[part][0]}
-        rows[part]["words"] = share_by_word([one for run in runs[part] for one in run["heard"]], examples * seeds)
-    return rows
+def train_and_evaluate(
+    heard: dict[str, dict[str, list[Example]]],
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    encoder: str,
+    seed: int,
+) -> dict:
+    """Train with the sounds as a key of ENCODERS hears them.
 
-
-def print_exam(label: str, part: str, row: dict) -> None:
-    means = {name: statistics.mean(row[name]) for name in ("heard", "withheld", "another")}
-    click.echo(
-        f"{label:24}{part:12}{means['heard']:>8.1%}{spread(row['heard']):>7.1%}{means['withheld']:>10.1%}"
-        f"{means['another']:>9.1%}"
-    )
+    Returns the shares of questions that are answered exactly, "PART: heard", "withheld" and "another" for every part
+    but the one trained on, and of the heard also those of each word.
+    """
+    adapter = train_on_sounds(heard[encoder]["tuned"], model, tokenizer, replace(config, seed=seed))
+    values: dict = {}
+    for part, examples in heard[encoder].items():
+        if part != "tuned":
+            right = evaluate_sounds(examples, model, tokenizer, adapter)
+            values |= {f"{part}: {name}": statistics.mean(found) for name, found in right.items()}
+            values[f"{part}: words"] = share_by_word(right["heard"], examples)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------
 # The command
 
 
-@cloup.command("sounds", context_settings={"show_default": True})
-@option_group(
-    "Sounds",
-    option(
-        "--model", type=PATH, required=True, envvar="KWT_MODEL", help="KWT-1, a .tflite; or the variable KWT_MODEL."
+@experiment(
+    "sounds",
+    option_group(
+        "Sounds",
+        option("--model", type=PATH, required=True, envvar="KWT_MODEL", help="KWT-1, a .tflite; or $KWT_MODEL."),
+        option("--speech", type=PATH, help="Folders tuned, held-out of WORD-ANY.wav.  [default: espeak-ng's]"),
+        option("--clips", type=PATH, help="Real sounds to ask about too: an .npz of waves and words."),
     ),
-    option("--speech", type=PATH, help="Folders tuned, held-out of WORD-ANY.wav.  [default: espeak-ng's]"),
-    option("--clips", type=PATH, help="Real sounds to ask about too: an .npz of waves and words."),
+    option_group(
+        "Model",
+        option("--base", type=PATH, help="The base model.  [default: the toy's]"),
+        device_options[0],
+    ),
+    training_options(epochs=24, lr=toy.TUNING["lr"]),
 )
-@option_group(
-    "Tuning",
-    option("--base", type=PATH, help="Another base.  [default: the toy's]"),
-    option("--epochs", type=Count(2), default=24, help="Of tuning."),
-    option("--lr", type=Real(0, 1e3, min_open=True), default=toy.TUNING["lr"], help="Peak."),
-    option("--seeds", type=Count(), default=3, help="Runs of everything."),
-    device_options[0],
-    out_option,
-)
-@one_line_errors()
-def ask_about_sounds(model, speech, clips, base, epochs, lr, seeds, device, out):
+def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
     """Ask which word a sound is.
 
-    An adapter hears through a Keyword Transformer of others: words by espeak-ng, in voices not tuned on, and real ones.
+    An adapter hears through a third-party Keyword Transformer: words by espeak-ng, in held-out voices, and real ones.
     """
     os.environ["KWT_MODEL"] = str(model)  # which docs/examples/keyword_transformer.py reads
     device, _ = select_device(device, "float32")
@@ -289,22 +284,24 @@ def ask_about_sounds(model, speech, clips, base, epochs, lr, seeds, device, out)
     click.echo(f"its own likeliest label is right: {shares}\n")
     llama, tokenizer = load_llama(base or toy_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
-    click.echo(f"{'answered exactly':24}{'':12}{'heard':>8}{'±':>7}{'withheld':>10}{'another':>9}")
-    rows = {}
-    for label, sounds in heard.items():
-        rows[label] = tune_and_evaluate(sounds, llama, tokenizer, config, seeds)
-        for part, row in rows[label].items():
-            print_exam(label, part, row)
+    parts = [part for part in counts if part != "tuned"]
+    columns = [
+        Column(f"{part}: {name}", f"{part}: {name}", spread=name == "heard")
+        for part in parts
+        for name in ("heard", "withheld", "another")
+    ]
+    click.echo("answered exactly:")
+    settings = {encoder: encoder for encoder in ENCODERS}
+    rows = runs.table(columns, settings, partial(train_and_evaluate, heard, llama, tokenizer, config))
     minutes = (time.perf_counter() - start) / 60
-    values = {"sounds": counts, "epochs": epochs, "lr": lr, "minutes": minutes, "labels": labels, "rows": rows}
-    save_results(out, "sounds", values, draw_sounds(rows))
+    values = {"sounds": counts, "minutes": minutes, "labels": labels, "rows": rows}
+    runs.save("sounds", values, draw_sounds(rows, parts))
 
 
-def draw_sounds(rows: dict[str, dict[str, dict]]) -> Figure:
+def draw_sounds(rows: dict[str, dict[str, list]], parts: Sequence[str]) -> Figure:
     """What is answered exactly when heard, a panel for held-out voices and one for real clips."""
-    parts = list(next(iter(rows.values())))
     figure = Figure(figsize=(5 * len(parts), 2.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts):
-        draw_bars(axes, {label: percent(row[part]["heard"]) for label, row in rows.items()}, f"{part}: heard, %")
+        draw_bars(axes, {label: percent(row[f"{part}: heard"]) for label, row in rows.items()}, f"{part}: heard, %")
         axes.set_xlim(0, 100)
     return figure

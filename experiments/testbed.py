@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from data import AlpacaTemplate, Example, Tokenizer, Tokens, hold_out, tokenize
 from encoder_tuning.data import subset
 from experiments.cached import toy_base
 from experiments.methods import WARMUP_EPOCHS, Setting
+from experiments.runs import training_options
 from formats.bases import read_base
 from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
+from runtime.cli import DEVICE_HELP, PATH, Count, options_of, setting
 from runtime.device import select_device
 from runtime.files import read_text
-from tasks import load_task
+from tasks import TASKS, load_task
 from toy import almanac
 from toy.language_model import ROW
 from train import TrainConfig
@@ -28,23 +31,36 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class TestbedOptions:
-    """Of every command, as its help says them; None is the toy's, or the default there."""
+    """Options of the commands that train a LLaMA. None is the toy's value, or the default there."""
 
-    base: Path | None = None
-    data: Path | None = None
-    task: str | None = None
-    text: Path | None = None
-    limit: int | None = None
-    held_out: int | None = None
-    batch_size: int | None = None
-    max_seq_len: int = 512
+    base: Path | None = setting(None, "The base model.  [default: the toy's]", PATH)
+    data: Path | None = setting(None, "What to train on.  [default: the toy's]", PATH)
+    task: str | None = setting(None, "What the data is, as for train.py.", click.Choice(list(TASKS)))
+    text: Path | None = setting(None, "Text of the kind that the base was pretrained on.", PATH)
+    limit: int | None = setting(None, "Train on this many examples only, drawn from all.", Count())
+    held_out: int | None = setting(None, "Number of questions.  [default: all; 200 of --data]", Count())
+    max_seq_len: int = setting(512, "In tokens; longer responses are truncated.", Count(2))
+    toy_layers: int | None = setting(None, "N of the toy's base, made at the first use.  [default: 4]", Count())
+    device: str = setting("auto", DEVICE_HELP)
+    dtype: str = setting("auto", "Of the base.", click.Choice(["auto", "float32", "bfloat16"]))
+    # Declared as options by `training_options`:
     layers: int | None = None
-    lr: float | None = None
     length: int | None = None
     epochs: int | None = None
-    toy_layers: int | None = None  # N of the toy's base
-    device: str = "auto"
-    dtype: str = "auto"
+    batch_size: int | None = None
+    lr: float | None = None
+
+
+testbed_options = (
+    options_of(TestbedOptions, "Data and model"),
+    training_options(
+        layers="all but two; the toy's 4",
+        length="10",
+        epochs="5",
+        batch_size="64; the toy's 32",
+        lr="9e-3 * batch size / 256; the toy's 0.05",
+    ),
+)
 
 
 class TestbedParts(NamedTuple):

@@ -29,11 +29,17 @@ class Real(click.FloatRange):
         return number
 
 
-class Count(click.IntRange):
+class Count(click.types.IntParamType):
     """A whole number from `least` to 2**31 - 1."""
 
     def __init__(self, least: int = 1):
-        super().__init__(least, 2**31 - 1)
+        self.least = least
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not self.least <= number < 2**31:
+            self.fail(f"{str(value)[:40]} is not in the range {self.least} to 2**31 - 1.", param, ctx)
+        return number
 
 
 # ---------------------------------------------------------------------------------------------------

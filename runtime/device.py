@@ -1,6 +1,8 @@
 """The choice of device and dtype, which is made here alone."""
 
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -28,6 +30,17 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     return torch.device(device), getattr(torch, dtype)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or the processor, as the driver or Linux has it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:

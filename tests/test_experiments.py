@@ -12,7 +12,7 @@ from experiments import __main__ as commands
 from experiments import ablations, measures, scienceqa
 from experiments.ablations import RATES
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
-from experiments.tables import RESULTS
+from experiments.runs import RESULTS, Column, Runs
 
 
 def invoke(*args):
@@ -48,6 +48,9 @@ def test_all_of_them(small, tmp_path, monkeypatch):
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {f"{name}.{kind}" for name in [*ROWS, "gates"] for kind in ("json", "png")} | {"all.json"}
     values = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ROWS}
+    assert all(value["machine"] and value["threads"] == torch.get_num_threads() for value in values.values())
+    assert values["epochs"]["seeds"] == 2 and values["epochs"]["options"]["length"] == "3"
+    assert values["epochs"]["command"].startswith("python -m experiments ")
     assert {name: len(value["rows"]) for name, value in values.items()} == ROWS | {"epochs": 2}
     for name, value in values.items():
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
@@ -68,6 +71,57 @@ def test_all_of_them(small, tmp_path, monkeypatch):
     assert values["layers"]["rows"]["K = 3"] == default and default["setting"]["lr"] == 0.05
     means = values["zero_init"]["loss_by_epoch"][f"{ZERO_INIT}, 0.05"]
     assert len(means) == 2 and len(means[0]) == 3 and means[0][-1] == default["train_loss"][0]
+
+
+def test_finished_runs_are_skipped(small, tmp_path, monkeypatch):
+    """An interrupted command, started again, does what is missing; other options are other runs."""
+    out, began, set_up = tmp_path / "out", [], measures.set_up
+
+    def fails_at(number):
+        def interrupted(*args):
+            began.append(args[:2])
+            if len(began) == number:
+                raise KeyboardInterrupt
+            return set_up(*args)
+
+        began.clear()
+        monkeypatch.setattr(measures, "set_up", interrupted)
+
+    fails_at(4)
+    assert invoke("methods", *small).exit_code != 0 and [path.suffixes for path in out.iterdir()] == [
+        [".unfinished", ".json"]
+    ]
+    fails_at(0)
+    result = invoke("methods", *small)
+    assert result.exit_code == 0 and "3 runs have finished before" in result.output
+    assert len(began) == 2 * len(RATES) - 3 and {path.name for path in out.iterdir()} == {"methods.json", "methods.png"}
+    resumed = json.loads((out / "methods.json").read_text())
+    fails_at(0)
+    assert invoke("methods", *small).exit_code == 0 and len(began) == 2 * len(RATES)
+    whole = json.loads((out / "methods.json").read_text())
+    for values in (resumed, whole):
+        for row in values["rows"].values():
+            del row["seconds"]
+    assert resumed == whole
+    fails_at(2)
+    assert invoke("methods", *small).exit_code != 0
+    fails_at(0)
+    assert invoke("methods", *small, "--length", 2).exit_code == 0 and len(began) == 2 * len(RATES)
+    assert any(path.name.endswith(".unfinished.json") for path in out.iterdir())
+
+
+def squared(setting, seed):
+    return {"value": setting**2 + seed, "threads": torch.get_num_threads()}
+
+
+def test_runs_in_processes_are_the_same(tmp_path):
+    settings = {"two": 2, "three": 3, "again two": 2}
+    columns = [Column("value", "value", ".1f", spread=True)]
+    one = Runs("x", tmp_path, 2, {}).table(columns, settings, squared, once=["three"])
+    many = Runs("x", tmp_path, 2, {}).table(columns, settings, squared, once=["three"], in_rounds=True, at_a_time=2)
+    assert one["two"]["value"] == one["again two"]["value"] == [4, 5] and one["three"]["value"] == [9]
+    assert {label: row["value"] for label, row in many.items()} == {label: row["value"] for label, row in one.items()}
+    assert many["two"]["threads"] == [1, 1]
 
 
 def test_the_same_numbers_again(small, tmp_path):
@@ -121,6 +175,7 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
     assert values["problems"] == 3 and 1 / 3 < values["chance"] < 1 / 2
     assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
     assert [len(row["likeliest"]) for row in values["rows"].values()] == [1, 2, 2]
+    assert values["rows"]["base"]["val_loss"] == [None]
     for row in values["rows"].values():
         scores = row["columns"][0]
         assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["likeliest"][0]) and scores["SOC"] is None

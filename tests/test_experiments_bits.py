@@ -19,19 +19,20 @@ def test_perplexity_by_bits(tiny_base, tmp_path):
     args = ["bits", "--base", tmp_path / "hf", "--text", tmp_path / "a.txt", "--rows", 3, "--device", "cpu"]
     result = CliRunner().invoke(main, [*map(str, args), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "bits.json").read_text())["bases"]["hf"]
+    rows = json.loads((tmp_path / "out" / "bits.json").read_text())["rows"]
+    found = {name: rows[f"hf, {name}"] for name in ("float32", "bfloat16", "8 bits", "4 bits")}
 
     model, tokenizer = load_llama(tmp_path / "hf")
     ids = torch.tensor([*tokenizer.start_ids, *tokenizer.encode(text), tokenizer.eos_id][: 3 * 128]).view(3, 128)
     with torch.no_grad():
         log_p = model(ids).log_softmax(dim=2)
     losses = [-log_p[row, t, ids[row, t + 1]] for row in range(3) for t in range(127)]
-    assert found["float32"]["perplexity"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-4)
-    assert len({values["perplexity"] for values in found.values()}) == 4
+    assert found["float32"]["perplexity"][0] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-4)
+    assert len({values["perplexity"][0] for values in found.values()}) == 4
 
     linear = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     norms = sum(p.numel() for p in model.layers.parameters()) - linear
-    held = {name: values["layer_bytes"] for name, values in found.items()}
+    held = {name: values["layer_bytes"][0] for name, values in found.items()}
     assert held["float32"] == 2 * held["bfloat16"] == 4 * (linear + norms)
     assert linear < held["8 bits"] < 1.2 * linear + 4 * norms
     assert linear / 2 < held["4 bits"] - 4 * norms < 0.6 * linear

@@ -1,6 +1,7 @@
 """The comparisons for encoders."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from encoders.heads import make_head
 from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders, few_examples
 from experiments.__main__ import main
-from experiments.methods import finite_steps
+from experiments.methods import NoPrompts, Tunable, finite_steps
+from experiments.runs import Runs
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
 from train import TrainConfig, mean_loss
@@ -26,8 +28,8 @@ def test_every_method_learns(tmp_path, method):
     """And trains what it says, and nothing else."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_names(make_vit(config), make_head([64, 3], "tanh")), tmp_path / "vit.pth")
-    setting = encoders.EncoderSetting(epochs=8, batch_size=4, length=2, rank=1)
-    tunable = encoders.set_up_encoder(method, tmp_path / "vit.pth", 3, setting, seed=0)
+    sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
+    tunable = encoders.set_up_encoder(method, sets, seed=0)
     model, adapter = tunable.model, tunable.adapter
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -45,21 +47,41 @@ def test_every_method_learns(tmp_path, method):
         assert adapter.gates.abs().max() == 0
 
 
+class Recorded:
+    """What was trained on and scored on, in place of training."""
+
+    def __init__(self, monkeypatch):
+        self.trained, self.scored = [], []
+        monkeypatch.setattr(encoders, "finite_steps", self.steps)
+        monkeypatch.setattr(encoders, "encoder_accuracy", self.accuracy)
+
+    def steps(self, tunable, examples, config):
+        self.trained.append((examples, config))
+        return iter(())
+
+    def accuracy(self, model, adapter, examples):
+        self.scored.append(examples)
+        return 0.5
+
+
 def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
     """From a file that is sorted by class: both classes are asked about, the same examples at every rate."""
     examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
-    seen = []
-    rows = {method: {"accuracy": [0.5]} for method in encoders.METHODS}
-    monkeypatch.setattr(encoders, "compare_encoder_methods", lambda sets, *_: seen.append(sets) or rows)
-    sets = encoders.LabelledSets(tmp_path, examples, [], 2)
-    encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
-    encoders.search_encoder_rates(sets, encoders.EncoderSetting(2, 4, 1, 1))
-    asked = [example.name for example in seen[0].testing]
-    assert len(asked) == 10 and {example.labels for example in seen[0].testing} == {(0,), (1,)}
-    assert {example.labels for example in seen[0].training} == {(0,), (1,)}
-    assert sorted(asked + [example.name for example in seen[0].training]) == sorted(e.name for e in examples)
-    assert len(seen) == 2 * len(encoders.TRIED_RATES)
-    assert all([example.name for example in sets.testing] == asked for sets in seen)
+    recorded = Recorded(monkeypatch)
+    tunable = Tunable(None, NoPrompts([]), None)
+    monkeypatch.setattr(encoders, "set_up_encoder", lambda method, sets, seed: tunable)
+    sets = encoders.LabelledSets(tmp_path, examples, [], 2, batch_size=4, length=1, rank=1)
+    for _ in range(2):
+        encoders.search_encoder_rates(Runs("search", tmp_path / "out", 3, {}), sets, 2)
+    asked = [example.name for example in recorded.scored[0]]
+    assert len(asked) == 10 and {example.labels for example in recorded.scored[0]} == {(0,), (1,)}
+    training = [example.name for example in recorded.trained[0][0]]
+    assert {example.labels for example in recorded.trained[0][0]} == {(0,), (1,)}
+    assert sorted(asked + training) == sorted(example.name for example in examples)
+    assert len(recorded.scored) == 2 * len(encoders.METHODS) * len(encoders.TRIED_RATES)
+    assert all([example.name for example in scored] == asked for scored in recorded.scored)
+    with pytest.raises(ValueError, match="9 examples have no tenth"):
+        encoders.search_encoder_rates(Runs("search", tmp_path, 3, {}), replace(sets, training=examples[:9]), 2)
 
 
 def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
@@ -96,7 +118,7 @@ def test_the_vit_experiment(tmp_path, data):
     result = CliRunner().invoke(main, list(map(str, args)))
     assert result.exit_code == 0, result.output
     values = json.loads((tmp_path / "out" / "vit.json").read_text())
-    assert 0.5 < values["untuned"] < 0.9 and set(values["methods"]) == set(encoders.METHODS)
+    assert 0.5 < values["untuned"] < 0.9 and set(values["rows"]) == set(encoders.METHODS)
 
 
 def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
@@ -123,9 +145,10 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         assert "20 sentences to learn from, 20 to be asked about" in result.output
     values = json.loads((tmp_path / "out" / "roberta.json").read_text())
-    assert values["majority"] == 0.5 and set(values["methods"]) == set(encoders.METHODS)
-    assert values["options"] == {"epochs": 2, "batch_size": 64, "length": 10, "rank": 3}
-    assert values["methods"]["head only"]["trained"] == 2 * (32 + 1)
+    assert values["majority"] == 0.5 and set(values["rows"]) == set(encoders.METHODS)
+    options = {name: values["options"][name] for name in ("epochs", "batch_size", "length", "rank")}
+    assert options == {"epochs": "2", "batch_size": "64", "length": "10", "rank": "3"}
+    assert values["rows"]["head only"]["trained"] == [2 * (32 + 1)]
     assert result.output.count("full tuning") == len(encoders.TRIED_RATES)
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(made) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
@@ -140,31 +163,25 @@ def test_few_examples(tmp_path, data, monkeypatch):
     for name, number in (("train", 60), ("test", 40)):
         images = np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).astype(np.uint8)
         np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
-    compared, compare = [], few_examples.compare_encoder_methods
-
-    def recorded(sets, rates, setting, seeds):
-        compared.append((sets, rates, setting, list(seeds)))
-        return compare(sets, rates, setting, seeds)
-
+    recorded = Recorded(monkeypatch)
     monkeypatch.setattr(few_examples, "NUMBERS", (8, 500))
-    monkeypatch.setattr(encoders, "TRIED_RATES", (0.001, 0.01))
     monkeypatch.setattr(few_examples, "LEAST_STEPS", 4)
+    monkeypatch.setattr(encoders, "TRIED_RATES", (0.001, 0.01))
     for module in (encoders, few_examples):
-        monkeypatch.setattr(module, "METHODS", ("head only", "LoRA"))
-        monkeypatch.setattr(module, "compare_encoder_methods", recorded)
+        monkeypatch.setattr(module, "METHODS", ("LoRA",))
     args = ["few", "--base", data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth", "--seeds", 2, "--epochs", 2]
     args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, list(map(str, [*args, "--batch-size", 16])))
     assert result.exit_code == 0, result.output
-    assert [(len(sets.training), len(sets.testing), setting.epochs, seeds) for sets, _, setting, seeds in compared] == [
-        *[(8, 6, 4, [0])] * 2, (8, 40, 4, [0]), (8, 40, 4, [1]),
-        *[(54, 6, 2, [0])] * 2, (60, 40, 2, [0]), (60, 40, 2, [1]),
+    numbers = [(len(examples), config.epochs, config.lr, config.seed) for examples, config in recorded.trained]
+    assert numbers == [
+        (8, 4, 0.001, 0), (8, 4, 0.01, 0), (8, 4, 0.001, 0), (8, 4, 0.001, 1),
+        (54, 2, 0.001, 0), (54, 2, 0.01, 0), (60, 2, 0.001, 0), (60, 2, 0.001, 1),
     ]  # fmt: skip
+    assert list(map(len, recorded.scored[1:])) == [6, 6, 40, 40] * 2  # before them, all 40 without training
+    names = [{example.name for example in examples} for examples, _ in recorded.trained]
     for tried in (0, 1, 4, 5):
-        sets = compared[tried][0]
-        assert not {e.name for e in sets.training} & {e.name for e in sets.testing}
-    draws = [{e.name for e in compared[i][0].training} for i in (2, 3)]
-    assert draws[0] != draws[1]
+        assert not names[tried] & {example.name for example in recorded.scored[1 + tried]}
+    assert names[2] != names[3] and names[6] == names[7]
     rows = json.loads((tmp_path / "out" / "few.json").read_text())["by_number"]
-    assert set(rows) == {"8", "60"} and all(len(row["LoRA"]["accuracy"]) == 2 for row in rows.values())
-    assert compared[2][1] == {method: rows["8"][method]["lr"] for method in ("head only", "LoRA")}
+    assert set(rows) == {"8", "60"} and all(row["LoRA"]["accuracy"] == [0.5, 0.5] for row in rows.values())

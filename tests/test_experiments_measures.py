@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from helpers import make_testbed
 
 import train
 from experiments import measures
-from experiments.measures import base_measures, exact_accuracy, perplexity, run_setting, tune_setting
+from experiments.measures import base_measures, exact_accuracy, perplexity, tune_setting
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, NoPrompts, set_up
 from formats.bases import load_llama
 
+run_setting = cache(measures.run_setting)
 METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
 
 

@@ -42,7 +42,7 @@ def test_what_each_run_learns_from(small, tmp_path, monkeypatch):
     assert "20 captions, questions about 4 pictures: 12" in stdout
     assert given == [(12, 6), (32, 6), (20, 6), (12, 6), (20, 6), (12, 2)]  # the projection has four tensors
     assert [row["accuracy"] for row in found["rows"].values()] == [[0.1], [0.2], [0.3], [0.4]]
-    monkeypatch.setattr(stages, "RUNS", {"captions alone": [(("captions",), ())]})
+    monkeypatch.setattr(stages, "STAGES", {"captions alone": [(("captions",), ())]})
     run(tmp_path, "--seeds", 1)
     (_, _, together, frozen, captions) = seen
     assert torch.equal(frozen["projection.0.weight"], captions["projection.0.weight"])

@@ -11,7 +11,7 @@ from experiments import instructions, stories
 from experiments.__main__ import main
 from experiments.methods import FULL, ONE_SOFTMAX, ZERO_INIT
 from experiments.stories import KINDS, Told, follows, is_prose, is_story, make_instructions, sentences
-from experiments.tables import RESULTS
+from experiments.runs import RESULTS
 
 LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
 

@@ -495,7 +495,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--length", 10**12], "--length"),
         (["--out", "FILE"], "file: is there already, and is no folder"),
         (["--out", "FILE/a"], "file/a: .*file is no folder"),
-        (["--batch-size", "9" * 400], "is not in the range 1<=x<=2147483647"),
+        (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
         (
             ["--data", "a.csv"],
             "a.csv: is not JSON; convert it: pandas.read_csv('a.csv').fillna('').to_json(",

@@ -1,0 +1,201 @@
+"""An experiment: runs of several settings with several seeds, a table of them, and a JSON file with a picture beside.
+
+Every run is written as soon as it has finished. If the command is started again, these runs are skipped.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import multiprocessing
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import cloup
+import torch
+from cloup import option, option_group
+from matplotlib.figure import Figure
+
+from runtime.cli import PATH, Count, Real, one_line_errors
+from runtime.device import device_name, select_device
+from runtime.files import atomic_write, read_json_object, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Column(NamedTuple):
+    """A column of a printed table: the mean over the seeds of one value of the runs."""
+
+    name: str  # of the value
+    title: str
+    form: str = ".1%"  # of the mean, a format specification
+    spread: bool = False  # followed by a column with the standard deviation
+
+    @property
+    def width(self) -> int:
+        return max(len(self.title) + 2, 10)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def rounded(value: object) -> object:
+    """A value with its numbers rounded to six digits; None (null in JSON) in place of NaN and infinity."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+class Runs:
+    """The runs of one command, each a function of a setting and a seed, and the files of its results in `out`.
+
+    Finished runs are kept in COMMAND-HASH.unfinished.json, with a hash of the command's options, until the command has
+    ended without an error.
+    """
+
+    def __init__(self, command: str, out: Path, seeds: int, options: dict):
+        self.out = out
+        self.seeds = seeds
+        self.device = options.get("device") or "cpu"
+        self.options = {name: str(value) for name, value in options.items() if value is not None}
+        recipe = json.dumps([command, self.options], sort_keys=True)
+        self.log = out / f"{command}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.unfinished.json"
+        self.finished: dict[str, dict] = {}  # values of runs, by setting and seed
+
+    def __enter__(self) -> "Runs":
+        if self.log.exists():
+            self.finished = read_json_object(self.log)
+            click.echo(f"{len(self.finished)} runs have finished before: {self.log}\n")
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None:
+            self.log.unlink(missing_ok=True)
+
+    def table(
+        self,
+        columns: Sequence[Column],
+        settings: dict[str, object],
+        do: Callable[[object, int], dict],
+        *,
+        once: Collection[str] = (),
+        in_rounds: bool = False,
+        at_a_time: int = 1,
+    ) -> dict[str, dict[str, list]]:
+        """Do the runs, and print a line for each setting when its last run has finished.
+
+        `do(setting, seed)` returns the values of a run, which JSON can hold; two settings with the same repr() share
+        their runs. Labels in `once` have one run, the others one per seed. Runs are ordered by setting, or by seed if
+        `in_rounds`, so that their times can be compared. `at_a_time` is the number of processes, with one thread each.
+        Returns the values of every label, seed by seed.
+        """
+        plan = [(label, seed) for label in settings for seed in range(1 if label in once else self.seeds)]
+        if in_rounds:
+            plan.sort(key=lambda run: run[1])
+        keys = [repr((settings[label], seed)) for label, seed in plan]
+        missing = {key: (settings[label], seed) for key, (label, seed) in zip(keys, plan) if key not in self.finished}
+        width = max(map(len, settings)) + 2
+        titles = (f"{column.title:>{column.width}}" + f"{'±':>8}" * column.spread for column in columns)
+        click.echo(" " * width + "".join(titles))
+
+        runs: dict[str, list[dict]] = {label: [] for label in settings}
+        with ExitStack() as stack:
+            map_runs = map
+            if at_a_time > 1 and missing:
+                context = multiprocessing.get_context("spawn")
+                pool = ProcessPoolExecutor(at_a_time, context, initializer=partial(torch.set_num_threads, 1))
+                map_runs = stack.enter_context(pool).map
+            results = map_runs(do, *zip(*missing.values())) if missing else iter(())
+            for key, (label, _) in zip(keys, plan):
+                if key not in self.finished:
+                    self.finished[key] = json.loads(json.dumps(next(results)))
+                    write_json(self.log, self.finished)
+                runs[label].append(self.finished[key])
+                if len(runs[label]) == sum(label == other for other, _ in plan):
+                    click.echo(f"{label:{width}}" + "".join(cells(column, runs[label]) for column in columns))
+        return {label: {name: [run[name] for run in found] for name in found[0]} for label, found in runs.items()}
+
+    def save(self, name: str, values: dict, figure: Figure | None = None) -> None:
+        """Write NAME.json and NAME.png, and print the paper's own figures if `values` has them."""
+        for what, published in values.get("paper", {}).items():
+            click.echo(f"the paper, {what}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
+        self.out.mkdir(parents=True, exist_ok=True)
+        if figure is not None:
+            with atomic_write(self.out / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=100)
+        device, _ = select_device(self.device)
+        about = {
+            "command": f"python -m experiments {shlex.join(sys.argv[1:])}",
+            "machine": device_name(device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "seeds": self.seeds,
+            "options": self.options,
+        }
+        write_json(self.out / f"{name}.json", about | rounded(values), allow_nan=False)
+        click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {self.out}\n")
+
+
+def cells(column: Column, runs: Sequence[dict]) -> str:
+    """The text of a column in one line: the mean, or "-" if a run does not have the value; and the spread."""
+    values = [run[column.name] for run in runs]
+    if None in values:
+        return f"{'-':>{column.width}}" + " " * 8 * column.spread
+    mean = f"{statistics.mean(values):{column.form}}"
+    return f"{mean:>{column.width}}" + f"{spread(values):>8.1%}" * column.spread
+
+
+# ---------------------------------------------------------------------------------------------------
+# Commands and their options
+
+
+def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
+    """Return a decorator that makes a command of a function, which gets its Runs and the options of these groups."""
+    many = [option("--seeds", type=Count(), default=3, help="Runs of everything.")] * seeds
+    out = option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results.")
+
+    def decorate(function: Callable) -> click.Command:
+        def command(out: Path, seeds: int = 1, **options) -> None:
+            with one_line_errors(), Runs(name, out, seeds, options) as runs:
+                function(runs, **options)
+
+        for group in reversed((*groups, option_group("Runs", *many, out))):
+            command = group(command)
+        help = inspect.getdoc(function)
+        return cloup.command(name, help=help, context_settings={"show_default": True})(command)
+
+    return decorate
+
+
+TRAINING_OPTIONS = {
+    "layers": (Count(), "L, the number of adapted layers."),
+    "length": (Count(), "K, prompt vectors per layer."),
+    "rank": (Count(), "Of LoRA."),
+    "epochs": (Count(2), "Epochs of training."),
+    "batch_size": (Count(), "Examples per optimizer step."),
+    "lr": (Real(0, 1e3, min_open=True), "Peak learning rate."),
+}
+
+
+def training_options(**defaults) -> Callable:
+    """Return a group of those of TRAINING_OPTIONS that are named. A default that is a text is for the help alone."""
+    made = []
+    for name, default in defaults.items():
+        type, help = TRAINING_OPTIONS[name]
+        if isinstance(default, str):
+            help = f"{help}  [default: {default}]"
+            default = None
+        made.append(option(f"--{name.replace('_', '-')}", type=type, default=default, help=help))
+    return option_group("Training", *made)
