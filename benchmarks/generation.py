@@ -1,16 +1,13 @@
 """Tokens per second at batch 1, greedy, prefill included."""
 
-from copy import deepcopy
-
 import torch
 from cloup import command, option
 
 from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_speed
-from benchmarks.peers import Contestant, Ours, installed_peers
+from benchmarks.peers import Contestant, Ours, Variant, installed_peers
 from benchmarks.workload import compile_option, prepare_workload, workload_options
-from generate import decode
 from runtime.cli import Count, one_line_errors
-from runtime.compilation import compile_decoding, decode_by_rows
+from runtime.compilation import decode_by_rows
 
 GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -41,14 +38,13 @@ def time_generation(json_path, number, **options):
     workload = prepare_workload(**options)
     prompt = (workload.examples(1000)[0].ids * 60)[:60]
     model, adapter = workload.new_model(), workload.new_adapter()
-    loaded = model
-    if workload.device.type == "cpu" and workload.dtype == torch.bfloat16:
-        loaded = deepcopy(model)
-        decode_by_rows(loaded)  # as `load_with_adapters` does
-    contestants: dict[str, Contestant] = {"ours": Ours(loaded, adapter), "ours, base alone": Ours(loaded, None)}
+    variants = {"ours": Variant(), "ours, base alone": Variant(adapted=False)}
     if workload.compiled:
-        other = deepcopy(model)  # its linear layers will be replaced
-        contestants["ours, compiled"] = Ours(other, adapter, compile_decoding(decode, other))
+        variants["ours, compiled"] = Variant(compiled="decoding")
+    contestants: dict[str, Contestant] = {name: Ours(model, adapter, variant) for name, variant in variants.items()}
+    if workload.device.type == "cpu" and workload.dtype == torch.bfloat16:
+        for contestant in contestants.values():
+            decode_by_rows(contestant.model)  # as `load_with_adapters` does
     if workload.peers:
         contestants |= installed_peers(model, adapter, ["adaption prompt"])
     check_same_texts(contestants, prompt, number, workload.dtype)

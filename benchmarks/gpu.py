@@ -11,21 +11,16 @@ import numpy as np
 import torch
 from cloup import command, option, option_group
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from adapter import Adapter, gated_attention, gated_attention_paper
-from benchmarks.measuring import copy_speed, matmul_speed, measured_on, peak_growth, seconds_of
+from adapter import gated_attention_paper
+from benchmarks.measuring import copy_speed, interleave, matmul_speed, measured_on, peak_growth
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
-from benchmarks.peers import installed_peers
+from benchmarks.peers import Contestant, Ours, Variant, installed_peers
 from benchmarks.workload import SHAPES, random_adapter, random_examples, random_model
-from generate import decode, generate
-from model import LLaMA
 from runtime.cli import Real, device_options, one_line_errors
-from runtime.compilation import compile_decoding, compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.files import atomic_write, write_json
-from runtime.quantization import held_bytes, quantizer
-from train import TrainConfig, make_optimizer, train_step
+from runtime.quantization import held_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {
@@ -33,21 +28,22 @@ GOALS = {
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
 }
-TRAINED = {  # how: bits, checkpoint activations, compile, attention
-    "eager": (None, False, False, gated_attention),
-    "checkpointed": (None, True, False, gated_attention),
-    "compiled": (None, False, True, gated_attention),
-    "attention as the paper writes it": (None, False, False, gated_attention_paper),
-    "8 bits": (8, True, False, gated_attention),
-    "4 bits": (4, True, False, gated_attention),
+TRAINED = {
+    "eager": Variant(),
+    "checkpointed": Variant(checkpoint_activations=True),
+    "compiled": Variant(compiled="layers"),
+    "attention as the paper writes it": Variant(attention=gated_attention_paper),
+    "8 bits": Variant(bits=8, checkpoint_activations=True),
+    "4 bits": Variant(bits=4, checkpoint_activations=True),
 }
-DECODED = {  # how: bits, compiled (on a GPU a CUDA graph), rows, with an adapter
-    "graph, batch 1": (None, True, 1, True),
-    "graph, batch 1, base alone": (None, True, 1, False),
-    "eager, batch 1": (None, False, 1, True),
-    "graph, batch 16": (None, True, 16, True),
-    "graph, batch 64": (None, True, 64, True),
-    "4 bits, batch 1": (4, False, 1, True),
+GRAPH = Variant(compiled="decoding")  # on a GPU a CUDA graph
+DECODED = {  # how, and rows
+    "graph, batch 1": (GRAPH, 1),
+    "graph, batch 1, base alone": (GRAPH._replace(adapted=False), 1),
+    "eager, batch 1": (Variant(), 1),
+    "graph, batch 16": (GRAPH, 16),
+    "graph, batch 64": (GRAPH, 64),
+    "4 bits, batch 1": (Variant(bits=4), 1),
 }
 
 
@@ -64,74 +60,49 @@ class Bench:
         lengths = np.linspace(40, 214, self.BATCH).round().astype(int).tolist()  # as long as Alpaca's, 127 on average
         self.examples = random_examples(self.config, lengths)
 
-    def other(self, attention: Callable[..., Tensor], bits: int | None) -> LLaMA:
-        """A model of the same weights: the very same memory, unless they are rounded."""
-        with torch.device("meta"):
-            model = LLaMA(self.config, attention)
-        model.load_state_dict(self.model.state_dict(), assign=True)
-        model.requires_grad_(False)
-        if bits is not None:
-            quantize = quantizer(bits, self.device)
-            for block in model.layers:
-                quantize(block)
-        return model
-
-    def training(self, bits: int | None, again: bool, compiled: bool, attention: Callable[..., Tensor]) -> dict:
-        """One optimizer step on all examples, as often as goes into a few seconds."""
-        model = self.other(attention, bits)
-        if compiled:
-            prepare_to_compile(self.device)
-            compile_layers(model.layers)
-        adapter: Adapter = random_adapter(self.config, self.device)
-        optimizer, config = make_optimizer(adapter, 0.02), TrainConfig(checkpoint_activations=again)
-
-        def step() -> None:
-            train_step(model, adapter, optimizer, self.examples, 1e-3, config)
-
-        step()
-        return self.rate(step, again, peak_growth(step, self.device) + held_bytes(model))
-
-    def rate(self, step: Callable[[], None], again: bool, peak: int | None) -> dict:
-        """Tokens/s of a step on all examples, and how much of the peak that is."""
-        taken: list[float] = []
-        while sum(taken) < self.SECONDS and len(taken) < 5:
-            taken.append(seconds_of(step, self.device))
-        seconds, tokens = min(taken), sum(example.size for example in self.examples)
-        operations = step_operations(self.config, tokens, sum(example.num_targets for example in self.examples), again)
-        five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS
-        row = {"seconds": taken, "tokens_per_second": tokens / seconds, "peak_bytes": peak}
-        row |= {"matmul_share": operations / seconds / self.matmul}
-        return row | {"alpaca_minutes": five_epochs / (tokens / seconds) / 60}
-
-    def decoding(self, bits: int | None, compiled: bool, rows: int, adapted: bool) -> dict:
-        """So many rows at once, greedy, after 60 tokens: the time of the newest, without that of the prompt's."""
-        model, step = self.other(gated_attention, bits), decode
-        if compiled:
-            prepare_to_compile(self.device)
-            step = compile_decoding(decode, model)
-        with torch.no_grad():
-            prompts = self.adapter(dtype=self.dtype) if adapted else ()
-        tokens = [self.examples[i % self.BATCH].ids[:40] + [5] * 20 for i in range(rows)]
-
-        def answer(number: int) -> float:
-            work = lambda: generate(model, tokens, prompts, max_new_tokens=number, decode=step)  # noqa: E731
-            return seconds_of(work, self.device)
-
-        few, many = (8, 136) if self.device.type == "cuda" else (2, 18)
-        answer(many)
-        fewest, most = (min(answer(number) for _ in range(3)) for number in (few, many))
-        seconds = (most - fewest) / (many - few)
-        read = held_bytes(model) - model.tok_embeddings.weight.nbytes
-        return {"tokens_per_second": rows / seconds, "copy_share": read / seconds / self.copy, "bytes_per_step": read}
+    def training(self, variant: Variant) -> dict:
+        """Ours, in steps on all examples."""
+        contestant = Ours(self.model, random_adapter(self.config, self.device), variant)
+        return self.training_rate(contestant, variant.checkpoint_activations)
 
     def peer(self, kind: str) -> dict:
         """PEFT's adaption prompt or LoRA at the same work, where it is installed."""
-        for name, contestant in installed_peers(self.model, self.adapter, [kind]).items():
-            optimizer = contestant.optimizer(1e-3)
-            step = lambda: contestant.step(optimizer, self.examples)  # noqa: B023, E731
-            step()
-            return {"peer": name} | self.rate(step, False, peak_growth(step, self.device) + held_bytes(self.model))
-        return {"error": "not installed"}
+        peers = installed_peers(self.model, self.adapter, [kind])
+        if f"PEFT {kind}" not in peers:
+            return {"error": "not installed"}
+        return self.training_rate(peers[f"PEFT {kind}"], checkpointed=False)
+
+    def training_rate(self, contestant: Contestant, checkpointed: bool) -> dict:
+        """Tokens/s of optimizer steps on all examples, and how much of the matmul peak that is."""
+        optimizer = contestant.optimizer()
+
+        def step() -> None:
+            contestant.step(optimizer, self.examples)
+
+        taken = interleave({"step": step}, 5, self.device, limit=self.SECONDS)["step"]
+        peak = peak_growth(step, self.device) + held_bytes(contestant.model)
+        seconds, tokens = min(taken), sum(example.size for example in self.examples)
+        num_targets = sum(example.num_targets for example in self.examples)
+        operations = step_operations(self.config, tokens, num_targets, checkpointed)
+        five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS
+        return {
+            "seconds": taken,
+            "tokens_per_second": tokens / seconds,
+            "peak_bytes": peak,
+            "matmul_share": operations / seconds / self.matmul,
+            "alpaca_minutes": five_epochs / (tokens / seconds) / 60,
+        }
+
+    def decoding(self, variant: Variant, rows: int) -> dict:
+        """Several rows at once, greedy, after 60 tokens: the time of the newest, without that of the prompt's."""
+        contestant = Ours(self.model, self.adapter, variant)
+        tokens = [self.examples[i % self.BATCH].ids[:40] + [5] * 20 for i in range(rows)]
+        numbers = (8, 136) if self.device.type == "cuda" else (2, 18)
+        works = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
+        few, many = map(min, interleave(works, 3, self.device).values())
+        seconds = (many - few) / (numbers[1] - numbers[0])
+        read = held_bytes(contestant.model) - contestant.model.tok_embeddings.weight.nbytes
+        return {"tokens_per_second": rows / seconds, "copy_share": read / seconds / self.copy, "bytes_per_step": read}
 
 
 def gpu_tests(tests: str = "tests") -> dict:
@@ -143,7 +114,7 @@ def gpu_tests(tests: str = "tests") -> dict:
 
 def all_parts(bench: Bench) -> dict[str, Callable[[], dict]]:
     """The measures by name, in the order of their worth."""
-    training = {f"train: {how}": lambda of=of: bench.training(*of) for how, of in TRAINED.items()}
+    training = {f"train: {how}": lambda of=of: bench.training(of) for how, of in TRAINED.items()}
     decoding = {f"decode: {how}": lambda of=of: bench.decoding(*of) for how, of in DECODED.items()}
     first = ("train: eager", "decode: graph, batch 1", "decode: graph, batch 1, base alone", "train: checkpointed")
     parts = training | decoding

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-import itertools
+import math
 import statistics
 import threading
 import time
@@ -98,15 +98,24 @@ def peak_anonymous(work: Callable[[], object], interval: float = 0.05) -> tuple[
         thread.join()
 
 
-def interleave(works: dict[str, Callable[[], object]], repeat: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each, round by round, so that a slow moment of the machine hits all alike; one round to warm up."""
+def interleave(
+    works: dict[str, Callable[[], object]], repeat: int, device: torch.device, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each, round by round, so that a slow moment of the machine hits all alike.
+
+    Before the rounds is one to warm up. No further round begins when they have taken `limit` seconds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    bar = tqdm(list(itertools.product(range(repeat + 1), works.items())), unit="run", leave=False)
-    for turn, (name, work) in bar:
-        bar.set_postfix_str(name)
-        taken = seconds_of(work, device)
-        if turn:
-            seconds[name].append(taken)
+    with tqdm(total=(repeat + 1) * len(works), unit="run", leave=False) as bar:
+        for turn in range(repeat + 1):
+            for name, work in works.items():
+                bar.set_postfix_str(name)
+                taken = seconds_of(work, device)
+                if turn > 0:
+                    seconds[name].append(taken)
+                bar.update()
+            if sum(map(sum, seconds.values())) > limit:
+                break
     return seconds
 
 

@@ -8,17 +8,23 @@ do what the authors' script does.
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter import Adapter
+from adapter import Adapter, gated_attention
 from data import IGNORE, Tokens, collate
 from formats.hugging_face import hugging_face_shape, to_hugging_face
 from generate import decode, generate
 from model import LLaMA, apply_rope, rope_cos_sin
-from train import make_optimizer, response_loss
+from runtime.compilation import compile_decoding, compile_layers, prepare_to_compile
+from runtime.quantization import quantizer
+from train import TrainConfig, make_optimizer, response_loss, train_step
+
+
+LR = 1e-3  # learning rate of all
 
 
 class Contestant:
@@ -30,8 +36,8 @@ class Contestant:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.02)
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.02)
 
     def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
         optimizer.zero_grad()
@@ -39,31 +45,82 @@ class Contestant:
         optimizer.step()
 
 
-class Ours(Contestant):
-    """A model and its adapter, or None: the base alone. `decode` is generate.py's, plain or compiled."""
+class Variant(NamedTuple):
+    """A way to run ours."""
 
-    def __init__(self, model: LLaMA, adapter: Adapter | None, decode: Callable[..., Tensor] = decode):
-        self.model, self.adapter, self.decode = model, adapter, decode
+    bits: int | None = None  # of the layers' weights
+    compiled: str | None = None  # "layers", for training, or "decoding"
+    checkpoint_activations: bool = False
+    attention: Callable[..., Tensor] = gated_attention
+    adapted: bool = True  # or the base alone
+
+
+class Adapted(Contestant):
+    """A LLaMA of this project, and its adapter; None is the base alone."""
+
+    def __init__(self, model: LLaMA, adapter: Adapter | None):
+        self.model, self.adapter = model, adapter
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.adapter.parameters())
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         optimizer = make_optimizer(self.adapter, 0.02)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = LR
         return optimizer
+
+
+class Ours(Adapted):
+    """The step of train.py, in batches of like length and in micro-batches, and the decoding of generate.py.
+
+    Over the weights of `model`, the very same memory unless they are rounded to a few bits.
+    """
+
+    like_length = True
+
+    def __init__(
+        self,
+        model: LLaMA,
+        adapter: Adapter | None,
+        variant: Variant = Variant(),
+        micro_batch_tokens: int = TrainConfig.micro_batch_tokens,
+    ):
+        with torch.device("meta"):
+            same = LLaMA(model.config, variant.attention)
+        same.load_state_dict(model.state_dict(), assign=True)
+        same.requires_grad_(False)
+        super().__init__(same, adapter if variant.adapted else None)
+        if variant.bits is not None:
+            quantize = quantizer(variant.bits, model.device)
+            for block in same.layers:
+                quantize(block)
+        self.decode = decode
+        if variant.compiled is not None:
+            prepare_to_compile(model.device)
+        if variant.compiled == "layers":
+            compile_layers(same.layers)
+        if variant.compiled == "decoding":
+            self.decode = compile_decoding(decode, same)
+        again = variant.checkpoint_activations
+        self.config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=again)
+
+    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
+        train_step(self.model, self.adapter, optimizer, examples, LR, self.config)
 
     def loss(self, examples: list[Tokens]) -> Tensor:
         return response_loss(self.model, self.adapter, examples) / sum(example.num_targets for example in examples)
 
     @torch.no_grad()
-    def continuation(self, tokens: list[int], n: int) -> list[int]:
+    def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
-        return generate(self.model, [tokens], prompts, max_new_tokens=n, decode=self.decode)[0]
+        return generate(self.model, rows, prompts, max_new_tokens=n, decode=self.decode)
+
+    def continuation(self, tokens: list[int], n: int) -> list[int]:
+        return self.continuations([tokens], n)[0]
 
 
-class Plain(Ours):
+class Plain(Adapted):
     """What the authors' script does: every example padded to `max_seq_len`, attention step by step with all its
     weights stored, logits at every position; while decoding, the prompts projected anew at every token.
     """

@@ -19,15 +19,12 @@ from benchmarks.measuring import (
     publish,
     ratio_text,
 )
-from benchmarks.peers import Contestant, Ours, Plain, installed_peers, padded
+from benchmarks.peers import Adapted, Contestant, Ours, Plain, Variant, installed_peers, padded
 from benchmarks.workload import Workload, compile_option, prepare_workload, workload_options
 from data import IGNORE, Tokens, collate, epoch_batches
 from model import LLaMA
 from runtime.cli import Count, one_line_errors
-from runtime.compilation import compile_layers
-from train import TrainConfig, train_step
 
-LR = 1e-3
 TRAINING_COLUMNS = {
     "seconds": lambda row: f"{row['median']:.2f}",
     "times ours": ratio_text,
@@ -38,20 +35,7 @@ TRAINING_COLUMNS = {
 }
 
 
-class OursTraining(Ours):
-    """The step of train.py: batches of like length, in micro-batches."""
-
-    like_length = True
-
-    def __init__(self, model: LLaMA, adapter: Adapter, config: TrainConfig):
-        super().__init__(model, adapter)
-        self.config = config
-
-    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
-        train_step(self.model, self.adapter, optimizer, examples, LR, self.config)
-
-
-class Ablation(Ours):
+class Ablation(Adapted):
     """From `Plain` to ours: each level has the measures of those before it, and one more; ours has LAST as well."""
 
     LEVELS = [
@@ -80,7 +64,7 @@ class Ablation(Ours):
 
 def epoch(contestant: Contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
     """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
-    optimizer = contestant.optimizer(LR)
+    optimizer = contestant.optimizer()
     if contestant.like_length:
         batches = epoch_batches([example.size for example in examples], batch_size, seed=0, epoch=0)
     else:
@@ -94,22 +78,23 @@ def epoch(contestant: Contestant, examples: list[Tokens], batch_size: int) -> Ca
     return run_epoch
 
 
-def training_contestants(workload: Workload, config: TrainConfig, ablation: bool) -> tuple[dict[str, Contestant], str]:
+def training_contestants(
+    workload: Workload, variant: Variant, micro_batch_tokens: int, ablation: bool
+) -> tuple[dict[str, Contestant], str]:
     """Who takes part, and the name of ours."""
-    model, ours = workload.new_model(), Ablation.LAST if ablation else "ours"
+    model, name = workload.new_model(), Ablation.LAST if ablation else "ours"
     contestants: dict[str, Contestant] = {}
     if ablation:
         contestants["plain"] = Plain(model, workload.new_adapter())
         for level in Ablation.LEVELS:
             contestants[level] = Ablation(model, workload.new_adapter(), level)
-    contestants[ours] = OursTraining(model, workload.new_adapter(), config)
+    contestants[name] = Ours(model, workload.new_adapter(), variant, micro_batch_tokens)
     if workload.compiled:
-        other = workload.new_model()
-        compile_layers(other.layers)
-        contestants["ours, compiled"] = OursTraining(other, workload.new_adapter(), config)
+        compiled = variant._replace(compiled="layers")
+        contestants["ours, compiled"] = Ours(model, workload.new_adapter(), compiled, micro_batch_tokens)
     if workload.peers:
         contestants |= installed_peers(model, workload.new_adapter(), ["adaption prompt", "lora", "full tuning"])
-    return contestants, ours
+    return contestants, name
 
 
 @torch.no_grad()
@@ -138,9 +123,9 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
     Every optimizer step included, all over the same examples.
     """
     workload = prepare_workload(**options)
-    config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=checkpoint_activations)
+    variant = Variant(checkpoint_activations=checkpoint_activations)
     device, examples = workload.device, workload.examples(number)
-    contestants, ours = training_contestants(workload, config, ablation)
+    contestants, ours = training_contestants(workload, variant, micro_batch_tokens, ablation)
     losses = first_losses(contestants, ours, examples[:batch_size])
     epochs = {name: epoch(contestant, examples, batch_size) for name, contestant in contestants.items()}
     for run_epoch in epochs.values():
@@ -155,7 +140,7 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         row["response_tokens_per_second"] = sum(example.num_targets for example in examples) / row["median"]
         row["peak_bytes_beyond_the_model"] = peaks[name]
         row["first_loss"] = losses[name]
-        is_ours = isinstance(contestants[name], OursTraining)
+        is_ours = isinstance(contestants[name], Ours)
         row["utilisation"] = flops / row["median"] / speed if is_ours else None
     about = measured_on(workload.size, device, workload.dtype) | {
         "examples": len(examples),

@@ -14,7 +14,7 @@ from benchmarks import measuring, workload
 from benchmarks.__main__ import main
 from benchmarks.memory import kept_per_token, plan_run
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
-from benchmarks.training import Ablation, OursTraining, epoch
+from benchmarks.training import Ablation, epoch
 from model import SIZES, Config
 from train import TrainConfig, make_optimizer, train_step
 
@@ -49,7 +49,7 @@ def test_every_level_of_the_ablation_is_the_same_model(level):
 def test_ours_takes_the_steps_that_the_ladder_leads_to():
     """On the same batches of like length the step of train.py, in micro-batches, is that of the plain loss."""
     model = make_model()
-    ours = OursTraining(model, make_adapter(model), TrainConfig(micro_batch_tokens=20))
+    ours = Ours(model, make_adapter(model), micro_batch_tokens=20)
     ablation = Ablation(model, make_adapter(model), Ablation.LEVELS[-1])
     for contestant in (ours, ablation):
         epoch(contestant, EXAMPLES, batch_size=2)()

@@ -8,9 +8,11 @@ import torch
 from click.testing import CliRunner
 from helpers import make_example
 
+from adapter import gated_attention_paper
 from benchmarks import gpu, measuring, workload
 from benchmarks.__main__ import main
 from benchmarks.memory import step_operations
+from benchmarks.peers import Ours, Variant
 from model import Config
 
 SHAPE = Config(64, 4, 4, 4, 16, 128, 500)
@@ -78,15 +80,15 @@ def test_the_suite_s_gpu_cases_are_found():
 
 def test_other_models_share_the_weights_and_the_rounded_have_their_own():
     pytest.importorskip("torchao")
-    bench = gpu.Bench.__new__(gpu.Bench)
-    bench.config, bench.device, bench.dtype = SHAPE, torch.device("cpu"), torch.float32
-    bench.model = workload.random_model(SHAPE, bench.device, bench.dtype)
-    same, rounded = bench.other(gpu.gated_attention_paper, None), bench.other(gpu.gated_attention, 4)
-    assert same.layers[0].attention.wq.weight.data_ptr() == bench.model.layers[0].attention.wq.weight.data_ptr()
-    assert same.layers[0].attention.gated is gpu.gated_attention_paper
+    model = workload.random_model(SHAPE, torch.device("cpu"), torch.float32)
+    variants = Variant(attention=gated_attention_paper), Variant(bits=4), Variant(compiled="decoding")
+    same, rounded, compiled = (Ours(model, None, variant).model for variant in variants)
+    for other in (same, compiled):
+        assert other.layers[0].attention.wq.weight.data_ptr() == model.layers[0].attention.wq.weight.data_ptr()
+    assert same.layers[0].attention.gated is gated_attention_paper and type(model.output) is torch.nn.Linear
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert torch.equal(same(tokens), bench.model(tokens)) and not torch.equal(rounded(tokens), same(tokens))
+        assert torch.equal(same(tokens), model(tokens)) and not torch.equal(rounded(tokens), same(tokens))
 
 
 def test_operations_are_those_that_pytorch_counts():
