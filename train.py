@@ -400,6 +400,8 @@ def describe_adapter(
 ) -> dict[str, str]:
     """Return the metadata of the adapter file: base, data and hyper-parameters."""
     metadata = {"base": resolved(base.base or path), "base_layers": str(shape.n_layers)}
+    if base.base and not Path(base.base).exists():  # a name of the Hub's; its folder is named after the commit
+        metadata["base_commit"] = path.name
     metadata["data"] = Path(data.data).name if data.data else f"toy {data.toy}"
     metadata["examples"] = str(num_examples)
     for name in ("prompt_template", "base_fingerprint", "epochs", "batch_size", "lr", "seed"):

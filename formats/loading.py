@@ -40,6 +40,7 @@ def load_with_adapters(
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such adapter file")
     adapters: dict[str, Adapter] = {}
+    commit = None
     if base is None:
         if not files:
             raise ValueError("nothing to run: give --adapter FILE, or --base PATH, or both")
@@ -48,10 +49,11 @@ def load_with_adapters(
         base = adapters[name].metadata.get("base")
         if base is None:
             raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
+        commit = adapters[name].metadata.get("base_commit")
     folder = Path(base)
     if not folder.exists():
         with local_rank0_first():
-            folder = find_base(base)
+            folder = find_base(base, commit)
     config, weights = read_base(folder)
     fingerprint = base_fingerprint(config, weights)
     for name, path in files.items():

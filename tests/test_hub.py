@@ -25,6 +25,7 @@ hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants  # noqa: E402
 
 COMMIT = "c0ffee" + "0" * 34
+OTHER_COMMIT = "c0ffee" + "1" * 34
 
 
 class Server:
@@ -50,6 +51,7 @@ class Server:
 
     def reply(self, request):
         path, files = request.path.split("?")[0], sorted(self.folder.iterdir())
+        commit = OTHER_COMMIT if OTHER_COMMIT in path else COMMIT
         self.requests.append((request.command, path, request.headers.get("authorization")))
         name, headers, content = path.rpartition("/")[2], {}, b""
         if not path.removeprefix("/api/models").startswith("/owner/model"):
@@ -61,10 +63,13 @@ class Server:
             status, content = 200, [entry | {"path": f.name, "size": f.stat().st_size} for f in files]
         elif path.startswith("/api/"):
             listed = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
-            status, content = 200, {"id": "owner/model", "sha": COMMIT, "siblings": listed}
+            status, content = 200, {"id": "owner/model", "sha": commit, "siblings": listed}
         elif (self.folder / name).is_file():
             status, content = 200, (self.folder / name).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            headers = {
+                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "X-Repo-Commit": OTHER_COMMIT if OTHER_COMMIT in path else COMMIT,
+            }
         else:
             status, headers = 404, {"X-Error-Code": "EntryNotFound"}
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -110,11 +115,10 @@ NEEDED = ["config.json", "generation_config.json", "model.safetensors", "tokeniz
 def test_what_is_needed_is_fetched_once(server, chat_base, tmp_path, capsys):
     folder = find_base("owner/model")
     assert sorted(file.name for file in folder.iterdir()) == server.fetched() == NEEDED
-    size = sum((chat_base / name).stat().st_size for name in NEEDED) / 1e6
-    said = f"owner/model: fetching 5 files, {size:,.1f} MB, from {server.url} to {tmp_path / 'cache'}"
-    assert said in capsys.readouterr().err
+    said = f"owner/model: fetching from {server.url} to {tmp_path / 'cache'}"
+    assert folder.name == COMMIT and said in capsys.readouterr().err
     assert {token for *_, token in server.requests} <= {"Bearer hf_secret", None}
-    assert ("GET", "/api/models/owner/model", "Bearer hf_secret") in server.requests
+    assert ("GET", "/api/models/owner/model/revision/main", "Bearer hf_secret") in server.requests
     ours, theirs = (load_llama(path)[0].state_dict() for path in (folder, chat_base))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     server.requests.clear()
@@ -148,20 +152,19 @@ def test_shards_that_are_missing_are_fetched(server, tmp_path):
     assert server.fetched() == [names[1]]
 
 
-def test_what_another_program_left_in_the_cache_is_made_whole(server, capsys):
-    """One that needed no tokenizer; and where the rest cannot be had, weights and all there is are taken."""
+def test_what_another_program_left_in_the_cache_is_made_whole(server):
+    """One that needed no tokenizer; and if the rest cannot be fetched, an error names it."""
     folder = find_base("owner/model")
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).resolve().unlink()
         (folder / name).unlink()
     server.requests.clear()
-    capsys.readouterr()
     assert find_base("owner/model") == folder and server.fetched() == ["generation_config.json", "tokenizer.json"]
-    assert "owner/model: fetching 2 files, 0.0 MB" in capsys.readouterr().err
     (folder / "generation_config.json").unlink()
     server.http.server_close()
     server.http.shutdown()
-    assert find_base("owner/model") == folder
+    with pytest.raises(ValueError, match="neither here nor whole in the cache, .*generation_config.json"):
+        find_base("owner/model")
 
 
 def test_weights_alone_are_fetched_that_are_read(server):
@@ -212,7 +215,7 @@ def no_weights(server):
         ("owner/model", lambda server: setattr(server, "status", 403), "accept its terms at http://127.0.0.1:"),
         ("owner/model", lambda server: setattr(server, "status", 500), "cannot be fetched from http://127.0.0.1:"),
         ("owner/model", lambda server: server.http.server_close(), "cannot be fetched from http://127.0.0.1:"),
-        ("owner/model", no_weights, "it has no config.json and model*.safetensors there, which is what is read"),
+        ("owner/model", no_weights, "there are no model*.safetensors, which is what is read"),
         ("owner/model", broken_weights, "cannot be fetched from http://127.0.0.1:"),
     ],
 )
@@ -250,7 +253,7 @@ def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base)
     result = run(*args)
     assert result.exit_code == 0, result.stderr
     adapter = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    assert adapter.metadata["base"] == "owner/model"
+    assert (adapter.metadata["base"], adapter.metadata["base_commit"]) == ("owner/model", COMMIT)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["options"]["base"] == "owner/model"
     assert "nothing is left to do" in run(*args, "--resume", "auto").stderr
@@ -258,6 +261,18 @@ def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base)
     assert asked.exit_code == 0 and server.fetched() == NEEDED
     make_adapter(load_llama(chat_base)[0]).save(tmp_path / "b.safetensors", base="owner/model")
     assert generated("--adapter", tmp_path / "b.safetensors").exit_code == 0
+
+
+def test_an_adapter_is_asked_over_the_commit_that_it_was_trained_over(server, tmp_path, chat_base):
+    """Also if the name has come to mean other weights; --base NAME is whichever is in the cache, or the newest."""
+    adapter = make_adapter(load_llama(chat_base)[0])
+    adapter.save(tmp_path / "a.safetensors", base="owner/model", base_commit=OTHER_COMMIT)
+    assert find_base("owner/model").name == COMMIT
+    assert generated("--adapter", tmp_path / "a.safetensors").exit_code == 0
+    assert any(OTHER_COMMIT in path for _, path, _ in server.requests)
+    server.requests.clear()
+    assert generated("--adapter", tmp_path / "a.safetensors").exit_code == 0 and not server.requests
+    assert generated("--base", "owner/model").exit_code == 0 and not server.requests
 
 
 def take_for_the_hub(rank, url, cache):
