@@ -53,16 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(dtype)
 
 
-def gated_attention_paper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    gate: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
+def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """Zero-init attention as in the paper (equations 5 to 9), written out step by step.
 
     q (B, H, T, D); k, v (B, Hkv, S, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1);
@@ -87,16 +78,7 @@ def gated_attention_paper(
     return weights @ torch.cat([prompt_v, v], dim=2)
 
 
-def gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    gate: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
+def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """Equivalent to `gated_attention_paper`, with two fused attentions that do not store the weights.
 
     With A and W the softmax over prompts and tokens, [g A ; W] [vp ; v] = g (A vp) + W v. With a zero

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from adapter import Adapter, Prompt
 from encoders.media import frames_of, preprocess
-from encoders.models import ViT
-from runtime.files import atomic_write, require_file
-from runtime.files import hash_tensors
+from encoders.models import ViT, make_mlp
+from runtime.files import atomic_write, hash_tensors, require_file
 from runtime.schema import whole_number
 
 DEPTHS = 4  # M
@@ -41,11 +40,7 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         self, *, features: int, bottleneck: int = 72, dim: int, generator: torch.Generator | None = None, **shape
     ):
         super().__init__(dim=dim, generator=generator, **shape)
-        self.projection = nn.Sequential(nn.Linear(features, bottleneck), nn.GELU(), nn.Linear(bottleneck, dim))
-        for linear in (self.projection[0], self.projection[2]):
-            bound = linear.in_features**-0.5  # as PyTorch does it, but from the generator
-            for parameter in (linear.weight, linear.bias):
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        self.projection = make_mlp([features, bottleneck, dim], "gelu", generator)
 
     def forward(
         self,

@@ -6,22 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from adapter import Adapter
-from encoders.models import Roberta, ViT
+from encoders.models import MLP_ACTIVATIONS, Roberta, ViT, make_mlp
 from runtime.files import parse_json
 from runtime.schema import whole_number
-
-HEAD_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
-
-
-def make_head(widths: Sequence[int], activation: str, generator: torch.Generator | None = None) -> nn.Sequential:
-    """Linear layers from the width of an encoder to the number of classes, with an activation between any two."""
-    layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
-        linear = nn.Linear(before, after)
-        for parameter in (linear.weight, linear.bias):
-            nn.init.uniform_(parameter, -(before**-0.5), before**-0.5, generator=generator)
-        layers += [linear, HEAD_ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
 
 
 class HeadAdapter(Adapter):
@@ -31,7 +18,7 @@ class HeadAdapter(Adapter):
         self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **shape
     ):
         super().__init__(generator=generator, **shape)
-        self.head = make_head(widths, head_activation, generator)
+        self.head = make_mlp(widths, head_activation, generator)
         self.metadata["head_activation"] = head_activation
 
     @classmethod
@@ -49,8 +36,8 @@ class HeadAdapter(Adapter):
         widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
         if widths[0] != tensors["prompts"].shape[2]:
             raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
-        if activation not in HEAD_ACTIVATIONS:
-            raise ValueError(f"head_activation {activation!r} is none of {list(HEAD_ACTIVATIONS)}")
+        if activation not in MLP_ACTIVATIONS:
+            raise ValueError(f"head_activation {activation!r} is none of {list(MLP_ACTIVATIONS)}")
         return super().from_tensors(tensors, metadata, widths=widths, head_activation=activation)
 
 

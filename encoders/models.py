@@ -28,6 +28,20 @@ def check_shape(config, names: Sequence[str]) -> None:
         raise ValueError(f"activation {config.activation!r} is none of {list(ACTIVATIONS)}")
 
 
+MLP_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
+
+
+def make_mlp(widths: Sequence[int], activation: str, generator: torch.Generator | None = None) -> nn.Sequential:
+    """Linear layers of these widths, with an activation between two; initialized as PyTorch does, by the generator."""
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:]):
+        linear = nn.Linear(before, after)
+        for parameter in (linear.weight, linear.bias):
+            nn.init.uniform_(parameter, -(before**-0.5), before**-0.5, generator=generator)
+        layers += [linear, MLP_ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
 class SelfAttention(nn.Module):
     """Of all tokens to all, with biases."""
 

@@ -46,9 +46,7 @@ class Setting(NamedTuple):
     rank: int = 8  # of LoRA
 
 
-def ungated_attention(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor, mask=None, causal: bool = False
-) -> Tensor:
+def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
 
     As `gated_attention`; the gate is left out.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter import gated_attention
-from encoders.heads import make_head
+from encoders.models import make_mlp
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from formats.tensors import check_layers, copy, download_hint, filled, named, open_shards, open_tensors, require_dense
 from runtime.files import read_json_object, write_json, write_tensors
@@ -153,7 +153,7 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             raise ValueError(f"{source.head[0]} is {[tuple(weight.shape) for weight in weights]}, no head")
         widths = [source.config.dim, *map(len, weights)]
-    head = make_head(widths, source.head_activation)
+    head = make_mlp(widths, source.head_activation)
     fill(head, lambda name: source.tensors[numbers[name[0]] + name[1:]](), path, torch.float32, device)
     return head.requires_grad_(True)
 

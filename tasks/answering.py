@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,12 +101,17 @@ def write_scores(answers: Answers, scores: dict[str, float | None], folder: Path
     click.echo(f"wrote results.json and scores.json to {folder}", err=True)
 
 
+def require_answers(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
+    """Raise ValueError if a results file has no answer for one of the names."""
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise ValueError(f"{path}: answers {len(names) - len(absent)} of {len(names)} {unit}s, not {absent[0]}")
+
+
 def read_answers(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
     """The answer to each example, of a results.json as `write_scores` writes it. Raises OSError or ValueError."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(text, str | None) for text in results.values()):
         raise ValueError(f"{path}: is not an object of answers by the names of examples")
-    absent = [example.name for example in examples if example.name not in results]
-    if absent:
-        raise ValueError(f"{path}: answers {len(examples) - len(absent)} of {len(examples)} examples, not {absent[0]}")
+    require_answers(path, [example.name for example in examples], results, "example")
     return [results[example.name] for example in examples]

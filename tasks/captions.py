@@ -15,7 +15,7 @@ import click
 from data import Example, check_text
 from runtime.files import read_json, write_json
 from tasks import Task
-from tasks.answering import Answers
+from tasks.answering import Answers, require_answers
 
 INSTRUCTION = "Generate caption for this image"
 
@@ -85,9 +85,7 @@ def read_answers(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     if not right or not all(isinstance(v["caption"], str) and type(v["image_id"]) is int for v in values):
         raise ValueError(f"{path}: is not a list of objects with a number 'image_id' and a text 'caption'")
     answers = {value["image_id"]: value["caption"] for value in values}
-    absent = [picture.id for picture in pictures if picture.id not in answers]
-    if absent:
-        raise ValueError(f"{path}: describes {len(pictures) - len(absent)} of {len(pictures)} images, not {absent[0]}")
+    require_answers(path, [picture.id for picture in pictures], answers, "image")
     return [answers[picture.id] for picture in pictures]
 
 

@@ -13,7 +13,7 @@ import click
 from data import Example, check_text
 from runtime.files import read_json, write_json, write_text
 from tasks import Task
-from tasks.answering import Answers
+from tasks.answering import Answers, require_answers
 
 LETTERS = "ABCDEFGHIJ"
 SUBJECTS = ("natural science", "social science", "language science")
@@ -170,9 +170,7 @@ def read_answers(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     results = results.get("results") if isinstance(results, dict) else None
     if not isinstance(results, dict):
         raise ValueError(f"{path}: has no object 'results' of an index for each problem's id")
-    absent = [problem.id for problem in problems if problem.id not in results]
-    if absent:
-        raise ValueError(f"{path}: answers {len(problems) - len(absent)} of {len(problems)} problems, not {absent[0]}")
+    require_answers(path, [problem.id for problem in problems], results, "problem")
     answers = []
     for problem in problems:
         index = results[problem.id]

@@ -522,11 +522,11 @@ def clip(folder):
 
 
 def timm(folder):
-    from encoders.heads import make_head
+    from encoders.models import make_mlp
     from encoders.models import ViTConfig
 
     config = ViTConfig(24, 8, 128, 3, 2, 96, clip=False)
-    save_file(timm_names(make_vit(config), make_head([128, 3], "tanh")), folder / "model.safetensors")
+    save_file(timm_names(make_vit(config), make_mlp([128, 3], "tanh")), folder / "model.safetensors")
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": pixels}))
     return folder / "config.json"
@@ -543,12 +543,12 @@ def clip_folder(folder):
 
 def vit_folder(folder):
     """Hugging Face's ViT for classification."""
-    from encoders.heads import make_head
+    from encoders.models import make_mlp
     from encoders.models import ViTConfig
     from formats.encoders import HUGGING_FACE_VIT, renamed
 
     config = ViTConfig(24, 8, 128, 3, 2, 96, activation="gelu", clip=False)
-    model, head = make_vit(config), make_head([128, 3], "tanh")
+    model, head = make_vit(config), make_mlp([128, 3], "tanh")
     tensors = {renamed(name, HUGGING_FACE_VIT): t.contiguous() for name, t in model.state_dict().items()}
     for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
         tensors[name] = tensors[name][None, None].clone() if name.endswith("token") else tensors[name][None].clone()

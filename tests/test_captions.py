@@ -112,7 +112,7 @@ def test_captions_of_a_file(tmp_path):
     path.write_text(json.dumps([{"image_id": 9, "caption": "b"}, {"image_id": 5, "caption": "a"}]))
     assert read_answers(path, pictures) == ["a", "b"]
     path.write_text(json.dumps([{"image_id": 5, "caption": "a"}]))
-    with pytest.raises(ValueError, match="describes 1 of 2 images, not 9"):
+    with pytest.raises(ValueError, match="answers 1 of 2 images, not 9"):
         read_answers(path, pictures)
     for bad in ({"5": "a"}, [{"image_id": [5], "caption": "a"}]):
         path.write_text(json.dumps(bad))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from encoder_tuning.labelled import Labelled
 from encoder_tuning.objective import class_loss
-from encoders.heads import make_head
+from encoders.models import make_mlp
 from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders, few_examples
 from experiments.__main__ import main
@@ -27,7 +27,7 @@ from train import TrainConfig, mean_loss
 def test_every_method_learns(tmp_path, method):
     """And trains what it says, and nothing else."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
-    torch.save(timm_names(make_vit(config), make_head([64, 3], "tanh")), tmp_path / "vit.pth")
+    torch.save(timm_names(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
     tunable = encoders.set_up_encoder(method, sets, seed=0)
     model, adapter = tunable.model, tunable.adapter

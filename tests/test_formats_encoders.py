@@ -9,7 +9,7 @@ import torch
 from helpers import SMALL, make_images, make_vit, openai_names, timm_names, vary
 
 from encoder_tuning.data import read_labelled
-from encoders.heads import make_head
+from encoders.models import make_mlp
 from encoders.models import ViTConfig
 from formats.encoders import load_encoder, load_vit
 
@@ -132,7 +132,7 @@ def test_a_vision_transformer_is_that_of_transformers(tmp_path):
 def test_timm_s_names(tmp_path, folder):
     half = (0.5, 0.5, 0.5)
     config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", clip=False, mean=half, std=half)
-    model, head = make_vit(config), make_head([128, 7], "tanh")
+    model, head = make_vit(config), make_mlp([128, 7], "tanh")
     if folder:
         from safetensors.torch import save_file
 
