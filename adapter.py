@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from runtime.files import write_tensors
 
 
-class Prompt(NamedTuple):
+class AdaptionPrompt(NamedTuple):
     """Prompt embeddings and gate of one layer. The layer projects the embeddings with its own frozen Wk and Wv.
 
-    The first dimension is 1 if the batch shares the prompt, B if each sample has its own.
+    The first dimension is 1 if the batch shares the adaption prompt, B if each sample has its own.
     """
 
-    tokens: Tensor  # (1|B, K, C)
+    embeddings: Tensor  # (1|B, K, C)
     gate: Tensor  # (1|B, H, 1, 1), after its activation
 
 
@@ -127,18 +127,18 @@ class Adapter(nn.Module):
 
     def forward(
         self, condition: Tensor | None = None, gate_scale: float = 1.0, dtype: torch.dtype | None = None
-    ) -> list[Prompt]:
-        """Return the prompts of the L adapted layers, lowest layer first, cast to the dtype of the base.
+    ) -> list[AdaptionPrompt]:
+        """Return the adaption prompts of the L adapted layers, lowest layer first, cast to the dtype of the base.
 
         `condition` (B, C), such as a projected image, is added to every prompt vector (section 3.3).
         `gate_scale` scales the gates after their activation: 0 gives the output of the frozen base.
         """
-        tokens = self.prompts.unsqueeze(1)  # (L, 1, K, C)
+        embeddings = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:
-            tokens = tokens + condition[None, :, None, :]  # (L, B, K, C)
+            embeddings = embeddings + condition[None, :, None, :]  # (L, B, K, C)
         gates = gate_scale * self.gate_values()[:, None, :, None, None]  # (L, 1, H, 1, 1)
-        dtype = dtype or tokens.dtype
-        return [Prompt(p, g) for p, g in zip(tokens.to(dtype), gates.to(dtype))]  # the only cast to the base's dtype
+        dtype = dtype or embeddings.dtype  # the only cast to the base's dtype
+        return [AdaptionPrompt(p, g) for p, g in zip(embeddings.to(dtype), gates.to(dtype))]
 
     def gate_values(self) -> Tensor:
         """Gate values after the activation, (L, H)."""

@@ -169,11 +169,11 @@ def format_prompt(instruction: str, input: str = "") -> str:
     return ALPACA["with_input" if input else "without_input"].format(instruction=instruction, input=input)
 
 
-class Round(NamedTuple):
+class Exchange(NamedTuple):
     """A prompt and its response, as ids."""
 
-    prompt: list[int]  # tokens between the previous response and this one
-    answer: list[int]  # the response with its <eos>; the loss covers these tokens
+    prompt_ids: list[int]  # tokens between the previous response and this one
+    response_ids: list[int]  # the response with its <eos>; the loss covers these tokens
 
 
 class Template(Protocol):
@@ -183,10 +183,10 @@ class Template(Protocol):
     end_ids: list[int]  # any of them ends a response
     has_turns: bool  # whether it supports conversations of several turns
 
-    def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
+    def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         """Return the ids of the prompt, the same in training and generation."""
 
-    def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
+    def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         """Yield the prompts and responses of every example. Raises ValueError, naming an example that does not fit."""
 
 
@@ -200,38 +200,38 @@ class AlpacaTemplate(Template):
         self.tokenizer = tokenizer
         self.end_ids = tokenizer.end_ids
 
-    def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
+    def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         return self.tokenizer.start_ids + self.tokenizer.encode(format_prompt(instruction, input))
 
-    def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
+    def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
             if example.turns and not example.output:
                 wanted = "alpaca takes one instruction and its response: --template auto, llama-2, llama-3 or chatml"
                 raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {wanted}")
-            answer = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
-            yield [Round(self.prompt(example.instruction, example.input), answer)]
+            response_ids = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
+            yield [Exchange(self.encode_prompt(example.instruction, example.input), response_ids)]
 
 
 def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
     """Return the examples that fit into `max_length` tokens, and the number of those that had to be truncated.
 
-    Truncation shortens a response, which then has no <eos>, or removes whole rounds from the end of a conversation. An
-    example whose prompt leaves no room for a response is dropped.
+    Truncation shortens a response, which then has no <eos>, or removes whole exchanges from the end of a conversation.
+    An example whose prompt leaves no room for a response is dropped.
 
     Prompt and response are tokenized separately and joined as ids. If they were tokenized together, a token could span
     both (as in 3.3 % of Alpaca), and the prompt in training would differ from the one that generation starts from.
     """
     tokenized = []
     num_truncated = 0
-    for example, rounds in zip(examples, template.rounds(examples)):
-        total = sum(len(prompt) + len(answer) for prompt, answer in rounds)
+    for example, exchanges in zip(examples, template.encode_exchanges(examples)):
+        total = sum(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in exchanges)
         ids = []
         loss_mask = []
-        for prompt, answer in rounds:
-            if ids and len(ids) + len(prompt) + len(answer) > max_length:
+        for prompt_ids, response_ids in exchanges:
+            if ids and len(ids) + len(prompt_ids) + len(response_ids) > max_length:
                 break
-            ids += prompt + answer
-            loss_mask += [False] * len(prompt) + [True] * len(answer)
+            ids += prompt_ids + response_ids
+            loss_mask += [False] * len(prompt_ids) + [True] * len(response_ids)
         if any(loss_mask[:max_length]):
             tokenized.append(Tokens(ids[:max_length], loss_mask[:max_length], example.name, example.features))
             num_truncated += total > max_length

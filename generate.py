@@ -15,7 +15,7 @@ from cloup import command, option, option_group
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter import ATTENTIONS, Adapter, Prompt
+from adapter import ATTENTIONS, Adapter, AdaptionPrompt
 from data import Request, Template, Tokenizer, Turn
 from formats.chat_templates import NAMES, load_template, question
 from formats.loading import load_with_adapters
@@ -58,19 +58,21 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return tokens.gather(-1, choice).squeeze(-1)
 
 
-def prefill(model: LLaMA, tokens: Sequence[list[int]], prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
+def prefill(
+    model: LLaMA, tokens: Sequence[list[int]], adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache
+) -> Tensor:
     """Process B rows of ids, which may differ in length, after those in the cache; return the next logits (B, V)."""
     lengths = torch.tensor([len(row) for row in tokens], device=model.device)
     longest = max(map(len, tokens))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=model.device)  # (B, T)
-    hidden = model.hidden_states(padded, prompts, cache)  # (B, T, C)
+    hidden = model.hidden_states(padded, adaption_prompts, cache)  # (B, T, C)
     cache.lengths += lengths  # the next tokens overwrite what the padding has written
     return model.output(hidden[torch.arange(len(tokens), device=model.device), lengths - 1])
 
 
-def decode(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
+def decode(model: LLaMA, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache) -> Tensor:
     """Process the newest token of every row, ids (B,); return the next logits (B, V)."""
-    hidden = model.hidden_states(ids[:, None], prompts, cache)  # (B, 1, C)
+    hidden = model.hidden_states(ids[:, None], adaption_prompts, cache)  # (B, 1, C)
     cache.lengths += 1
     return model.output(hidden[:, 0])
 
@@ -79,7 +81,7 @@ def decode(model: LLaMA, ids: Tensor, prompts: Sequence[Prompt], cache: KVCache)
 def stream(
     model: LLaMA,
     tokens: Sequence[list[int]],
-    prompts: Sequence[Prompt] = (),
+    adaption_prompts: Sequence[AdaptionPrompt] = (),
     sampling: Sampling = Sampling(),
     decode: Callable[..., Tensor] = decode,
     cache: KVCache | None = None,
@@ -87,7 +89,7 @@ def stream(
     """Continue each of B rows of token ids, which may differ in length.
 
     Yields B ids per step, None for a row that has ended. `decode` is the function above, plain or compiled. A `cache`
-    contains the tokens before the rows, processed with the same prompts, and has room for the new ones. Raises
+    contains the tokens before the rows, processed with the same adaption prompts, and has room for the new ones. Raises
     ValueError for an empty row.
     """
     if not all(tokens):
@@ -95,7 +97,7 @@ def stream(
     limit = sampling.max_new_tokens
     if cache is None:
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
-    logits = prefill(model, tokens, prompts, cache)
+    logits = prefill(model, tokens, adaption_prompts, cache)
     ended = [False] * len(tokens)
     newest = None
     # Reading a token on the host waits for the GPU. It is read eight steps at a time there, while the GPU continues.
@@ -104,7 +106,7 @@ def stream(
         new = []
         for step in range(start, min(start + steps_at_once, limit)):
             if step > 0:
-                logits = decode(model, newest, prompts, cache)  # (B, V)
+                logits = decode(model, newest, adaption_prompts, cache)  # (B, V)
             newest = sample(logits, sampling.temperature, sampling.top_p, sampling.generator)  # (B,)
             new.append(newest)
         for ids in torch.stack(new).tolist():
@@ -117,13 +119,13 @@ def stream(
 def generate(
     model: LLaMA,
     tokens: Sequence[list[int]],
-    prompts: Sequence[Prompt] = (),
+    adaption_prompts: Sequence[AdaptionPrompt] = (),
     decode: Callable[..., Tensor] = decode,
     **sampling,
 ) -> list[list[int]]:
     """Return the new ids of every row; `sampling` are fields of Sampling."""
     responses: list[list[int]] = [[] for _ in tokens]
-    for ids in stream(model, tokens, prompts, Sampling(**sampling), decode):
+    for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode):
         for response, id in zip(responses, ids):
             if id is not None:
                 response.append(id)
@@ -150,10 +152,10 @@ def text_pieces(steps: Iterator[list[int | None]], tokenizer: Tokenizer, ids: li
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter that is ready for generation; or the base alone, which has no adapter and no prompts."""
+    """An adapter that is ready for generation; or the base alone, which has no adapter and no adaption prompts."""
 
     adapter: Adapter | None
-    prompts: Sequence[Prompt]  # of its layers, in the base's dtype
+    adaption_prompts: Sequence[AdaptionPrompt]  # of its layers, in the base's dtype
     template: Template
 
 
@@ -189,11 +191,11 @@ class Responder:
             kind = template or ("alpaca" if known is None else known.metadata.get("prompt_template", "alpaca"))
             if kind not in templates:
                 templates[kind] = load_template(kind, tokenizer)
-            prompts: Sequence[Prompt] = ()
+            adaption_prompts: Sequence[AdaptionPrompt] = ()
             if adapter is not None:
                 with torch.no_grad():
-                    prompts = adapter(gate_scale=gate_scale, dtype=model.dtype)
-            self.loaded[name] = LoadedAdapter(adapter, prompts, templates[kind])
+                    adaption_prompts = adapter(gate_scale=gate_scale, dtype=model.dtype)
+            self.loaded[name] = LoadedAdapter(adapter, adaption_prompts, templates[kind])
         end_ids = {id for each in templates.values() for id in each.end_ids}
         self.sampling = Sampling(end_ids=end_ids)._replace(**sampling)
 
@@ -201,7 +203,7 @@ class Responder:
         """Yield the response, piece by piece. Raises ValueError if the prompt fills the base's context."""
         tokens, limit = self.tokens_and_limit(request)
         sampling = self.sampling._replace(max_new_tokens=limit)
-        ids = stream(self.model, [tokens], self.prompts(request), sampling, self.decode)
+        ids = stream(self.model, [tokens], self.adaption_prompts(request), sampling, self.decode)
         return text_pieces(ids, self.tokenizer, [])
 
     def tokens_and_limit(self, request: Request) -> tuple[list[int], int]:
@@ -220,14 +222,14 @@ class Responder:
             raise ValueError(f"{how} has no turns: --template auto, llama-2, llama-3 or chatml")
         if self.raw:
             return self.tokenizer.start_ids + self.tokenizer.encode(request.instruction)
-        return template.prompt(request.instruction, request.input, request.history)
+        return template.encode_prompt(request.instruction, request.input, request.history)
 
     @torch.no_grad()
-    def prompts(self, request: Request) -> Sequence[Prompt]:
-        """The prompts of the request's adapter, shifted by the features of its image if it has one."""
-        adapter, prompts, _ = self.loaded[request.adapter]
+    def adaption_prompts(self, request: Request) -> Sequence[AdaptionPrompt]:
+        """Return the adaption prompts of the request's adapter, shifted by the features of its image if it has one."""
+        adapter, adaption_prompts, _ = self.loaded[request.adapter]
         if request.features is None:
-            return prompts
+            return adaption_prompts
         features = request.features[None].to(self.model.device)  # (1, F)
         return adapter(features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
@@ -238,10 +240,10 @@ class Responder:
     def answer_batch(self, requests: Sequence[Request]) -> list[str]:
         """Return the responses to several requests, which may have different adapters and images."""
         tokens, limits = zip(*map(self.tokens_and_limit, requests))
-        prompts = concat_prompts(list(map(self.prompts, requests)))
+        adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
         sampling = self.sampling._replace(max_new_tokens=max(limits))
         responses: list[list[int]] = [[] for _ in requests]
-        for ids in stream(self.model, tokens, prompts, sampling, self.decode):
+        for ids in stream(self.model, tokens, adaption_prompts, sampling, self.decode):
             for response, id, limit in zip(responses, ids, limits):
                 if id is not None and len(response) < limit:
                     response.append(id)
@@ -259,18 +261,18 @@ class Responder:
                         yield response
 
 
-def concat_prompts(sets: Sequence[Sequence[Prompt]]) -> list[Prompt]:
-    """Concatenate the prompts of a batch along B; each sample may have another adapter, with the same K.
+def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
+    """Concatenate the adaption prompts of a batch along B; each sample may have another adapter, with the same K.
 
     A sample that has fewer adapted layers than another, or none (the base), has zero gates in the others. A batch that
     shares one adapter needs no copies.
     """
-    if all(prompts is sets[0] for prompts in sets):
+    if all(each is sets[0] for each in sets):
         return list(sets[0])
     deepest = max(sets, key=len)
     zero = [prompt._replace(gate=torch.zeros_like(prompt.gate)) for prompt in deepest]
-    padded = [zero[: len(deepest) - len(prompts)] + list(prompts) for prompts in sets]
-    return [Prompt(*map(torch.cat, zip(*layer))) for layer in zip(*padded)]
+    padded = [zero[: len(deepest) - len(each)] + list(each) for each in sets]
+    return [AdaptionPrompt(*map(torch.cat, zip(*layer))) for layer in zip(*padded)]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -403,8 +405,8 @@ def answer_file(responder: Responder, jsonl: str, out: str, options: dict) -> No
     for index, request in enumerate(requests):
         with named(f"{jsonl}: record {index}"):
             responder.tokens_and_limit(request)
-    used = {request.adapter: responder.loaded[request.adapter].prompts for request in requests}
-    lengths = {name: len(prompts[0].tokens[0]) for name, prompts in used.items() if prompts}
+    used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
+    lengths = {name: len(each[0].embeddings[0]) for name, each in used.items() if each}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{jsonl}: adapters of different lengths cannot share a batch: {lengths}")
     requests = attach_images(requests, images, responder, options["tower"], options["encoder"])
@@ -435,8 +437,8 @@ class Conversation:
         known = self.continue_cache(tokens, limit)
         sampling = responder.sampling._replace(max_new_tokens=limit)
         new: list[int] = []
-        prompts = responder.prompts(request)
-        ids = stream(responder.model, [tokens[known:]], prompts, sampling, responder.decode, self.cache)
+        adaption_prompts = responder.adaption_prompts(request)
+        ids = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode, self.cache)
         yield from text_pieces(ids, responder.tokenizer, new)
         self.ids = tokens + new
         if responder.has_turns(self.adapter):

@@ -1,4 +1,4 @@
-"""LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with an optional prompt per layer.
+"""LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with an optional adaption prompt per layer.
 
 Parameters have the names of Meta's checkpoints. Notation as in adapter.py.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter import Prompt, attend, gated_attention
+from adapter import AdaptionPrompt, attend, gated_attention
 from runtime.schema import require_number
 
 
@@ -116,11 +116,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class LayerCache:
-    """Cached keys and values of one layer, of the tokens and of the prompt."""
+    """Cached keys and values of one layer, of the tokens and of the adaption prompt."""
 
     k: Tensor  # (B, Hkv, capacity, D)
     v: Tensor
-    prompt: tuple[Tensor, Tensor] | None = None  # (1|B, Hkv, K, D) each, projected at the first forward pass
+    prompt_kv: tuple[Tensor, Tensor] | None = None  # (1|B, Hkv, K, D) each, projected at the first forward pass
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, Hkv, T, D) at positions (B, T), and return the whole cache (B, Hkv, capacity, D)."""
@@ -155,10 +155,10 @@ class KVCache:
         longer.layers = []
         for layer in self.layers:
             k, v = (F.pad(x[rows], (0, 0, 0, capacity - self.capacity)) for x in (layer.k, layer.v))
-            prompt = layer.prompt
-            if prompt is not None and len(prompt[0]) > 1:  # each row has its own
-                prompt = prompt[0][rows], prompt[1][rows]
-            longer.layers.append(LayerCache(k, v, prompt))
+            prompt_kv = layer.prompt_kv
+            if prompt_kv is not None and len(prompt_kv[0]) > 1:  # each row has its own
+                prompt_kv = prompt_kv[0][rows], prompt_kv[1][rows]
+            longer.layers.append(LayerCache(k, v, prompt_kv))
         return longer
 
 
@@ -187,17 +187,21 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H*D) -> (B, T, H, D)
 
-    def project_prompt(self, prompt: Prompt, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """Project a prompt to keys and values (1|B, Hkv, K, D), unrotated: a prompt has no position."""
-        if cache is not None and cache.prompt is not None:
-            return cache.prompt
-        k = self.k_norm(self.heads(self.wk(prompt.tokens))).transpose(1, 2)  # (1|B, Hkv, K, D)
-        v = self.heads(self.wv(prompt.tokens)).transpose(1, 2)  # (1|B, Hkv, K, D)
+    def project_adaption_prompt(
+        self, adaption_prompt: AdaptionPrompt, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Project an adaption prompt to keys and values (1|B, Hkv, K, D), unrotated: it has no position."""
+        if cache is not None and cache.prompt_kv is not None:
+            return cache.prompt_kv
+        k = self.k_norm(self.heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
+        v = self.heads(self.wv(adaption_prompt.embeddings)).transpose(1, 2)  # (1|B, Hkv, K, D)
         if cache is not None:
-            cache.prompt = k, v
+            cache.prompt_kv = k, v
         return k, v
 
-    def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Positions, adaption_prompt: AdaptionPrompt | None, cache: LayerCache | None
+    ) -> Tensor:
         q = self.q_norm(self.heads(self.wq(x)))  # (B, T, H, D)
         k = self.k_norm(self.heads(self.wk(x)))  # (B, T, Hkv, D)
         v = self.heads(self.wv(x)).transpose(1, 2)  # (B, Hkv, T, D)
@@ -207,11 +211,11 @@ class Attention(nn.Module):
             k, v = cache.write(k, v, positions.index)  # (B, Hkv, S, D)
         mask = positions.mask
         causal = mask is None
-        if prompt is None:
+        if adaption_prompt is None:
             output = attend(q, k, v, mask, causal)  # (B, H, T, D)
         else:
-            prompt_k, prompt_v = self.project_prompt(prompt, cache)
-            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, mask, causal)
+            prompt_k, prompt_v = self.project_adaption_prompt(adaption_prompt, cache)
+            output = self.gated(q, k, v, prompt_k, prompt_v, adaption_prompt.gate, mask, causal)
         return self.wo(output.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -236,13 +240,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, positions: Positions, prompt: Prompt | None, cache: LayerCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, prompt, cache)  # (B, T, C)
+    def forward(
+        self, x: Tensor, positions: Positions, adaption_prompt: AdaptionPrompt | None, cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, adaption_prompt, cache)  # (B, T, C)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class LLaMA(nn.Module):
-    """Decoder-only transformer. `attention`, `gated_attention` or its equivalent, is used in layers with a prompt."""
+    """Decoder-only transformer. Layers with an adaption prompt use `attention`: `gated_attention` or its equivalent."""
 
     def __init__(self, config: Config, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -263,18 +269,19 @@ class LLaMA(nn.Module):
     def hidden_states(
         self,
         tokens: Tensor,  # (B, T)
-        prompts: Sequence[Prompt] = (),
+        adaption_prompts: Sequence[AdaptionPrompt] = (),
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """Return the final hidden states (B, T, C); the topmost len(prompts) layers get the prompts.
+        """Return the final hidden states (B, T, C); the topmost len(adaption_prompts) layers get one each.
 
         With `checkpoint_activations` a layer stores only its input, and is recomputed in the backward pass. Raises
-        ValueError if there are more prompts than layers.
+        ValueError if there are more adaption prompts than layers.
         """
-        first_adapted = len(self.layers) - len(prompts)
+        first_adapted = len(self.layers) - len(adaption_prompts)
         if first_adapted < 0:
-            raise ValueError(f"prompts for {len(prompts)} layers, but the model has {len(self.layers)} layers")
+            number = len(adaption_prompts)
+            raise ValueError(f"adaption prompts for {number} layers, but the model has {len(self.layers)} layers")
         index = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:
@@ -284,17 +291,19 @@ class LLaMA(nn.Module):
 
         x = self.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(self.layers):
-            prompt = prompts[i - first_adapted] if i >= first_adapted else None
+            adaption_prompt = adaption_prompts[i - first_adapted] if i >= first_adapted else None
             layer_cache = cache.layers[i] if cache is not None else None
             if checkpoint_activations:
-                x = checkpoint(block, x, positions, prompt, layer_cache, use_reentrant=False)
+                x = checkpoint(block, x, positions, adaption_prompt, layer_cache, use_reentrant=False)
             else:
-                x = block(x, positions, prompt, layer_cache)
+                x = block(x, positions, adaption_prompt, layer_cache)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, prompts: Sequence[Prompt] = (), cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = (), cache: KVCache | None = None
+    ) -> Tensor:
         """Return logits (B, T, V) for tokens (B, T)."""
-        return self.output(self.hidden_states(tokens, prompts, cache))
+        return self.output(self.hidden_states(tokens, adaption_prompts, cache))
 
 
 def num_parameters(config: Config) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter import Adapter, Prompt
+from adapter import Adapter, AdaptionPrompt
 from encoders.media import frames_of, preprocess
 from encoders.models import ViT, make_mlp
 from runtime.files import atomic_write, hash_tensors, require_file
@@ -48,7 +48,7 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         has_image: Tensor | None = None,
         gate_scale: float = 1.0,
         dtype: torch.dtype | None = None,
-    ) -> list[Prompt]:
+    ) -> list[AdaptionPrompt]:
         """As `Adapter.forward`, each sample's prompts shifted by its image's features (B, F), if there are any.
 
         Nothing shifts those of samples where `has_image` (B,) is False.

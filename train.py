@@ -127,10 +127,10 @@ def response_loss(
     inputs = batch.inputs.to(model.device)  # (B, T)
     targets = batch.targets.to(model.device)  # (B, T)
     if batch.features is None:
-        prompts = adapter(dtype=model.dtype)
+        adaption_prompts = adapter(dtype=model.dtype)
     else:
-        prompts = adapter(batch.features.to(model.device), batch.has_image.to(model.device), dtype=model.dtype)
-    hidden = model.hidden_states(inputs, prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
+        adaption_prompts = adapter(batch.features.to(model.device), batch.has_image.to(model.device), dtype=model.dtype)
+    hidden = model.hidden_states(inputs, adaption_prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
     loss_mask = targets != IGNORE  # (B, T)
     return chunked_cross_entropy(hidden[loss_mask], model.output.weight, targets[loss_mask])
 

@@ -43,9 +43,12 @@ def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activation
             kept[storage.data_ptr()] = storage
         return tensor
 
-    prompts, ids = random_adapter(small, torch.device("cpu"), layers)(), torch.zeros(1, tokens, dtype=torch.long)
+    adaption_prompts, ids = (
+        random_adapter(small, torch.device("cpu"), layers)(),
+        torch.zeros(1, tokens, dtype=torch.long),
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.hidden_states(ids, prompts, checkpoint_activations=checkpoint_activations)
+        model.hidden_states(ids, adaption_prompts, checkpoint_activations=checkpoint_activations)
     return sum(storage.nbytes() for storage in kept.values()) // 4
 
 

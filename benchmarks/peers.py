@@ -113,8 +113,8 @@ class Ours(Adapted):
 
     @torch.no_grad()
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
-        prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
-        return generate(self.model, rows, prompts, max_new_tokens=n, decode=self.decode)
+        adaption_prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
+        return generate(self.model, rows, adaption_prompts, max_new_tokens=n, decode=self.decode)
 
     def continuation(self, tokens: list[int], n: int) -> list[int]:
         return self.continuations([tokens], n)[0]
@@ -137,7 +137,7 @@ class Plain(Adapted):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE)
 
     def logits(self, tokens: Tensor, start: int, cache: list | None) -> Tensor:
-        model, prompts = self.model, self.adapter(dtype=self.model.dtype)
+        model, adaption_prompts = self.model, self.adapter(dtype=self.model.dtype)
         (B, T), group = tokens.shape, model.config.n_heads // model.config.n_kv_heads
         cos, sin = rope_cos_sin(torch.arange(start, start + T, device=tokens.device)[None], model.config)
         mask = torch.full((T, start + T), -math.inf, device=tokens.device).triu(start + 1)
@@ -152,12 +152,14 @@ class Plain(Adapted):
             k, v = (y.repeat_interleave(group, dim=1) for y in (k, v))
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + mask.to(q.dtype)
             output = scores.float().softmax(dim=3).to(q.dtype) @ v
-            if i >= len(model.layers) - len(prompts):
-                prompt = prompts[i - len(model.layers)]
-                pk, pv = (attention.heads(w(prompt.tokens)).transpose(1, 2) for w in (attention.wk, attention.wv))
+            if i >= len(model.layers) - len(adaption_prompts):
+                adaption_prompt = adaption_prompts[i - len(model.layers)]
+                pk, pv = (
+                    attention.heads(w(adaption_prompt.embeddings)).transpose(1, 2) for w in (attention.wk, attention.wv)
+                )
                 pk, pv = (y.repeat_interleave(group, dim=1).repeat(B, 1, 1, 1) for y in (pk, pv))  # (B, H, K, D)
                 scores = q @ pk.transpose(2, 3) / math.sqrt(q.shape[3])
-                output = output + prompt.gate * scores.float().softmax(dim=3).to(q.dtype) @ pv
+                output = output + adaption_prompt.gate * scores.float().softmax(dim=3).to(q.dtype) @ pv
             x = x + attention.wo(output.transpose(1, 2).flatten(2))
             x = x + block.feed_forward(block.ffn_norm(x))
         return F.linear(model.norm(x), self.head)

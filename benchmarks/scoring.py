@@ -20,9 +20,13 @@ def questions_of(
     examples: Sequence[Example], tokenizer: Tokenizer, choices: int
 ) -> list[tuple[None, list[int], list[int]]]:
     """Prompts of the data, each with the beginnings of its own response and of those of the examples that follow."""
-    rounds = [asked for (asked,) in AlpacaTemplate(tokenizer).rounds(examples)]
-    rows = range(len(rounds))
-    return [(None, rounds[i].prompt, rounds[(i + j) % len(rows)].answer[:CHOICE]) for i in rows for j in range(choices)]
+    exchanges = [asked for (asked,) in AlpacaTemplate(tokenizer).encode_exchanges(examples)]
+    rows = range(len(exchanges))
+    return [
+        (None, exchanges[i].prompt_ids, exchanges[(i + j) % len(rows)].response_ids[:CHOICE])
+        for i in rows
+        for j in range(choices)
+    ]
 
 
 @command("score", context_settings={"show_default": True})

@@ -159,8 +159,8 @@ def what_it_takes(
 
     def answer():
         with torch.no_grad():
-            prompts = adapter(dtype=dtype)
-        tokens = stream(model, [example.ids], prompts, Sampling(max_new_tokens=new))
+            adaption_prompts = adapter(dtype=dtype)
+        tokens = stream(model, [example.ids], adaption_prompts, Sampling(max_new_tokens=new))
         next(tokens)  # the prompt is read
         return seconds_of(lambda: list(tokens), device) / (new - 1)
 

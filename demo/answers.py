@@ -130,7 +130,7 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
     tokens, limit = responder.tokens_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
-    new = stream(responder.model, [tokens], responder.prompts(request), sampling)
+    new = stream(responder.model, [tokens], responder.adaption_prompts(request), sampling)
     yield from text_pieces(new, responder.tokenizer, ids)
 
 
@@ -149,7 +149,7 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 def answer_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
     """The prompts' share (L, n) while each of an answer's n tokens was chosen: at the token before it."""
     tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.device)
-    shares = prompt_shares(responder.model, tokens, responder.prompts(request))  # (L, 1, T + n)
+    shares = prompt_shares(responder.model, tokens, responder.adaption_prompts(request))  # (L, 1, T + n)
     return shares[:, 0, -len(ids) - 1 : -1].cpu()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from adapter import Prompt, attend, prompt_attention
+from adapter import AdaptionPrompt, attend, prompt_attention
 from model import LLaMA
 
 
@@ -36,7 +36,7 @@ def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def prompt_shares(model: LLaMA, tokens: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def prompt_shares(model: LLaMA, tokens: Tensor, adaption_prompts: Sequence[AdaptionPrompt]) -> Tensor:
     """The share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first; one forward of (B, T) ids.
 
     An answer that is there is read again, all of it at once: by causality every token sees what it saw when it was
@@ -47,5 +47,5 @@ def prompt_shares(model: LLaMA, tokens: Tensor, prompts: Sequence[Prompt]) -> Te
     with torch.device("meta"):
         twin = LLaMA(model.config, measuring_attention(shares))
     twin.load_state_dict(model.state_dict(), assign=True)
-    twin.hidden_states(tokens, prompts)
+    twin.hidden_states(tokens, adaption_prompts)
     return torch.stack(shares)

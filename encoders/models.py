@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al., 2021), of which CLIP's tower is one, and RoBERTa (Liu et al., 2019).
 
-Their layers look in both directions, and take prompts as LLaMA's do: in the topmost layers every token sees all
-prompts. Notation as in adapter.py.
+Their layers attend in both directions, and take adaption prompts as LLaMA's do: in the topmost layers every token
+attends to all of them. Notation as in adapter.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter import Prompt, attend, gated_attention
+from adapter import AdaptionPrompt, attend, gated_attention
 from runtime.schema import require_number
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -54,13 +54,16 @@ class SelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
-    def forward(self, x: Tensor, prompt: Prompt | None, mask: Tensor | None) -> Tensor:  # (B, T, C)
+    def forward(self, x: Tensor, adaption_prompt: AdaptionPrompt | None, mask: Tensor | None) -> Tensor:  # (B, T, C)
         q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, H, T, D)
-        if prompt is None:
+        if adaption_prompt is None:
             output = attend(q, k, v, mask)
         else:
-            prompt_k, prompt_v = self.heads(self.wk(prompt.tokens)), self.heads(self.wv(prompt.tokens))
-            output = self.gated(q, k, v, prompt_k, prompt_v, prompt.gate, mask)
+            prompt_k, prompt_v = (
+                self.heads(self.wk(adaption_prompt.embeddings)),
+                self.heads(self.wv(adaption_prompt.embeddings)),
+            )
+            output = self.gated(q, k, v, prompt_k, prompt_v, adaption_prompt.gate, mask)
         return self.wo(output.transpose(1, 2).flatten(2))
 
 
@@ -80,21 +83,23 @@ class Layer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)))
 
-    def forward(self, x: Tensor, prompt: Prompt | None, mask: Tensor | None = None) -> Tensor:  # (B, T, C)
+    def forward(
+        self, x: Tensor, adaption_prompt: AdaptionPrompt | None, mask: Tensor | None = None
+    ) -> Tensor:  # (B, T, C)
         if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), prompt, mask)
+            x = x + self.attention(self.attention_norm(x), adaption_prompt, mask)
             return x + self.feed_forward(self.ffn_norm(x))
-        x = self.attention_norm(x + self.attention(x, prompt, mask))
+        x = self.attention_norm(x + self.attention(x, adaption_prompt, mask))
         return self.ffn_norm(x + self.feed_forward(x))
 
 
 def layer_outputs(
-    layers: nn.ModuleList, x: Tensor, prompts: Sequence[Prompt], mask: Tensor | None = None
+    layers: nn.ModuleList, x: Tensor, adaption_prompts: Sequence[AdaptionPrompt], mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Of every layer, N times (B, T, C), for x (B, T, C); the last len(prompts) layers get them."""
-    states, first_adapted = [], len(layers) - len(prompts)
+    """Of every layer, N times (B, T, C), for x (B, T, C); the last len(adaption_prompts) layers get one each."""
+    states, first_adapted = [], len(layers) - len(adaption_prompts)
     for i, layer in enumerate(layers):
-        x = layer(x, prompts[i - first_adapted] if i >= first_adapted else None, mask)
+        x = layer(x, adaption_prompts[i - first_adapted] if i >= first_adapted else None, mask)
         states.append(x)
     return states
 
@@ -144,19 +149,19 @@ class ViT(nn.Module):
         self.layers = nn.ModuleList(Layer(config, True, attention) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(C, config.norm_eps) if config.final_norm else nn.Identity()
 
-    def forward(self, images: Tensor, prompts: Sequence[Prompt] = ()) -> list[Tensor]:
+    def forward(self, images: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
         """What every layer puts out, N times (B, T, C), for normalised images (B, 3, S, S); the class token is first.
 
-        `norm` is for the last layer's, and is left to whoever wants it. The last len(prompts) layers get them.
+        `norm` is for the last layer's, and is left to the caller. The last len(adaption_prompts) layers get one each.
         """
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, T - 1, C)
         first = self.class_embedding.expand(len(images), 1, -1)
         x = self.embedding_norm(torch.cat([first, patches], dim=1) + self.positions)
-        return layer_outputs(self.layers, x, prompts)
+        return layer_outputs(self.layers, x, adaption_prompts)
 
-    def encode(self, images: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
+    def encode(self, images: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
         """What heads read, (B, T, C)."""
-        return self.norm(self(images, prompts)[-1])
+        return self.norm(self(images, adaption_prompts)[-1])
 
 
 @dataclass(frozen=True)
@@ -198,14 +203,16 @@ class Roberta(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.layers = nn.ModuleList(Layer(config, False, attention) for _ in range(config.n_layers))
 
-    def forward(self, ids: Tensor, prompts: Sequence[Prompt] = ()) -> list[Tensor]:
+    def forward(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
         """What every layer puts out, N times (B, T, C), for ids (B, T). Padding is seen by none; what comes of it is
         of no account."""
         word = ids != self.config.pad_id  # (B, T)
         positions = word.cumsum(dim=1) * word + self.config.pad_id  # of words from pad_id + 1 on, of padding pad_id
         x = self.embedding_norm(self.words(ids) + self.positions(positions) + self.types.weight[0])
-        return layer_outputs(self.layers, x, prompts, word[:, None, None])  # the mask broadcasts to (B, H, T, T)
+        return layer_outputs(
+            self.layers, x, adaption_prompts, word[:, None, None]
+        )  # the mask broadcasts to (B, H, T, T)
 
-    def encode(self, ids: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
+    def encode(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
         """What heads read, (B, T, C)."""
-        return self(ids, prompts)[-1]
+        return self(ids, adaption_prompts)[-1]

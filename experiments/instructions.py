@@ -115,7 +115,7 @@ def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int)
     start = time.perf_counter()
     if run.method in (PLAIN_WORDS, TEMPLATE):
         model, _ = load_llama(bed.base, bed.dtype, bed.device)
-        adapter, prompts, trained = None, (), []
+        adapter, adaption_prompts, trained = None, (), []
     else:
         tokens = bed.examples(run.share)
         epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(len(tokens) / bed.batch_size)))
@@ -124,12 +124,12 @@ def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int)
         model, adapter, *_ = tunable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
         for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
             pass
-        prompts = adapter(dtype=bed.dtype)
+        adaption_prompts = adapter(dtype=bed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     seconds = time.perf_counter() - start
     texts = tell(bed, model, told, adapter, raw=run.method == PLAIN_WORDS)
     return scores(told, texts) | {
-        "perplexity": text_perplexity(model, bed.text, prompts),
+        "perplexity": text_perplexity(model, bed.text, adaption_prompts),
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": seconds,
         "lr": run.lr,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter import Prompt
+from adapter import AdaptionPrompt
 from data import Request
 from experiments.methods import LORA, ONE_SOFTMAX, Setting, Tunable, finite_steps, lora_layers, set_up
 from experiments.testbed import Testbed
@@ -31,25 +31,27 @@ def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
 
 
 @torch.no_grad()
-def text_perplexity(model: LLaMA, text: Tensor, prompts: Sequence[Prompt] = ()) -> float:
+def text_perplexity(model: LLaMA, text: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float:
     """Of rows of token ids (rows, T)."""
     losses = [
-        F.cross_entropy(model(rows[:, :-1], prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        F.cross_entropy(
+            model(rows[:, :-1], adaption_prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+        )
         for rows in text.split(8)
     ]
     return (torch.stack(losses).sum() / text[:, 1:].numel()).exp().item()
 
 
-def perplexity(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> float | None:
+def perplexity(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float | None:
     """Of the base's own kind of text."""
-    return text_perplexity(model, testbed.text.to(testbed.device), prompts) if len(testbed.text) else None
+    return text_perplexity(model, testbed.text.to(testbed.device), adaption_prompts) if len(testbed.text) else None
 
 
 @torch.no_grad()
-def first_logits(testbed: Testbed, model: LLaMA, prompts: Sequence[Prompt] = ()) -> Tensor:
+def first_logits(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
     """(tokens, V), for the first few questions and their answers."""
     rows = [torch.tensor([tokens.ids], device=testbed.device) for tokens in testbed.held_out[:8]]
-    return torch.cat([model(row, prompts)[0] for row in rows])
+    return torch.cat([model(row, adaption_prompts)[0] for row in rows])
 
 
 @cache
@@ -69,8 +71,8 @@ def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Modu
     if method == LORA:
         for layer in lora_layers(model):
             layer.enable_adapters(False)
-    prompts = () if method == ONE_SOFTMAX else adapter(gate_scale=0.0, dtype=testbed.dtype)
-    return torch.equal(first_logits(testbed, model, prompts), base_measures(testbed)[1])
+    adaption_prompts = () if method == ONE_SOFTMAX else adapter(gate_scale=0.0, dtype=testbed.dtype)
+    return torch.equal(first_logits(testbed, model, adaption_prompts), base_measures(testbed)[1])
 
 
 def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool | None:
@@ -100,7 +102,7 @@ def tune_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Tunable
 def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
     """Train with one seed, and measure what stands in a table."""
     (model, adapter, _, _), losses, seconds = tune_setting(testbed, setting, seed)
-    prompts = adapter(dtype=testbed.dtype)
+    adaption_prompts = adapter(dtype=testbed.dtype)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     last_epoch = losses[-(len(losses) // setting.epochs) :]
     return {
@@ -110,7 +112,7 @@ def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
         "seconds": seconds,
         "trained": sum(p.numel() for p in trained),
         "bytes": sum(p.numel() * p.element_size() for p in trained),
-        "perplexity": perplexity(testbed, model, prompts),
+        "perplexity": perplexity(testbed, model, adaption_prompts),
         "recovered": base_recovered(testbed, setting.method, model, adapter),
         "recovered_after_merging": recovered_after_merging(testbed, setting.method, model, adapter),
         "losses": losses,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapter import Adapter, Prompt, attend, gated_attention
+from adapter import Adapter, AdaptionPrompt, attend, gated_attention
 from data import IGNORE, Tokens, collate
 from formats.bases import load_llama
 from model import LLaMA
@@ -68,10 +68,10 @@ class LowAdapter(Adapter):
         super().__init__(**shape)
         self.above = above
 
-    def forward(self, *args, **options) -> list[Prompt]:
-        prompts = super().forward(*args, **options)
-        shut = Prompt(prompts[0].tokens.detach(), torch.zeros_like(prompts[0].gate))
-        return prompts + [shut] * self.above
+    def forward(self, *args, **options) -> list[AdaptionPrompt]:
+        adaption_prompts = super().forward(*args, **options)
+        shut = AdaptionPrompt(adaption_prompts[0].embeddings.detach(), torch.zeros_like(adaption_prompts[0].gate))
+        return adaption_prompts + [shut] * self.above
 
 
 class NoPrompts(nn.Module):
@@ -83,7 +83,7 @@ class NoPrompts(nn.Module):
         self.head = head
         self.metadata: dict[str, str] = {}
 
-    def forward(self, *_, **__) -> list[Prompt]:
+    def forward(self, *_, **__) -> list[AdaptionPrompt]:
         return []
 
     def make_optimizer(self) -> torch.optim.AdamW:

@@ -15,7 +15,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data import AlpacaTemplate, Example, Round, Template, Tokenizer, Turn
+from data import AlpacaTemplate, Example, Exchange, Template, Tokenizer, Turn
 from runtime.cli import warn
 from runtime.files import first_line
 
@@ -141,15 +141,15 @@ class ChatTemplate(Template):
         example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a prompt and its response")
         with self.errors(example.name):
             self.template = compile_template(source)
-        ((prompt, answer),) = next(self.rounds([example]))
-        ends = [id for id in answer[-1:] if id in tokenizer.special_ids.values()]
+        ((prompt_ids, response_ids),) = next(self.encode_exchanges([example]))
+        ends = [id for id in response_ids[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
             warn(f"the template {self.kind} ends no response with a special token: the model will not learn to end")
-        if prompt != self.prompt("Hi"):
+        if prompt_ids != self.encode_prompt("Hi"):
             warn(f"the template {self.kind} begins a response in generation otherwise than in training")
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
 
-    def prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
+    def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         hidden: list[str] = []
         messages = self.messages([*history, Turn("user", question(instruction, input))], hidden)
         with self.errors("the prompt"):
@@ -160,17 +160,19 @@ class ChatTemplate(Template):
                 parts = [text]
             return [id for ids in self.encode(parts, hidden) for id in ids]
 
-    def rounds(self, examples: Sequence[Example]) -> Iterator[list[Round]]:
+    def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
             hidden: list[str] = []
             messages = self.messages(conversation(example), hidden)
             with self.errors(example.name):
                 parts = self.parts(self.render(messages, begin_answer=False), messages)
                 ids = self.encode(parts, hidden)
-            rounds = [Round(*pair) for pair in zip(ids[::2], ids[1::2])]  # what follows the last response is omitted
-            if len(rounds) != len(answers(messages)) or not all(each.answer for each in rounds):
+            exchanges = [
+                Exchange(*pair) for pair in zip(ids[::2], ids[1::2])
+            ]  # what follows the last response is omitted
+            if len(exchanges) != len(answers(messages)) or not all(each.response_ids for each in exchanges):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
-            yield rounds
+            yield exchanges
 
     @contextmanager
     def errors(self, name: str):

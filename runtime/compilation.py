@@ -97,11 +97,11 @@ def compile_decoding(decode: Callable[..., Tensor], model: nn.Module) -> Callabl
         return compiled
     recorded = None  # with the cache that it reads and writes, wherever that lies
 
-    def replay(model: nn.Module, ids: Tensor, prompts, cache) -> Tensor:
+    def replay(model: nn.Module, ids: Tensor, adaption_prompts, cache) -> Tensor:
         nonlocal recorded
         if recorded is None or recorded[0] is not cache:
             recorded = None  # the memory of the one before
-            recorded = (cache, *record_cuda_graph(compiled, model, ids, prompts, cache))
+            recorded = (cache, *record_cuda_graph(compiled, model, ids, adaption_prompts, cache))
         _, graph, newest, logits = recorded
         newest.copy_(ids)
         graph.replay()
@@ -111,17 +111,17 @@ def compile_decoding(decode: Callable[..., Tensor], model: nn.Module) -> Callabl
 
 
 def record_cuda_graph(
-    decode: Callable[..., Tensor], model: nn.Module, ids: Tensor, prompts, cache
+    decode: Callable[..., Tensor], model: nn.Module, ids: Tensor, adaption_prompts, cache
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
     """A CUDA graph of one step, where it reads the ids, and where it leaves the logits; the cache stays as it was."""
     newest, lengths = ids.clone(), cache.lengths.clone()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        decode(model, newest, prompts, cache)  # compiles; what it writes, the first replay will write again
+        decode(model, newest, adaption_prompts, cache)  # compiles; what it writes, the first replay will write again
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = decode(model, newest, prompts, cache)
+        logits = decode(model, newest, adaption_prompts, cache)
     cache.lengths.copy_(lengths)
     return graph, newest, logits

@@ -70,10 +70,10 @@ def join_ranks(model: nn.Module) -> None:
 
 
 def take_gates(attention: nn.Module, inputs: tuple) -> tuple:
-    x, positions, prompt, cache = inputs
-    if prompt is not None:
-        prompt = prompt._replace(gate=Part(1, rank(), world_size()).of(prompt.gate))
-    return x, positions, prompt, cache
+    x, positions, adaption_prompt, cache = inputs
+    if adaption_prompt is not None:
+        adaption_prompt = adaption_prompt._replace(gate=Part(1, rank(), world_size()).of(adaption_prompt.gate))
+    return x, positions, adaption_prompt, cache
 
 
 def all_reduce_output(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

@@ -43,21 +43,22 @@ def choice_log_likelihoods(
     context = responder.model.config.max_seq_len or math.inf
     likelihoods: list[list[float] | None] = [None] * len(requests)
     asked = []  # (request, choice) of each row
-    prompts, tokens, continuations = [], [], []
+    adaption_prompts, tokens, continuations = [], [], []
     for i, (request, ours) in enumerate(zip(requests, choices)):
         template = responder.loaded[request.adapter].template
-        rounds = [next(template.rounds([Example(request.instruction, request.input, text)]))[0] for text in ours]
-        if any(len(each.prompt) + len(each.answer) - 1 > context for each in rounds):
+        examples = [Example(request.instruction, request.input, text) for text in ours]
+        exchanges = [exchange for (exchange,) in template.encode_exchanges(examples)]
+        if any(len(each.prompt_ids) + len(each.response_ids) - 1 > context for each in exchanges):
             continue
         likelihoods[i] = [math.nan] * len(ours)
-        of_request = responder.prompts(request)
-        for j, (prompt, answer) in enumerate(rounds):
+        of_request = responder.adaption_prompts(request)
+        for j, (prompt_ids, response_ids) in enumerate(exchanges):
             asked.append((i, j))
-            prompts.append(of_request)
-            tokens.append(prompt)
-            continuations.append(answer)
+            adaption_prompts.append(of_request)
+            tokens.append(prompt_ids)
+            continuations.append(response_ids)
     with tqdm(total=len(asked), unit=unit, file=sys.stderr) as bar:
-        scored = score_continuations(responder.model, tokens, continuations, prompts, batch_size, bar)
+        scored = score_continuations(responder.model, tokens, continuations, adaption_prompts, batch_size, bar)
     for (i, j), (log_p, _) in zip(asked, scored):
         likelihoods[i][j] = log_p
     return likelihoods

@@ -50,7 +50,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.batch_size, self.about = responder.model, batch_size, about
         self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
-        _, self.prompts, self.template = responder.loaded[adapter]
+        _, self.adaption_prompts, self.template = responder.loaded[adapter]
         self._device = self.model.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
@@ -97,9 +97,9 @@ class HarnessModel(TemplateLM):
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
             contexts.append(context[max(0, surplus) :])
             continuations.append(ids)
-        prompts = [self.prompts] * len(requests)
+        adaption_prompts = [self.adaption_prompts] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm or rank() > 0) as bar:
-            return score_continuations(self.model, contexts, continuations, prompts, self.batch_size, bar)
+            return score_continuations(self.model, contexts, continuations, adaption_prompts, self.batch_size, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once, in windows of the base's context that follow one another."""
@@ -160,7 +160,7 @@ class HarnessModel(TemplateLM):
     def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
         """As `stream`, up to where each text has one of `until`, which is left off."""
         new, done = [[] for _ in tokens], [False] * len(tokens)
-        for ids in stream(self.model, tokens, self.prompts, sampling):
+        for ids in stream(self.model, tokens, self.adaption_prompts, sampling):
             for row, id in enumerate(ids):
                 if id is None:
                     done[row] = True

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter import Prompt
-from generate import concat_prompts, prefill
+from adapter import AdaptionPrompt
+from generate import concat_adaption_prompts, prefill
 from model import KVCache, LLaMA
 
 Scored = tuple[float, bool]  # log p(continuation | context), in nats, and whether greedy decoding would generate it
@@ -19,22 +19,22 @@ def score_continuations(
     model: LLaMA,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
-    prompts: Sequence[Sequence[Prompt]],
+    adaption_prompts: Sequence[Sequence[AdaptionPrompt]],
     batch_size: int,
     bar: tqdm,
 ) -> list[Scored]:
-    """Score each continuation after its context, with its own prompts; all three have one entry per continuation.
+    """Score each continuation after its context, with its own adaption prompts.
 
-    Contexts of similar length share a batch, and so do their continuations. Equal contexts with the same prompts are
-    processed once. The bar advances by the number of continuations.
+    All three have one entry per continuation. Contexts of similar length share a batch, and so do their continuations.
+    Equal contexts with the same adaption prompts are processed once. The bar advances by the number of continuations.
     """
     of_context = defaultdict(list)  # the continuations of each distinct context
-    for i, (context, own) in enumerate(zip(contexts, prompts)):
+    for i, (context, own) in enumerate(zip(contexts, adaption_prompts)):
         of_context[tuple(context), id(own)].append(i)
     scored: list[Scored | None] = [None] * len(continuations)
     for batch in in_batches(of_context, batch_size, length=lambda key: len(key[0])):
         rows = [list(ids) for ids, _ in batch]
-        of_rows = concat_prompts([prompts[of_context[key][0]] for key in batch])
+        of_rows = concat_adaption_prompts([adaption_prompts[of_context[key][0]] for key in batch])
         cache = KVCache(model, batch=len(rows), capacity=len(rows[0]))
         logits = prefill(model, rows, of_rows, cache)  # (contexts, V)
         pairs = [(row, i) for row, key in enumerate(batch) for i in of_context[key]]
@@ -58,7 +58,7 @@ def in_batches(items: Iterable, size: int, length: Callable) -> Iterator[list]:
 def score_rows(
     model: LLaMA,
     logits: Tensor,
-    prompts: Sequence[Prompt],
+    adaption_prompts: Sequence[AdaptionPrompt],
     cache: KVCache,
     rows: Tensor,
     continuations: Sequence[Sequence[int]],
@@ -76,7 +76,7 @@ def score_rows(
     log_p[:, 0], greedy[:, 0] = token_scores(logits, ids[:, 0])
     if T > 1:
         longer = cache.grow(cache.capacity + T - 1, rows)
-        hidden = model.hidden_states(ids[:, :-1], prompts, longer)[later]  # (tokens, C)
+        hidden = model.hidden_states(ids[:, :-1], adaption_prompts, longer)[later]  # (tokens, C)
         parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
         found = [token_scores(model.output(part), predicted) for part, predicted in parts]
         log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
@@ -89,8 +89,8 @@ def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return log_p, logits.argmax(dim=1) == ids
 
 
-def select_rows(prompts: Sequence[Prompt], rows: Tensor) -> Sequence[Prompt]:
-    """The prompts of rows (R,) of a batch; those that the batch shares stay as they are."""
-    if not prompts or len(prompts[0].gate) == 1:
-        return prompts
-    return [Prompt(prompt.tokens[rows], prompt.gate[rows]) for prompt in prompts]
+def select_rows(adaption_prompts: Sequence[AdaptionPrompt], rows: Tensor) -> Sequence[AdaptionPrompt]:
+    """Return the adaption prompts of rows (R,) of a batch; those that the batch shares stay as they are."""
+    if not adaption_prompts or len(adaption_prompts[0].gate) == 1:
+        return adaption_prompts
+    return [AdaptionPrompt(embeddings[rows], gate[rows]) for embeddings, gate in adaption_prompts]

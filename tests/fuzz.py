@@ -421,8 +421,8 @@ def read_chat_template(path):
 
     template = load_template("auto", load_tokenizer(path.parent))
     turns = (Turn("system", "a <|im_end|>"), Turn("user", "b"), Turn("assistant", "c"))
-    list(template.rounds([Example(turns=turns, name="a record")]))
-    template.prompt("b", history=turns[:1])
+    list(template.encode_exchanges([Example(turns=turns, name="a record")]))
+    template.encode_prompt("b", history=turns[:1])
 
 
 def llama2c(folder):

@@ -162,7 +162,7 @@ def test_strength_scales_the_gate_after_its_activation():
     adapter = make_adapter(make_model())
     for full, half in zip(adapter(), adapter(gate_scale=0.5)):
         assert torch.equal(half.gate, full.gate / 2)
-        assert torch.equal(half.tokens, full.tokens)
+        assert torch.equal(half.embeddings, full.embeddings)
     assert torch.equal(adapter()[0].gate.flatten(), adapter.gates[0].tanh())
 
 
@@ -184,7 +184,7 @@ def test_one_cast():
     """Prompts kept in bfloat16 lose small updates (PEFT): ours are float32, cast on the way to the base."""
     adapter = make_adapter(make_model())
     prompts = adapter(dtype=torch.bfloat16)
-    assert {p.tokens.dtype for p in prompts} | {p.gate.dtype for p in prompts} == {torch.bfloat16}
+    assert {p.embeddings.dtype for p in prompts} | {p.gate.dtype for p in prompts} == {torch.bfloat16}
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
 
 

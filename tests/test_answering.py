@@ -25,7 +25,7 @@ def one_by_one(responder, request, answer):
     prompt = responder.tokens(request)
     ids = prompt + responder.tokenizer.encode(answer) + [responder.tokenizer.eos_id]
     with torch.no_grad():
-        log_p = responder.model(torch.tensor([ids]), responder.prompts(request))[0].double().log_softmax(-1)
+        log_p = responder.model(torch.tensor([ids]), responder.adaption_prompts(request))[0].double().log_softmax(-1)
     return sum(log_p[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
 
 

@@ -123,11 +123,11 @@ def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
     _, tokenizer = load_llama(tiny_base)
     once = Example("Hi", "", "Ho", "", "record 0", (Turn("user", "Hi"), Turn("assistant", "Ho")))
     template = AlpacaTemplate(tokenizer)
-    assert list(template.rounds([once])) == list(template.rounds([Example("Hi", "", "Ho")]))
+    assert list(template.encode_exchanges([once])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
     with pytest.raises(
         ValueError, match="record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
     ):
-        list(template.rounds([Example(turns=tuple(Turn(*turn) for turn in TALK), name="record 1")]))
+        list(template.encode_exchanges([Example(turns=tuple(Turn(*turn) for turn in TALK), name="record 1")]))
 
 
 @pytest.fixture

@@ -133,10 +133,10 @@ def test_a_column_is_what_chose_its_token(demonstration):
     model, tokenizer, adapter = demonstration.model, demonstration.tokenizer, demonstration.adapters["words"]
     responder = generate.Responder(model, tokenizer, {"words": adapter}, max_new_tokens=8)
     tokens = responder.tokens(Request(QUESTION, "of animals", "words"))
-    (ids,) = generate.generate(model, [tokens], responder.loaded["words"].prompts, max_new_tokens=8)
+    (ids,) = generate.generate(model, [tokens], responder.loaded["words"].adaption_prompts, max_new_tokens=8)
     assert "".join(answers.labels) == answers.adapter and answers.shares.shape == (len(adapter.gates), len(ids))
     for i in range(len(ids)):
-        shares = prompt_shares(model, torch.tensor([tokens + ids[:i]]), responder.loaded["words"].prompts)
+        shares = prompt_shares(model, torch.tensor([tokens + ids[:i]]), responder.loaded["words"].adaption_prompts)
         torch.testing.assert_close(answers.shares[:, i], shares[:, 0, -1], rtol=0, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from helpers import ROOT, chat_in_process, chat_on_terminal, make_adapter, make_model, make_tokens
 
-from adapter import Adapter, Prompt
+from adapter import Adapter, AdaptionPrompt
 from data import format_prompt
 from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
@@ -123,7 +123,7 @@ def test_several_adapters_in_one_batch():
     """A batch may mix adapters: their prompts are concatenated along B."""
     model = make_model()
     sets = [make_adapter(model, seed=seed)() for seed in (1, 5)]
-    mixed = [Prompt(*(torch.cat(parts) for parts in zip(*layer))) for layer in zip(*sets)]
+    mixed = [AdaptionPrompt(*(torch.cat(parts) for parts in zip(*layer))) for layer in zip(*sets)]
     rows = [make_tokens(model, n, seed=n).tolist() for n in (6, 3)]
     answers = generate(model, rows, mixed, max_new_tokens=6)
     assert answers == [generate(model, [r], p, max_new_tokens=6)[0] for r, p in zip(rows, sets)]

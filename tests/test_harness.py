@@ -115,7 +115,7 @@ def test_what_greedy_decoding_says_counts_as_greedy(both):
     context = model.tok_encode(WORDS[:30])
     ids = []
     for _ in range(3):
-        ids.append(int(model.model(torch.tensor([context + ids]), model.prompts)[0, -1].argmax()))
+        ids.append(int(model.model(torch.tensor([context + ids]), model.adaption_prompts)[0, -1].argmax()))
     rows = [(None, context, ids), (None, context, [*ids[:2], (ids[2] + 1) % 300])]
     (found, expected) = (those._loglikelihood_tokens(rows, disable_tqdm=True) for those in both)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] == [True, False]
@@ -184,13 +184,15 @@ def test_a_context_is_read_once(harness, loaded, monkeypatch):
 def test_alpaca_s_prompts_and_answers_are_those_of_tuning(harness, loaded, adapter):
     model = ours(harness, loaded, adapter)
     text = model.apply_chat_template([{"role": "user", "content": "Name it."}])
-    assert model.tok_encode(text) == model.template.prompt("Name it.")
+    assert model.tok_encode(text) == model.template.encode_prompt("Name it.")
     for continuation in ("Lima", " Lima", "The capital"):
         example = Example("Name it.", output=continuation.lstrip())
-        ((prompt, answer),) = next(model.template.rounds([example]))
+        ((prompt, answer),) = next(model.template.encode_exchanges([example]))
         assert model._encode_pair(text, continuation) == (prompt, answer[:-1])  # <eos> is not asked for
     described = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
-    assert model.tok_encode(model.apply_chat_template(described)) == model.template.prompt("Be kind.\n\nName it.")
+    assert model.tok_encode(model.apply_chat_template(described)) == model.template.encode_prompt(
+        "Be kind.\n\nName it."
+    )
     with pytest.raises(ValueError, match="alpaca takes one question, not messages of user, assistant, user"):
         model.apply_chat_template([{"role": role, "content": "?"} for role in ("user", "assistant", "user")])
 

@@ -119,8 +119,8 @@ def test_the_file(tmp_path):
     loaded = ImageAdapter.load(tmp_path / "a.safetensors")
     assert loaded.metadata["encoder"] == "ViT-L/14"
     features = torch.randn(2, 256)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(loaded(features), adapter(features)))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(loaded(), adapter()))
+    assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(features), adapter(features)))
+    assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(), adapter()))
     with pytest.raises(RuntimeError, match="projection"):  # a text adapter has no place for it
         Adapter.load(tmp_path / "a.safetensors")
 
@@ -182,7 +182,7 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     model, tokenizer = load_llama(train_args[1])
     tower = load_vit(album / "ViT.pt")
     rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], tower))
-    prompt = AlpacaTemplate(tokenizer).prompt("Name the colour.")
+    prompt = AlpacaTemplate(tokenizer).encode_prompt("Name the colour.")
     likeliest = []
     for features in rows:
         with torch.no_grad():
@@ -441,7 +441,7 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
         (features,) = encode_with_function([tmp_path / "new.wav"], load_function(where))
         with torch.no_grad():
             prompts = adapter(features[None])
-            logits = model(torch.tensor([AlpacaTemplate(tokenizer).prompt("High?")]), prompts)[0, -1]
+            logits = model(torch.tensor([AlpacaTemplate(tokenizer).encode_prompt("High?")]), prompts)[0, -1]
         assert (logits[yes] > logits[no]) == bool(i)
 
     ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]

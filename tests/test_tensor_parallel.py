@@ -18,7 +18,7 @@ from data import Request, read_records
 from formats.bases import load_llama, read_base
 from formats.loading import load_part_of_rank, load_with_adapters
 from formats.meta import join
-from generate import Responder, concat_prompts, prefill
+from generate import Responder, concat_adaption_prompts, prefill
 from model import KVCache
 from multimodal import ImageAdapter
 from runtime.distributed import answering_ranks, init_distributed, rank
@@ -81,9 +81,9 @@ def answers_of(base, adapters, bits=None):
     with answering_ranks():
         model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, bits=bits)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
-        tokens, prompts = map(list, zip(*((responder.tokens(r), responder.prompts(r)) for r in asked())))
+        tokens, prompts = map(list, zip(*((responder.tokens(r), responder.adaption_prompts(r)) for r in asked())))
         cache = KVCache(model, batch=len(tokens), capacity=100)
-        logits = prefill(model, tokens, concat_prompts(prompts), cache)
+        logits = prefill(model, tokens, concat_adaption_prompts(prompts), cache)
         texts = responder.answer_batch(asked())
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
     return logits.tolist(), texts, shapes, held_bytes(model)

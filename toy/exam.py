@@ -77,7 +77,9 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     print_scores(scores, numbered, corner=f"{'':34}{'number':>8}")
 
     example = questions[0].example
-    tokens = torch.tensor([AlpacaTemplate(tokenizer).prompt(example.instruction, example.input)], device=model.device)
+    tokens = torch.tensor(
+        [AlpacaTemplate(tokenizer).encode_prompt(example.instruction, example.input)], device=model.device
+    )
     same = torch.equal(model(tokens), model(tokens, adapter(gate_scale=0.0, dtype=model.dtype)))
     print(
         f"\nWith the adapter taken away (strength 0) the logits are the base's, bit for bit: {'yes' if same else 'NO'}"
