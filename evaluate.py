@@ -36,7 +36,7 @@ class EvalConfig:
     out: Path
     max_new_tokens: int
     images: Path | None  # a folder
-    tower: str | None
+    vision_encoder: str | None
     encoder: str | None
     skip_missing: bool
     limit: int | None
@@ -83,11 +83,11 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
             click.echo(f"{left_out}: their image is not there", err=True)
         examples = kept
         if any(example.image for example in examples):
-            encoder = load_image_encoder(config.tower, config.encoder, dtype, device, adapter)
+            encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
             examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
         raise ValueError(f"{name} need an adapter with a projection, one that was tuned on images")
-    elif config.tower or config.encoder:
+    elif config.vision_encoder or config.encoder:
         raise ValueError("--clip or --encoder needs an adapter with a projection, one that was tuned on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
     if config.choose:

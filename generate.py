@@ -380,7 +380,7 @@ def answer_about_media(responder: Responder, prompt: str, input: str, media: Seq
     paths = files_in(media, of_any_kind=options["encoder"] is not None)
     (name,) = responder.loaded.keys() - {"base"}
     requests = [Request(prompt, input, name)] * len(paths)
-    requests = attach_images(requests, dict(enumerate(paths)), responder, options["tower"], options["encoder"])
+    requests = attach_images(requests, dict(enumerate(paths)), responder, options["vision_encoder"], options["encoder"])
     for path, response in zip(paths, responder.answer_all(requests, options["batch_size"], "image")):
         one_line = f"{printable(str(path))}: " + response.replace("\n", "\\n")
         click.echo(one_line if len(paths) > 1 else response)
@@ -409,7 +409,7 @@ def answer_file(responder: Responder, jsonl: str, out: str, options: dict) -> No
     lengths = {name: len(each[0].embeddings[0]) for name, each in used.items() if each}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{jsonl}: adapters of different lengths cannot share a batch: {lengths}")
-    requests = attach_images(requests, images, responder, options["tower"], options["encoder"])
+    requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
     write_answers(out, records, responder.answer_all(requests, options["batch_size"], "record"))
 
 

@@ -1,11 +1,11 @@
 """Images in the prompts (section 3.3): a picture becomes one vector, which is added to every prompt.
 
-    features  = the class token of a frozen vision tower at M depths, each normed, side by side
+    features  = the class token of a frozen vision encoder at M depths, each normed, side by side
     I         = projection(features)          learnt, a small MLP
     P + I                                     instead of P, in every adapted layer
 
-Notation as in adapter.py; F is the number of features, M*Cv for a tower of width Cv. A video's features are the mean of
-its frames'; sounds, and whatever else, take the same road through an encoder of the user's.
+Notation as in adapter.py; F is the number of features, M*Cv for a vision encoder of width Cv. A video's features are
+the mean of its frames'; sounds, and whatever else, take the same road through an encoder of the user's.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from adapter import Adapter, AdaptionPrompt
 from encoders.media import frames_of, preprocess
 from encoders.models import ViT, make_mlp
 from runtime.files import atomic_write, hash_tensors, require_file
-from runtime.schema import whole_number
+from runtime.schema import renamed, whole_number
 
 DEPTHS = 4  # M
 
@@ -60,47 +60,56 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "ImageAdapter":
+        metadata = renamed(metadata)
         down = tensors.get("projection.0.weight")
         if down is None or down.dim() != 2 or 0 in down.shape:
             raise ValueError("has no projection: it is not an adapter for images")
-        depths = whole_number("tower_depths", metadata.get("tower_depths", "1"))
+        depths = whole_number("vision_encoder_depths", metadata.get("vision_encoder_depths", "1"))
         if down.shape[1] % depths:
-            raise ValueError(f"tower_depths is {depths}, its projection takes {down.shape[1]} features")
+            raise ValueError(f"vision_encoder_depths is {depths}, its projection takes {down.shape[1]} features")
         return super().from_tensors(tensors, metadata, bottleneck=down.shape[0], features=down.shape[1])
 
 
 def layers_at_depths(n_layers: int, number: int) -> list[int]:
     """So many layers, evenly spaced, the last of them the last. Raises ValueError where there are too few."""
     if not 1 <= number <= n_layers:
-        raise ValueError(f"features at {number} depths, of a tower of {n_layers} layers")
+        raise ValueError(f"features at {number} depths, of a vision encoder of {n_layers} layers")
     return [(i + 1) * n_layers // number - 1 for i in range(number)]
 
 
 @torch.no_grad()
-def global_features(tower: ViT, images: Tensor, depths: int = DEPTHS) -> Tensor:
+def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -> Tensor:
     """The class token at so many depths, each normed, (B, M*Cv) in float32, of images (B, 3, S, S)."""
-    weight = tower.class_embedding
-    states = tower(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
+    weight = vision_encoder.class_embedding
+    states = vision_encoder(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
     tokens = [states[i][:, 0].float() for i in layers_at_depths(len(states), depths)]
     return torch.cat([F.layer_norm(token, token.shape[1:]) for token in tokens], dim=1)
 
 
-def tower_fingerprint(tower: ViT) -> str:
+def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
     """A hash of a few weights."""
-    first = tower.layers[0].attention.wq
-    return hash_tensors([tower.class_embedding, tower.positions[:4], first.weight[:4], tower.norm.weight])
+    first = vision_encoder.layers[0].attention.wq
+    return hash_tensors(
+        [vision_encoder.class_embedding, vision_encoder.positions[:4], first.weight[:4], vision_encoder.norm.weight]
+    )
 
 
 def encode_images(
-    paths: Sequence[str | Path], tower: ViT, depths: int = DEPTHS, cache: Path | None = None, batch_size: int = 32
+    paths: Sequence[str | Path],
+    vision_encoder: ViT,
+    depths: int = DEPTHS,
+    cache: Path | None = None,
+    batch_size: int = 32,
 ) -> list[Tensor]:
     """`global_features` of every picture, (F,) each, on the CPU; of a video, their mean over its frames.
 
-    In the folder `cache` a file is kept for every picture by the hash of its content, so that it goes through the tower
-    once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
+    In the folder `cache` a file is kept for every picture by the hash of its content, so that it goes through the
+    vision encoder once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
     """
-    config, known = tower.config, {}
-    folder = None if cache is None else cache / f"{tower_fingerprint(tower)}-{config.image_size}-{depths}"
+    config, known = vision_encoder.config, {}
+    folder = (
+        None if cache is None else cache / f"{vision_encoder_fingerprint(vision_encoder)}-{config.image_size}-{depths}"
+    )
     hashes = list(map(content_hash, paths))
     for name in set(hashes):
         kept = None if folder is None else read_features(folder / f"{name}.npy", depths * config.dim)
@@ -110,7 +119,7 @@ def encode_images(
     for start in tqdm(range(0, len(todo), batch_size), unit="batch of images", disable=not todo, file=sys.stderr):
         part = todo[start : start + batch_size]
         frames = [[preprocess(image, config) for image in frames_of(path)] for _, path in part]
-        features = global_features(tower, torch.stack(sum(frames, [])), depths).cpu()  # (all frames, F)
+        features = global_features(vision_encoder, torch.stack(sum(frames, [])), depths).cpu()  # (all frames, F)
         for (name, _), of_one in zip(part, features.split(list(map(len, frames)))):
             known[name] = of_one.mean(dim=0)
             if folder is not None:

@@ -269,7 +269,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         return
 
     encoder = None
-    if data.tower or data.encoder:
+    if data.vision_encoder or data.encoder:
         from tasks.images import encode_images
 
         examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
@@ -330,7 +330,7 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
     if data.template is None:
         has_turns = any(example.turns for example in examples)
         data = replace(data, template="auto" if has_turns else "alpaca")
-    if data.tower is None and data.encoder is None:
+    if data.vision_encoder is None and data.encoder is None:
         return [replace(example, image="") for example in examples], data
     from tasks.images import with_images
 

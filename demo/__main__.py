@@ -26,7 +26,7 @@ from runtime.device import select_device
     option("--host", default="127.0.0.1", help="Who is listened to: this machine alone; 0.0.0.0 is everybody."),
     option("--port", type=click.IntRange(1, 65535), default=7860, help="Where the page is: http://HOST:PORT."),
 )
-def main(adapter_paths, base, device, dtype, tower, encoder, template, bits, host, port):
+def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, bits, host, port):
     """Serve a page on which adapters answer beside their base, and their prompts are seen at work.
 
     It is for this machine alone, unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
@@ -42,7 +42,7 @@ def main(adapter_paths, base, device, dtype, tower, encoder, template, bits, hos
             raise ValueError("the page needs a package that is not installed: pip install gradio") from None
         device, dtype = select_device(device, dtype)
         model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, bits=bits)
-        options = {"tower": tower, "encoder": encoder, "template": template}
+        options = {"vision_encoder": vision_encoder, "encoder": encoder, "template": template}
         serve(make_page(Demonstration(model, tokenizer, adapters, **options)), host, port)
 
 

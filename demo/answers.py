@@ -55,8 +55,8 @@ class Upload(NamedTuple):
 class Demonstration:
     """A base, adapters over it by name, and what makes features of images for those that take them.
 
-    `tower`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError where an image
-    adapter's encoder cannot be loaded.
+    `vision_encoder`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError where an
+    image adapter's encoder cannot be loaded.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class Demonstration:
         tokenizer: Tokenizer,
         adapters: dict[str, Adapter],
         *,
-        tower: str | None = None,
+        vision_encoder: str | None = None,
         encoder: str | None = None,
         template: str | None = None,
     ):
         self.model, self.tokenizer, self.adapters, self.template = model, tokenizer, adapters, template
         self.encoders = {
-            name: load_image_encoder(tower, encoder, model.dtype, model.device, adapter)
+            name: load_image_encoder(vision_encoder, encoder, model.dtype, model.device, adapter)
             for name, adapter in adapters.items()
             if isinstance(adapter, ImageAdapter)
         }
-        if (tower or encoder) and not self.encoders:
+        if (vision_encoder or encoder) and not self.encoders:
             raise ValueError("--clip and --encoder are for adapters that were tuned on images; here is none")
 
     def encode_upload(self, path: Path) -> Upload:

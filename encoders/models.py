@@ -1,4 +1,4 @@
-"""The vision transformer (Dosovitskiy et al., 2021), of which CLIP's tower is one, and RoBERTa (Liu et al., 2019).
+"""The vision transformer (Dosovitskiy et al., 2021), which CLIP's vision encoder is, and RoBERTa (Liu et al., 2019).
 
 Their layers attend in both directions, and take adaption prompts as LLaMA's do: in the topmost layers every token
 attends to all of them. Notation as in adapter.py.

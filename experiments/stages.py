@@ -19,7 +19,7 @@ from experiments.drawing import draw_bars, percent
 from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
 from experiments.runs import Column, Runs, experiment, training_options
 from formats.bases import load_llama
-from formats.image_encoders import TowerEncoder
+from formats.image_encoders import VisionEncoder
 from model import LLaMA
 from runtime.cli import Count, device_options
 from runtime.device import select_device
@@ -94,7 +94,7 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
     files = digits.pictures(folder)[0][: digits.TUNED_ON]
     model, tokenizer = load_llama(toy_base(), device=device)
     asked = [question.example for question in digits.questions(files[:pictures])]
-    encoder = TowerEncoder(str(digits.ENCODER), torch.float32, device)
+    encoder = VisionEncoder(str(digits.ENCODER), torch.float32, device)
     data = {}
     for name, examples in (("captions", captions(files)), ("questions", asked)):
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)

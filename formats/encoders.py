@@ -170,13 +170,13 @@ def head_labels(folder: Path) -> list[str]:
 
 
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
-    """CLIP's vision tower, frozen. Raises as `load_encoder` does, and ValueError where it is another encoder."""
+    """CLIP's vision encoder, frozen. Raises as `load_encoder` does, and ValueError where it is another encoder."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such vision tower{download_hint(path)}")
+        raise FileNotFoundError(f"{path}: no such vision encoder{download_hint(path)}")
     model, _ = load_encoder(path, dtype, device)
     if not isinstance(model, ViT) or not model.config.clip:
-        raise ValueError(f"{path}: is no vision tower of CLIP's")
+        raise ValueError(f"{path}: is no vision encoder of CLIP's")
     return model
 
 
@@ -192,7 +192,7 @@ def fill(
 
 
 def save_encoder(model: ViT | Roberta, folder: Path) -> None:
-    """Write CLIP's tower as Hugging Face's CLIPVisionModel, RoBERTa as its RobertaModel: weights, then config.json."""
+    """Write CLIP's vision encoder as Hugging Face's CLIPVisionModel, RoBERTa as its RobertaModel."""
     names, values = ROBERTA, {"model_type": "roberta", "type_vocab_size": 1}
     if isinstance(model, ViT):
         names, values = CLIP, {"model_type": "clip_vision_model"}

@@ -1,4 +1,4 @@
-"""What makes features of images for an adapter: CLIP's vision tower, or a function of the user's."""
+"""What makes features of images for an adapter: CLIP's vision encoder, or a function of the user's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,28 +8,39 @@ from torch import Tensor
 
 from adapter import Adapter
 from formats.encoders import load_vit
-from multimodal import DEPTHS, ImageAdapter, encode_images, encode_with_function, load_function, tower_fingerprint
+from multimodal import (
+    DEPTHS,
+    ImageAdapter,
+    encode_images,
+    encode_with_function,
+    load_function,
+    vision_encoder_fingerprint,
+)
 from runtime.cli import warn
 from runtime.files import resolved
 from runtime.files import hash_tensors
 
 
-class TowerEncoder:
-    """A frozen tower, read at M depths. `metadata` is what the file of an adapter says of it."""
+class VisionEncoder:
+    """A frozen vision encoder, read at M depths. `metadata` is what the file of an adapter says of it."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device, depths: int = DEPTHS):
-        self.tower, self.depths = load_vit(path, dtype, device), depths
-        self.num_features = depths * self.tower.config.dim
-        fingerprint = tower_fingerprint(self.tower)
-        self.metadata = {"tower": resolved(path), "tower_fingerprint": fingerprint, "tower_depths": str(depths)}
+        self.vision_encoder, self.depths = load_vit(path, dtype, device), depths
+        self.num_features = depths * self.vision_encoder.config.dim
+        fingerprint = vision_encoder_fingerprint(self.vision_encoder)
+        self.metadata = {
+            "vision_encoder": resolved(path),
+            "vision_encoder_fingerprint": fingerprint,
+            "vision_encoder_depths": str(depths),
+        }
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
         """(F,) for each. Raises OSError or ValueError."""
-        return encode_images(paths, self.tower, self.depths, cache)
+        return encode_images(paths, self.vision_encoder, self.depths, cache)
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
         """What a run that is resumed must see images with, too."""
-        return {"tower_fingerprint": self.metadata["tower_fingerprint"]}
+        return {"vision_encoder_fingerprint": self.metadata["vision_encoder_fingerprint"]}
 
 
 class FunctionEncoder:
@@ -53,36 +64,36 @@ class FunctionEncoder:
 
 
 def load_image_encoder(
-    tower: str | None,
+    vision_encoder: str | None,
     encoder: str | None,
     dtype: torch.dtype,
     device: torch.device,
     adapter: Adapter | None = None,
-) -> TowerEncoder | FunctionEncoder:
-    """The tower at a path, or the function of a name; for an adapter that is tuned, by default the one that it names.
+) -> VisionEncoder | FunctionEncoder:
+    """Load the vision encoder at a path, or a function FILE.py:NAME; by default the one that the adapter names.
 
     Raises OSError, or ValueError where the adapter cannot see what it makes. Warns where it is another than in tuning.
     """
-    if tower is not None and encoder is not None:
+    if vision_encoder is not None and encoder is not None:
         raise ValueError("--clip and --encoder: one of them makes the features of an image")
     if adapter is None:
-        return FunctionEncoder(encoder) if encoder is not None else TowerEncoder(tower, dtype, device)
+        return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):
         raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
     if encoder is not None:
-        theirs = metadata.get("encoder", metadata.get("tower", encoder))
+        theirs = metadata.get("encoder", metadata.get("vision_encoder", encoder))
         if Path(theirs).name != Path(encoder).name:
             warn(f"the adapter was tuned with {theirs}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
-    tower = tower or metadata.get("tower")
-    if tower is None and "encoder" in metadata:
+    vision_encoder = vision_encoder or metadata.get("vision_encoder")
+    if vision_encoder is None and "encoder" in metadata:
         raise ValueError(f"the adapter was tuned with {metadata['encoder']}; to run that code, give --encoder")
-    if tower is None:
-        raise ValueError("the adapter does not say which vision tower it is for; give --clip PATH")
-    found = TowerEncoder(tower, dtype, device, int(metadata.get("tower_depths", DEPTHS)))
+    if vision_encoder is None:
+        raise ValueError("the adapter does not say which vision encoder it is for; give --clip PATH")
+    found = VisionEncoder(vision_encoder, dtype, device, int(metadata.get("vision_encoder_depths", DEPTHS)))
     if found.num_features != made_for:
-        raise ValueError(f"{tower}: has {found.num_features} features, the adapter was made for {made_for}")
-    if metadata.get("tower_fingerprint", "") not in ("", found.metadata["tower_fingerprint"]):
-        warn(f"the adapter was tuned with other weights than those of {tower}")
+        raise ValueError(f"{vision_encoder}: has {found.num_features} features, the adapter was made for {made_for}")
+    if metadata.get("vision_encoder_fingerprint", "") not in ("", found.metadata["vision_encoder_fingerprint"]):
+        warn(f"the adapter was tuned with other weights than those of {vision_encoder}")
     return found

@@ -43,7 +43,7 @@ def read_requests(
 
 
 def attach_images(
-    requests: Sequence[Request], images: dict[int, Path], responder, tower: str | None, encoder: str | None
+    requests: Sequence[Request], images: dict[int, Path], responder, vision_encoder: str | None, encoder: str | None
 ) -> list[Request]:
     """The requests, each with the features of its image, encoded as in the training of its adapter.
 
@@ -53,7 +53,9 @@ def attach_images(
     requests = list(requests)
     model = responder.model
     for name in dict.fromkeys(requests[i].adapter for i in images):
-        image_encoder = load_image_encoder(tower, encoder, model.dtype, model.device, responder.loaded[name].adapter)
+        image_encoder = load_image_encoder(
+            vision_encoder, encoder, model.dtype, model.device, responder.loaded[name].adapter
+        )
         ours = [i for i in images if requests[i].adapter == name]
         for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
             requests[i] = requests[i]._replace(features=features)

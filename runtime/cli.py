@@ -88,7 +88,7 @@ adapter_options = option_group(
     *device_options,
 )
 encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
-    option("--clip", "tower", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
+    option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
     option("--encoder", help="In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers of a file."),
 ]
 

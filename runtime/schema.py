@@ -3,6 +3,19 @@
 import reprlib
 
 
+# Keys of metadata and options that files of earlier versions have under another name.
+RENAMED = {
+    "tower": "vision_encoder",
+    "tower_fingerprint": "vision_encoder_fingerprint",
+    "tower_depths": "vision_encoder_depths",
+}
+
+
+def renamed(values: dict[str, object]) -> dict[str, object]:
+    """Return the values with today's keys."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:
     """Raise ValueError where a value is no number from `least` to `most`; NaN is none, nor is True."""
     if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:

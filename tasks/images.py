@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from data import Example
-from formats.image_encoders import FunctionEncoder, TowerEncoder, load_image_encoder
+from formats.image_encoders import FunctionEncoder, VisionEncoder, load_image_encoder
 from runtime.distributed import local_rank0_first
 from runtime.files import path_inside, require_file
 
@@ -41,7 +41,7 @@ def with_images(
 def attach_features(
     examples: Sequence[AnyExample],
     folder: str | Path,
-    encoder: TowerEncoder | FunctionEncoder,
+    encoder: VisionEncoder | FunctionEncoder,
     cache: Path | None = None,
 ) -> list[AnyExample]:
     """The examples, each with the features (F,) of its image. An image that several share is encoded once.
@@ -56,12 +56,12 @@ def attach_features(
 
 def encode_images(
     examples: Sequence[AnyExample], data, dtype: torch.dtype, device: torch.device
-) -> tuple[list[AnyExample], TowerEncoder | FunctionEncoder]:
+) -> tuple[list[AnyExample], VisionEncoder | FunctionEncoder]:
     """The examples with the features of their images, and the encoder that computed them.
 
     `data` is a training.options.DataOptions. Raises OSError or ValueError.
     """
-    encoder = load_image_encoder(data.tower, data.encoder, dtype, device)
+    encoder = load_image_encoder(data.vision_encoder, data.encoder, dtype, device)
     with local_rank0_first():  # it fills the cache for the other ranks
         examples = attach_features(examples, data.images, encoder, cache=data.features)
     return examples, encoder

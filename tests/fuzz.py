@@ -260,7 +260,13 @@ def image_adapter(folder):
     from multimodal import ImageAdapter
 
     made = ImageAdapter(features=8, layers=2, length=3, dim=16, heads=2)
-    made.save(folder / "a.safetensors", base_layers=3, tower="t", tower_depths=4, tower_fingerprint="x")
+    made.save(
+        folder / "a.safetensors",
+        base_layers=3,
+        vision_encoder="t",
+        vision_encoder_depths=4,
+        vision_encoder_fingerprint="x",
+    )
     return folder / "a.safetensors"
 
 

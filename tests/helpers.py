@@ -217,7 +217,7 @@ def make_images(number=2, size=24):
 
 
 def openai_names(model):
-    """OpenAI's state dict of a tower of ours, and a tensor of the text tower."""
+    """OpenAI's state dict of a vision encoder of ours, and a tensor of the text encoder."""
     weights = dict(model.named_parameters())
     named = {
         "class_embedding": weights["class_embedding"],

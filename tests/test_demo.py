@@ -30,14 +30,14 @@ QUESTION = "Name the number 7."
 
 @pytest.fixture(scope="module")
 def seeing(tiny_base, tmp_path_factory):
-    """The file of an adapter that sees, gates open and images loud, and its tower."""
+    """The file of an adapter that sees, gates open and images loud, and its vision encoder."""
     folder = tmp_path_factory.mktemp("seeing")
     torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
     generator = torch.Generator().manual_seed(3)
     adapter = ImageAdapter(features=512, layers=3, length=2, dim=16, heads=2, generator=generator)
     torch.nn.init.constant_(adapter.gates, 2.0)
     torch.nn.init.normal_(adapter.projection[2].weight, generator=generator)
-    adapter.save(folder / "seeing.safetensors", base=tiny_base, base_layers=3, tower=folder / "ViT.pt")
+    adapter.save(folder / "seeing.safetensors", base=tiny_base, base_layers=3, vision_encoder=folder / "ViT.pt")
     return folder / "seeing.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""The digits: pictures, the tower that learns them, and the questions about them."""
+"""The digits: pictures, the vision encoder that learns them, and the questions about them."""
 
 import sys
 from pathlib import Path
@@ -37,26 +37,26 @@ def test_questions_and_answers():
     assert [q.example.output for q in seven] == ["This is seven.", "Seven is odd.", "The number after seven is eight."]
 
 
-def test_a_tower_is_the_same_when_read_again(small_digits, tmp_path):
+def test_a_vision_encoder_is_the_same_when_read_again(small_digits, tmp_path):
     """And transformers reads it, too."""
-    tower, image = make_vit(digits.TOWER), torch.randn(2, 3, 16, 16)
-    save_encoder(tower, tmp_path / "tower")
-    loaded = load_vit(tmp_path / "tower")
-    assert loaded.config == digits.TOWER and torch.equal(loaded(image)[-1], tower(image)[-1])
+    vision_encoder, image = make_vit(digits.CONFIG), torch.randn(2, 3, 16, 16)
+    save_encoder(vision_encoder, tmp_path / "vision_encoder")
+    loaded = load_vit(tmp_path / "vision_encoder")
+    assert loaded.config == digits.CONFIG and torch.equal(loaded(image)[-1], vision_encoder(image)[-1])
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.CLIPVisionModel.from_pretrained(tmp_path / "tower")
-    torch.testing.assert_close(theirs(image).last_hidden_state, tower(image)[-1], rtol=1e-4, atol=1e-4)
+    theirs = transformers.CLIPVisionModel.from_pretrained(tmp_path / "vision_encoder")
+    torch.testing.assert_close(theirs(image).last_hidden_state, vision_encoder(image)[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_tower_learns_digits(small_digits, monkeypatch):
+def test_a_vision_encoder_learns_digits(small_digits, monkeypatch):
     """A few epochs of a smaller one: the mean pictures of its features tell most held-out digits apart."""
     monkeypatch.setattr(digits, "EPOCHS", 8)
     monkeypatch.setattr(digits, "TOWER", ViTConfig(16, 4, 32, 2, 2, 64))
-    tower = digits.train_tower(small_digits).requires_grad_(False)
+    vision_encoder = digits.train_vision_encoder(small_digits).requires_grad_(False)
     features, labels = [], []
     for files in digits.pictures(small_digits):
-        images = torch.stack([preprocess(open_image(file), digits.TOWER) for file in files[:600]])
-        features.append(tower.norm(tower(images)[-1][:, 0]))
+        images = torch.stack([preprocess(open_image(file), digits.CONFIG) for file in files[:600]])
+        features.append(vision_encoder.norm(vision_encoder(images)[-1][:, 0]))
         labels.append(torch.tensor([int(file.name[0]) for file in files[:600]]))
     means = torch.stack([features[0][labels[0] == digit].mean(0) for digit in range(10)])
     assert (torch.cdist(features[1], means).argmin(1) == labels[1]).float().mean() > 0.6
@@ -73,13 +73,13 @@ def test_the_encoder_of_the_repository_knows_digits(tmp_path):
     """Held-out pictures are nearest to the mean features of their digit in at least 90 %."""
     pytest.importorskip("sklearn")
     digits.write_pictures(tmp_path)
-    tower = load_vit(digits.ENCODER)
-    assert tower.config == digits.TOWER
+    vision_encoder = load_vit(digits.ENCODER)
+    assert vision_encoder.config == digits.CONFIG
     features, labels = [], []
     for files in digits.pictures(tmp_path):
-        images = torch.stack([preprocess(open_image(file), digits.TOWER) for file in files[:600]])
+        images = torch.stack([preprocess(open_image(file), digits.CONFIG) for file in files[:600]])
         with torch.no_grad():
-            features.append(tower.norm(tower(images)[-1][:, 0]))
+            features.append(vision_encoder.norm(vision_encoder(images)[-1][:, 0]))
         labels.append(torch.tensor([int(file.name[0]) for file in files[:600]]))
     means = torch.stack([features[0][labels[0] == digit].mean(0) for digit in range(10)])
     assert (torch.cdist(features[1], means).argmin(1) == labels[1]).float().mean() >= 0.9

@@ -24,15 +24,15 @@ def test_prompts_are_seen_by_every_token_in_both_forms():
     assert all(torch.equal(a, b) for a, b in zip(closed, plain))
 
 
-def test_towers_have_their_published_sizes():
+def test_vision_encoders_have_their_published_sizes():
     """CLIP's, without the projection to the space shared with text: 768 x 512, 1024 x 768."""
-    towers = {
+    vision_encoders = {
         87.5: ViTConfig(),  # ViT-B/32
         85.8: ViTConfig(patch_size=16),  # ViT-B/16
         303.2: ViTConfig(224, 14, 1024, 24, 16, 4096),  # ViT-L/14
         303.5: ViTConfig(336, 14, 1024, 24, 16, 4096),  # ViT-L/14@336
     }
-    for millions, config in towers.items():
+    for millions, config in vision_encoders.items():
         with torch.device("meta"):
             assert round(sum(p.numel() for p in ViT(config).parameters()) / 1e6, 1) == millions
 

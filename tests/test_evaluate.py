@@ -30,11 +30,11 @@ def folder(tmp_path):
 
 @pytest.fixture
 def seeing(tiny_base, tmp_path):
-    """An adapter for images, with open gates, and its tower."""
+    """An adapter for images, with open gates, and its vision encoder."""
     torch.save(openai_names(make_vit(SEEING)), tmp_path / "ViT.pt")
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=512, bottleneck=5)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
-    adapter.save(tmp_path / "a.safetensors", base=str(tiny_base), tower=str(tmp_path / "ViT.pt"))
+    adapter.save(tmp_path / "a.safetensors", base=str(tiny_base), vision_encoder=str(tmp_path / "ViT.pt"))
     return tmp_path / "a.safetensors"
 
 

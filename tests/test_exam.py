@@ -96,7 +96,7 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
     """Of an oracle that names the digit that it is shown; of others' pictures it names those."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)
-    adapter.metadata = {"tower_depths": "4"}
+    adapter.metadata = {"vision_encoder_depths": "4"}
     _, held_out = digits.pictures(small_digits)
     rows = list(torch.eye(30, 64))
 
@@ -105,8 +105,10 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
             assert [path.name for path in paths] == [path.name for path in held_out]
             return rows
 
-    towers = []
-    monkeypatch.setattr(exam, "load_image_encoder", lambda tower, *more: towers.append(tower) or Encoder())
+    vision_encoders = []
+    monkeypatch.setattr(
+        exam, "load_image_encoder", lambda vision_encoder, *more: vision_encoders.append(vision_encoder) or Encoder()
+    )
 
     def oracle(model, tokenizer, adapter, requests):
         answers = []
@@ -123,7 +125,7 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
     assert list(scores) == [f"picture_accuracy_{name}" for name in ("chance", "no_image", "image", "another_image")]
     assert scores["picture_accuracy_image"] == 1 and scores["picture_accuracy_no_image"] == 0
     assert 0 < scores["picture_accuracy_another_image"] < 0.4
-    assert towers == [str(digits.ENCODER)]
+    assert vision_encoders == [str(digits.ENCODER)]
     shown = capsys.readouterr().out
     assert "Questions about 30 held-out pictures" in shown and "Is it even?" in shown
     blind = exam.evaluate_digits(model, tokenizer, make_adapter(model))

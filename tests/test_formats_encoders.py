@@ -88,13 +88,13 @@ def broken(tmp_path, change):
         (lambda s: s.update({"visual.positional_embedding": torch.ones(4)}), "ViT.pt: its patch embedding, positions"),
     ],
 )
-def test_broken_towers_are_named(tmp_path, change, message):
+def test_broken_vision_encoders_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_vit(broken(tmp_path, change))
 
 
-def test_what_is_no_tower(tmp_path, tiny_base):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such vision tower"):
+def test_what_is_no_vision_encoder(tmp_path, tiny_base):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such vision encoder"):
         load_vit("nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="config.json: model_type is 'llama'; only 'clip', 'clip_vision_model'"):

@@ -76,7 +76,7 @@ def adapter_of(kind, seed, features=6, **shape):
     adapter = Adapter(**shape) if kind == "text" else ImageAdapter(features=features, bottleneck=4, **shape)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(seed))
     adapter.metadata = {"base_layers": "3", "prompt_template": "alpaca"}
-    adapter.metadata |= {"tower": f"tower {seed}", "tower_depths": "2"} if kind == "images" else {}
+    adapter.metadata |= {"vision_encoder": f"encoder {seed}", "vision_encoder_depths": "2"} if kind == "images" else {}
     return adapter
 
 
@@ -97,8 +97,8 @@ def test_words_and_images(tmp_path, initial, new):
     expected = fresh | known.state_dict()
     assert begun.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in begun.state_dict().items())
-    tower = {"images": "tower 2", "text": "tower 1"}[new] if "images" in (initial, new) else None
-    assert begun.metadata.get("tower") == tower and begun.metadata["init"] == "a.safetensors"
+    vision_encoder = {"images": "encoder 2", "text": "encoder 1"}[new] if "images" in (initial, new) else None
+    assert begun.metadata.get("vision_encoder") == vision_encoder and begun.metadata["init"] == "a.safetensors"
 
 
 def test_one_gate_for_all_heads(tmp_path):

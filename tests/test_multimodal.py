@@ -51,11 +51,11 @@ from training.run_files import read_metrics
 def test_features_are_the_class_tokens_at_even_depths():
     assert layers_at_depths(24, 4) == [5, 11, 17, 23] and layers_at_depths(3, 2) == [0, 2]
     assert layers_at_depths(5, 5) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="4 depths, of a tower of 3 layers"):
+    with pytest.raises(ValueError, match="4 depths, of a vision encoder of 3 layers"):
         layers_at_depths(3, 4)
-    tower, images = make_vit(), make_images(3)
-    features = global_features(tower, images, 2)
-    states = [tower(images)[i][:, 0].double() for i in (0, 2)]
+    vision_encoder, images = make_vit(), make_images(3)
+    features = global_features(vision_encoder, images, 2)
+    states = [vision_encoder(images)[i][:, 0].double() for i in (0, 2)]
     normed = [(x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in states]
     torch.testing.assert_close(features.double(), torch.cat(normed, dim=1), rtol=1e-5, atol=1e-5)
     assert features.shape == (3, 256) and not features.requires_grad
@@ -97,13 +97,13 @@ def test_every_sample_sees_its_own_image_or_none(config):
         assert torch.equal(model(tokens, adapter(features, gate_scale=0.0)), model(tokens))
 
 
-def test_projection_and_prompts_learn_and_the_tower_does_not():
-    model, tower = make_model(), make_vit()
+def test_projection_and_prompts_learn_and_the_vision_encoder_does_not():
+    model, vision_encoder = make_model(), make_vit()
     adapter = make_image_adapter(model)
-    features = global_features(tower, make_images(2), 2)
+    features = global_features(vision_encoder, make_images(2), 2)
     model(make_tokens(model, 2, 6), adapter(features)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
-    assert all(p.grad is None for module in (model, tower) for p in module.parameters())
+    assert all(p.grad is None for module in (model, vision_encoder) for p in module.parameters())
 
 
 def test_the_same_generator_makes_the_same_adapter():
@@ -121,6 +121,11 @@ def test_the_file(tmp_path):
     features = torch.randn(2, 256)
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(features), adapter(features)))
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(), adapter()))
+    adapter.save(tmp_path / "old.safetensors", tower="ViT-L/14", tower_depths=2)  # as earlier versions name them
+    for load in (ImageAdapter.load, load_adapter):
+        metadata = load(tmp_path / "old.safetensors").metadata
+        assert metadata["vision_encoder"] == "ViT-L/14" and metadata["vision_encoder_depths"] == "2"
+        assert not any("tower" in name for name in metadata)
     with pytest.raises(RuntimeError, match="projection"):  # a text adapter has no place for it
         Adapter.load(tmp_path / "a.safetensors")
 
@@ -140,7 +145,7 @@ def test_the_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """A tower, and a data file: what colour a picture has, and questions without a picture."""
+    """A vision encoder, and a data file: what colour a picture has, and questions without a picture."""
     folder = tmp_path_factory.mktemp("album")
     torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
     (folder / "pictures").mkdir()
@@ -175,13 +180,13 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     result = run(train, *train_args)
     assert result.exit_code == 0, result.output
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
-    assert adapter.metadata["tower_depths"] == "4" and adapter.projection[0].in_features == 4 * 128
+    assert adapter.metadata["vision_encoder_depths"] == "4" and adapter.projection[0].in_features == 4 * 128
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 1
 
     model, tokenizer = load_llama(train_args[1])
-    tower = load_vit(album / "ViT.pt")
-    rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], tower))
+    vision_encoder = load_vit(album / "ViT.pt")
+    rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], vision_encoder))
     prompt = AlpacaTemplate(tokenizer).encode_prompt("Name the colour.")
     likeliest = []
     for features in rows:
@@ -264,7 +269,7 @@ def test_missing_pictures(train_args, album, tmp_path):
     assert f"1 of {len(records)} skipped: their image was not found" in result.stderr
 
 
-def test_without_a_tower_the_pictures_are_left_out(train_args, tmp_path):
+def test_without_a_vision_encoder_the_pictures_are_left_out(train_args, tmp_path):
     """The text-only adapter on the same questions."""
     i = train_args.index("--clip")
     assert run(train, *train_args[:i], *train_args[i + 2 :], "--epochs", 2).exit_code == 0
@@ -327,17 +332,17 @@ def test_images_are_encoded_by_one_rank(forks, train_args, tmp_path):
 
 def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     film(tmp_path / "x.mp4", ["red", "lime", "blue"])
-    tower = make_vit(SEEING)
+    vision_encoder = make_vit(SEEING)
     picture().save(tmp_path / "y.png")
-    (alone,) = encode_images([tmp_path / "x.mp4"], tower)
+    (alone,) = encode_images([tmp_path / "x.mp4"], vision_encoder)
     still, moving, again = encode_images(
-        [tmp_path / "y.png", tmp_path / "x.mp4", tmp_path / "y.png"], tower, cache=tmp_path
+        [tmp_path / "y.png", tmp_path / "x.mp4", tmp_path / "y.png"], vision_encoder, cache=tmp_path
     )
     torch.testing.assert_close(moving, alone, rtol=1e-4, atol=1e-4)
     assert torch.equal(still, again) and not torch.allclose(still, moving)
-    frames = torch.stack([preprocess(frame, tower.config) for frame in open_video(tmp_path / "x.mp4")])
-    torch.testing.assert_close(moving, global_features(tower, frames).mean(0), rtol=1e-4, atol=1e-4)
-    assert torch.equal(encode_images([tmp_path / "x.mp4"], tower, cache=tmp_path)[0], moving)  # of the cache
+    frames = torch.stack([preprocess(frame, vision_encoder.config) for frame in open_video(tmp_path / "x.mp4")])
+    torch.testing.assert_close(moving, global_features(vision_encoder, frames).mean(0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(encode_images([tmp_path / "x.mp4"], vision_encoder, cache=tmp_path)[0], moving)  # of the cache
 
 
 @pytest.mark.parametrize(
@@ -352,13 +357,13 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     ],
 )
 def test_kept_features_that_do_not_fit_are_made_again(tmp_path, content):
-    tower = make_vit(SEEING)
+    vision_encoder = make_vit(SEEING)
     picture().save(tmp_path / "y.png")
-    (features,) = encode_images([tmp_path / "y.png"], tower, cache=tmp_path / "cache")
+    (features,) = encode_images([tmp_path / "y.png"], vision_encoder, cache=tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob("*/*.npy")
     whole = file.read_bytes()
     file.write_bytes(content) if isinstance(content, bytes) else np.save(file, content)
-    (again,) = encode_images([tmp_path / "y.png"], tower, cache=tmp_path / "cache")
+    (again,) = encode_images([tmp_path / "y.png"], vision_encoder, cache=tmp_path / "cache")
     assert torch.equal(again, features) and file.read_bytes() == whole
 
 

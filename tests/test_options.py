@@ -232,7 +232,7 @@ def places(tiny_base, instructions, bpe, tmp_path_factory):
     shape = {"layers": 3, "length": 2, "dim": 16, "heads": 2}
     about = {"base": str(tiny_base), "base_layers": 3}
     train.Adapter(**shape).save(folder / "text_only", **about)
-    ImageAdapter(features=512, **shape).save(folder / "seeing", tower=album / "ViT.pt", **about)
+    ImageAdapter(features=512, **shape).save(folder / "seeing", vision_encoder=album / "ViT.pt", **about)
     ImageAdapter(features=64, **shape).save(folder / "heard", encoder="eye.py:rows", **about)
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.5) for i in range(3)}
     torch.save({"adapter_query.weight": torch.ones(6, 16)} | gates, folder / "theirs")

@@ -21,7 +21,7 @@ from runtime.files import locked
 from training import curves
 from training import run as run_module
 from training.options import RunOptions
-from training.run_files import WRITTEN
+from training.run_files import WRITTEN, check_options
 
 
 class Child:
@@ -413,6 +413,12 @@ def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
         ("sure", ".jsonl"),
         ("sure", ".unfinished"),
     ]
+
+
+def test_options_of_earlier_versions_have_other_names(tmp_path):
+    check_options({"tower_fingerprint": "a"}, {"vision_encoder_fingerprint": "a"}, tmp_path)
+    with pytest.raises(ValueError, match="was made with vision_encoder_fingerprint = a, not b"):
+        check_options({"tower_fingerprint": "a"}, {"vision_encoder_fingerprint": "b"}, tmp_path)
 
 
 def test_the_summary_tells_the_options(args, tmp_path):

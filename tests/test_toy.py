@@ -16,12 +16,12 @@ from toy import almanac, digits, toys
 @dataclass(frozen=True)
 class Options:
     images: str | None = None
-    tower: str | None = None
+    vision_encoder: str | None = None
     features: Path | None = None
 
 
 def test_examples_of_each(small_digits, tmp_path):
-    """By their numbers; of pictures those to be tuned on, and of the blind the same, with no tower to see them."""
+    """By their numbers; of pictures those to train on, and for the blind toy the same, without a vision encoder."""
     text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
     assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["tuning"]]
@@ -50,7 +50,7 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     path = tmp_path / "run" / "adapter.safetensors"
     adapter = ImageAdapter.load(path)
-    assert adapter.metadata["data"] == "toy images" and adapter.metadata["tower"] == str(digits.ENCODER)
+    assert adapter.metadata["data"] == "toy images" and adapter.metadata["vision_encoder"] == str(digits.ENCODER)
     for column in ("chance", "no image", "image", "another image", "new entities in new wordings", "bit for bit: yes"):
         assert column in result.stdout
     again = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])

@@ -7,7 +7,7 @@ import click
 
 from formats.encoders import save_encoder
 from runtime.cli import PATH, one_line_errors
-from toy.digits import ENCODER, train_tower, write_pictures
+from toy.digits import ENCODER, train_vision_encoder, write_pictures
 from toy.language_model import BASE, make_base
 
 
@@ -19,7 +19,7 @@ def main(base: Path, encoder: Path) -> None:
     with one_line_errors(), TemporaryDirectory() as pictures:
         write_pictures(Path(pictures))
         make_base(base)
-        save_encoder(train_tower(Path(pictures)), encoder)
+        save_encoder(train_vision_encoder(Path(pictures)), encoder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Handwritten digits, a small vision tower that knows them, and questions about them.
+"""Handwritten digits, a small vision encoder that knows them, and questions about them.
 
-The tower is trained here to tell digits apart, and then frozen, as CLIP's would be. The questions need both: what the
-tower sees, and what the almanac's LLaMA has read of numbers. Nobody ever showed that LLaMA a picture, or told it what
-an instruction is; prompts, gates and a projection have to learn both.
+The vision encoder is trained here to tell digits apart, and then frozen, as CLIP's would be. The questions need both:
+what the vision encoder sees, and what the almanac's LLaMA has read of numbers. Nobody ever showed that LLaMA a picture,
+or told it what an instruction is; prompts, gates and a projection have to learn both.
 """
 
 import math
@@ -23,11 +23,11 @@ from toy.almanac import KINDS, NUMBERS, ExamQuestion, capitalised
 from toy.pretraining import one_thread, pretrain, warmup_cosine
 
 ENCODER = Path(__file__).with_name("vision_encoder")  # part of the repository, made by `python -m toy`
-TOWER = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, hidden_dim=128)
+CONFIG = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, hidden_dim=128)
 BATCH, EPOCHS = 64, 30
 SCHEDULE = {"peak": 3e-3, "warmup": 50}
 OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.05}
-TUNED_ON, HELD_OUT = 400, 200  # pictures; the tower learns from all that are not held out
+TUNED_ON, HELD_OUT = 400, 200  # pictures; the vision encoder learns from all that are not held out
 
 ANSWERS = {
     "Which digit is this?": "This is {e}.",
@@ -57,28 +57,28 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 @one_thread()
-def train_tower(folder: Path) -> ViT:
+def train_vision_encoder(folder: Path) -> ViT:
     """A vision transformer and a linear head, which is thrown away, learn to tell digits apart."""
     files, _ = pictures(folder)
-    images = torch.stack([preprocess(open_image(file), TOWER) for file in files])  # (B, 3, S, S)
+    images = torch.stack([preprocess(open_image(file), CONFIG) for file in files])  # (B, 3, S, S)
     labels = torch.tensor([int(file.name[0]) for file in files])
-    pixel, steps = TOWER.image_size // 8, EPOCHS * math.ceil(len(files) / BATCH)
+    pixel, steps = CONFIG.image_size // 8, EPOCHS * math.ceil(len(files) / BATCH)
     torch.manual_seed(0)
-    tower, head = ViT(TOWER), nn.Linear(TOWER.dim, 10)
+    vision_encoder, head = ViT(CONFIG), nn.Linear(CONFIG.dim, 10)
 
     def losses() -> Iterator[Tensor]:
         for _ in range(EPOCHS):
             for batch in torch.randperm(len(files)).split(BATCH):
                 # by up to a pixel, for 1,597 pictures are few
                 shift = tuple((pixel * torch.randint(-1, 2, (2,))).tolist())
-                states = tower(torch.roll(images[batch], shift, dims=(2, 3)))[-1]  # (B, T, Cv)
-                yield F.cross_entropy(head(tower.norm(states[:, 0])), labels[batch])
+                states = vision_encoder(torch.roll(images[batch], shift, dims=(2, 3)))[-1]  # (B, T, Cv)
+                yield F.cross_entropy(head(vision_encoder.norm(states[:, 0])), labels[batch])
 
     learning_rate, in_turn = partial(warmup_cosine, total=steps, **SCHEDULE), losses()
-    parameters = [*tower.parameters(), *head.parameters()]
-    options = {"steps": steps, "desc": "training the tower"} | OPTIMIZER
+    parameters = [*vision_encoder.parameters(), *head.parameters()]
+    options = {"steps": steps, "desc": "training the vision encoder"} | OPTIMIZER
     pretrain(parameters, lambda step: next(in_turn), learning_rate, **options)
-    return tower
+    return vision_encoder
 
 
 def questions(files: list[Path]) -> list[ExamQuestion]:

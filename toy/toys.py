@@ -15,7 +15,9 @@ class Toy(NamedTuple):
     """A base, training data, and an evaluation."""
 
     base: Path
-    examples: Callable  # takes DataOptions; returns Examples, and the options with `images` and `tower` filled in
+    examples: (
+        Callable  # takes DataOptions; returns Examples, and the options with `images` and `vision_encoder` filled in
+    )
     evaluate: Callable[..., dict[str, float]]  # takes model, tokenizer and adapter; prints tables, returns scores
 
 
@@ -33,7 +35,7 @@ def image_examples(options):
     digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
     asked = digits.questions(files[: digits.TUNED_ON]) + almanac.instructions()["tuning"]
-    return numbered(asked), replace(options, images=str(folder), tower=str(digits.ENCODER))
+    return numbered(asked), replace(options, images=str(folder), vision_encoder=str(digits.ENCODER))
 
 
 def blind_examples(options):

@@ -65,7 +65,9 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
         result = adapter
     else:
         result = initial.to(adapter.prompts.device)
-        vision = {name: value for name, value in known.items() if name.startswith("tower") or name == "encoder"}
+        vision = {
+            name: value for name, value in known.items() if name.startswith("vision_encoder") or name == "encoder"
+        }
         result.metadata = (vision if isinstance(initial, ImageAdapter) else {}) | adapter.metadata
     result.metadata["init"] = Path(path).name
     return result

@@ -31,7 +31,9 @@ class DataOptions:
     toy: str | None = setting(None, "In place of --data: docs/toy.md.  [default: text]", click.Choice(TOYS))
     limit: int | None = setting(None, "Use only this many examples, from the beginning.", Count())
     template: str | None = setting(None, TEMPLATE_HELP, click.Choice(NAMES))
-    tower: str | None = setting(None, "CLIP's vision encoder; without it images are ignored.", click.Path(), "--clip")
+    vision_encoder: str | None = setting(
+        None, "CLIP's vision encoder; without it images are ignored.", click.Path(), "--clip"
+    )
     encoder: str | None = setting(None, "In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers.")
     images: str | None = setting(None, "The folder of the images.  [default: the data's folder]", click.Path())
     skip_missing: bool = setting(False, "Skip examples whose image is missing.")
@@ -39,13 +41,13 @@ class DataOptions:
 
     def checked(self, base: str | None) -> "DataOptions":
         """Return the options with the toy filled in. Raises ValueError if they contradict each other."""
-        if self.tower is not None and self.encoder is not None:
+        if self.vision_encoder is not None and self.encoder is not None:
             raise ValueError("--clip and --encoder: only one of them computes the features of an image")
         if self.data is not None and self.toy is not None:
             raise ValueError(f"--toy {self.toy} brings its own data: omit --data {self.data}")
         if base is not None and self.data is None and self.toy is None:
             raise ValueError(f"--base {base} needs --data FILE, or --toy text for the toy's questions")
-        given = {"--clip": self.tower, "--encoder": self.encoder, "--images": self.images}
+        given = {"--clip": self.vision_encoder, "--encoder": self.encoder, "--images": self.images}
         given["--task"] = None if self.task == "instructions" else self.task
         unused = next((name for name, value in given.items() if value is not None), None)
         if self.data is None and unused is not None:

@@ -17,7 +17,7 @@ from adapter import Adapter
 from formats.tensors import load_pth, require_dense
 from runtime.distributed import broadcast_from_rank0
 from runtime.files import atomic_write, first_line, read_bytes, remove_unfinished
-from runtime.schema import require_number
+from runtime.schema import renamed, require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
 WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # the files of a finished run
@@ -52,6 +52,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
+    before = renamed(before)
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
