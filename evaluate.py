@@ -21,10 +21,10 @@ from multimodal import ImageAdapter
 from runtime.cli import PATH, Count, Real, adapter_options, bits_options, device_options, encoder_options
 from runtime.cli import one_line_errors
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, rank, run_command
+from runtime.distributed import inference_ranks, rank, run_command
 from runtime.files import require_writable
 from tasks import TASKS, Task, load_task
-from tasks.answering import Answers, likeliest_answers, read_answers, write_scores, written_answers
+from tasks.responses import Responses, most_likely_choices, read_responses, write_scores, generate_responses
 from tasks.images import attach_features, with_images
 
 
@@ -40,7 +40,7 @@ class EvalConfig:
     encoder: str | None
     skip_missing: bool
     limit: int | None
-    results: Path | None  # answers that somebody gave
+    results: Path | None  # responses that somebody gave
     batch_size: int
     adapter_path: str | None
     base: str | None
@@ -52,24 +52,24 @@ class EvalConfig:
 
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
-    """From a file of examples to answers, scores, and what is written of them. Raises OSError or ValueError."""
+    """From a file of examples to responses, scores, and what is written of them. Raises OSError or ValueError."""
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
     examples = read(config.data, images=config.images, split=config.split)[: config.limit]
     if config.results is None:
-        answers = answer(name, task, examples, config)
+        responses = respond(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
-        raise ValueError("--results has the answers: no --adapter, --base or --choose beside it")
+        raise ValueError("--results has the responses: no --adapter, --base or --choose beside it")
     else:
-        read = task.read_answers or read_answers
+        read = task.read_responses or read_responses
         texts, method = read(config.results, examples), f"as in {config.results}"
-        answers = Answers(name, config.split, examples, texts, method, False, config.results.stem)
-    scores = task.score(answers.examples, answers.texts)
+        responses = Responses(name, config.split, examples, texts, method, False, config.results.stem)
+    scores = task.score(responses.examples, responses.texts)
     if rank() == 0:
-        (task.write_results or write_scores)(answers, scores, config.out)
+        (task.write_results or write_scores)(responses, scores, config.out)
 
 
-def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Answers:
+def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
     """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
@@ -91,13 +91,13 @@ def answer(name: str, task: Task, examples: list[Example], config: EvalConfig) -
         raise ValueError("--clip or --encoder needs an adapter with a projection, one that was tuned on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
     if config.choose:
-        method, choices = "the option whose answer is likeliest", [task.choices(example) for example in examples]
-        texts = likeliest_answers(responder, requests, choices, config.batch_size, task.unit)
+        method, choices = "the most likely option", [task.choices(example) for example in examples]
+        texts = most_likely_choices(responder, requests, choices, config.batch_size, task.unit)
     else:
         method = "generated, greedily, and parsed"
-        texts = written_answers(responder, requests, config.batch_size, task.unit)
+        texts = generate_responses(responder, requests, config.batch_size, task.unit)
     tuned = sum(parameter.numel() for parameter in adapter.parameters()) if adapter else 0
-    return Answers(name, config.split, examples, texts, method, not config.choose, model_name, tuned)
+    return Responses(name, config.split, examples, texts, method, not config.choose, model_name, tuned)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ image_options = option_group(
 
 
 class TaskCommands(click.Group):
-    """A group with a command for every task that has scores; a task is imported when its command is asked for."""
+    """A group with a command for every task that has scores; a task is imported when its command runs."""
 
     command_class = cloup.Command
 
@@ -154,19 +154,19 @@ def task_command(name: str, task: Task) -> click.Command:
         option("--data", type=PATH, required=True, help=task.data_help),
         *split,
         option("--limit", type=Count(), help="Ask only about the first so many."),
-        option("--results", type=PATH, help="Score the answers of this file; no model runs."),
+        option("--results", type=PATH, help="Score the responses of this file; no model runs."),
     )
     @model_options
     @image_options
     @option_group(
-        "Answers",
+        "Responses",
         *choose,
-        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Tokens of an answer, at most."),
+        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Tokens of a response, at most."),
         option("--batch-size", type=Count(), default=64, help="Asked at once."),
-        option("--out", type=PATH, default=f"out-{name}", help="Folder for answers and scores."),
+        option("--out", type=PATH, default=f"out-{name}", help="Folder for responses and scores."),
     )
     def command(**options):
-        with one_line_errors(), answering_ranks():
+        with one_line_errors(), inference_ranks():
             if rank() == 0:
                 require_writable(options["out"], folder=True)
             evaluate(name, task, EvalConfig(**options))
@@ -184,9 +184,9 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
     """
     from toy import exam
 
-    with one_line_errors(), answering_ranks():
+    with one_line_errors(), inference_ranks():
         if adapter_path is None:
-            raise ValueError("--adapter FILE is missing: the base alone is asked beside it")
+            raise ValueError("--adapter FILE is missing: the base alone is evaluated beside it")
         model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
         (adapter,) = adapters.values()
         if images:
@@ -210,7 +210,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--include-path", "include", type=PATH, help="A folder with tasks of your own."),
     option("--num-fewshot", type=Count(0), help="Examples before each question.  [default: the task's]"),
     option("--limit", type=Count(), help="Ask only the first so many of every task."),
-    option("--template", type=click.Choice(NAMES), help="Write the questions in it.  [default: as they are]"),
+    option("--template", type=click.Choice(NAMES), help="Write the prompts in it.  [default: as they are]"),
 )
 @adapter_options
 @option_group(
@@ -221,8 +221,8 @@ def at_commas(ctx, param, value: str) -> list[str]:
 )
 @option_group(
     "Results",
-    option("--batch-size", type=Count(), default=16, help="Continuations, or answers, at once."),
-    option("--log-samples", "samples", is_flag=True, help="Write every question and answer."),
+    option("--batch-size", type=Count(), default=16, help="Continuations, or responses, at once."),
+    option("--log-samples", "samples", is_flag=True, help="Write every prompt and response."),
     option("--out", type=PATH, default="out-harness", help="Folder for results."),
 )
 def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, compare, template, **options):
@@ -230,7 +230,7 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
 
     Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
     """
-    with one_line_errors(), answering_ranks():
+    with one_line_errors(), inference_ranks():
         from tasks import harness
 
         if rank() == 0:

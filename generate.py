@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from adapter import ATTENTIONS, Adapter, AdaptionPrompt
 from data import Request, Template, Tokenizer, Turn
-from formats.chat_templates import NAMES, load_template, question
+from formats.chat_templates import NAMES, load_template, user_text
 from formats.loading import load_with_adapters
 from formats.tensors import named
 from model import KVCache, LLaMA
 from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
-from runtime.distributed import answering_ranks, broadcast_from_rank0, rank, run_command
+from runtime.distributed import inference_ranks, broadcast_from_rank0, rank, run_command
 from runtime.errors import printable
 from runtime.files import require_writable
 from runtime.terminal import read_commands
@@ -199,7 +199,7 @@ class Responder:
         end_ids = {id for each in templates.values() for id in each.end_ids}
         self.sampling = Sampling(end_ids=end_ids)._replace(**sampling)
 
-    def answer(self, request: Request) -> Iterator[str]:
+    def respond(self, request: Request) -> Iterator[str]:
         """Yield the response, piece by piece. Raises ValueError if the prompt fills the base's context."""
         tokens, limit = self.tokens_and_limit(request)
         sampling = self.sampling._replace(max_new_tokens=limit)
@@ -237,7 +237,7 @@ class Responder:
         """Return True if a response may be followed by another prompt."""
         return self.loaded[adapter].template.has_turns and not self.raw
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[str]:
+    def respond_batch(self, requests: Sequence[Request]) -> list[str]:
         """Return the responses to several requests, which may have different adapters and images."""
         tokens, limits = zip(*map(self.tokens_and_limit, requests))
         adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
@@ -249,12 +249,12 @@ class Responder:
                     response.append(id)
         return [self.tokenizer.decode(ids) for ids in responses]
 
-    def answer_all(self, requests: Sequence[Request], batch_size: int, unit: str = "request") -> Iterator[str]:
+    def respond_all(self, requests: Sequence[Request], batch_size: int, unit: str = "request") -> Iterator[str]:
         """Yield the responses in the order of the requests, with a progress bar."""
         with tqdm(total=len(requests), unit=unit, file=sys.stderr) as bar:
             for start in range(0, len(requests), batch_size):
                 batch = requests[start : start + batch_size]
-                responses = self.answer_batch(batch)
+                responses = self.respond_batch(batch)
                 bar.update(len(batch))
                 for response in responses:
                     with bar.external_write_mode(file=sys.stdout):
@@ -321,7 +321,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
     every line is answered by exactly one line, with \\n for line breaks. With --prompts, records that name different
     adapters (or null, the base) share a batch.
     """
-    with one_line_errors(), answering_ranks():
+    with one_line_errors(), inference_ranks():
         if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
         if raw and input:
@@ -353,13 +353,13 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
         )
         names = ["base", *adapters] if compare else [next(iter(adapters), "base")]
         if media:
-            answer_about_media(responder, prompt, input, media, options)
+            respond_about_media(responder, prompt, input, media, options)
         elif jsonl is not None:
-            answer_file(responder, jsonl, out, options)
+            respond_to_file(responder, jsonl, out, options)
         elif prompt is not None:
             for name in names:
                 click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
-                for piece in responder.answer(Request(prompt, input, name)):
+                for piece in responder.respond(Request(prompt, input, name)):
                     click.echo(piece, nl=False)
                 click.echo()
         elif sys.stdin is not None:
@@ -372,7 +372,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 # Images, and files of records
 
 
-def answer_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
+def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
     """Print the response to the prompt about every file; several get their name in front, and one line each."""
     from encoders.media import files_in
     from formats.requests import attach_images
@@ -381,7 +381,7 @@ def answer_about_media(responder: Responder, prompt: str, input: str, media: Seq
     (name,) = responder.loaded.keys() - {"base"}
     requests = [Request(prompt, input, name)] * len(paths)
     requests = attach_images(requests, dict(enumerate(paths)), responder, options["vision_encoder"], options["encoder"])
-    for path, response in zip(paths, responder.answer_all(requests, options["batch_size"], "image")):
+    for path, response in zip(paths, responder.respond_all(requests, options["batch_size"], "image")):
         one_line = f"{printable(str(path))}: " + response.replace("\n", "\\n")
         click.echo(one_line if len(paths) > 1 else response)
 
@@ -396,9 +396,9 @@ def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, c
         require_writable(out)
 
 
-def answer_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
+def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
     """Write the records of a file with the responses to them. Raises OSError, or ValueError that names the record."""
-    from formats.requests import attach_images, read_requests, write_answers
+    from formats.requests import attach_images, read_requests, write_responses
 
     default = next((name for name in responder.loaded if name != "base"), "base")
     records, requests, images = read_requests(jsonl, responder.loaded, default, options["folder"])
@@ -410,7 +410,7 @@ def answer_file(responder: Responder, jsonl: str, out: str, options: dict) -> No
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{jsonl}: adapters of different lengths cannot share a batch: {lengths}")
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
-    write_answers(out, records, responder.answer_all(requests, options["batch_size"], "record"))
+    write_responses(out, records, responder.respond_all(requests, options["batch_size"], "record"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ class Conversation:
         self.ids: list[int] = []  # the cache holds as many of them as its length says
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
-    def answer(self, instruction: str, input: str = "") -> Iterator[str]:
+    def respond(self, instruction: str, input: str = "") -> Iterator[str]:
         """Yield the response, piece by piece; prefill only the tokens that are not cached."""
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
@@ -442,7 +442,7 @@ class Conversation:
         yield from text_pieces(ids, responder.tokenizer, new)
         self.ids = tokens + new
         if responder.has_turns(self.adapter):
-            self.turns.append(Turn("user", question(instruction, input)))
+            self.turns.append(Turn("user", user_text(instruction, input)))
             self.turns.append(Turn("assistant", responder.tokenizer.decode(new)))
 
     def continue_cache(self, tokens: list[int], limit: int) -> int:
@@ -482,7 +482,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             elif terminal:
                 for name in names:
                     click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
-                    for piece in conversations[name].answer(text, input):
+                    for piece in conversations[name].respond(text, input):
                         click.echo(piece, nl=False)
                     click.echo()
             else:
@@ -496,7 +496,7 @@ def print_one_line(responder: Responder, instruction: str, input: str, names: Se
     """Print the responses, separated by tabs, with \\n for line breaks."""
     for number, name in enumerate(names, start=1):
         click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
-        for piece in responder.answer(Request(instruction, input, name)):
+        for piece in responder.respond(Request(instruction, input, name)):
             click.echo(piece.replace("\n", "\\n"), nl=False)
         click.echo("\t" if number < len(names) else "\n", nl=False)
 

@@ -19,7 +19,7 @@ from generate import Sampling, stream
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import peak_memory, select_device
-from runtime.distributed import all_reduce_max, answering_ranks, rank, world_size
+from runtime.distributed import all_reduce_max, inference_ranks, rank, world_size
 from runtime.files import require_file, require_writable, write_json, write_tensors
 from runtime.quantization import held_bytes, quantizer
 from train import TrainConfig, make_optimizer, train_step
@@ -99,7 +99,7 @@ def write_checkpoint(size, tokenizer, out):
     "Options",
     option("--base", type=click.Path(path_type=Path), required=True, help="A base; its weights need not make sense."),
     option("--tokens", "number", type=Count(2), default=64, help="Of one example to train on, and of the prompt."),
-    option("--new", type=Count(2), default=4, help="Tokens of the answer."),
+    option("--new", type=Count(2), default=4, help="Tokens of the response."),
     *device_options,
     *bits_options,
     json_option,
@@ -110,7 +110,7 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
     Seconds to load it, to train on one example and for each new token, and the most memory meanwhile. Under torchrun
     every rank has a part of it, nothing is trained, and the memory is that of the rank that needs most.
     """
-    with one_line_errors(), answering_ranks():
+    with one_line_errors(), inference_ranks():
         device, dtype = select_device(device, dtype)
         row = what_it_takes(base, number, new, device, dtype, bits)
         step = {
@@ -157,13 +157,13 @@ def what_it_takes(
 
         row["step_seconds"], row["step_bytes"] = peak_anonymous(step)
 
-    def answer():
+    def respond():
         with torch.no_grad():
             adaption_prompts = adapter(dtype=dtype)
         tokens = stream(model, [example.ids], adaption_prompts, Sampling(max_new_tokens=new))
         next(tokens)  # the prompt is read
         return seconds_of(lambda: list(tokens), device) / (new - 1)
 
-    row["token_seconds"], row["answer_bytes"] = peak_anonymous(answer)
+    row["token_seconds"], row["response_bytes"] = peak_anonymous(respond)
     row["peak_bytes"] = peak_memory(device)
     return {name: all_reduce_max(value) if name.endswith("bytes") else value for name, value in row.items()}

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import click
 from cloup import command, option, option_group
 
-from demo.answers import Demonstration
+from demo.responses import Demonstration
 from formats.chat_templates import NAMES
 from formats.loading import load_with_adapters
 from runtime.cli import adapter_options, bits_options, encoder_options, one_line_errors
@@ -27,7 +27,7 @@ from runtime.device import select_device
     option("--port", type=click.IntRange(1, 65535), default=7860, help="Where the page is: http://HOST:PORT."),
 )
 def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, bits, host, port):
-    """Serve a page on which adapters answer beside their base, and their prompts are seen at work.
+    """Serve a page on which adapters respond beside their base, and their prompts are seen at work.
 
     It is for this machine alone, unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
     """

@@ -1,4 +1,4 @@
-"""The page itself, of Gradio's blocks: what is typed and set, and where answers and pictures appear."""
+"""The page itself, of Gradio's blocks: what is typed and set, and where responses and pictures appear."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import gradio as gr
 
-from demo.answers import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
+from demo.responses import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
 from formats.requests import Request
 from runtime.errors import error_line, is_out_of_memory
 
@@ -20,7 +20,7 @@ SYSTEM_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # not
 
 INTRODUCTION = """# LLaMA-Adapter
 
-One instruction, answered by a frozen LLaMA with an adapter and without. The adapter adds K prompts to the topmost L
+One instruction, given to a frozen LLaMA with an adapter and without. The adapter adds K prompts to the topmost L
 layers; in each head a gate g says how far they are let in.
 """
 ABOUT_SHARES = """### Where the prompts speak
@@ -28,7 +28,7 @@ ABOUT_SHARES = """### Where the prompts speak
 In an adapted layer a token's attention output, before Wo, is the sum **g A vp + W v**: what the prompts say, and what
 the words say, as in the frozen base. A cell is the prompts' part of it, |g A vp| / (|g A vp| + |W v|), over all heads,
 in per cent, while the token above it was chosen; 50 means that both are equally long, 0 is the frozen layer. It is a
-size: what the prompts change, the two answers show.
+size: what the prompts change, the two responses show.
 """
 ABOUT_GATES = """### How far the gates are open
 
@@ -78,9 +78,9 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
             stop = gr.Button("Stop")
         notice = gr.HTML(elem_id="notice", padding=False)
         with gr.Row():
-            answer = {"lines": 3, "max_lines": 20, "interactive": False, "min_width": 300}
-            adapted = gr.Textbox(label="With the adapter", elem_id="adapted", **answer)
-            base = gr.Textbox(label="The base alone", elem_id="base", **answer)
+            response = {"lines": 3, "max_lines": 20, "interactive": False, "min_width": 300}
+            adapted = gr.Textbox(label="With the adapter", elem_id="adapted", **response)
+            base = gr.Textbox(label="The base alone", elem_id="base", **response)
         gr.Markdown(ABOUT_SHARES)
         shares = gr.HTML(elem_id="shares")
         gr.Markdown(ABOUT_GATES)
@@ -89,7 +89,7 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
         asked = [instruction, context, name, strength, upload, *sampling]
         shown = [adapted, base, shares, notice]
         answering = gr.on(
-            [ask.click, instruction.submit], partial(stream_answers, demonstration), asked, shown, **ON_THE_MODEL
+            [ask.click, instruction.submit], partial(stream_responses, demonstration), asked, shown, **ON_THE_MODEL
         )
         stop.click(None, cancels=[answering], api_visibility="private")
         picture = [file, upload, preview, forget, notice]
@@ -110,7 +110,7 @@ def sampling_sliders() -> list[gr.Slider]:
     ]
 
 
-def stream_answers(
+def stream_responses(
     demonstration: Demonstration,
     instruction: str,
     context: str,
@@ -119,18 +119,18 @@ def stream_answers(
     upload: Upload | None,
     *sampling,
 ) -> Iterator[list]:
-    """What stands in both answers, the heat map and the notice, while the answers grow."""
+    """What stands in both responses, the heat map and the notice, while the responses grow."""
     features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)
     yield ["", "", "", ""]  # nothing of what was asked before
     drawn = False
     try:
-        for answers in demonstration.answer(request, Sampling(strength, *sampling)):
+        for responses in demonstration.respond(request, Sampling(strength, *sampling)):
             heat = gr.skip()
-            if answers.shares is not None and not drawn:
-                heat, drawn = shares_table(answers.shares, answers.labels, first_layer), True
-            yield [answers.adapter, answers.base, heat, gr.skip()]
+            if responses.shares is not None and not drawn:
+                heat, drawn = shares_table(responses.shares, responses.labels, first_layer), True
+            yield [responses.adapter, responses.base, heat, gr.skip()]
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
             raise

@@ -7,8 +7,8 @@ share of the prompts is how long theirs is, of both lengths together:
     share = |g A vp| / (|g A vp| + |W v|)
 
 0 is the frozen layer, 1/2 says that both are equally long. It is a measure of size, not of effect: a short vector may
-turn an answer, a long one may change nothing, and the two may point against each other. That a share is large says
-where the adapter speaks loudly; whether it says what matters, the base's answer beside the adapter's shows.
+turn a response, a long one may change nothing, and the two may point against each other. That a share is large says
+where the adapter speaks loudly; whether it says what matters, the base's response beside the adapter's shows.
 
 Notation as in adapter.py.
 """
@@ -39,7 +39,7 @@ def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
 def prompt_shares(model: LLaMA, tokens: Tensor, adaption_prompts: Sequence[AdaptionPrompt]) -> Tensor:
     """The share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first; one forward of (B, T) ids.
 
-    An answer that is there is read again, all of it at once: by causality every token sees what it saw when it was
+    A response that is there is read again, all of it at once: by causality every token sees what it saw when it was
     made. A model's attention is chosen when it is made, so a second one is made here, without memory, and holds the
     first one's weights, quantised or not: none is copied.
     """

@@ -31,7 +31,7 @@ from generate import Responder
 from model import LLaMA
 from runtime.cli import PATH, Count, device_options
 from runtime.device import select_device
-from tasks.answering import written_answers
+from tasks.responses import generate_responses
 from train import TrainConfig
 
 # Each method's best of those that --search tries, by instructions that are held out for that.
@@ -88,7 +88,7 @@ def tell(
             requests.append(Request(f"{example.instruction}\n{example.input}".strip(), adapter=name))
         else:
             requests.append(Request(example.instruction, example.input, name))
-    texts = written_answers(responder, requests, batch_size=100, unit="story")
+    texts = generate_responses(responder, requests, batch_size=100, unit="story")
     return [whole_sentences((text or "").strip()) for text in texts]
 
 
@@ -133,18 +133,18 @@ def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int)
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": seconds,
         "lr": run.lr,
-        "answers": texts,
+        "responses": texts,
     }
 
 
-def some_answers(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list[dict]:
+def some_responses(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list[dict]:
     """To two instructions of each kind, what the first seed of every row told."""
     chosen = [[i for i, each in enumerate(told) if each.kind == kind][:2] for kind in KINDS]
     return [
         {
             "kind": told[i].kind,
             "asked": told[i].asked,
-            "told": {label: row["answers"][0][i] for label, row in rows.items()},
+            "told": {label: row["responses"][0][i] for label, row in rows.items()},
         }
         for i in sum(chosen, [])
     ]
@@ -224,7 +224,9 @@ def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
     rows = runs.table(COLUMNS, planned, partial(train_and_ask, bed, told), once=once, at_a_time=at_a_time)
     name = "stories_rates" if search else "stories_curve" if curve else "stories"
     values = {
-        "rows": {label: {key: found for key, found in row.items() if key != "answers"} for label, row in rows.items()},
-        "examples": some_answers(told, rows),
+        "rows": {
+            label: {key: found for key, found in row.items() if key != "responses"} for label, row in rows.items()
+        },
+        "examples": some_responses(told, rows),
     }
     runs.save(name, values, None if search else draw_stories(rows, curve))

@@ -17,7 +17,7 @@ from experiments.testbed import Testbed
 from formats.bases import load_llama
 from generate import Responder
 from model import LLaMA
-from tasks.answering import written_answers
+from tasks.responses import generate_responses
 from train import TrainConfig, mean_loss
 
 
@@ -26,7 +26,7 @@ def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
     limit = 1 + max(tokens.num_targets for tokens in testbed.held_out)
     responder = Responder(model, testbed.tokenizer, {"adapter": adapter}, max_new_tokens=limit)
     requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions]
-    answers = written_answers(responder, requests, batch_size=128, unit="question")
+    answers = generate_responses(responder, requests, batch_size=128, unit="question")
     return statistics.mean(text == question.output for text, question in zip(answers, testbed.questions))
 
 

@@ -18,7 +18,7 @@ from experiments.testbed import Testbed, TestbedOptions, read_testbed, testbed_o
 from formats.bases import load_llama
 from generate import Responder
 from model import LLaMA
-from tasks.answering import likeliest_answers, written_answers
+from tasks.responses import most_likely_choices, generate_responses
 from tasks.scienceqa import Problem, score
 from tasks.scienceqa import read as read_problems
 from train import TrainConfig, mean_loss
@@ -33,8 +33,8 @@ def answer_problems(
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]
     choices = [problem.answers() for problem in problems]
     return {
-        "written": written_answers(responder, requests, unit="problem"),
-        "likeliest": likeliest_answers(responder, requests, choices, unit="problem"),
+        "written": generate_responses(responder, requests, unit="problem"),
+        "likeliest": most_likely_choices(responder, requests, choices, unit="problem"),
     }
 
 

@@ -134,7 +134,7 @@ class ChatTemplate(Template):
         self.kind = name.partition(":")[0]
         self.tokenizer = tokenizer
         self.variables = {"tools": None, "documents": None} | variables  # as transformers has them
-        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", source) is not None
+        self.marks_responses = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.unseen = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
@@ -151,9 +151,9 @@ class ChatTemplate(Template):
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
         hidden: list[str] = []
-        messages = self.messages([*history, Turn("user", question(instruction, input))], hidden)
+        messages = self.messages([*history, Turn("user", user_text(instruction, input))], hidden)
         with self.errors("the prompt"):
-            text = self.render(messages, begin_answer=True)
+            text = self.render(messages, begin_response=True)
             try:
                 parts = self.parts(text, messages)
             except ValueError:  # earlier turns are written otherwise: prompt as the base expects it
@@ -165,12 +165,12 @@ class ChatTemplate(Template):
             hidden: list[str] = []
             messages = self.messages(conversation(example), hidden)
             with self.errors(example.name):
-                parts = self.parts(self.render(messages, begin_answer=False), messages)
+                parts = self.parts(self.render(messages, begin_response=False), messages)
                 ids = self.encode(parts, hidden)
             exchanges = [
                 Exchange(*pair) for pair in zip(ids[::2], ids[1::2])
             ]  # what follows the last response is omitted
-            if len(exchanges) != len(answers(messages)) or not all(each.response_ids for each in exchanges):
+            if len(exchanges) != len(responses(messages)) or not all(each.response_ids for each in exchanges):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
             yield exchanges
 
@@ -196,36 +196,36 @@ class ChatTemplate(Template):
 
         return [{"role": turn.role, "content": self.unseen.sub(hide, turn.content)} for turn in turns]
 
-    def render(self, messages: list[dict[str, str]], begin_answer: bool) -> str:
+    def render(self, messages: list[dict[str, str]], begin_response: bool) -> str:
         """Render messages, with the beginning of a response if asked. Raises ValueError if that is too long."""
         pieces = []
         length = 0
-        for piece in self.template.generate(self.variables, messages=messages, add_generation_prompt=begin_answer):
+        for piece in self.template.generate(self.variables, messages=messages, add_generation_prompt=begin_response):
             pieces.append(piece)
             length += len(piece)
             if length > self.MAX_CHARACTERS:
                 raise ValueError(f"the template {self.kind} writes more than {self.MAX_CHARACTERS:,} characters")
         return "".join(pieces)
 
-    def text(self, messages: list[dict[str, str]], begin_answer: bool) -> str:
+    def text(self, messages: list[dict[str, str]], begin_response: bool) -> str:
         """Render messages, special tokens spelled out. Raises ValueError."""
         with self.errors("the conversation"):
-            return re.sub(f"[{BEGIN}{END}]", "", self.render(messages, begin_answer))
+            return re.sub(f"[{BEGIN}{END}]", "", self.render(messages, begin_response))
 
     def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
         """Split a rendered conversation into parts that the loss alternately omits and covers. Raises ValueError."""
-        if self.marks_answers:
+        if self.marks_responses:
             return re.split(f"[{BEGIN}{END}]", text)
         parts, position = [], 0
-        for number in answers(messages):
-            before = self.render(messages[:number], begin_answer=True)
-            after = self.render(messages[: number + 1], begin_answer=False)
+        for number in responses(messages):
+            before = self.render(messages[:number], begin_response=True)
+            after = self.render(messages[: number + 1], begin_response=False)
             if not (text.startswith(after) and after.startswith(before)) or len(before) < position:
                 how = f"the template {self.kind} writes a turn otherwise when others follow"
                 raise ValueError(f"{how}; --template chatml, llama-2 or llama-3 does not")
-            answer = after[len(before) :]
-            ended = max((found.end() for found in self.special.finditer(answer)), default=len(answer))
-            parts += [text[position : len(before)], answer[:ended]]
+            response = after[len(before) :]
+            ended = max((found.end() for found in self.special.finditer(response)), default=len(response))
+            parts += [text[position : len(before)], response[:ended]]
             position = len(before) + ended
         return [*parts, text[position:]]
 
@@ -261,17 +261,17 @@ class ChatTemplate(Template):
         return found
 
 
-def question(instruction: str, input: str) -> str:
+def user_text(instruction: str, input: str) -> str:
     """Alpaca's two fields as one turn."""
     return f"{instruction}\n\n{input}" if input else instruction
 
 
 def conversation(example: Example) -> Sequence[Turn]:
     """The example's turns; those of an instruction are two."""
-    asked = Turn("user", question(example.instruction, example.input))
-    return example.turns or (asked, Turn("assistant", example.output))
+    prompt = Turn("user", user_text(example.instruction, example.input))
+    return example.turns or (prompt, Turn("assistant", example.output))
 
 
-def answers(messages: Sequence[dict[str, str]]) -> list[int]:
+def responses(messages: Sequence[dict[str, str]]) -> list[int]:
     """Which of the messages are the assistant's."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]

@@ -37,8 +37,8 @@ def turns_field(record: object) -> str | None:
     return next((field for field in LAYOUTS if isinstance(record, dict) and field in record), None)
 
 
-def check_turns(values: object, where: str, field: str, answered: bool = True) -> tuple[Turn, ...]:
-    """The turns of a record, the value of that field, one of them the assistant's unless nothing need be answered.
+def check_turns(values: object, where: str, field: str, with_response: bool = True) -> tuple[Turn, ...]:
+    """Check the value of a record's field, and return its turns; one must be the assistant's if `with_response`.
 
     Raises ValueError at an unknown role, an empty content, or an order that cannot be.
     """
@@ -64,6 +64,6 @@ def check_turns(values: object, where: str, field: str, answered: bool = True) -
             after = f"follows the {before}'s" if before else "is the first"
             raise ValueError(f"{here}: the {role}'s {after}; the order is system (or none), user, assistant, user ...")
         turns.append(Turn(role, content))
-    if answered and not any(turn.role == "assistant" for turn in turns):
+    if with_response and not any(turn.role == "assistant" for turn in turns):
         raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's: there is nothing to learn")
     return tuple(turns)

@@ -1,4 +1,4 @@
-"""Files of requests and of answers: JSONL whose records say what is asked, of which adapter, about which image."""
+"""Files of requests and of responses: JSONL whose records say what is asked, of which adapter, about which image."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -22,7 +22,7 @@ def read_requests(
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
         where = f"record {index}"
-        turns = asked_turns(record, f"{path}: {where}")
+        turns = prompt_turns(record, f"{path}: {where}")
         example = check_record(record, path, where, needed=[] if turns else ["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name
@@ -62,23 +62,23 @@ def attach_images(
     return requests
 
 
-def write_answers(path: str, records: Sequence[dict], answers: Iterable[str]) -> None:
+def write_responses(path: str, records: Sequence[dict], responses: Iterable[str]) -> None:
     """Write the records again as JSONL, each with its output; all of them or none; the first rank. Raises OSError."""
     if rank() > 0:
-        for _ in answers:  # it needs the others to make them
+        for _ in responses:  # it needs the others to make them
             pass
         return
     # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        for record, output in zip(records, answers):
+        for record, output in zip(records, responses):
             file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
 
 
-def asked_turns(record: object, where: str) -> tuple[Turn, ...]:
+def prompt_turns(record: object, where: str) -> tuple[Turn, ...]:
     """The turns of a conversation, of which the user has the last word; none where the record is an instruction."""
     if (field := turns_field(record)) is None:
         return ()
-    turns = check_turns(record[field], where, field, answered=False)
+    turns = check_turns(record[field], where, field, with_response=False)
     if not turns or turns[-1].role != "user":
-        raise ValueError(f"{where}: its last turn is not the user's: there is nothing to answer")
+        raise ValueError(f"{where}: its last turn is not the user's: there is nothing to respond to")
     return turns

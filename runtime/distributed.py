@@ -173,7 +173,7 @@ def first_rank_speaks():
 
 
 @contextmanager
-def answering_ranks():
+def inference_ranks():
     """Connect the ranks for generation or scoring; only the first one prints, but each may print an error."""
     if launched_world_size() == 1:
         yield

@@ -28,7 +28,7 @@ class Task:
     score: Callable[[Sequence, Sequence[str | None]], dict[str, float | None]] | None = None
     read_for_scoring: Callable[..., list] | None = None  # like `read`, if other examples are scored than trained on
     choices: Callable[..., list[str]] | None = None  # all possible responses to an example, for --choose
-    read_answers: Callable[[Path, Sequence], list[str | None]] | None = None  # reads the file of --results
+    read_responses: Callable[[Path, Sequence], list[str | None]] | None = None  # reads the file of --results
     write_results: Callable[[object, dict, Path], None] | None = None  # prints the scores and writes a folder
     split: str | None = None  # the split to score by default; None: the file has no splits
     needs_images: bool = False  # refuse an adapter without a projection

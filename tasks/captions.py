@@ -15,7 +15,7 @@ import click
 from data import Example, check_text
 from runtime.files import read_json, write_json
 from tasks import Task
-from tasks.answering import Answers, require_answers
+from tasks.responses import Responses, require_responses
 
 INSTRUCTION = "Generate caption for this image"
 
@@ -75,7 +75,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     ]
 
 
-def read_answers(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
+def read_responses(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     """A caption for each of the pictures, of a results file in COCO's format, [{"image_id": ..., "caption": ...}].
 
     Raises OSError, or ValueError where one has none.
@@ -84,9 +84,9 @@ def read_answers(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     right = isinstance(values, list) and all(isinstance(v, dict) and {"image_id", "caption"} <= set(v) for v in values)
     if not right or not all(isinstance(v["caption"], str) and type(v["image_id"]) is int for v in values):
         raise ValueError(f"{path}: is not a list of objects with a number 'image_id' and a text 'caption'")
-    answers = {value["image_id"]: value["caption"] for value in values}
-    require_answers(path, [picture.id for picture in pictures], answers, "image")
-    return [answers[picture.id] for picture in pictures]
+    responses = {value["image_id"]: value["caption"] for value in values}
+    require_responses(path, [picture.id for picture in pictures], responses, "image")
+    return [responses[picture.id] for picture in pictures]
 
 
 def coco_scorers() -> list[tuple[list[str], object]]:
@@ -102,7 +102,7 @@ def coco_scorers() -> list[tuple[list[str], object]]:
     return [([f"BLEU-{n}" for n in range(1, 5)], Bleu(4)), (["ROUGE-L"], Rouge()), (["CIDEr"], Cider())]
 
 
-def score(pictures: Sequence[Picture], answers: Sequence[str | None]) -> dict[str, float]:
+def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[str, float]:
     """Score captions by BLEU, ROUGE-L and CIDEr.
 
     As COCO defines them; each is 1 at best but CIDEr, which is 10.
@@ -119,7 +119,7 @@ def score(pictures: Sequence[Picture], answers: Sequence[str | None]) -> dict[st
 
     with redirect_stdout(io.StringIO()):  # they talk
         references = words({picture.id: picture.captions for picture in pictures})
-        candidates = words({picture.id: [text or ""] for picture, text in zip(pictures, answers)})
+        candidates = words({picture.id: [text or ""] for picture, text in zip(pictures, responses)})
         scores: dict[str, float] = {}
         for names, scorer in scorers:
             found, _ = scorer.compute_score(references, candidates)
@@ -131,13 +131,13 @@ def one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def write_results(answers: Answers, scores: dict[str, float], folder: Path) -> None:
+def write_results(responses: Responses, scores: dict[str, float], folder: Path) -> None:
     """Print the table; write results.json and scores.json. Raises OSError."""
-    pictures = answers.examples
+    pictures = responses.examples
     click.echo(f"captions of {len(pictures):,} images; 1 is the best, of CIDEr 10\n")
     click.echo("".join(f"{name:>9}" for name in scores))
     click.echo("".join(f"{value:>9.4f}" for value in scores.values()))
-    rows = [{"image_id": picture.id, "caption": one_line(text)} for picture, text in zip(pictures, answers.texts)]
+    rows = [{"image_id": picture.id, "caption": one_line(text)} for picture, text in zip(pictures, responses.texts)]
     write_json(folder / "results.json", rows)
     write_json(folder / "scores.json", scores | {"images": len(pictures)})
     click.echo(f"wrote results.json and scores.json to {folder}", err=True)
@@ -147,7 +147,7 @@ TASK = Task(
     read,
     score,
     read_for_scoring=read_for_scoring,
-    read_answers=read_answers,
+    read_responses=read_responses,
     write_results=write_results,
     needs_images=True,
     data_help="COCO's captions_*.json.",

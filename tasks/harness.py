@@ -2,7 +2,7 @@
 
 The harness has the tasks, the few-shot examples and the metrics. Here is what it asks of a model: how likely a text
 makes another, how likely it is by itself, and how it goes on. Likelihoods and greedy texts are those of its own model
-"hf"; in Alpaca's template a continuation is tokenized as the answers that an adapter was tuned on.
+"hf"; in Alpaca's template a continuation is tokenized as the responses that an adapter was tuned on.
 """
 
 import json
@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"the harness is a package of its own (no {error.name}): pip install lm_eval") from None
 
-RESPONSE = ALPACA["without_input"].splitlines()[-1]  # what an answer in Alpaca's template follows
+RESPONSE = ALPACA["without_input"].splitlines()[-1]  # what a response in Alpaca's template follows
 
 
 class HarnessModel(TemplateLM):
@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenized together, and cut where the context ends; but apart behind Alpaca's prompt, as in tuning."""
         if context.endswith(RESPONSE) and isinstance(self.template, AlpacaTemplate):
-            return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # answers begin without a space
+            return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # responses begin without a space
         return super()._encode_pair(context, continuation)
 
     # -- How likely
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
     # -- How it goes on
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Until a text that ends the answer, greedily unless a task says otherwise; contexts are cut from the left.
+        """Until a text that ends the response, greedily unless a task says otherwise; contexts are cut from the left.
 
         Raises ValueError where a task asks for what there is not.
         """
@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             settings[json.dumps(request.args[1], sort_keys=True)].append(i)
         tokens = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        answers = [""] * len(requests)
+        responses = [""] * len(requests)
         generator = torch.Generator(self._device).manual_seed(torch.initial_seed())  # which the harness sets
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
             for setting, of_setting in settings.items():
@@ -134,9 +134,9 @@ class HarnessModel(TemplateLM):
                 for batch in in_batches(of_setting, self.batch_size, length=lambda i: len(tokens[i])):
                     rows = [tokens[i][-room:] for i in batch]
                     for i, text in zip(batch, self.continue_until(rows, until, sampling)):
-                        answers[i] = text
+                        responses[i] = text
                     bar.update(len(batch))
-        return answers
+        return responses
 
     def generation(self, kwargs: dict) -> tuple[list[str], Sampling]:
         """The stop strings, and how to sample. Raises ValueError."""
@@ -175,18 +175,18 @@ class HarnessModel(TemplateLM):
     # -- What is asked in a template, and what results.json says of the model
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as the template writes them; the last may be the beginning of the answer, which the task makes.
+        """Messages as the template writes them; the last may be the beginning of the response, which the task makes.
 
         Raises ValueError where the template does not take them.
         """
         begun = chat_history[-1]["content"] if chat_history[-1]["role"] == "assistant" else ""
-        asked = chat_history[:-1] if begun else chat_history
+        messages = chat_history[:-1] if begun else chat_history
         if isinstance(self.template, ChatTemplate):
-            return self.template.text(asked, begin_answer=True) + begun
-        roles = [message["role"] for message in asked]
+            return self.template.text(messages, begin_response=True) + begun
+        roles = [message["role"] for message in messages]
         if roles not in (["user"], ["system", "user"]):  # a description is put before the question
-            raise ValueError(f"alpaca takes one question, not messages of {', '.join(roles)}")
-        return format_prompt("\n\n".join(message["content"] for message in asked)) + begun
+            raise ValueError(f"alpaca takes one prompt, not messages of {', '.join(roles)}")
+        return format_prompt("\n\n".join(message["content"] for message in messages)) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.template.name
@@ -237,7 +237,7 @@ def run_harness(
 ) -> dict[str, dict]:
     """The harness's results of every column, by its name; none on ranks that don't write.
 
-    Written as results.json into folders of those names, with each example's answer if asked. `tasks` are names, or
+    Written as results.json into folders of those names, with each example's response if wanted. `tasks` are names, or
     files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
@@ -262,8 +262,8 @@ def write_results(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = results.pop("samples", {})
     write_json(folder / "results.json", results, default=handle_non_serializable)
-    for task, answers in samples.items():
-        lines = [json.dumps(answer, default=handle_non_serializable, ensure_ascii=False) for answer in answers]
+    for task, responses in samples.items():
+        lines = [json.dumps(response, default=handle_non_serializable, ensure_ascii=False) for response in responses]
         write_text(folder / f"samples_{task.replace('/', '_')}.jsonl", "".join(line + "\n" for line in lines))
 
 
@@ -272,7 +272,7 @@ def print_columns(found: dict[str, dict]) -> None:
     lines = {"": list(found)}
     for task, metrics in next(iter(found.values()), {"results": {}})["results"].items():
         for key in metrics:
-            metric, comma, how = key.partition(",")  # "acc,none": of answers as they are; or of what a filter leaves
+            metric, comma, how = key.partition(",")  # "acc,none": of responses as they are; or of what a filter leaves
             if comma and not metric.endswith("_stderr"):
                 line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
                 lines[line] = [score_text(results["results"][task], metric, how) for results in found.values()]

@@ -13,7 +13,7 @@ import click
 from data import Example, check_text
 from runtime.files import read_json, write_json, write_text
 from tasks import Task
-from tasks.answering import Answers, require_answers
+from tasks.responses import Responses, require_responses
 
 LETTERS = "ABCDEFGHIJ"
 SUBJECTS = ("natural science", "social science", "language science")
@@ -161,7 +161,7 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
     return scores
 
 
-def read_answers(path: str | Path, problems: Sequence[Problem]) -> list[str]:
+def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     """The answers of a results file in the official format, {"results": {id: index}}, to each of the problems.
 
     "" where the index is none of the problem's choices. Raises OSError, or ValueError where one has no answer.
@@ -170,7 +170,7 @@ def read_answers(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     results = results.get("results") if isinstance(results, dict) else None
     if not isinstance(results, dict):
         raise ValueError(f"{path}: has no object 'results' of an index for each problem's id")
-    require_answers(path, [problem.id for problem in problems], results, "problem")
+    require_responses(path, [problem.id for problem in problems], results, "problem")
     answers = []
     for problem in problems:
         index = results[problem.id]
@@ -180,7 +180,7 @@ def read_answers(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     return answers
 
 
-def write_results(answers: Answers, scores: dict[str, float | None], folder: Path) -> None:
+def write_results(answers: Responses, scores: dict[str, float | None], folder: Path) -> None:
     """Print the table; write results.json and wrong.txt. Raises OSError."""
     problems, texts = answers.examples, answers.texts
     chosen = [problem.chosen(text) for problem, text in zip(problems, texts)]
@@ -210,7 +210,7 @@ def write_results(answers: Answers, scores: dict[str, float | None], folder: Pat
     click.echo(f"wrote results.json, and wrong.txt with {len(wrong):,} wrong answers, to {folder}", err=True)
 
 
-def print_table(answers: Answers, scores: dict[str, float | None]) -> None:
+def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
     """The scores beneath the rows of the paper's Table 2."""
     what = f"ScienceQA, {answers.split} split, {len(answers.examples):,} problems; answers: {answers.method}"
     click.echo(f"{what}; in %, the paper's rows first\n")
@@ -221,7 +221,7 @@ def print_table(answers: Answers, scores: dict[str, float | None]) -> None:
         click.echo(f"{name:25}{parameters:>10}" + "".join(f"{share:>7}" for share in shares))
 
 
-def wrong_answers(answers: Answers) -> list[str]:
+def wrong_answers(answers: Responses) -> list[str]:
     """Every problem that was answered wrongly, the right answer, and what was said, to read."""
     wrong = []
     for problem, text in zip(answers.examples, answers.texts):
@@ -237,7 +237,7 @@ TASK = Task(
     read,
     score,
     choices=Problem.answers,
-    read_answers=read_answers,
+    read_responses=read_responses,
     write_results=write_results,
     split="test",
     max_new_tokens=32,

@@ -693,7 +693,7 @@ def read_scienceqa(path):
     from tasks import scienceqa as task
 
     problems = task.read(path.parent / "problems.json", split="test")
-    answers = task.read_answers(path.parent / "results.json", problems)
+    answers = task.read_responses(path.parent / "results.json", problems)
     task.score(problems, answers)
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import save_coco
 
 from tasks import captions
-from tasks.captions import read, read_answers, read_pictures, score
+from tasks.captions import read, read_responses, read_pictures, score
 
 
 @pytest.fixture
@@ -110,11 +110,11 @@ def test_what_captions_need_is_said(tmp_path, monkeypatch):
 def test_captions_of_a_file(tmp_path):
     pictures, path = read_pictures(save_coco(tmp_path)), tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 9, "caption": "b"}, {"image_id": 5, "caption": "a"}]))
-    assert read_answers(path, pictures) == ["a", "b"]
+    assert read_responses(path, pictures) == ["a", "b"]
     path.write_text(json.dumps([{"image_id": 5, "caption": "a"}]))
     with pytest.raises(ValueError, match="answers 1 of 2 images, not 9"):
-        read_answers(path, pictures)
+        read_responses(path, pictures)
     for bad in ({"5": "a"}, [{"image_id": [5], "caption": "a"}]):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match="is not a list of objects with a number 'image_id'"):
-            read_answers(path, pictures)
+            read_responses(path, pictures)

@@ -79,7 +79,7 @@ def test_without_markers_an_answer_is_what_its_turn_adds(tmp_path):
     save_chatml(tmp_path, SAMPLES, template=CHATML)
     save_chatml(tmp_path / "plain", SAMPLES, template=MARKERS.sub("", CHATML))
     marked, plain = (load_template("auto", load_tokenizer(folder)) for folder in (tmp_path, tmp_path / "plain"))
-    assert marked.marks_answers and not plain.marks_answers
+    assert marked.marks_responses and not plain.marks_responses
     assert list(plain.encode_exchanges(examples())) == list(marked.encode_exchanges(examples()))
     assert plain.end_ids == marked.end_ids == [2, 0]
     for *history, asked, _ in conversations():

@@ -18,7 +18,7 @@ from helpers import ROOT, SEEING, make_adapter, make_model, make_tokens, make_vi
 
 import generate
 from demo.__main__ import main
-from demo.answers import Demonstration, Sampling, shares_table
+from demo.responses import Demonstration, Sampling, shares_table
 from demo.prompt_share import prompt_shares
 from formats.loading import load_with_adapters
 from formats.requests import Request, attach_images
@@ -61,7 +61,7 @@ def generated(*args):
 
 
 def last_answers(demonstration, request, **sampling):
-    return list(demonstration.answer(request, Sampling(max_new_tokens=8)._replace(**sampling)))[-1]
+    return list(demonstration.respond(request, Sampling(max_new_tokens=8)._replace(**sampling)))[-1]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_shares_of_a_quantised_base(bits):
 
 
 def test_answers_are_those_of_generate(demonstration, tiny_adapter, tiny_base):
-    answers = list(demonstration.answer(Request(QUESTION, adapter="words"), Sampling(max_new_tokens=8)))
+    answers = list(demonstration.respond(Request(QUESTION, adapter="words"), Sampling(max_new_tokens=8)))
     assert answers[-1].adapter == generated("--adapter", tiny_adapter)
     assert answers[-1].base == generated("--base", tiny_base) != answers[-1].adapter
     growing = [(each.adapter, each.base) for each in answers]

@@ -63,7 +63,7 @@ def test_scienceqa_command(folder, seeing, how):
         assert "3 answers name none of the options" in result.stdout
 
     twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", seeing)
-    assert twice.exit_code == 2 and "--results has the answers" in twice.stderr
+    assert twice.exit_code == 2 and "--results has the responses" in twice.stderr
     again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
@@ -89,7 +89,7 @@ def test_every_answer_is_about_its_own_image(folder, seeing, monkeypatch):
         asked.update({request.instruction: request.features for request in requests})
         return ["" for _ in requests]
 
-    monkeypatch.setattr(evaluate, "written_answers", note)
+    monkeypatch.setattr(evaluate, "generate_responses", note)
     args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
     assert run_evaluate(*args, "--adapter", seeing).exit_code == 0
     problems = {problem.instruction: problem for problem in evaluate.load_task("scienceqa").read(args[2], split="test")}

@@ -76,7 +76,7 @@ def test_answers_are_those_of_one_request_at_a_time(tiny_base):
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
     chosen = [0, 1, 127, 128, 129]
     assert len(texts) == 130 and [texts[i] for i in chosen] == [
-        next(responder.answer_all([requests[i]], 1, "request")) for i in chosen
+        next(responder.respond_all([requests[i]], 1, "request")) for i in chosen
     ]
     assert len({texts[i] for i in chosen}) > 2
 

@@ -192,8 +192,8 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
         asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
         return [None] * len(requests)
 
-    monkeypatch.setattr(scienceqa, "written_answers", note)
-    monkeypatch.setattr(scienceqa, "likeliest_answers", note)
+    monkeypatch.setattr(scienceqa, "generate_responses", note)
+    monkeypatch.setattr(scienceqa, "most_likely_choices", note)
     problem = {
         "question": "Even?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None, "grade": "grade3",
         "subject": "natural science",

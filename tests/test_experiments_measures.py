@@ -63,7 +63,7 @@ def test_an_answer_is_exact_or_not(bed, monkeypatch):
         outputs = [question.output for question in bed.questions]
         return [outputs[0] + " indeed", None, *outputs[2:]]  # in other words, and without room for an answer
 
-    monkeypatch.setattr(measures, "written_answers", answer)
+    monkeypatch.setattr(measures, "generate_responses", answer)
     model, _ = load_llama(bed.base)
     assert exact_accuracy(bed, model, NoPrompts([])) == (len(bed.questions) - 2) / len(bed.questions)
     assert limits == [longest + 2]

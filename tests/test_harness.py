@@ -193,7 +193,7 @@ def test_alpaca_s_prompts_and_answers_are_those_of_tuning(harness, loaded, adapt
     assert model.tok_encode(model.apply_chat_template(described)) == model.template.encode_prompt(
         "Be kind.\n\nName it."
     )
-    with pytest.raises(ValueError, match="alpaca takes one question, not messages of user, assistant, user"):
+    with pytest.raises(ValueError, match="alpaca takes one prompt, not messages of user, assistant, user"):
         model.apply_chat_template([{"role": role, "content": "?"} for role in ("user", "assistant", "user")])
 
 

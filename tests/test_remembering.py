@@ -28,7 +28,7 @@ def responder(chat_base):
 
 
 def fresh(responder, question, **options):
-    return next(responder.answer_all([Request(question, **options)], 1, "request"))
+    return next(responder.respond_all([Request(question, **options)], 1, "request"))
 
 
 @pytest.mark.parametrize("adapter", ["a", "base"])
@@ -43,7 +43,7 @@ def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monk
     )
     conversation, history, whole = Conversation(responder, adapter), [], []
     for question in QUESTIONS:
-        answer = "".join(conversation.answer(question))
+        answer = "".join(conversation.respond(question))
         whole.append(len(responder.tokens(Request(question, adapter=adapter, history=history))))
         assert answer == fresh(responder, question, adapter=adapter, history=history)
         history += [Turn("user", question), Turn("assistant", answer)]
@@ -58,29 +58,29 @@ def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monk
 
 def test_the_system_turn_and_a_fresh_start(responder):
     conversation = Conversation(responder, "a")
-    first = "".join(conversation.answer("Hi"))
+    first = "".join(conversation.respond("Hi"))
     conversation.system = "Be brief."
-    second = "".join(conversation.answer("Why?"))
+    second = "".join(conversation.respond("Why?"))
     history = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", first)]
     assert second == fresh(responder, "Why?", adapter="a", history=history)
     conversation.turns = []
-    assert "".join(conversation.answer("Hi")) == fresh(responder, "Hi", adapter="a", history=history[:1])
+    assert "".join(conversation.respond("Hi")) == fresh(responder, "Hi", adapter="a", history=history[:1])
     conversation.system = ""
     conversation.turns = []
-    assert "".join(conversation.answer("Hi")) == first
+    assert "".join(conversation.respond("Hi")) == first
 
 
 def test_an_answer_without_end_is_taken_as_it_stands(responder):
     """One that was cut by its length: its text is a turn like any other. A long question makes the cache grow."""
     responder.sampling = responder.sampling._replace(end_ids=())
     conversation = Conversation(responder, "a")
-    first = "".join(conversation.answer("Hi"))
+    first = "".join(conversation.respond("Hi"))
     capacity = conversation.cache.capacity
-    second = "".join(conversation.answer("a" * 200))
+    second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
     assert second == fresh(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
     with pytest.raises(ValueError, match="the prompt has .* tokens, the base sees only 1024"):
-        "".join(conversation.answer("b" * 900))
+        "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
 
@@ -150,8 +150,8 @@ ASKED = {"messages": [*TALK["messages"], {"role": "user", "content": "Why?"}]}
 @pytest.mark.parametrize(
     "record, more, message",
     [
-        (TALK, [], "its last turn is not the user's: there is nothing to answer"),
-        ({"messages": []}, [], "its last turn is not the user's: there is nothing to answer"),
+        (TALK, [], "its last turn is not the user's: there is nothing to respond to"),
+        ({"messages": []}, [], "its last turn is not the user's: there is nothing to respond to"),
         ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is none of"),
         (
             ASKED,

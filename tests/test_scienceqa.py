@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import save_problems
 
-from tasks.scienceqa import COLUMNS, PUBLISHED, read, read_answers, score
+from tasks.scienceqa import COLUMNS, PUBLISHED, read, read_responses, score
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_results_in_the_official_format(path, tmp_path):
     problems = read(path, split="test")
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"acc": 1, "results": {"12": 2, "30": -1, "31": 5, "7": 0}, "outputs": {}}))
-    texts = read_answers(results, problems)
+    texts = read_responses(results, problems)
     assert [problem.chosen(text) for problem, text in zip(problems, texts)] == [2, None, None]
     assert None not in texts  # which would mean too long
     for values, message in (
@@ -117,4 +117,4 @@ def test_results_in_the_official_format(path, tmp_path):
     ):
         results.write_text(json.dumps(values))
         with pytest.raises(ValueError, match=message):
-            read_answers(results, problems)
+            read_responses(results, problems)

@@ -16,7 +16,7 @@ from data import Example, Request
 from formats.bases import load_llama
 from generate import Responder
 from tasks import TASKS, load_task, scienceqa
-from tasks.answering import Answers, choice_log_likelihoods, read_answers, write_scores
+from tasks.responses import Responses, choice_log_likelihoods, read_responses, write_scores
 from tasks.images import attach_features, with_images
 
 
@@ -90,7 +90,7 @@ def test_training_on_scienceqa(tiny_base, tmp_path):
 
 def test_results_that_no_task_has_a_say_in(tmp_path, capsys):
     examples = [Example("a", name="record 0"), Example("b", name="record 1")]
-    answers = Answers("quiz", None, examples, ["half \ud800", None], "generated", True, "base", 0)
+    answers = Responses("quiz", None, examples, ["half \ud800", None], "generated", True, "base", 0)
     write_scores(answers, {"accuracy": 12.5, "of none": None}, tmp_path / "new")
     shown = capsys.readouterr().out
     assert "quiz, 2 examples" in shown and re.search(r"accuracy +12\.5000\nof none +-\n", shown)
@@ -98,13 +98,13 @@ def test_results_that_no_task_has_a_say_in(tmp_path, capsys):
         "accuracy": 12.5, "of none": None, "examples": 2,
     }  # fmt: skip
     results = tmp_path / "new" / "results.json"
-    assert read_answers(results, examples) == ["half \ud800", None]
+    assert read_responses(results, examples) == ["half \ud800", None]
     with pytest.raises(ValueError, match="results.json: answers 2 of 3 examples, not record 2"):
-        read_answers(results, [*examples, Example("c", name="record 2")])
+        read_responses(results, [*examples, Example("c", name="record 2")])
     for bad in ([], {"record 0": 1}):
         results.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match="results.json: is not an object of answers"):
-            read_answers(results, examples)
+        with pytest.raises(ValueError, match="results.json: is not an object of responses"):
+            read_responses(results, examples)
 
 
 def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):

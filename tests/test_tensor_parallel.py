@@ -21,7 +21,7 @@ from formats.meta import join
 from generate import Responder, concat_adaption_prompts, prefill
 from model import KVCache
 from multimodal import ImageAdapter
-from runtime.distributed import answering_ranks, init_distributed, rank
+from runtime.distributed import inference_ranks, init_distributed, rank
 from runtime.quantization import held_bytes
 from runtime.tensor_parallel import Part
 
@@ -78,13 +78,13 @@ def asked():
 def answers_of(base, adapters, bits=None):
     """Logits after the questions, what is written then, and how many bytes the weights take here."""
     torch.set_num_threads(1)
-    with answering_ranks():
+    with inference_ranks():
         model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, bits=bits)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
         tokens, prompts = map(list, zip(*((responder.tokens(r), responder.adaption_prompts(r)) for r in asked())))
         cache = KVCache(model, batch=len(tokens), capacity=100)
         logits = prefill(model, tokens, concat_adaption_prompts(prompts), cache)
-        texts = responder.answer_batch(asked())
+        texts = responder.respond_batch(asked())
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
     return logits.tolist(), texts, shapes, held_bytes(model)
 

@@ -15,7 +15,7 @@ from formats.image_encoders import load_image_encoder
 from generate import Responder
 from model import LLaMA
 from multimodal import ImageAdapter
-from tasks.answering import written_answers
+from tasks.responses import generate_responses
 from toy import almanac, digits
 from toy.almanac import HELD_OUT, ExamQuestion
 
@@ -28,7 +28,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
     """By "base" or "adapter", as the requests say, 128 at once: always the likeliest token, up to 40 of them."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
-    return written_answers(responder, requests, batch_size=128, unit="question")
+    return generate_responses(responder, requests, batch_size=128, unit="question")
 
 
 def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list[bool]:

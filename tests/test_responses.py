@@ -11,7 +11,7 @@ from formats.bases import load_llama
 from generate import Responder
 from multimodal import ImageAdapter
 from tasks import scoring
-from tasks.answering import choice_log_likelihoods, likeliest_answers, written_answers
+from tasks.responses import choice_log_likelihoods, most_likely_choices, generate_responses
 
 
 @pytest.fixture
@@ -76,15 +76,15 @@ def test_the_likeliest_is_the_likeliest_one_by_one(responder):
     expected = [max(ours, key=lambda text: one_by_one(responder, r, text)) for r, ours in zip(requests, choices)]
     assert len({ours.index(text) for ours, text in zip(choices, expected)}) > 1
     for size in (1, 4, 64):
-        assert likeliest_answers(responder, requests, choices, size) == expected
+        assert most_likely_choices(responder, requests, choices, size) == expected
 
 
 def test_written_answers_are_those_of_one_by_one(responder):
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
-    expected = [next(responder.answer_all([request], 1, "request")) for request in requests]
+    expected = [next(responder.respond_all([request], 1, "request")) for request in requests]
     assert len(set(expected)) > 1
     for size in (1, 4, 64):
-        assert written_answers(responder, requests, size) == expected
+        assert generate_responses(responder, requests, size) == expected
 
 
 def test_answers_must_fit_too(responder):
@@ -93,7 +93,7 @@ def test_answers_must_fit_too(responder):
     needed = len(responder.tokens(request)) + len(responder.tokenizer.encode(answer))
     for spare, best in ((-1, [None]), (0, [answer])):
         responder.model.config = replace(responder.model.config, max_seq_len=needed + spare)
-        assert likeliest_answers(responder, [request], [[answer]], 4) == best
+        assert most_likely_choices(responder, [request], [[answer]], 4) == best
 
 
 def test_written_answers_need_room_for_one_token(responder):
@@ -101,5 +101,5 @@ def test_written_answers_need_room_for_one_token(responder):
     for room, answered in ((0, False), (1, True)):
         context = len(responder.tokens(long)) + room
         responder.model.config = replace(responder.model.config, max_seq_len=context)
-        first, second = written_answers(responder, [long, short])
+        first, second = generate_responses(responder, [long, short])
         assert (first is not None) == answered and second is not None

@@ -1,4 +1,4 @@
-"""What the page asks for, without the page: two answers side by side, a picture's features, HTML of what is shown."""
+"""What the page asks for, without the page: two responses side by side, a picture's features, HTML of what is shown."""
 
 import base64
 import io
@@ -23,11 +23,11 @@ from runtime.errors import error_line
 from training.curves import draw_gates
 
 THUMBNAIL = (240, 240)  # pixels, at most
-LONGEST = 20_000  # characters of a question or its input: not every base says how many tokens it sees
+LONGEST = 20_000  # characters of a prompt or its input: not every base says how many tokens it sees
 
 
 class Sampling(NamedTuple):
-    """How an answer is made; the defaults are greedy."""
+    """How a response is made; the defaults are greedy."""
 
     strength: float = 1.0  # scales the gates; 0 is the base
     temperature: float = 0.0
@@ -37,11 +37,11 @@ class Sampling(NamedTuple):
 
 
 class SideBySide(NamedTuple):
-    """What there is of both answers so far, and once the adapter's is there, what it was made of."""
+    """What there is of both responses so far, and once the adapter's is there, what it was made of."""
 
     adapter: str = ""
     base: str = ""
-    labels: list[str] = []  # the adapter's answer, token by token: n texts
+    labels: list[str] = []  # the adapter's response, token by token: n texts
     shares: Tensor | None = None  # (L, n), of the prompts, while each of them was chosen
 
 
@@ -91,16 +91,16 @@ class Demonstration:
         finally:
             path.unlink(missing_ok=True)
 
-    def answer(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
-        """The answers of an adapter, then of the base, each growing piece by piece; the base sees no image.
+    def respond(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
+        """Yield the responses of an adapter, then of the base, each growing piece by piece; the base sees no image.
 
         Both have the adapter's template and the same seed. Raises ValueError where nothing is asked, or more than the
         base's context holds.
         """
         if not request.instruction.strip():
-            raise ValueError("There is no question yet: type an instruction.")
+            raise ValueError("There is no prompt yet: type an instruction.")
         if max(len(request.instruction), len(request.input)) > LONGEST:
-            raise ValueError(f"A question or its input has {LONGEST:,} characters at most.")
+            raise ValueError(f"A prompt or its input has {LONGEST:,} characters at most.")
         name = request.adapter
         responder = Responder(
             self.model,
@@ -112,21 +112,21 @@ class Demonstration:
             top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
         )
-        answers, ids = SideBySide(), []
+        responses, ids = SideBySide(), []
         for piece in pieces(responder, request, sampling.seed, ids):
-            answers = answers._replace(adapter=answers.adapter + piece)
-            yield answers
+            responses = responses._replace(adapter=responses.adapter + piece)
+            yield responses
         if ids:
-            labels, shares = token_texts(self.tokenizer, ids), answer_shares(responder, request, ids)
-            answers = answers._replace(labels=labels, shares=shares)
-            yield answers
+            labels, shares = token_texts(self.tokenizer, ids), response_shares(responder, request, ids)
+            responses = responses._replace(labels=labels, shares=shares)
+            yield responses
         for piece in pieces(responder, Request(request.instruction, request.input), sampling.seed, []):
-            answers = answers._replace(base=answers.base + piece)
-            yield answers
+            responses = responses._replace(base=responses.base + piece)
+            yield responses
 
 
 def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
-    """An answer piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
+    """A response piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
     tokens, limit = responder.tokens_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
@@ -135,7 +135,7 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each of an answer's ids adds to its text; a character of several tokens stands at the last of them."""
+    """What each of a response's ids adds to its text; a character of several tokens stands at the last of them."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
@@ -146,8 +146,8 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def answer_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
-    """The prompts' share (L, n) while each of an answer's n tokens was chosen: at the token before it."""
+def response_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
+    """The prompts' share (L, n) while each of a response's n tokens was chosen: at the token before it."""
     tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.device)
     shares = prompt_shares(responder.model, tokens, responder.adaption_prompts(request))  # (L, 1, T + n)
     return shares[:, 0, -len(ids) - 1 : -1].cpu()

@@ -1,4 +1,4 @@
-"""A model's answers to many questions, generated or chosen among options, and how they are written to files."""
+"""Responses to many prompts, generated or chosen among options, and how they are written to files."""
 
 import math
 import sys
@@ -15,21 +15,21 @@ from runtime.files import read_json, write_json
 from tasks.scoring import score_continuations
 
 
-def written_answers(
+def generate_responses(
     responder: Responder, requests: Sequence[Request], batch_size: int = 64, unit: str = "request"
 ) -> list[str | None]:
     """Generate a response to each request, in batches of similar length; None if the prompt fills the context."""
     context = responder.model.config.max_seq_len or math.inf
     lengths = [len(responder.tokens(request)) for request in requests]
     order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
-    answers: list[str | None] = [None] * len(requests)
+    responses: list[str | None] = [None] * len(requests)
     with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for i, text in zip(batch, responder.answer_batch([requests[i] for i in batch])):
-                answers[i] = text
+            for i, text in zip(batch, responder.respond_batch([requests[i] for i in batch])):
+                responses[i] = text
             bar.update(len(batch))
-    return answers
+    return responses
 
 
 def choice_log_likelihoods(
@@ -42,7 +42,7 @@ def choice_log_likelihoods(
     """log p(choice and its end | request), in nats, for the choices of each request; None if one does not fit."""
     context = responder.model.config.max_seq_len or math.inf
     likelihoods: list[list[float] | None] = [None] * len(requests)
-    asked = []  # (request, choice) of each row
+    rows = []  # (request, choice) of each
     adaption_prompts, tokens, continuations = [], [], []
     for i, (request, ours) in enumerate(zip(requests, choices)):
         template = responder.loaded[request.adapter].template
@@ -53,18 +53,18 @@ def choice_log_likelihoods(
         likelihoods[i] = [math.nan] * len(ours)
         of_request = responder.adaption_prompts(request)
         for j, (prompt_ids, response_ids) in enumerate(exchanges):
-            asked.append((i, j))
+            rows.append((i, j))
             adaption_prompts.append(of_request)
             tokens.append(prompt_ids)
             continuations.append(response_ids)
-    with tqdm(total=len(asked), unit=unit, file=sys.stderr) as bar:
+    with tqdm(total=len(rows), unit=unit, file=sys.stderr) as bar:
         scored = score_continuations(responder.model, tokens, continuations, adaption_prompts, batch_size, bar)
-    for (i, j), (log_p, _) in zip(asked, scored):
+    for (i, j), (log_p, _) in zip(rows, scored):
         likelihoods[i][j] = log_p
     return likelihoods
 
 
-def likeliest_answers(
+def most_likely_choices(
     responder: Responder,
     requests: Sequence[Request],
     choices: Sequence[list[str]],
@@ -77,42 +77,42 @@ def likeliest_answers(
 
 
 @dataclass(frozen=True)
-class Answers:
+class Responses:
     """Whose they are, to what, and how they were found."""
 
     task: str
     split: str | None
     examples: Sequence[Example]
-    texts: Sequence[str | None]  # None: the question left no room for an answer
+    texts: Sequence[str | None]  # None: the prompt left no room for a response
     method: str
     generated: bool  # they are in the model's own words
-    model_name: str  # the adapter's, or "base", or that of a file of answers
+    model_name: str  # the adapter's, or "base", or that of a file of responses
     num_parameters: int | None = None  # of the adapter; None where nobody knows
 
 
-def write_scores(answers: Answers, scores: dict[str, float | None], folder: Path) -> None:
-    """Print the scores; write results.json, the answers by the examples' names, and scores.json. Raises OSError."""
-    number = len(answers.examples)
-    click.echo(f"{answers.task}, {number:,} examples; answers: {answers.method}\n")
+def write_scores(responses: Responses, scores: dict[str, float | None], folder: Path) -> None:
+    """Print the scores; write results.json, the responses by the examples' names, and scores.json. Raises OSError."""
+    number = len(responses.examples)
+    click.echo(f"{responses.task}, {number:,} examples; responses: {responses.method}\n")
     for name, score in scores.items():
         click.echo(f"{name:20}{'-' if score is None else f'{score:.4f}':>12}")
-    results = {example.name: text for example, text in zip(answers.examples, answers.texts)}
+    results = {example.name: text for example, text in zip(responses.examples, responses.texts)}
     write_json(folder / "results.json", results)
     write_json(folder / "scores.json", scores | {"examples": number})
     click.echo(f"wrote results.json and scores.json to {folder}", err=True)
 
 
-def require_answers(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
-    """Raise ValueError if a results file has no answer for one of the names."""
+def require_responses(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
+    """Raise ValueError if a results file has no response for one of the names."""
     absent = [name for name in names if name not in found]
     if absent:
         raise ValueError(f"{path}: answers {len(names) - len(absent)} of {len(names)} {unit}s, not {absent[0]}")
 
 
-def read_answers(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
-    """The answer to each example, of a results.json as `write_scores` writes it. Raises OSError or ValueError."""
+def read_responses(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
+    """Read the response to each example from a results.json of `write_scores`. Raises OSError or ValueError."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(text, str | None) for text in results.values()):
-        raise ValueError(f"{path}: is not an object of answers by the names of examples")
-    require_answers(path, [example.name for example in examples], results, "example")
+        raise ValueError(f"{path}: is not an object of responses by the names of examples")
+    require_responses(path, [example.name for example in examples], results, "example")
     return [results[example.name] for example in examples]
