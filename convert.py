@@ -20,7 +20,7 @@ def adapter_summary(adapter: Adapter) -> str:
     lines = {
         "layers x length x width": f"{layers} x {length} x {dim}, {heads} heads",
         "parameters": f"{sum(p.numel() for p in adapter.parameters()):,}",
-        "gates": f"{adapter.gate_activation}, open by {gates.mean():.4f} (mean) to {gates.max():.4f}",
+        "gates": f"{adapter.gate_activation}, absolute value {gates.mean():.4f} (mean), {gates.max():.4f} (max)",
     }
     known = {"format", "version", "base_dim", "base_heads", "gate_activation"}
     lines |= {name: value for name, value in sorted(adapter.metadata.items()) if name not in known}

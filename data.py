@@ -100,10 +100,10 @@ class Tokenizer(Protocol):
     named_tokens: dict[str, str]  # the texts of "bos_token" and "eos_token"
     chat_template: str | None  # the base's own Jinja template
 
-    def encode(self, text: str, after: str = "") -> list[int]:
+    def encode(self, text: str, preceding: str = "") -> list[int]:
         """Return the ids of the text, without <bos> and <eos>.
 
-        `after` is the special token before the text, if any; some tokenizers then omit a leading space. Raises
+        `preceding` is the special token before the text, if any; some tokenizers then omit a leading space. Raises
         ValueError at an unpaired surrogate.
         """
 

@@ -70,7 +70,7 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
-    """Of a base, with an adapter or without, always with the likeliest token. Raises OSError or ValueError."""
+    """Of a base, with an adapter or without, always with the most likely token. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)
@@ -79,8 +79,8 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
     if isinstance(adapter, ImageAdapter):
         kept = with_images(examples, config.images, config.skip_missing, config.data)
         if len(kept) < len(examples):
-            left_out = f"{len(examples) - len(kept):,} of {len(examples):,} left out"
-            click.echo(f"{left_out}: their image is not there", err=True)
+            number = f"{len(examples) - len(kept):,} of {len(examples):,}"
+            click.echo(f"{number} skipped: their image was not found", err=True)
         examples = kept
         if any(example.image for example in examples):
             encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
@@ -144,7 +144,7 @@ def main():
 
 def task_command(name: str, task: Task) -> click.Command:
     """The command of a task that has scores, with options for all that the task offers."""
-    choose_help = "Take the likeliest option; otherwise generate and parse."
+    choose_help = "Take the most likely option; otherwise generate and parse."
     split = [option("--split", default=task.split, help="Which part of the data.")] if task.split else []
     choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
 

@@ -1,7 +1,7 @@
 """Images in the prompts (section 3.3): a picture becomes one vector, which is added to every prompt.
 
     features  = the class token of a frozen vision encoder at M depths, each normed, side by side
-    I         = projection(features)          learnt, a small MLP
+    I         = projection(features)          learned, a small MLP
     P + I                                     instead of P, in every adapted layer
 
 Notation as in adapter.py; F is the number of features, M*Cv for a vision encoder of width Cv. A video's features are

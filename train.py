@@ -27,7 +27,7 @@ from formats.tensors import Weights, named
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA, num_parameters
 from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
-from runtime.cli import options_of, pick, setting, warn
+from runtime.cli import options_of, from_options, setting, warn
 from runtime.compilation import compile_layers, prepare_to_compile
 from runtime.device import select_device
 from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, first_rank_speaks
@@ -456,8 +456,8 @@ def main(context, **options):
         options |= toy_defaults(context, options)
     if options["bits"] == "8":  # else autograd keeps the dequantized weights of all layers
         options["checkpoint_activations"] = True
-    config, data, base = (pick(record, options) for record in (TrainConfig, DataOptions, BaseOptions))
-    with one_line_errors(), process_group(), Run(pick(RunOptions, options)) as run:
+    config, data, base = (from_options(record, options) for record in (TrainConfig, DataOptions, BaseOptions))
+    with one_line_errors(), process_group(), Run(from_options(RunOptions, options)) as run:
         train(config, data.checked(base.base), base, run)
         barrier()  # no rank leaves while the first one still writes
     sys.exit(run.exit_code)

@@ -216,7 +216,7 @@ class LitGPT(Contestant):
     """litgpt's adapter, on batches padded to their longest, with the logits of a batch in one piece.
 
     From v0.5.5 on it takes other rows for the keys and values of prompts (formats/litgpt.py): the same work, but with
-    open gates another function.
+    nonzero gates another function.
     """
 
     def __init__(self, model: LLaMA, layers: int, length: int):

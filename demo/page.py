@@ -30,7 +30,7 @@ the words say, as in the frozen base. A cell is the prompts' part of it, |g A vp
 in per cent, while the token above it was chosen; 50 means that both are equally long, 0 is the frozen layer. It is a
 size: what the prompts change, the two responses show.
 """
-ABOUT_GATES = """### How far the gates are open
+ABOUT_GATES = """### Gate values
 
 tanh(g) in each head of each adapted layer, at strength 1 (g itself, where the adapter's file says so). Training starts
 with all at 0 (white), where the model is the base. A gate below 0 subtracts what the prompts say. The strength

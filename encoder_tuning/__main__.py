@@ -24,7 +24,7 @@ from encoder_tuning.objective import LOSSES
 from encoder_tuning.tuned import TunedEncoder, encoder_fingerprint, suits
 from encoders.heads import head_adapter
 from formats.encoders import load_encoder
-from runtime.cli import Count, Real, device_options, one_line_errors, options_of, pick, setting
+from runtime.cli import Count, Real, device_options, one_line_errors, options_of, from_options, setting
 from runtime.device import select_device
 from runtime.distributed import barrier, check_same_on_all_ranks, print_rank0, process_group, run_command, world_size
 from runtime.files import require_writable, write_json
@@ -180,8 +180,8 @@ NO_ANSWER_HELP = "No answer where <s> scores higher by so much.  [default: 0 if 
 @options_of(RunOptions, "Run")
 def train_command(**options):
     """Train an adapter and a head."""
-    config, data, base = (pick(record, options) for record in (TrainConfig, EncoderData, BaseOptions))
-    with one_line_errors(), process_group(), Run(pick(RunOptions, options), LESS_MEMORY) as run:
+    config, data, base = (from_options(record, options) for record in (TrainConfig, EncoderData, BaseOptions))
+    with one_line_errors(), process_group(), Run(from_options(RunOptions, options), LESS_MEMORY) as run:
         train_encoder(config, data, base, run)
         barrier()
     sys.exit(run.exit_code)
@@ -190,7 +190,7 @@ def train_command(**options):
 @main.command("evaluate", context_settings={"show_default": True})
 @option_group(
     "Data",
-    option("--task", type=click.Choice(HEAD_TASKS), help="What was learnt.  [default: as the adapter says]"),
+    option("--task", type=click.Choice(HEAD_TASKS), help="What was learned.  [default: as the adapter says]"),
     option("--data", type=click.Path(path_type=Path), required=True, help=TASK_DATA),
     option("--limit", type=Count(), help="Ask only about so many, drawn from all."),
     option("--stride", type=Count(0), help=f"{STRIDE_HELP}  [default: as the adapter says, or {STRIDE}]"),

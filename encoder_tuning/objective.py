@@ -87,25 +87,25 @@ LOSSES = {  # by task
 
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
-    """The likeliest class of each."""
+    """The most likely class of each."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
     batches = [collate_labelled(group) for group in group_by_size(examples, max_tokens)]
-    likeliest = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
-    return [best for _, best in sorted(zip(order, likeliest.tolist()))]
+    predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
+    return [best for _, best in sorted(zip(order, predictions.tolist()))]
 
 
 @torch.no_grad()
 def predict_tags(
     model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
 ) -> list[list[int]]:
-    """The likeliest tag of each word of each example."""
+    """The most likely tag of each word of each example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].size)
-    likeliest = []
+    predictions = []
     for group in group_by_size(examples, max_tokens):
         inputs, labels = collate_labelled(group)
         best = tag_scores(model, adapter, inputs).argmax(dim=1).cpu()  # (B, T)
-        likeliest += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]
-    return [tags for _, tags in sorted(zip(order, likeliest))]
+        predictions += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]
+    return [tags for _, tags in sorted(zip(order, predictions))]
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def answer_squad(
     no_answer_threshold: float | None = None,
     longest: int = 30,
 ) -> str:
-    """The likeliest span of at most `longest` tokens of the context, over all of its windows.
+    """The most likely span of at most `longest` tokens of the context, over all of its windows.
 
     Nothing, where <s> outscores it by more than the threshold, in every window; None is for questions that all have an
     answer.

@@ -50,7 +50,7 @@ def head_adapter(
     length: int,
     generator: torch.Generator | None = None,
 ) -> HeadAdapter:
-    """An adapter for an encoder, its gates closed; its head is the encoder's own where that has as many outputs."""
+    """An adapter for an encoder, with zero gates; its head is the encoder's own where that has as many outputs."""
     C, heads = model.config.dim, model.config.n_heads
     shape = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}
     adapter = HeadAdapter(generator=generator, **shape).to(next(model.parameters()).device)

@@ -86,7 +86,7 @@ def compare_shapes(runs: Runs, testbed: Testbed) -> None:
 
     Table 4: the number of adapted layers, which they are, and the prompts' length.
 
-    (The lowest layers' runs take longer than they need: the layers above have prompts as well, behind shut gates.)
+    (The lowest layers' runs take longer than they need: the layers above have prompts as well, with zero gates.)
     """
     N, default = testbed.n_layers, testbed.default
     counts = {max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers, N - 2, N - 1}
@@ -162,7 +162,7 @@ def compare_designs(runs: Runs, testbed: Testbed) -> None:
 
 
 def watch_gates(runs: Runs, testbed: Testbed) -> None:
-    """Draw how the gates open.
+    """Draw how the gates move.
 
     Pictures of layers x heads at several steps. One seed.
     """
@@ -191,7 +191,7 @@ def watch_gates(runs: Runs, testbed: Testbed) -> None:
         axes.set(title=f"step {step}")
     figure.colorbar(image, ax=panels)
 
-    runs.save("gates", {"steps": shown, "opening": [values[step].tolist() for step in shown]}, figure)
+    runs.save("gates", {"steps": shown, "gate_values": [values[step].tolist() for step in shown]}, figure)
     click.echo(f"{'step':>8}" + "".join(f"{f'layer {N - L + i}':>10}" for i in range(L)) + "   (mean |tanh g|)")
     for step in shown:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))
@@ -263,7 +263,7 @@ def search_rates(runs: Runs, testbed: Testbed) -> None:
 
 
 def draw_rates(rows: dict[str, dict]) -> Figure:
-    """Accuracy against perplexity: up is what is learnt, to the right what is forgotten."""
+    """Accuracy against perplexity: up is what is learned, to the right what is forgotten."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in RATES:

@@ -83,8 +83,8 @@ def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Tunable:
 
 
 def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labelled]) -> float:
-    likeliest = classify(model, adapter, examples, TrainConfig().micro_batch_tokens)
-    return accuracy(likeliest, [example.labels[0] for example in examples])
+    predictions = classify(model, adapter, examples, TrainConfig().micro_batch_tokens)
+    return accuracy(predictions, [example.labels[0] for example in examples])
 
 
 COLUMNS = (

@@ -63,10 +63,10 @@ def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
 
 @torch.no_grad()
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
-    """Whether the base's logits are had again, bit for bit, from the tuned model without what was learnt.
+    """Whether the base's logits are had again, bit for bit, from the tuned model without what was learned.
 
-    Gates are shut, prompts without gates are left out, and so are LoRA's matrices, from here on; of full tuning nothing
-    can be.
+    Gates are set to 0, prompts without gates are omitted, and so are LoRA's matrices, from here on; of full tuning
+    nothing can be.
     """
     if method == LORA:
         for layer in lora_layers(model):

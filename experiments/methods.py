@@ -62,7 +62,7 @@ def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False
 
 
 class LowAdapter(Adapter):
-    """An adapter of the lowest layers: the `above` others have prompts as well, but their gates stay shut."""
+    """An adapter of the lowest layers: the `above` others have prompts as well, but their gates are zero."""
 
     def __init__(self, *, above: int, **shape):
         super().__init__(**shape)
@@ -70,8 +70,8 @@ class LowAdapter(Adapter):
 
     def forward(self, *args, **options) -> list[AdaptionPrompt]:
         adaption_prompts = super().forward(*args, **options)
-        shut = AdaptionPrompt(adaption_prompts[0].embeddings.detach(), torch.zeros_like(adaption_prompts[0].gate))
-        return adaption_prompts + [shut] * self.above
+        zero = AdaptionPrompt(adaption_prompts[0].embeddings.detach(), torch.zeros_like(adaption_prompts[0].gate))
+        return adaption_prompts + [zero] * self.above
 
 
 class NoPrompts(nn.Module):

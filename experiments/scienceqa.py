@@ -27,26 +27,26 @@ from train import TrainConfig, mean_loss
 def answer_problems(
     testbed: Testbed, problems: list[Problem], model: LLaMA, adapter: Adapter | None
 ) -> dict[str, list[str | None]]:
-    """To every problem, what is written, and what is held for the likeliest of its answers."""
+    """To every problem, what is written, and what is held for the most likely of its answers."""
     name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
     responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]
     choices = [problem.answers() for problem in problems]
     return {
         "written": generate_responses(responder, requests, unit="problem"),
-        "likeliest": most_likely_choices(responder, requests, choices, unit="problem"),
+        "most_likely": most_likely_choices(responder, requests, choices, unit="problem"),
     }
 
 
 COLUMNS = (
     Column("written", "written", spread=True),
-    Column("likeliest", "likeliest", spread=True),
+    Column("most_likely", "most likely", spread=True),
     Column("val_loss", "loss held out", ".4f"),
 )
 
 
 def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting | None, seed: int) -> dict:
-    """Accuracies by how answers are found, all columns for the likeliest, and the held-out loss. None is the base."""
+    """Accuracies by how answers are found, all columns for the most likely, and the held-out loss. None is the base."""
     if setting is None:
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
         adapter, val_loss = None, None
@@ -56,7 +56,7 @@ def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting 
     answers = answer_problems(testbed, problems, model, adapter)
     columns = {way: score(problems, found) for way, found in answers.items()}
     accuracies = {way: found["Avg"] / 100 for way, found in columns.items()}
-    return accuracies | {"columns": columns["likeliest"], "val_loss": val_loss}
+    return accuracies | {"columns": columns["most_likely"], "val_loss": val_loss}
 
 
 @experiment("scienceqa", *testbed_options)
@@ -79,7 +79,9 @@ def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
     paper = {"validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     axes = figure.subplots()
-    draw_bars(axes, {method: percent(row["likeliest"]) for method, row in rows.items()}, "likeliest answer right, %")
+    draw_bars(
+        axes, {method: percent(row["most_likely"]) for method, row in rows.items()}, "most likely answer right, %"
+    )
     axes.axvline(100 * chance, color="black", linewidth=1)
     values = {"paper": paper, "chance": chance, "problems": len(problems), "tuned_on": len(testbed.tuning)}
     runs.save("scienceqa", values | {"rows": rows}, figure)

@@ -214,7 +214,7 @@ def share_by_word(right: Sequence[bool], examples: Sequence[Example]) -> dict[st
 
 
 def label_matches(examples: Sequence[Example]) -> list[bool]:
-    """Where the likeliest of the model's own labels is the word, or "unknown" for a word that is none of them.
+    """Where the most likely of the model's own labels is the word, or "unknown" for a word that is none of them.
 
     The features are its scores (F,), normed, which leaves the largest the largest.
     """
@@ -281,7 +281,7 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
         right = label_matches(examples)
         labels[part] = {"all": statistics.mean(right), "words": share_by_word(right, examples)}
     shares = ", ".join(f"{part} {found['all']:.1%}" for part, found in labels.items())
-    click.echo(f"its own likeliest label is right: {shares}\n")
+    click.echo(f"its own most likely label is right: {shares}\n")
     llama, tokenizer = load_llama(base or toy_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
     parts = [part for part in counts if part != "tuned"]

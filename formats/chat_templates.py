@@ -252,7 +252,7 @@ class ChatTemplate(Template):
                     special, before, known = piece, "", []
                     continue
                 piece = re.sub(f"{OPEN}([0-9]{{1,9}}){CLOSE}", reveal, piece)
-                together = self.tokenizer.encode(before + piece, after=special)
+                together = self.tokenizer.encode(before + piece, preceding=special)
                 fits = together[: len(known)] == known
                 new = together[len(known) :] if fits else self.tokenizer.encode(piece)
                 ids += new

@@ -29,7 +29,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
 
-    def encode(self, text: str, after: str = "") -> list[int]:
+    def encode(self, text: str, preceding: str = "") -> list[int]:
         return self.model.encode(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
@@ -76,7 +76,7 @@ class TiktokenTokenizer(Tokenizer):
         self.special_ids = special
         self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
 
-    def encode(self, text: str, after: str = "") -> list[int]:
+    def encode(self, text: str, preceding: str = "") -> list[int]:
         return self.model.encode_ordinary(text.encode("utf-8").decode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
@@ -133,14 +133,14 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{folder}: none of {', '.join(names)} says which token ends a text")
         return found
 
-    def encode(self, text: str, after: str = "") -> list[int]:
+    def encode(self, text: str, preceding: str = "") -> list[int]:
         # Some put a space before the first word of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
         text = text.encode("utf-8").decode("utf-8")
-        if after and not self.spells_special.search(text):
+        if preceding and not self.spells_special.search(text):
             self.model.encode_special_tokens = False
-            first, *ids = self.model.encode(after + text, add_special_tokens=False).ids
-            if first == self.special_ids[after]:
+            first, *ids = self.model.encode(preceding + text, add_special_tokens=False).ids
+            if first == self.special_ids[preceding]:
                 return ids
         self.model.encode_special_tokens = True
         return self.model.encode(text, add_special_tokens=False).ids

@@ -66,7 +66,7 @@ def options_of(record: type, title: str, only: Collection[str] | None = None, ex
     return option_group(title, *made, *extra)
 
 
-def pick(record: type, options: dict):
+def from_options(record: type, options: dict):
     """Create the dataclass from those of a command's options that are its fields."""
     return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 

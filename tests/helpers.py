@@ -101,7 +101,7 @@ def make_example(ids, prompt_length, name="", features=None):
 
 
 def make_adapter(model, layers=2, length=5, seed=1, gates=True):
-    """An adapter with its gates open, half of them the wrong way: gate zero hides every bug."""
+    """An adapter with nonzero gates, half of them negative: gate zero hides every bug."""
     config = model.config
     adapter = Adapter(
         layers=layers,

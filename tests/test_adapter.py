@@ -69,7 +69,7 @@ def test_attention_equals_the_reference(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
-def test_model_with_open_gates_equals_the_reference(config, form):
+def test_model_with_nonzero_gates_equals_the_reference(config, form):
     """Logits and the adapter's gradients of a whole model, in float32 against float64."""
     model = make_model(config, attention=form)
     adapter = make_adapter(model)
@@ -97,7 +97,7 @@ def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, device):
     assert torch.equal(model(tokens, prompts), model(tokens))
 
 
-def test_gates_open_first():
+def test_gates_move_first():
     """Zero-init attention: at step 0 the prompts' gradient is exactly zero and the gates' is not."""
     model = make_model()
     adapter = make_adapter(model, gates=False)

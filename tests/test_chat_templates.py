@@ -48,9 +48,9 @@ def examples():
 
 
 def flat(exchanges):
-    """Ids and the mask of what is learnt."""
+    """Ids and the mask of what is learned."""
     ids = [id for prompt, answer in exchanges for id in prompt + answer]
-    return ids, [learnt for prompt, answer in exchanges for learnt in [0] * len(prompt) + [1] * len(answer)]
+    return ids, [learned for prompt, answer in exchanges for learned in [0] * len(prompt) + [1] * len(answer)]
 
 
 @pytest.mark.parametrize("source", [CHATML, WITH_BOS])
@@ -96,7 +96,7 @@ THINKING = (  # as Qwen3's: the newest answer has thoughts, the earlier ones hav
 
 
 def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
-    """One round is learnt as it is written; more are refused. To be asked, all is written as the template has it."""
+    """One round is learned as it is written; more are refused. To be asked, all is written as the template has it."""
     save_chatml(tmp_path, template=THINKING)
     tokenizer = load_tokenizer(tmp_path)
     template = load_template("auto", tokenizer)
@@ -342,7 +342,7 @@ def test_long_conversations(tmp_path, source):
     """Sixty-four of forty turns, of two thousand characters that take three bytes each."""
     save_chatml(tmp_path, template=source)
     template = load_template("auto", load_tokenizer(tmp_path))
-    template.tokenizer.encode = lambda text, after="": [5]
+    template.tokenizer.encode = lambda text, preceding="": [5]
     turns = (Turn("user", "字" * 2000), Turn("assistant", "符" * 2000)) * 20
     for exchanges in template.encode_exchanges([Example(turns=turns, name=f"record {i}") for i in range(64)]):
         assert len(exchanges) == 20

@@ -100,7 +100,7 @@ def test_classes():
 
 
 def test_tags_are_in_the_order_of_the_examples():
-    """Each as alone, however they are put together; gates are open."""
+    """Each as alone, however they are put together; gates are nonzero."""
     model = make_roberta()
     adapter, examples = make_head_adapter(model, 3), []
     for i, size in enumerate((9, 5, 12, 7, 5)):
@@ -109,7 +109,7 @@ def test_tags_are_in_the_order_of_the_examples():
     with torch.no_grad():
         scores = [adapter.head(model.encode(example.inputs[None], adapter())[0]) for example in examples]
         center = torch.cat(scores).mean(dim=0)
-        adapter.head[0].bias -= center  # so that not one tag is the likeliest of all
+        adapter.head[0].bias -= center  # so that not one tag is the most likely of all
     alone = [(score - center)[::3].argmax(dim=1).tolist() for score in scores]
     assert len(set(sum(alone, []))) == 3
     for max_tokens in (10, 1000):
@@ -138,7 +138,7 @@ def save_tagger(folder, bpe):
         num_attention_heads=4, intermediate_size=48, id2label=dict(enumerate(TAG_NAMES)), layer_norm_eps=1e-5,
     )  # fmt: skip
     model = vary(transformers.RobertaForTokenClassification(config))
-    with torch.no_grad():  # so that not one tag is the likeliest of all words
+    with torch.no_grad():  # so that not one tag is the most likely of all words
         ids = torch.randint(3, 266, (20, 12), generator=torch.Generator().manual_seed(0))
         model.classifier.bias -= model(ids).logits.mean(dim=(0, 1))
     model.save_pretrained(folder)

@@ -78,7 +78,7 @@ def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_there():
     assert read_conversation(record, "a.json", "r").turns[-1] == ("user", "And?")
 
 
-def learnt(tokenizer, tokens):
+def learned(tokenizer, tokens):
     """The texts with a loss, one for each answer, and the special tokens that end them."""
     texts, ids = [], []
     for id, mask in zip(tokens.ids, [*tokens.loss_mask[1:], False]):  # shifted: the token after it
@@ -96,7 +96,7 @@ def test_every_answer_is_learnt_and_nothing_else(chat_base):
     template = load_template("auto", tokenizer)
     example = Example(turns=tuple(Turn(*turn) for turn in TALK) + (Turn("user", "And?"),), name="r")
     (tokens,), cut = tokenize(template, [example], 512)
-    assert learnt(tokenizer, tokens) == [("Ho", 2), ("Because.", 2)] and cut == 0
+    assert learned(tokenizer, tokens) == [("Ho", 2), ("Because.", 2)] and cut == 0
     assert tokenizer.decode(tokens.ids) == "system\nBe brief.\nuser\nHi\nassistant\nHo\nuser\nWhy?\nassistant\nBecause."
 
 

@@ -30,7 +30,7 @@ QUESTION = "Name the number 7."
 
 @pytest.fixture(scope="module")
 def seeing(tiny_base, tmp_path_factory):
-    """The file of an adapter that sees, gates open and images loud, and its vision encoder."""
+    """The file of an adapter that sees, gates nonzero and images loud, and its vision encoder."""
     folder = tmp_path_factory.mktemp("seeing")
     torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
     generator = torch.Generator().manual_seed(3)

@@ -160,7 +160,7 @@ def test_tests_that_are_named_exist():
     named = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
     files = list((ROOT / "tests").glob("test_*.py"))
     there = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
-    assert "test_gates_open_first" in named
+    assert "test_gates_move_first" in named
     assert named - {"test_boolq"} <= there, "docs/tasks.md's example has a test of its own"
 
 

@@ -71,7 +71,7 @@ def test_sentences(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is learnt
+# What is learned
 
 
 def examples_of(model, of=class_loss, sizes=(9, 5, 7, 12)):
@@ -134,7 +134,7 @@ def test_classes_are_in_the_order_of_the_examples(max_tokens):
     adapter, examples = make_head_adapter(model, 3), examples_of(model, sizes=(9, 5, 12, 7, 5, 3, 11, 9))
     with torch.no_grad():
         scores = torch.stack([adapter.head(model.encode(e.inputs[None], adapter())[0, 0]) for e in examples])
-        adapter.head[0].bias -= scores.mean(dim=0)  # so that not one class is the likeliest of all
+        adapter.head[0].bias -= scores.mean(dim=0)  # so that not one class is the most likely of all
         alone = (scores - scores.mean(dim=0)).argmax(dim=1).tolist()
     assert len(set(alone)) == 3 and classify(model, adapter, examples, max_tokens) == alone
     assert accuracy(alone, [*alone[:6], -1, -1]) == 0.75

@@ -20,8 +20,8 @@ def test_prompts_are_seen_by_every_token_in_both_forms():
         torch.testing.assert_close(fused, paper, rtol=1e-4, atol=1e-4)
     assert torch.equal(outputs[0][0], plain[0])  # below the adapted layers
     assert (outputs[0][1] - plain[1]).abs().amin(dim=(0, 2)).min() > 0  # every token
-    closed = make_vit()(images, make_adapter(make_vit(), gates=False)())
-    assert all(torch.equal(a, b) for a, b in zip(closed, plain))
+    zero_gates = make_vit()(images, make_adapter(make_vit(), gates=False)())
+    assert all(torch.equal(a, b) for a, b in zip(zero_gates, plain))
 
 
 def test_vision_encoders_have_their_published_sizes():
@@ -39,18 +39,22 @@ def test_vision_encoders_have_their_published_sizes():
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
 def test_roberta_takes_prompts(attention):
-    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing with gates open either."""
+    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing, nonzero gates included."""
     model = make_roberta(attention=attention)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[1, 6:] = 1
-    closed, opened = make_adapter(model), make_adapter(model, gates=True)
+    zero_gates, nonzero_gates = make_adapter(model), make_adapter(model, gates=True)
     words = ids != 1
     with torch.no_grad():
-        base, shut = model.encode(ids), model.encode(ids, closed(gate_scale=0.0))
-        assert torch.equal(base, shut) if attention is gated_attention else torch.allclose(base, shut, atol=1e-5)
-        steered = model.encode(ids, opened())
+        base, scaled_to_zero = model.encode(ids), model.encode(ids, zero_gates(gate_scale=0.0))
+        assert (
+            torch.equal(base, scaled_to_zero)
+            if attention is gated_attention
+            else torch.allclose(base, scaled_to_zero, atol=1e-5)
+        )
+        steered = model.encode(ids, nonzero_gates())
         assert ((steered - base).abs().amax(dim=2) > 0.01)[words].all()  # all words see the prompts
-        alone = model.encode(ids[1:, :6], opened())
+        alone = model.encode(ids[1:, :6], nonzero_gates())
         torch.testing.assert_close(steered[1:, :6], alone, rtol=1e-4, atol=1e-4)
 
 

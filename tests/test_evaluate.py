@@ -75,7 +75,7 @@ def test_missing_images_are_an_error_or_skipped(folder, seeing, monkeypatch):
     result = run_evaluate(*args, "--adapter", seeing)
     assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such image" in result.stderr
     result = run_evaluate(*args, "--adapter", seeing, "--skip-missing")
-    assert result.exit_code == 0 and "1 of 3 left out: their image is not there" in result.stderr
+    assert result.exit_code == 0 and "1 of 3 skipped: their image was not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
     result = run_evaluate(*args, "--adapter", seeing, "--skip-missing", "--limit", 1)
     assert result.exit_code == 2 and "none of its 1 examples has an image that is there" in result.stderr

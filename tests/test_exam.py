@@ -67,7 +67,7 @@ def test_the_majority_baseline_fills_in_the_commonest_word(monkeypatch, tiny_bas
 
 
 def test_answers_are_those_of_one_request_at_a_time(tiny_base):
-    """In parts of 128, in order, each by whom it is for, the likeliest tokens until 40 of them or the end."""
+    """In parts of 128, in order, each by whom it is for, the most likely tokens until 40 of them or the end."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["tuning"][:130]]

@@ -154,7 +154,7 @@ def test_learning_rates_are_tried(small, tmp_path, monkeypatch):
 def test_gates_open(small, tmp_path):
     assert invoke("gates", *small, "--layers", 2).exit_code == 0
     values = json.loads((tmp_path / "out" / "gates.json").read_text())
-    openings = torch.tensor(values["opening"])
+    openings = torch.tensor(values["gate_values"])
     assert values["steps"][0] == 0 and values["steps"][-1] == 3 and openings.shape == (len(values["steps"]), 2, 2)
     assert openings[0].abs().max() == 0 and openings[-1].abs().min() > 0
 
@@ -174,15 +174,15 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
     values = json.loads((tmp_path / "out" / "scienceqa.json").read_text())
     assert values["problems"] == 3 and 1 / 3 < values["chance"] < 1 / 2
     assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
-    assert [len(row["likeliest"]) for row in values["rows"].values()] == [1, 2, 2]
+    assert [len(row["most_likely"]) for row in values["rows"].values()] == [1, 2, 2]
     assert values["rows"]["base"]["val_loss"] == [None]
     for row in values["rows"].values():
         scores = row["columns"][0]
-        assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["likeliest"][0]) and scores["SOC"] is None
+        assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["most_likely"][0]) and scores["SOC"] is None
 
 
 def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
-    """The base alone, then for each method the model with its attention and the adapter, gates open or not there."""
+    """The base alone, then for each method the model with its attention and the adapter, gates nonzero or not there."""
     asked = []
 
     def note(responder, requests, *_, **__):

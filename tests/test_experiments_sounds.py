@@ -184,7 +184,7 @@ def test_the_command(tiny_base, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, list(map(str, command)))
     assert result.exit_code == 0, result.output
     assert "2 sounds tuned, 2 sounds held-out, 1 sounds real clips" in result.stdout
-    assert "likeliest label is right: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
+    assert "most likely label is right: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
     found = json.loads((tmp_path / "out" / "sounds.json").read_text())
     of = found["rows"]["an ear"]
     assert [of[f"held-out: {name}"] for name in ("heard", "withheld", "another")] == [[0.5, 0.5], [0, 0], [0, 0]]

@@ -123,7 +123,7 @@ def test_the_command(command, tmp_path, monkeypatch):
 
 
 def test_rates_and_shares(command, tmp_path, monkeypatch):
-    """What is learnt from, and for how many steps; and that answers are decoded."""
+    """What is learned from, and for how many steps; and that answers are decoded."""
     given, steps = [], instructions.finite_steps
     monkeypatch.setattr(
         instructions, "finite_steps", lambda t, e, c: given.append((len(e), c.epochs, c.lr)) or steps(t, e, c)

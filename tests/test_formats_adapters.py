@@ -53,11 +53,11 @@ def test_authors_file(tmp_path, gate):
     assert adapter.gate_activation == adapter.metadata["gate_activation"] == gate
     assert torch.equal(adapter.prompts[1, 2], tensors["adapter_query.weight"][7].float())
     gates = torch.stack([tensors[f"layers.{i}.attention.gate"].flatten().float() for i in (1, 2)])
-    opened = gates.tanh() if gate == "tanh" else gates / 4  # within atanh's reach
+    values = gates.tanh() if gate == "tanh" else gates / 4  # within atanh's reach
     if gate == "identity":
         with torch.no_grad():
             adapter.gates /= 4
-    model, tokens, expected = logits_by_reference(adapter.prompts, opened)
+    model, tokens, expected = logits_by_reference(adapter.prompts, values)
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_lit_file(tmp_path, heads):
 
 
 def peft_model(config, layers=2, length=5):
-    """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, gates closed."""
+    """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, zero gates."""
     peft = pytest.importorskip("peft")
     from benchmarks.peers import as_transformers
 

@@ -217,6 +217,6 @@ def test_the_real_vit_of_cifar10(tmp_path, data):
     (tmp_path / "config.json").write_text(json.dumps(values))
     model, head = load_encoder(tmp_path)
     examples = read_labelled("image-classification", model, tmp_path, folder / "cifar10_test_25.npz", 512).examples
-    likeliest = head(model.encode(torch.stack([example.inputs for example in examples]))[:, 0]).argmax(1)
+    most_likely = head(model.encode(torch.stack([example.inputs for example in examples]))[:, 0]).argmax(1)
     labels = [int(name) for name in np.load(folder / "cifar10_test_25.npz")["labels"]]
-    assert sum(map(int.__eq__, likeliest.tolist(), labels)) == 17
+    assert sum(map(int.__eq__, most_likely.tolist(), labels)) == 17

@@ -45,7 +45,7 @@ def loaded(tiny_base):
 
 @pytest.fixture(scope="module")
 def adapter(loaded):
-    """Its gates are open, and equal in a layer: PEFT has one for all heads."""
+    """Its gates are nonzero, and equal in a layer: PEFT has one for all heads."""
     adapter = make_adapter(loaded[0], length=4)
     torch.nn.init.normal_(adapter.gates[:, :1], generator=torch.Generator().manual_seed(5))
     adapter.gates.data[:, 1:] = adapter.gates.data[:, :1]
@@ -110,7 +110,7 @@ def test_likelihoods_are_those_of_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_greedy_decoding_says_counts_as_greedy(both):
-    """The three likeliest tokens, and the same but for the last."""
+    """The three most likely tokens, and the same but for the last."""
     model, _ = both
     context = model.tok_encode(WORDS[:30])
     ids = []

@@ -88,7 +88,7 @@ def begin_with(path, adapter):
 @pytest.mark.parametrize("initial", ["text", "images"])
 @pytest.mark.parametrize("new", ["text", "images"])
 def test_words_and_images(tmp_path, initial, new):
-    """All that the first one learnt stays; a projection that it had not starts anew, one that it had is kept."""
+    """All that the first one learned stays; a projection that it had not starts anew, one that it had is kept."""
     known, adapter = adapter_of(initial, 1, gate_activation="identity"), adapter_of(new, 2)
     known.save(tmp_path / "a.safetensors")
     fresh = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}

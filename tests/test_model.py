@@ -22,7 +22,7 @@ def test_base_equals_transformers(config):
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
 def test_decoding_equals_rescoring(config, form, device):
-    """Cached output must equal uncached output (nanoGPT 613), rows of unequal length and open gates included."""
+    """Cached output must equal uncached output (nanoGPT 613), rows of unequal length and nonzero gates included."""
     model = make_model(config, **form).to(device)
     prompts = make_adapter(model).to(device)()
     tokens = make_tokens(model, 3, 12).to(device)

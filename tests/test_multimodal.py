@@ -176,7 +176,7 @@ def run(command, *args):
 
 
 def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
-    """The colours are learnt from the pictures, the rest without; then asked, one by one, as a batch, and withheld."""
+    """The colours are learned from the pictures, the rest without; then asked, one by one, as a batch, and withheld."""
     result = run(train, *train_args)
     assert result.exit_code == 0, result.output
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
@@ -188,13 +188,13 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     vision_encoder = load_vit(album / "ViT.pt")
     rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], vision_encoder))
     prompt = AlpacaTemplate(tokenizer).encode_prompt("Name the colour.")
-    likeliest = []
+    most_likely = []
     for features in rows:
         with torch.no_grad():
             logits = model(torch.tensor([prompt]), adapter(features[None]))[0, -1]
         words = [tokenizer.encode(f"{colour}.")[0] for colour in ("red", "blue", "green")]
-        likeliest.append(logits[words].argmax().item())
-    assert likeliest == [0, 1, 2]
+        most_likely.append(logits[words].argmax().item())
+    assert most_likely == [0, 1, 2]
 
     monkeypatch.setattr("multimodal.global_features", lambda *_: 1 / 0)  # the second run finds them in the cache
     assert run(train, *train_args, "--epochs", 2, "--out", tmp_path / "again").exit_code == 0
@@ -416,7 +416,7 @@ def tone(path, pitch, seed):
 
 
 def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
-    """Two pitches are learnt; the file says which encoder it needs, and no code runs but what the user names."""
+    """Two pitches are learned; the file says which encoder it needs, and no code runs but what the user names."""
     pytest.importorskip("av")
     shutil.copy(ROOT / "docs" / "examples" / "spectrum.py", tmp_path / "spectrum.py")
     records = []

@@ -77,7 +77,7 @@ def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
     assert run(*args, *how[2:], "--out", tmp_path / "alone").exit_code == 0
     same_run(tmp_path / "run", tmp_path / "alone")
     losses, _, adapter = outcome(tmp_path / "run")
-    assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # something was learnt
+    assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # something was learned
 
 
 def make_examples(number=23):

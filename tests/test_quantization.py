@@ -75,7 +75,7 @@ def test_4_bits_are_those_of_the_paper():
 
 
 def test_4_bits_answer_as_they_score():
-    """Token by token over the cache, as in one pass; gates shut are the base's own, bit for bit."""
+    """Token by token over the cache, as in one pass; zero gates are the base's own, bit for bit."""
     model = rounded_model(4)
     adapter, tokens = make_adapter(model), make_tokens(model, 12)
     answer = generate(model, [tokens.tolist()], adapter(), max_new_tokens=6)[0]

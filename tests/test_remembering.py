@@ -34,7 +34,7 @@ def fresh(responder, question, **options):
 @pytest.mark.parametrize("adapter", ["a", "base"])
 @pytest.mark.parametrize("template", ["auto", "chatml", "llama-2"])
 def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monkeypatch, adapter, template):
-    """Token for token in float32, gates open; and only the new turn is read, not the whole once more."""
+    """Token for token in float32, nonzero gates; and only the new turn is read, not the whole once more."""
     model, tokenizer = load_llama(chat_base)
     responder = Responder(model, tokenizer, {"a": make_adapter(model)}, template=template, max_new_tokens=12)
     read, prefill = [], generate.prefill

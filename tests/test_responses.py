@@ -69,7 +69,7 @@ def test_choices_about_images_of_their_own(tiny_base):
     assert len({likelihoods[0] for likelihoods in found}) == 3
 
 
-def test_the_likeliest_is_the_likeliest_one_by_one(responder):
+def test_the_most_likely_is_the_most_likely_one_by_one(responder):
     """In the order of the requests, which is not that of their lengths, however many are asked at once."""
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
     choices = [["Yes", "No"], ["a b", "c", "d"], ["No", "Yes"], ["", "x"], ["z", "y"], ["y", "z"]]

@@ -204,7 +204,7 @@ def test_scores_of_answers_are_those_of_torchmetrics():
 
 
 @pytest.mark.parametrize("max_length, stride", [(200, 0), (30, 7)])
-def test_likeliest_answers(bpe, tmp_path, monkeypatch, max_length, stride):
+def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
     """The best of all spans of all windows, by trying each: not of the question, back to front, or too long.
 
     None, where <s> is better by more than the threshold, by what it has in the window where it is worst.

@@ -1,4 +1,4 @@
-"""Pictures of a run: its losses, and how far each gate is open."""
+"""Pictures of a run: its losses, and the value of each gate."""
 
 from pathlib import Path
 
@@ -28,11 +28,11 @@ def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
 
 
 def draw_gates(axes: Axes, adapter: Adapter) -> None:
-    """The gates as a picture of layers x heads, white where they are closed."""
+    """The gates as a picture of layers x heads, white where they are 0."""
     gates = adapter.gate_values().detach().cpu()  # (L, H)
     first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
     image = paint_gates(axes, gates.numpy(), first_layer, max(gates.abs().max().item(), 1e-6))
-    axes.set(title="How far each gate is open")
+    axes.set(title="Gate values")
     axes.figure.colorbar(image, ax=axes)
 
 
