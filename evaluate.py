@@ -86,9 +86,9 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
             encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
             examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
-        raise ValueError(f"{name} need an adapter with a projection, one that was tuned on images")
+        raise ValueError(f"{name} need an adapter with a projection, one that was trained on images")
     elif config.vision_encoder or config.encoder:
-        raise ValueError("--clip or --encoder needs an adapter with a projection, one that was tuned on images")
+        raise ValueError("--clip or --encoder needs an adapter with a projection, one that was trained on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
     if config.choose:
         method, choices = "the most likely option", [task.choices(example) for example in examples]
@@ -96,8 +96,8 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
     else:
         method = "generated, greedily, and parsed"
         texts = generate_responses(responder, requests, config.batch_size, task.unit)
-    tuned = sum(parameter.numel() for parameter in adapter.parameters()) if adapter else 0
-    return Responses(name, config.split, examples, texts, method, not config.choose, model_name, tuned)
+    trained = sum(parameter.numel() for parameter in adapter.parameters()) if adapter else 0
+    return Responses(name, config.split, examples, texts, method, not config.choose, model_name, trained)
 
 
 # ---------------------------------------------------------------------------------------------------

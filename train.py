@@ -34,7 +34,7 @@ from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks
 from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, run_command, world_size
 from runtime.files import resolved
 from tasks import load_task
-from toy import TUNING, load_toy
+from toy import TRAINING, load_toy
 from training.loss import chunked_cross_entropy
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
@@ -468,7 +468,7 @@ def toy_defaults(context: click.Context, options: dict) -> dict:
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if "blr" in given:
         given.add("lr")
-    return {name: value for name, value in TUNING.items() if name not in given}
+    return {name: value for name, value in TRAINING.items() if name not in given}
 
 
 if __name__ == "__main__":

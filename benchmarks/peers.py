@@ -1,4 +1,4 @@
-"""The same tuning and the same decoding as others do them, over the same weights: whom ours is measured against.
+"""The same training and the same decoding as others do them, over the same weights: whom ours is measured against.
 
 Each contestant has `loss(examples)`, the mean over response tokens, and `continuation(tokens, n)`, n new ids, greedy.
 The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
@@ -177,7 +177,7 @@ class Plain(Adapted):
 
 
 class HuggingFace(Contestant):
-    """transformers, tuned by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest."""
+    """transformers, trained by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest."""
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
         import peft

@@ -1,4 +1,4 @@
-"""A base as large as the published ones: a checkpoint of random weights, and what it takes to load, tune and ask it."""
+"""A base as large as the published ones: a checkpoint of random weights, and the cost to load, train and run it."""
 
 import time
 from collections.abc import Iterator

@@ -50,7 +50,7 @@ class Workload:
     def read(self, number: int) -> tuple[list[Example], Tokenizer]:
         """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
         if self.data is None:
-            examples = [question.example for question in instructions()["tuning"]]
+            examples = [question.example for question in instructions()["training"]]
             tokenizer = load_tokenizer(BASE)
         elif self.tokenizer is None:
             raise ValueError(f"--data {self.data} needs --tokenizer FILE")

@@ -76,7 +76,7 @@ class Demonstration:
             if isinstance(adapter, ImageAdapter)
         }
         if (vision_encoder or encoder) and not self.encoders:
-            raise ValueError("--clip and --encoder are for adapters that were tuned on images; here is none")
+            raise ValueError("--clip and --encoder are for adapters that were trained on images; here is none")
 
     def encode_upload(self, path: Path) -> Upload:
         """The features of a file that was uploaded, for every adapter that takes images; the file is deleted.

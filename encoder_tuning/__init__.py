@@ -1,1 +1,1 @@
-"""ViT and RoBERTa tuned by the same prompts and gates, with a head on top: python -m encoder_tuning train|evaluate."""
+"""ViT and RoBERTa with the same prompts and gates, and a head on top: python -m encoder_tuning train|evaluate."""

@@ -1,4 +1,4 @@
-"""ViT and RoBERTa tuned by prompts, gates and a head.
+"""ViT and RoBERTa trained by prompts, gates and a head.
 
 python -m encoder_tuning train --task image-classification --base vit --data pictures --out out
 python -m encoder_tuning evaluate --adapter out/adapter.safetensors --data more-pictures
@@ -21,7 +21,7 @@ from data import hold_out
 from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labelled
 from encoder_tuning.labelled import Labelled, LabelledData
 from encoder_tuning.objective import LOSSES
-from encoder_tuning.tuned import TunedEncoder, encoder_fingerprint, suits
+from encoder_tuning.trained import TrainedEncoder, encoder_fingerprint, suits
 from encoders.heads import head_adapter
 from formats.encoders import load_encoder
 from runtime.cli import Count, Real, device_options, one_line_errors, options_of, from_options, setting
@@ -159,10 +159,12 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
 
 @cloup.group(context_settings={"show_default": True})
 def main():
-    """Tune the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
+    """Train the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
 
 
-NO_ANSWER_HELP = "No answer where <s> scores higher by so much.  [default: 0 if tuned on unanswerable ones, else never]"
+NO_ANSWER_HELP = (
+    "No answer where <s> scores higher by so much.  [default: 0 if trained on unanswerable ones, else never]"
+)
 
 
 @main.command("train", context_settings={"show_default": True})
@@ -218,13 +220,13 @@ def evaluate_command(
         if out is not None:
             require_writable(out)
         device, dtype = select_device(device, dtype)
-        tuned = TunedEncoder(adapter_path, task, base, dtype, device)
-        if tuned.task == "question-answering":
-            answers = tuned.evaluate_squad(data, limit, stride, no_answer_threshold)
-        elif tuned.task == "token-classification":
-            answers = tuned.evaluate_tags(data, limit, micro_batch_tokens)
+        trained = TrainedEncoder(adapter_path, task, base, dtype, device)
+        if trained.task == "question-answering":
+            answers = trained.evaluate_squad(data, limit, stride, no_answer_threshold)
+        elif trained.task == "token-classification":
+            answers = trained.evaluate_tags(data, limit, micro_batch_tokens)
         else:
-            answers = tuned.evaluate_classes(data, limit, micro_batch_tokens)
+            answers = trained.evaluate_classes(data, limit, micro_batch_tokens)
         if out is not None:
             write_json(out, answers, ensure_ascii=False)
 

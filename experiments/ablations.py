@@ -71,7 +71,7 @@ def compare_inits(runs: Runs, testbed: Testbed) -> None:
     for method in inits:
         draw_line(last, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
     last.set(title="held-out questions", xlabel="learning rate", xscale="log", ylabel="answered exactly, %")
-    per_epoch = math.ceil(len(testbed.tuning) / testbed.batch_size)
+    per_epoch = math.ceil(len(testbed.training) / testbed.batch_size)
     curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
     values = {"paper": paper, "rows": without_losses(rows), "loss_by_epoch": curves}
     runs.save("zero_init", values, figure)
@@ -166,14 +166,14 @@ def watch_gates(runs: Runs, testbed: Testbed) -> None:
 
     Pictures of layers x heads at several steps. One seed.
     """
-    tunable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
+    trainable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
 
     def gate_values() -> np.ndarray:  # (L, H)
-        return tunable.adapter.gate_values().detach().cpu().numpy().copy()
+        return trainable.adapter.gate_values().detach().cpu().numpy().copy()
 
     values = [gate_values()]
     values += [
-        gate_values() for _ in finite_steps(tunable, testbed.tuning, testbed.train_config(testbed.default, seed=0))
+        gate_values() for _ in finite_steps(trainable, testbed.training, testbed.train_config(testbed.default, seed=0))
     ]
     N, L, last = testbed.n_layers, len(values[0]), len(values) - 1
     shown = sorted({round(last * share) for share in (0, 0.05, 0.1, 0.2, 0.4, 1)})
@@ -197,8 +197,8 @@ def watch_gates(runs: Runs, testbed: Testbed) -> None:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))
 
 
-# The best on a fifth of what the toy is tuned on, as `search_rates` finds them.
-RATES = {ZERO_INIT: toy.TUNING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
+# The best on a fifth of what the toy is trained on, as `search_rates` finds them.
+RATES = {ZERO_INIT: toy.TRAINING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
 
 
 def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:

@@ -24,7 +24,15 @@ from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
 from experiments.cached import cached_folder
 from experiments.drawing import draw_bars, percent
-from experiments.methods import WEIGHT_DECAY, NoPrompts, Tunable, add_lora, finite_steps, import_peft, ungated_attention
+from experiments.methods import (
+    WEIGHT_DECAY,
+    NoPrompts,
+    Trainable,
+    add_lora,
+    finite_steps,
+    import_peft,
+    ungated_attention,
+)
 from experiments.runs import Column, Runs, experiment, training_options
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
@@ -64,22 +72,22 @@ class LabelledSets:
     rank: int  # of LoRA
 
 
-def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Tunable:
-    """A fresh encoder, and what is tuned of it or on top of it; the head is the base's own if that fits."""
+def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
+    """A fresh encoder, and what is trained of it or on top of it; the head is the base's own if that fits."""
     generator = torch.Generator().manual_seed(seed)
     model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
     shape = {"layers": model.config.n_layers, "length": sets.length}
     adapter = head_adapter(model, head, sets.num_classes, **shape, generator=generator)
     if method in ("prompts and gates", "no gates"):
         adapter.gates.requires_grad_(method == "prompts and gates")
-        return Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), class_loss)
+        return Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), class_loss)
     trained = []
     if method == "LoRA":
         trained = add_lora(model, sets.rank, seed)
     if method == "full tuning":
         trained = model.requires_grad_(True).parameters()
     headed = NoPrompts(trained, adapter.head)
-    return Tunable(model, headed, headed.make_optimizer(), class_loss)
+    return Trainable(model, headed, headed.make_optimizer(), class_loss)
 
 
 def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labelled]) -> float:
@@ -101,14 +109,14 @@ def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
     if run.on_tenth:
         training, testing = hold_out(training, len(training) // 10, seed=0)
     start = time.perf_counter()
-    tunable = set_up_encoder(run.method, sets, seed)
+    trainable = set_up_encoder(run.method, sets, seed)
     config = TrainConfig(epochs=run.epochs, warmup_epochs=1, batch_size=sets.batch_size, lr=run.lr, seed=seed)
-    for _ in finite_steps(tunable, subset(training, run.number, seed), config):
+    for _ in finite_steps(trainable, subset(training, run.number, seed), config):
         pass
     return {
-        "trained": sum(p.numel() for p in tunable.adapter.parameters() if p.requires_grad),
+        "trained": sum(p.numel() for p in trainable.adapter.parameters() if p.requires_grad),
         "lr": run.lr,
-        "accuracy": encoder_accuracy(tunable.model, tunable.adapter, testing),
+        "accuracy": encoder_accuracy(trainable.model, trainable.adapter, testing),
         "seconds": time.perf_counter() - start,
     }
 
@@ -151,7 +159,7 @@ def read_picture_sets(base: Path, train_path: Path, test_path: Path, **options) 
     return LabelledSets(base, training, testing, len(classes), **options)
 
 
-def untuned_accuracy(sets: LabelledSets) -> float:
+def base_accuracy(sets: LabelledSets) -> float:
     """With the head that the encoder came with."""
     model, head = load_encoder(sets.base)
     return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
@@ -196,10 +204,10 @@ def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> N
     if search:
         search_encoder_rates(runs, sets, epochs)
         return
-    share = untuned_accuracy(sets)
-    click.echo(f"untuned: {share:.2%}\n")
+    share = base_accuracy(sets)
+    click.echo(f"untrained: {share:.2%}\n")
     rows = compare_encoders(runs, sets, VIT_RATES, epochs)
-    runs.save("vit", {"untuned": share, "rows": rows}, draw_accuracies(rows, "untuned", share))
+    runs.save("vit", {"untrained": share, "rows": rows}, draw_accuracies(rows, "untrained", share))
 
 
 TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="To pretrain on.")

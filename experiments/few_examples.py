@@ -18,7 +18,7 @@ from experiments.encoders import (
     read_picture_sets,
     search_encoder_rates,
     train_and_score,
-    untuned_accuracy,
+    base_accuracy,
 )
 from experiments.runs import Runs, experiment
 
@@ -26,12 +26,12 @@ NUMBERS = (100, 300, 1000)  # and all
 LEAST_STEPS = 200  # where examples are few there are more epochs
 
 
-def draw_by_number(rows: dict[int, dict[str, dict]], untuned: float) -> Figure:
+def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in METHODS:
         draw_line(axes, list(rows), [percent(row[method]["accuracy"]) for row in rows.values()], method)
-    axes.axhline(100 * untuned, color="black", linewidth=1)
+    axes.axhline(100 * untrained, color="black", linewidth=1)
     axes.set(xlabel="examples", xscale="log", ylabel="accuracy, %")
     axes.set_xticks(list(rows), [f"{number:,}" for number in rows], minor=False)
     axes.legend()
@@ -45,8 +45,8 @@ def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
     On 100, 300, 1,000 and all, every method at its best of six learning rates.
     """
     sets = read_picture_sets(base, train_path, test_path, **options)
-    untuned = untuned_accuracy(sets)
-    click.echo(f"untuned: {untuned:.2%} of {len(sets.testing):,} pictures")
+    untrained = base_accuracy(sets)
+    click.echo(f"untrained: {untrained:.2%} of {len(sets.testing):,} pictures")
     rows = {}
     for number in sorted({n for n in NUMBERS if n < len(sets.training)} | {len(sets.training)}):
         enough = max(epochs, math.ceil(LEAST_STEPS / math.ceil(number / sets.batch_size)))
@@ -56,7 +56,7 @@ def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
         settings = {method: EncoderRun(method, lr, enough, number) for method, lr in rates.items()}
         rows[number] = runs.table(COLUMNS, settings, partial(train_and_score, sets))
     print_by_number(rows)
-    runs.save("few", {"untuned": untuned, "by_number": rows}, draw_by_number(rows, untuned))
+    runs.save("few", {"untrained": untrained, "by_number": rows}, draw_by_number(rows, untrained))
 
 
 def print_by_number(rows: dict[int, dict[str, dict]]) -> None:

@@ -41,7 +41,7 @@ BEST = {ZERO_INIT: 0.3, ONE_SOFTMAX: 0.3, GATES_AT_ONE: 0.3, LORA: 0.03, FULL: 0
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the examples
 LEAST_STEPS = 30  # where examples are few there are more epochs
 TESTED = 40  # instructions of each kind
-PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # beside the methods: nothing is tuned
+PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # beside the methods: nothing is trained
 
 
 class StoryRun(NamedTuple):
@@ -71,8 +71,8 @@ class StoryBed:
 
     def examples(self, share: float) -> list[Tokens]:
         """So many of all, drawn from all kinds."""
-        order = np.random.default_rng(0).permutation(len(self.sets.tuning))[: round(share * len(self.sets.tuning))]
-        return self.tokens([self.sets.tuning[i] for i in order])
+        order = np.random.default_rng(0).permutation(len(self.sets.training))[: round(share * len(self.sets.training))]
+        return self.tokens([self.sets.training[i] for i in order])
 
 
 def tell(
@@ -121,8 +121,8 @@ def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int)
         epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(len(tokens) / bed.batch_size)))
         how = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / bed.setting.epochs, "lr": run.lr}
         setting = bed.setting._replace(method=run.method, lr=run.lr)
-        model, adapter, *_ = tunable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
-        for _ in finite_steps(tunable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
+        model, adapter, *_ = trainable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
+        for _ in finite_steps(trainable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
             pass
         adaption_prompts = adapter(dtype=bed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
@@ -216,7 +216,7 @@ def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
     bed = make_story_bed(**options)
     told = bed.sets.validation if search else bed.sets.testing
     click.echo(
-        f"{len(bed.sets.tuning):,} instructions to learn from, {len(told):,} to be asked, "
+        f"{len(bed.sets.training):,} instructions to learn from, {len(told):,} to be asked, "
         f"{len(bed.text):,} rows of other stories\n"
     )
     planned = planned_runs(search, curve)

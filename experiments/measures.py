@@ -1,4 +1,4 @@
-"""What is measured of a tuned model: exact answers, perplexity of the base's own text, whether the base is had back."""
+"""Measures of a trained model: exact answers, perplexity of the base's own text, whether the base is recovered."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapter import AdaptionPrompt
 from data import Request
-from experiments.methods import LORA, ONE_SOFTMAX, Setting, Tunable, finite_steps, lora_layers, set_up
+from experiments.methods import LORA, ONE_SOFTMAX, Setting, Trainable, finite_steps, lora_layers, set_up
 from experiments.testbed import Testbed
 from formats.bases import load_llama
 from generate import Responder
@@ -56,14 +56,14 @@ def first_logits(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[Adap
 
 @cache
 def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
-    """The untuned base's perplexity, and its `first_logits`."""
+    """The untrained base's perplexity, and its `first_logits`."""
     model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
     return perplexity(testbed, model), first_logits(testbed, model)
 
 
 @torch.no_grad()
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
-    """Whether the base's logits are had again, bit for bit, from the tuned model without what was learned.
+    """Whether the base's logits are had again, bit for bit, from the trained model without what was learned.
 
     Gates are set to 0, prompts without gates are omitted, and so are LoRA's matrices, from here on; of full tuning
     nothing can be.
@@ -89,19 +89,19 @@ def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter
 # One run
 
 
-def tune_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Tunable, list[float], float]:
-    """What was tuned, the loss of every step (NaN from where values are no longer finite), and the seconds it took."""
+def train_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Trainable, list[float], float]:
+    """Return what was trained, the loss of every step (NaN once values are not finite), and the seconds it took."""
     config = testbed.train_config(setting, seed)
-    tunable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
+    trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
     start = time.perf_counter()
-    losses = [step.loss for step in finite_steps(tunable, testbed.tuning, config)]
-    total = config.epochs * math.ceil(len(testbed.tuning) / config.batch_size)
-    return tunable, losses + [math.nan] * (total - len(losses)), time.perf_counter() - start
+    losses = [step.loss for step in finite_steps(trainable, testbed.training, config)]
+    total = config.epochs * math.ceil(len(testbed.training) / config.batch_size)
+    return trainable, losses + [math.nan] * (total - len(losses)), time.perf_counter() - start
 
 
 def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
     """Train with one seed, and measure what stands in a table."""
-    (model, adapter, _, _), losses, seconds = tune_setting(testbed, setting, seed)
+    (model, adapter, _, _), losses, seconds = train_setting(testbed, setting, seed)
     adaption_prompts = adapter(dtype=testbed.dtype)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     last_epoch = losses[-(len(losses) // setting.epochs) :]

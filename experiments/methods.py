@@ -31,7 +31,7 @@ WEIGHT_DECAY = TrainConfig.weight_decay
 
 
 class Setting(NamedTuple):
-    """How to tune. What is not said in a table is as here, or as its command's options say."""
+    """How to train. What is not said in a table is as here, or as its command's options say."""
 
     layers: int  # L
     lr: float
@@ -140,7 +140,7 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 # A setting made ready, and its steps
 
 
-class Tunable(NamedTuple):
+class Trainable(NamedTuple):
     """What the training loop needs besides examples."""
 
     model: nn.Module
@@ -149,22 +149,22 @@ class Tunable(NamedTuple):
     loss_fn: Callable[..., Tensor] = response_loss
 
 
-def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Tunable:
-    """A fresh base, and what is tuned of it or beside it."""
+def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Trainable:
+    """A fresh base, and what is trained of it or beside it."""
     if setting.method == FULL:
         model, _ = load_llama(base, torch.float32, device)
         adapter = NoPrompts(model.requires_grad_(True).parameters())
-        return Tunable(model, adapter, adapter.make_optimizer(), whole_model_loss)
+        return Trainable(model, adapter, adapter.make_optimizer(), whole_model_loss)
     model, _ = load_llama(base, dtype, device, ungated_attention if setting.method == ONE_SOFTMAX else gated_attention)
     if setting.method == LORA:
         adapter = NoPrompts(add_lora(model, setting.rank, seed))
-        return Tunable(model, adapter, adapter.make_optimizer())
+        return Trainable(model, adapter, adapter.make_optimizer())
     adapter = make_prompts(model, setting, seed).to(device)
     optimizer = make_optimizer(adapter, WEIGHT_DECAY)
     for group in optimizer.param_groups:
         if group["params"][0] is adapter.gates:
             group["weight_decay"] = setting.gate_decay
-    return Tunable(model, adapter, optimizer)
+    return Trainable(model, adapter, optimizer)
 
 
 def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
@@ -191,9 +191,9 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
     return adapter.to(model.device)
 
 
-def finite_steps(tunable: Tunable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:
+def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:
     """train.py's steps, with a progress bar; they end where the next would lead to values that are not finite."""
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
-    steps = training_steps(tunable.model, tunable.adapter, tunable.optimizer, examples, config, tunable.loss_fn)
+    steps = training_steps(trainable.model, trainable.adapter, trainable.optimizer, examples, config, trainable.loss_fn)
     with suppress(FloatingPointError), tqdm(steps, total=total, unit="step", file=sys.stderr, leave=False) as bar:
         yield from bar

@@ -11,7 +11,7 @@ from data import Request
 from encoder_tuning.labelled import subset
 from experiments.ablations import rate_for
 from experiments.drawing import draw_bars, percent
-from experiments.measures import tune_setting
+from experiments.measures import train_setting
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT, Setting
 from experiments.runs import Column, Runs, experiment
 from experiments.testbed import Testbed, TestbedOptions, read_testbed, testbed_options
@@ -51,7 +51,7 @@ def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting 
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
         adapter, val_loss = None, None
     else:
-        (model, adapter, _, _), _, _ = tune_setting(testbed, setting, seed)
+        (model, adapter, _, _), _, _ = train_setting(testbed, setting, seed)
         val_loss = mean_loss(model, adapter, testbed.held_out, TrainConfig())
     answers = answer_problems(testbed, problems, model, adapter)
     columns = {way: score(problems, found) for way, found in answers.items()}
@@ -71,7 +71,9 @@ def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
     how = TestbedOptions(base=base, data=data, task="scienceqa", held_out=len(problems), **options)
     testbed = read_testbed(how, asked=problems)
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
-    click.echo(f"{len(testbed.tuning):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n")
+    click.echo(
+        f"{len(testbed.training):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"
+    )
     settings: dict[str, Setting | None] = {"base": None}
     for method in (ZERO_INIT, ONE_SOFTMAX):
         settings[method] = testbed.default._replace(method=method, lr=rate_for(testbed, method))
@@ -83,5 +85,5 @@ def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
         axes, {method: percent(row["most_likely"]) for method, row in rows.items()}, "most likely answer right, %"
     )
     axes.axvline(100 * chance, color="black", linewidth=1)
-    values = {"paper": paper, "chance": chance, "problems": len(problems), "tuned_on": len(testbed.tuning)}
+    values = {"paper": paper, "chance": chance, "problems": len(problems), "trained_on": len(testbed.training)}
     runs.save("scienceqa", values | {"rows": rows}, figure)

@@ -1,6 +1,6 @@
 """Sounds in the prompts: which word is spoken, heard by another's Keyword Transformer (docs/examples).
 
-espeak-ng speaks the words, in voices to tune on and in others that are held out. The questions are put with the sound,
+espeak-ng speaks the words, in voices to train on and in others that are held out. The questions are put with the sound,
 without it, and with a sound of another word; to be right without hearing is to guess one word of 14.
 """
 
@@ -27,7 +27,7 @@ import toy
 from data import AlpacaTemplate, Example, Request, Tokenizer, tokenize
 from experiments.cached import cached_folder, toy_base
 from experiments.drawing import draw_bars, percent
-from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
+from experiments.methods import WEIGHT_DECAY, Trainable, finite_steps, make_image_adapter
 from experiments.runs import Column, Runs, experiment, training_options
 from formats.bases import load_llama
 from formats.image_encoders import FunctionEncoder
@@ -55,7 +55,7 @@ LABELS = ["silence", "unknown", *KEYWORDS]  # in the order of its scores
 NUMBERS = {"one", "eight"}
 QUESTIONS = {"Which word do you hear?": "I hear the word {word}.", "Is it a number?": "{capital} is {number}."}
 
-# espeak-ng's accents and speakers. Of the held-out voices neither the one nor the other is tuned on.
+# espeak-ng's accents and speakers. Of the held-out voices neither the one nor the other is trained on.
 VOICES = {
     "tuned": (
         ["en-us", "en-gb", "en-gb-scotland", "en-029"],
@@ -169,14 +169,14 @@ def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[
 
 
 # ---------------------------------------------------------------------------------------------------
-# Tuning, and the exam
+# Training, and the exam
 
 
 def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
-    """An adapter of all layers, tuned by train.py's loop on examples that have features."""
+    """An adapter of all layers, trained by train.py's loop on examples that have features."""
     adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
-    for _ in finite_steps(Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY)), tokens, config):
+    for _ in finite_steps(Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY)), tokens, config):
         pass
     return adapter
 
@@ -263,7 +263,7 @@ def train_and_evaluate(
         option("--base", type=PATH, help="The base model.  [default: the toy's]"),
         device_options[0],
     ),
-    training_options(epochs=24, lr=toy.TUNING["lr"]),
+    training_options(epochs=24, lr=toy.TRAINING["lr"]),
 )
 def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
     """Ask which word a sound is.

@@ -1,4 +1,4 @@
-"""Two stages of tuning on images (section 3.3 of the final version): captions, then questions, on the toy's digits."""
+"""Two stages of training on images (section 3.3 of the final version): captions, then questions, on toy digits."""
 
 import io
 import time
@@ -16,7 +16,7 @@ import toy
 from data import AlpacaTemplate, Example, Tokenizer, Tokens, tokenize
 from experiments.cached import cached_folder, toy_base
 from experiments.drawing import draw_bars, percent
-from experiments.methods import WEIGHT_DECAY, Tunable, finite_steps, make_image_adapter
+from experiments.methods import WEIGHT_DECAY, Trainable, finite_steps, make_image_adapter
 from experiments.runs import Column, Runs, experiment, training_options
 from formats.bases import load_llama
 from formats.image_encoders import VisionEncoder
@@ -57,8 +57,8 @@ def train_in_stages(
     for names, frozen in stages:
         freeze_parts(adapter, frozen)
         examples = [example for name in names for example in data[name]]
-        tunable = Tunable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY))
-        for _ in finite_steps(tunable, examples, config):
+        trainable = Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY))
+        for _ in finite_steps(trainable, examples, config):
             pass
     seconds = time.perf_counter() - start
     with redirect_stdout(io.StringIO()):
@@ -91,7 +91,7 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
     """
     device, _ = select_device(device, "float32")
     folder = cached_folder("digits", [], digits.write_pictures)
-    files = digits.pictures(folder)[0][: digits.TUNED_ON]
+    files = digits.pictures(folder)[0][: digits.TRAINED_ON]
     model, tokenizer = load_llama(toy_base(), device=device)
     asked = [question.example for question in digits.questions(files[:pictures])]
     encoder = VisionEncoder(str(digits.ENCODER), torch.float32, device)
@@ -100,7 +100,7 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)
     click.echo(f"{len(data['captions'])} captions, questions about {pictures} pictures: {len(data['questions'])}")
     click.echo("600 questions, answered exactly:\n")
-    config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TUNING["lr"])
+    config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TRAINING["lr"])
     rows = runs.table(COLUMNS, STAGES, partial(train_in_stages, data, model, tokenizer, config))
     figure = Figure(figsize=(8, 2.5), layout="constrained")
     shares = {label: percent(row["accuracy"]) for label, row in rows.items()}

@@ -49,7 +49,7 @@ THINGS = {"a thing": 1, "three things": 3}  # as many of them must occur
 
 
 class StorySets(NamedTuple):
-    tuning: list[Told]
+    training: list[Told]
     validation: list[Told]  # to choose learning rates by
     testing: list[Told]
     others: list[str]  # whole stories that nothing was made of
@@ -119,9 +119,9 @@ def asked_of(story: str) -> dict[str, tuple[str, ...]]:
 
 
 def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: int = 0) -> StorySets:
-    """So many of each kind to tune on, and to be tested; half as many to choose learning rates by.
+    """So many of each kind to train on, and to be tested; half as many to choose learning rates by.
 
-    No name and no word of a held-out instruction occurs in any story that is tuned on. Raises ValueError where the
+    No name and no word of a held-out instruction occurs in any story that is trained on. Raises ValueError where the
     stories do not suffice.
     """
     random = np.random.default_rng(seed)
@@ -130,7 +130,7 @@ def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: 
     begins, number = [story[:250] for story in stories], tested + tested // 2
 
     def rare(candidates: Iterable[str], at_most: int) -> list[str]:
-        """So that few stories have them, which are then left out of tuning."""
+        """So that few stories have them, which are then left out of training."""
         found = sorted({word for word in candidates if frequency[word] <= at_most})
         if len(found) < number:
             raise ValueError(f"the stories have {len(found)} rare names or words, {number} are needed")
@@ -148,14 +148,14 @@ def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: 
         asked |= {"a thing": (nouns[i],), "three things": tuple(nouns[(i + step) % number] for step in (0, 7, 19))}
         held_out.append([Told(kind, asked[kind]) for kind in KINDS])
     rest = [story for story in stories[number:] if not unseen & {*re.findall(r"\w+", story)}]
-    tuning, others = spread_over_kinds(rest, per_kind)
-    return StorySets(tuning, sum(held_out[tested:], []), sum(held_out[:tested], []), others)
+    training, others = spread_over_kinds(rest, per_kind)
+    return StorySets(training, sum(held_out[tested:], []), sum(held_out[:tested], []), others)
 
 
 def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Told], list[str]]:
     """As many instructions of each kind, a story for each, and the stories left; of what is asked the rarest first."""
     asked = [asked_of(story) for story in stories]
-    tuning, used = [], set()
+    training, used = [], set()
     for kind in KINDS:  # that fewest stories can fulfil first
         times: Counter = Counter()
         order = []
@@ -166,6 +166,6 @@ def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Told]
         if len(order) < per_kind:
             raise ValueError(f"{len(order)} stories are left for {kind!r}, {per_kind} are needed: fewer --per-kind")
         chosen = [i for _, i in sorted(order)[:per_kind]]
-        tuning += [Told(kind, asked[i][kind], stories[i]) for i in chosen]
+        training += [Told(kind, asked[i][kind], stories[i]) for i in chosen]
         used |= {*chosen}
-    return tuning, [story for i, story in enumerate(stories) if i not in used]
+    return training, [story for i, story in enumerate(stories) if i not in used]

@@ -1,4 +1,4 @@
-"""What settings are compared on: a base, what it is tuned on, what it is asked, and text of the base's own kind."""
+"""What settings are compared on: a base, what it is trained on, what it is asked, and text of the base's own kind."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ class TestbedParts(NamedTuple):
     base: Path
     default: Setting
     batch_size: int
-    tuning: list[Example]
+    training: list[Example]
     asked: list[Example]
     documents: Iterable[str]  # of the base's own kind
 
@@ -80,7 +80,7 @@ class Testbed:
 
     base: Path
     tokenizer: Tokenizer
-    tuning: list[Tokens]
+    training: list[Tokens]
     held_out: list[Tokens]
     questions: list[Example]  # those of held_out
     text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; of no rows where there is none
@@ -99,42 +99,42 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     """Raises ValueError where options are for another base."""
     if options.task or options.text:
         raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
-    tuning, asked = toy_examples(searching)
-    default = Setting(layers=options.toy_layers or toy.TUNING["layers"], lr=toy.TUNING["lr"])
+    training, asked = toy_examples(searching)
+    default = Setting(layers=options.toy_layers or toy.TRAINING["layers"], lr=toy.TRAINING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on those of seed 0
-    batch_size = options.batch_size or toy.TUNING["batch_size"]
+    batch_size = options.batch_size or toy.TRAINING["batch_size"]
     shape = {} if options.toy_layers is None else {"n_layers": options.toy_layers}
     base = toy_base(**shape)
-    return TestbedParts(base, default, batch_size, tuning, subset(asked, options.held_out), documents)
+    return TestbedParts(base, default, batch_size, training, subset(asked, options.held_out), documents)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
-    """To tune on and to be asked; a search asks nothing that is held out, but a fifth of what tuning is about."""
+    """To train on and to be asked; a search asks nothing that is held out, but a fifth of what training is about."""
     sets = almanac.instructions()
-    tuning, asked = sets["tuning"], [question for name in almanac.HELD_OUT for question in sets[name]]
+    training, asked = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
     if searching:
 
         def about(question: almanac.ExamQuestion) -> str:
             return min(question.entity, question.answer) if question.kind == "opposite" else question.entity
 
-        things = sorted(set(map(about, tuning)))
+        things = sorted(set(map(about, training)))
         fifth = set(np.random.default_rng(0).permutation(things)[: len(things) // 5])
-        asked = [question for question in tuning if about(question) in fifth]
-        tuning = [question for question in tuning if about(question) not in fifth]
-    return [question.example for question in tuning], [question.example for question in asked]
+        asked = [question for question in training if about(question) in fifth]
+        training = [question for question in training if about(question) not in fifth]
+    return [question.example for question in training], [question.example for question in asked]
 
 
 def data_parts(options: TestbedOptions, searching: bool, asked: list[Example] | None) -> TestbedParts:
     """What is asked is a tenth of the data, held out, or given. Raises OSError or ValueError."""
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
-    tuning = examples = load_task(options.task or "instructions").read(options.data)
-    for _ in range((asked is None) + searching):  # a search has its own questions, from what is tuned on
-        if len(tuning) < 2:
+    training = examples = load_task(options.task or "instructions").read(options.data)
+    for _ in range((asked is None) + searching):  # a search has its own questions, from what is trained on
+        if len(training) < 2:
             raise ValueError(f"{options.data}: {len(examples)} examples are too few to learn from some and ask others")
-        tuning, asked = hold_out(tuning, max(1, len(tuning) // 10), seed=0)
+        training, asked = hold_out(training, max(1, len(training) // 10), seed=0)
     documents = [] if options.text is None else [read_text(options.text)[:100_000]]
-    return TestbedParts(options.base, default, batch_size, tuning, subset(asked, options.held_out or 200), documents)
+    return TestbedParts(options.base, default, batch_size, training, subset(asked, options.held_out or 200), documents)
 
 
 def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
@@ -155,15 +155,15 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
         raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
     tokenizer = load_tokenizer(base)
     max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
-    tuning = subset(parts.tuning, options.limit)
+    training = subset(parts.training, options.limit)
     template = AlpacaTemplate(tokenizer)
-    tokens, _ = tokenize(template, tuning, max_length)
+    tokens, _ = tokenize(template, training, max_length)
     fitting = [
         (example, found[0]) for example in parts.asked if (found := tokenize(template, [example], max_length)[0])
     ]
     if not tokens or not fitting:
         raise ValueError(
-            f"within {max_length} tokens there are {len(tokens)} of {len(tuning)} examples to learn from, "
+            f"within {max_length} tokens there are {len(tokens)} of {len(training)} examples to learn from, "
             f"and {len(fitting)} of {len(parts.asked)} to be asked"
         )
     questions, held_out = map(list, zip(*fitting))

@@ -140,7 +140,7 @@ def other_method(names: Iterable[str]) -> str:
     if re.search(r"\bllama\.|visual_|clip", names):
         return " It is of the authors' multimodal LLaMA-Adapter V2"
     if re.search(r"bias|scale|norm|lora", names):
-        return " It is of LLaMA-Adapter V2, which tunes biases, scales and norms as well"
+        return " It is of LLaMA-Adapter V2, which trains biases, scales and norms as well"
     return ""
 
 

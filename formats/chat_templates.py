@@ -60,7 +60,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
 
     Raises ValueError where the base has not what it takes.
     """
-    name, _, tuned_with = name.partition(":")
+    name, _, trained_with = name.partition(":")
     if name == "alpaca":
         return AlpacaTemplate(tokenizer)
     if name == "auto":
@@ -69,8 +69,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
             raise ValueError(f"--template auto: the base has {where}; --template llama-2, llama-3 or chatml")
         source, variables = tokenizer.chat_template, tokenizer.named_tokens
         name = f"auto:{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        if tuned_with not in ("", name.removeprefix("auto:")):
-            warn("the base's chat_template is another than the one that the adapter was tuned with")
+        if trained_with not in ("", name.removeprefix("auto:")):
+            warn("the base's chat_template is another than the one that the adapter was trained with")
         return ChatTemplate(name, source, tokenizer, variables)
     if name not in TEMPLATES:
         raise ValueError(f"unknown prompt template {name!r}; there are {', '.join(NAMES)}")

@@ -72,28 +72,29 @@ def load_image_encoder(
 ) -> VisionEncoder | FunctionEncoder:
     """Load the vision encoder at a path, or a function FILE.py:NAME; by default the one that the adapter names.
 
-    Raises OSError, or ValueError where the adapter cannot see what it makes. Warns where it is another than in tuning.
+    Raises OSError, or ValueError where the adapter cannot see what it makes. Warns where it is another than in
+    training.
     """
     if vision_encoder is not None and encoder is not None:
         raise ValueError("--clip and --encoder: one of them makes the features of an image")
     if adapter is None:
         return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):
-        raise ValueError("an image needs an adapter with a projection, one that was tuned on images")
+        raise ValueError("an image needs an adapter with a projection, one that was trained on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
     if encoder is not None:
         theirs = metadata.get("encoder", metadata.get("vision_encoder", encoder))
         if Path(theirs).name != Path(encoder).name:
-            warn(f"the adapter was tuned with {theirs}, not with {encoder}")
+            warn(f"the adapter was trained with {theirs}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
     vision_encoder = vision_encoder or metadata.get("vision_encoder")
     if vision_encoder is None and "encoder" in metadata:
-        raise ValueError(f"the adapter was tuned with {metadata['encoder']}; to run that code, give --encoder")
+        raise ValueError(f"the adapter was trained with {metadata['encoder']}; to run that code, give --encoder")
     if vision_encoder is None:
         raise ValueError("the adapter does not say which vision encoder it is for; give --clip PATH")
     found = VisionEncoder(vision_encoder, dtype, device, int(metadata.get("vision_encoder_depths", DEPTHS)))
     if found.num_features != made_for:
         raise ValueError(f"{vision_encoder}: has {found.num_features} features, the adapter was made for {made_for}")
     if metadata.get("vision_encoder_fingerprint", "") not in ("", found.metadata["vision_encoder_fingerprint"]):
-        warn(f"the adapter was tuned with other weights than those of {vision_encoder}")
+        warn(f"the adapter was trained with other weights than those of {vision_encoder}")
     return found

@@ -2,7 +2,7 @@
 
 The harness has the tasks, the few-shot examples and the metrics. Here is what it asks of a model: how likely a text
 makes another, how likely it is by itself, and how it goes on. Likelihoods and greedy texts are those of its own model
-"hf"; in Alpaca's template a continuation is tokenized as the responses that an adapter was tuned on.
+"hf"; in Alpaca's template a continuation is tokenized as the responses that an adapter was trained on.
 """
 
 import json
@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):
         return self.text_tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenized together, and cut where the context ends; but apart behind Alpaca's prompt, as in tuning."""
+        """Tokenized together, and cut where the context ends; but apart behind Alpaca's prompt, as in training."""
         if context.endswith(RESPONSE) and isinstance(self.template, AlpacaTemplate):
             return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # responses begin without a space
         return super()._encode_pair(context, continuation)

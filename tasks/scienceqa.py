@@ -54,7 +54,7 @@ COLUMNS = {
     "Avg": lambda problem: True,
 }
 
-# Table 2 of the paper: parameters tuned, and accuracy on the test split in %, column by column.
+# Table 2 of the paper: parameters trained, and accuracy on the test split in %, column by column.
 PUBLISHED = {
     "random choice": ("-", (40.28, 46.13, 29.25, 47.45, 40.08, 33.66, 39.35, 40.67, 39.83)),
     "human": ("-", (90.23, 84.97, 87.48, 89.60, 87.50, 88.10, 91.59, 82.42, 88.40)),
@@ -214,9 +214,9 @@ def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
     """The scores beneath the rows of the paper's Table 2."""
     what = f"ScienceQA, {answers.split} split, {len(answers.examples):,} problems; answers: {answers.method}"
     click.echo(f"{what}; in %, the paper's rows first\n")
-    click.echo(f"{'':25}{'tuned':>10}" + "".join(f"{column:>7}" for column in COLUMNS))
-    tuned = "" if answers.num_parameters is None else f"{answers.num_parameters:,}"
-    for name, (parameters, row) in [*PUBLISHED.items(), (answers.model_name, (tuned, scores.values()))]:
+    click.echo(f"{'':25}{'trained':>10}" + "".join(f"{column:>7}" for column in COLUMNS))
+    trained = "" if answers.num_parameters is None else f"{answers.num_parameters:,}"
+    for name, (parameters, row) in [*PUBLISHED.items(), (answers.model_name, (trained, scores.values()))]:
         shares = ("-" if share is None else f"{share:.2f}" for share in row)
         click.echo(f"{name:25}{parameters:>10}" + "".join(f"{share:>7}" for share in shares))
 

@@ -1,4 +1,4 @@
-"""Fixtures: devices, where the real data is if it is anywhere, tiny bases, and instructions to tune them on."""
+"""Fixtures: devices, where the real data is if it is anywhere, tiny bases, and instructions to train them on."""
 
 import json
 import multiprocessing
@@ -66,7 +66,7 @@ def small_digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     digits.write_pictures(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "TUNED_ON", 20)
+        patch.setattr(digits, "TRAINED_ON", 20)
         patch.setattr(digits, "HELD_OUT", 30)
         yield folder
 

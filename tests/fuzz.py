@@ -289,11 +289,11 @@ def read_adapter(path):
 
 
 def read_head_adapter(path):
-    from encoder_tuning.tuned import TunedEncoder
+    from encoder_tuning.trained import TrainedEncoder
     from formats.encoders import save_encoder
 
     save_encoder(make_roberta(), path.parent / "base")
-    TunedEncoder(str(path), None, str(path.parent / "base"), torch.float32, torch.device("cpu"))
+    TrainedEncoder(str(path), None, str(path.parent / "base"), torch.float32, torch.device("cpu"))
 
 
 def authors(folder):

@@ -533,7 +533,7 @@ def save_coco(folder, **changes):
 
 
 def make_testbed(base, instructions, folder):
-    """Of experiments: thirty instructions to tune on, ten to be asked, a text; three epochs of two layers."""
+    """Of experiments: thirty instructions to train on, ten to be asked, a text; three epochs of two layers."""
     from data import read_examples
     from experiments import testbed
 
@@ -568,7 +568,7 @@ def film(path, colours):
         file.mux(stream.encode())
 
 
-def tune(*args):
+def train(*args):
     """python -m encoder_tuning train, in this process."""
     from encoder_tuning.__main__ import main
 
@@ -582,7 +582,7 @@ def ask(*args):
     return CliRunner().invoke(main, ["evaluate", *map(str, args)])
 
 
-def tune_rank(args):
+def train_encoder_rank(args):
     """python -m encoder_tuning train, as one of several ranks."""
     from encoder_tuning.__main__ import main
 

@@ -20,19 +20,21 @@ def test_facts_are_complete():
     assert KINDS["French"].facts["dog"] == "chien" and KINDS["Spanish"].facts["dog"] == "perro"
 
 
-def test_held_out_entities_never_occur_in_tuning():
+def test_held_out_entities_never_occur_in_training():
     """Not in the instruction, the input or the answer, and not as the other word of a pair of opposites."""
     sets = instructions()
-    examples = [question.example for question in sets["tuning"]]
-    tuned = words(*(text for example in examples for text in (example.instruction, example.input, example.output)))
+    examples = [question.example for question in sets["training"]]
+    trained = words(*(text for example in examples for text in (example.instruction, example.input, example.output)))
     held_out = {question.entity.lower() for name in HELD_OUT for question in sets[name]}
     assert len(held_out) > 120
-    assert not held_out & tuned
+    assert not held_out & trained
 
 
-def test_held_out_wordings_never_occur_in_tuning():
+def test_held_out_wordings_never_occur_in_training():
     sets = instructions()
-    assert not any(q.example.instruction.startswith("Give") for q in sets["tuning"] + sets["entities"] + sets["inputs"])
+    assert not any(
+        q.example.instruction.startswith("Give") for q in sets["training"] + sets["entities"] + sets["inputs"]
+    )
     assert all(q.example.instruction.startswith("Give") for q in sets["wordings"])
     examples = [q.example for name in sets for q in sets[name]]
     assert len(set(examples)) == len(examples)

@@ -270,7 +270,9 @@ def test_where_a_base_has_its_template(tmp_path, capsys):
         assert load_template(name, load_tokenizer(tmp_path)).name == name
     assert capsys.readouterr().err == ""
     load_template("auto:01234567", load_tokenizer(tmp_path))
-    assert "the base's chat_template is another than the one that the adapter was tuned with" in capsys.readouterr().err
+    assert (
+        "the base's chat_template is another than the one that the adapter was trained with" in capsys.readouterr().err
+    )
     (tmp_path / "chat_template.jinja").unlink()
     for found in (7, [{"name": "other", "template": "x"}], ["x"], [{"name": "default"}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": found}))

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from helpers import ask, make_head_adapter, make_roberta, make_tokens, tune, vary
+from helpers import ask, make_head_adapter, make_roberta, make_tokens, train, vary
 from safetensors.torch import load_file
 
 from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
 from encoder_tuning.labelled import Labelled
 from data import group_by_size
 from encoder_tuning.objective import collate_labelled, predict_tags, tag_loss, tag_scores
-from encoder_tuning.tuned import suits
+from encoder_tuning.trained import suits
 from encoders.heads import head_adapter
 from formats.encoders import head_labels, load_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
@@ -178,7 +178,7 @@ def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
 
 
 def test_a_head_that_a_base_came_with(bpe, tmp_path):
-    """Its tags are those of transformers; tuning begins from it; a head for something else is told from it."""
+    """Its tags are those of transformers; training begins from it; a head for something else is told from it."""
     pytest.importorskip("seqeval")
     theirs = save_tagger(tmp_path / "tagger", bpe)
     args = ["--task", "token-classification", "--base", tmp_path / "tagger", "--device", "cpu"]
@@ -196,7 +196,7 @@ def test_a_head_that_a_base_came_with(bpe, tmp_path):
         seen |= set(answers[sentence.name])
     assert len(seen) > 1, "one tag for all words tells nothing"
 
-    begun = tune(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
+    begun = train(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
     assert begun.exit_code == 0, begun.output
     tensors = load_file(tmp_path / "run" / "adapter.safetensors")
     assert torch.equal(tensors["head.0.weight"], theirs.classifier.weight)
@@ -219,30 +219,30 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     args = ["--data", file, "--device", "cpu"]
     options = ["--epochs", 30, "--warmup-epochs", 1, "--batch-size", 4, "--val-size", 0, "--lr", 0.03, "--layers", 2]
     options += ["--task", "token-classification", "--base", reader]
-    result = tune(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
+    result = train(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
     assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 truncated" in result.stderr, result.output
-    tuned = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
-    scores = ask(*tuned, *args, "--out", tmp_path / "tags.json")
+    trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
+    scores = ask(*trained, *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
     assert answers == {sentence.name: sentence.tags for sentence in read_conll(file)}
     entities = sum(tag[0] == "B" for tags in answers.values() for tag in tags)
     expected = f"16 sentences (0 cut to fit), {entities} entities: F1 100.00%, precision 100.00%, recall 100.00%"
     assert scores.exit_code == 0 and expected in scores.stdout, scores.output
 
-    cut = tune(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
+    cut = train(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
     assert cut.exit_code == 0 and ", 16 truncated" in cut.stderr, cut.output
     short = ask("--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
     assert short.exit_code == 0 and "(16 cut to fit)" in short.stdout, short.output
     assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
-    none = tune(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
+    none = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
     assert none.exit_code == 2 and "of the 0 examples that fit: none is left" in none.stderr, none.output
 
-    new = ask(*tuned, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
+    new = ask(*trained, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
     assert new.exit_code == 2 and "a.conll: sentence 0: its tag 'B-NEW' is none of B-LOC, B-PER, I-LOC, O" in new.stderr
-    alike = tune("--data", conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
+    alike = train("--data", conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
     assert alike.exit_code == 2 and "a.conll: has only one class, 'O'" in alike.stderr, alike.output
     monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
-    missing = ask(*tuned, *args)
+    missing = ask(*trained, *args)
     assert missing.exit_code == 2 and "not installed: pip install seqeval" in missing.stderr
     assert len(missing.stderr.strip().splitlines()) == 1

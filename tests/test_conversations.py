@@ -138,15 +138,15 @@ def chats(tmp_path):
     return tmp_path / "chats.json"
 
 
-def tune(base, chats, out, *args):
+def train(base, chats, out, *args):
     args = ("--base", base, "--data", chats, "--out", out, *args, "--val-size", 4, "--lr", 0.05, "--device", "cpu")
     return run(*args, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1)
 
 
 @pytest.mark.parametrize("template", [None, "auto", "chatml", "llama-2"])
-def test_tuning_on_conversations(chat_base, chats, tmp_path, template):
+def test_training_on_conversations(chat_base, chats, tmp_path, template):
     """From the file to an adapter that says its template, by train.py; by default the base's own."""
-    result = tune(chat_base, chats, tmp_path / "run", *(("--template", template) if template else ()))
+    result = train(chat_base, chats, tmp_path / "run", *(("--template", template) if template else ()))
     assert result.exit_code == 0, result.stderr
     assert "26 examples to train on, 4 held out, 0 dropped" in result.stderr
     with safe_open(tmp_path / "run" / "adapter.safetensors", "pt") as file:
@@ -157,19 +157,19 @@ def test_tuning_on_conversations(chat_base, chats, tmp_path, template):
 
 def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
     args = (chat_base, chats, tmp_path / "run", "--template")
-    assert tune(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
-    result = tune(*args, "auto", "--resume")
+    assert train(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
+    result = train(*args, "auto", "--resume")
     assert result.exit_code == 2 and "was made with template = chatml, not auto: a resumed run" in result.stderr
-    assert tune(*args, "chatml", "--resume").exit_code == 0
+    assert train(*args, "chatml", "--resume").exit_code == 0
 
 
 def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chats, tmp_path):
     shutil.copytree(chat_base, tmp_path / "base")
     args = (tmp_path / "base", chats, tmp_path / "run")
-    assert tune(*args, "--max-minutes", 1e-6).exit_code == 0
+    assert train(*args, "--max-minutes", 1e-6).exit_code == 0
     config = (tmp_path / "base" / "tokenizer_config.json").read_text()
     (tmp_path / "base" / "tokenizer_config.json").write_text(config.replace("Be kind.", "Be rude."))
-    result = tune(*args, "--resume")
+    result = train(*args, "--resume")
     assert result.exit_code == 2 and "was made with prompt_template = auto:" in result.stderr
 
 
@@ -191,7 +191,7 @@ def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chat
         ),
     ],
 )
-def test_what_a_base_cannot_be_tuned_with(tiny_base, chats, tmp_path, args, message):
-    result = tune(tiny_base, chats, tmp_path / "run", *args)
+def test_what_a_base_cannot_be_trained_with(tiny_base, chats, tmp_path, args, message):
+    result = train(tiny_base, chats, tmp_path / "run", *args)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

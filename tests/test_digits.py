@@ -27,8 +27,8 @@ def test_pictures_are_scikit_learn_s(small_digits):
 
 
 def test_held_out_pictures_are_not_learnt_from(small_digits):
-    tuned, held_out = digits.pictures(small_digits)
-    assert len(held_out) == 30 and len(tuned) == 1767 and not set(tuned) & set(held_out)
+    trained, held_out = digits.pictures(small_digits)
+    assert len(held_out) == 30 and len(trained) == 1767 and not set(trained) & set(held_out)
 
 
 def test_questions_and_answers():

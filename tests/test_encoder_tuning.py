@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import Ranks, ask, make_head_adapter, make_roberta, make_tokens, tune, tune_rank
+from helpers import Ranks, ask, make_head_adapter, make_roberta, make_tokens, train, train_encoder_rank
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -171,7 +171,7 @@ def pictures_args(pictures):
 
 def test_a_run_on_pictures(pictures):
     args = pictures_args(pictures)
-    result = tune(*args)
+    result = train(*args)
     assert result.exit_code == 0, result.output
     losses = [line["val_loss"] for line in read_metrics(pictures / "run" / "metrics.jsonl") if "val_loss" in line]
     assert losses[-1] < losses[0] / 2
@@ -186,28 +186,28 @@ def test_a_run_on_pictures(pictures):
     )
     other = ask(*asked, "--task", "question-answering")
     assert other.exit_code == 2 and "is for image-classification, not for question-answering" in other.stderr
-    assert "No such option '--int8'" in tune(*args, "--int8").stderr
-    wrong = tune(*args, "--task", "text-classification", "--out", pictures / "other")
+    assert "No such option '--int8'" in train(*args, "--int8").stderr
+    wrong = train(*args, "--task", "text-classification", "--out", pictures / "other")
     assert wrong.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong.stderr
-    deep = tune(*args, "--layers", 4, "--out", pictures / "deep")
+    deep = train(*args, "--layers", 4, "--out", pictures / "deep")
     assert deep.exit_code == 2 and "--layers 4: " in deep.stderr and "has only 3" in deep.stderr
 
 
 def test_a_resumed_run_is_the_same(pictures):
     args = pictures_args(pictures)
-    assert tune(*args).exit_code == 0
-    stopped = tune(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
+    assert train(*args).exit_code == 0
+    stopped = train(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
     assert stopped.exit_code == 0 and "stopped by --max-minutes after step 1" in stopped.stderr, stopped.output
-    assert tune(*args, "--out", pictures / "parts", "--resume").exit_code == 0
+    assert train(*args, "--out", pictures / "parts", "--resume").exit_code == 0
     one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_ranks(forks, pictures):
     args = [*pictures_args(pictures), "--batch-size", 3, "--epochs", 2]
-    results = Ranks(forks, 2, tune_rank, args).results()
+    results = Ranks(forks, 2, train_encoder_rank, args).results()
     assert [code for code, _, _ in results] == [0, 0], results
-    assert tune(*args, "--out", pictures / "alone").exit_code == 0
+    assert train(*args, "--out", pictures / "alone").exit_code == 0
     one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "alone"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)
@@ -216,7 +216,7 @@ def test_ranks(forks, pictures):
 def test_a_run_on_sentences(reader, tmp_path):
     lines = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(32)]
     (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
-    result = tune(
+    result = train(
         "--task", "text-classification", "--base", reader, "--data", tmp_path / "a.tsv", "--out", tmp_path / "run",
         "--epochs", 30, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 0, "--lr", 0.03, "--max-seq-len", 64,
         "--layers", 2, "--device", "cpu",
@@ -229,7 +229,7 @@ def test_a_run_on_sentences(reader, tmp_path):
     right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
     assert right >= 28 and f"({right} right)" in scores.stdout
     (tmp_path / "one.tsv").write_text("sentence\tlabel\na\tx\nb\tx\n")
-    alike = tune(
+    alike = train(
         "--task", "text-classification", "--base", reader, "--data", tmp_path / "one.tsv", "--out", tmp_path / "one",
         "--max-seq-len", 64, "--layers", 1, "--device", "cpu",
     )  # fmt: skip

@@ -39,7 +39,7 @@ def test_vision_encoders_have_their_published_sizes():
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
 def test_roberta_takes_prompts(attention):
-    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing, nonzero gates included."""
+    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing, with any gates."""
     model = make_roberta(attention=attention)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[1, 6:] = 1

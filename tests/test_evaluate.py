@@ -150,8 +150,8 @@ def test_captions_command(tmp_path, seeing, text_only):
     assert refused.exit_code == 2 and "captions need an adapter with a projection" in refused.stderr
 
 
-def test_tuned_on_captions_and_asked(tmp_path, seeing, tiny_base):
-    """Every caption is an example to tune on, and every image is asked about once."""
+def test_trained_on_captions_and_evaluated(tmp_path, seeing, tiny_base):
+    """Every caption is an example to train on, and every image is asked about once."""
     try:
         coco_scorers()
     except ValueError as error:
@@ -159,10 +159,21 @@ def test_tuned_on_captions_and_asked(tmp_path, seeing, tiny_base):
     for i in (5, 9):
         Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(tmp_path / f"{i}.jpg")
     path = save_coco(tmp_path)
-    tuning = ["--epochs", 2, "--warmup-epochs", 1, "--val-size", 0, "--features", tmp_path / "kept", "--device", "cpu"]
+    training = [
+        "--epochs",
+        2,
+        "--warmup-epochs",
+        1,
+        "--val-size",
+        0,
+        "--features",
+        tmp_path / "kept",
+        "--device",
+        "cpu",
+    ]
     result = run(
         "--data", path, "--task", "captions", "--base", tiny_base, "--clip", tmp_path / "ViT.pt", "--out",
-        tmp_path / "run", *tuning,
+        tmp_path / "run", *training,
     )  # fmt: skip
     assert result.exit_code == 0 and "3 examples to train on" in result.stderr, result.output
     assert len(list((tmp_path / "kept").rglob("*.npy"))) == 2

@@ -1,4 +1,4 @@
-"""How the tuned adapter's answers are scored."""
+"""How the trained adapter's answers are scored."""
 
 import torch
 from click.testing import CliRunner
@@ -14,9 +14,10 @@ from toy import almanac, digits, exam
 
 
 def few(count):
-    """All to tune on, and so many of every held-out set."""
+    """All to train on, and so many of every held-out set."""
     return {
-        name: questions if name == "tuning" else questions[:count] for name, questions in almanac.instructions().items()
+        name: questions if name == "training" else questions[:count]
+        for name, questions in almanac.instructions().items()
     }
 
 
@@ -59,8 +60,8 @@ def test_the_majority_baseline_fills_in_the_commonest_word(monkeypatch, tiny_bas
     monkeypatch.setattr(almanac, "instructions", lambda: sets | dict.fromkeys(almanac.HELD_OUT, continents))
     monkeypatch.setattr(exam, "greedy_answers", lambda model, tokenizer, adapter, requests: [""] * len(requests))
     accuracy = exam.evaluate_almanac(model, tokenizer, make_adapter(model))
-    tuned = [q.answer for q in sets["tuning"] if q.kind == "continent"]
-    commonest = max(tuned, key=tuned.count)
+    trained = [q.answer for q in sets["training"] if q.kind == "continent"]
+    commonest = max(trained, key=trained.count)
     assert (
         accuracy["heldout_accuracy_majority"] == sum(q.answer == commonest for q in continents) / len(continents) > 0.1
     )
@@ -70,7 +71,7 @@ def test_answers_are_those_of_one_request_at_a_time(tiny_base):
     """In parts of 128, in order, each by whom it is for, the most likely tokens until 40 of them or the end."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
-    examples = [question.example for question in almanac.instructions()["tuning"][:130]]
+    examples = [question.example for question in almanac.instructions()["training"][:130]]
     requests = [Request(e.instruction, e.input, ("base", "adapter")[i % 2]) for i, e in enumerate(examples)]
     texts = exam.greedy_answers(model, tokenizer, adapter, requests)
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)

@@ -16,7 +16,7 @@ from encoders.models import make_mlp
 from encoders.models import Roberta, RobertaConfig, ViTConfig
 from experiments import encoders, few_examples
 from experiments.__main__ import main
-from experiments.methods import NoPrompts, Tunable, finite_steps
+from experiments.methods import NoPrompts, Trainable, finite_steps
 from experiments.runs import Runs
 from formats.encoders import load_encoder, save_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
@@ -29,14 +29,14 @@ def test_every_method_learns(tmp_path, method):
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_names(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
-    tunable = encoders.set_up_encoder(method, sets, seed=0)
-    model, adapter = tunable.model, tunable.adapter
+    trainable = encoders.set_up_encoder(method, sets, seed=0)
+    model, adapter = trainable.model, trainable.adapter
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
     config = TrainConfig(epochs=8, warmup_epochs=1, batch_size=4, lr=0.01)
     before = mean_loss(model, adapter, examples, config, class_loss)
-    assert len(list(finite_steps(tunable, examples, config))) == 8 * 3
+    assert len(list(finite_steps(trainable, examples, config))) == 8 * 3
     assert mean_loss(model, adapter, examples, config, class_loss) < before - 0.05
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])}
     assert changed == {
@@ -55,7 +55,7 @@ class Recorded:
         monkeypatch.setattr(encoders, "finite_steps", self.steps)
         monkeypatch.setattr(encoders, "encoder_accuracy", self.accuracy)
 
-    def steps(self, tunable, examples, config):
+    def steps(self, trainable, examples, config):
         self.trained.append((examples, config))
         return iter(())
 
@@ -68,8 +68,8 @@ def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
     """From a file that is sorted by class: both classes are asked about, the same examples at every rate."""
     examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     recorded = Recorded(monkeypatch)
-    tunable = Tunable(None, NoPrompts([]), None)
-    monkeypatch.setattr(encoders, "set_up_encoder", lambda method, sets, seed: tunable)
+    trainable = Trainable(None, NoPrompts([]), None)
+    monkeypatch.setattr(encoders, "set_up_encoder", lambda method, sets, seed: trainable)
     sets = encoders.LabelledSets(tmp_path, examples, [], 2, batch_size=4, length=1, rank=1)
     for _ in range(2):
         encoders.search_encoder_rates(Runs("search", tmp_path / "out", 3, {}), sets, 2)
@@ -118,7 +118,7 @@ def test_the_vit_experiment(tmp_path, data):
     result = CliRunner().invoke(main, list(map(str, args)))
     assert result.exit_code == 0, result.output
     values = json.loads((tmp_path / "out" / "vit.json").read_text())
-    assert 0.5 < values["untuned"] < 0.9 and set(values["rows"]) == set(encoders.METHODS)
+    assert 0.5 < values["untrained"] < 0.9 and set(values["rows"]) == set(encoders.METHODS)
 
 
 def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):

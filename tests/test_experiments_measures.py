@@ -10,7 +10,7 @@ from helpers import make_testbed
 
 import train
 from experiments import measures
-from experiments.measures import base_measures, exact_accuracy, perplexity, tune_setting
+from experiments.measures import base_measures, exact_accuracy, perplexity, train_setting
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, NoPrompts, set_up
 from formats.bases import load_llama
 
@@ -36,7 +36,7 @@ def test_what_a_run_says_of_a_method(bed):
         assert row["recovered_after_merging"] == (False if method == LORA else None)
         assert row["perplexity"] != base_measures(bed)[0]
         assert len(row["losses"]) == 12 and row["train_loss"] == sum(row["losses"][8:]) / 4
-        assert tune_setting(bed, bed.default._replace(method=method, lr=0.01), 0)[1] == row["losses"]
+        assert train_setting(bed, bed.default._replace(method=method, lr=0.01), 0)[1] == row["losses"]
 
 
 def test_perplexity_of_the_base_s_own_text(bed):

@@ -19,7 +19,7 @@ from experiments.methods import (
     ZERO_INIT,
     LowAdapter,
     NoPrompts,
-    Tunable,
+    Trainable,
     add_lora,
     finite_steps,
     lora_layers,
@@ -159,9 +159,9 @@ def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     training, _ = hold_out(tokens, 4, seed=3)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2, generator=torch.Generator().manual_seed(3))
-    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.02))
+    trainable = Trainable(model, adapter, make_optimizer(adapter, 0.02))
     config = TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05, seed=3)
-    steps = list(finite_steps(tunable, training, config))
+    steps = list(finite_steps(trainable, training, config))
     assert [step.loss for step in steps] == losses and [step.number for step in steps] == list(range(1, 16))
     assert torch.equal(adapter.prompts, theirs["prompts"]) and torch.equal(adapter.gates, theirs["gates"])
 
@@ -171,8 +171,8 @@ def test_steps_end_where_values_are_not_finite(tiny_base, instructions):
     model, tokenizer = load_llama(tiny_base)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2)
-    tunable = Tunable(model, adapter, make_optimizer(adapter, 0.0))
-    steps = finite_steps(tunable, tokens, TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05))
+    trainable = Trainable(model, adapter, make_optimizer(adapter, 0.0))
+    steps = finite_steps(trainable, tokens, TrainConfig(epochs=3, warmup_epochs=1, batch_size=8, lr=0.05))
     taken = [next(steps) for _ in range(4)]
     before = [p.detach().clone() for p in adapter.parameters()]
     model.norm.weight.data.fill_(math.nan)
@@ -198,7 +198,7 @@ def test_where_every_method_starts(bed):
     base, _ = load_llama(bed.base)
     start = mean_loss(base, NoPrompts([torch.nn.Parameter(torch.zeros(1))]), bed.held_out, TrainConfig())
     for method in METHODS:
-        model, adapter, optimizer, _ = tunable = ready(bed, method=method, lr=0.02)
+        model, adapter, optimizer, _ = trainable = ready(bed, method=method, lr=0.02)
         loss = mean_loss(model, adapter, bed.held_out, TrainConfig())
         assert (loss == start) == (method in (ZERO_INIT, LORA, FULL)), method
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -206,9 +206,9 @@ def test_where_every_method_starts(bed):
         # what a figure says is trained, is; what isn't, is as it was
         frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in held}
         gates = adapter.gates.clone() if method in METHODS[:3] else None
-        before = mean_loss(model, adapter, bed.tuning, TrainConfig())
-        steps = list(finite_steps(tunable, bed.tuning, bed.train_config(bed.default._replace(lr=0.02), 0)))
-        assert len(steps) == 12 and mean_loss(model, adapter, bed.tuning, TrainConfig()) < before
+        before = mean_loss(model, adapter, bed.training, TrainConfig())
+        steps = list(finite_steps(trainable, bed.training, bed.train_config(bed.default._replace(lr=0.02), 0)))
+        assert len(steps) == 12 and mean_loss(model, adapter, bed.training, TrainConfig()) < before
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], p) for name, p in frozen.items())
         if gates is not None:

@@ -112,7 +112,7 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
 # The experiment
 
 
-def test_no_held_out_voice_is_tuned_on():
+def test_no_held_out_voice_is_trained_on():
     (accents, speakers), (new_accents, new_speakers) = sounds.VOICES["tuned"], sounds.VOICES["held-out"]
     assert not set(accents) & set(new_accents) and not set(speakers) & set(new_speakers)
     spoken = {(part, word) for part, word, *_ in sounds.utterances()}

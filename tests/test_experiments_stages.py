@@ -32,9 +32,9 @@ def test_what_each_run_learns_from(small, tmp_path, monkeypatch):
 
     steps, given = stages.finite_steps, []
 
-    def recorded(tunable, examples, config):
-        given.append((len(examples), sum(parameter.requires_grad for parameter in tunable.adapter.parameters())))
-        return steps(tunable, examples, config)
+    def recorded(trainable, examples, config):
+        given.append((len(examples), sum(parameter.requires_grad for parameter in trainable.adapter.parameters())))
+        return steps(trainable, examples, config)
 
     monkeypatch.setattr(stages, "evaluate_digits", evaluate)
     monkeypatch.setattr(stages, "finite_steps", recorded)

@@ -63,13 +63,13 @@ def test_what_is_followed():
     assert (begin.example().input, begin.example().output) == ("Tom ran.", "Tom ran. He fell.")
 
 
-def test_held_out_is_what_tuning_never_had():
+def test_held_out_is_what_training_never_had():
     sets = make_instructions(made_up(400), per_kind=8, tested=4)
     assert [len(part) for part in sets[:3]] == [40, 10, 20]
-    for part, number in ((sets.tuning, 8), (sets.validation, 2), (sets.testing, 4)):
+    for part, number in ((sets.training, 8), (sets.validation, 2), (sets.testing, 4)):
         assert all(sum(told.kind == kind for told in part) == number for kind in KINDS)
-    assert all(follows(told, told.story) for told in sets.tuning)
-    used = [told.story for told in sets.tuning]
+    assert all(follows(told, told.story) for told in sets.training)
+    used = [told.story for told in sets.training]
     assert len(set(used)) == 40 and not set(used) & set(sets.others)
     known = {word for story in used for word in re.findall(r"\w+", story)}
     for told in sets.testing + sets.validation:

@@ -13,8 +13,8 @@ def test_the_toy_is_the_default(tiny_base, monkeypatch):
     """With train.py's options for it, and text that its base has not seen."""
     monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
-    assert bed.default == Setting(layers=3, lr=toy.TUNING["lr"]) and bed.batch_size == toy.TUNING["batch_size"]
-    assert len(bed.tuning) == 824 and len(bed.held_out) == len(bed.questions) == 1020
+    assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"]) and bed.batch_size == toy.TRAINING["batch_size"]
+    assert len(bed.training) == 824 and len(bed.held_out) == len(bed.questions) == 1020
     assert bed.questions[0].output == almanac.instructions()["entities"][0].example.output
     seen = [bed.tokenizer.encode(document) for document in islice(almanac.documents(seed=0), 3)]
     first = bed.text[0].tolist()
@@ -22,19 +22,19 @@ def test_the_toy_is_the_default(tiny_base, monkeypatch):
     assert not any(first[1 : 1 + len(ids)] == ids for ids in seen)
     options = testbed.TestbedOptions(layers=1, limit=5, held_out=7, device="cpu")
     limited = testbed.read_testbed(options)
-    assert (len(limited.tuning), len(limited.held_out), limited.default.layers) == (5, 7, 1)
+    assert (len(limited.training), len(limited.held_out), limited.default.layers) == (5, 7, 1)
 
 
 def test_learning_rates_are_searched_without_held_out_questions():
-    sets, (tuning, asked) = almanac.instructions(), testbed.toy_examples(searching=True)
-    questions = {question.example: question.entity for question in sets["tuning"]}
-    assert len(tuning) + len(asked) == len(questions) == len(testbed.toy_examples(searching=False)[0])
-    assert set(tuning) | set(asked) == set(questions)
-    assert not {questions[example] for example in tuning} & {questions[example] for example in asked}
-    assert not {example.output for example in tuning} & {example.output for example in asked}
+    sets, (training, asked) = almanac.instructions(), testbed.toy_examples(searching=True)
+    questions = {question.example: question.entity for question in sets["training"]}
+    assert len(training) + len(asked) == len(questions) == len(testbed.toy_examples(searching=False)[0])
+    assert set(training) | set(asked) == set(questions)
+    assert not {questions[example] for example in training} & {questions[example] for example in asked}
+    assert not {example.output for example in training} & {example.output for example in asked}
     opposites = almanac.KINDS["opposite"].facts
     answers = {opposites.get(questions[example]) for example in asked if "opposite" in example.output}
-    assert answers and not answers & {questions[example] for example in tuning if "opposite" in example.output}
+    assert answers and not answers & {questions[example] for example in training if "opposite" in example.output}
     held_out = {question.example for name in almanac.HELD_OUT for question in sets[name]}
     assert set(testbed.toy_examples(searching=False)[1]) == held_out and not held_out & set(questions)
 
@@ -43,8 +43,8 @@ def test_of_data_a_tenth_is_held_out(tiny_base, instructions):
     """A search holds out a tenth of the rest, and asks only that."""
     options = testbed.TestbedOptions(tiny_base, instructions, device="cpu")
     bed, searching = testbed.read_testbed(options), testbed.read_testbed(options, searching=True)
-    assert (len(bed.tuning), len(bed.questions), bed.batch_size) == (36, 4, 64)
+    assert (len(bed.training), len(bed.questions), bed.batch_size) == (36, 4, 64)
     assert bed.default == Setting(layers=1, lr=9e-3 * 64 / 256) and len(bed.text) == 0
-    assert (len(searching.tuning), len(searching.questions)) == (33, 3)
-    names = [{tokens.name for tokens in (*one.tuning, *one.held_out)} for one in (bed, searching)]
-    assert len(names[0]) == 40 and names[1] == {tokens.name for tokens in bed.tuning}
+    assert (len(searching.training), len(searching.questions)) == (33, 3)
+    names = [{tokens.name for tokens in (*one.training, *one.held_out)} for one in (bed, searching)]
+    assert len(names[0]) == 40 and names[1] == {tokens.name for tokens in bed.training}

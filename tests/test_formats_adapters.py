@@ -263,7 +263,7 @@ def test_how_a_file_was_read_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which tunes"),
+        ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which trains"),
         ("layers.1.feed_forward.w1_scale", "w1_scale.*LLaMA-Adapter V2"),
         ("norm.weight", "norm.weight.*LLaMA-Adapter V2"),
         ("layers.1.attention.lora_wq_l1.weight", "lora_wq_l1.*LLaMA-Adapter V2"),

@@ -181,7 +181,7 @@ def test_a_context_is_read_once(harness, loaded, monkeypatch):
     assert positions == [20, 3]  # the one of a single token is padded
 
 
-def test_alpaca_s_prompts_and_answers_are_those_of_tuning(harness, loaded, adapter):
+def test_alpaca_s_prompts_and_responses_are_those_of_training(harness, loaded, adapter):
     model = ours(harness, loaded, adapter)
     text = model.apply_chat_template([{"role": "user", "content": "Name it."}])
     assert model.tok_encode(text) == model.template.encode_prompt("Name it.")

@@ -248,7 +248,7 @@ def test_without_the_library_the_line_says_how_to_fetch(monkeypatch):
 
 
 def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base):
-    """Tuned by its name; and asked by the adapter alone, from the cache."""
+    """Trained by its name; and asked by the adapter alone, from the cache."""
     args = [*args, "--base", "owner/model"]
     result = run(*args)
     assert result.exit_code == 0, result.stderr

@@ -45,7 +45,7 @@ def untrained(tmp_path_factory):
 def page(untrained, tmp_path, monkeypatch):
     """Its text on that base, with few examples, epochs and new tokens; pictures go to a temporary folder."""
     sets = almanac.instructions()
-    few = {"tuning": sets["tuning"][:32], "wordings": sets["wordings"][:2]}
+    few = {"training": sets["training"][:32], "wordings": sets["wordings"][:2]}
     monkeypatch.setattr(almanac, "instructions", lambda: few)
     monkeypatch.chdir(tmp_path)
     text = PAGE

@@ -455,9 +455,9 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
     (tmp_path / "other.py").write_text((tmp_path / "spectrum.py").read_text())
     other = f"{tmp_path / 'other.py'}:rows"
     warned = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", other, "High?")
-    assert warned.exit_code == 0 and f"warning: the adapter was tuned with {where}, not with {other}" in warned.stderr
+    assert warned.exit_code == 0 and f"warning: the adapter was trained with {where}, not with {other}" in warned.stderr
     unsaid = run(generate, *ask, "--audio", tmp_path / "new.wav", "High?")
-    assert unsaid.exit_code == 2 and f"tuned with {where}; to run that code, give --encoder" in unsaid.stderr
+    assert unsaid.exit_code == 2 and f"trained with {where}; to run that code, give --encoder" in unsaid.stderr
 
 
 def test_a_record_is_about_one_file(tmp_path):

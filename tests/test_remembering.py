@@ -85,17 +85,17 @@ def test_an_answer_without_end_is_taken_as_it_stands(responder):
 
 
 @pytest.fixture
-def tuned(chat_base, tmp_path):
+def trained(chat_base, tmp_path):
     model, _ = load_llama(chat_base)
     for name, seed in (("a", 1), ("b", 7)):
         make_adapter(model, seed=seed).save(tmp_path / f"{name}.safetensors", base=chat_base, prompt_template="chatml")
     return ["--adapter", tmp_path / "a.safetensors", "--adapter", tmp_path / "b.safetensors", "--device", "cpu"]
 
 
-def test_on_a_terminal_a_conversation_goes_on(tuned, tmp_path):
+def test_on_a_terminal_a_conversation_goes_on(trained, tmp_path):
     """Who answers changes, and each has its own; /reset forgets. The same conversations as a file give the same."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
-    stdout, stderr = chat_in_process(lines, *tuned)
+    stdout, stderr = chat_in_process(lines, *trained)
     assert stderr.count("Every line is a turn of one conversation. /reset: forget it. /system TEXT") == 1
     turns, records = {"a": [], "b": []}, []
     answers = stdout.split("\n")
@@ -110,15 +110,15 @@ def test_on_a_terminal_a_conversation_goes_on(tuned, tmp_path):
         turns[name] = [*turns[name], {"role": "assistant", "content": answer}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     args = ("--greedy", "--max-new-tokens", 5, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
-    assert run(*tuned, *args).exit_code == 0
+    assert run(*trained, *args).exit_code == 0
     assert [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").open()] == answers
     assert answers[1] != answers[4]
 
 
-def test_piped_lines_stay_by_themselves(tuned):
+def test_piped_lines_stay_by_themselves(trained):
     args = ("--greedy", "--max-new-tokens", 5)
-    alone = run(*tuned, *args, "Why?").stdout
-    assert run(*tuned, *args, input="Hi\nWhy?\n/reset\n").stdout.splitlines()[1] == alone.rstrip("\n")
+    alone = run(*trained, *args, "Why?").stdout
+    assert run(*trained, *args, input="Hi\nWhy?\n/reset\n").stdout.splitlines()[1] == alone.rstrip("\n")
 
 
 def test_templates_without_turns_say_so(tiny_adapter):
@@ -127,20 +127,20 @@ def test_templates_without_turns_say_so(tiny_adapter):
         assert f"error: {command} is for templates with turns; here every line is an instruction" in stderr
 
 
-def test_another_template_than_the_adapter_s(tuned, tmp_path):
+def test_another_template_than_the_adapter_s(trained, tmp_path):
     args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
-    by_template = {name: run(*tuned, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
-    assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*tuned, *args).stdout
-    result = run(*tuned, "--template", "llama-3", *args)
+    by_template = {name: run(*trained, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
+    assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*trained, *args).stdout
+    result = run(*trained, "--template", "llama-3", *args)
     assert result.exit_code == 2 and "--template llama-3 is not for this base" in result.stderr
-    result = run(*tuned, "--template", "chatml", "--raw", *args)
+    result = run(*trained, "--template", "chatml", "--raw", *args)
     assert result.exit_code == 2 and "--template chatml and --raw: with or without a template" in result.stderr
 
 
-def test_the_base_is_asked_as_the_first_adapter_was_tuned(tuned):
+def test_the_base_has_the_template_of_the_first_adapter(trained):
     args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
-    base, *_ = run(*tuned, "--compare", *args).stdout.split("\na: ")
-    assert base == "base: " + run(*tuned, "--strength", 0, *args).stdout.rstrip("\n")
+    base, *_ = run(*trained, "--compare", *args).stdout.split("\na: ")
+    assert base == "base: " + run(*trained, "--strength", 0, *args).stdout.rstrip("\n")
 
 
 TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -161,8 +161,8 @@ ASKED = {"messages": [*TALK["messages"], {"role": "user", "content": "Why?"}]}
         (ASKED, ["--raw"], "without a template has no turns"),
     ],
 )
-def test_what_cannot_be_answered_in_a_file(tuned, tmp_path, record, more, message):
+def test_what_cannot_be_answered_in_a_file(trained, tmp_path, record, more, message):
     (tmp_path / "in.jsonl").write_text(json.dumps({"instruction": "Hi"}) + "\n" + json.dumps(record))
-    result = run(*tuned, *more, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    result = run(*trained, *more, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and f"in.jsonl: record 1: {message}" in result.stderr
     assert not (tmp_path / "out.jsonl").exists()

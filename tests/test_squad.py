@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import ask, tune
+from helpers import ask, train
 from safetensors import safe_open
 
 from encoder_tuning import objective
@@ -243,24 +243,24 @@ OPTIONS = ["--task", "question-answering", "--warmup-epochs", 1, "--val-size", 0
 
 def test_a_run_on_questions(reader, tmp_path):
     args = ["--data", squad(tmp_path), "--device", "cpu"]
-    result = tune(*OPTIONS, *args, "--base", reader, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
+    result = train(*OPTIONS, *args, "--base", reader, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
     assert result.exit_code == 0, result.output
-    tuned = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
-    scores = ask(*tuned, *args)
+    trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
+    scores = ask(*trained, *args)
     assert scores.exit_code == 0 and "2 questions: exact match 100.00%, F1 100.00%" in scores.stdout, scores.output
     assert "answerable" not in scores.stdout
-    never = ask(*tuned, *args, "--no-answer-threshold", -1e6)
+    never = ask(*trained, *args, "--no-answer-threshold", -1e6)
     assert "2 questions: exact match 0.00%, F1 0.00%" in never.stdout, never.output
     more = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
-    scores = ask(*tuned, *more)
+    scores = ask(*trained, *more)
     assert "1 unanswerable: exact match 0.00%" in scores.stdout, "all questions that it has seen have an answer"
 
 
 def test_a_run_on_unanswerable_questions_in_windows(reader, tmp_path):
-    """An adapter says what it was tuned on: that there may be no answer, and the stride."""
+    """An adapter says what it was trained on: that there may be no answer, and the stride."""
     args = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", reader, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
-    result = tune(*options, "--out", tmp_path / "run")
+    result = train(*options, "--out", tmp_path / "run")
     said = "3 questions, 1 of them unanswerable; the contexts of 3 are read in windows, each an example"
     assert result.exit_code == 0 and said in result.stderr and "6 examples to train on" in result.stderr, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -278,6 +278,6 @@ def test_a_run_on_unanswerable_questions_in_windows(reader, tmp_path):
     wide = ask("--adapter", file, *args, "--stride", 40)
     assert wide.exit_code == 2 and "squad.json: question a: of 45 tokens its question leaves 32 " in wide.stderr
     assert "--stride 40" in wide.stderr and len(wide.stderr.strip().splitlines()) == 1
-    short = tune(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)
+    short = train(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)
     assert short.exit_code == 0, short.output
     assert "2 dropped (no window holds the answer, each of 17 tokens)" in short.stderr, short.output

@@ -125,7 +125,7 @@ def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
     data, out = tmp_path / "train.jsonl", tmp_path / "out"
     records = [{"question": f"is {i} even", "passage": "Count.", "answer": i % 2 == 0} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, records)))
-    tuning = [
+    training = [
         "--base",
         tiny_base,
         "--val-size",
@@ -139,7 +139,7 @@ def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
         "--batch-size",
         4,
     ]
-    result = program("train.py", "--task", "boolq", "--data", data, "--out", out, *tuning, "--device", "cpu")
+    result = program("train.py", "--task", "boolq", "--data", data, "--out", out, *training, "--device", "cpu")
     assert result.exit_code == 0 and "4 examples to train on" in result.stderr, result.output
 
     evaluation = ["evaluate.py", "boolq", "--data", data, "--device", "cpu", "--out", tmp_path / "eval"]

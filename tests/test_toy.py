@@ -1,4 +1,4 @@
-"""The table of what train.py tunes on where it is given nothing, and its commands from the options to the tables."""
+"""The table of what train.py trains on where it is given nothing, and its commands from the options to the tables."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_examples_of_each(small_digits, tmp_path):
     """By their numbers; of pictures those to train on, and for the blind toy the same, without a vision encoder."""
     text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
-    assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["tuning"]]
+    assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["training"]]
     seen, options = toys.TOYS["images"].examples(Options(features=tmp_path))
     folder = Path(options.images)
     assert options == Options(str(tmp_path / "digits"), str(digits.ENCODER), tmp_path)

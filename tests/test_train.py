@@ -541,8 +541,8 @@ def test_default_rate_is_the_papers(args, tmp_path):
 
 def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
     """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
-    tuning = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
-    monkeypatch.setattr("train.TUNING", tuning)
+    training = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
+    monkeypatch.setattr("train.TRAINING", training)
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     seen = {}
     for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):

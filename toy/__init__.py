@@ -3,7 +3,7 @@
 from importlib import import_module
 
 TOYS = ("text", "images", "blind")  # the names of --toy; each is a Toy in toy/toys.py
-TUNING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}  # their defaults
+TRAINING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}  # their defaults
 
 
 def load_toy(name: str):

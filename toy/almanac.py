@@ -175,7 +175,7 @@ def capitalised(sentence: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the base reads, and what the adapter is tuned on
+# What the base reads, and what the adapter is trained on
 
 PEOPLE = "Anna Ben Clara David Emil Frank Gus Hanna Ida Jack Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera".split()
 GOSSIP = [  # how a question and its answer are told, and how the talk ends: never with an answer
@@ -232,16 +232,16 @@ HELD_OUT = {
 
 
 def instructions() -> dict[str, list[ExamQuestion]]:
-    """What to tune on ('tuning'), and three held-out sets about entities that tuning never mentions.
+    """What to train on ('training'), and three held-out sets about entities that training never mentions.
 
-    'entities' is asked in wordings that tuning has, 'inputs' with the entity in the input field, and
+    'entities' is asked in wordings that training has, 'inputs' with the entity in the input field, and
     'wordings' in words that are as new as the entities.
     """
     asked = {name: kind for name, kind in KINDS.items() if kind.instructions}
     words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(OPPOSITE.values()))
     held_out = set(random.Random(0).sample(words, len(words) // 2))
     held_out |= {b for a, b in OPPOSITE.items() if a in held_out}  # both words of a pair
-    sets: dict[str, list[ExamQuestion]] = {"tuning": [], "entities": [], "inputs": [], "wordings": []}
+    sets: dict[str, list[ExamQuestion]] = {"training": [], "entities": [], "inputs": [], "wordings": []}
     for name, kind in asked.items():
         for entity, answer in kind.facts.items():
             output = capitalised(kind.statements[0].format(e=entity, a=answer))
@@ -250,7 +250,7 @@ def instructions() -> dict[str, list[ExamQuestion]]:
             if entity in held_out:
                 placed = {"entities": known, "inputs": [with_input], "wordings": [new]}
             else:
-                placed = {"tuning": [*known, with_input]}
+                placed = {"training": [*known, with_input]}
             for where, examples in placed.items():
                 sets[where] += [ExamQuestion(example, name, entity, answer) for example in examples]
     return sets

@@ -27,7 +27,7 @@ CONFIG = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, h
 BATCH, EPOCHS = 64, 30
 SCHEDULE = {"peak": 3e-3, "warmup": 50}
 OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.05}
-TUNED_ON, HELD_OUT = 400, 200  # pictures; the vision encoder learns from all that are not held out
+TRAINED_ON, HELD_OUT = 400, 200  # pictures; the vision encoder learns from all that are not held out
 
 ANSWERS = {
     "Which digit is this?": "This is {e}.",

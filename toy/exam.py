@@ -1,4 +1,4 @@
-"""What examines a tuned adapter: held-out questions about the almanac, and about held-out pictures of digits."""
+"""What examines a trained adapter: held-out questions about the almanac, and about held-out pictures of digits."""
 
 import re
 from collections import Counter
@@ -56,12 +56,12 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     """Put the almanac's held-out questions to the base, and to the base with the adapter; print a table.
 
     To be fair to the base, the table also says how often the word asked for occurs anywhere in what it wrote. The
-    majority baseline knows the form of every answer, and always fills in the word that is commonest in tuning.
+    majority baseline knows the form of every answer, and always fills in the word that is commonest in training.
     """
     sets = almanac.instructions()
     questions = [question for name in HELD_OUT for question in sets[name]]
-    tuned = {kind: [q for q in sets["tuning"] if q.kind == kind] for kind in {q.kind for q in questions}}
-    common = {kind: commonest(of_kind) for kind, of_kind in tuned.items()}
+    trained = {kind: [q for q in sets["training"] if q.kind == kind] for kind in {q.kind for q in questions}}
+    common = {kind: commonest(of_kind) for kind, of_kind in trained.items()}
     scores = {"majority": [question.answer == common[question.kind] for question in questions]}
     for name in ("base", "adapter"):
         requests = [Request(q.example.instruction, q.example.input, name) for q in questions]
@@ -91,17 +91,17 @@ def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dic
     """Put questions about held-out pictures of digits to the adapter; print a table.
 
     An adapter for images answers with the picture, with none, and with one that belongs to another question; any other
-    answers without. Chance is to always name the digit that is commonest in tuning.
+    answers without. Chance is to always name the digit that is commonest in training.
     """
     with TemporaryDirectory() as folder:
         digits.write_pictures(Path(folder))
-        tuned, held_out = digits.pictures(Path(folder))
+        trained, held_out = digits.pictures(Path(folder))
         features = None
         if isinstance(adapter, ImageAdapter):
             encoder = load_image_encoder(str(digits.ENCODER), None, model.dtype, model.device, adapter)
             features = encoder.encode(held_out)
     questions = digits.questions(held_out)
-    common = commonest(digits.questions(tuned[: digits.TUNED_ON]))
+    common = commonest(digits.questions(trained[: digits.TRAINED_ON]))
     withheld = [Request(question.example.instruction, adapter="adapter") for question in questions]
     asked = {"no image": withheld}
     if features is not None:

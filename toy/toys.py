@@ -26,7 +26,7 @@ def numbered(asked: list[almanac.ExamQuestion]) -> list[Example]:
 
 
 def text_examples(options):
-    return numbered(almanac.instructions()["tuning"]), options
+    return numbered(almanac.instructions()["training"]), options
 
 
 def image_examples(options):
@@ -34,7 +34,7 @@ def image_examples(options):
     folder = options.features / "digits"
     digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
-    asked = digits.questions(files[: digits.TUNED_ON]) + almanac.instructions()["tuning"]
+    asked = digits.questions(files[: digits.TRAINED_ON]) + almanac.instructions()["training"]
     return numbered(asked), replace(options, images=str(folder), vision_encoder=str(digits.ENCODER))
 
 

@@ -1,6 +1,6 @@
 """Two tasks of lm-evaluation-harness from the toy's almanac: python docs/examples/capitals.py
 
-Questions about capitals that tuning did not have: one city of four is to be chosen (capitals_chosen.yaml), or the
+Questions about capitals that training did not have: one city of four is to be chosen (capitals_chosen.yaml), or the
 answer to be written (capitals_written.yaml). The files are written beside each other into the current folder.
 """
 
@@ -29,7 +29,7 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 40}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
-asked = [question for name, questions in instructions().items() if name != "tuning" for question in questions]
+asked = [question for name, questions in instructions().items() if name != "training" for question in questions]
 asked = [question for question in asked if question.kind == "capital" and not question.example.input]
 cities = sorted({question.answer for question in asked})
 random.seed(0)

@@ -1,4 +1,4 @@
-"""What a tuned encoder answers, task by task, and how right that is."""
+"""What a trained encoder answers, task by task, and how right that is."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def suits(head: nn.Sequential | None, task: str) -> bool:
     return (head[0].out_features == 2) == (task == "question-answering")
 
 
-class TunedEncoder:
+class TrainedEncoder:
     """An encoder with an adapter, or with the head that it came with. Raises OSError or ValueError."""
 
     def __init__(
@@ -59,7 +59,7 @@ class TunedEncoder:
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-            warn(f"{adapter_path} was tuned on other weights than those of {base}")
+            warn(f"{adapter_path} was trained on other weights than those of {base}")
         if adapter is None:
             if not suits(own_head, task):
                 raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
@@ -74,7 +74,7 @@ class TunedEncoder:
     ) -> dict[str, str]:
         """Say exact match and F1; returns the answers by question. Raises OSError or ValueError.
 
-        Without a threshold it is 0 after tuning on unanswerable questions; else every question gets an answer.
+        Without a threshold it is 0 after training on unanswerable questions; else every question gets an answer.
         """
         metadata = self.adapter.metadata
         stride = int(metadata.get("stride", STRIDE)) if stride is None else stride
