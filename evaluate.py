@@ -176,8 +176,12 @@ def task_command(name: str, task: Task) -> click.Command:
 
 @main.command("toy")
 @model_options
-@option_group("Data", option("--images", is_flag=True, help="Ask about held-out images of digits, too."))
-def evaluate_toy(adapter_path, images, base, device, dtype, bits):
+@option_group(
+    "Data",
+    option("--with-images", is_flag=True, help="Ask about held-out images of digits, too."),
+    option("--images", "with_images", is_flag=True, hidden=True),  # its name in earlier versions
+)
+def evaluate_toy(adapter_path, with_images, base, device, dtype, bits):
     """Ask the toy's held-out questions.
 
     Of the base alone, and of the base with the adapter.
@@ -189,7 +193,7 @@ def evaluate_toy(adapter_path, images, base, device, dtype, bits):
             raise ValueError("--adapter FILE is missing: the base alone is evaluated beside it")
         model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
         (adapter,) = adapters.values()
-        if images:
+        if with_images:
             exam.evaluate_digits(model, tokenizer, adapter)
         exam.evaluate_almanac(model, tokenizer, adapter)
 

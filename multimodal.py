@@ -37,9 +37,9 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
     """
 
     def __init__(
-        self, *, features: int, bottleneck: int = 72, dim: int, generator: torch.Generator | None = None, **shape
+        self, *, features: int, bottleneck: int = 72, dim: int, generator: torch.Generator | None = None, **dimensions
     ):
-        super().__init__(dim=dim, generator=generator, **shape)
+        super().__init__(dim=dim, generator=generator, **dimensions)
         self.projection = make_mlp([features, bottleneck, dim], "gelu", generator)
 
     def forward(

@@ -250,17 +250,17 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     with local_rank0_first():  # it downloads the base, and the other ranks reuse it
         examples, data = read_training_data(data)  # one Example per record; the toy's without --data
         path = find_training_base(base, data)
-    shape, weights = read_base(path)  # model.Config, and one function per weight that reads it
-    tokenizer = load_tokenizer(path, shape.vocab_size)
+    model_config, weights = read_base(path)  # model.Config, and one function per weight that reads it
+    tokenizer = load_tokenizer(path, model_config.vocab_size)
     template = load_template(data.template, tokenizer)
     if base.init:  # modules for special cases are imported on use, here and below
         from training.initial import adapter_fingerprint, init_from_adapter, load_initial, shaped_as
 
-        initial = load_initial(base.init, shape, run.out)
+        initial = load_initial(base.init, model_config, run.out)
         config = shaped_as(initial, config, base.init)  # takes L and K from the adapter
-    config = config.for_base(path, shape.n_layers, shape.max_seq_len or math.inf)
+    config = config.for_base(path, model_config.n_layers, model_config.max_seq_len or math.inf)
     fixed = fixed_options(config, data, base, dtype, examples)
-    fixed |= {"base_fingerprint": base_fingerprint(shape, weights), "prompt_template": template.name}
+    fixed |= {"base_fingerprint": base_fingerprint(model_config, weights), "prompt_template": template.name}
     if base.init:
         fixed["init"] = adapter_fingerprint(initial)
     check_same_on_all_ranks(fixed | asdict(config) | {"strategy": base.strategy, "compile": base.compile})
@@ -278,17 +278,18 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
         training, validation = hold_out(tokens, config.val_size, config.seed)
 
-    model, strategy = load_frozen(path, shape, weights, base, dtype, device)  # replicated on the ranks, or sharded
+    # The base is whole on every rank, or sharded.
+    model, strategy = load_frozen(path, model_config, weights, base, dtype, device)
     del weights  # this closes the files of the base
-    adapter = make_adapter(config, shape, tokens).to(device)  # float32, gates at zero
-    adapter.metadata = describe_adapter(data, base, path, shape, encoder, fixed, len(training))
+    adapter = make_adapter(config, model_config, tokens).to(device)  # float32, gates at zero
+    adapter.metadata = describe_adapter(data, base, path, model_config, encoder, fixed, len(training))
     if base.init:
         adapter = init_from_adapter(initial, adapter, base.init)
     if base.freeze:
         freeze_parts(adapter, base.freeze)
     optimizer = make_optimizer(adapter, config.weight_decay)
     counts = {"examples": len(training), "held_out": len(validation)}
-    counts |= {"dropped": len(examples) - len(tokens), "cut": num_truncated}
+    counts |= {"dropped": len(examples) - len(tokens), "truncated": num_truncated}
     print_overview(model, adapter, config, counts, strategy)
     steps_per_epoch = math.ceil(len(training) / config.batch_size)
     num_steps = config.epochs * steps_per_epoch
@@ -352,7 +353,7 @@ def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
 
 
 def load_frozen(
-    path: Path, shape: Config, weights: Weights, base: BaseOptions, dtype: torch.dtype, device: torch.device
+    path: Path, model_config: Config, weights: Weights, base: BaseOptions, dtype: torch.dtype, device: torch.device
 ) -> tuple[LLaMA, str]:
     """Load the frozen base, and return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
 
@@ -364,7 +365,7 @@ def load_frozen(
         prepare_to_compile(device, base.bits)
     strategy = "ddp"
     if world_size() > 1 or base.strategy == "fsdp":
-        num_bytes = num_parameters(shape) * (bits or 8 * dtype.itemsize) // 8
+        num_bytes = num_parameters(model_config) * (bits or 8 * dtype.itemsize) // 8
         strategy = choose_strategy(base.strategy, num_bytes, device)
     prepare_layer = None
     if strategy == "fsdp":
@@ -375,7 +376,7 @@ def load_frozen(
         from runtime.quantization import quantizer
 
         prepare_layer = quantizer(bits, device)
-    model = load_weights(path, shape, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
+    model = load_weights(path, model_config, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
     if strategy == "fsdp":
         prepare_layer(model)
     if base.compile:
@@ -383,23 +384,28 @@ def load_frozen(
     return model, strategy
 
 
-def make_adapter(config: TrainConfig, shape: Config, examples: Sequence[Tokens]) -> Adapter:
+def make_adapter(config: TrainConfig, model_config: Config, examples: Sequence[Tokens]) -> Adapter:
     """Create the adapter: an ImageAdapter if any example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = {"layers": config.layers, "length": config.length, "dim": shape.dim, "heads": shape.n_heads}
+    dimensions = {
+        "layers": config.layers,
+        "length": config.length,
+        "dim": model_config.dim,
+        "heads": model_config.n_heads,
+    }
     features = next((example.features for example in examples if example.features is not None), None)
     if features is None:
-        return Adapter(**size, generator=generator)
+        return Adapter(**dimensions, generator=generator)
     from multimodal import ImageAdapter
 
-    return ImageAdapter(**size, features=len(features), generator=generator)
+    return ImageAdapter(**dimensions, features=len(features), generator=generator)
 
 
 def describe_adapter(
-    data: DataOptions, base: BaseOptions, path: Path, shape: Config, encoder, fixed: dict, num_examples: int
+    data: DataOptions, base: BaseOptions, path: Path, model_config: Config, encoder, fixed: dict, num_examples: int
 ) -> dict[str, str]:
     """Return the metadata of the adapter file: base, data and hyper-parameters."""
-    metadata = {"base": resolved(base.base or path), "base_layers": str(shape.n_layers)}
+    metadata = {"base": resolved(base.base or path), "base_layers": str(model_config.n_layers)}
     if base.base and not Path(base.base).exists():  # a name of the Hub's; its folder is named after the commit
         metadata["base_commit"] = path.name
     metadata["data"] = Path(data.data).name if data.data else f"toy {data.toy}"
@@ -433,7 +439,7 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {model.device} in {model.dtype}{ranks}\n"
         f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
-        f"(the prompt alone fills {config.max_seq_len} tokens), {counts['cut']:,} truncated"
+        f"(the prompt alone fills {config.max_seq_len} tokens), {counts['truncated']:,} truncated"
     )
 
 

@@ -16,7 +16,7 @@ from adapter import gated_attention_paper
 from benchmarks.measuring import copy_speed, interleave, matmul_speed, measured_on, peak_growth
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
 from benchmarks.peers import Contestant, Ours, Variant, installed_peers
-from benchmarks.workload import SHAPES, random_adapter, random_examples, random_model
+from benchmarks.workload import CONFIGS, random_adapter, random_examples, random_model
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import atomic_write, write_json
@@ -54,7 +54,7 @@ class Bench:
     BATCH = 64  # examples of a step, as in the paper
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype, self.config = device, dtype, SHAPES[size]
+        self.device, self.dtype, self.config = device, dtype, CONFIGS[size]
         self.model, self.adapter = random_model(self.config, device, dtype), random_adapter(self.config, device)
         self.matmul, self.copy = matmul_speed(device, dtype), copy_speed(device)
         lengths = np.linspace(40, 214, self.BATCH).round().astype(int).tolist()  # as long as Alpaca's, 127 on average
@@ -167,7 +167,7 @@ def summary_line(name: str, row: dict) -> str:
 @command("gpu", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice(list(SHAPES)), default="7B", help="Shape of the model, with random weights."),
+    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model, with random weights."),
     option("--minutes", type=Real(0, min_open=True), default=8.5, help="When they are over nothing more is begun."),
     option("--skip-tests", is_flag=True, help="Leave out the suite's GPU cases, which come first."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",

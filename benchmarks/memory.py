@@ -11,7 +11,7 @@ from cloup import command, option, option_group
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_growth, publish
-from benchmarks.workload import LENGTH, SHAPES, random_adapter, random_examples, random_model
+from benchmarks.workload import LENGTH, CONFIGS, random_adapter, random_examples, random_model
 from model import SIZES, Config, num_parameters
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
@@ -84,7 +84,7 @@ def measure_step(
 @command("memory", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice(list(SHAPES)), default="7B", help="Shape of the model."),
+    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model."),
     option("--check", is_flag=True, help="Also measure a step of this size here, beside the count."),
     *device_options,
     json_option,
@@ -96,7 +96,7 @@ def count_memory(size, check, json_path, device, dtype):
     By kind, and by the number of tokens in a micro-batch, for a base in bfloat16.
     """
     device, dtype = select_device(device, dtype)
-    config, itemsize, rows = SHAPES[size], dtype.itemsize if check else 2, {}
+    config, itemsize, rows = CONFIGS[size], dtype.itemsize if check else 2, {}
     for again in (False, True):
         for tokens in (512, 1024, 2048, 4096, 8192):
             row = count_bytes(config, tokens, itemsize, again)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapter import Adapter, gated_attention
 from data import IGNORE, Tokens, collate
-from formats.hugging_face import hugging_face_shape, to_hugging_face
+from formats.hugging_face import config_values, to_hugging_face
 from generate import decode, generate
 from model import LLaMA, apply_rope, rope_cos_sin
 from runtime.compilation import compile_decoding, compile_layers, prepare_to_compile
@@ -301,7 +301,7 @@ def as_transformers(model: LLaMA) -> nn.Module:
     c, weight = model.config, model.tok_embeddings.weight
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            **hugging_face_shape(c),
+            **config_values(c),
             rope_theta=c.rope_theta,
             tie_word_embeddings=False,
         )

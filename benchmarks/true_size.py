@@ -11,9 +11,9 @@ from torch import Tensor
 
 from adapter import gated_attention
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
-from benchmarks.workload import SHAPES, random_adapter, random_examples
+from benchmarks.workload import CONFIGS, random_adapter, random_examples
 from formats.bases import read_base
-from formats.hugging_face import hugging_face_shape, to_hugging_face
+from formats.hugging_face import config_values, to_hugging_face
 from formats.loading import load_part_of_rank
 from generate import Sampling, stream
 from model import SIZES, Config, LLaMA
@@ -46,13 +46,13 @@ def hugging_face_values(config: Config) -> dict:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling))
     more = {"max_position_embeddings": config.max_seq_len or 2048, "rope_parameters": rope}
-    return {"model_type": "llama"} | hugging_face_shape(config) | more
+    return {"model_type": "llama"} | config_values(config) | more
 
 
 @command("checkpoint", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice([*SIZES, *SHAPES]), default="LLaMA-7B", help="Whose shape."),
+    option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Whose shape."),
     option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to put beside it."),
     option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it."),
 )
@@ -62,7 +62,7 @@ def write_checkpoint(size, tokenizer, out):
 
     In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
     """
-    config, generator = (SIZES | SHAPES)[size], torch.Generator().manual_seed(0)
+    config, generator = (SIZES | CONFIGS)[size], torch.Generator().manual_seed(0)
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
     if out.exists() and any(out.iterdir()):
@@ -136,18 +136,18 @@ def what_it_takes(
 ) -> dict[str, float]:
     """Seconds and bytes, of the rank that needs most. Raises OSError or ValueError."""
     prepare_layer, row = quantizer(int(bits), device) if bits else None, {}
-    shape, weights = read_base(base)
+    model_config, weights = read_base(base)
 
     def load():
         start = time.perf_counter()
-        model = load_part_of_rank(base, shape, weights, dtype, device, gated_attention, prepare_layer)
+        model = load_part_of_rank(base, model_config, weights, dtype, device, gated_attention, prepare_layer)
         row["load_seconds"] = time.perf_counter() - start
         return model
 
     model, row["load_bytes"] = peak_anonymous(load)
     row["weights_bytes"] = held_bytes(model)
-    adapter = random_adapter(shape, device)
-    (example,) = random_examples(shape, [number])
+    adapter = random_adapter(model_config, device)
+    (example,) = random_examples(model_config, [number])
 
     if world_size() == 1:
         config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)

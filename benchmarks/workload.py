@@ -18,7 +18,7 @@ from runtime.device import select_device
 from toy.almanac import instructions
 from toy.language_model import BASE
 
-SHAPES = {
+CONFIGS = {
     #            dim layers heads kv D hidden vocab
     "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # of llama2.c's stories15M, with a head of its own: 24M in all
     "110M": Config(768, 12, 12, 12, 64, 2048, 32000),
@@ -32,7 +32,7 @@ LENGTH = 10  # K
 class Workload:
     """What contestants are timed on, and which there are: the options that the commands have in common."""
 
-    size: str  # a key of SHAPES
+    size: str  # a key of CONFIGS
     data: str | None  # an Alpaca file, and the SentencePiece model to cut it with; None is the toy's
     tokenizer: str | None
     repeat: int  # rounds
@@ -42,10 +42,10 @@ class Workload:
     dtype: torch.dtype  # of the base
 
     def new_model(self) -> LLaMA:
-        return random_model(SHAPES[self.size], self.device, self.dtype)
+        return random_model(CONFIGS[self.size], self.device, self.dtype)
 
     def new_adapter(self) -> Adapter:
-        return random_adapter(SHAPES[self.size], self.device)
+        return random_adapter(CONFIGS[self.size], self.device)
 
     def read(self, number: int) -> tuple[list[Example], Tokenizer]:
         """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
@@ -72,7 +72,7 @@ def workload_options(*of_command):
     return option_group(
         "Options",
         option(
-            "--size", type=click.Choice(list(SHAPES)), default="15M", help="Shape of the model, with random weights."
+            "--size", type=click.Choice(list(CONFIGS)), default="15M", help="Shape of the model, with random weights."
         ),
         *device_options,
         option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),

@@ -26,7 +26,7 @@ layers; in each head a gate g says how far they are let in.
 ABOUT_SHARES = """### Where the prompts speak
 
 In an adapted layer a token's attention output, before Wo, is the sum **g A vp + W v**: what the prompts say, and what
-the words say, as in the frozen base. A cell is the prompts' part of it, |g A vp| / (|g A vp| + |W v|), over all heads,
+the tokens say, as in the frozen base. A cell is the prompts' part of it, |g A vp| / (|g A vp| + |W v|), over all heads,
 in per cent, while the token above it was chosen; 50 means that both are equally long, 0 is the frozen layer. It is a
 size: what the prompts change, the two responses show.
 """

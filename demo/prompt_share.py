@@ -1,6 +1,6 @@
 """How much of a layer's attention output comes from the prompts, at every token.
 
-Zero-init attention is a sum, g A vp + W v: what the prompts say, through the gates, and what the words say, as in the
+Zero-init attention is a sum, g A vp + W v: what the prompts say, through the gates, and what the tokens say, as in the
 frozen layer. Each term is a vector of H*D numbers at every token, all heads side by side, before Wo mixes them. The
 share of the prompts is how long theirs is, of both lengths together:
 

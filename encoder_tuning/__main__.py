@@ -97,7 +97,12 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     adapter = head_adapter(model, head, len(labelled.classes) or 2, **size, generator=generator)
     adapter.metadata |= describe_head_adapter(data, labelled, path, model.config.n_layers, fixed, len(training))
     optimizer = make_optimizer(adapter, config.weight_decay)
-    counts = {"examples": len(training), "held_out": len(validation), "dropped": labelled.dropped, "cut": labelled.cut}
+    counts = {
+        "examples": len(training),
+        "held_out": len(validation),
+        "dropped": labelled.dropped,
+        "truncated": labelled.num_truncated,
+    }
     if labelled.questions:
         counts |= {name: getattr(labelled, name) for name in ("questions", "windowed", "unanswerable")}
     print_encoder_overview(model, adapter, data.task, config, counts)
@@ -149,7 +154,7 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"
         f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
-        f"({WHY_DROPPED[task]} {config.max_seq_len} tokens), {counts['cut']:,} truncated"
+        f"({WHY_DROPPED[task]} {config.max_seq_len} tokens), {counts['truncated']:,} truncated"
     )
 
 

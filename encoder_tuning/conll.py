@@ -74,7 +74,7 @@ def labelled_sentences(
 
     A sentence is cut to fit, and dropped where not one word is left. Raises ValueError at a tag that is no class.
     """
-    examples, cut, dropped = [], 0, 0
+    examples, num_truncated, dropped = [], 0, 0
     for sentence in sentences:
         ids, labels = [], []
         for word, tag in zip(sentence.words, sentence.tags):
@@ -84,13 +84,13 @@ def labelled_sentences(
             ids += pieces
             labels += [classes.index(tag)] + [IGNORE] * (len(pieces) - 1)
         room = max_length - 2
-        cut += len(ids) > room
+        num_truncated += len(ids) > room
         inputs = torch.tensor([tokenizer.bos_id, *ids[:room], tokenizer.eos_id])
         if room < 1:
             dropped += 1
         else:
             examples.append(Labelled(inputs, (IGNORE, *labels[:room], IGNORE), sentence.name, len(inputs)))
-    return LabelledData(examples, list(classes), cut, dropped)
+    return LabelledData(examples, list(classes), num_truncated, dropped)
 
 
 def tag_classes(sentences: Sequence[TaggedSentence], known: Sequence[str]) -> list[str]:

@@ -122,7 +122,7 @@ def read_labelled(
     classes = list(classes) or class_names([label for _, label, _ in rows])
     check_classes(classes, data)
     tokenizer = None if isinstance(model, ViT) else roberta_tokenizer(model, base)
-    examples, cut = [], 0
+    examples, num_truncated = [], 0
     for source, label, name in subset(rows, limit):
         if label not in classes:
             raise ValueError(f"{data}: {name}: its class {label!r} is none of {', '.join(classes)}")
@@ -131,11 +131,11 @@ def read_labelled(
             inputs, size = preprocess_whole(image, model.config), len(model.positions)
         else:  # <s> text </s>
             ids = tokenizer.encode(source)
-            cut += len(ids) > max_length - 2
+            num_truncated += len(ids) > max_length - 2
             inputs = torch.tensor([tokenizer.bos_id, *ids[: max_length - 2], tokenizer.eos_id])
             size = len(inputs)
         examples.append(Labelled(inputs, (classes.index(label),), name, size))
-    return LabelledData(examples, classes, cut)
+    return LabelledData(examples, classes, num_truncated)
 
 
 def check_classes(classes: Sequence[str], data: Path) -> None:

@@ -31,7 +31,7 @@ class LabelledData(NamedTuple):
 
     examples: list[Labelled]
     classes: list[str]  # none for spans
-    cut: int = 0  # texts that were too long
+    num_truncated: int = 0  # texts that were too long
     dropped: int = 0  # texts that leave nothing to learn
     questions: int = 0
     windowed: int = 0  # questions whose context is read in several windows
@@ -43,7 +43,7 @@ def roberta_tokenizer(model: Roberta, base: Path) -> RobertaTokenizer:
     tokenizer = RobertaTokenizer(base)
     largest = max(tokenizer.ids)
     if largest >= model.config.vocab_size:
-        raise ValueError(f"{base}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} words")
+        raise ValueError(f"{base}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} tokens")
     return tokenizer
 
 

@@ -120,7 +120,7 @@ class TrainedEncoder:
             answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # of words that were cut off
         scores = entity_scores([*answers.values()], [sentence.tags for sentence in sentences])
         click.echo(
-            f"{len(sentences):,} sentences ({found.cut:,} cut to fit), {scores['entities']:,.0f} entities: F1 "
+            f"{len(sentences):,} sentences ({found.num_truncated:,} truncated), {scores['entities']:,.0f} entities: F1 "
             f"{scores['f1']:.2%}, precision {scores['precision']:.2%}, recall {scores['recall']:.2%}"
         )
         return answers

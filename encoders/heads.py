@@ -15,9 +15,9 @@ class HeadAdapter(Adapter):
     """An Adapter with a head for an encoder: linear layers of these widths, from C to the number of classes."""
 
     def __init__(
-        self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **shape
+        self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **dimensions
     ):
-        super().__init__(generator=generator, **shape)
+        super().__init__(generator=generator, **dimensions)
         self.head = make_mlp(widths, head_activation, generator)
         self.metadata["head_activation"] = head_activation
 
@@ -52,8 +52,8 @@ def head_adapter(
 ) -> HeadAdapter:
     """An adapter for an encoder, with zero gates; its head is the encoder's own where that has as many outputs."""
     C, heads = model.config.dim, model.config.n_heads
-    shape = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}
-    adapter = HeadAdapter(generator=generator, **shape).to(next(model.parameters()).device)
+    dimensions = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}
+    adapter = HeadAdapter(generator=generator, **dimensions).to(next(model.parameters()).device)
     if own_head is not None and own_head[-1].out_features == outputs:
         adapter.head = own_head
         if any(isinstance(module, nn.GELU) for module in own_head):

@@ -17,7 +17,7 @@ from runtime.schema import require_number
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
-def check_shape(config, names: Sequence[str]) -> None:
+def check_config(config, names: Sequence[str]) -> None:
     """Raise ValueError where the numbers of a configuration make no model."""
     require_number("norm_eps", config.norm_eps, 1e-30, 1)
     for name in names:
@@ -123,7 +123,7 @@ class ViTConfig:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
-        check_shape(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
+        check_config(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
         if self.channels not in (1, 3) or not self.channels == len(self.mean) == len(self.std):
             raise ValueError(
                 f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} deviations of pixels"
@@ -179,11 +179,11 @@ class RobertaConfig:
     pad_id: int = 1
 
     def __post_init__(self):
-        check_shape(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
+        check_config(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
         if self.pad_id != 1:
             raise ValueError(f"pad_id is {self.pad_id!r}, RoBERTa's is 1")
         if self.max_length < 1:
-            raise ValueError(f"{self.max_positions} positions leave none for words")
+            raise ValueError(f"{self.max_positions} positions leave none for tokens")
 
     @property
     def max_length(self) -> int:
@@ -197,7 +197,7 @@ class Roberta(nn.Module):
     def __init__(self, config: RobertaConfig, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
         self.config = config
-        self.words = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.types = nn.Embedding(1, config.dim)  # one alone, added to all: BERT's two kinds of sentence are gone
         self.embedding_norm = nn.LayerNorm(config.dim, config.norm_eps)
@@ -206,11 +206,11 @@ class Roberta(nn.Module):
     def forward(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
         """What every layer puts out, N times (B, T, C), for ids (B, T). Padding is seen by none; what comes of it is
         of no account."""
-        word = ids != self.config.pad_id  # (B, T)
-        positions = word.cumsum(dim=1) * word + self.config.pad_id  # of words from pad_id + 1 on, of padding pad_id
-        x = self.embedding_norm(self.words(ids) + self.positions(positions) + self.types.weight[0])
+        is_token = ids != self.config.pad_id  # (B, T), False at padding
+        positions = is_token.cumsum(dim=1) * is_token + self.config.pad_id  # from pad_id + 1 on; pad_id at padding
+        x = self.embedding_norm(self.tok_embeddings(ids) + self.positions(positions) + self.types.weight[0])
         return layer_outputs(
-            self.layers, x, adaption_prompts, word[:, None, None]
+            self.layers, x, adaption_prompts, is_token[:, None, None]
         )  # the mask broadcasts to (B, H, T, T)
 
     def encode(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:

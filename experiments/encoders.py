@@ -76,8 +76,8 @@ def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
     """A fresh encoder, and what is trained of it or on top of it; the head is the base's own if that fits."""
     generator = torch.Generator().manual_seed(seed)
     model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
-    shape = {"layers": model.config.n_layers, "length": sets.length}
-    adapter = head_adapter(model, head, sets.num_classes, **shape, generator=generator)
+    dimensions = {"layers": model.config.n_layers, "length": sets.length}
+    adapter = head_adapter(model, head, sets.num_classes, **dimensions, generator=generator)
     if method in ("prompts and gates", "no gates"):
         adapter.gates.requires_grad_(method == "prompts and gates")
         return Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY), class_loss)
@@ -277,7 +277,7 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
     """Masked-language modelling of rows (number, ROW), with a head that is thrown away."""
     torch.manual_seed(0)
     model = Roberta(config)
-    for embedding in (model.words, model.positions, model.types):
+    for embedding in (model.tok_embeddings, model.positions, model.types):
         nn.init.normal_(embedding.weight, std=0.02)
     dense, norm = nn.Linear(config.dim, config.dim), nn.LayerNorm(config.dim)
     bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -286,9 +286,9 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
         random = torch.Generator().manual_seed(0)
         for _ in range(steps):
             ids = rows[torch.randint(len(rows), (ROWS,), generator=random)]  # (B, T)
-            shown, masked = mask_words(ids, random)
+            shown, masked = mask_tokens(ids, random)
             hidden = norm(F.gelu(dense(model.encode(shown)[masked])))  # (R, C)
-            yield F.cross_entropy(hidden @ model.words.weight.T + bias, ids[masked])
+            yield F.cross_entropy(hidden @ model.tok_embeddings.weight.T + bias, ids[masked])
 
     parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
     schedule, in_turn = partial(learning_rate, total=steps, **SCHEDULE), losses()
@@ -297,7 +297,7 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
     return model
 
 
-def mask_words(ids: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def mask_tokens(ids: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """What the model is shown of ids (B, T), and which of them it is asked.
 
     15 % of the words are asked: eight of ten of them masked, one as it was, one another.

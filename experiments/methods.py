@@ -64,8 +64,8 @@ def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False
 class LowAdapter(Adapter):
     """An adapter of the lowest layers: the `above` others have prompts as well, but their gates are zero."""
 
-    def __init__(self, *, above: int, **shape):
-        super().__init__(**shape)
+    def __init__(self, *, above: int, **dimensions):
+        super().__init__(**dimensions)
         self.above = above
 
     def forward(self, *args, **options) -> list[AdaptionPrompt]:
@@ -169,12 +169,12 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
 
 def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
     """The adapter of a setting, its gates trained in zero-init attention only."""
-    shape = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim}
-    shape["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # a layer's only gate is for all heads
-    shape["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
-    shape["generator"] = torch.Generator().manual_seed(seed)
+    dimensions = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim}
+    dimensions["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # 1: the gate of all heads
+    dimensions["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
+    dimensions["generator"] = torch.Generator().manual_seed(seed)
     above = model.config.n_layers - setting.layers if setting.where == "bottom" else 0
-    adapter = LowAdapter(above=above, **shape) if above else Adapter(**shape)
+    adapter = LowAdapter(above=above, **dimensions) if above else Adapter(**dimensions)
     with torch.no_grad():
         adapter.prompts *= setting.scale
         if setting.method == GATES_AT_ONE:
@@ -185,9 +185,9 @@ def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
 
 def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> ImageAdapter:
     """A new one of all layers, for so many features of an image or a sound."""
-    shape = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
+    dimensions = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
     generator = torch.Generator().manual_seed(config.seed)
-    adapter = ImageAdapter(features=features, length=config.length, generator=generator, **shape)
+    adapter = ImageAdapter(features=features, length=config.length, generator=generator, **dimensions)
     return adapter.to(model.device)
 
 

@@ -103,8 +103,7 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     default = Setting(layers=options.toy_layers or toy.TRAINING["layers"], lr=toy.TRAINING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on those of seed 0
     batch_size = options.batch_size or toy.TRAINING["batch_size"]
-    shape = {} if options.toy_layers is None else {"n_layers": options.toy_layers}
-    base = toy_base(**shape)
+    base = toy_base() if options.toy_layers is None else toy_base(n_layers=options.toy_layers)
     return TestbedParts(base, default, batch_size, training, subset(asked, options.held_out), documents)
 
 
@@ -168,8 +167,19 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
         )
     questions, held_out = map(list, zip(*fitting))
     text = text_rows(tokenizer, parts.documents, min(ROW, max_length))
-    shape = {"n_layers": config.n_layers, "batch_size": parts.batch_size, "default": default}
-    return Testbed(base, tokenizer, tokens, held_out, questions, text, **shape, device=device, dtype=dtype)
+    return Testbed(
+        base,
+        tokenizer,
+        tokens,
+        held_out,
+        questions,
+        text,
+        n_layers=config.n_layers,
+        batch_size=parts.batch_size,
+        default=default,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def text_rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Tensor:

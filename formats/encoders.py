@@ -17,7 +17,7 @@ from runtime.schema import require_number
 
 
 def columns(table: str) -> list[dict[str, str]]:
-    """For each column but the first, what it has for the words of the first; "-" is nothing."""
+    """For each column but the first, what it has for the names of the first; "-" is nothing."""
     rows = [line.split() for line in table.strip().splitlines()]
     return [{row[0]: row[i] for row in rows if row[i] != "-"} for i in range(1, len(rows[0]))]
 
@@ -44,7 +44,7 @@ CLIP, OPENAI, TIMM, VIT_PYTORCH = columns("""
 HUGGING_FACE_VIT, ROBERTA = columns("""
     class_embedding  embeddings.cls_token                    -
     patch_embedding. embeddings.patch_embeddings.projection. -
-    words.           -                                       embeddings.word_embeddings.
+    tok_embeddings.  -                                       embeddings.word_embeddings.
     positions        embeddings.position_embeddings          embeddings.position_embeddings
     types.           -                                       embeddings.token_type_embeddings.
     embedding_norm.  -                                       embeddings.LayerNorm.
@@ -60,7 +60,7 @@ HUGGING_FACE_VIT, ROBERTA = columns("""
     norm.            layernorm.                              -
 """)
 # A configuration's fields, and config.json's names for them; what that leaves out has the same default here and there.
-SHAPE = dict(
+CONFIG_NAMES = dict(
     pair.split("=")
     for pair in """
         image_size=image_size patch_size=patch_size vocab_size=vocab_size max_positions=max_position_embeddings
@@ -199,8 +199,10 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {renamed(name, names): tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors)
-    shape = {theirs: getattr(model.config, ours) for ours, theirs in SHAPE.items() if hasattr(model.config, ours)}
-    write_json(folder / "config.json", values | shape, indent=2)
+    dimensions = {
+        theirs: getattr(model.config, ours) for ours, theirs in CONFIG_NAMES.items() if hasattr(model.config, ours)
+    }
+    write_json(folder / "config.json", values | dimensions, indent=2)
 
 
 def read_folder(folder: Path) -> Source:
@@ -218,16 +220,18 @@ def read_folder(folder: Path) -> Source:
         values = values.get("vision_config", values)  # of a whole CLIP
         if not isinstance(values, dict):
             raise ValueError(f"vision_config is a {type(values).__name__}, not an object")
-        shape = {f.name: values[SHAPE[f.name]] for f in fields(config_class) if SHAPE.get(f.name) in values}
+        dimensions = {
+            f.name: values[CONFIG_NAMES[f.name]] for f in fields(config_class) if CONFIG_NAMES.get(f.name) in values
+        }
         if kind == "vit":
             image = folder / "preprocessor_config.json"
             pixels = read_json_object(image) if image.exists() else {}
             channels = values.get("num_channels", 3)
             half = HALF if channels == 3 else HALF[:1]
             mean, std = (numbers(pixels.get(f"image_{name}", half), name) for name in ("mean", "std"))
-            shape = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12} | shape
-            shape |= {"channels": channels, "mean": mean, "std": std, "clip": False}
-        config = config_class(**shape)
+            dimensions = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12} | dimensions
+            dimensions |= {"channels": channels, "mean": mean, "std": std, "clip": False}
+        config = config_class(**dimensions)
     tensors = open_shards(folder)
     prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     heads = (["classifier.dense", "classifier.out_proj"], ["classifier"], ["qa_outputs"])
@@ -278,9 +282,9 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
         else:
             C, channels, P, _ = patches
         layers = [re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name) for name in tensors]
-        shape = {"dim": C, "patch_size": P, "channels": channels, "hidden_dim": hidden_dim}
-        shape |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
-        config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **shape | more)
+        dimensions = {"dim": C, "patch_size": P, "channels": channels, "hidden_dim": hidden_dim}
+        dimensions |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
+        config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **dimensions | more)
     return kind(config, tensors, names, head=head, head_activation="gelu")
 
 

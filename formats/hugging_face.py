@@ -64,7 +64,7 @@ def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def hugging_face_shape(config: Config) -> dict[str, int | float]:
+def config_values(config: Config) -> dict[str, int | float]:
     """Return the sizes of a LLaMA, and its norm's epsilon, by the names that they have in config.json."""
     return {
         "hidden_size": config.dim,

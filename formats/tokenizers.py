@@ -43,8 +43,8 @@ class TiktokenTokenizer(Tokenizer):
     ValueError where the file is none.
     """
 
-    # How Llama 3 cuts text into words before merging bytes.
-    WORDS = (
+    # How Llama 3 splits text before merging bytes.
+    PATTERN = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
@@ -69,7 +69,7 @@ class TiktokenTokenizer(Tokenizer):
             )
         special = {self.SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): count + i for i in range(256)}
         self.model = tiktoken.Encoding(
-            Path(path).name, pat_str=self.WORDS, mergeable_ranks=ranks, special_tokens=special
+            Path(path).name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
         self.eos_id, self.vocab_size = count + 1, count + 256
         self.start_ids, self.end_ids = [count], [count + 1, count + 9]  # a conversation's turns end with <|eot_id|>
@@ -134,7 +134,7 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
-        # Some put a space before the first word of all, and none behind a special token. The library finds those in a
+        # Some put a space before the first token of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
         text = text.encode("utf-8").decode("utf-8")
         if preceding and not self.spells_special.search(text):

@@ -6,7 +6,7 @@ from helpers import KINDS, copy_base, peak_anonymous, save_hugging_face
 
 from formats.bases import base_fingerprint, load_llama, read_base
 from model import Config, LLaMA
-from runtime.fingerprints import hash_tensors
+from runtime.files import hash_tensors
 
 
 def test_meta_folder(tiny_base):

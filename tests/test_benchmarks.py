@@ -74,7 +74,7 @@ def test_peers_have_the_same_base(kind):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
+    monkeypatch.setitem(workload.CONFIGS, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
     monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     gc.freeze()  # memory is measured after a collection, which would go through all that the other tests left

@@ -77,7 +77,7 @@ def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
     words, tags = ["the", "Añil", "don't", "12", "km"], ["O", "B-LOC", "I-LOC", "B-PER", "O"]
     data = labelled_sentences([TaggedSentence(words, tags, "sentence 0")], RobertaTokenizer(bpe), max_length, TAG_NAMES)
     if max_length == 2:
-        assert (data.examples, data.dropped, data.cut) == ([], 1, 1)
+        assert (data.examples, data.dropped, data.num_truncated) == ([], 1, 1)
         return
     encoded = theirs(words, is_split_into_words=True, truncation=True, max_length=max_length)
     expected, before = [], None
@@ -86,7 +86,7 @@ def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
         before = word
     (example,) = data.examples
     assert example.inputs.tolist() == encoded.input_ids and list(example.labels) == expected
-    assert (data.cut, data.dropped) == (int(max_length < 100), 0)
+    assert (data.num_truncated, data.dropped) == (int(max_length < 100), 0)
     assert example.num_targets == sum(label != -100 for label in expected) > 0
 
 
@@ -226,14 +226,14 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     answers = json.loads((tmp_path / "tags.json").read_text())
     assert answers == {sentence.name: sentence.tags for sentence in read_conll(file)}
     entities = sum(tag[0] == "B" for tags in answers.values() for tag in tags)
-    expected = f"16 sentences (0 cut to fit), {entities} entities: F1 100.00%, precision 100.00%, recall 100.00%"
+    expected = f"16 sentences (0 truncated), {entities} entities: F1 100.00%, precision 100.00%, recall 100.00%"
     assert scores.exit_code == 0 and expected in scores.stdout, scores.output
 
     cut = train(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
     assert cut.exit_code == 0 and ", 16 truncated" in cut.stderr, cut.output
     short = ask("--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
-    assert short.exit_code == 0 and "(16 cut to fit)" in short.stdout, short.output
+    assert short.exit_code == 0 and "(16 truncated)" in short.stdout, short.output
     assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
     none = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
     assert none.exit_code == 2 and "of the 0 examples that fit: none is left" in none.stderr, none.output

@@ -51,7 +51,7 @@ def test_a_vision_encoder_is_the_same_when_read_again(small_digits, tmp_path):
 def test_a_vision_encoder_learns_digits(small_digits, monkeypatch):
     """A few epochs of a smaller one: the mean pictures of its features tell most held-out digits apart."""
     monkeypatch.setattr(digits, "EPOCHS", 8)
-    monkeypatch.setattr(digits, "TOWER", ViTConfig(16, 4, 32, 2, 2, 64))
+    monkeypatch.setattr(digits, "CONFIG", ViTConfig(16, 4, 32, 2, 2, 64))
     vision_encoder = digits.train_vision_encoder(small_digits).requires_grad_(False)
     features, labels = [], []
     for files in digits.pictures(small_digits):

@@ -72,7 +72,7 @@ def test_encoders_with_open_gates_are_the_reference(attention):
     model = make_roberta(attention=attention)
     adapter = make_adapter(model)
     ids = torch.tensor([[0, 7, 8, 9, 10, 2], [0, 5, 6, 2, 1, 1]])
-    embedded = model.words.weight[ids[1, :4]] + model.positions.weight[2:6] + model.types.weight[0]
+    embedded = model.tok_embeddings.weight[ids[1, :4]] + model.positions.weight[2:6] + model.types.weight[0]
     embedded = model.embedding_norm(embedded)
     expected = reference.encoder(model.state_dict(), model.config, embedded, False, adapter.prompts, adapter.gates)
     with torch.no_grad():

@@ -20,7 +20,7 @@ SHAPE = Config(64, 4, 4, 4, 16, 128, 500)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(workload.SHAPES, "7B", SHAPE)
+    monkeypatch.setitem(workload.CONFIGS, "7B", SHAPE)
     monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     monkeypatch.setattr(gpu.Bench, "SECONDS", 0.01)

@@ -281,7 +281,7 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
     if program == "benchmarks":
         monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", Config(32, 3, 4, 2, 8, 48, 1100))
         monkeypatch.setattr("benchmarks.memory.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-        monkeypatch.setitem(workload.SHAPES, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
+        monkeypatch.setitem(workload.CONFIGS, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
         monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
         monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     if "--toy-layers" in line:

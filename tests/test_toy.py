@@ -43,7 +43,7 @@ def args(tiny_base, tmp_path):
 
 
 def test_the_commands(args, small_digits, tmp_path, monkeypatch):
-    """train.py --toy images and blind, and evaluate.py toy --images, from the options to the tables."""
+    """train.py --toy images and blind, and evaluate.py toy --with-images, from the options to the tables."""
     held_out = {name: questions[:2] for name, questions in almanac.instructions().items()}
     monkeypatch.setattr(almanac, "instructions", lambda: held_out)
     result = run(*args, "--toy", "images")
@@ -53,8 +53,9 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     assert adapter.metadata["data"] == "toy images" and adapter.metadata["vision_encoder"] == str(digits.ENCODER)
     for column in ("chance", "no image", "image", "another image", "new entities in new wordings", "bit for bit: yes"):
         assert column in result.stdout
-    again = CliRunner().invoke(evaluate.main, ["toy", "--images", "--adapter", str(path), "--device", "cpu"])
-    assert again.exit_code == 0 and again.stdout == result.stdout, again.output
+    for option in ("--with-images", "--images"):  # the latter in earlier versions
+        again = CliRunner().invoke(evaluate.main, ["toy", option, "--adapter", str(path), "--device", "cpu"])
+        assert again.exit_code == 0 and again.stdout == result.stdout, again.output
 
     blind = run(*args, "--toy", "blind", "--out", tmp_path / "blind")
     assert blind.exit_code == 0 and "another image" not in blind.stdout and "no image" in blind.stdout

@@ -526,7 +526,7 @@ def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base
     assert result.exit_code == 0, result.output
     assert "1 dropped" in result.stderr and "1 truncated" in result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["dropped"] == 1 and summary["cut"] == 1 and summary["examples"] == 3
+    assert summary["dropped"] == 1 and summary["truncated"] == 1 and summary["examples"] == 3
     assert summary["val_loss_after"] is None
 
 

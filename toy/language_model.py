@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import ALPACA, Tokenizer
-from formats.hugging_face import hugging_face_shape, to_hugging_face
+from formats.hugging_face import config_values, to_hugging_face
 from formats.tokenizers import SentencePieceTokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
@@ -44,7 +44,7 @@ def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[flo
     config = model.config
     tensors = {name: tensor.contiguous() for name, tensor in to_hugging_face(model.state_dict(), config).items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | hugging_face_shape(config)
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config_values(config)
     values |= {
         "rope_theta": config.rope_theta,
         "bos_token_id": tokenizer.start_ids[0],

@@ -33,7 +33,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tens
     """Cross entropy, summed over R positions, of hidden states (R, C) through an output head (V, C); targets (R,).
 
     The same as `F.cross_entropy(hidden @ head.T, targets, reduction="sum")`, the softmax in float32; but with 32,000
-    words and more the logits of a whole batch, and the gradient by them, would take gigabytes. The head gets no
+    tokens and more the logits of a whole batch, and the gradient by them, would take gigabytes. The head gets no
     gradient.
     """
     return ChunkedCrossEntropy.apply(hidden, head, targets)
