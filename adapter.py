@@ -1,6 +1,6 @@
 """LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): gated attention, the adapter, and its file.
 
-A frozen transformer is adapted by K learned prompt vectors and one learned gate per head in each
+A frozen transformer is adapted by K learned adaption prompts and one learned gate per head in each
 of its topmost L layers:
 
     q = rope(Wq x)   k = rope(Wk x)   v = Wv x           as in plain LLaMA
@@ -13,9 +13,9 @@ The two softmaxes are separate. Gates are initialized to 0, so the adapted model
 pretrained one when training starts ("zero-init attention", section 3.2).
 
 Notation, here and in every other file:
-    B batch   T tokens   S key length: cached plus new tokens   C model width   V vocabulary size
+    B batch   T tokens   S key length: T, or the capacity of the cache   C model width   V vocabulary size
     H query heads   Hkv key/value heads   D head dimension   N layers   L adapted layers
-    K number of prompt vectors per layer
+    K number of adaption prompts per layer
 """
 
 import math
@@ -69,24 +69,24 @@ def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=F
     K, S = prompt_k.shape[2], k.shape[2]
 
     scores = q @ torch.cat([prompt_k, k], dim=2).transpose(2, 3) / math.sqrt(D)  # (B, H, T, K + S)
-    over_prompts, over_tokens = scores.split([K, S], dim=3)
+    prompt_scores, token_scores = scores.split([K, S], dim=3)
     if causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        over_tokens = over_tokens.masked_fill(~mask, -math.inf)
-    weights = torch.cat([gate * over_prompts.softmax(dim=3), over_tokens.softmax(dim=3)], dim=3)
+        token_scores = token_scores.masked_fill(~mask, -math.inf)
+    weights = torch.cat([gate * prompt_scores.softmax(dim=3), token_scores.softmax(dim=3)], dim=3)
     return weights @ torch.cat([prompt_v, v], dim=2)
 
 
 def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """Equivalent to `gated_attention_paper`, with two fused attentions that do not store the weights.
 
-    With A and W the softmax over prompts and tokens, [g A ; W] [vp ; v] = g (A vp) + W v. With a zero
+    With g the gate value, A and W the softmax over prompts and tokens: [g A ; W] [vp ; v] = g (A vp) + W v. With a zero
     gate the result is bit for bit that of the frozen layer; that of `gated_attention_paper` is equal
     up to rounding.
     """
-    over_prompts = prompt_attention(q, prompt_k, prompt_v, gate)  # (B, H, T, D)
-    return attend(q, k, v, mask, causal) + over_prompts
+    prompt_term = prompt_attention(q, prompt_k, prompt_v, gate)  # g A vp (B, H, T, D)
+    return attend(q, k, v, mask, causal) + prompt_term
 
 
 def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the v
 
 
 class Adapter(nn.Module):
-    """The trainable parameters: K prompt vectors and H gates for each of the topmost L layers.
+    """The trainable parameters: K adaption prompts and H gates for each of the topmost L layers.
 
     L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30, in float32 for any dtype
     of the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized from
-    N(0, 1), gates to zero. `metadata` (str to str) is stored in the safetensors file.
+    a standard normal distribution, gates to zero. `metadata` (str to str) is stored in the safetensors file.
     """
 
     # The published implementations disagree on the activation of the gate: docs/method.md.
@@ -130,7 +130,7 @@ class Adapter(nn.Module):
     ) -> list[AdaptionPrompt]:
         """Return the adaption prompts of the L adapted layers, lowest layer first, cast to the dtype of the base.
 
-        `condition` (B, C), such as a projected image, is added to every prompt vector (section 3.3).
+        `condition` (B, C), such as a projected image, is added to every adaption prompt (section 3.3).
         `gate_scale` scales the gates after their activation: 0 gives the output of the frozen base.
         """
         embeddings = self.prompts.unsqueeze(1)  # (L, 1, K, C)
@@ -177,7 +177,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
-        """Build an adapter from the content of its file. Every tensor must be present and have its shape.
+        """Build an adapter from the content of its file. Every tensor must have the expected shape.
 
         A subclass passes its constructor's `extra` arguments, inferred from the tensors.
         """

@@ -47,7 +47,7 @@ class Example:
     output: str = ""
     image: str = ""  # the file name of its image, video or sound, if it has one
     name: str = ""  # a label for error messages, such as "record 3"
-    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns is in instruction and output as well
+    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns is also stored as instruction and output
     features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of its image
 
 
@@ -61,8 +61,8 @@ class Request(NamedTuple):
     history: Sequence[Turn] = ()  # earlier turns
 
 
-class Tokens(NamedTuple):
-    """One tokenized example."""
+class TokenizedExample(NamedTuple):
+    """The token ids of one example."""
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
     loss_mask: list[bool]  # True for the tokens of responses, each with its <eos>
@@ -70,7 +70,7 @@ class Tokens(NamedTuple):
     features: Tensor | None = None  # (F,), features of its image
 
     @property
-    def size(self) -> int:
+    def num_tokens(self) -> int:
         """The number of token ids."""
         return len(self.ids)
 
@@ -212,7 +212,7 @@ class AlpacaTemplate(Template):
             yield [Exchange(self.encode_prompt(example.instruction, example.input), response_ids)]
 
 
-def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[Tokens], int]:
+def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedExample], int]:
     """Return the examples that fit into `max_length` tokens, and the number of those that had to be truncated.
 
     Truncation shortens a response, which then has no <eos>, or removes whole exchanges from the end of a conversation.
@@ -233,7 +233,7 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
             ids += prompt_ids + response_ids
             loss_mask += [False] * len(prompt_ids) + [True] * len(response_ids)
         if any(loss_mask[:max_length]):
-            tokenized.append(Tokens(ids[:max_length], loss_mask[:max_length], example.name, example.features))
+            tokenized.append(TokenizedExample(ids[:max_length], loss_mask[:max_length], example.name, example.features))
             num_truncated += total > max_length
     return tokenized, num_truncated
 
@@ -270,26 +270,27 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
     """Split a batch into one part per rank, with about the same number of tokens and examples of similar length."""
     parts = [[] for _ in range(world_size)]
-    total = sum(example.size for example in examples)
+    total = sum(example.num_tokens for example in examples)
     before = 0  # cumulative number of tokens
-    for example in sorted(examples, key=lambda example: example.size):
-        middle = before + example.size / 2
+    for example in sorted(examples, key=lambda example: example.num_tokens):
+        middle = before + example.num_tokens / 2
         parts[int(world_size * middle / total)].append(example)
-        before += example.size
+        before += example.num_tokens
     return parts
 
 
-def group_by_size(examples: Sequence, max_tokens: int) -> list[list]:
+def group_by_length(examples: Sequence, max_tokens: int) -> list[list]:
     """Group the examples, shortest first, so that a padded group has at most `max_tokens` positions, or one example."""
     groups = []
-    for example in sorted(examples, key=lambda example: example.size):
-        if not groups or (len(groups[-1]) + 1) * example.size > max_tokens:  # sorted: this one sets the padded length
+    for example in sorted(examples, key=lambda example: example.num_tokens):
+        padded = example.num_tokens  # sorted: this one sets the padded length
+        if not groups or (len(groups[-1]) + 1) * padded > max_tokens:
             groups.append([])
         groups[-1].append(example)
     return groups
 
 
-def collate(examples: Sequence[Tokens]) -> Batch:
+def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Pad the examples to a batch, where targets[b, t] is the token after inputs[b, t].
 
     The target is IGNORE at prompts and padding. The padding is on the right, where causal attention never sees it, so

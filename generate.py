@@ -19,7 +19,7 @@ from adapter import ATTENTIONS, Adapter, AdaptionPrompt
 from data import Request, Template, Tokenizer, Turn
 from formats.chat_templates import NAMES, load_template, user_text
 from formats.loading import load_with_adapters
-from formats.tensors import named
+from formats.tensors import prefix_errors
 from model import KVCache, LLaMA
 from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
@@ -51,8 +51,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # Exclusive cumulative sum in float64: on a GPU, sums differ in the last bits, and all ranks must agree.
     before = probabilities.double().cumsum(dim=-1) - probabilities
     probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
-    # The argmin of exponential variables with these rates (the Gumbel-max trick) is distributed like a draw of
-    # torch.multinomial, which makes a GPU wait for the host.
+    # argmax(p / E) with E ~ Exp(1) is a draw from p (the Gumbel-max trick); torch.multinomial makes a GPU wait for the
+    # host.
     exponential = torch.empty_like(probabilities).exponential_(generator=generator)
     choice = (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
@@ -70,7 +70,7 @@ def prefill(
     return model.output(hidden[torch.arange(len(tokens), device=model.device), lengths - 1])
 
 
-def decode(model: LLaMA, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache) -> Tensor:
+def decode_step(model: LLaMA, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache) -> Tensor:
     """Process the newest token of every row, ids (B,); return the next logits (B, V)."""
     hidden = model.hidden_states(ids[:, None], adaption_prompts, cache)  # (B, 1, C)
     cache.lengths += 1
@@ -83,14 +83,14 @@ def stream(
     tokens: Sequence[list[int]],
     adaption_prompts: Sequence[AdaptionPrompt] = (),
     sampling: Sampling = Sampling(),
-    decode: Callable[..., Tensor] = decode,
+    decode_step: Callable[..., Tensor] = decode_step,
     cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids, which may differ in length.
 
-    Yields B ids per step, None for a row that has ended. `decode` is the function above, plain or compiled. A `cache`
-    contains the tokens before the rows, processed with the same adaption prompts, and has room for the new ones. Raises
-    ValueError for an empty row.
+    Yields B ids per step, None for a row that has ended. `decode_step` is the function above, plain or compiled. A
+    `cache` contains the tokens before the rows, processed with the same adaption prompts, and has room for the new
+    ones. Raises ValueError for an empty row.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")
@@ -100,13 +100,13 @@ def stream(
     logits = prefill(model, tokens, adaption_prompts, cache)
     ended = [False] * len(tokens)
     newest = None
-    # Reading a token on the host waits for the GPU. It is read eight steps at a time there, while the GPU continues.
+    # Reading a token on the host waits for the GPU, so that on a GPU eight steps are read at a time.
     steps_at_once = 8 if logits.device.type == "cuda" else 1
     for start in range(0, limit, steps_at_once):
         new = []
         for step in range(start, min(start + steps_at_once, limit)):
             if step > 0:
-                logits = decode(model, newest, adaption_prompts, cache)  # (B, V)
+                logits = decode_step(model, newest, adaption_prompts, cache)  # (B, V)
             newest = sample(logits, sampling.temperature, sampling.top_p, sampling.generator)  # (B,)
             new.append(newest)
         for ids in torch.stack(new).tolist():
@@ -120,31 +120,31 @@ def generate(
     model: LLaMA,
     tokens: Sequence[list[int]],
     adaption_prompts: Sequence[AdaptionPrompt] = (),
-    decode: Callable[..., Tensor] = decode,
+    decode_step: Callable[..., Tensor] = decode_step,
     **sampling,
 ) -> list[list[int]]:
     """Return the new ids of every row; `sampling` are fields of Sampling."""
     responses: list[list[int]] = [[] for _ in tokens]
-    for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode):
+    for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode_step):
         for response, id in zip(responses, ids):
             if id is not None:
                 response.append(id)
     return responses
 
 
-def text_pieces(steps: Iterator[list[int | None]], tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+def text_pieces(steps: Iterator[list[int | None]], tokenizer: Tokenizer, response_ids: list[int]) -> Iterator[str]:
     """Decode the stream of a single row, piece by piece; a character is held back until all of its bytes are there.
 
-    `ids` is an empty list, which receives the ids.
+    `response_ids` is an empty list, which receives the ids.
     """
     shown = ""
     for (id,) in steps:
-        ids.append(id)
-        text = tokenizer.decode(ids)
+        response_ids.append(id)
+        text = tokenizer.decode(response_ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
+    yield tokenizer.decode(response_ids)[len(shown) :]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -162,8 +162,9 @@ class LoadedAdapter(NamedTuple):
 class Responder:
     """A base and the adapters over it, by name; "base" is the base alone. It turns requests into responses.
 
-    Prompts have the template that the adapter was trained with, unless one is named, or none if `raw`; the base has the
-    first adapter's. `gate_scale` scales the gates. Raises ValueError if the base does not have the template's tokens.
+    Prompts get the template that the adapter was trained with, the base's that of the first adapter. `template` names
+    another, and `raw` uses none. `gate_scale` scales the gates. Raises ValueError if the base does not have the
+    template's tokens.
     """
 
     def __init__(
@@ -175,14 +176,14 @@ class Responder:
         gate_scale: float = 1.0,
         raw: bool = False,
         template: str | None = None,
-        decode: Callable[..., Tensor] = decode,
+        decode_step: Callable[..., Tensor] = decode_step,
         **sampling,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.gate_scale = gate_scale
         self.raw = raw
-        self.decode = decode
+        self.decode_step = decode_step
         self.loaded: dict[str, LoadedAdapter] = {}
         first = next(iter(adapters.values()), None)
         templates: dict[str, Template] = {}
@@ -201,20 +202,20 @@ class Responder:
 
     def respond(self, request: Request) -> Iterator[str]:
         """Yield the response, piece by piece. Raises ValueError if the prompt fills the base's context."""
-        tokens, limit = self.tokens_and_limit(request)
+        tokens, limit = self.prompt_ids_and_limit(request)
         sampling = self.sampling._replace(max_new_tokens=limit)
-        ids = stream(self.model, [tokens], self.adaption_prompts(request), sampling, self.decode)
-        return text_pieces(ids, self.tokenizer, [])
+        steps = stream(self.model, [tokens], self.adaption_prompts(request), sampling, self.decode_step)
+        return text_pieces(steps, self.tokenizer, [])
 
-    def tokens_and_limit(self, request: Request) -> tuple[list[int], int]:
+    def prompt_ids_and_limit(self, request: Request) -> tuple[list[int], int]:
         """The ids of the prompt, and the number of tokens that the response may have. Raises ValueError."""
-        tokens = self.tokens(request)
+        tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or math.inf
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {context}")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
 
-    def tokens(self, request: Request) -> list[int]:
+    def prompt_ids(self, request: Request) -> list[int]:
         """The ids of <bos> and the instruction in its template, after earlier turns. Raises ValueError."""
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
@@ -239,11 +240,11 @@ class Responder:
 
     def respond_batch(self, requests: Sequence[Request]) -> list[str]:
         """Return the responses to several requests, which may have different adapters and images."""
-        tokens, limits = zip(*map(self.tokens_and_limit, requests))
+        tokens, limits = zip(*map(self.prompt_ids_and_limit, requests))
         adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
         sampling = self.sampling._replace(max_new_tokens=max(limits))
         responses: list[list[int]] = [[] for _ in requests]
-        for ids in stream(self.model, tokens, adaption_prompts, sampling, self.decode):
+        for ids in stream(self.model, tokens, adaption_prompts, sampling, self.decode_step):
             for response, id, limit in zip(responses, ids, limits):
                 if id is not None and len(response) < limit:
                     response.append(id)
@@ -264,8 +265,8 @@ class Responder:
 def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
     """Concatenate the adaption prompts of a batch along B; each sample may have another adapter, with the same K.
 
-    A sample that has fewer adapted layers than another, or none (the base), has zero gates in the others. A batch that
-    shares one adapter needs no copies.
+    A sample with fewer adapted layers than another, or none (the base), gets zero gates in the lower layers. A batch
+    that shares one adapter needs no copies.
     """
     if all(each is sets[0] for each in sets):
         return list(sets[0])
@@ -345,7 +346,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
             gate_scale=options["gate_scale"],
             raw=raw,
             template=template,
-            decode=compile_decoding(decode, model) if options["compile"] else decode,
+            decode_step=compile_decoding(decode_step, model) if options["compile"] else decode_step,
             max_new_tokens=options["max_new_tokens"],
             temperature=0.0 if options["greedy"] else options["temperature"],
             top_p=options["top_p"],
@@ -403,8 +404,8 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     default = next((name for name in responder.loaded if name != "base"), "base")
     records, requests, images = read_requests(jsonl, responder.loaded, default, options["folder"])
     for index, request in enumerate(requests):
-        with named(f"{jsonl}: record {index}"):
-            responder.tokens_and_limit(request)
+        with prefix_errors(f"{jsonl}: record {index}"):
+            responder.prompt_ids_and_limit(request)
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(each[0].embeddings[0]) for name, each in used.items() if each}
     if len(set(lengths.values())) > 1:
@@ -425,7 +426,7 @@ class Conversation:
         self.adapter = adapter
         self.system = ""  # the system message
         self.turns: list[Turn] = []
-        self.ids: list[int] = []  # the cache holds as many of them as its length says
+        self.ids: list[int] = []  # of the conversation; the first `cache.lengths` are in the cache
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
@@ -433,25 +434,25 @@ class Conversation:
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)
-        tokens, limit = responder.tokens_and_limit(request)
-        known = self.continue_cache(tokens, limit)
+        tokens, limit = responder.prompt_ids_and_limit(request)
+        known = self.reuse_cached_prefix(tokens, limit)
         sampling = responder.sampling._replace(max_new_tokens=limit)
         new: list[int] = []
         adaption_prompts = responder.adaption_prompts(request)
-        ids = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode, self.cache)
-        yield from text_pieces(ids, responder.tokenizer, new)
+        steps = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode_step, self.cache)
+        yield from text_pieces(steps, responder.tokenizer, new)
         self.ids = tokens + new
         if responder.has_turns(self.adapter):
             self.turns.append(Turn("user", user_text(instruction, input)))
             self.turns.append(Turn("assistant", responder.tokenizer.decode(new)))
 
-    def continue_cache(self, tokens: list[int], limit: int) -> int:
+    def reuse_cached_prefix(self, tokens: list[int], limit: int) -> int:
         """Return how many of the tokens are cached, and make room for the others and `limit` new ones."""
         same = [old == new for old, new in zip(self.ids, tokens[:-1])] + [False]
         known = min(same.index(False), int(self.cache.lengths))
         needed = len(tokens) + limit
         if self.cache.capacity < needed:
-            self.cache = self.cache.grow(needed + self.cache.capacity)
+            self.cache = self.cache.longer_copy(needed + self.cache.capacity)
         self.cache.lengths.fill_(known)
         self.ids = tokens
         return known

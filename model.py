@@ -133,9 +133,9 @@ class LayerCache:
 class KVCache:
     """Key/value cache of fixed size for one generation, created and owned by the caller.
 
-    `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller advances
-    them. Rows of different length are padded on the right, and each is advanced by its own length, so that the next
-    tokens overwrite the padding.
+    `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller then
+    increases them. Rows of different length are padded on the right, and each is advanced by its own length, so that
+    the next tokens overwrite the padding.
     """
 
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
@@ -146,8 +146,8 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.capacity = capacity
 
-    def grow(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
-        """Return a longer copy; of these rows (R,), any number of times each, if they are given."""
+    def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
+        """Return a copy with room for `capacity` tokens, of all rows or of these, in any order, repeats allowed."""
         longer = copy.copy(self)
         rows = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
         longer.capacity = capacity
@@ -165,7 +165,7 @@ class KVCache:
 class Positions(NamedTuple):
     """Positions of the tokens of one forward pass, and the attention mask, shared by all layers."""
 
-    index: Tensor  # (1|B, T)
+    indices: Tensor  # (1|B, T)
     cos: Tensor  # (1|B, T, 1, D/2), from `rope_cos_sin`
     sin: Tensor
     mask: Tensor | None  # (B, 1, T, capacity) with a cache; None without one: causal attention
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
         self.gated = gated
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H*D) -> (B, T, H, D)
 
     def project_adaption_prompt(
@@ -193,8 +193,8 @@ class Attention(nn.Module):
         """Project an adaption prompt to keys and values (1|B, Hkv, K, D), unrotated: it has no position."""
         if cache is not None and cache.prompt_kv is not None:
             return cache.prompt_kv
-        k = self.k_norm(self.heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
-        v = self.heads(self.wv(adaption_prompt.embeddings)).transpose(1, 2)  # (1|B, Hkv, K, D)
+        k = self.k_norm(self.split_heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
+        v = self.split_heads(self.wv(adaption_prompt.embeddings)).transpose(1, 2)  # (1|B, Hkv, K, D)
         if cache is not None:
             cache.prompt_kv = k, v
         return k, v
@@ -202,13 +202,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Positions, adaption_prompt: AdaptionPrompt | None, cache: LayerCache | None
     ) -> Tensor:
-        q = self.q_norm(self.heads(self.wq(x)))  # (B, T, H, D)
-        k = self.k_norm(self.heads(self.wk(x)))  # (B, T, Hkv, D)
-        v = self.heads(self.wv(x)).transpose(1, 2)  # (B, Hkv, T, D)
+        q = self.q_norm(self.split_heads(self.wq(x)))  # (B, T, H, D)
+        k = self.k_norm(self.split_heads(self.wk(x)))  # (B, T, Hkv, D)
+        v = self.split_heads(self.wv(x)).transpose(1, 2)  # (B, Hkv, T, D)
         q = apply_rope(q, positions.cos, positions.sin).transpose(1, 2)  # (B, H, T, D)
         k = apply_rope(k, positions.cos, positions.sin).transpose(1, 2)  # (B, Hkv, T, D)
         if cache is not None:
-            k, v = cache.write(k, v, positions.index)  # (B, Hkv, S, D)
+            k, v = cache.write(k, v, positions.indices)  # (B, Hkv, S, D)
         mask = positions.mask
         causal = mask is None
         if adaption_prompt is None:

@@ -19,11 +19,21 @@ from cloup import command
 from torch import Tensor, nn
 
 from adapter import ATTENTIONS, Adapter
-from data import IGNORE, Example, Tokens, collate, epoch_batches, group_by_size, hold_out, split_over_ranks, tokenize
-from formats.bases import base_fingerprint, load_weights, read_base
+from data import (
+    IGNORE,
+    Example,
+    TokenizedExample,
+    collate,
+    epoch_batches,
+    group_by_length,
+    hold_out,
+    split_over_ranks,
+    tokenize,
+)
+from formats.bases import base_fingerprint, load_model, read_base
 from formats.chat_templates import load_template
 from formats.hub import find_base
-from formats.tensors import Weights, named
+from formats.tensors import Weights, prefix_errors
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA, num_parameters
 from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
@@ -46,7 +56,7 @@ class TrainConfig:
     """Hyper-parameters. The defaults are the paper's if it states them (section 4.1)."""
 
     layers: int | None = setting(None, "L, number of topmost layers to adapt.  [default: all but two]", Count())
-    length: int = setting(10, "K, number of prompt vectors per layer.", click.IntRange(1, 4096))
+    length: int = setting(10, "K, number of adaption prompts per layer.", click.IntRange(1, 4096))
     epochs: int = setting(5, "Passes over the training data.", Count())
     warmup_epochs: float = setting(2, "Epochs of linear warm-up, followed by cosine decay to 0.", Real(0))
     batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
@@ -58,7 +68,7 @@ class TrainConfig:
         None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's context]", Count(2)
     )
     val_size: float = setting(0.02, "Validation set: a fraction if below 1, otherwise a count.", Real(0))
-    seed: int = setting(0, "For the initial prompts, the validation split and the order of examples.", SEED)
+    seed: int = setting(0, "For the initial adaption prompts, the validation split and the order of examples.", SEED)
     micro_batch_tokens: int = setting(8192, "Positions per forward pass; affects memory only.", Count())
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
 
@@ -86,20 +96,20 @@ class TrainConfig:
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
-# AdamW's update is about the learning rate, whatever the size of the parameter. The rate of the prompts would
-# destabilize the image projection and an encoder's head, whose weights are far smaller.
+# AdamW's update is about as large as the learning rate, whatever the size of the parameter. The rate of the prompts
+# would destabilize the image projection and an encoder's head, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of the adapter. The `scale` of a group multiplies the scheduled rate."""
+    """AdamW over the trainable parameters of the adapter. The `lr_scale` of a group multiplies the scheduled rate."""
     parameters = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
     prompts = [parameters.pop("prompts")] if "prompts" in parameters else []
     gates = [parameters.pop("gates")] if "gates" in parameters else []
     groups = [
-        {"params": prompts, "weight_decay": weight_decay, "scale": 1.0},
-        {"params": gates, "weight_decay": 0.0, "scale": 1.0},
-        {"params": list(parameters.values()), "weight_decay": weight_decay, "scale": LINEAR_LR_SCALE},
+        {"params": prompts, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": gates, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": list(parameters.values()), "weight_decay": weight_decay, "lr_scale": LINEAR_LR_SCALE},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
 
@@ -116,11 +126,11 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 
 
 def response_loss(
-    model: LLaMA, adapter: Adapter, examples: Sequence[Tokens], checkpoint_activations: bool = False
+    model: LLaMA, adapter: Adapter, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
     """Cross entropy, summed over the R response tokens of the examples.
 
-    The output head runs only at positions with a target; half of Alpaca's tokens are prompts. Without examples the
+    The output head runs only at positions with a target; half of Alpaca's tokens are in prompts. Without examples the
     loss is a zero that is connected to all layers.
     """
     batch = collate(examples)
@@ -129,7 +139,9 @@ def response_loss(
     if batch.features is None:
         adaption_prompts = adapter(dtype=model.dtype)
     else:
-        adaption_prompts = adapter(batch.features.to(model.device), batch.has_image.to(model.device), dtype=model.dtype)
+        features = batch.features.to(model.device)  # (B, F)
+        has_image = batch.has_image.to(model.device)  # (B,)
+        adaption_prompts = adapter(features=features, has_image=has_image, dtype=model.dtype)
     hidden = model.hidden_states(inputs, adaption_prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
     loss_mask = targets != IGNORE  # (B, T)
     return chunked_cross_entropy(hidden[loss_mask], model.output.weight, targets[loss_mask])
@@ -149,32 +161,32 @@ def train_step(
     Raises FloatingPointError, with the adapter unchanged, if the loss or its gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    for parameter in parameters:  # a projection without an image in its share gets no gradient of its own
+    for parameter in parameters:  # on a rank without images, the projection gets no gradient of its own
         parameter.grad = torch.zeros_like(parameter)
-    total_loss = torch.zeros((), device=parameters[0].device)
+    batch_loss = torch.zeros((), device=parameters[0].device)
 
     # Each loss is divided by the number of targets of the whole batch, so that the gradients add up to the gradient of
     # the batch for any split into micro-batches and over ranks.
     num_targets = sum(example.num_targets for example in examples)
     shares = split_over_ranks(examples, world_size())
-    micro_batches = [group_by_size(share, config.micro_batch_tokens) for share in shares]
+    micro_batches = [group_by_length(share, config.micro_batch_tokens) for share in shares]
     mine = micro_batches[rank()]
     # Ranks without data run empty micro-batches, because FSDP's all-gathers are collective.
     mine += [[]] * (max(map(len, micro_batches)) - len(mine))
     for micro_batch in mine:
         loss = loss_fn(model, adapter, micro_batch, config.checkpoint_activations) / num_targets
         loss.backward()
-        total_loss += loss.detach()
-    all_reduce_sum([total_loss, *(parameter.grad for parameter in parameters)])
+        batch_loss += loss.detach()
+    all_reduce_sum([batch_loss, *(parameter.grad for parameter in parameters)])
 
-    norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
-    if not (total_loss.isfinite() and norm.isfinite()):
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
+    if not (batch_loss.isfinite() and grad_norm.isfinite()):
         names = ", ".join(dict.fromkeys(example.name for example in examples))
-        raise FloatingPointError(f"a loss of {total_loss.item()} led to values that are not finite, from {names}")
+        raise FloatingPointError(f"a loss of {batch_loss.item()} led to values that are not finite, from {names}")
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = lr * group["lr_scale"]
     optimizer.step()
-    return total_loss.item()
+    return batch_loss.item()
 
 
 @torch.no_grad()
@@ -186,13 +198,13 @@ def mean_loss(
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
     """Mean loss over all targets of the examples, bit for bit the same for any number of ranks."""
-    micro_batches = group_by_size(examples, config.micro_batch_tokens)
+    micro_batches = group_by_length(examples, config.micro_batch_tokens)
     micro_batches += [[]] * (-len(micro_batches) % world_size())
-    losses = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
+    loss_sums = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
     for i in range(rank(), len(micro_batches), world_size()):
-        losses[i] = loss_fn(model, adapter, micro_batches[i])
-    all_reduce_sum([losses])
-    return sum(losses.tolist()) / sum(example.num_targets for example in examples)
+        loss_sums[i] = loss_fn(model, adapter, micro_batches[i])
+    all_reduce_sum([loss_sums])
+    return sum(loss_sums.tolist()) / sum(example.num_targets for example in examples)
 
 
 class Step(NamedTuple):
@@ -202,7 +214,7 @@ class Step(NamedTuple):
     epoch: int  # from 0
     loss: float  # before the step
     lr: float
-    tokens: int
+    num_tokens: int
     seconds: float
 
 
@@ -220,19 +232,19 @@ def training_steps(
     The order of examples and the learning rate depend only on the configuration and the step, so that resuming is
     exact, on any number of ranks. Raises FloatingPointError as `train_step`.
     """
-    sizes = [example.size for example in examples]
+    lengths = [example.num_tokens for example in examples]
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
     num_steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)
     for step in range(first_step, num_steps):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == first_step:
-            batches = epoch_batches(sizes, config.batch_size, config.seed, epoch)
+            batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
         batch = [examples[i] for i in batches[position]]
         lr = learning_rate(step, peak=config.peak_lr, warmup=warmup, total=num_steps)
         start = time.perf_counter()
         loss = train_step(model, adapter, optimizer, batch, lr, config, loss_fn)
-        yield Step(step + 1, epoch, loss, lr, sum(example.size for example in batch), time.perf_counter() - start)
+        yield Step(step + 1, epoch, loss, lr, sum(example.num_tokens for example in batch), time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -240,7 +252,7 @@ def training_steps(
 
 
 def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -> None:
-    """Train an adapter over a frozen LLaMA. `run` is the folder --out: it resumes, logs and saves.
+    """Train an adapter over a frozen LLaMA. `run` manages the folder --out: it resumes, logs and saves.
 
     Raises OSError or ValueError.
     """
@@ -274,14 +286,14 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 
         examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
         fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
-    with named(data.data or f"the toy {data.toy}"):
-        tokens, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
-        training, validation = hold_out(tokens, config.val_size, config.seed)
+    with prefix_errors(data.data or f"the toy {data.toy}"):
+        tokenized, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
+        training, validation = hold_out(tokenized, config.val_size, config.seed)
 
     # The base is whole on every rank, or sharded.
     model, strategy = load_frozen(path, model_config, weights, base, dtype, device)
     del weights  # this closes the files of the base
-    adapter = make_adapter(config, model_config, tokens).to(device)  # float32, gates at zero
+    adapter = make_adapter(config, model_config, tokenized).to(device)  # float32, gates at zero
     adapter.metadata = describe_adapter(data, base, path, model_config, encoder, fixed, len(training))
     if base.init:
         adapter = init_from_adapter(initial, adapter, base.init)
@@ -289,7 +301,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         freeze_parts(adapter, base.freeze)
     optimizer = make_optimizer(adapter, config.weight_decay)
     counts = {"examples": len(training), "held_out": len(validation)}
-    counts |= {"dropped": len(examples) - len(tokens), "truncated": num_truncated}
+    counts |= {"dropped": len(examples) - len(tokenized), "truncated": num_truncated}
     print_overview(model, adapter, config, counts, strategy)
     steps_per_epoch = math.ceil(len(training) / config.batch_size)
     num_steps = config.epochs * steps_per_epoch
@@ -376,7 +388,7 @@ def load_frozen(
         from runtime.quantization import quantizer
 
         prepare_layer = quantizer(bits, device)
-    model = load_weights(path, model_config, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
+    model = load_model(path, model_config, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
     if strategy == "fsdp":
         prepare_layer(model)
     if base.compile:
@@ -384,7 +396,7 @@ def load_frozen(
     return model, strategy
 
 
-def make_adapter(config: TrainConfig, model_config: Config, examples: Sequence[Tokens]) -> Adapter:
+def make_adapter(config: TrainConfig, model_config: Config, examples: Sequence[TokenizedExample]) -> Adapter:
     """Create the adapter: an ImageAdapter if any example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
     dimensions = {
@@ -454,7 +466,7 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 @options_of(RunOptions, "Run")
 @click.pass_context
 def main(context, **options):
-    """Train a LLaMA-Adapter: prompts and gates are trained, the base stays frozen.
+    """Train a LLaMA-Adapter: adaption prompts and gates are trained, the base stays frozen.
 
     Without --data and --base this trains over a tiny LLaMA that was pretrained on an almanac, and evaluates it.
     """

@@ -81,7 +81,7 @@ class Bench:
 
         taken = interleave({"step": step}, 5, self.device, limit=self.SECONDS)["step"]
         peak = peak_growth(step, self.device) + held_bytes(contestant.model)
-        seconds, tokens = min(taken), sum(example.size for example in self.examples)
+        seconds, tokens = min(taken), sum(example.num_tokens for example in self.examples)
         num_targets = sum(example.num_targets for example in self.examples)
         operations = step_operations(self.config, tokens, num_targets, checkpointed)
         five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS

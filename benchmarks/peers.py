@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Adapter, gated_attention
-from data import IGNORE, Tokens, collate
+from data import IGNORE, TokenizedExample, collate
 from formats.hugging_face import config_values, to_hugging_face
-from generate import decode, generate
+from generate import decode_step, generate
 from model import LLaMA, apply_rope, rope_cos_sin
 from runtime.compilation import compile_decoding, compile_layers, prepare_to_compile
 from runtime.quantization import quantizer
@@ -39,7 +39,7 @@ class Contestant:
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.02)
 
-    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, examples: list[TokenizedExample]) -> None:
         optimizer.zero_grad()
         self.loss(examples).backward()
         optimizer.step()
@@ -95,26 +95,26 @@ class Ours(Adapted):
             quantize = quantizer(variant.bits, model.device)
             for block in same.layers:
                 quantize(block)
-        self.decode = decode
+        self.decode_step = decode_step
         if variant.compiled is not None:
             prepare_to_compile(model.device)
         if variant.compiled == "layers":
             compile_layers(same.layers)
         if variant.compiled == "decoding":
-            self.decode = compile_decoding(decode, same)
+            self.decode_step = compile_decoding(decode_step, same)
         again = variant.checkpoint_activations
         self.config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=again)
 
-    def step(self, optimizer: torch.optim.Optimizer, examples: list[Tokens]) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, examples: list[TokenizedExample]) -> None:
         train_step(self.model, self.adapter, optimizer, examples, LR, self.config)
 
-    def loss(self, examples: list[Tokens]) -> Tensor:
+    def loss(self, examples: list[TokenizedExample]) -> Tensor:
         return response_loss(self.model, self.adapter, examples) / sum(example.num_targets for example in examples)
 
     @torch.no_grad()
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         adaption_prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
-        return generate(self.model, rows, adaption_prompts, max_new_tokens=n, decode=self.decode)
+        return generate(self.model, rows, adaption_prompts, max_new_tokens=n, decode_step=self.decode_step)
 
     def continuation(self, tokens: list[int], n: int) -> list[int]:
         return self.continuations([tokens], n)[0]
@@ -130,7 +130,7 @@ class Plain(Adapted):
         self.head = model.output.weight.contiguous()  # as a checkpoint has it
         self.max_seq_len = max_seq_len
 
-    def loss(self, examples: list[Tokens]) -> Tensor:
+    def loss(self, examples: list[TokenizedExample]) -> Tensor:
         inputs, targets = padded(examples, self.max_seq_len)
         device = self.model.device
         logits = self.logits(inputs.to(device), start=0, cache=None)  # (B, T, V)
@@ -144,7 +144,7 @@ class Plain(Adapted):
         x = model.tok_embeddings(tokens)  # (B, T, C)
         for i, block in enumerate(model.layers):
             attention, normed = block.attention, block.attention_norm(x)
-            q, k, v = (attention.heads(w(normed)) for w in (attention.wq, attention.wk, attention.wv))
+            q, k, v = (attention.split_heads(w(normed)) for w in (attention.wq, attention.wk, attention.wv))
             q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
             if cache is not None:
                 cache[i][0][:, :, start : start + T], cache[i][1][:, :, start : start + T] = k, v
@@ -155,7 +155,8 @@ class Plain(Adapted):
             if i >= len(model.layers) - len(adaption_prompts):
                 adaption_prompt = adaption_prompts[i - len(model.layers)]
                 pk, pv = (
-                    attention.heads(w(adaption_prompt.embeddings)).transpose(1, 2) for w in (attention.wk, attention.wv)
+                    attention.split_heads(w(adaption_prompt.embeddings)).transpose(1, 2)
+                    for w in (attention.wk, attention.wv)
                 )
                 pk, pv = (y.repeat_interleave(group, dim=1).repeat(B, 1, 1, 1) for y in (pk, pv))  # (B, H, K, D)
                 scores = q @ pk.transpose(2, 3) / math.sqrt(q.shape[3])
@@ -190,7 +191,7 @@ class HuggingFace(Contestant):
             config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
             self.model = peft.get_peft_model(self.model, config)
 
-    def loss(self, examples: list[Tokens]) -> Tensor:
+    def loss(self, examples: list[TokenizedExample]) -> Tensor:
         longest = max(len(example.ids) for example in examples)
         ids = torch.tensor([example.ids + [0] * (longest - len(example.ids)) for example in examples])
         labels, mask = ids.clone(), torch.zeros_like(ids)
@@ -254,7 +255,7 @@ class LitGPT(Contestant):
             if hasattr(module, "adapter_kv_cache"):
                 module.adapter_kv_cache = None
 
-    def loss(self, examples: list[Tokens]) -> Tensor:
+    def loss(self, examples: list[TokenizedExample]) -> Tensor:
         self.forget_prompts()
         inputs, targets, *_ = collate(examples)
         device = self.model.lm_head.weight.device
@@ -275,7 +276,7 @@ class LitGPT(Contestant):
         return ids[len(tokens) :].tolist()
 
 
-def padded(examples: list[Tokens], length: int) -> tuple[Tensor, Tensor]:
+def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, length)."""
     inputs, targets, *_ = collate(examples)
     missing = length - inputs.shape[1]

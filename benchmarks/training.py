@@ -21,7 +21,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.peers import Adapted, Contestant, Ours, Plain, Variant, installed_peers, padded
 from benchmarks.workload import Workload, compile_option, prepare_workload, workload_options
-from data import IGNORE, Tokens, collate, epoch_batches
+from data import IGNORE, TokenizedExample, collate, epoch_batches
 from model import LLaMA
 from runtime.cli import Count, one_line_errors
 
@@ -51,7 +51,7 @@ class Ablation(Adapted):
         self.level = self.LEVELS.index(level)
         self.like_length = self.level >= 3
 
-    def loss(self, examples: list[Tokens]) -> Tensor:
+    def loss(self, examples: list[TokenizedExample]) -> Tensor:
         inputs, targets = padded(examples, 512) if self.level < 2 else collate(examples)[:2]
         device = self.model.device
         inputs, targets = inputs.to(device), targets.to(device)
@@ -62,11 +62,11 @@ class Ablation(Adapted):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
 
-def epoch(contestant: Contestant, examples: list[Tokens], batch_size: int) -> Callable[[], None]:
+def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: int) -> Callable[[], None]:
     """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
     optimizer = contestant.optimizer()
     if contestant.like_length:
-        batches = epoch_batches([example.size for example in examples], batch_size, seed=0, epoch=0)
+        batches = epoch_batches([example.num_tokens for example in examples], batch_size, seed=0, epoch=0)
     else:
         order = np.random.default_rng(0).permutation(len(examples)).tolist()
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -98,7 +98,7 @@ def training_contestants(
 
 
 @torch.no_grad()
-def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[Tokens]) -> dict[str, float]:
+def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[TokenizedExample]) -> dict[str, float]:
     """Raises ValueError where one differs from ours: it would be compared for nothing."""
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
     for name, loss in losses.items():
@@ -148,7 +148,7 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         "micro_batch_tokens": micro_batch_tokens,
         "checkpoint_activations": checkpoint_activations,
         "ablation": ablation,
-        "tokens": sum(example.size for example in examples),
+        "tokens": sum(example.num_tokens for example in examples),
         "flops_of_ours": flops,
         "matmul_flops_per_second": speed,
         "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],

@@ -9,7 +9,7 @@ from cloup import option, option_group
 
 from adapter import Adapter
 from benchmarks.measuring import json_option
-from data import AlpacaTemplate, Example, Tokenizer, Tokens, read_examples, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, read_examples, tokenize
 from formats.tokenizers import SentencePieceTokenizer, load_tokenizer
 from model import SIZES, Config, LLaMA
 from runtime.cli import Count, device_options
@@ -58,7 +58,7 @@ class Workload:
             examples, tokenizer = read_examples(self.data), SentencePieceTokenizer(self.tokenizer)
         return examples[:: max(1, len(examples) // number)][:number], tokenizer
 
-    def examples(self, number: int) -> list[Tokens]:
+    def examples(self, number: int) -> list[TokenizedExample]:
         """The same as ids. Raises OSError or ValueError."""
         examples, tokenizer = self.read(number)
         return tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]
@@ -105,11 +105,11 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LL
     return model
 
 
-def random_examples(config: Config, lengths: Sequence[int]) -> list[Tokens]:
+def random_examples(config: Config, lengths: Sequence[int]) -> list[TokenizedExample]:
     """Of so many tokens each, half of them response."""
     generator = torch.Generator().manual_seed(0)
     return [
-        Tokens(
+        TokenizedExample(
             torch.randint(3, config.vocab_size, (length,), generator=generator).tolist(),
             [position >= length // 2 for position in range(length)],
             f"row {i}",

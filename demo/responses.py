@@ -127,7 +127,7 @@ class Demonstration:
 
 def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
     """A response piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
-    tokens, limit = responder.tokens_and_limit(request)
+    tokens, limit = responder.prompt_ids_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
     new = stream(responder.model, [tokens], responder.adaption_prompts(request), sampling)
@@ -148,7 +148,7 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def response_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
     """The prompts' share (L, n) while each of a response's n tokens was chosen: at the token before it."""
-    tokens = torch.tensor([responder.tokens(request) + ids], device=responder.model.device)
+    tokens = torch.tensor([responder.prompt_ids(request) + ids], device=responder.model.device)
     shares = prompt_shares(responder.model, tokens, responder.adaption_prompts(request))  # (L, 1, T + n)
     return shares[:, 0, -len(ids) - 1 : -1].cpu()
 

@@ -23,7 +23,7 @@ from encoder_tuning.squad import labelled_questions, read_squad
 from encoders.media import open_image, preprocess_whole
 from encoders.models import Roberta, ViT
 from formats.encoders import head_labels
-from formats.tensors import named
+from formats.tensors import prefix_errors
 from runtime.files import MAX_BYTES, read_text, require_file
 
 HEAD_TASKS = ("image-classification", "text-classification", "token-classification", "question-answering")
@@ -110,13 +110,13 @@ def read_labelled(
     check_head_task(task, model, base)
     if task == "question-answering":
         questions, tokenizer = subset(read_squad(data), limit), roberta_tokenizer(model, base)
-        with named(data):
+        with prefix_errors(data):
             return labelled_questions(questions, tokenizer, max_length, stride)
     if task == "token-classification":
         sentences = read_conll(data)
         classes = list(classes) or tag_classes(sentences, head_labels(base))
         check_classes(classes, data)
-        with named(data):
+        with prefix_errors(data):
             return labelled_sentences(subset(sentences, limit), roberta_tokenizer(model, base), max_length, classes)
     rows = (read_labelled_images if task == "image-classification" else read_labelled_texts)(data)
     classes = list(classes) or class_names([label for _, label, _ in rows])

@@ -18,7 +18,7 @@ class Labelled(NamedTuple):
     inputs: Tensor  # ids (T,), or pixels (c, S, S)
     labels: tuple[int, ...]  # its class; the positions of an answer's first and last token; or T classes, some IGNORE
     name: str  # the windows of one question share theirs
-    size: int  # the number of positions in a batch
+    num_tokens: int  # the number of positions in a batch
 
     @property
     def num_targets(self) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import IGNORE, group_by_size
+from data import IGNORE, group_by_length
 from encoder_tuning.labelled import Labelled
 from encoder_tuning.squad import NO_ANSWER, ContextWindow
 from encoders.heads import HeadAdapter
@@ -88,8 +88,8 @@ LOSSES = {  # by task
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
     """The most likely class of each."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
-    batches = [collate_labelled(group) for group in group_by_size(examples, max_tokens)]
+    order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
+    batches = [collate_labelled(group) for group in group_by_length(examples, max_tokens)]
     predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
     return [best for _, best in sorted(zip(order, predictions.tolist()))]
 
@@ -99,9 +99,9 @@ def predict_tags(
     model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
 ) -> list[list[int]]:
     """The most likely tag of each word of each example."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     predictions = []
-    for group in group_by_size(examples, max_tokens):
+    for group in group_by_length(examples, max_tokens):
         inputs, labels = collate_labelled(group)
         best = tag_scores(model, adapter, inputs).argmax(dim=1).cpu()  # (B, T)
         predictions += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]

@@ -19,7 +19,7 @@ from encoders.heads import HeadAdapter, head_adapter
 from encoders.models import Roberta, ViT
 from formats.adapters import load_adapter
 from formats.encoders import head_labels, load_encoder
-from formats.tensors import named
+from formats.tensors import prefix_errors
 from runtime.cli import warn
 from runtime.files import hash_tensors
 
@@ -81,7 +81,7 @@ class TrainedEncoder:
         if no_answer_threshold is None and int(metadata.get("unanswerable", 0)):
             no_answer_threshold = 0.0
         tokenizer, questions = roberta_tokenizer(self.model, self.base), subset(read_squad(data), limit)
-        with named(data):
+        with prefix_errors(data):
             windows = [context_windows(question, tokenizer, self.max_length, stride) for question in questions]
         bar = tqdm(zip(windows, questions), total=len(questions), unit="question", file=sys.stderr)
         texts = [
@@ -110,7 +110,7 @@ class TrainedEncoder:
             check_tag(name, f"{self.name}: its classes")
         check_classes(classes, data)
         sentences, tokenizer = subset(read_conll(data), limit), roberta_tokenizer(self.model, self.base)
-        with named(data):
+        with prefix_errors(data):
             found = labelled_sentences(sentences, tokenizer, self.max_length, classes)
         predicted = predict_tags(self.model, self.adapter, found.examples, max_tokens)
         by_name = {example.name: tags for example, tags in zip(found.examples, predicted)}

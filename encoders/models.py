@@ -51,17 +51,21 @@ class SelfAttention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim) for _ in range(4))
         self.gated = gated
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
     def forward(self, x: Tensor, adaption_prompt: AdaptionPrompt | None, mask: Tensor | None) -> Tensor:  # (B, T, C)
-        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, H, T, D)
+        q, k, v = (
+            self.split_heads(self.wq(x)),
+            self.split_heads(self.wk(x)),
+            self.split_heads(self.wv(x)),
+        )  # (B, H, T, D)
         if adaption_prompt is None:
             output = attend(q, k, v, mask)
         else:
             prompt_k, prompt_v = (
-                self.heads(self.wk(adaption_prompt.embeddings)),
-                self.heads(self.wv(adaption_prompt.embeddings)),
+                self.split_heads(self.wk(adaption_prompt.embeddings)),
+                self.split_heads(self.wv(adaption_prompt.embeddings)),
             )
             output = self.gated(q, k, v, prompt_k, prompt_v, adaption_prompt.gate, mask)
         return self.wo(output.transpose(1, 2).flatten(2))

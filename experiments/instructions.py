@@ -16,7 +16,7 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from data import AlpacaTemplate, Request, Tokenizer, Tokens, tokenize
+from data import AlpacaTemplate, Request, Tokenizer, TokenizedExample, tokenize
 from experiments.drawing import draw_bars, draw_line, percent
 from experiments.measures import text_perplexity
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT
@@ -66,10 +66,10 @@ class StoryBed:
     device: torch.device
     dtype: torch.dtype
 
-    def tokens(self, told: Sequence[Told]) -> list[Tokens]:
+    def tokens(self, told: Sequence[Told]) -> list[TokenizedExample]:
         return tokenize(AlpacaTemplate(self.tokenizer), [each.example() for each in told], self.text.shape[1])[0]
 
-    def examples(self, share: float) -> list[Tokens]:
+    def examples(self, share: float) -> list[TokenizedExample]:
         """So many of all, drawn from all kinds."""
         order = np.random.default_rng(0).permutation(len(self.sets.training))[: round(share * len(self.sets.training))]
         return self.tokens([self.sets.training[i] for i in order])

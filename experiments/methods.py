@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adapter import Adapter, AdaptionPrompt, attend, gated_attention
-from data import IGNORE, Tokens, collate
+from data import IGNORE, TokenizedExample, collate
 from formats.bases import load_llama
 from model import LLaMA
 from multimodal import ImageAdapter
@@ -88,12 +88,12 @@ class NoPrompts(nn.Module):
 
     def make_optimizer(self) -> torch.optim.AdamW:
         """As train.make_optimizer has it for an adapter."""
-        groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "scale": 1.0}]
+        groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
 
 def whole_model_loss(
-    model: LLaMA, adapter: nn.Module, examples: Sequence[Tokens], checkpoint_activations: bool = False
+    model: LLaMA, adapter: nn.Module, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
     """Like train.response_loss, but with a gradient for the output head as well."""
     batch = collate(examples)

@@ -13,7 +13,7 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 
 import toy
-from data import AlpacaTemplate, Example, Tokenizer, Tokens, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, tokenize
 from experiments.cached import cached_folder, toy_base
 from experiments.drawing import draw_bars, percent
 from experiments.methods import WEIGHT_DECAY, Trainable, finite_steps, make_image_adapter
@@ -48,7 +48,12 @@ def captions(files: list[Path]) -> list[Example]:
 
 
 def train_in_stages(
-    data: dict[str, list[Tokens]], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig, stages: list, seed: int
+    data: dict[str, list[TokenizedExample]],
+    model: LLaMA,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    stages: list,
+    seed: int,
 ) -> dict[str, float]:
     """The shares of `evaluate_digits` after all stages, and their seconds. Each begins where the last one ended."""
     config = replace(config, seed=seed)

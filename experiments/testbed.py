@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import toy
-from data import AlpacaTemplate, Example, Tokenizer, Tokens, hold_out, tokenize
+from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, hold_out, tokenize
 from encoder_tuning.data import subset
 from experiments.cached import toy_base
 from experiments.methods import WARMUP_EPOCHS, Setting
@@ -80,8 +80,8 @@ class Testbed:
 
     base: Path
     tokenizer: Tokenizer
-    training: list[Tokens]
-    held_out: list[Tokens]
+    training: list[TokenizedExample]
+    held_out: list[TokenizedExample]
     questions: list[Example]  # those of held_out
     text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; of no rows where there is none
     n_layers: int  # N

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adapter import Adapter
 from encoders.heads import HeadAdapter
-from formats.tensors import load_pth, named, open_tensors, require_dense
+from formats.tensors import load_pth, prefix_errors, open_tensors, require_dense
 from multimodal import ImageAdapter
 from runtime.cli import warn
 from runtime.files import read_json_object, require_file, write_json, write_tensors
@@ -54,7 +54,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         tensors = tensors.get("model", tensors)  # litgpt's are one level down
         if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
             raise ValueError(f"{path}: not a file of tensors by name")
-    with named(path):
+    with prefix_errors(path):
         layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
         if layers is None:
             some = ", ".join(sorted(tensors)[:3])
@@ -96,7 +96,7 @@ def load_own(path: Path) -> Adapter:
             raise ValueError(f"{path}: expected float32, found {tensor.dtype} in {name}")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
-    with named(path):
+    with prefix_errors(path):
         whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
         try:
             return kind.from_tensors(tensors, metadata)
@@ -150,7 +150,7 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
     if query is None:
         return None
     refuse_rest(tensors, AUTHORS)
-    with named(AUTHORS[0]):
+    with prefix_errors(AUTHORS[0]):
         require_dense(query)
     if query.dim() != 2 or len(query) == 0 or len(query) % length:
         raise ValueError(f"{AUTHORS[0]} {tuple(query.shape)} is no whole number of layers of {length} prompts each")

@@ -39,13 +39,13 @@ def load_llama(
     - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
 
-    `prepare_layer` as for `load_weights`. Raises FileNotFoundError or ValueError, in one line that names the file and
+    `prepare_layer` as for `load_model`. Raises FileNotFoundError or ValueError, in one line that names the file and
     both numbers.
     """
     path = Path(path)
     config, weights = read_base(path)
     tokenizer = load_tokenizer(path, config.vocab_size)
-    return load_weights(path, config, weights, dtype, device, attention, prepare_layer), tokenizer
+    return load_model(path, config, weights, dtype, device, attention, prepare_layer), tokenizer
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
@@ -73,7 +73,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     return config, weights
 
 
-def load_weights(
+def load_model(
     path: Path,
     config: Config,
     weights: Weights,

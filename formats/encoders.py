@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from adapter import gated_attention
 from encoders.models import make_mlp
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
-from formats.tensors import check_layers, copy, download_hint, filled, named, open_shards, open_tensors, require_dense
+from formats.tensors import (
+    check_layers,
+    copy,
+    download_hint,
+    filled,
+    prefix_errors,
+    open_shards,
+    open_tensors,
+    require_dense,
+)
 from runtime.files import read_json_object, write_json, write_tensors
 from runtime.schema import require_number
 
@@ -148,7 +157,7 @@ def load_encoder(
 def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequential:
     """In float32, not frozen. Raises ValueError."""
     numbers = dict(zip(("0", "2"), source.head))  # of linear layers; there is an activation between
-    with named(path, "weight"):
+    with prefix_errors(path, "weight"):
         weights = [require_dense(source.tensors[f"{name}.weight"]()) for name in source.head]
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             raise ValueError(f"{source.head[0]} is {[tuple(weight.shape) for weight in weights]}, no head")
@@ -185,7 +194,7 @@ def fill(
 ) -> None:
     """Give every parameter its value. Raises ValueError where it has none, or one of another shape."""
     weights = {}
-    with named(path, "weight"):
+    with prefix_errors(path, "weight"):
         for name, parameter in model.named_parameters():
             weights[name] = filled(parameter, lambda target, name=name: copy(fetch(name), target), name, dtype, device)
     model.load_state_dict(weights, assign=True)
@@ -212,7 +221,7 @@ def read_folder(folder: Path) -> Source:
     if values.get("model_type") is None and "architecture" in values:  # timm's
         said = [values.get(name) for name in ("pretrained_cfg", "model_args")]
         return read_state_dict(open_shards(folder), file, *(each if isinstance(each, dict) else {} for each in said))
-    with named(file):
+    with prefix_errors(file):
         kind = values.get("model_type")
         if str(kind) not in HUGGING_FACE:
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
@@ -253,7 +262,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
     kind, head, more = Source, (), {"activation": "gelu", "clip": False}
-    with named(file):
+    with prefix_errors(file):
         if "conv1.weight" in tensors:
             names, more = OPENAI, {}
         elif "patch_embed.proj.weight" in tensors:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from formats.tensors import Weights, copy, named, open_shards, require_dense
+from formats.tensors import Weights, copy, prefix_errors, open_shards, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 from runtime.schema import require_number
@@ -91,7 +91,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
 def read(folder: Path) -> tuple[Config, Weights]:
     """Raises OSError, or ValueError at what a LLaMA does not have."""
     values = read_json_object(folder / CONFIG)
-    with named(folder / CONFIG):
+    with prefix_errors(folder / CONFIG):
         config = hugging_face_config(values)
 
     def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor, part: Part | None = None) -> None:

@@ -17,17 +17,16 @@ from multimodal import (
     vision_encoder_fingerprint,
 )
 from runtime.cli import warn
-from runtime.files import resolved
-from runtime.files import hash_tensors
+from runtime.files import hash_tensors, resolved
 
 
 class VisionEncoder:
     """A frozen vision encoder, read at M depths. `metadata` is what the file of an adapter says of it."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device, depths: int = DEPTHS):
-        self.vision_encoder, self.depths = load_vit(path, dtype, device), depths
-        self.num_features = depths * self.vision_encoder.config.dim
-        fingerprint = vision_encoder_fingerprint(self.vision_encoder)
+        self.vit, self.depths = load_vit(path, dtype, device), depths
+        self.num_features = depths * self.vit.config.dim
+        fingerprint = vision_encoder_fingerprint(self.vit)
         self.metadata = {
             "vision_encoder": resolved(path),
             "vision_encoder_fingerprint": fingerprint,
@@ -36,7 +35,7 @@ class VisionEncoder:
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
         """(F,) for each. Raises OSError or ValueError."""
-        return encode_images(paths, self.vision_encoder, self.depths, cache)
+        return encode_images(paths, self.vit, self.depths, cache)
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
         """What a run that is resumed must see images with, too."""

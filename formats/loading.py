@@ -10,7 +10,7 @@ from adapter import ATTENTIONS, Adapter
 from data import Tokenizer
 from encoders.heads import HeadAdapter
 from formats.adapters import describe_reading, load_adapter
-from formats.bases import base_fingerprint, load_weights, read_base
+from formats.bases import base_fingerprint, load_model, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
 from formats.tensors import Weights
@@ -68,7 +68,7 @@ def load_with_adapters(
         from runtime.quantization import quantizer
 
         prepare_layer = quantizer(int(bits), device)
-    load = load_weights if world_size() == 1 else load_part_of_rank
+    load = load_model if world_size() == 1 else load_part_of_rank
     model = load(folder, config, weights, dtype, device, ATTENTIONS[attention], prepare_layer)
     if device.type == "cpu" and dtype == torch.bfloat16 and not bits:
         decode_by_rows(model)
@@ -91,10 +91,10 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
 def load_part_of_rank(
     folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args
 ) -> LLaMA:
-    """`load_weights` of this rank's part of every layer, for tensor parallelism. Raises OSError or ValueError."""
+    """`load_model` of this rank's part of every layer, for tensor parallelism. Raises OSError or ValueError."""
     from runtime.tensor_parallel import base_of_rank, join_ranks
 
-    model = load_weights(folder, *base_of_rank(config, weights), dtype, device, *args)
+    model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args)
     join_ranks(model)
     return model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats.tensors import Weights, copy, load_pth, named, require_dense
+from formats.tensors import Weights, copy, load_pth, prefix_errors, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
 from runtime.tensor_parallel import WHOLE, Part
@@ -37,7 +37,7 @@ def read(folder: Path) -> tuple[Config, Weights]:
     else:
         vocab_size = len(shards[0]["tok_embeddings.weight"])
         weights["output.weight"] = weights["tok_embeddings.weight"]
-    with named(folder / PARAMS):
+    with prefix_errors(folder / PARAMS):
         if params.get("vocab_size", -1) not in (-1, vocab_size):
             raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights have {vocab_size} tokens")
         return meta_config(params, vocab_size), weights

@@ -25,7 +25,7 @@ Weights = dict[str, Callable[..., None]]
 
 
 @contextmanager
-def named(file: str | Path, kind: str = "field"):
+def prefix_errors(file: str | Path, kind: str = "field"):
     """What is missing from a file or wrong in it is said with the file's name: KeyError and ValueError inside."""
     try:
         yield

@@ -85,13 +85,13 @@ def decode_by_rows(model: nn.Module) -> None:
                 setattr(parent, name, RowLinear(module))
 
 
-def compile_decoding(decode: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
-    """`decode(model, ids, prompts, cache)` under torch.compile.
+def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
+    """`decode_step(model, ids, prompts, cache)` under torch.compile.
 
     On a GPU it is recorded as one CUDA graph at the first step of each generation. On a CPU the linear layers without
     bias are replaced, in place, by `RowLinear`.
     """
-    compiled = torch.compile(decode)
+    compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":
         decode_by_rows(model)
         return compiled
@@ -111,17 +111,19 @@ def compile_decoding(decode: Callable[..., Tensor], model: nn.Module) -> Callabl
 
 
 def record_cuda_graph(
-    decode: Callable[..., Tensor], model: nn.Module, ids: Tensor, adaption_prompts, cache
+    decode_step: Callable[..., Tensor], model: nn.Module, ids: Tensor, adaption_prompts, cache
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
     """A CUDA graph of one step, where it reads the ids, and where it leaves the logits; the cache stays as it was."""
     newest, lengths = ids.clone(), cache.lengths.clone()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        decode(model, newest, adaption_prompts, cache)  # compiles; what it writes, the first replay will write again
+        decode_step(
+            model, newest, adaption_prompts, cache
+        )  # compiles; what it writes, the first replay will write again
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = decode(model, newest, adaption_prompts, cache)
+        logits = decode_step(model, newest, adaption_prompts, cache)
     cache.lengths.copy_(lengths)
     return graph, newest, logits

@@ -20,7 +20,7 @@ def generate_responses(
 ) -> list[str | None]:
     """Generate a response to each request, in batches of similar length; None if the prompt fills the context."""
     context = responder.model.config.max_seq_len or math.inf
-    lengths = [len(responder.tokens(request)) for request in requests]
+    lengths = [len(responder.prompt_ids(request)) for request in requests]
     order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
     responses: list[str | None] = [None] * len(requests)
     with tqdm(total=len(order), unit=unit, file=sys.stderr) as bar:

@@ -75,7 +75,7 @@ def score_rows(
     greedy = torch.ones_like(ids, dtype=torch.bool)  # (R, T)
     log_p[:, 0], greedy[:, 0] = token_scores(logits, ids[:, 0])
     if T > 1:
-        longer = cache.grow(cache.capacity + T - 1, rows)
+        longer = cache.longer_copy(cache.capacity + T - 1, rows)
         hidden = model.hidden_states(ids[:, :-1], adaption_prompts, longer)[later]  # (tokens, C)
         parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
         found = [token_scores(model.output(part), predicted) for part, predicted in parts]

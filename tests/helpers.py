@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from adapter import Adapter
 from benchmarks import measuring
-from data import Tokens
+from data import TokenizedExample
 from encoders.heads import HeadAdapter
 from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
 from model import Config, LLaMA
@@ -97,7 +97,7 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
 
 def make_example(ids, prompt_length, name="", features=None):
     """Of a prompt of so many tokens, and a response."""
-    return Tokens(ids, [i >= prompt_length for i in range(len(ids))], name, features)
+    return TokenizedExample(ids, [i >= prompt_length for i in range(len(ids))], name, features)
 
 
 def make_adapter(model, layers=2, length=5, seed=1, gates=True):
@@ -226,7 +226,10 @@ def openai_names(model):
         "proj": torch.zeros(model.config.dim, 5),
     }
     for kind in ("weight", "bias"):
-        named |= {f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"], f"ln_post.{kind}": weights[f"norm.{kind}"]}
+        named |= {
+            f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"],
+            f"ln_post.{kind}": weights[f"norm.{kind}"],
+        }
         for i in range(model.config.n_layers):
             ours, theirs = f"layers.{i}", f"transformer.resblocks.{i}"
             three = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
 from encoder_tuning.labelled import Labelled
-from data import group_by_size
+from data import group_by_length
 from encoder_tuning.objective import collate_labelled, predict_tags, tag_loss, tag_scores
 from encoder_tuning.trained import suits
 from encoders.heads import head_adapter
@@ -164,12 +164,12 @@ def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
     adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
     sentences = read_conll(conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
     examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
-    ids, labels = collate_labelled(group_by_size(examples, 1000)[0])
+    ids, labels = collate_labelled(group_by_length(examples, 1000)[0])
     with torch.no_grad():
         expected = theirs(ids, attention_mask=(ids != 1).long(), labels=labels)
         scores = tag_scores(model, adapter, ids).transpose(1, 2)
     torch.testing.assert_close(scores[ids != 1], expected.logits[ids != 1], rtol=1e-4, atol=1e-4)
-    groups = group_by_size(examples, 40)
+    groups = group_by_length(examples, 40)
     loss = sum(tag_loss(model, adapter, group) for group in groups)
     assert len(groups) > 1 and (ids == 1).any()
     assert (loss / sum(example.num_targets for example in examples)).item() == pytest.approx(

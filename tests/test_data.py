@@ -17,7 +17,7 @@ from data import (
     epoch_batches,
     format_prompt,
     hold_out,
-    group_by_size,
+    group_by_length,
     read_examples,
     split_over_ranks,
     tokenize,
@@ -170,7 +170,7 @@ def test_batches_have_little_padding():
 def test_micro_batches_keep_to_the_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [make_example([record] * length, 2, record) for record, length in enumerate(lengths)]
-    parts = [collate(group) for group in group_by_size(examples, budget)]
+    parts = [collate(group) for group in group_by_length(examples, budget)]
     assert sorted(i for inputs, *_ in parts for i in inputs[:, 0].tolist()) == list(range(64))
     assert all(len(inputs) == 1 or inputs.numel() <= budget for inputs, *_ in parts)
     assert sum((targets != IGNORE).sum() for _, targets, *_ in parts) == sum(
@@ -246,4 +246,4 @@ def test_every_example_falls_to_one_rank(ranks):
     examples = [make_example([i] * length, 1, i) for i, length in enumerate([3, 50, 7, 7, 20, 9, 30])]
     parts = split_over_ranks(examples, ranks)
     assert len(parts) == ranks and sorted(e.name for part in parts for e in part) == list(range(7))
-    assert max(sum(e.size for e in part) for part in parts) <= sum(e.size for e in examples) / ranks + 50
+    assert max(sum(e.num_tokens for e in part) for part in parts) <= sum(e.num_tokens for e in examples) / ranks + 50

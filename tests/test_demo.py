@@ -132,7 +132,7 @@ def test_a_column_is_what_chose_its_token(demonstration):
     answers = last_answers(demonstration, Request(QUESTION, "of animals", "words"))
     model, tokenizer, adapter = demonstration.model, demonstration.tokenizer, demonstration.adapters["words"]
     responder = generate.Responder(model, tokenizer, {"words": adapter}, max_new_tokens=8)
-    tokens = responder.tokens(Request(QUESTION, "of animals", "words"))
+    tokens = responder.prompt_ids(Request(QUESTION, "of animals", "words"))
     (ids,) = generate.generate(model, [tokens], responder.loaded["words"].adaption_prompts, max_new_tokens=8)
     assert "".join(answers.labels) == answers.adapter and answers.shares.shape == (len(adapter.gates), len(ids))
     for i in range(len(ids)):

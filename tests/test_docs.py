@@ -157,11 +157,11 @@ def test_commands_and_options_exist(page):
 
 
 def test_tests_that_are_named_exist():
-    named = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
+    prefix_errors = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
     files = list((ROOT / "tests").glob("test_*.py"))
     there = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
-    assert "test_gates_move_first" in named
-    assert named - {"test_boolq"} <= there, "docs/tasks.md's example has a test of its own"
+    assert "test_gates_move_first" in prefix_errors
+    assert prefix_errors - {"test_boolq"} <= there, "docs/tasks.md's example has a test of its own"
 
 
 def test_the_tree_is_the_top_level():

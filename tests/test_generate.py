@@ -17,7 +17,7 @@ from data import format_prompt
 from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
 from formats.loading import load_with_adapters
-from generate import Sampling, decode, generate, main, prefill, sample, stream, text_pieces
+from generate import Sampling, decode_step, generate, main, prefill, sample, stream, text_pieces
 from model import KVCache
 from runtime.compilation import RowLinear, compile_decoding, decode_by_rows
 
@@ -54,11 +54,11 @@ def test_compiled_decoding_is_the_plain_one(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     other = deepcopy(model)  # its linear layers are replaced
-    compiled = compile_decoding(decode, other)
+    compiled = compile_decoding(decode_step, other)
     for length in (5, 9, 14):
         row = [make_tokens(model, length, seed=length).tolist()]
         plain = generate(model, row, prompts, max_new_tokens=12)
-        assert generate(other, row, prompts, max_new_tokens=12, decode=compiled) == plain
+        assert generate(other, row, prompts, max_new_tokens=12, decode_step=compiled) == plain
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
 
 
@@ -75,7 +75,7 @@ def test_decoding_by_rows(config):
             cache = KVCache(each, len(rows), 8)
             with torch.no_grad():
                 prefill(each, rows, prompts, cache)
-                both.append(decode(each, torch.tensor([6] * len(rows)), prompts, cache))
+                both.append(decode_step(each, torch.tensor([6] * len(rows)), prompts, cache))
         torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
 
 
@@ -191,8 +191,8 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
     """The template with and without the input field, or the bare text, after <bos>; the sampling as asked for."""
     seen = []
 
-    def stream(model, tokens, prompts, sampling, decode):
-        seen.append((*tokens, sampling, decode))
+    def stream(model, tokens, prompts, sampling, decode_step):
+        seen.append((*tokens, sampling, decode_step))
         return iter([])
 
     monkeypatch.setattr("generate.stream", stream)
@@ -206,7 +206,7 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
         assert run("--adapter", tiny_adapter, *args).exit_code == 0
         tokens, sampling, decoding = seen.pop()
         assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
-        assert sampling.generator.initial_seed() == 0 and decoding is decode
+        assert sampling.generator.initial_seed() == 0 and decoding is decode_step
         # The paper's sampling, not another (OGV 133).
         assert sampling[:4] == (256, 0.1, 0.75, set(tokenizer.end_ids))
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]

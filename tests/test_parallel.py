@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import train
 import training.run
 from adapter import Adapter
-from data import group_by_size, split_over_ranks
+from data import group_by_length, split_over_ranks
 from formats.bases import load_llama
 from runtime.device import select_device
 from runtime.distributed import init_distributed, local_rank0_first, process_group, rank
@@ -94,7 +94,7 @@ def test_every_example_falls_to_one_rank(number, world):
     tokens = [sum(len(e.ids) for e in mine) for mine in parts]
     longest = max(len(e.ids) for e in examples)
     assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
-    assert sum(len(group_by_size(mine, 10_000)) for mine in parts) == sum(map(bool, parts))
+    assert sum(len(group_by_length(mine, 10_000)) for mine in parts) == sum(map(bool, parts))
 
 
 def validate(lengths):
@@ -183,7 +183,7 @@ def no_memory_for_the_base(rank):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
     if rank == 1:
-        train.load_weights = fail
+        train.load_model = fail
 
 
 def no_room_for_the_folder(rank):
@@ -368,7 +368,7 @@ def test_no_rank_leaves_before_the_first_has_finished(forks, args, tmp_path):
 
 def killed_while_loading(rank):
     if rank == 1:
-        train.load_weights = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        train.load_model = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_is_killed_before_the_first_step(forks, args):

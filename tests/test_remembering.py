@@ -44,7 +44,7 @@ def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monk
     conversation, history, whole = Conversation(responder, adapter), [], []
     for question in QUESTIONS:
         answer = "".join(conversation.respond(question))
-        whole.append(len(responder.tokens(Request(question, adapter=adapter, history=history))))
+        whole.append(len(responder.prompt_ids(Request(question, adapter=adapter, history=history))))
         assert answer == fresh(responder, question, adapter=adapter, history=history)
         history += [Turn("user", question), Turn("assistant", answer)]
         assert conversation.turns == history

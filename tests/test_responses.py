@@ -22,7 +22,7 @@ def responder(tiny_base):
 
 def one_by_one(responder, request, answer):
     """log p of an answer and its end, by the softmax of the whole model's logits, in float64."""
-    prompt = responder.tokens(request)
+    prompt = responder.prompt_ids(request)
     ids = prompt + responder.tokenizer.encode(answer) + [responder.tokenizer.eos_id]
     with torch.no_grad():
         log_p = responder.model(torch.tensor([ids]), responder.adaption_prompts(request))[0].double().log_softmax(-1)
@@ -90,7 +90,7 @@ def test_written_answers_are_those_of_one_by_one(responder):
 def test_answers_must_fit_too(responder):
     """At the last of the base's positions an answer's last word is read, and its end foretold."""
     request, answer = Request("Hi"), "Yes, yes."
-    needed = len(responder.tokens(request)) + len(responder.tokenizer.encode(answer))
+    needed = len(responder.prompt_ids(request)) + len(responder.tokenizer.encode(answer))
     for spare, best in ((-1, [None]), (0, [answer])):
         responder.model.config = replace(responder.model.config, max_seq_len=needed + spare)
         assert most_likely_choices(responder, [request], [[answer]], 4) == best
@@ -99,7 +99,7 @@ def test_answers_must_fit_too(responder):
 def test_written_answers_need_room_for_one_token(responder):
     short, long = Request("Hi"), Request("word " * 30)
     for room, answered in ((0, False), (1, True)):
-        context = len(responder.tokens(long)) + room
+        context = len(responder.prompt_ids(long)) + room
         responder.model.config = replace(responder.model.config, max_seq_len=context)
         first, second = generate_responses(responder, [long, short])
         assert (first is not None) == answered and second is not None

@@ -156,7 +156,7 @@ def test_windows_of_a_question_are_held_out_together():
     training, validation = hold_out_by_name(examples, 0.25, seed=0)
     assert len(validation) == 15 and len(training) == 45
     assert not {example.name for example in training} & {example.name for example in validation}
-    assert sorted(example.size for example in training + validation) == list(range(60))
+    assert sorted(example.num_tokens for example in training + validation) == list(range(60))
 
 
 # ---------------------------------------------------------------------------------------------------

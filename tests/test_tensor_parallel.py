@@ -81,7 +81,7 @@ def answers_of(base, adapters, bits=None):
     with inference_ranks():
         model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, bits=bits)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
-        tokens, prompts = map(list, zip(*((responder.tokens(r), responder.adaption_prompts(r)) for r in asked())))
+        tokens, prompts = map(list, zip(*((responder.prompt_ids(r), responder.adaption_prompts(r)) for r in asked())))
         cache = KVCache(model, batch=len(tokens), capacity=100)
         logits = prefill(model, tokens, concat_adaption_prompts(prompts), cache)
         texts = responder.respond_batch(asked())
@@ -194,7 +194,7 @@ def test_what_is_wrong_is_said_once(forks, tiny_base, tmp_path, more, message):
 
 def killed_at_the_fourth_token(_):
     """Of the second rank."""
-    decode, calls = generate.decode, []
+    decode, calls = generate.decode_step, []
 
     def dying(*args):
         calls.append(1)
@@ -202,7 +202,7 @@ def killed_at_the_fourth_token(_):
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(*args)
 
-    generate.decode = dying
+    generate.decode_step = dying
 
 
 def test_a_lost_rank_ends_all(forks, tiny_base):

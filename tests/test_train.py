@@ -41,7 +41,7 @@ def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)
 
 def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activations=False):
     """train_step's loss, with a rate of zero: the gradient is left in the adapter, which stays as it is."""
-    optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "scale": 1.0}], lr=0.0)
+    optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
     config = TrainConfig(micro_batch_tokens=max_tokens, checkpoint_activations=checkpoint_activations)
     return train_step(model, adapter, optimizer, examples, 0.0, config)
 
@@ -120,7 +120,7 @@ def test_the_gradient_is_clipped_where_that_is_asked_for():
     model, norms = make_model(), []
     for clip in (None, 0.01, 1e6):
         adapter = make_adapter(model)
-        optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "scale": 1.0}], lr=0.0)
+        optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
         train_step(model, adapter, optimizer, make_examples(50), 0.0, TrainConfig(gradient_clip=clip))
         norms.append(torch.cat([p.grad.flatten() for p in adapter.parameters()]).norm().item())
     assert norms[0] == norms[2] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-3)

@@ -15,9 +15,8 @@ class Toy(NamedTuple):
     """A base, training data, and an evaluation."""
 
     base: Path
-    examples: (
-        Callable  # takes DataOptions; returns Examples, and the options with `images` and `vision_encoder` filled in
-    )
+    # Takes DataOptions; returns Examples, and the options with `images` and `vision_encoder` filled in.
+    examples: Callable
     evaluate: Callable[..., dict[str, float]]  # takes model, tokenizer and adapter; prints tables, returns scores
 
 

@@ -182,11 +182,11 @@ class Run:
     def log_step(self, step) -> None:
         """Append a train.Step to metrics.jsonl, and advance the progress."""
         self.step = step.number
-        self.tokens += step.tokens
+        self.tokens += step.num_tokens
         self.seconds += step.seconds
         if rank() > 0:
             return
-        speed = step.tokens / step.seconds
+        speed = step.num_tokens / step.seconds
         line = {"step": step.number, "epoch": step.epoch, "loss": step.loss, "lr": step.lr, "tokens_per_second": speed}
         line["gate_mean_abs"] = self.adapter.gate_values().abs().mean().item()
         write_metrics(self.metrics, line)

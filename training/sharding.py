@@ -34,7 +34,7 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
 
 
 def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """Return a function that shards a layer as soon as `load_weights` has read it, and at the end the whole model.
+    """Return a function that shards a layer as soon as `load_model` has read it, and at the end the whole model.
 
     Embeddings, norm and output head, a few per cent of a large model, stay whole on every rank.
     """
