@@ -4,7 +4,6 @@ In this order: sampling, the two forward passes, the loop; the responder, from a
 What else the command can do comes last: images, files of records, conversations. Notation as in adapter.py.
 """
 
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, TextIO
@@ -25,7 +24,7 @@ from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encode
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, broadcast_from_rank0, rank, run_command
-from runtime.errors import printable
+from runtime.errors import error_line, printable
 from runtime.files import require_writable
 from runtime.terminal import read_commands
 
@@ -151,6 +150,9 @@ def text_pieces(steps: Iterator[list[int | None]], tokenizer: Tokenizer, respons
 # From a request to a response
 
 
+UNSTATED_CONTEXT = 2**15  # tokens, of a base that does not state its context; the cache is allocated at once
+
+
 class LoadedAdapter(NamedTuple):
     """An adapter that is ready for generation; or the base alone, which has no adapter and no adaption prompts."""
 
@@ -210,7 +212,7 @@ class Responder:
     def prompt_ids_and_limit(self, request: Request) -> tuple[list[int], int]:
         """The ids of the prompt, and the number of tokens that the response may have. Raises ValueError."""
         tokens = self.prompt_ids(request)
-        context = self.model.config.max_seq_len or math.inf
+        context = self.model.config.max_seq_len or UNSTATED_CONTEXT
         if len(tokens) >= context:
             raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {context}")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
@@ -359,7 +361,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
             respond_to_file(responder, jsonl, out, options)
         elif prompt is not None:
             for name in names:
-                click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
+                click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
                 for piece in responder.respond(Request(prompt, input, name)):
                     click.echo(piece, nl=False)
                 click.echo()
@@ -465,7 +467,8 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
     """
     conversations = {name: Conversation(responder, name) for name in responder.loaded}
     terminal = broadcast_from_rank0(stdin.isatty)
-    for slash_command, text in read_commands(stdin, terminal, responder.has_turns(names[0])):
+    commands = read_commands(stdin, terminal, responder.has_turns(names[0]))
+    for number, (slash_command, text) in enumerate(commands, start=1):
         try:
             if slash_command in ("/adapter", "/none"):
                 name = text if slash_command == "/adapter" else "base"
@@ -482,21 +485,22 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
                         conversation.turns = []
             elif terminal:
                 for name in names:
-                    click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
+                    click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
                     for piece in conversations[name].respond(text, input):
                         click.echo(piece, nl=False)
                     click.echo()
             else:
-                print_one_line(responder, text, input, names)
+                with prefix_errors(f"standard input: line {number}"):
+                    print_one_line(responder, text, input, names)
         except ValueError as error:  # concerns this line alone
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {error_line(error)}", err=True)
             click.echo()
 
 
 def print_one_line(responder: Responder, instruction: str, input: str, names: Sequence[str]) -> None:
     """Print the responses, separated by tabs, with \\n for line breaks."""
     for number, name in enumerate(names, start=1):
-        click.echo(f"{name}: " if len(names) > 1 else "", nl=False)
+        click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
         for piece in responder.respond(Request(instruction, input, name)):
             click.echo(piece.replace("\n", "\\n"), nl=False)
         click.echo("\t" if number < len(names) else "\n", nl=False)

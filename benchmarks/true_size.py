@@ -20,6 +20,7 @@ from model import SIZES, Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import peak_memory, select_device
 from runtime.distributed import all_reduce_max, inference_ranks, rank, world_size
+from runtime.errors import printable
 from runtime.files import require_file, require_writable, write_json, write_tensors
 from runtime.quantization import held_bytes, quantizer
 from train import TrainConfig, make_optimizer, train_step
@@ -91,7 +92,7 @@ def write_checkpoint(size, tokenizer, out):
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
     write_json(out / "config.json", hugging_face_values(config))
     (out / "tokenizer.model").write_bytes(content)
-    click.echo(f"wrote {size:,} bytes in {len(names)} shards to {out}")
+    click.echo(f"wrote {size:,} bytes in {len(names)} shards to {printable(str(out))}")
 
 
 @command("load", context_settings={"show_default": True})

@@ -1,7 +1,9 @@
 """Pictures and videos opened, and made ready for a vision transformer."""
 
+import os
+from time import monotonic
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,12 @@ from runtime.files import require_file
 
 # Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+PIXELS = 2**26  # at most, of a picture
+SCANS = 200  # at most, of a progressive JPEG, which has about ten; each takes as long as the whole picture
 FRAME_PIXELS = 2**25  # at most: 8K video has 33,177,600
+VIDEO_SECONDS = 120  # at most, to decode a video
+# FFmpeg's formats that are videos and nothing else: a playlist, say, would open other files.
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,h264,hevc,m4v"
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
@@ -23,13 +30,17 @@ def open_image(path: str | Path) -> Image.Image:
     require_file(path, "image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
             with Image.open(path, formats=PICTURES) as image:
+                if image.width * image.height > PIXELS:
+                    raise Image.DecompressionBombError
+                if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > SCANS:
+                    raise ValueError(f"a JPEG of more than {SCANS} scans")
                 image = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not an image of a kind that is read: {', '.join(PICTURES)}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: has more than {PIXELS:,} pixels") from None
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken image: {error}") from None
     return showing(image, path)
@@ -38,7 +49,10 @@ def open_image(path: str | Path) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits scaled to 8: Pillow would cut it off. Raises ValueError at wider pixels, of unknown range."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        pixels = np.asarray(image).astype(np.uint32)
+        pixels += 128
+        pixels //= 257
+        return Image.fromarray(pixels.astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = {"I": "whole numbers", "F": "floating-point numbers"}[image.mode]
         raise ValueError(f"its pixels are {kind} of 32 bits, of no known range: save it with 8 or 16 bits")
@@ -61,18 +75,30 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
     try:
-        with av.open(str(path)) as file:
+        # An absolute path, so that no name is taken for a URL or for a protocol of FFmpeg's.
+        options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
+        with av.open(os.path.abspath(path), container_options=options, timeout=VIDEO_SECONDS) as file:
             stream = file.streams.video[0]
             check_frame(stream)
-            total = stream.frames or sum(1 for _ in file.decode(stream))  # not all formats say how many they have
+            deadline = monotonic() + VIDEO_SECONDS
+            total = stream.frames or sum(1 for _ in decoded(file, stream, deadline))  # not all formats say how many
             file.seek(0)
             wanted = {(2 * i + 1) * total // (2 * number) for i in range(number)}
-            frames = [check_frame(frame).to_image() for i, frame in enumerate(file.decode(stream)) if i in wanted]
+            numbered = enumerate(decoded(file, stream, deadline))
+            frames = [check_frame(frame).to_image() for i, frame in numbered if i in wanted]
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken video, or none: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return [showing(frame, path) for frame in frames]
+
+
+def decoded(file, stream, deadline: float) -> Iterator:
+    """Yield the frames of a stream. Raises ValueError when the time is up."""
+    for frame in file.decode(stream):
+        if monotonic() > deadline:
+            raise ValueError(f"decoding takes more than {VIDEO_SECONDS} seconds")
+        yield frame
 
 
 def check_frame(frame):

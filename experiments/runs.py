@@ -25,6 +25,7 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 
 from runtime.cli import PATH, Count, Real, one_line_errors
+from runtime.errors import printable
 from runtime.device import device_name, select_device
 from runtime.files import atomic_write, read_json_object, write_json
 
@@ -145,7 +146,7 @@ class Runs:
             "options": self.options,
         }
         write_json(self.out / f"{name}.json", about | rounded(values), allow_nan=False)
-        click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {self.out}\n")
+        click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {printable(str(self.out))}\n")
 
 
 def cells(column: Column, runs: Sequence[dict]) -> str:

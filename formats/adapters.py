@@ -29,6 +29,9 @@ from runtime.files import read_json_object, require_file, write_json, write_tens
 from runtime.schema import whole_number
 
 
+MAX_LENGTH = 4096  # K, as train.py allows
+
+
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
     """An adapter of ours or of anybody, or the folder of a run of ours; what lies at `path` tells whose.
 
@@ -68,12 +71,16 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
 
 def load_own(path: Path) -> Adapter:
     """Load an adapter file of this project. Raises ValueError that says what is wrong with it."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    with prefix_errors(path):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                for name in {"prompts"} & set(file.keys()):  # not read yet: a sparse file may hold any number of zeros
+                    shape = file.get_slice(name).get_shape()
+                    check_length(shape[1] if len(shape) == 3 else 0)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"not a whole safetensors file: {error}") from None
     kinds = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
     kind = next((kinds[name] for name in kinds if name in tensors), Adapter)
 
@@ -102,6 +109,12 @@ def load_own(path: Path) -> Adapter:
             return kind.from_tensors(tensors, metadata)
         except RuntimeError as error:  # a tensor that is missing, unknown, or of another shape
             raise ValueError(" ".join(str(error).split())) from None
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError if K is more than an adapter has."""
+    if length > MAX_LENGTH:
+        raise ValueError(f"has {length:,} prompts per layer, the most is {MAX_LENGTH:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -217,6 +230,7 @@ def from_layers(layers: LayerTensors, heads: int | None) -> Adapter:
     if not widths <= {1, heads} or 0 in widths:
         raise ValueError(f"layers have {sorted(widths)} gates, the base has {heads} heads")
     length, dim = prompts[numbers[0]].shape
+    check_length(length)
     adapter = Adapter(layers=len(numbers), length=length, dim=dim, heads=heads, gate_activation=activation)
     with torch.no_grad():
         adapter.prompts.copy_(torch.stack([prompts[i].float() for i in numbers]))

@@ -16,6 +16,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import AlpacaTemplate, Example, Exchange, Template, Tokenizer, Turn
+from formats.tensors import prefix_errors
 from runtime.cli import warn
 from runtime.files import first_line
 
@@ -71,7 +72,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         name = f"auto:{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         if trained_with not in ("", name.removeprefix("auto:")):
             warn("the base's chat_template is another than the one that the adapter was trained with")
-        return ChatTemplate(name, source, tokenizer, variables)
+        with prefix_errors("the base's chat_template"):
+            return ChatTemplate(name, source, tokenizer, variables)
     if name not in TEMPLATES:
         raise ValueError(f"unknown prompt template {name!r}; there are {', '.join(NAMES)}")
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]

@@ -131,19 +131,15 @@ def hugging_face_config(values: dict) -> Config:
         scaling = RopeScaling(*(rope[name] for name in fields))
     elif rope_type != "default":
         raise ValueError(f"rope_type is {rope_type!r}; only 'default' and 'llama3' are supported")
+    for name in ("hidden_size", "num_attention_heads"):
+        require_number(name, values[name], 1, 2**24, whole=True)
     dim, n_heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = values.get("head_dim")
-    if head_dim is None:
-        try:
-            head_dim = dim // n_heads
-        except (TypeError, ZeroDivisionError):
-            raise ValueError(f"hidden_size {dim!r} and num_attention_heads {n_heads!r} make no model") from None
     return Config(
         dim=dim,
         n_layers=values["num_hidden_layers"],
         n_heads=n_heads,
         n_kv_heads=n_heads if values.get("num_key_value_heads") is None else values["num_key_value_heads"],
-        head_dim=head_dim,
+        head_dim=dim // n_heads if values.get("head_dim") is None else values["head_dim"],
         hidden_dim=values["intermediate_size"],
         vocab_size=values["vocab_size"],
         norm_eps=values["rms_norm_eps"],
@@ -160,4 +156,7 @@ def context(values: dict) -> int | None:
     if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):
         return length
     require_number("sliding_window", window, 1, 2**40, whole=True)
-    return window if length is None else min(length, window)
+    if length is None:
+        return window
+    require_number("max_position_embeddings", length, 1, 2**40, whole=True)
+    return min(length, window)

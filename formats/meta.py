@@ -10,6 +10,7 @@ from torch import Tensor
 from formats.tensors import Weights, copy, load_pth, prefix_errors, require_dense
 from model import Config, RopeScaling
 from runtime.files import read_json_object
+from runtime.schema import require_number
 from runtime.tensor_parallel import WHOLE, Part
 
 PARAMS = "params.json"
@@ -82,14 +83,13 @@ def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None
 
 def meta_config(params: dict, vocab_size: int) -> Config:
     """Of params.json, which leaves the feed-forward's width to a formula. Raises KeyError or ValueError."""
-    dim, n_heads, multiple_of = params["dim"], params["n_heads"], params["multiple_of"]
+    for name in ("dim", "n_heads", "multiple_of"):
+        require_number(name, params[name], 1, 2**24, whole=True)
+    dim, n_heads = params["dim"], params["n_heads"]
     multiplier = params.get("ffn_dim_multiplier") or 1
-    try:
-        hidden_dim = int(multiplier * int(2 * 4 * dim / 3))
-        hidden_dim += -hidden_dim % multiple_of  # up to the next multiple
-        head_dim = dim // n_heads
-    except (TypeError, ArithmeticError, ValueError) as error:
-        raise ValueError(f"dim, n_heads, multiple_of and ffn_dim_multiplier make no model: {error}") from None
+    require_number("ffn_dim_multiplier", multiplier, 1e-3, 1e3)
+    hidden_dim = int(multiplier * int(2 * 4 * dim / 3))
+    hidden_dim += -hidden_dim % params["multiple_of"]  # up to the next multiple
     scaling = None
     if params.get("use_scaled_rope"):  # params.json leaves the factor to Meta's code: 8 in 3.1, 32 in 3.2's 1B and 3B
         scaling = RopeScaling(32.0 if dim < 4096 else 8.0, 1.0, 4.0, 8192)
@@ -98,7 +98,7 @@ def meta_config(params: dict, vocab_size: int) -> Config:
         n_layers=params["n_layers"],
         n_heads=n_heads,
         n_kv_heads=n_heads if params.get("n_kv_heads") is None else params["n_kv_heads"],
-        head_dim=head_dim,
+        head_dim=dim // n_heads,
         hidden_dim=hidden_dim,
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],

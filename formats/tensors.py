@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from runtime.errors import is_out_of_memory
 from runtime.files import first_line, read_json_object, require_file
 from runtime.tensor_parallel import Part
 
@@ -29,6 +30,10 @@ def prefix_errors(file: str | Path, kind: str = "field"):
     """What is missing from a file or wrong in it is said with the file's name: KeyError and ValueError inside."""
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{file}: no memory left: {first_line(error)}") from None
+        raise
     except KeyError as error:
         raise ValueError(f"{file}: has no {kind} {error}") from None
     except ValueError as error:
@@ -80,6 +85,8 @@ def filled(
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
         write(target)
+        if not target.sum().isfinite():  # so is the sum of finite weights; this is one fast pass
+            raise ValueError("holds values that are not finite")
     except (ValueError, TypeError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{where} {first_line(error)}") from None
     return nn.Parameter(target, requires_grad=False)

@@ -3,15 +3,35 @@
 import base64
 import re
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from data import Tokenizer
+from data import Tokenizer, has_surrogate
 from runtime.cli import warn
 from runtime.files import first_line, read_bytes, read_json_object, read_text
+
+
+@contextmanager
+def library_errors(what: str):
+    """What the tokenizers library raises, of no kind of its own, as ValueError; Rust's panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        panic = "Panic" in type(error).__name__
+        if isinstance(error, OSError) or not (isinstance(error, Exception) or panic):
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from None
+
+
+def checked_text(text: str) -> str:
+    """Return the text. Raises ValueError if it cannot be encoded."""
+    if has_surrogate(text):
+        raise ValueError("the text has an unpaired surrogate, or bytes that are not UTF-8")
+    return text
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -22,18 +42,23 @@ class SentencePieceTokenizer(Tokenizer):
             self.model = SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
+        self.path = path
         bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.start_ids, self.end_ids, self.vocab_size = [bos_id], [self.eos_id], self.model.vocab_size()
         if min(bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no <bos> or no <eos> (ids {bos_id} and {self.eos_id})")
-        self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id)}
+        with library_errors(f"{path}: a broken SentencePiece model"):
+            self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
-        return self.model.encode(text.encode("utf-8").decode("utf-8"))
+        text = checked_text(text)
+        with library_errors(f"{self.path}: cannot encode the text"):
+            return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([id for id in ids if id < self.vocab_size])
+        with library_errors(f"{self.path}: cannot decode the response"):
+            return self.model.decode([id for id in ids if id < self.vocab_size])
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -48,6 +73,8 @@ class TiktokenTokenizer(Tokenizer):
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
+    # The library's stack overflows at longer runs. Meta's tokenizer cuts them at the same length.
+    LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
     SPECIAL = {
         0: "<|begin_of_text|>",
         1: "<|end_of_text|>",
@@ -77,23 +104,16 @@ class TiktokenTokenizer(Tokenizer):
         self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
-        return self.model.encode_ordinary(text.encode("utf-8").decode("utf-8"))
+        pieces = []
+        start = 0
+        for run in self.LONG_RUN.finditer(checked_text(text)):
+            pieces.append(text[start : run.end()])
+            start = run.end()
+        return [id for piece in (*pieces, text[start:]) for id in self.model.encode_ordinary(piece)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ordinary ids alone: special tokens have none."""
         return self.model.decode([id for id in ids if id < self.vocab_size - 256])
-
-
-@contextmanager
-def library_errors(what: str):
-    """What the tokenizers library raises, of no kind of its own, as ValueError; Rust's panics are no Exceptions."""
-    try:
-        yield
-    except BaseException as error:
-        panic = "Panic" in type(error).__name__
-        if isinstance(error, OSError) or not (isinstance(error, Exception) or panic):
-            raise
-        raise ValueError(f"{what}: {first_line(error)}") from None
 
 
 class JsonTokenizer(Tokenizer):
@@ -105,13 +125,19 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
+        self.path = path
+        growth = max_growth(read_json_object(path).get("normalizer"))
+        if growth > MAX_GROWTH:
+            raise ValueError(f"{path}: its normalizers make a text up to {growth:.3g} times as long")
         with library_errors(f"{path}: cannot be read as a tokenizer"):
             self.model = tokenizers.Tokenizer.from_str(read_text(path))
-        self.model.no_padding()
-        self.model.no_truncation()
+            self.model.no_padding()
+            self.model.no_truncation()
+            ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=0)
-        ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
+        if max(self.start_ids, default=0) >= self.vocab_size:
+            raise ValueError(f"{path}: a text starts with token {max(self.start_ids)} of {self.vocab_size}")
         self.named_tokens = read_named_tokens(folder)
         self.end_ids = self.read_end_ids(folder)
         self.eos_id = self.end_ids[0]
@@ -136,17 +162,35 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, preceding: str = "") -> list[int]:
         # Some put a space before the first token of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
-        text = text.encode("utf-8").decode("utf-8")
-        if preceding and not self.spells_special.search(text):
-            self.model.encode_special_tokens = False
-            first, *ids = self.model.encode(preceding + text, add_special_tokens=False).ids
-            if first == self.special_ids[preceding]:
-                return ids
-        self.model.encode_special_tokens = True
-        return self.model.encode(text, add_special_tokens=False).ids
+        text = checked_text(text)
+        with library_errors(f"{self.path}: cannot encode the text"):
+            if preceding and not self.spells_special.search(text):
+                self.model.encode_special_tokens = False
+                first, *ids = self.model.encode(preceding + text, add_special_tokens=False).ids
+                if first == self.special_ids[preceding]:
+                    return ids
+            self.model.encode_special_tokens = True
+            return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
+        with library_errors(f"{self.path}: cannot decode the response"):
+            return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
+
+
+MAX_GROWTH = 100
+
+
+def max_growth(normalizer: object) -> float:
+    """Return how many times as long the replacements of a tokenizer.json's normalizer can make a text."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    inner = normalizer.get("normalizers")
+    growth = prod(map(max_growth, inner)) if isinstance(inner, list) else 1.0
+    if normalizer.get("type") == "Replace":
+        pattern = normalizer.get("pattern")
+        matched = pattern.get("String") if isinstance(pattern, dict) else None  # a Regex may match one character
+        growth *= max(1.0, len(str(normalizer.get("content"))) / max(1, len(str(matched or ""))))
+    return growth
 
 
 def read_named_tokens(folder: Path) -> dict[str, str]:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import printable
+
 
 def rank() -> int:
     """The index of this process, 0 for a single process."""
@@ -80,9 +82,9 @@ def run_command(command: click.Command, **options) -> NoReturn:
 
 
 def print_rank0(text: str) -> None:
-    """Print to standard error, on the first rank only."""
+    """Print lines to standard error, on the first rank only."""
     if rank() == 0:
-        click.echo(text, err=True)
+        click.echo("\n".join(map(printable, text.split("\n"))), err=True)
 
 
 # ---------------------------------------------------------------------------------------------------

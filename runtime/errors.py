@@ -15,12 +15,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+LINE = 1000  # characters of an error line, at most: a value that it quotes may have millions
+
+
 def error_line(error: BaseException) -> str:
     """The error's message in one printable line; an OSError's begins with the file."""
     message = str(error)
     if isinstance(error, OSError) and error.filename:
         message = f"{error.filename}: {error.strerror}"
-    line = printable(" ".join(message.split()))
+    line = printable(" ".join(message[: 10 * LINE].split()))
+    if len(line) > LINE:
+        line = f"{line[: LINE - 200]} ... {line[-100:]}"
     if is_out_of_memory(error) and "no memory left" not in line:
         line = f"no memory left: {line}"
     return line

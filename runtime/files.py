@@ -150,15 +150,18 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
     path = require_file(path, what)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
-    if size <= MAX_BYTES:
+    limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # text is packed to a tenth, not to less
+    if size <= limit:
         try:
             with (packed or open)(path, "rb") as file:
-                content = file.read(MAX_BYTES + 1 if packed else size + 1)
+                content = file.read(limit + 1 if packed else size + 1)
         except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-        if len(content) <= MAX_BYTES:
+        if len(content) <= limit:
             return content
-    raise ValueError(f"{path}: holds more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+    if limit < MAX_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes hold more than {limit:,}; unpack it first")
+    raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
 
 
 def read_text(path: str | Path) -> str:

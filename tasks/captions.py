@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from data import Example, check_text
+from runtime.errors import printable
 from runtime.files import read_json, write_json
 from tasks import Task
 from tasks.responses import Responses, require_responses
@@ -140,7 +141,7 @@ def write_results(responses: Responses, scores: dict[str, float], folder: Path) 
     rows = [{"image_id": picture.id, "caption": one_line(text)} for picture, text in zip(pictures, responses.texts)]
     write_json(folder / "results.json", rows)
     write_json(folder / "scores.json", scores | {"images": len(pictures)})
-    click.echo(f"wrote results.json and scores.json to {folder}", err=True)
+    click.echo(f"wrote results.json and scores.json to {printable(str(folder))}", err=True)
 
 
 TASK = Task(

@@ -10,7 +10,8 @@ import click
 from tqdm import tqdm
 
 from data import Example, Request
-from generate import Responder
+from generate import UNSTATED_CONTEXT, Responder
+from runtime.errors import printable
 from runtime.files import read_json, write_json
 from tasks.scoring import score_continuations
 
@@ -19,7 +20,7 @@ def generate_responses(
     responder: Responder, requests: Sequence[Request], batch_size: int = 64, unit: str = "request"
 ) -> list[str | None]:
     """Generate a response to each request, in batches of similar length; None if the prompt fills the context."""
-    context = responder.model.config.max_seq_len or math.inf
+    context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     lengths = [len(responder.prompt_ids(request)) for request in requests]
     order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
     responses: list[str | None] = [None] * len(requests)
@@ -40,7 +41,7 @@ def choice_log_likelihoods(
     unit: str = "choice",
 ) -> list[list[float] | None]:
     """log p(choice and its end | request), in nats, for the choices of each request; None if one does not fit."""
-    context = responder.model.config.max_seq_len or math.inf
+    context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     likelihoods: list[list[float] | None] = [None] * len(requests)
     rows = []  # (request, choice) of each
     adaption_prompts, tokens, continuations = [], [], []
@@ -99,7 +100,7 @@ def write_scores(responses: Responses, scores: dict[str, float | None], folder: 
     results = {example.name: text for example, text in zip(responses.examples, responses.texts)}
     write_json(folder / "results.json", results)
     write_json(folder / "scores.json", scores | {"examples": number})
-    click.echo(f"wrote results.json and scores.json to {folder}", err=True)
+    click.echo(f"wrote results.json and scores.json to {printable(str(folder))}", err=True)
 
 
 def require_responses(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:

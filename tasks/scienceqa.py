@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from data import Example, check_text
+from runtime.errors import printable
 from runtime.files import read_json, write_json, write_text
 from tasks import Task
 from tasks.responses import Responses, require_responses
@@ -207,7 +208,9 @@ def write_results(answers: Responses, scores: dict[str, float | None], folder: P
     wrong = wrong_answers(answers)
     write_json(folder / "results.json", summary)
     write_text(folder / "wrong.txt", "\n\n".join(wrong) + "\n")
-    click.echo(f"wrote results.json, and wrong.txt with {len(wrong):,} wrong answers, to {folder}", err=True)
+    click.echo(
+        f"wrote results.json, and wrong.txt with {len(wrong):,} wrong answers, to {printable(str(folder))}", err=True
+    )
 
 
 def print_table(answers: Responses, scores: dict[str, float | None]) -> None:

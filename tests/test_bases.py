@@ -122,3 +122,14 @@ def test_fingerprint_knows_the_weights_and_not_the_layout(tiny_base, tmp_path):
         weights[name][3] += 1
         torch.save(weights, tmp_path / "other" / "consolidated.00.pth")
         assert base_fingerprint(*read_base(tmp_path / "other")) != expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_base, tmp_path, value):
+    copy_base(tiny_base, tmp_path / "base")
+    file = tmp_path / "base" / "consolidated.00.pth"
+    weights = torch.load(file, weights_only=True)
+    weights["layers.1.attention.wk.weight"][3, 2] = value
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="layers.1.attention.wk.weight holds values that are not finite"):
+        load_llama(tmp_path / "base")

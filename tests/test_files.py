@@ -136,3 +136,15 @@ def test_names_do_not_lead_out_of_their_folder(tmp_path, name):
     with pytest.raises(ValueError, match="leads out of"):
         path_inside(tmp_path, name)
     assert path_inside("/", str(tmp_path / "a.png")) == tmp_path / "a.png"
+
+
+def test_a_small_archive_of_much_is_not_unpacked(tmp_path):
+    with gzip.open(tmp_path / "a.json.gz", "wb") as file:
+        file.write(b" " * (2**26 + 2))
+    with pytest.raises(ValueError, match="a.json.gz: .* bytes hold more than 67,108,864; unpack it first"):
+        read_text(tmp_path / "a.json.gz")
+
+
+def test_long_messages_are_cut():
+    line = error_line(ValueError(f"a.json: the value {'x' * 10**6} is no number"))
+    assert line.startswith("a.json: the value xxx") and len(line) < 1000 and " ... " in line

@@ -1,5 +1,6 @@
 """Adapters of others: their files, their attention, and the way back."""
 
+import json
 import pytest
 import reference
 import torch
@@ -320,3 +321,17 @@ def test_litgpts_newer_files_are_warned_of(tmp_path, capsys):
     lit_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth")
     assert "theirs.pth: if this is of litgpt v0.5.5 or later, it does not work here" in capsys.readouterr().err
+
+
+def test_an_adapter_of_too_many_prompts_is_not_read(tmp_path):
+    """A sparse file: its header is small, its zeros are nowhere."""
+    shape = [1, 3_000_000, 512]
+    size = 4 * 3_000_000 * 512
+    header = {"prompts": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    header |= {"gates": {"dtype": "F32", "shape": [1, 4], "data_offsets": [size, size + 16]}}
+    text = json.dumps(header | {"__metadata__": {"format": "llama-adapter", "version": "1"}}).encode()
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size + 16)
+    with pytest.raises(ValueError, match="a.safetensors: has 3,000,000 prompts per layer, the most is 4,096"):
+        load_adapter(tmp_path / "a.safetensors")

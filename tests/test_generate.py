@@ -258,14 +258,6 @@ def test_piped_lines_get_the_answers_that_they_get_alone(tiny_adapter):
     assert run(*args, input="\n".join(lines)).stdout == "".join(singles)
 
 
-def test_a_line_that_cannot_be_read_costs_no_other(tiny_adapter):
-    args = [sys.executable, "generate.py", "--adapter", tiny_adapter, "--greedy", "--max-new-tokens", "3"]
-    result = subprocess.run(args, cwd=ROOT, input=b"cat\n\xff\xfe\ncat\n", capture_output=True, timeout=120)
-    first, bad, last = result.stdout.split(b"\n")[:-1]
-    assert result.returncode == 0 and bad == b"" and first == last != b""
-    assert result.stderr.count(b"error: ") == 1 and b"Traceback" not in result.stderr
-
-
 def test_no_standard_input(tiny_adapter):
     """As from cron: a prompt needs none, and a conversation says that it does."""
     command = f"{sys.executable} generate.py --adapter {tiny_adapter} --max-new-tokens 2"
@@ -537,3 +529,29 @@ def test_a_bad_out_is_found_before_the_base_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("generate.load_with_adapters", lambda *_: 1 / 0)
     result = run("--base", "x", "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no" / "out.jsonl")
     assert result.exit_code == 2 and "no is no folder" in result.stderr
+
+
+def test_a_line_that_is_not_utf_8_costs_no_other(tiny_adapter):
+    """Nor does the byte order mark at the beginning reach the model."""
+    args = [sys.executable, "generate.py", "--adapter", tiny_adapter, "--greedy", "--max-new-tokens", "3"]
+    result = subprocess.run(
+        list(map(str, args)), input=b"\xef\xbb\xbfHello\n\xff\nHello\n", capture_output=True, cwd=ROOT
+    )
+    first, between, last, *_ = result.stdout.decode().split("\n")
+    assert first == last != "" and between == ""
+    message = "error: standard input: line 2: the text has an unpaired surrogate, or bytes that are not UTF-8"
+    assert result.stderr.decode().strip() == message
+
+
+def test_a_base_without_a_context_length_has_a_bound(tiny_adapter, monkeypatch):
+    sizes = []
+
+    class Cache(KVCache):
+        def __init__(self, model, batch, capacity):
+            sizes.append(capacity)
+            super().__init__(model, batch, capacity)
+
+    monkeypatch.setattr("generate.KVCache", Cache)
+    monkeypatch.setattr("generate.UNSTATED_CONTEXT", 200)
+    assert run("--adapter", tiny_adapter, "--max-new-tokens", 2_000_000, "Hello").exit_code == 0
+    assert max(sizes) == 200

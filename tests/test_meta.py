@@ -35,9 +35,9 @@ LLAMA_31_8B = dict(
     "changes, message",
     [
         (dict(dim=None), "params.json: has no field 'dim'"),
-        (dict(dim="x"), "params.json: dim, n_heads, multiple_of and ffn_dim_multiplier make no model"),
-        (dict(n_heads=0), "params.json: dim, n_heads, multiple_of and ffn_dim_multiplier make no model"),
-        (dict(ffn_dim_multiplier=float("inf")), "params.json: dim, n_heads, multiple_of"),
+        (dict(dim="x"), "params.json: dim is .x., not a whole number"),
+        (dict(n_heads=0), "params.json: n_heads is 0, not a whole number"),
+        (dict(ffn_dim_multiplier=float("inf")), "params.json: ffn_dim_multiplier is inf, not a number"),
         (dict(n_layers="3"), "params.json: n_layers is '3'"),
         (dict(n_heads=3), "params.json: head_dim is 5"),
         (dict(n_heads=1, n_kv_heads=3), "params.json: n_heads 1 is not a multiple of n_kv_heads 3"),

@@ -145,7 +145,7 @@ def test_signals_outside_of_the_steps(args, monkeypatch):
         time.sleep(5)
 
     for where, said in (
-        ("train.load_weights", "nothing was saved yet"),
+        ("train.load_model", "nothing was saved yet"),
         ("training.curves.draw_curves", "to continue, add --resume"),
     ):
         with monkeypatch.context() as patch:

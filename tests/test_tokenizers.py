@@ -1,5 +1,6 @@
 """Both kinds of tokenizer, against other implementations, and files that are none."""
 
+import json
 import pytest
 from helpers import SAMPLES, save_chatml
 from tokenizers import AddedToken, decoders, processors
@@ -14,7 +15,7 @@ def test_missing_and_broken_tokenizers(tmp_path):
         load_tokenizer(tmp_path)
     for content in ("{}", "", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer"):
+        with pytest.raises(ValueError, match="tokenizer.json: .*(not JSON|cannot be read as a tokenizer)"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     for content, message in [
@@ -155,3 +156,59 @@ def test_who_says_which_token_ends_a_text(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 10000, "x", null]}')
     with pytest.raises(ValueError, match="none of tokenizer_config.json, .* says which token ends a text"):
         load_tokenizer(tmp_path)
+
+
+def save_tokenizer(folder, model, **more):
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    values = {"version": "1.0", "added_tokens": [], "model": model} | parts | more
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+
+
+WORD_LEVEL = {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "[UNK]"}
+WORD_PIECE = WORD_LEVEL | {
+    "type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+}  # fmt: skip
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.0]]}
+
+
+@pytest.mark.parametrize("model", [WORD_LEVEL, WORD_PIECE, UNIGRAM])
+def test_texts_that_a_tokenizer_json_has_no_token_for(tmp_path, model):
+    save_tokenizer(tmp_path, model)
+    with pytest.raises(ValueError, match="tokenizer.json: cannot encode the text: "):
+        load_tokenizer(tmp_path).encode("hello")
+
+
+def test_normalizers_that_multiply_a_text(tmp_path):
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    model = WORD_LEVEL | {"unk_token": "a"}
+    save_tokenizer(tmp_path, model, normalizer={"type": "Sequence", "normalizers": [twice] * 40})
+    with pytest.raises(ValueError, match=r"tokenizer.json: its normalizers make a text up to 1.1e\+12 times as long"):
+        load_tokenizer(tmp_path)
+    save_tokenizer(tmp_path, model, normalizer=twice)
+    assert load_tokenizer(tmp_path).encode("b") == [1]
+
+
+def test_a_start_that_is_no_token(tmp_path):
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"x": {"id": "x", "ids": [999], "tokens": ["x"]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    save_tokenizer(tmp_path, WORD_LEVEL, post_processor=template)
+    with pytest.raises(ValueError, match="tokenizer.json: a text starts with token 999 of 2"):
+        load_tokenizer(tmp_path)
+
+
+def test_long_runs_are_cut_as_metas_tokenizer_does(data):
+    """25,000 spaces, or characters without one; shorter texts are one piece."""
+    tokenizer = TiktokenTokenizer(data / "tokenizers" / "llama3_tokenizer.model")
+    encode = tokenizer.model.encode_ordinary
+    assert tokenizer.encode(" " * 60_000) == 2 * encode(" " * 25_000) + encode(" " * 10_000)
+    text = "a b\n" + "x" * 25_001 + " c"
+    assert tokenizer.encode(text) == encode(text[:25_004]) + encode("x c")
+    assert tokenizer.encode(text[2:25_003]) == encode(text[2:25_003])
+    assert len(tokenizer.encode(" " * 1_000_000)) == 40 * len(encode(" " * 25_000))
+
+
+def test_text_that_is_not_utf_8(tiny_base):
+    with pytest.raises(ValueError, match="the text has an unpaired surrogate, or bytes that are not UTF-8"):
+        load_tokenizer(tiny_base).encode("a\udcff")
