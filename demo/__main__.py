@@ -1,6 +1,7 @@
 """A page to try adapters on: python -m demo --adapter a.safetensors, then open what it says in a browser."""
 
 import os
+import signal
 from tempfile import TemporaryDirectory
 
 import click
@@ -31,6 +32,7 @@ def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, 
 
     It is for this machine alone, unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the uploads are deleted
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:
         if not adapter_paths:
             raise ValueError("nothing to show: give --adapter FILE, one or several")

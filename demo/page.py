@@ -1,5 +1,6 @@
 """The page itself, of Gradio's blocks: what is typed and set, and where responses and pictures appear."""
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from html import escape
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import click
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
 from demo.responses import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
 from formats.requests import Request
@@ -160,8 +164,27 @@ def as_notice(error: Exception) -> str:
     return f'<p class="notice" role="alert">{escape(error_line(error))}</p>'
 
 
+class PageOnly:
+    """ASGI middleware that refuses the paths of Gradio's API that the page does not use."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        app = self.app
+        if scope["type"] == "http" and re.match(r"(/gradio_api)?/(run|call|api)\b", scope["path"]):
+            app = PlainTextResponse("there is a page, and no API", status_code=404)
+        await app(scope, receive, send)
+
+
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Until Ctrl-C; nobody outside is told or asked. Raises OSError where the port cannot be had."""
+    """Serve the page until Ctrl-C. It loads and reports nothing elsewhere. Raises OSError if the port is taken.
+
+    Requests whose Host header is another name are refused, because a website could give its own name this address
+    (DNS rebinding).
+    """
+    hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]
     off = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode"), False)
     theme = gr.themes.Default(font=SYSTEM_FONTS[0], font_mono=SYSTEM_FONTS[1])
     try:
@@ -171,6 +194,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             prevent_thread_lock=True,
             quiet=True,
             max_file_size=UPLOAD,
+            app_kwargs={"middleware": middleware},
             theme=theme,
             css=CSS,
             footer_links=[],

@@ -1,5 +1,7 @@
 """The demo: the prompts' share against the oracle, answers as generate.py's, uploads that don't stay, a browser."""
 
+import urllib.error
+import urllib.request
 import json
 import os
 import shutil
@@ -256,6 +258,30 @@ def start(folder, *adapters):
         text=True,
     )
     return process, f"http://127.0.0.1:{port}"
+
+
+def status_of(address, **headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_other_hosts_and_the_api_are_refused_and_sigterm_leaves_nothing(tiny_adapter, tmp_path):
+    pytest.importorskip("gradio")
+    process, address = start(tmp_path, tiny_adapter)
+    try:
+        assert process.stdout.readline().startswith(address)
+        assert status_of(address) == status_of(address, Host="localhost") == 200
+        assert status_of(address, Host="evil.example") == 400
+        assert [status_of(f"{address}/gradio_api/{path}") for path in ("call/predict", "run/predict")] == [404, 404]
+        assert list(tmp_path.glob("llama-adapter-demo-*"))
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert not list(tmp_path.glob("llama-adapter-demo-*"))
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
 class Browser:

@@ -555,3 +555,11 @@ def test_a_base_without_a_context_length_has_a_bound(tiny_adapter, monkeypatch):
     monkeypatch.setattr("generate.UNSTATED_CONTEXT", 200)
     assert run("--adapter", tiny_adapter, "--max-new-tokens", 2_000_000, "Hello").exit_code == 0
     assert max(sizes) == 200
+
+
+def test_file_names_cannot_command_a_terminal(tiny_adapter, tmp_path):
+    name = tmp_path / "a\x1b[31m.safetensors"
+    shutil.copy(tiny_adapter, name)
+    args = ("--adapter", name, "--compare", "--max-new-tokens", 1)
+    for result in (run(*args, "Hello"), run(*args, input="Hello\n")):
+        assert result.exit_code == 0 and "a\\x1b[31m: " in result.stdout and "\x1b" not in result.stdout
