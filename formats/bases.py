@@ -20,7 +20,7 @@ from runtime.files import hash_tensors
 # The module that reads each layout, imported on use, and the files that the layout is known by, as glob patterns. The
 # first layout that matches counts. Its `read(path)` returns a Config, and a function per weight that fills a tensor.
 FORMATS = {
-    "formats.meta": ("params.json", "consolidated.*.pth"),
+    "formats.meta": ("consolidated.*.pth",),  # Mistral's folders have params.json as well
     "formats.hugging_face": ("config.json", "*.safetensors*", "pytorch_model*"),
     "formats.llama2c": ("*.bin",),
 }
@@ -59,7 +59,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
         module = "formats.llama2c"  # its older layout has no marker, so any file may be one
     else:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
-        module = next(found, None)
+        module = next(found, "formats.meta" if (path / "params.json").is_file() else None)
     if path.suffix == ".gguf" or (module is None and any(path.glob("*.gguf"))):
         cure = "give the folder of the model that it was made of: config.json, safetensors, tokenizer"
         raise ValueError(f"{path}: GGUF is llama.cpp's format, quantised for it; {cure}")

@@ -56,7 +56,7 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
 def has_weights(folder: Path) -> bool:
     """Return True if all weights are there. Raises ValueError if their index cannot be read."""
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / "model.safetensors").is_file() or not index.is_file():
         return (folder / "model.safetensors").is_file()
     shards = read_json_object(index).get("weight_map")
     return isinstance(shards, dict) and all((folder / str(shard)).is_file() for shard in shards.values())

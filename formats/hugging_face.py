@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from formats.tensors import Weights, copy, prefix_errors, open_shards, require_dense
 from model import Config, RopeScaling
+from runtime.cli import warn
 from runtime.files import read_json_object
 from runtime.schema import require_number
 from runtime.tensor_parallel import Part
@@ -101,12 +103,22 @@ def read(folder: Path) -> tuple[Config, Weights]:
             target = target.unflatten(0, (-1, config.head_dim // 2, 2))
         copy(source, target, part)
 
+    tensors = {translated(name, TO_META): fetch for name, fetch in open_shards(folder).items()}
+    embeddings, head = tensors.get("tok_embeddings.weight"), tensors.get("output.weight")
+    tied = bool(values.get("tie_word_embeddings"))
+    if tied and embeddings and head and not torch.equal(require_dense(embeddings()), require_dense(head())):
+        warn(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: it is used")
+        tied = False
+    if tied:
+        tensors["tok_embeddings.weight"] = embeddings or head  # a file may have either
+    elif head is None:
+        raise ValueError(f"{folder}: has no weight lm_head.weight, and {CONFIG} does not tie it to the embeddings")
+
     weights: Weights = {}
-    for name, fetch in open_shards(folder).items():
+    for name, fetch in tensors.items():
         if not name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_cos_sin computes
-            name = translated(name, TO_META)
             weights[name] = partial(fill, fetch, name.endswith(ROTATED))
-    if values.get("tie_word_embeddings") and "tok_embeddings.weight" in weights:
+    if tied:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
 

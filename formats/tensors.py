@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from runtime.distributed import print_rank0
 from runtime.errors import is_out_of_memory
 from runtime.files import first_line, read_json_object, require_file
 from runtime.tensor_parallel import Part
@@ -135,26 +136,38 @@ def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
         raise ValueError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
 
 
+# A folder of Hugging Face's may hold several of these; the first that is there is loaded, as transformers does.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
 def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """How to get every tensor by name, of the single file of a Hugging Face folder or of all that its index names."""
-    singles = ["model.safetensors", "pytorch_model.bin"]
-    indexes = [folder / f"{name}.index.json" for name in singles if (folder / f"{name}.index.json").is_file()]
-    found = [name for name in singles if (folder / name).is_file()]
-    if indexes:
-        places = read_json_object(indexes[0]).get("weight_map")
-        if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise ValueError(f"{indexes[0]}: has no weight_map from tensors to files")
-        names = sorted(set(places.values()))
-    elif found:
-        places, names = {}, found[:1]
-    else:
-        raise ValueError(f"{folder}: has neither model.safetensors, nor pytorch_model.bin, nor an index of several")
+    """How to get every tensor by name, of the single file of a Hugging Face folder or of all that its index names.
+
+    Prints a line if there are other weights that are not loaded.
+    """
+    found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{folder}: has neither {', nor '.join(WEIGHT_FILES)}")
+    first, *others = found
+    if others:
+        print_rank0(f"{folder}: loading {first}; not loaded: {', '.join(others)}")
+    if not first.endswith(".json"):
+        return open_tensors(folder / first)
+    index = folder / first
+    places = read_json_object(index).get("weight_map")
+    if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index}: has no weight_map from tensors to files")
     tensors: dict[str, Callable[[], Tensor]] = {}
-    for name in names:
+    for name in sorted(set(places.values())):
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise FileNotFoundError(f"{file}: {indexes[0].name} names it, but there is no such file")
+            raise FileNotFoundError(f"{file}: {index.name} names it, but there is no such file")
         tensors |= open_tensors(file)
     if missing := sorted(places.keys() - tensors.keys()):
-        raise ValueError(f"{indexes[0]}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
+        raise ValueError(f"{index}: says that {missing[0]} is in {places[missing[0]]}, which does not have it")
     return tensors

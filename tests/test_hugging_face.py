@@ -1,6 +1,7 @@
 """Hugging Face's layout of a base, against transformers itself, and every way in which its files can be wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_llama(folder)
     index.unlink()
-    with pytest.raises(ValueError, match="has neither model.safetensors, nor pytorch_model.bin, nor an index"):
+    with pytest.raises(ValueError, match="has neither model.safetensors, nor model.safetensors.index.json, nor"):
         load_llama(folder)
     with pytest.raises(ValueError, match=f"{shard.name}: is a part of a base model; give its folder"):
         load_llama(shard)
@@ -180,3 +181,72 @@ def test_written_by_their_names_it_is_read_as_the_same_model(tiny_base, tmp_path
     theirs = load_file(file)
     written = to_hugging_face(model.state_dict(), model.config)
     assert written.keys() == theirs.keys() and all(torch.equal(written[name], theirs[name]) for name in theirs)
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 11)[None])
+
+
+def test_stale_weights_beside_new_ones(tiny_base, tmp_path, capsys):
+    """transformers' order: what save_pretrained or a merge wrote last is loaded, and the rest is named."""
+    transformers = pytest.importorskip("transformers")
+    save_hugging_face(tmp_path / "old", tiny_base, shard_size="30KB", **KINDS["gqa"])
+    save_hugging_face(tmp_path / "new", tiny_base, **KINDS["gqa"])
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    doubled = {name: 2 * weight for name, weight in new.items()}
+    save_file(doubled, tmp_path / "new" / "model.safetensors", {"format": "pt"})
+    for file in (tmp_path / "old").glob("model*"):
+        shutil.copy(file, tmp_path / "new")
+    (tmp_path / "new" / "pytorch_model.bin.index.json").write_text("{}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    expected = theirs(torch.arange(3, 11)[None]).logits
+    capsys.readouterr()
+    model, _ = load_llama(tmp_path / "new")
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    other = "model.safetensors.index.json, pytorch_model.bin.index.json"
+    assert f"loading model.safetensors; not loaded: {other}" in capsys.readouterr().err
+    for file in (tmp_path / "new").glob("model-*"):  # the index then names missing files
+        file.unlink()
+    torch.testing.assert_close(logits_of(load_llama(tmp_path / "new")[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["equal", "other", "absent", "alone"])
+def test_tied_heads(tiny_base, tmp_path, capsys, head):
+    transformers = pytest.importorskip("transformers")
+    save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["tied"])
+    file = tmp_path / "l2" / "model.safetensors"
+    weights = load_file(file)
+    embeddings = weights["model.embed_tokens.weight"]
+    if head != "absent":
+        weights["lm_head.weight"] = embeddings.flip(0).contiguous() if head == "other" else embeddings.clone()
+    if head == "alone":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, file, {"format": "pt"})
+    model, _ = load_llama(tmp_path / "l2")
+    warned = "lm_head.weight differs from the embeddings: it is used" in capsys.readouterr().err
+    assert warned == (head == "other") and (model.output.weight is model.tok_embeddings.weight) == (head != "other")
+    if head == "other":
+        torch.testing.assert_close(model.output.weight, embeddings.flip(0))
+    else:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "l2")
+        expected = theirs(torch.arange(3, 11)[None]).logits
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_head_has_its_name_of_the_layout(tiny_base, tmp_path):
+    save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
+    weights = load_file(tmp_path / "l2" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "l2" / "model.safetensors")
+    with pytest.raises(ValueError, match="l2: has no weight lm_head.weight, and config.json does not tie it"):
+        load_llama(tmp_path / "l2")
+
+
+def test_a_mistral_folder_as_cloned(tiny_base, tmp_path):
+    """params.json and consolidated.safetensors are of another layout, which is not read; config.json is."""
+    save_hugging_face(tmp_path / "m", tiny_base, **KINDS["gqa"])
+    expected = logits_of(load_llama(tmp_path / "m")[0])
+    (tmp_path / "m" / "params.json").write_text('{"dim": 64}')
+    shutil.copy(tmp_path / "m" / "model.safetensors", tmp_path / "m" / "consolidated.safetensors")
+    assert torch.equal(logits_of(load_llama(tmp_path / "m")[0]), expected)

@@ -84,7 +84,7 @@ def test_broken_checkpoints(tiny_base, tmp_path, capsys):
         load_llama(folder)
     for file in folder.glob("*.pth"):
         file.unlink()
-    with pytest.raises(ValueError, match="holds neither params.json"):
+    with pytest.raises(ValueError, match="holds neither consolidated"):
         load_llama(folder)
 
 
