@@ -4,6 +4,7 @@ Notation as in adapter.py.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -127,10 +128,30 @@ def read_records(path: str | Path) -> list:
         records = parse_json(text, path)
     else:
         lines = enumerate(text.split("\n"), start=1)
-        records = [parse_json(line, path, number) for number, line in lines if line.strip()]
+        try:
+            records = [parse_json(line, path, number) for number, line in lines if line.strip()]
+        except ValueError as error:
+            records = [parse_whole(text, path, error)]
     if not records:
         raise ValueError(f"{path}: holds no examples")
+    if len(records) == 1 and isinstance(records[0], dict) and "instruction" not in records[0]:
+        for key, value in records[0].items():
+            if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) > 2 for item in value):
+                raise ValueError(f"{path}: is one object, whose key {key!r} holds {len(value)} records: give that list")
     return records
+
+
+def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
+    """Return the value of a text that is one object over several lines.
+
+    Otherwise raises `error`, which its lines have caused, or ValueError if only the brackets of a list are missing.
+    """
+    with suppress(ValueError):
+        return parse_json(text, path)
+    with suppress(ValueError):
+        records = parse_json(f"[{text.strip().removesuffix(',')}]", path)
+        error = ValueError(f"{path}: holds {len(records)} records without the brackets of a list, [ and ]")
+    raise error from None
 
 
 def check_record(
@@ -146,8 +167,11 @@ def check_record(
         raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {wanted}")
     for needed_field in needed:
         if needed_field not in record:
-            raise ValueError(f"{where}: has no field '{needed_field}' (it has: {', '.join(record) or 'nothing'})")
+            has = ", ".join(map(repr, record)) or "nothing"
+            raise ValueError(f"{where}: has no field {needed_field!r} (it has: {has})")
     fields = {key: record[key] for key in (*needed, "input", *MEDIA) if key in record}
+    if fields.get("input", "") is None:  # as if it were absent
+        del fields["input"]
     for key, value in fields.items():
         check_text(value, where, key)
     media = list(filter(None, (fields.pop(key) for key in MEDIA if key in fields)))
@@ -248,6 +272,8 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
 
     Raises ValueError if the training set would be empty.
     """
+    if not examples:
+        raise ValueError("no example leaves room for a response in --max-seq-len tokens")
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
         raise ValueError(f"--val-size holds out {number} of the {len(examples)} examples that fit: none is left")

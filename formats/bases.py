@@ -15,7 +15,7 @@ from formats.tensors import Weights, check_layers, download_hint, filled
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
-from runtime.files import hash_tensors
+from runtime.files import hash_tensors, read_json_object
 
 # The module that reads each layout, imported on use, and the files that the layout is known by, as glob patterns. The
 # first layout that matches counts. Its `read(path)` returns a Config, and a function per weight that fills a tensor.
@@ -65,6 +65,9 @@ def read_base(path: Path) -> tuple[Config, Weights]:
         raise ValueError(f"{path}: GGUF is llama.cpp's format, quantised for it; {cure}")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
         raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
+    if module is None and (path / "adapter_config.json").is_file():
+        kind = read_json_object(path / "adapter_config.json").get("peft_type", "PEFT")
+        raise ValueError(f"{path}: is an adapter ({kind}), not a base")
     if module is None:
         files = ", nor ".join(patterns[0] for patterns in FORMATS.values())
         raise ValueError(f"{path}: holds neither {files} of llama2.c")

@@ -52,7 +52,7 @@ def check_turns(values: object, where: str, field: str, with_response: bool = Tr
             raise ValueError(f"{here}: is a {type(value).__name__}, not an object")
         for name in (role_name, content_name):
             if name not in value:
-                raise ValueError(f"{here}: has no field '{name}' (it has: {', '.join(value) or 'nothing'})")
+                raise ValueError(f"{here}: has no field '{name}' (it has: {', '.join(map(repr, value)) or 'nothing'})")
             check_text(value[name], here, name)
         role, content = ROLES.get(value[role_name]), value[content_name]
         if role is None:

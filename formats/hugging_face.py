@@ -1,7 +1,7 @@
 """Hugging Face's layout of LLaMA, Mistral, Qwen2 and Qwen3: config.json, model*.safetensors or pytorch_model*.bin."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,24 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     return weights
 
 
+# Endings of names, and what wrote them; a checkpoint may not say in config.json that it is quantized.
+QUANTIZED = {
+    (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
+    (".absmax", ".quant_map", ".SCB"): "bitsandbytes",
+}
+
+
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError if the weights are quantized, or have a prefix that a wrapper of the model left."""
+    for name in names:
+        for endings, what in QUANTIZED.items():
+            if name.endswith(endings):
+                raise ValueError(f"{folder}: is quantized by {what} ({name}); give the model that it was made of")
+        prefix, _, rest = name.partition("model.embed_tokens.weight")
+        if prefix and not rest and "model.embed_tokens.weight" in name:
+            raise ValueError(f"{folder}: its names begin with {prefix!r} ({name}); save the model without its wrapper")
+
+
 def read(folder: Path) -> tuple[Config, Weights]:
     """Raises OSError, or ValueError at what a LLaMA does not have."""
     values = read_json_object(folder / CONFIG)
@@ -103,7 +121,9 @@ def read(folder: Path) -> tuple[Config, Weights]:
             target = target.unflatten(0, (-1, config.head_dim // 2, 2))
         copy(source, target, part)
 
-    tensors = {translated(name, TO_META): fetch for name, fetch in open_shards(folder).items()}
+    found = open_shards(folder)
+    check_names(folder, found)
+    tensors = {translated(name, TO_META): fetch for name, fetch in found.items()}
     embeddings, head = tensors.get("tok_embeddings.weight"), tensors.get("output.weight")
     tied = bool(values.get("tie_word_embeddings"))
     if tied and embeddings and head and not torch.equal(require_dense(embeddings()), require_dense(head())):

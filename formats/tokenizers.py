@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer, has_surrogate
 from runtime.cli import warn
-from runtime.files import first_line, read_bytes, read_json_object, read_text
+from runtime.files import first_line, read_bytes, read_json_object, read_text, require_file
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
     if (folder / "tokenizer.json").is_file():
         found.append(JsonTokenizer(folder))
     if path is not None:
-        with open(path, "rb") as file:
+        with open(require_file(path), "rb") as file:
             is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
         found.append(TiktokenTokenizer(path) if is_tiktoken else SentencePieceTokenizer(path))
     if not found:

@@ -22,6 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # a repository cloned without Git LFS has these
+
+
 def require_file(path: str | Path, what: str = "file") -> Path:
     """The path; raises FileNotFoundError where nothing is, ValueError at a folder, and at a device or a pipe, which
     may never end."""
@@ -30,6 +33,10 @@ def require_file(path: str | Path, what: str = "file") -> Path:
         raise FileNotFoundError(f"{path}: no such {what}")
     if not path.is_file():
         raise ValueError(f"{path}: is a {'folder' if path.is_dir() else 'device or a pipe'}, not a file")
+    if path.stat().st_size < 1000:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`")
     return path
 
 

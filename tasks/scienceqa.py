@@ -112,7 +112,7 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
     where = f"{path}: problem {id}"
     for field in ("question", "choices", "answer", "hint", "image", "grade", "subject", "split"):
         if field not in record:
-            raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(record) or 'nothing'})")
+            raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(map(repr, record)) or 'nothing'})")
     choices, answer, question = record["choices"], record["answer"], record["question"]
     hint, image = ("" if record[field] is None else record[field] for field in ("hint", "image"))
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):

@@ -50,7 +50,7 @@ def talk(*roles, content="a"):
     [
         ({"messages": "Hi"}, "field 'messages' is a str, not a list"),
         ({"messages": ["Hi"]}, "turn 0: is a str, not an object"),
-        ({"messages": [{"role": "user"}]}, r"turn 0: has no field 'content' \(it has: role\)"),
+        ({"messages": [{"role": "user"}]}, r"turn 0: has no field 'content' \(it has: 'role'\)"),
         ({"conversations": [{"role": "user", "content": "a"}]}, "turn 0: has no field 'from'"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 0: field 'content' is a NoneType, not a string"),
         ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is a int, not a string"),

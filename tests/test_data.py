@@ -57,11 +57,11 @@ def test_json_and_jsonl_plain_and_packed(tmp_path, opener, jsonl, bom):
         ('{"instruction": "a", "output": "b"}\n{"instr', "line 2, column 2: not JSON"),
         (
             '[{"instruction": "a", "output": "b"}, {"output": "b"}]',
-            r"record 1: has no field 'instruction' \(it has: output\)",
+            r"record 1: has no field 'instruction' \(it has: 'output'\)",
         ),
         ('{"instruction": "a", "input": "b"}', "record 0: has no field 'output'"),
         ('[{"instruction": "a", "output": 7}]', "record 0: field 'output' is a int, not a string"),
-        ('[{"instruction": "a", "input": null, "output": ""}]', "record 0: field 'input' is a NoneType"),
+        ('[{"instruction": "a", "input": 1, "output": ""}]', "record 0: field 'input' is a int"),
         ('["a"]', "record 0: is a str, not an object"),
         ("7", "record 0: is a int, not an object"),
         ('[{"instruction": "a\\ud800", "output": ""}]', "record 0: field 'instruction' has an unpaired surrogate"),
@@ -247,3 +247,34 @@ def test_every_example_falls_to_one_rank(ranks):
     parts = split_over_ranks(examples, ranks)
     assert len(parts) == ranks and sorted(e.name for part in parts for e in part) == list(range(7))
     assert max(sum(e.num_tokens for e in part) for part in parts) <= sum(e.num_tokens for e in examples) / ranks + 50
+
+
+THREE = [{"instruction": f"Say {i}.", "input": None, "output": str(i)} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (json.dumps({"data": THREE}), "is one object, whose key 'data' holds 3 records: give that list"),
+        (json.dumps({"version": 1, "data": THREE}, indent=1), "whose key 'data' holds 3 records"),
+        (",\n".join(json.dumps(each, indent=1) for each in THREE), "holds 3 records without the brackets of a list"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"\n', "line 2, column 20: not JSON"),
+        ('[{" instruction": "a", "output": "b"}]', "has no field 'instruction' .it has: ' instruction', 'output'"),
+    ],
+)
+def test_other_layouts_of_records_are_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json: .*{message}"):
+        read_examples(tmp_path / "a.json")
+
+
+def test_an_input_of_null_is_none(tmp_path):
+    """And one object over several lines is one record."""
+    (tmp_path / "a.json").write_text(json.dumps(THREE[1], indent=1))
+    (example,) = read_examples(tmp_path / "a.json")
+    assert (example.instruction, example.input, example.output) == ("Say 1.", "", "1")
+
+
+def test_no_example_fits():
+    with pytest.raises(ValueError, match="no example leaves room for a response in --max-seq-len tokens"):
+        hold_out([], 0, seed=0)

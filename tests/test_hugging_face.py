@@ -250,3 +250,34 @@ def test_a_mistral_folder_as_cloned(tiny_base, tmp_path):
     (tmp_path / "m" / "params.json").write_text('{"dim": 64}')
     shutil.copy(tmp_path / "m" / "model.safetensors", tmp_path / "m" / "consolidated.safetensors")
     assert torch.equal(logits_of(load_llama(tmp_path / "m")[0]), expected)
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        (lambda name: f"module.{name}", r"its names begin with 'module.' .module.model.embed_tokens.weight."),
+        (lambda name: f"_orig_mod.{name}", "its names begin with '_orig_mod.'"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.qweight"), "is quantized by GPTQ or AWQ .model.layers.0"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.weight.absmax"), "is quantized by bitsandbytes"),
+    ],
+)
+def test_names_that_say_what_a_checkpoint_is(tiny_base, tmp_path, rename, message):
+    save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
+    weights = load_file(tmp_path / "l2" / "model.safetensors")
+    save_file({rename(name): weight for name, weight in weights.items()}, tmp_path / "l2" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"l2: {message}"):
+        load_llama(tmp_path / "l2")
+
+
+def test_an_adapter_is_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=f"{tmp_path}: is an adapter .LORA., not a base"):
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])
+def test_pointers_of_git_lfs(tiny_base, tmp_path, name):
+    save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
+    (tmp_path / "l2" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(ValueError, match=f"{name}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`"):
+        load_llama(tmp_path / "l2")
