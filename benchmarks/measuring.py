@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from runtime.device import device_name
+from runtime.errors import error_line
 from runtime.files import atomic_write, read_json_object, write_json
 
 MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; small ones would not keep the device busy
@@ -119,6 +120,9 @@ def interleave(
     return seconds
 
 
+RATIO = ("median", "least", "most")
+
+
 def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, dict]:
     """Median, and how many times as long as `first`, round by round: median, least and most."""
     rows = {}
@@ -129,8 +133,39 @@ def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, di
     return rows
 
 
+def read_figures(path: Path) -> dict[str, dict]:
+    """Read the figures of earlier benchmarks, none if there is no file. Raises OSError or ValueError."""
+    known = read_json_object(path) if path.exists() else {}
+    for title, part in known.items():
+        rows = part.get("rows") if isinstance(part, dict) else None
+        if not isinstance(rows, dict) or not rows or not all(map(is_row, rows.values())):
+            raise ValueError(f"{path}: {title!r} is no table of a benchmark")
+    return known
+
+
+def is_row(row: object) -> bool:
+    """Return True if a value is a row of a table: an object whose ratio, if it has one, has three numbers."""
+    if not isinstance(row, dict) or not isinstance(row.get("ratio", {}), dict):
+        return False
+    return "ratio" not in row or all(type(row["ratio"].get(key)) in (int, float) for key in RATIO)
+
+
+def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be added to, before anything is measured."""
+    if path is not None:
+        try:
+            read_figures(path)
+        except (OSError, ValueError) as error:
+            raise click.BadParameter(error_line(error)) from None
+    return path
+
+
 json_option = option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go, added to what is there."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    callback=check_figures,
+    help="Where the figures go, added to what is there.",
 )
 
 
@@ -160,7 +195,7 @@ def publish(
     for name, row in rows.items():
         click.echo(f"| {name} | " + " | ".join(text(row) for text in columns.values()) + " |")
     if json_path is not None:
-        known = read_json_object(json_path) if json_path.exists() else {}
+        known = read_figures(json_path)
         special = [name for name in ("checkpoint_activations", "check") if about.get(name)]
         known[" ".join([kind, about["size"], about["dtype"], *special])] = about | {"rows": rows}
         write_json(json_path, known)

@@ -114,6 +114,16 @@ def test_other_work_is_not_timed(tiny, monkeypatch):
     assert result.exit_code == 2 and "has a first loss of 1.00000, ours is" in result.output
 
 
+@pytest.mark.parametrize("content", ["[]", '{"train 15M float32": {}}', '{"a": {"rows": {"ours": {"ratio": 1}}}}'])
+def test_a_file_of_something_else_is_refused_before_anything_is_measured(tiny, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(workload.Workload, "new_model", lambda _: pytest.fail("it has begun"))
+    (tmp_path / "f.json").write_text(content)
+    result = run("generate", "--device", "cpu", "--json", tmp_path / "f.json")
+    assert (
+        result.exit_code == 2 and "f.json: " in " ".join(result.stderr.split("\n")) and "Traceback" not in result.stderr
+    )
+
+
 def test_data_needs_its_tokenizer(instructions):
     result = run("train", "--data", instructions)
     assert result.exit_code == 2 and f"error: --data {instructions} needs --tokenizer FILE" in result.output

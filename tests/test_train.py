@@ -445,13 +445,20 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
     assert run(*args, "--resume").exit_code == 0
 
 
-def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (math.nan, "nan: norm.weight holds values that are not finite"),
+        (3e38, "after step 0: the validation loss is nan"),  # finite, but the logits are not
+    ],
+)
+def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path, value, message):
     folder = copy_base(tiny_base, tmp_path / "nan")
     weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
-    weights["norm.weight"][0] = math.nan
+    weights["norm.weight"][0] = value
     torch.save(weights, folder / "consolidated.00.pth")
     result = run(*args, "--base", folder)
-    assert result.exit_code == 2 and "after step 0: the validation loss is nan" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and message in result.stderr.splitlines()[-1], result.stderr
 
 
 @pytest.mark.parametrize("blocked", ["metrics.jsonl", "adapter.safetensors", "curves.png", "summary.json"])
