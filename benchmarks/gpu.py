@@ -151,7 +151,7 @@ def draw_shares(found: dict[str, dict], path: Path) -> None:
         axes.axvline(100 * GOALS[name], linestyle=style, color="gray", label=f"goal: {name}")
     axes.invert_yaxis()
     axes.set_xlabel("% of the matmul peak (train, peer), of the copy speed (decode)")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
