@@ -39,7 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path):
         try:
-            self.model = SentencePieceProcessor(model_file=str(path))
+            self.model = SentencePieceProcessor(model_file=str(require_file(path)))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
         self.path = path

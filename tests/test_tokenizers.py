@@ -1,6 +1,7 @@
 """Both kinds of tokenizer, against other implementations, and files that are none."""
 
 import json
+import os
 import pytest
 from helpers import SAMPLES, save_chatml
 from tokenizers import AddedToken, decoders, processors
@@ -212,3 +213,9 @@ def test_long_runs_are_cut_as_metas_tokenizer_does(data):
 def test_text_that_is_not_utf_8(tiny_base):
     with pytest.raises(ValueError, match="the text has an unpaired surrogate, or bytes that are not UTF-8"):
         load_tokenizer(tiny_base).encode("a\udcff")
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="is a device or a pipe, not a file"):
+        SentencePieceTokenizer(tmp_path / "tokenizer.model")
