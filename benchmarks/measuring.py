@@ -144,10 +144,13 @@ def read_figures(path: Path) -> dict[str, dict]:
 
 
 def is_row(row: object) -> bool:
-    """Return True if a value is a row of a table: an object whose ratio, if it has one, has three numbers."""
-    if not isinstance(row, dict) or not isinstance(row.get("ratio", {}), dict):
+    """Return True if a value is a row of a table: an object whose ratio, if it has one, is three ordered numbers."""
+    if not isinstance(row, dict) or "ratio" not in row:
+        return isinstance(row, dict)
+    ratio = row["ratio"]
+    if not isinstance(ratio, dict) or not all(type(ratio.get(key)) in (int, float) for key in RATIO):
         return False
-    return "ratio" not in row or all(type(row["ratio"].get(key)) in (int, float) for key in RATIO)
+    return 0 <= ratio["least"] <= ratio["median"] <= ratio["most"] < 1e12
 
 
 def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

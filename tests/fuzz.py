@@ -740,6 +740,19 @@ def video(folder):
     return folder / "a.mp4"
 
 
+def figures(folder):
+    """What a benchmark adds its table to."""
+    row = {"seconds": [1.0], "median": 1.0, "ratio": {"median": 1.0, "least": 1.0, "most": 1.0}}
+    (folder / "f.json").write_text(json.dumps({"train 15M float32": {"size": "15M", "rows": {"ours": row}}}))
+    return folder / "f.json"
+
+
+def read_a_table(path):
+    from benchmarks.measuring import draw_ratios, read_figures
+
+    draw_ratios(read_figures(path), path.with_suffix(".png"))
+
+
 def features(folder):
     np.save(folder / "a.npy", np.ones(8, np.float32))
     return folder / "a.npy"
@@ -820,6 +833,7 @@ KINDS = {
     "webp": (lambda folder: image(folder, "a.webp"), plain_bytes, read_image),
     "mp4": (video, plain_bytes, read_image),
     "features": (features, plain_bytes, read_features),
+    "figures": (figures, text_json, read_a_table),
 }
 
 
