@@ -22,7 +22,7 @@ from generate import Responder, Sampling, stream
 from model import LLaMA
 from runtime.distributed import rank
 from runtime.errors import printable
-from runtime.files import require_file, write_json, write_text
+from runtime.files import first_line, require_file, write_json, write_text
 from tasks.scoring import Scored, in_batches, score_continuations
 
 try:
@@ -251,7 +251,11 @@ def run_harness(
     options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
     found = {}
     for name, column in columns.items():  # the harness keeps a task's requests in it, so each column loads its own
-        results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
+        try:
+            results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
+        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:  # of a broken task
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"--tasks {','.join(tasks)}: the harness cannot evaluate it: {what}") from error
         if rank() == 0:
             found[name] = results
             write_results(results, out / name)

@@ -318,3 +318,12 @@ def test_without_the_harness_one_line_says_how_to_get_it(tiny_base, monkeypatch,
         evaluate.main, ["harness", "--base", str(tiny_base), "--tasks", "x", "--out", str(tmp_path)]
     )
     assert result.exit_code == 2 and "pip install lm_eval" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_task_that_the_harness_cannot_evaluate_is_one_line(tiny_base, tmp_path):
+    path = save_harness_task(tmp_path)
+    path.write_text(path.read_text().replace("output_type: multiple_choice\n", ""))
+    args = ["harness", "--base", tiny_base, "--tasks", path, "--out", tmp_path / "out", "--device", "cpu"]
+    result = CliRunner().invoke(evaluate.main, list(map(str, args)))
+    message = result.stderr.replace("\r", "\n").splitlines()[-1]
+    assert result.exit_code == 2 and message.startswith(f"error: --tasks {path}: the harness cannot evaluate it: ")
