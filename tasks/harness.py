@@ -241,6 +241,8 @@ def run_harness(
     files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
+    for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe
+        require_file(file, "task")
     files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     names = {task for task in tasks if Path(task) not in files}
     with library_errors("--tasks"):

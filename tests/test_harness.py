@@ -1,6 +1,7 @@
 """evaluate.py harness: lm_eval's own model `hf`, over transformers and PEFT, is the oracle."""
 
 import json
+import os
 import re
 import runpy
 import sys
@@ -327,3 +328,10 @@ def test_a_task_that_the_harness_cannot_evaluate_is_one_line(tiny_base, tmp_path
     result = CliRunner().invoke(evaluate.main, list(map(str, args)))
     message = result.stderr.replace("\r", "\n").splitlines()[-1]
     assert result.exit_code == 2 and message.startswith(f"error: --tasks {path}: the harness cannot evaluate it: ")
+
+
+def test_a_pipe_among_the_tasks_is_not_waited_for(tiny_base, tmp_path):
+    os.mkfifo(tmp_path / "capitals.yaml")
+    args = ["harness", "--base", tiny_base, "--tasks", "capitals", "--include-path", tmp_path, "--device", "cpu"]
+    result = CliRunner().invoke(evaluate.main, list(map(str, [*args, "--out", tmp_path / "out"])))
+    assert result.exit_code == 2 and "capitals.yaml: is a device or a pipe, not a file" in result.stderr
