@@ -236,7 +236,7 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     assert short.exit_code == 0 and "(16 truncated)" in short.stdout, short.output
     assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
     none = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
-    assert none.exit_code == 2 and "of the 0 examples that fit: none is left" in none.stderr, none.output
+    assert none.exit_code == 2 and "no example leaves room for a response" in none.stderr, none.output
 
     new = ask(*trained, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
     assert new.exit_code == 2 and "a.conll: sentence 0: its tag 'B-NEW' is none of B-LOC, B-PER, I-LOC, O" in new.stderr
