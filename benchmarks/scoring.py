@@ -20,7 +20,7 @@ def questions_of(
     examples: Sequence[Example], tokenizer: Tokenizer, choices: int
 ) -> list[tuple[None, list[int], list[int]]]:
     """Prompts of the data, each with the beginnings of its own response and of those of the examples that follow."""
-    exchanges = [asked for (asked,) in AlpacaTemplate(tokenizer).encode_exchanges(examples)]
+    exchanges = [exchange for (exchange,) in AlpacaTemplate(tokenizer).encode_exchanges(examples)]
     rows = range(len(exchanges))
     return [
         (None, exchanges[i].prompt_ids, exchanges[(i + j) % len(rows)].response_ids[:CHOICE])

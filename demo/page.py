@@ -90,10 +90,10 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
         gr.Markdown(ABOUT_GATES)
         gates = gr.Plot(gates_figure(demonstration.adapters[names[0]]), show_label=False, elem_id="gates")
 
-        asked = [instruction, context, name, strength, upload, *sampling]
+        inputs = [instruction, context, name, strength, upload, *sampling]
         shown = [adapted, base, shares, notice]
         answering = gr.on(
-            [ask.click, instruction.submit], partial(stream_responses, demonstration), asked, shown, **ON_THE_MODEL
+            [ask.click, instruction.submit], partial(stream_responses, demonstration), inputs, shown, **ON_THE_MODEL
         )
         stop.click(None, cancels=[answering], api_visibility="private")
         picture = [file, upload, preview, forget, notice]

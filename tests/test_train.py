@@ -304,7 +304,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
         run.in_loop = True
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert run.asked == CTRL_C
+        assert run.requested == CTRL_C
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert end.value.code == 130 and signal.getsignal(signal.SIGINT) == before

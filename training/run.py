@@ -53,7 +53,7 @@ class Run:
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
         self.in_loop = False
-        self.asked = 0  # the highest reason to stop signalled so far
+        self.requested = 0  # the highest reason to stop that was signalled so far
         self.stopped = 0  # the reason for which the run has stopped
 
     @property
@@ -92,10 +92,10 @@ class Run:
         A second Ctrl-C interrupts at once as well, except under torchrun, which forwards the first one.
         """
         reason = CTRL_C if number == signal.SIGINT else SIGTERM
-        is_second = reason == CTRL_C and self.asked == CTRL_C and world_size() == 1
+        is_second = reason == CTRL_C and self.requested == CTRL_C and world_size() == 1
         if not self.in_loop or is_second:
             raise KeyboardInterrupt(reason)
-        self.asked = max(self.asked, reason)
+        self.requested = max(self.requested, reason)
 
     def is_finished(self, fixed: dict) -> bool:
         """Return True if the run to resume is finished. Raises ValueError if it had other options."""
@@ -176,7 +176,7 @@ class Run:
         """Return True, on all ranks, if any has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
         minutes = (time.perf_counter() - self.options.started) / 60
         is_late = minutes > (self.options.max_minutes or math.inf)
-        self.stopped = all_reduce_max(max(self.asked, TIME if is_late else 0))
+        self.stopped = all_reduce_max(max(self.requested, TIME if is_late else 0))
         return self.stopped > 0
 
     def log_step(self, step) -> None:
