@@ -184,13 +184,17 @@ def check_text(value: object, where: str, name: str) -> None:
     """Raise ValueError if the value of a field is not a string, or contains an unpaired surrogate."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
-    if has_surrogate(value):
-        raise ValueError(f"{where}: field '{name}' has an unpaired surrogate")
+    try:
+        require_utf8(value)
+    except ValueError:
+        raise ValueError(f"{where}: field '{name}' has an unpaired surrogate") from None
 
 
-def has_surrogate(text: str) -> bool:
-    """Return True if the text has an unpaired surrogate, which also stands for a byte of input that is not UTF-8."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+def require_utf8(text: str) -> str:
+    """Return the text. Raises ValueError at an unpaired surrogate, which also stands for a byte that is not UTF-8."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text has an unpaired surrogate, or bytes that are not UTF-8")
+    return text
 
 
 def format_prompt(instruction: str, input: str = "") -> str:

@@ -30,6 +30,7 @@ from runtime.schema import whole_number
 
 
 MAX_LENGTH = 4096  # K, as train.py allows
+TOO_LONG = f"has {{:,}} prompts per layer, the most is {MAX_LENGTH:,}"
 
 
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
@@ -77,7 +78,8 @@ def load_own(path: Path) -> Adapter:
                 metadata = file.metadata() or {}
                 for name in {"prompts"} & set(file.keys()):  # not read yet: a sparse file may hold any number of zeros
                     shape = file.get_slice(name).get_shape()
-                    check_length(shape[1] if len(shape) == 3 else 0)
+                    if len(shape) == 3 and shape[1] > MAX_LENGTH:
+                        raise ValueError(TOO_LONG.format(shape[1]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"not a whole safetensors file: {error}") from None
@@ -109,12 +111,6 @@ def load_own(path: Path) -> Adapter:
             return kind.from_tensors(tensors, metadata)
         except RuntimeError as error:  # a tensor that is missing, unknown, or of another shape
             raise ValueError(" ".join(str(error).split())) from None
-
-
-def check_length(length: int) -> None:
-    """Raise ValueError if K is more than an adapter has."""
-    if length > MAX_LENGTH:
-        raise ValueError(f"has {length:,} prompts per layer, the most is {MAX_LENGTH:,}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -230,7 +226,8 @@ def from_layers(layers: LayerTensors, heads: int | None) -> Adapter:
     if not widths <= {1, heads} or 0 in widths:
         raise ValueError(f"layers have {sorted(widths)} gates, the base has {heads} heads")
     length, dim = prompts[numbers[0]].shape
-    check_length(length)
+    if length > MAX_LENGTH:
+        raise ValueError(TOO_LONG.format(length))
     adapter = Adapter(layers=len(numbers), length=length, dim=dim, heads=heads, gate_activation=activation)
     with torch.no_grad():
         adapter.prompts.copy_(torch.stack([prompts[i].float() for i in numbers]))

@@ -10,7 +10,7 @@ import tiktoken
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from data import Tokenizer, has_surrogate
+from data import Tokenizer, require_utf8
 from runtime.cli import warn
 from runtime.files import first_line, read_bytes, read_json_object, read_text, require_file
 
@@ -25,13 +25,6 @@ def library_errors(what: str):
         if isinstance(error, OSError) or not (isinstance(error, Exception) or panic):
             raise
         raise ValueError(f"{what}: {first_line(error)}") from None
-
-
-def checked_text(text: str) -> str:
-    """Return the text. Raises ValueError if it cannot be encoded."""
-    if has_surrogate(text):
-        raise ValueError("the text has an unpaired surrogate, or bytes that are not UTF-8")
-    return text
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -52,7 +45,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
-        text = checked_text(text)
+        text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
             return self.model.encode(text)
 
@@ -106,7 +99,7 @@ class TiktokenTokenizer(Tokenizer):
     def encode(self, text: str, preceding: str = "") -> list[int]:
         pieces = []
         start = 0
-        for run in self.LONG_RUN.finditer(checked_text(text)):
+        for run in self.LONG_RUN.finditer(require_utf8(text)):
             pieces.append(text[start : run.end()])
             start = run.end()
         return [id for piece in (*pieces, text[start:]) for id in self.model.encode_ordinary(piece)]
@@ -162,7 +155,7 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, preceding: str = "") -> list[int]:
         # Some put a space before the first token of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
-        text = checked_text(text)
+        text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
             if preceding and not self.spells_special.search(text):
                 self.model.encode_special_tokens = False
