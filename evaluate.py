@@ -52,7 +52,7 @@ class EvalConfig:
 
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
-    """From a file of examples to responses, scores, and what is written of them. Raises OSError or ValueError."""
+    """Read examples, respond to them or read responses, score, and write the results. Raises OSError or ValueError."""
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
     examples = read(config.data, images=config.images, split=config.split)[: config.limit]
@@ -70,7 +70,7 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
-    """Of a base, with an adapter or without, always with the most likely token. Raises OSError or ValueError."""
+    """Respond greedily, by a base with an adapter or without. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)

@@ -123,7 +123,7 @@ def stream_responses(
     upload: Upload | None,
     *sampling,
 ) -> Iterator[list]:
-    """What stands in both responses, the heat map and the notice, while the responses grow."""
+    """Yield the content of both responses, the heat map and the notice, while the responses grow."""
     features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)

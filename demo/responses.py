@@ -1,4 +1,4 @@
-"""What the page asks for, without the page: two responses side by side, a picture's features, HTML of what is shown."""
+"""Functions behind the page: two responses side by side, a picture's features, and the HTML of what is shown."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ LONGEST = 20_000  # characters of a prompt or its input: not every base says how
 
 
 class Sampling(NamedTuple):
-    """How a response is made; the defaults are greedy."""
+    """Sampling settings of a response; the defaults are greedy."""
 
     strength: float = 1.0  # scales the gates; 0 is the base
     temperature: float = 0.0
@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
 
 
 class SideBySide(NamedTuple):
-    """What there is of both responses so far, and once the adapter's is there, what it was made of."""
+    """Both responses so far, and the prompts' shares once the adapter's response is complete."""
 
     adapter: str = ""
     base: str = ""
@@ -126,7 +126,7 @@ class Demonstration:
 
 
 def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
-    """A response piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
+    """Yield a response piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
     tokens, limit = responder.prompt_ids_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
@@ -135,7 +135,7 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each of a response's ids adds to its text; a character of several tokens stands at the last of them."""
+    """Return the text that each id adds; a character of several tokens belongs to the last of them."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])

@@ -1,4 +1,4 @@
-"""What a trained encoder answers, task by task, and how right that is."""
+"""Predictions of a trained encoder, task by task, and their scores."""
 
 import json
 import sys

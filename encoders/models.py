@@ -100,7 +100,7 @@ class Layer(nn.Module):
 def layer_outputs(
     layers: nn.ModuleList, x: Tensor, adaption_prompts: Sequence[AdaptionPrompt], mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Of every layer, N times (B, T, C), for x (B, T, C); the last len(adaption_prompts) layers get one each."""
+    """Return the outputs of all N layers, (B, T, C) each, for x (B, T, C). The topmost get the adaption prompts."""
     states, first_adapted = [], len(layers) - len(adaption_prompts)
     for i, layer in enumerate(layers):
         x = layer(x, adaption_prompts[i - first_adapted] if i >= first_adapted else None, mask)

@@ -1,4 +1,4 @@
-"""What the pictures of the experiments have in common."""
+"""Bars and lines of the experiments' pictures."""
 
 import statistics
 from collections.abc import Sequence

@@ -50,7 +50,7 @@ ROBERTA_RATES = {"head only": 0.03, "prompts and gates": 0.03, "no gates": 0.1, 
 
 
 class EncoderRun(NamedTuple):
-    """How one adapter is trained."""
+    """Settings of one training run over an encoder."""
 
     method: str
     lr: float
@@ -73,7 +73,7 @@ class LabelledSets:
 
 
 def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
-    """A fresh encoder, and what is trained of it or on top of it; the head is the base's own if that fits."""
+    """Load a fresh encoder, and make what is trained of it or on top of it; the head is the base's own if that fits."""
     generator = torch.Generator().manual_seed(seed)
     model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
     dimensions = {"layers": model.config.n_layers, "length": sets.length}

@@ -45,7 +45,7 @@ PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # besid
 
 
 class StoryRun(NamedTuple):
-    """How an adapter is trained; or the base alone is asked."""
+    """Settings of one run: a method and its learning rate, or the base alone."""
 
     method: str  # or PLAIN_WORDS, TEMPLATE
     lr: float = 0.0

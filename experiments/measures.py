@@ -63,7 +63,7 @@ def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
 
 @torch.no_grad()
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
-    """Whether the base's logits are had again, bit for bit, from the trained model without what was learned.
+    """Return True if the trained model without what it learned has the base's logits, bit for bit.
 
     Gates are set to 0, prompts without gates are omitted, and so are LoRA's matrices, from here on; of full tuning
     nothing can be.

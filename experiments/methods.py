@@ -31,7 +31,7 @@ WEIGHT_DECAY = TrainConfig.weight_decay
 
 
 class Setting(NamedTuple):
-    """How to train. What is not said in a table is as here, or as its command's options say."""
+    """Settings of one training run. A table names what differs from these defaults and the command's options."""
 
     layers: int  # L
     lr: float

@@ -27,7 +27,7 @@ from train import TrainConfig, mean_loss
 def answer_problems(
     testbed: Testbed, problems: list[Problem], model: LLaMA, adapter: Adapter | None
 ) -> dict[str, list[str | None]]:
-    """To every problem, what is written, and what is held for the most likely of its answers."""
+    """Return for every problem the generated response, and the most likely of its answers."""
     name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
     responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]

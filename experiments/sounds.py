@@ -214,7 +214,7 @@ def share_by_word(right: Sequence[bool], examples: Sequence[Example]) -> dict[st
 
 
 def label_matches(examples: Sequence[Example]) -> list[bool]:
-    """Where the most likely of the model's own labels is the word, or "unknown" for a word that is none of them.
+    """Return True where the model's own most likely label is the word, or "unknown" for a word that has no label.
 
     The features are its scores (F,), normed, which leaves the largest the largest.
     """

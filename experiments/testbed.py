@@ -108,7 +108,7 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
-    """To train on and to be asked; a search asks nothing that is held out, but a fifth of what training is about."""
+    """Return training examples and questions. A search holds out a fifth of the training subjects for its questions."""
     sets = almanac.instructions()
     training, asked = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
     if searching:

@@ -129,6 +129,8 @@ def read(folder: Path) -> tuple[Config, Weights]:
     if tied and embeddings and head and not torch.equal(require_dense(embeddings()), require_dense(head())):
         warn(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: it is used")
         tied = False
+    if embeddings is None and (head is None or not tied):
+        raise ValueError(f"{folder}: has no weight model.embed_tokens.weight")
     if tied:
         tensors["tok_embeddings.weight"] = embeddings or head  # a file may have either
     elif head is None:

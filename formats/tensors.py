@@ -146,7 +146,7 @@ WEIGHT_FILES = (
 
 
 def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """How to get every tensor by name, of the single file of a Hugging Face folder or of all that its index names.
+    """Return a function per tensor name, of the single file of a Hugging Face folder or of all that its index names.
 
     Prints a line if there are other weights that are not loaded.
     """

@@ -12,12 +12,12 @@ from sentencepiece import SentencePieceProcessor
 
 from data import Tokenizer, require_utf8
 from runtime.cli import warn
-from runtime.files import first_line, read_bytes, read_json_object, read_text, require_file
+from runtime.files import first_line, parse_json, read_bytes, read_json_object, read_text, require_file
 
 
 @contextmanager
 def library_errors(what: str):
-    """What the tokenizers library raises, of no kind of its own, as ValueError; Rust's panics are no Exceptions."""
+    """Convert whatever the library raises to ValueError; panics of Rust are not subclasses of Exception."""
     try:
         yield
     except BaseException as error:
@@ -119,11 +119,13 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         self.path = path
-        growth = max_growth(read_json_object(path).get("normalizer"))
+        text = read_text(path)
+        values = parse_json(text, path)
+        growth = max_growth(values.get("normalizer") if isinstance(values, dict) else None)
         if growth > MAX_GROWTH:
             raise ValueError(f"{path}: its normalizers make a text up to {growth:.3g} times as long")
         with library_errors(f"{path}: cannot be read as a tokenizer"):
-            self.model = tokenizers.Tokenizer.from_str(read_text(path))
+            self.model = tokenizers.Tokenizer.from_str(text)
             self.model.no_padding()
             self.model.no_truncation()
             ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))

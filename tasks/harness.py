@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
     # -- How it goes on
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Until a text that ends the response, greedily unless a task says otherwise; contexts are cut from the left.
+        """Generate until a text that ends the response, greedily by default. Contexts are truncated on the left.
 
         Raises ValueError where a task asks for what there is not.
         """

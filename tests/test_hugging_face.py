@@ -281,3 +281,13 @@ def test_pointers_of_git_lfs(tiny_base, tmp_path, name):
     (tmp_path / "l2" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
     with pytest.raises(ValueError, match=f"{name}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`"):
         load_llama(tmp_path / "l2")
+
+
+@pytest.mark.parametrize("kind", ["gqa", "tied"])
+def test_missing_embeddings_have_their_name_of_the_layout(tiny_base, tmp_path, kind):
+    save_hugging_face(tmp_path / "l2", tiny_base, **KINDS[kind])
+    weights = load_file(tmp_path / "l2" / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "l2" / "model.safetensors")
+    with pytest.raises(ValueError, match="l2: has no weight model.embed_tokens.weight"):
+        load_llama(tmp_path / "l2")

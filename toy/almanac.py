@@ -232,7 +232,7 @@ HELD_OUT = {
 
 
 def instructions() -> dict[str, list[ExamQuestion]]:
-    """What to train on ('training'), and three held-out sets about entities that training never mentions.
+    """Return instructions for training, and three held-out sets about entities that training never mentions.
 
     'entities' is asked in wordings that training has, 'inputs' with the entity in the input field, and
     'wordings' in words that are as new as the entities.

@@ -26,7 +26,7 @@ def commonest(questions: Sequence[ExamQuestion]) -> str:
 
 
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
-    """By "base" or "adapter", as the requests say, 128 at once: always the most likely token, up to 40 of them."""
+    """Respond greedily by "base" or "adapter", as the requests say, 128 at once, with up to 40 tokens each."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
     return generate_responses(responder, requests, batch_size=128, unit="question")
 
