@@ -96,7 +96,7 @@ class Tokenizer(Protocol):
     start_ids: list[int]  # <bos>, or none
     eos_id: int  # ends a response in training
     end_ids: list[int]  # any of them ends a response in generation
-    vocab_size: int
+    vocab_size: int  # ids from here on have no embedding
     special_ids: dict[str, int]  # ids of the special tokens by their text
     named_tokens: dict[str, str]  # the texts of "bos_token" and "eos_token"
     chat_template: str | None  # the base's own Jinja template
@@ -110,6 +110,12 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids. Ids beyond the vocabulary, which padded embeddings can produce, have no text."""
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a special token's text; None if there is no such token."""
+
+    def token_text(self, id: int) -> str | None:
+        """Return the text that a token is known by."""
 
 
 def read_examples(path: str | Path) -> list[Example]:

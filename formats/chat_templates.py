@@ -250,7 +250,10 @@ class ChatTemplate(Template):
             ids: list[int] = []
             for piece in filter(None, self.special.split(part)):
                 if piece in self.tokenizer.special_ids:
-                    ids.append(self.tokenizer.special_ids[piece])
+                    id = self.tokenizer.special_ids[piece]
+                    if id >= self.tokenizer.vocab_size:
+                        raise ValueError(f"the template {self.kind} writes {piece}, but token {id} has no embedding")
+                    ids.append(id)
                     special, before, known = piece, "", []
                     continue
                 piece = re.sub(f"{OPEN}([0-9]{{1,9}}){CLOSE}", reveal, piece)

@@ -30,28 +30,48 @@ def library_errors(what: str):
 class SentencePieceTokenizer(Tokenizer):
     """LLaMA 1 and 2's kind. Raises ValueError where the file is none."""
 
+    # The library puts a space before the first character of a text. Before this one, which no piece contains, the space
+    # can be removed again.
+    MARK = "\ufdd4"
+
     def __init__(self, path: str | Path):
         try:
             self.model = SentencePieceProcessor(model_file=str(require_file(path)))
         except RuntimeError:
             raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
         self.path = path
+        self.num_pieces = self.vocab_size = self.model.vocab_size()
         bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
-        self.start_ids, self.end_ids, self.vocab_size = [bos_id], [self.eos_id], self.model.vocab_size()
+        self.start_ids, self.end_ids = [bos_id], [self.eos_id]
         if min(bos_id, self.eos_id) < 0:
             raise ValueError(f"{path}: has no <bos> or no <eos> (ids {bos_id} and {self.eos_id})")
         with library_errors(f"{path}: a broken SentencePiece model"):
-            self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id)}
+            control = [id for id in range(self.num_pieces) if self.model.is_control(id)]
+            self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id, *control)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
+        self.space_after_special = True  # as Meta's code encodes the text after <bos>
+        self.mark_ids = self.model.encode(self.MARK)
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
         text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
+            if preceding and not self.space_after_special:
+                ids = self.model.encode(self.MARK + text)
+                if ids[: len(self.mark_ids)] == self.mark_ids:
+                    return ids[len(self.mark_ids) :]
             return self.model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         with library_errors(f"{self.path}: cannot decode the response"):
-            return self.model.decode([id for id in ids if id < self.vocab_size])
+            special = self.special_ids.values()
+            return self.model.decode([id for id in ids if id < self.num_pieces and id not in special])
+
+    def token_id(self, token: str) -> int | None:
+        id = self.model.piece_to_id(token)
+        return None if id == self.model.unk_id() else id
+
+    def token_text(self, id: int) -> str | None:
+        return self.model.id_to_piece(id) if id < self.num_pieces else None
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -71,9 +91,12 @@ class TiktokenTokenizer(Tokenizer):
     SPECIAL = {
         0: "<|begin_of_text|>",
         1: "<|end_of_text|>",
+        4: "<|finetune_right_pad_id|>",  # this, <|eom_id|> and <|python_tag|> since Llama 3.1
         6: "<|start_header_id|>",
         7: "<|end_header_id|>",
+        8: "<|eom_id|>",
         9: "<|eot_id|>",
+        10: "<|python_tag|>",
     }
 
     def __init__(self, path: str | Path):
@@ -92,7 +115,8 @@ class TiktokenTokenizer(Tokenizer):
             Path(path).name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
         self.eos_id, self.vocab_size = count + 1, count + 256
-        self.start_ids, self.end_ids = [count], [count + 1, count + 9]  # a conversation's turns end with <|eot_id|>
+        self.start_ids = [count]
+        self.end_ids = [count + 1, count + 8, count + 9]  # of a text, and of a message to a tool or to the user
         self.special_ids = special
         self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
 
@@ -106,7 +130,13 @@ class TiktokenTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         """The text of ordinary ids alone: special tokens have none."""
-        return self.model.decode([id for id in ids if id < self.vocab_size - 256])
+        return self.model.decode([id for id in ids if id <= self.model.max_token_value - 256])
+
+    def token_id(self, token: str) -> int | None:
+        return self.special_ids.get(token)
+
+    def token_text(self, id: int) -> str | None:
+        return None  # only special tokens have one, and `special_ids` has them all
 
 
 class JsonTokenizer(Tokenizer):
@@ -133,33 +163,18 @@ class JsonTokenizer(Tokenizer):
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
         if max(self.start_ids, default=0) >= self.vocab_size:
             raise ValueError(f"{path}: a text starts with token {max(self.start_ids)} of {self.vocab_size}")
-        self.named_tokens = read_named_tokens(folder)
-        self.end_ids = self.read_end_ids(folder)
-        self.eos_id = self.end_ids[0]
+        self.end_ids = []  # the files beside it say which
+        self.named_tokens = {}
         added = self.model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special and token.content}
-        ends = {self.model.id_to_token(id): id for id in (*self.start_ids, *self.end_ids)}
-        self.special_ids |= {text: id for text, id in ends.items() if text}
-        self.spells_special = re.compile("|".join(map(re.escape, self.special_ids)))
-
-    def read_end_ids(self, folder: Path) -> list[int]:
-        """That of tokenizer_config.json first, for training; then what generation_config.json and config.json name."""
-        names = ("tokenizer_config.json", "generation_config.json", "config.json")
-        found = [self.model.token_to_id(self.named_tokens["eos_token"])] if "eos_token" in self.named_tokens else []
-        for values in (read_json_object(folder / name) for name in names[1:] if (folder / name).is_file()):
-            ids = values.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-        found = list(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < self.vocab_size))
-        if not found:
-            raise ValueError(f"{folder}: none of {', '.join(names)} says which token ends a text")
-        return found
+        self.special_ids |= {self.token_text(id): id for id in self.start_ids if self.token_text(id)}
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
         # Some put a space before the first token of all, and none behind a special token. The library finds those in a
         # text, or it does not: with one in front it may, as long as there is none within.
         text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
-            if preceding and not self.spells_special.search(text):
+            if preceding and not any(token in text for token in self.special_ids):
                 self.model.encode_special_tokens = False
                 first, *ids = self.model.encode(preceding + text, add_special_tokens=False).ids
                 if first == self.special_ids[preceding]:
@@ -171,8 +186,15 @@ class JsonTokenizer(Tokenizer):
         with library_errors(f"{self.path}: cannot decode the response"):
             return self.model.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
 
+    def token_id(self, token: str) -> int | None:
+        return self.model.token_to_id(token)
+
+    def token_text(self, id: int) -> str | None:
+        return self.model.id_to_token(id)
+
 
 MAX_GROWTH = 100
+MAX_TOKENS = 2**24
 
 
 def max_growth(normalizer: object) -> float:
@@ -188,14 +210,77 @@ def max_growth(normalizer: object) -> float:
     return growth
 
 
-def read_named_tokens(folder: Path) -> dict[str, str]:
-    """What spells "bos_token", "eos_token" and others, by tokenizer_config.json, or an older file beside it."""
-    values = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        values |= read_json_object(folder / name) if (folder / name).is_file() else {}
-    tokens = {name: values.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+def read_settings(path: Path) -> dict:
+    """Return the values of a JSON file beside a tokenizer; an empty dict if there is none."""
+    return read_json_object(path) if path.is_file() else {}
+
+
+def apply_settings(tokenizer: Tokenizer, folder: Path) -> None:
+    """Apply what the JSON files beside a tokenizer say of special tokens, of <bos>, and of the ends of a response.
+
+    Raises ValueError if no token ends a text.
+    """
+    settings = read_settings(folder / "special_tokens_map.json") | read_settings(folder / "tokenizer_config.json")
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = token_content(settings.get(name))
+        if token or (token == "" and name not in tokenizer.named_tokens):
+            tokenizer.named_tokens[name] = token
+    tokenizer.special_ids |= read_added_tokens(tokenizer, folder, settings)
+    tokenizer.vocab_size = max(tokenizer.vocab_size, *(id + 1 for id in tokenizer.special_ids.values()))
+
+    tokenizer.end_ids = read_end_ids(tokenizer, folder, settings)
+    tokenizer.eos_id = tokenizer.end_ids[0]
+    unnamed = set(tokenizer.end_ids) - set(tokenizer.special_ids.values())
+    tokenizer.special_ids |= {tokenizer.token_text(id): id for id in unnamed}
+    if settings.get("add_bos_token") is False and not isinstance(tokenizer, JsonTokenizer):  # which has its own rule
+        tokenizer.start_ids = []
+    if settings and isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.space_after_special = settings.get("legacy") is True  # as in transformers 5
+
+
+def token_content(token: object) -> str | None:
+    """Return the text of a token, which the files store as a string or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dict[str, int]:
+    """Return the ids of the special tokens that the files beside a tokenizer add or name."""
+    added = read_settings(folder / "added_tokens.json")
+    decoder = settings.get("added_tokens_decoder")
+    for id, token in decoder.items() if isinstance(decoder, dict) else ():
+        text = token_content(token)
+        # A token that is not special is found in a text by the library, if it knows it.
+        if text and id.isdecimal() and (token.get("special", True) or tokenizer.token_id(text) is None):
+            added[text] = int(id)
+    named = list(tokenizer.named_tokens.values())
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = settings.get(name) or ()
+        named += map(token_content, tokens.values() if isinstance(tokens, dict) else tokens)
+    added |= {text: tokenizer.token_id(text) for text in named if text and text not in added}
+    return {text: id for text, id in added.items() if text and type(id) is int and 0 <= id < MAX_TOKENS}
+
+
+def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int]:
+    """Return the tokens that end a response: the first in training, any of them in generation.
+
+    They are those of tokenizer_config.json, generation_config.json, config.json, and the tokenizer's own, in this
+    order, without the token that a text starts with. Raises ValueError if there are none.
+    """
+    bos = tokenizer.named_tokens.get("bos_token")
+    found = [tokenizer.special_ids.get(token_content(settings.get("eos_token")))]
+    for name in ("generation_config.json", "config.json"):
+        ids = read_settings(folder / name).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [ids]
+    found += tokenizer.end_ids
+    found = list(dict.fromkeys(id for id in found if type(id) is int and 0 <= id < tokenizer.vocab_size))
+    known = set(tokenizer.special_ids.values())
+    end_ids = [id for id in found if id in known or tokenizer.token_text(id)]
+    if not end_ids:
+        files = "tokenizer_config.json, generation_config.json, config.json"
+        raise ValueError(f"{folder}: none of {files} says which token ends a text")
+    start_ids = {*tokenizer.start_ids, tokenizer.special_ids.get(bos)}
+    return [id for id in end_ids if id not in start_ids] or end_ids  # some bases have one token for both
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -216,8 +301,8 @@ PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢
 def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:
     """Load the tokenizer in a base's folder, or beside its file: tokenizer.json, or tokenizer.model of either kind.
 
-    If both are there, the first is used, unless they make different ids of a text. Raises FileNotFoundError, or
-    ValueError, also if the base has too few embeddings.
+    If both are there, the first is used, as transformers does. Raises FileNotFoundError, or ValueError, also if the
+    base has too few embeddings.
     """
     base = Path(base)
     folder = base.parent if base.is_file() else base
@@ -236,9 +321,24 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
     if len(found) == 2:
         differing = next((text for text in PROBES if found[0].encode(text) != found[1].encode(text)), None)
         if differing is not None:
-            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the latter is used")
-            tokenizer = found[1]
+            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the former is used")
     tokenizer.chat_template = read_chat_template(folder)
-    if num_embeddings is not None and tokenizer.vocab_size > num_embeddings:
-        raise ValueError(f"{base}: {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
+    apply_settings(tokenizer, folder)
+    if num_embeddings is not None:
+        omit_tokens_beyond(num_embeddings, tokenizer, base)
     return tokenizer
+
+
+def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) -> None:
+    """Omit special tokens without an embedding, such as a <pad> that was added after pretraining.
+
+    Raises ValueError if any other token has no embedding, or <bos>, or the end of a text.
+    """
+    special = set(tokenizer.special_ids.values())
+    needed = max(
+        *tokenizer.start_ids, tokenizer.eos_id, *(id for id in range(tokenizer.vocab_size) if id not in special)
+    )
+    if needed >= num_embeddings:
+        raise ValueError(f"{base}: {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
+    tokenizer.vocab_size = min(tokenizer.vocab_size, num_embeddings)
+    tokenizer.end_ids = [id for id in tokenizer.end_ids if id < num_embeddings]

@@ -175,7 +175,7 @@ def test_llama_3(data):
         assert flat(exchanges) == oracle(tokenizer, llama_3, example.turns, tokenizer.special_ids["<|eot_id|>"])
         prompt = template.encode_prompt(example.turns[-2].content, history=example.turns[:-2])
         assert prompt == encoded(tokenizer, "".join(llama_3(example.turns[:-1])))
-    assert template.end_ids == [128009, 128001]
+    assert template.end_ids == [128009, 128001, 128008]
 
 
 def test_chatml(tmp_path):
