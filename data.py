@@ -37,6 +37,7 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+    learned: bool = True  # False for a response of the assistant that the loss does not cover
 
 
 @dataclass(frozen=True)

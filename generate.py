@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from adapter import ATTENTIONS, Adapter, AdaptionPrompt
 from data import Request, Template, Tokenizer, Turn
-from formats.chat_templates import NAMES, load_template, user_text
+from formats.chat_templates import NAMES, load_template
+from formats.conversations import user_text
 from formats.loading import load_with_adapters
 from formats.tensors import prefix_errors
 from model import KVCache, LLaMA

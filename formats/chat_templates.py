@@ -16,6 +16,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import AlpacaTemplate, Example, Exchange, Template, Tokenizer, Turn
+from formats.conversations import user_text
 from formats.tensors import prefix_errors
 from runtime.cli import warn
 from runtime.files import first_line
@@ -165,15 +166,23 @@ class ChatTemplate(Template):
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
             hidden: list[str] = []
-            messages = self.messages(conversation(example), hidden)
+            turns = conversation(example)
+            messages = self.messages(turns, hidden)
             with self.errors(example.name):
                 parts = self.parts(self.render(messages, begin_response=False), messages)
                 ids = self.encode(parts, hidden)
-            exchanges = [
-                Exchange(*pair) for pair in zip(ids[::2], ids[1::2])
-            ]  # what follows the last response is omitted
-            if len(exchanges) != len(responses(messages)) or not all(each.response_ids for each in exchanges):
+            pairs = list(zip(ids[::2], ids[1::2]))  # what follows the last response is omitted
+            if len(pairs) != len(responses(messages)) or not all(response_ids for _, response_ids in pairs):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
+            exchanges = []
+            context: list[int] = []  # responses that are not learned belong to the next prompt
+            for (prompt_ids, response_ids), number in zip(pairs, responses(messages)):
+                context += prompt_ids
+                if turns[number].learned:
+                    exchanges.append(Exchange(context, response_ids))
+                    context = []
+                else:
+                    context += response_ids
             yield exchanges
 
     @contextmanager
@@ -264,11 +273,6 @@ class ChatTemplate(Template):
                 before, known = before + piece, known + new
             found.append(ids)
         return found
-
-
-def user_text(instruction: str, input: str) -> str:
-    """Alpaca's two fields as one turn."""
-    return f"{instruction}\n\n{input}" if input else instruction
 
 
 def conversation(example: Example) -> Sequence[Turn]:

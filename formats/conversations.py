@@ -1,5 +1,7 @@
 """Records of conversations: `messages`, ShareGPT's `conversations`, `prompt` and `completion`."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,41 +13,119 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
 
+# What a record or a turn may say and this project cannot train on; empty values are ignored.
+UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images", "videos", "audios")
+# LLaVA's and LLaMA-Factory's placeholders, which say where in a text the image stands.
+PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
+PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER.pattern}\s*$")
+
+
 def read_conversation(record: object, path: str | Path, name: str) -> Example:
-    """An Example of a record of any kind, told by its fields: a conversation, prompt and completion, or Alpaca's.
+    """Return an Example of a record of any kind: a conversation, prompt and completion, or Alpaca's fields.
 
     Raises ValueError as data.check_record, naming record and turn.
     """
-    if not isinstance(record, dict):
-        return check_record(record, path, name)
     where = f"{path}: {name}"
-    if (field := turns_field(record)) is not None:
-        about = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
-        turns = check_turns(record[field], where, field)
-        if [turn.role for turn in turns] == ["user", "assistant"]:
-            about = replace(about, instruction=turns[0].content, output=turns[1].content)
-        return replace(about, turns=turns)
-    if {"prompt", "completion"} <= record.keys() and not {"instruction", "output"} & record.keys():
-        for field in ("prompt", "completion"):
-            check_text(record[field], where, field)
-        record = record | {"instruction": record["prompt"], "output": record["completion"]}
-    return check_record(record, path, name)
+    if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
+        if not {"instruction", "output", *LAYOUTS} & record.keys():
+            for field in ("prompt", "completion"):
+                check_text(record[field], where, field)
+            record = record | {"instruction": record["prompt"], "output": record["completion"]}
+    turns = read_turns(record, path, name)
+    if turns is None:
+        example = check_record(record, path, name)
+        if example.image:
+            texts = remove_placeholder((example.instruction, example.input), where)
+            example = replace(example, instruction=texts[0], input=texts[1])
+        return example
+    example = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
+    if not any(turn.role == "assistant" for turn in turns):
+        raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's: there is nothing to learn")
+    if example.image:
+        contents = remove_placeholder([turn.content for turn in turns], where)
+        turns = [turn._replace(content=content) for turn, content in zip(turns, contents)]
+    if [turn.role for turn in turns] == ["user", "assistant"]:
+        example = replace(example, instruction=turns[0].content, output=turns[1].content)
+    return replace(example, turns=tuple(turns))
 
 
-def turns_field(record: object) -> str | None:
-    """The field that holds a record's turns; None where it is no conversation."""
-    return next((field for field in LAYOUTS if isinstance(record, dict) and field in record), None)
+def read_turns(record: object, path: str | Path, name: str, with_output: bool = True) -> list[Turn] | None:
+    """Check a record, and return its turns; None if it is no conversation, but one instruction.
 
-
-def check_turns(values: object, where: str, field: str, with_response: bool = True) -> tuple[Turn, ...]:
-    """Check the value of a record's field, and return its turns; one must be the assistant's if `with_response`.
-
-    Raises ValueError at an unknown role, an empty content, or an order that cannot be.
+    They are those of its `messages` or `conversations`, after its `system`; or those of Alpaca's fields, after
+    LLaMA-Factory's `system` and `history`, the last of them the `output` if asked. Raises ValueError at a field that
+    cannot be used, an unknown role, an empty content, or an order that cannot be.
     """
+    if not isinstance(record, dict):
+        return None
+    where = f"{path}: {name}"
+    check_supported(record, where)
+    system = record.get("system") or ""
+    check_text(system, where, "system")
+    start = [Turn("system", system)] if system.strip() else []
+    if field := next((field for field in LAYOUTS if field in record), None):
+        return check_turns(record[field], where, field, start)
+    history = record.get("history") or []
+    if "instruction" not in record or not (start or history):
+        return None
+    example = check_record(record, path, name, needed=["instruction", "output"] if with_output else ["instruction"])
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError(f"{where}: field 'history' is not a list of pairs, each a prompt and its response")
+    for text in sum(history, []):
+        check_text(text, where, "history")
+    turns = [Turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
+    turns.append(Turn("user", user_text(example.instruction, example.input)))
+    return start + turns + ([Turn("assistant", example.output)] if with_output else [])
+
+
+def user_text(instruction: str, input: str) -> str:
+    """Alpaca's two fields as one turn."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
+def check_supported(values: dict, where: str) -> None:
+    """Raise ValueError if a record or a turn has a field that training would have to use, and cannot."""
+    for field in UNSUPPORTED:
+        if values.get(field):
+            cure = f"; give one as {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
+            raise ValueError(f"{where}: field {field!r} is not supported{cure}")
+
+
+def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
+    """Return the texts without the placeholder of an image, at the beginning or the end of one of them.
+
+    In the model, an image is in the adaption prompts and not among the tokens. Raises ValueError at several
+    placeholders, or one within a text.
+    """
+    number = sum(len(PLACEHOLDER.findall(text)) for text in texts)
+    texts = [PLACEHOLDER_AT_EDGE.sub("", text, count=1) for text in texts]
+    if number > 1 or any(map(PLACEHOLDER.search, texts)):
+        wanted = "only one, at the beginning or the end of a text, is supported"
+        raise ValueError(f"{where}: has {number} placeholders of an image or a sound; {wanted}")
+    return texts
+
+
+def is_learned(value: dict, role: str, where: str) -> bool:
+    """Return False for a message with OpenAI's `weight: 0` or axolotl's `train: false`.
+
+    Raises ValueError at other values, and if a message is to be learned that is not the assistant's.
+    """
+    weight, train = value.get("weight"), value.get("train")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where}: field 'weight' is {weight!r}, not 0 or 1")
+    if train not in (None, False, True):
+        raise ValueError(f"{where}: field 'train' is {train!r}, not true or false")
+    if role != "assistant" and (weight or train):
+        raise ValueError(f"{where}: is to be learned, but only the assistant's turns are")
+    return not (weight == 0 or train is False)
+
+
+def check_turns(values: object, where: str, field: str, start: Sequence[Turn] = ()) -> list[Turn]:
+    """Check the value of a record's field, and return its turns after those of `start`. Raises as `read_turns`."""
     if not isinstance(values, list):
         raise ValueError(f"{where}: field '{field}' is a {type(values).__name__}, not a list")
     role_name, content_name = LAYOUTS[field]
-    turns: list[Turn] = []
+    turns = list(start)
     for index, value in enumerate(values):
         here = f"{where}: turn {index}"
         if not isinstance(value, dict):
@@ -54,6 +134,7 @@ def check_turns(values: object, where: str, field: str, with_response: bool = Tr
             if name not in value:
                 raise ValueError(f"{here}: has no field '{name}' (it has: {', '.join(map(repr, value)) or 'nothing'})")
             check_text(value[name], here, name)
+        check_supported(value, here)
         role, content = ROLES.get(value[role_name]), value[content_name]
         if role is None:
             raise ValueError(f"{here}: {role_name} {value[role_name]!r} is none of {', '.join(ROLES)}")
@@ -63,7 +144,5 @@ def check_turns(values: object, where: str, field: str, with_response: bool = Tr
         if before not in {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}[role]:
             after = f"follows the {before}'s" if before else "is the first"
             raise ValueError(f"{here}: the {role}'s {after}; the order is system (or none), user, assistant, user ...")
-        turns.append(Turn(role, content))
-    if with_response and not any(turn.role == "assistant" for turn in turns):
-        raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's: there is nothing to learn")
-    return tuple(turns)
+        turns.append(Turn(role, content, is_learned(value, role, here)))
+    return turns

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from data import Request, Turn, check_record, read_records
-from formats.conversations import check_turns, turns_field
+from formats.conversations import read_turns, remove_placeholder
 from formats.image_encoders import load_image_encoder
 from runtime.distributed import rank
 from runtime.files import atomic_write, path_inside, require_file
@@ -21,24 +21,30 @@ def read_requests(
     """
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
-        where = f"record {index}"
-        turns = prompt_turns(record, f"{path}: {where}")
-        example = check_record(record, path, where, needed=[] if turns else ["instruction"])
+        where = f"{path}: record {index}"
+        turns = read_turns(record, path, f"record {index}", with_output=False)
+        if turns is not None and (not turns or turns[-1].role != "user"):
+            raise ValueError(f"{where}: its last turn is not the user's: there is nothing to respond to")
+        example = check_record(record, path, f"record {index}", needed=[] if turns else ["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}: {where}: adapter {name!r} is none of {list(names)}")
-        if turns:
-            requests.append(Request(turns[-1].content, "", name, history=turns[:-1]))
-        else:
-            requests.append(Request(example.instruction, example.input, name))
+            raise ValueError(f"{where}: adapter {name!r} is none of {list(names)}")
+        *history, (_, instruction, _) = turns or [Turn("user", example.instruction)]
+        input = "" if turns else example.input
+        if example.image:
+            instruction, input, *contents = remove_placeholder(
+                [instruction, input, *(t.content for t in history)], where
+            )
+            history = [turn._replace(content=content) for turn, content in zip(history, contents)]
+        requests.append(Request(instruction, input, name, history=history))
         try:
             if example.image and name == "base":
                 raise ValueError("an image needs an adapter with a projection, and the base alone has none")
             if example.image:
                 images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: {where}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     return records, requests, images
 
 
@@ -72,13 +78,3 @@ def write_responses(path: str, records: Sequence[dict], responses: Iterable[str]
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, output in zip(records, responses):
             file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")
-
-
-def prompt_turns(record: object, where: str) -> tuple[Turn, ...]:
-    """The turns of a conversation, of which the user has the last word; none where the record is an instruction."""
-    if (field := turns_field(record)) is None:
-        return ()
-    turns = check_turns(record[field], where, field, with_response=False)
-    if not turns or turns[-1].role != "user":
-        raise ValueError(f"{where}: its last turn is not the user's: there is nothing to respond to")
-    return turns

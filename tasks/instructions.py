@@ -4,12 +4,31 @@ from pathlib import Path
 
 from data import Example, read_records
 from formats.conversations import read_conversation
+from runtime.distributed import print_rank0
 from tasks import Task
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
-    """Read every record. Raises OSError, or ValueError that names file, record, and field or turn."""
-    return [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]
+    """Read every record, except conversations of which no turn is to be learned; their number is printed.
+
+    Raises OSError, or ValueError that names file, record, and field or turn.
+    """
+    examples = [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]
+    learned = [
+        each
+        for each in examples
+        if not each.turns or any(turn.learned for turn in each.turns if turn.role == "assistant")
+    ]
+    if len(learned) < len(examples):
+        print_rank0(f"{path}: {len(examples) - len(learned):,} of {len(examples):,} records have no turn to learn")
+    if not learned:
+        raise ValueError(f"{path}: none of the {len(examples):,} records has a turn to learn")
+    return learned
+
+
+def has_learned_turn(example: Example) -> bool:
+    """Return True for an instruction, and for a conversation with a response that the loss covers."""
+    return not example.turns or any(turn.learned for turn in example.turns if turn.role == "assistant")
 
 
 TASK = Task(read)

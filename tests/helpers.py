@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 from adapter import Adapter
 from benchmarks import measuring
@@ -93,6 +94,38 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
     tokens = {"bos_token": None, "eos_token": "<|im_end|>"} | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]} | generation))
+
+
+def sentencepiece_by_other_means(path):
+    """Hugging Face's BPE in Rust, its merges put together from the pieces and their scores."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    model = SentencePieceProcessor(model_file=str(path))
+    vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = []
+    for piece, i in vocabulary.items():
+        for cut in range(1, len(piece)):
+            parts = piece[:cut], piece[cut:]
+            if all(part in vocabulary for part in parts):
+                merges.append((-model.get_score(i), *(vocabulary[part] for part in parts), parts))
+    merges = [merge[-1] for merge in sorted(merges)]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return bpe
+
+
+def save_llama2_json(data, folder):
+    """LLaMA 2's tokenizer as a tokenizer.json, made here of its tokenizer.model."""
+    from tokenizers import AddedToken, decoders, processors
+
+    model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
 
 
 def make_example(ids, prompt_length, name="", features=None):

@@ -20,6 +20,11 @@ SHARE = {"system": "system", "user": "human", "assistant": "gpt"}
 SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, text in TALK]}
 
 
+def with_turn(role="assistant", **fields):
+    """A record whose turn of this role has these fields too."""
+    return {"messages": [turn | fields if turn["role"] == role else turn for turn in MESSAGES["messages"][:3]]}
+
+
 def test_records_are_told_apart_by_their_fields(tmp_path):
     records = [
         MESSAGES,
@@ -75,7 +80,103 @@ def test_what_is_wrong_is_said_in_a_line(record, message):
 
 def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_there():
     record = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "And?"}]}
-    assert read_conversation(record, "a.json", "r").turns[-1] == ("user", "And?")
+    assert read_conversation(record, "a.json", "r").turns[-1] == Turn("user", "And?")
+
+
+HISTORY = {"instruction": "Why?", "input": "", "output": "Because.", "system": "Be brief.", "history": [["Hi", "Ho"]]}
+
+
+def test_system_and_history_beside_the_turns():
+    """LLaMA-Factory's two fields, and ShareGPT's `system` beside the turns."""
+    expected = tuple(Turn(*turn) for turn in TALK)
+    beside = {"system": "Be brief.", "conversations": SHAREGPT["conversations"][1:]}
+    for record in (
+        HISTORY,
+        beside,
+        {"prompt": "Why?", "completion": "Because."} | {k: HISTORY[k] for k in ("system", "history")},
+    ):
+        assert read_conversation(record, "a.json", "r") == Example(turns=expected, name="r")
+    with_input = read_conversation(HISTORY | {"input": "1 2"}, "a.json", "r")
+    assert with_input.turns[-2] == Turn("user", "Why?\n\n1 2")
+    nothing = {"instruction": "Add.", "input": None, "output": "3", "system": "", "history": []}
+    assert read_conversation(nothing, "a.json", "r") == Example("Add.", "", "3", name="r")
+    with pytest.raises(ValueError, match="turn 0: the system's follows the system's"):
+        read_conversation(SHAREGPT | {"system": "Be kind."}, "a.json", "r")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (HISTORY | {"history": ["Hi", "Ho"]}, "field 'history' is not a list of pairs, each a prompt and its response"),
+        (HISTORY | {"history": [["Hi", 3]]}, "field 'history' is a int, not a string"),
+        (HISTORY | {"system": ["a"]}, "field 'system' is a list, not a string"),
+        (SHAREGPT | {"tools": "[{}]"}, "field 'tools' is not supported"),
+        (HISTORY | {"images": ["a.png"]}, "field 'images' is not supported; give one as 'image'"),
+        (with_turn(tool_calls=[{"name": "f"}]), "turn 2: field 'tool_calls' is not supported"),
+        (with_turn(reasoning_content="Hm."), "turn 2: field 'reasoning_content' is not supported"),
+        (with_turn(weight=0.5), "turn 2: field 'weight' is 0.5, not 0 or 1"),
+        (with_turn(train="no"), "turn 2: field 'train' is 'no', not true or false"),
+        (with_turn(role="user", weight=1), "turn 1: is to be learned, but only the assistant's turns are"),
+    ],
+)
+def test_what_cannot_be_used_is_named(record, message):
+    with pytest.raises(ValueError, match=f"^chats.json: record 3: {message}"):
+        read_conversation(record, "chats.json", "record 3")
+
+
+def test_fields_that_say_nothing_are_ignored():
+    record = with_turn(tool_calls=[], reasoning_content=None, weight=1, train=True) | {"tools": ""}
+    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TALK[:3])
+
+
+@pytest.mark.parametrize("text", ["<image>\nHi", "Hi <image>", "\n<video>Hi"])
+def test_the_placeholder_of_an_image_is_removed(text):
+    first = {"from": "human", "value": text}
+    record = {"image": "a.jpg", "conversations": [first, *SHAREGPT["conversations"][2:]]}
+    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TALK[1:])
+    record = {"image": "a.jpg", "instruction": text, "input": "x", "output": "Ho"}
+    assert read_conversation(record, "a.json", "r").instruction == "Hi"
+    assert read_conversation(record | {"image": ""}, "a.json", "r").instruction == text
+    assert read_conversation(record | {"instruction": "a", "input": text}, "a.json", "r").input == "Hi"
+
+
+@pytest.mark.parametrize("text", ["<image> <image> Hi", "Of <image> here", "<image>a<image>"])
+def test_several_placeholders_and_one_within_a_text_are_refused(text):
+    record = {"image": "a.jpg", "instruction": text, "output": "Ho"}
+    both = record | {"instruction": "<image> Look.", "input": "Look. <image>"}
+    with pytest.raises(ValueError, match="a.json: r: has 2 placeholders"):
+        read_conversation(both, "a.json", "r")
+    with pytest.raises(ValueError, match="a.json: r: has [12] placeholders .* only one, at the beginning or the end"):
+        read_conversation(record, "a.json", "r")
+
+
+def test_turns_that_are_not_to_be_learned(chat_base, tmp_path, capsys):
+    """OpenAI's `weight` and axolotl's `train`: the tokens are the same, the loss covers the others."""
+    _, tokenizer = load_llama(chat_base)
+    template = load_template("auto", tokenizer)
+    ids = {}
+    for flags, expected in [
+        (({}, {}), ["Ho", "Because."]),
+        (({"weight": 0}, {"weight": 1}), ["Because."]),
+        (({}, {"train": False}), ["Ho"]),
+    ]:
+        turns = [dict(turn) for turn in MESSAGES["messages"]]
+        turns[2] |= flags[0]
+        turns[4] |= flags[1]
+        (tokens,), cut = tokenize(template, [read_conversation({"messages": turns}, "a.json", "r")], 512)
+        assert [text for text, _ in learned(tokenizer, tokens)] == expected and cut == 0
+        ids[tuple(expected)] = tokens.ids
+    assert ids["Ho", "Because."] == ids["Because.",]
+    assert ids["Ho", "Because."][: len(ids["Ho",])] == ids["Ho",]
+    silent = {
+        "messages": [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in MESSAGES["messages"]]
+    }
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [MESSAGES, silent])))
+    assert len(load_task("instructions").read(tmp_path / "a.jsonl")) == 1
+    assert "a.jsonl: 1 of 2 records have no turn to learn" in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_text(json.dumps(silent))
+    with pytest.raises(ValueError, match="a.jsonl: none of the 1 records has a turn to learn"):
+        load_task("instructions").read(tmp_path / "a.jsonl")
 
 
 def learned(tokenizer, tokens):
@@ -125,9 +226,9 @@ def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
     template = AlpacaTemplate(tokenizer)
     assert list(template.encode_exchanges([once])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
     with pytest.raises(
-        ValueError, match="record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
+        ValueError, match="^record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
     ):
-        list(template.encode_exchanges([Example(turns=tuple(Turn(*turn) for turn in TALK), name="record 1")]))
+        list(template.encode_exchanges([read_conversation(HISTORY, "a.json", "record 1")]))
 
 
 @pytest.fixture

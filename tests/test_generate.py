@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from helpers import ROOT, chat_in_process, chat_on_terminal, make_adapter, make_model, make_tokens
 
 from adapter import Adapter, AdaptionPrompt
-from data import format_prompt
+from data import Request, Turn, format_prompt
 from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
 from formats.loading import load_with_adapters
+from formats.requests import read_requests
 from generate import Sampling, decode_step, generate, main, prefill, sample, stream, text_pieces
 from model import KVCache
 from runtime.compilation import RowLinear, compile_decoding, decode_by_rows
@@ -392,6 +393,33 @@ def test_bad_files_of_prompts_are_named(chef_and_poet, tmp_path, records, messag
     result = run("--adapter", chef, "--adapter", poet, *files)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_requests_of_conversations_and_of_images(tmp_path):
+    """An output, which the file of an earlier call has, is not part of the prompt; nor is an image's placeholder."""
+    (tmp_path / "a.png").touch()
+    turns = [
+        {"from": "human", "value": "<image>\nHi"},
+        {"from": "gpt", "value": "Ho"},
+        {"from": "human", "value": "Why?"},
+    ]
+    records = [
+        {"instruction": "Why?", "input": "1", "output": "-", "system": "Be kind.", "history": [["Hi", "Ho"]]},
+        {"conversations": turns, "image": "a.png", "adapter": "chef"},
+        {"instruction": "Look.\n<image>", "input": "1", "image": "a.png", "adapter": "chef"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    _, requests, images = read_requests(str(tmp_path / "in.jsonl"), ["base", "chef"], "base", None)
+    talk = [Turn("user", "Hi"), Turn("assistant", "Ho")]
+    assert requests == [
+        Request("Why?\n\n1", history=[Turn("system", "Be kind."), *talk]),
+        Request("Why?", adapter="chef", history=talk),
+        Request("Look.", "1", "chef", history=[]),
+    ]
+    assert images.keys() == {1, 2}
+    (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": turns[:2]}))
+    with pytest.raises(ValueError, match="record 0: its last turn is not the user's"):
+        read_requests(str(tmp_path / "in.jsonl"), ["base"], "base", None)
 
 
 def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-from helpers import CHATML, SAMPLES, save_chatml
+from helpers import CHATML, SAMPLES, save_chatml, save_llama2_json
 from sentencepiece import SentencePieceTrainer
-from test_tokenizers import save_llama2_json
 
 from data import AlpacaTemplate, Example, Turn
 from formats.chat_templates import load_template

@@ -3,8 +3,7 @@
 import json
 import os
 import pytest
-from helpers import SAMPLES, save_chatml
-from tokenizers import AddedToken, decoders, processors
+from helpers import SAMPLES, save_chatml, save_llama2_json, sentencepiece_by_other_means
 
 from data import read_examples
 from formats.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
@@ -37,26 +36,6 @@ def test_an_id_beyond_the_tokenizer_has_no_text(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     ids = tokenizer.encode("cat")
     assert tokenizer.decode([*ids, 1024, 5000]) == "cat"
-
-
-def sentencepiece_by_other_means(path):
-    """Hugging Face's BPE in Rust, its merges put together from the pieces and their scores."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import models, normalizers
-
-    model = SentencePieceProcessor(model_file=str(path))
-    vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges = []
-    for piece, i in vocabulary.items():
-        for cut in range(1, len(piece)):
-            parts = piece[:cut], piece[cut:]
-            if all(part in vocabulary for part in parts):
-                merges.append((-model.get_score(i), *(vocabulary[part] for part in parts), parts))
-    merges = [merge[-1] for merge in sorted(merges)]
-    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return bpe
 
 
 def tiktoken_by_other_means(path):
@@ -95,18 +74,6 @@ def test_real_tokenizers_give_the_ids_of_other_implementations(data, tmp_path, n
 
 # ---------------------------------------------------------------------------------------------------
 # tokenizer.json
-
-
-def save_llama2_json(data, folder):
-    """LLaMA 2's tokenizer as a tokenizer.json, made here of its tokenizer.model."""
-    model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
-    model.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    model.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
 
 
 def test_tokenizer_json_gives_the_ids_of_tokenizer_model_and_of_transformers(data, tmp_path):
