@@ -4,9 +4,9 @@ Parameters have the names of Meta's checkpoints. Notation as in adapter.py.
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from adapter import AdaptionPrompt, attend, gated_attention
 from runtime.schema import require_number
-
-
-class RopeScaling(NamedTuple):
-    """Llama 3.1's scaling of the rotary frequencies, for contexts longer than in pretraining."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Config:
     vocab_size: int = 32000  # V
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_factors: tuple[float, ...] | None = None  # (D/2,), divisors of the rotary frequencies, for longer contexts
     max_seq_len: int | None = None  # context length in tokens, if the checkpoint states it
     qkv_bias: bool = False  # used by Qwen2
     qk_norm: bool = False  # used by Qwen3: RMSNorm over each head of q and k, before the rotary embedding
@@ -52,33 +43,14 @@ class Config:
         require_number("rope_theta", self.rope_theta, 1e-30, 1e12)
         if self.max_seq_len is not None:
             require_number("max_seq_len", self.max_seq_len, 1, 2**40, whole=True)
-        for value in self.rope_scaling or ():
-            require_number("a number of rope_scaling", value, 1e-30, 1e12)
-        if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
-            raise ValueError(f"rope_scaling {tuple(self.rope_scaling)}: low_freq_factor is not below high_freq_factor")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number")
-
-
-# Published sizes, for benchmarks and tests; a checkpoint's own configuration says its dimensions.
-SIZES = {
-    #                 dim  layers heads kv  D  hidden   vocab   eps    theta     rope scaling
-    "TinyLlama-1.1B": Config(2048, 22, 32, 4, 64, 5632, 32000, 1e-5, 1e4, None, 2048),
-    "Llama-3.2-1B": Config(2048, 16, 32, 8, 64, 8192, 128256, 1e-5, 5e5, RopeScaling(32, 1, 4, 8192), 131072),
-    "Llama-3.2-3B": Config(3072, 28, 24, 8, 128, 8192, 128256, 1e-5, 5e5, RopeScaling(32, 1, 4, 8192), 131072),
-    "LLaMA-7B": Config(4096, 32, 32, 32, 128, 11008, 32000, 1e-6, 1e4, None, 2048),
-    "Llama-2-7B": Config(4096, 32, 32, 32, 128, 11008, 32000, 1e-5, 1e4, None, 4096),
-    "Llama-3-8B": Config(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, None, 8192),
-    "Llama-3.1-8B": Config(4096, 32, 32, 8, 128, 14336, 128256, 1e-5, 5e5, RopeScaling(8, 1, 4, 8192), 131072),
-    "LLaMA-13B": Config(5120, 40, 40, 40, 128, 13824, 32000, 1e-6, 1e4, None, 2048),
-    "Llama-2-13B": Config(5120, 40, 40, 40, 128, 13824, 32000, 1e-5, 1e4, None, 4096),
-    "LLaMA-33B": Config(6656, 60, 52, 52, 128, 17920, 32000, 1e-6, 1e4, None, 2048),
-    "LLaMA-65B": Config(8192, 80, 64, 64, 128, 22016, 32000, 1e-5, 1e4, None, 2048),
-    "Llama-2-70B": Config(8192, 80, 64, 8, 128, 28672, 32000, 1e-5, 1e4, None, 4096),
-    "Llama-3-70B": Config(8192, 80, 64, 8, 128, 28672, 128256, 1e-5, 5e5, None, 8192),
-}
+        if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
+            raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers for head_dim {self.head_dim}")
+        for factor in self.rope_factors or ():
+            require_number("a number of rope_factors", factor, 1e-30, 1e12)
 
 
 class RMSNorm(nn.Module):
@@ -99,11 +71,11 @@ def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
-    if config.rope_scaling is not None:
-        factor, low, high, context = config.rope_scaling
-        rotations = context * frequencies / (2 * math.pi)  # within the pretrained context
-        kept = ((rotations - low) / (high - low)).clamp(0, 1)  # 1: high frequencies are kept, 0: low ones interpolated
-        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    if config.rope_factors is not None:
+        runs = [(factor, len(list(run))) for factor, run in groupby(config.rope_factors)]
+        # Fills, because a copy from the host could not be recorded in a CUDA graph.
+        factors = [torch.full((length,), factor, device=positions.device) for factor, length in runs]
+        frequencies = frequencies / torch.cat(factors)  # (D/2,)
     angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
     return angles.cos(), angles.sin()
 

@@ -11,8 +11,9 @@ from cloup import command, option, option_group
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_growth, publish
+from benchmarks.sizes import SIZES
 from benchmarks.workload import LENGTH, CONFIGS, random_adapter, random_examples, random_model
-from model import SIZES, Config, num_parameters
+from model import Config, num_parameters
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig, make_optimizer, train_step

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from adapter import gated_attention
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
+from benchmarks.sizes import SCALED, SIZES
 from benchmarks.workload import CONFIGS, random_adapter, random_examples
 from formats.bases import read_base
 from formats.hugging_face import config_values, to_hugging_face
 from formats.loading import load_part_of_rank
 from generate import Sampling, stream
-from model import SIZES, Config, LLaMA
+from model import Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
 from runtime.device import peak_memory, select_device
 from runtime.distributed import all_reduce_max, inference_ranks, rank, world_size
@@ -40,12 +41,12 @@ def random_parts(config: Config, generator: torch.Generator) -> Iterator[dict[st
         yield {name: weight.contiguous() for name, weight in to_hugging_face(weights, config).items()}
 
 
-def hugging_face_values(config: Config) -> dict:
-    """config.json of a LlamaForCausalLM of that shape."""
+def hugging_face_values(config: Config, scaled: float | None) -> dict:
+    """config.json of a LlamaForCausalLM of that shape, its rotary embedding scaled as Llama 3.1's."""
     rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3"} | dict(zip(names, config.rope_scaling))
+    if scaled is not None:
+        rope |= {"rope_type": "llama3", "factor": scaled, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope["original_max_position_embeddings"] = 8192
     more = {"max_position_embeddings": config.max_seq_len or 2048, "rope_parameters": rope}
     return {"model_type": "llama"} | config_values(config) | more
 
@@ -63,7 +64,7 @@ def write_checkpoint(size, tokenizer, out):
 
     In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
     """
-    config, generator = (SIZES | CONFIGS)[size], torch.Generator().manual_seed(0)
+    config, scaled, generator = (SIZES | CONFIGS)[size], SCALED.get(size), torch.Generator().manual_seed(0)
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
     if out.exists() and any(out.iterdir()):
@@ -90,7 +91,7 @@ def write_checkpoint(size, tokenizer, out):
         shards |= dict.fromkeys(inside, file)
     size = sum(file.stat().st_size for file in out.iterdir())
     write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
-    write_json(out / "config.json", hugging_face_values(config))
+    write_json(out / "config.json", hugging_face_values(config, scaled))
     (out / "tokenizer.model").write_bytes(content)
     click.echo(f"wrote {size:,} bytes in {len(names)} shards to {printable(str(out))}")
 

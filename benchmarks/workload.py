@@ -9,9 +9,10 @@ from cloup import option, option_group
 
 from adapter import Adapter
 from benchmarks.measuring import json_option
+from benchmarks.sizes import SIZES
 from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, read_examples, tokenize
 from formats.tokenizers import SentencePieceTokenizer, load_tokenizer
-from model import SIZES, Config, LLaMA
+from model import Config, LLaMA
 from runtime.cli import Count, device_options
 from runtime.compilation import prepare_to_compile, transpose_output_head
 from runtime.device import select_device

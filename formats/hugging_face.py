@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from formats.rope import linear_rope_factors, llama3_rope_factors
 from formats.tensors import Weights, copy, prefix_errors, open_shards, require_dense
-from model import Config, RopeScaling
+from model import Config
 from runtime.cli import warn
 from runtime.files import read_json_object
 from runtime.schema import require_number
@@ -156,32 +157,49 @@ def hugging_face_config(values: dict) -> Config:
     for name, value in only.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}")
-    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if rope_type == "llama3":
-        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(rope[name] for name in fields))
-    elif rope_type != "default":
-        raise ValueError(f"rope_type is {rope_type!r}; only 'default' and 'llama3' are supported")
     for name in ("hidden_size", "num_attention_heads"):
         require_number(name, values[name], 1, 2**24, whole=True)
     dim, n_heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = dim // n_heads if values.get("head_dim") is None else values["head_dim"]
+    require_number("head_dim", head_dim, 1, 2**24, whole=True)
+    rope_theta, rope_factors = rotary_embedding(values, head_dim)
     return Config(
         dim=dim,
         n_layers=values["num_hidden_layers"],
         n_heads=n_heads,
         n_kv_heads=n_heads if values.get("num_key_value_heads") is None else values["num_key_value_heads"],
-        head_dim=dim // n_heads if values.get("head_dim") is None else values["head_dim"],
+        head_dim=head_dim,
         hidden_dim=values["intermediate_size"],
         vocab_size=values["vocab_size"],
         norm_eps=values["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
-        rope_scaling=scaling,
+        rope_theta=rope_theta,
+        rope_factors=rope_factors,
         max_seq_len=context(values),
         **ARCHITECTURES[kind],
     )
+
+
+def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, ...] | None]:
+    """Return rope_theta and the divisors of the frequencies. Raises KeyError, or ValueError at an unknown rope_type.
+
+    As in transformers, `rope_scaling` wins over `rope_parameters`, which its version 5 writes.
+    """
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}")
+    for place in (rope, values):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"partial_rotary_factor is {place['partial_rotary_factor']!r}; only 1 is supported")
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return theta, None
+    if rope_type == "linear":
+        return theta, linear_rope_factors(head_dim, rope["factor"])
+    if rope_type == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return theta, llama3_rope_factors(head_dim, theta, *(rope[name] for name in names))
+    raise ValueError(f"rope_type is {rope_type!r}; only 'default', 'linear' and 'llama3' are supported")
 
 
 def context(values: dict) -> int | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from formats.rope import llama3_rope_factors
 from formats.tensors import Weights, copy, load_pth, prefix_errors, require_dense
-from model import Config, RopeScaling
+from model import Config
 from runtime.files import read_json_object
 from runtime.schema import require_number
 from runtime.tensor_parallel import WHOLE, Part
@@ -90,9 +91,10 @@ def meta_config(params: dict, vocab_size: int) -> Config:
     require_number("ffn_dim_multiplier", multiplier, 1e-3, 1e3)
     hidden_dim = int(multiplier * int(2 * 4 * dim / 3))
     hidden_dim += -hidden_dim % params["multiple_of"]  # up to the next multiple
-    scaling = None
+    theta = params.get("rope_theta", 10000.0)
+    factors = None
     if params.get("use_scaled_rope"):  # params.json leaves the factor to Meta's code: 8 in 3.1, 32 in 3.2's 1B and 3B
-        scaling = RopeScaling(32.0 if dim < 4096 else 8.0, 1.0, 4.0, 8192)
+        factors = llama3_rope_factors(dim // n_heads, theta, factor=32.0 if dim < 4096 else 8.0)
     return Config(
         dim=dim,
         n_layers=params["n_layers"],
@@ -102,6 +104,6 @@ def meta_config(params: dict, vocab_size: int) -> Config:
         hidden_dim=hidden_dim,
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],
-        rope_theta=params.get("rope_theta", 10000.0),
-        rope_scaling=scaling,
+        rope_theta=theta,
+        rope_factors=factors,
     )

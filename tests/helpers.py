@@ -445,6 +445,11 @@ KINDS = {
     "mistral": dict(architecture="Mistral", num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
     "qwen2": dict(architecture="Qwen2", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": dict(architecture="Qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=24),
+    "linear rope": dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0},
+    ),
     "llama3 rope": dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
 }
 

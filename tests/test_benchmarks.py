@@ -14,8 +14,9 @@ from benchmarks import measuring, workload
 from benchmarks.__main__ import main
 from benchmarks.memory import kept_per_token, plan_run
 from benchmarks.peers import HuggingFace, LitGPT, Ours, Plain
+from benchmarks.sizes import SIZES
 from benchmarks.training import Ablation, epoch
-from model import SIZES, Config
+from model import Config
 from train import TrainConfig, make_optimizer, train_step
 
 EXAMPLES = [make_example(torch.arange(2, 2 + n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]

@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT, subcommands
 
 from formats import bases
-from model import RopeScaling
+from formats.rope import llama3_rope_factors
 
 README = ROOT / "README.md"
 SUBJECTS = sorted((ROOT / "docs").glob("*.md"))
@@ -230,7 +230,12 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     base.mkdir()
     (base / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
     np.savez(base / "weights.npz", **{name: weight.numpy() for name, weight in model.state_dict().items()})
-    model.config = replace(model.config, rope_theta=5e5, rope_scaling=RopeScaling(8, 1, 4, 32), max_seq_len=64)
+    model.config = replace(
+        model.config,
+        rope_theta=5e5,
+        rope_factors=llama3_rope_factors(model.config.head_dim, 5e5, 8.0, context=32),
+        max_seq_len=64,
+    )
     (base / "shape.json").write_text(json.dumps(vars(model.config)))
     with pytest.raises(ValueError, match="holds neither"):
         bases.load_llama(base)
@@ -238,7 +243,7 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     tokens, loaded = torch.tensor([[1, 5, 7]]), bases.load_llama(base)[0]
     assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
     (base / "shape.json").write_text("{}")
-    with pytest.raises(ValueError, match="shape.json: has no field 'rope_scaling'"):
+    with pytest.raises(ValueError, match="shape.json: has no field 'rope_factors'"):
         bases.load_llama(base)
 
 

@@ -58,6 +58,23 @@ def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
     assert load_llama(tmp_path / "hf")[0].config == new.config
 
 
+@pytest.mark.parametrize("rope_type", ["linear", "llama3"])
+def test_rope_scaling_wins_over_rope_parameters(tiny_base, tmp_path, rope_type):
+    """As in transformers: somebody adds it to a file that transformers 5 wrote."""
+    transformers = pytest.importorskip("transformers")
+    before = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    file = tmp_path / "hf" / "config.json"
+    scaling = LLAMA3_ROPE | {"rope_type": rope_type}
+    del scaling["rope_theta"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": scaling}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.arange(100)[None]
+    expected = theirs(tokens).logits
+    assert (expected - before(tokens).logits).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(load_llama(tmp_path / "hf")[0](tokens), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     first, _ = load_llama(tmp_path / "hf")
@@ -86,9 +103,21 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
         (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
         (dict(quantization_config={"bits": 4}), "config.json: quantization_config is"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json: rope_type is 'yarn'"),
+        (
+            dict(rope_parameters={"rope_type": "dynamic", "factor": 2}),
+            "'dynamic'; only 'default', 'linear' and 'llama3'",
+        ),
+        (dict(rope_parameters={"rope_type": "linear", "factor": "2"}), "the factor of the rotary embedding is '2'"),
+        (dict(partial_rotary_factor=0.5), "config.json: partial_rotary_factor is 0.5; only 1 is supported"),
         (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
-        (dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}), "config.json: a number of rope_scaling is '8'"),
-        (dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}), "config.json: rope_scaling .* is not below"),
+        (
+            dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}),
+            "config.json: a number of the scaled rotary embedding is '8'",
+        ),
+        (
+            dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}),
+            "config.json: low_freq_factor is 1.0, and high_freq_factor is 0.5",
+        ),
         (dict(hidden_size=None), "config.json: has no field 'hidden_size'"),
         (dict(hidden_size=128), r"is \(\d+,.*its configuration says"),
         (dict(num_hidden_layers=4), "weights of 3 layers, its configuration says 4"),

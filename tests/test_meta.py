@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import Malicious, copy_base, make_model, split_for_parallel
 
+from benchmarks.sizes import SIZES
 from formats.bases import load_llama
 from formats.meta import meta_config
-from model import SIZES, Config, LLaMA
+from formats.rope import llama3_rope_factors
+from model import Config, LLaMA
 
 LLAMA_13B = dict(dim=5120, multiple_of=256, n_heads=40, n_layers=40, norm_eps=1e-6, vocab_size=-1)
 
@@ -102,7 +104,7 @@ def test_every_field_of_params_json_counts(tiny_base, tmp_path):
 def test_llama_31s_scaled_rope_in_metas_layout(tiny_base, tmp_path):
     """params.json says only that it is scaled: by 8 in 3.1, by 32 in the small models of 3.2."""
     folder = copy_base(tiny_base, tmp_path / "base", use_scaled_rope=True, rope_theta=5e5)
-    assert load_llama(folder)[0].config.rope_scaling == (32, 1, 4, 8192)
+    assert load_llama(folder)[0].config.rope_factors == llama3_rope_factors(8, 5e5, 32.0)
     assert meta_config(LLAMA_31_8B, 128256) == replace(SIZES["Llama-3.1-8B"], max_seq_len=None)
 
 

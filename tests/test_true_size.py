@@ -11,7 +11,7 @@ from helpers import CONFIGS
 from benchmarks import true_size
 from benchmarks.__main__ import main
 from formats.bases import load_llama
-from model import RopeScaling
+from formats.rope import llama3_rope_factors
 
 
 def run(*args):
@@ -22,8 +22,9 @@ def run(*args):
 def written(tiny_base, tmp_path, monkeypatch):
     """A checkpoint of a shape that stands in for TinyLlama's, in three shards."""
     shape = replace(CONFIGS["wide"], vocab_size=1100, dim=64, hidden_dim=96, norm_eps=2e-5, rope_theta=7e4)
-    shape = replace(shape, rope_scaling=RopeScaling(32, 1, 4, 8192), max_seq_len=300)
+    shape = replace(shape, rope_factors=llama3_rope_factors(12, 7e4, 32.0), max_seq_len=300)
     monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", shape)
+    monkeypatch.setitem(true_size.SCALED, "TinyLlama-1.1B", 32.0)
     monkeypatch.setattr(true_size, "SHARD_BYTES", 150_000)
     args = ("checkpoint", "--size", "TinyLlama-1.1B", "--tokenizer", tiny_base / "tokenizer.model")
     result = run(*args, "--out", tmp_path / "base")

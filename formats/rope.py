@@ -1,0 +1,31 @@
+"""The rotary embedding of models that were trained further for longer contexts, as divisors of its frequencies."""
+
+import math
+
+from runtime.schema import require_number
+
+
+def linear_rope_factors(head_dim: int, factor: float) -> tuple[float, ...]:
+    """Return D/2 equal divisors, which interpolate positions (Chen et al., arXiv 2306.15595). Raises ValueError."""
+    require_number("the factor of the rotary embedding", factor, 1e-3, 1e6)
+    return (float(factor),) * (head_dim // 2)
+
+
+def llama3_rope_factors(
+    head_dim: int, theta: float, factor: float, low: float = 1.0, high: float = 4.0, context: int = 8192
+) -> tuple[float, ...]:
+    """Return the D/2 divisors of Llama 3.1.
+
+    Within the context of pretraining, in tokens, a pair that rotates more than `high` times is kept, one that rotates
+    less than `low` times is slowed by `factor`, and those between are interpolated. Raises ValueError.
+    """
+    for value in (theta, factor, low, high, context):
+        require_number("a number of the scaled rotary embedding", value, 1e-30, 1e12)
+    if low >= high:
+        raise ValueError(f"low_freq_factor is {low}, and high_freq_factor is {high}: the latter must be the larger one")
+    factors = []
+    for pair in range(0, head_dim, 2):
+        rotations = context * theta ** (-pair / head_dim) / (2 * math.pi)
+        kept = min(max((rotations - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / (kept + (1 - kept) / factor))
+    return tuple(factors)
