@@ -46,7 +46,7 @@ from runtime.files import resolved
 from tasks import load_task
 from toy import TRAINING, load_toy
 from training.loss import chunked_cross_entropy
-from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
+from training.options import KEEP, BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 from training.sharding import choose_strategy, fsdp_sharder
 
@@ -68,6 +68,8 @@ class TrainConfig:
         None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's context]", Count(2)
     )
     val_size: float = setting(0.02, "Validation set: a fraction if below 1, otherwise a count.", Real(0))
+    eval_every: int | None = setting(None, "Steps between validations.  [default: an epoch]", Count())
+    keep: str = setting("last", "The adapter to keep: the last, or that of lowest validation loss.", KEEP)
     seed: int = setting(0, "For the initial adaption prompts, the validation split and the order of examples.", SEED)
     micro_batch_tokens: int = setting(8192, "Positions per forward pass; affects memory only.", Count())
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
@@ -303,25 +305,25 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     counts = {"examples": len(training), "held_out": len(validation)}
     counts |= {"dropped": len(examples) - len(tokenized), "truncated": num_truncated}
     print_overview(model, adapter, config, counts, strategy)
-    steps_per_epoch = math.ceil(len(training) / config.batch_size)
-    num_steps = config.epochs * steps_per_epoch
+    num_steps = config.epochs * math.ceil(len(training) / config.batch_size)
     fixed["base"] = resolved(base.base)  # for the summary; not compared, because the files may move
     run.begin(adapter, optimizer, fixed, counts, num_steps)  # on --resume, fills both from checkpoint.pt
 
     with run.saving_on_errors():
-        if validation and run.step % steps_per_epoch == 0:
+        if run.evaluation_due(run.step):
             run.log_validation(mean_loss(model, adapter, validation, config))
         for step in training_steps(model, adapter, optimizer, training, config, first_step=run.step):
             run.log_step(step)
             if run.asked_to_stop():  # Ctrl-C, SIGTERM or --max-minutes, on any rank
                 run.save_checkpoint()
                 return
-            if validation and step.number % steps_per_epoch == 0:
+            if run.evaluation_due(step.number):
                 run.log_validation(mean_loss(model, adapter, validation, config))
             if step.number % run.options.save_every == 0 and step.number < num_steps:
                 run.save_checkpoint()
         run.save_checkpoint()
 
+    adapter = run.kept_adapter()  # the last one, or with --keep best another
     scores = {}
     if data.data is None and (rank() == 0 or strategy == "fsdp"):  # sharded layers need all ranks
         with first_rank_speaks():

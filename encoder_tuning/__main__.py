@@ -106,21 +106,20 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     if labelled.questions:
         counts |= {name: getattr(labelled, name) for name in ("questions", "windowed", "unanswerable")}
     print_encoder_overview(model, adapter, data.task, config, counts)
-    steps_per_epoch = math.ceil(len(training) / config.batch_size)
-    num_steps = config.epochs * steps_per_epoch
+    num_steps = config.epochs * math.ceil(len(training) / config.batch_size)
     fixed["base"] = str(path.resolve())
     run.begin(adapter, optimizer, fixed, counts, num_steps)
 
     loss_fn = LOSSES[data.task]
     with run.saving_on_errors():
-        if validation and run.step % steps_per_epoch == 0:
+        if run.evaluation_due(run.step):
             run.log_validation(mean_loss(model, adapter, validation, config, loss_fn))
         for step in training_steps(model, adapter, optimizer, training, config, loss_fn, run.step):
             run.log_step(step)
             if run.asked_to_stop():
                 run.save_checkpoint()
                 return
-            if validation and step.number % steps_per_epoch == 0:
+            if run.evaluation_due(step.number):
                 run.log_validation(mean_loss(model, adapter, validation, config, loss_fn))
             if step.number % run.options.save_every == 0 and step.number < num_steps:
                 run.save_checkpoint()

@@ -295,5 +295,6 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier call: the two files belong together
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", config, indent=2)

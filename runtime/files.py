@@ -12,7 +12,7 @@ import secrets
 import socket
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +67,16 @@ def path_inside(folder: str | Path, name: str) -> Path:
 
 
 @contextmanager
+def named_errors(path: str | Path):
+    """Add the path to an OSError that names no file, as Python's do where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: str | Path):
     """Yield a temporary name to write to, and rename it to `path` at the end: a reader sees the old file or the new.
 
@@ -105,14 +115,18 @@ def locked(folder: Path):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
+        who = "another process"
+        with suppress(OSError):  # it may end at this moment
+            who = holder.read_text() or who
         raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with named_errors(holder):
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        for file in (holder, path):
+            with suppress(OSError):  # of a folder that may not be written to any more; another error says so
+                file.unlink(missing_ok=True)
         lock.release()
 
 

@@ -139,6 +139,7 @@ def write_results(responses: Responses, scores: dict[str, float], folder: Path) 
     click.echo("".join(f"{name:>9}" for name in scores))
     click.echo("".join(f"{value:>9.4f}" for value in scores.values()))
     rows = [{"image_id": picture.id, "caption": one_line(text)} for picture, text in zip(pictures, responses.texts)]
+    (folder / "scores.json").unlink(missing_ok=True)  # of an earlier call: the two files belong together
     write_json(folder / "results.json", rows)
     write_json(folder / "scores.json", scores | {"images": len(pictures)})
     click.echo(f"wrote results.json and scores.json to {printable(str(folder))}", err=True)

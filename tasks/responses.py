@@ -98,6 +98,7 @@ def write_scores(responses: Responses, scores: dict[str, float | None], folder: 
     for name, score in scores.items():
         click.echo(f"{name:20}{'-' if score is None else f'{score:.4f}':>12}")
     results = {example.name: text for example, text in zip(responses.examples, responses.texts)}
+    (folder / "scores.json").unlink(missing_ok=True)  # of an earlier call: the two files belong together
     write_json(folder / "results.json", results)
     write_json(folder / "scores.json", scores | {"examples": number})
     click.echo(f"wrote results.json and scores.json to {printable(str(folder))}", err=True)

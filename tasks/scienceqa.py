@@ -206,6 +206,7 @@ def write_results(answers: Responses, scores: dict[str, float | None], folder: P
     if answers.generated:
         summary["outputs"] = {problem.id: text for problem, text in zip(problems, texts)}
     wrong = wrong_answers(answers)
+    (folder / "wrong.txt").unlink(missing_ok=True)  # of an earlier call: the two files belong together
     write_json(folder / "results.json", summary)
     write_text(folder / "wrong.txt", "\n\n".join(wrong) + "\n")
     click.echo(

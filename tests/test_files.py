@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from formats.tensors import load_pth
 from runtime.errors import error_line
-from runtime.files import MAX_BYTES, atomic_write, path_inside, read_text, require_writable, write_tensors
+from runtime.files import MAX_BYTES, atomic_write, locked, path_inside, read_text, require_writable, write_tensors
+from training.run_files import save_checkpoint
 
 
 @pytest.mark.parametrize("name, opener", [("a.json", open), ("a.json.gz", gzip.open), ("a.json.xz", lzma.open)])
@@ -148,3 +150,41 @@ def test_a_small_archive_of_much_is_not_unpacked(tmp_path):
 def test_long_messages_are_cut():
     line = error_line(ValueError(f"a.json: the value {'x' * 10**6} is no number"))
     assert line.startswith("a.json: the value xxx") and len(line) < 1000 and " ... " in line
+
+
+def no_room(*args, **options):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    """Python's errors while a file is written, rather than opened, name none."""
+    monkeypatch.setattr(Path, "write_text", no_room)
+    with pytest.raises(OSError, match="No space left on device: '.*/.lock-holder'"), locked(tmp_path):
+        pass
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space left on device: '.*/metrics.jsonl'"):
+        save_checkpoint(tmp_path / "checkpoint.pt", None, None, None, {})
+
+
+def test_a_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
+    """What could not be written is said, not that the lock remains; it is free all the same."""
+
+    def refuse(*args, **options):
+        raise PermissionError(1, "Operation not permitted", "out/.lock-holder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(OSError, match="No space left"), locked(tmp_path):
+            no_room()
+    assert (tmp_path / ".lock-holder").exists()
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_holder_of_a_lock_may_end_while_it_is_asked_for(tmp_path, monkeypatch):
+    with locked(tmp_path):
+        (tmp_path / ".lock-holder").unlink()
+        with pytest.raises(ValueError, match="another process is at work there"), locked(tmp_path):
+            pass

@@ -1,6 +1,8 @@
 """Adapters of others: their files, their attention, and the way back."""
 
 import json
+import sys
+
 import pytest
 import reference
 import torch
@@ -9,6 +11,7 @@ from helpers import Malicious, make_adapter, make_model, make_tokens
 
 from adapter import Adapter
 from encoders.heads import HeadAdapter
+from formats import adapters as formats_adapters
 from formats.adapters import describe_reading, load_adapter, write_peft
 from generate import main as generate_main
 from multimodal import ImageAdapter
@@ -132,6 +135,19 @@ def test_exported_to_peft_it_computes_the_same(tmp_path, config):
         torch.testing.assert_close(model(tokens, adapter()), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     again = load_adapter(tmp_path / "theirs", heads=4)
     assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gate_values(), adapter.gate_values())
+
+
+def test_an_export_that_is_killed_halfway_is_not_mixed_with_an_earlier_one(tmp_path, monkeypatch):
+    """Tensors of two layers beside the configuration of one would be read without a word."""
+    adapters = [make_adapter(make_model("gqa"), layers=layers, gates=False) for layers in (1, 2)]
+    for adapter in adapters:
+        adapter.metadata["base_layers"] = "3"
+    write_peft(adapters[0], tmp_path)
+    monkeypatch.setattr(formats_adapters, "write_json", lambda *args, **options: sys.exit(1))
+    with pytest.raises(SystemExit):
+        write_peft(adapters[1], tmp_path)
+    with pytest.raises((ValueError, OSError), match="adapter_config.json"):
+        load_adapter(tmp_path, heads=4)
 
 
 def test_what_peft_cannot_hold_is_refused(tmp_path):

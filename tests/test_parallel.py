@@ -296,7 +296,9 @@ def test_a_rank_that_fails_in_training_ends_all(forks, args, tmp_path, strategy,
         (said,) = [line for line in lines if line.startswith(f"error: {cause.format(out=args[5])}")]
         lines.remove(said)
     (line,) = lines
-    assert line.startswith(f"error: {further} (") and line.endswith("to continue, add --resume")
+    assert line.startswith(f"error: {further} (") and "; to continue, add --resume" in line
+    if "rank 1" in further:  # which cannot know whether the first rank has saved anything
+        assert line.endswith(" auto")
     assert "Traceback" not in "".join(stderr for _, _, stderr in results)
     saved = 5 if spoil in (killed_0, full_disk) else 7
     assert torch.load(args[5] / "checkpoint.pt", weights_only=True)["progress"]["step"] == saved

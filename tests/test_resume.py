@@ -166,12 +166,14 @@ def tiny_run(out, resume, seed):
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, generator=torch.Generator().manual_seed(seed))
     optimizer = train.make_optimizer(adapter, 0.0)
     with run_module.Run(RunOptions(out, resume, save_every=2)) as run:
-        if run.is_finished({"seed": seed}):
+        fixed = {"seed": seed, "base": None, "keep": "best", "eval_every": 2, "epochs": 1}
+        if run.is_finished(fixed):
             return
-        run.begin(adapter, optimizer, {"seed": seed, "base": None}, {"examples": 1}, num_steps=4)
+        run.begin(adapter, optimizer, fixed, {"examples": 1, "held_out": 1}, num_steps=4)
         with run.saving_on_errors():
-            if run.step % 2 == 0:
-                run.log_validation(9.0 - run.step)
+            val_losses = {0: 9.0, 2: 5.0, 4: 7.0}
+            if run.evaluation_due(run.step):
+                run.log_validation(val_losses[run.step])
             for number in range(run.step + 1, 5):
                 for parameter in adapter.parameters():
                     parameter.grad = torch.full_like(parameter, float(number + seed))
@@ -179,8 +181,8 @@ def tiny_run(out, resume, seed):
                     group["lr"] = 0.1
                 optimizer.step()
                 run.log_step(train.Step(number, 0, 10.0 - number, 0.1, 7, 0.5))
-                if number % 2 == 0:
-                    run.log_validation(9.0 - number)
+                if run.evaluation_due(number):
+                    run.log_validation(val_losses[number])
                 if number == 2:
                     run.save_checkpoint()
             run.save_checkpoint()
@@ -463,7 +465,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(args, tmp_path):
         assert result.exit_code == 0 and (f"now in {out / f'run-{number}'}" in result.stderr) == (number > 0)
     seeds = [Adapter.load(out / place / "adapter.safetensors").metadata["seed"] for place in ("run-1", "run-2", "")]
     assert seeds == ["0", "1", "2"]
-    assert {path.name for path in (out / "run-1").iterdir()} == set(WRITTEN)
+    assert {path.name for path in (out / "run-1").iterdir()} == set(WRITTEN) - {"tensorboard"}
 
 
 def test_a_run_that_fails_early_leaves_no_folder(args, tmp_path):

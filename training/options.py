@@ -18,6 +18,7 @@ from runtime.cli import PATH, Count, Real, setting
 from tasks import TASKS
 from toy import TOYS
 
+KEEP = click.Choice(["last", "best"])
 PARTS = ("prompts", "gates", "projection")  # of an adapter, for --freeze
 TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversations: the base's own]"
 
@@ -86,6 +87,7 @@ class RunOptions:
     resume: str | None = setting(None, RESUME_HELP, click.Choice(["yes", "auto"]), is_flag=False, flag_value="yes")
     save_every: int = setting(100, "Steps between checkpoints.", Count())
     log_every: int = setting(1, "Steps between updates of the progress bar.", Count())
+    tensorboard: bool = setting(False, "Write the metrics for TensorBoard, too.")
     max_minutes: float | None = setting(None, "Save and stop after this many minutes.", Real(0, min_open=True))
     started: float = field(default_factory=time.perf_counter)  # seconds, on the clock of time.perf_counter
 

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ from runtime.distributed import (
 from runtime.errors import error_line, is_out_of_memory
 from runtime.files import locked, read_json_object, require_writable, write_json
 from training.options import RunOptions
-from training.run_files import CHECKPOINT, SUMMARY, Progress, begin_in_folder, check_options, finish_moving
+from training.run_files import CHECKPOINT, SUMMARY, TENSORBOARD, Kept, Progress
+from training.run_files import begin_in_folder, check_options, finish_moving
 from training.run_files import load_checkpoint, read_metrics, run_state, save_checkpoint, write_metrics
 
 # Reasons to stop between two steps, with message and exit code. With several ranks, the highest number wins.
@@ -52,6 +54,8 @@ class Run:
         self.seconds = 0.0  # spent in the steps
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
+        self.best: Kept | None = None  # with --keep best
+        self.tensorboard = None
         self.in_loop = False
         self.requested = 0  # the highest reason to stop that was signalled so far
         self.stopped = 0  # the reason for which the run has stopped
@@ -69,6 +73,8 @@ class Run:
                 stack.enter_context(locked(self.out))
                 finish_moving(self.out)
             self.state = broadcast_from_rank0(lambda: run_state(self.out, self.options.resume))
+            if self.options.tensorboard:
+                require_tensorboard()
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
             self.stack = stack.pop_all()
@@ -106,16 +112,19 @@ class Run:
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
         """Prepare the folder; on --resume, load the state of adapter and optimizer from checkpoint.pt.
 
-        `counts`, numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match.
+        `counts`, numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match, or
+        if nothing says which adapter is the best.
         """
         self.adapter = adapter
         self.optimizer = optimizer
         self.fixed = fixed
         self.counts = counts
         self.num_steps = num_steps
+        if fixed["keep"] == "best" and not counts["held_out"]:
+            raise ValueError("--keep best needs validation examples, and --val-size holds out none")
         barrier()  # files change only when every rank has loaded its base
         if self.state == "begun":
-            progress = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
+            progress, self.best = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
             self.step, self.tokens, self.seconds = progress
             self.saved_step = self.step
         if rank() == 0:
@@ -125,6 +134,12 @@ class Run:
                 print_rank0(f"{self.out}: {finished} is now in {moved}")
             if self.step:
                 self.val_losses = [line["val_loss"] for line in read_metrics(self.metrics) if "val_loss" in line]
+            if self.options.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge_step = self.step + 1 if self.step else None  # hides what a killed run wrote later
+                self.tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=purge_step)
+                self.stack.callback(self.tensorboard.close)
 
     # -----------------------------------------------------------------------------------------------
     # During the loop
@@ -165,7 +180,7 @@ class Run:
             raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
         if rank() > 0:  # the first rank may be saving at this moment, or may have ended before it could
             saved = f"what is saved is in {self.out}"
-            to_continue = "; to continue, add --resume"
+            to_continue = "; to continue, add --resume auto"
         if is_lost_rank(error):
             report_lost_rank(error, f"; {saved}{to_continue}")
             sys.exit(2)
@@ -179,6 +194,18 @@ class Run:
         self.stopped = all_reduce_max(max(self.requested, TIME if is_late else 0))
         return self.stopped > 0
 
+    def evaluation_due(self, step: int) -> bool:
+        """Return True if the validation loss is computed after this step: every --eval-every steps, and at the end."""
+        every = self.fixed["eval_every"] or self.num_steps // self.fixed["epochs"]
+        return self.counts["held_out"] > 0 and (step % every == 0 or step == self.num_steps)
+
+    def log(self, line: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard's file."""
+        write_metrics(self.metrics, line)
+        if self.tensorboard is not None:
+            for name in line.keys() - {"step"}:
+                self.tensorboard.add_scalar(name, line[name], line["step"])
+
     def log_step(self, step) -> None:
         """Append a train.Step to metrics.jsonl, and advance the progress."""
         self.step = step.number
@@ -189,7 +216,7 @@ class Run:
         speed = step.num_tokens / step.seconds
         line = {"step": step.number, "epoch": step.epoch, "loss": step.loss, "lr": step.lr, "tokens_per_second": speed}
         line["gate_mean_abs"] = self.adapter.gate_values().abs().mean().item()
-        write_metrics(self.metrics, line)
+        self.log(line)
         self.bar.update()
         if step.number % self.options.log_every == 0:
             self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
@@ -199,22 +226,37 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
         self.val_losses.append(loss)
+        if self.fixed["keep"] == "best" and (self.best is None or loss < self.best.loss):
+            tensors = {name: tensor.clone() for name, tensor in self.adapter.state_dict().items()}
+            self.best = Kept(loss, self.step, tensors)
         if rank() == 0:
-            write_metrics(self.metrics, {"step": self.step, "val_loss": loss})
+            self.log({"step": self.step, "val_loss": loss})
             self.bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
 
     def save_checkpoint(self) -> None:
         """Write adapter.safetensors, then checkpoint.pt."""
         if rank() == 0:
-            self.adapter.save(self.out / "adapter.safetensors", steps=self.step, **self.change())
+            self.kept_adapter().save(self.out / "adapter.safetensors", steps=self.kept_step, **self.change())
             progress = Progress(self.step, self.tokens, self.seconds)
-            save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed)
+            save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed, self.best)
         self.saved_step = self.step
 
+    @property
+    def kept_step(self) -> int:
+        return self.step if self.best is None else self.best.step
+
+    def kept_adapter(self) -> Adapter:
+        """Return the adapter as it is now; with --keep best, a copy of the best one so far."""
+        if self.best is None:
+            return self.adapter
+        kept = deepcopy(self.adapter)
+        kept.load_state_dict(self.best.tensors)
+        return kept
+
     def change(self) -> dict[str, float | None]:
-        """The first and the last validation loss."""
+        """The validation loss before training, and that of the kept adapter."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
-        return {"val_loss_before": before, "val_loss_after": after}
+        return {"val_loss_before": before, "val_loss_after": after if self.best is None else self.best.loss}
 
     # -----------------------------------------------------------------------------------------------
     # At the end
@@ -229,17 +271,31 @@ class Run:
             if before is not None and after > before:
                 than = f"{after:.4f}, before training it was {before:.4f}: the adapter does harm"
                 warn(f"the validation loss is {than}; a lower --lr may help")
-            draw_curves(read_metrics(self.metrics), self.adapter, self.out / "curves.png")
+            if self.best is not None and self.best.step == 0:
+                warn("no step has a lower validation loss than the adapter before training, which was kept")
+            draw_curves(read_metrics(self.metrics), self.kept_adapter(), self.out / "curves.png")
             summary = {
                 "trainable_parameters": sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
             } | self.counts
             summary |= {"adapter_bytes": (self.out / "adapter.safetensors").stat().st_size} | change
-            summary |= {"tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds} | scores
+            summary |= {
+                "kept_step": self.kept_step,
+                "tokens": self.tokens,
+                "tokens_per_second": self.tokens / self.seconds,
+            } | scores
             summary |= {"wall_seconds": time.perf_counter() - self.options.started}
             summary |= {"peak_memory_bytes": peak_memory(self.adapter.gates.device), "options": self.fixed}
             write_json(self.out / SUMMARY, summary, indent=2)
             (self.out / CHECKPOINT).unlink()
         print_rank0(f"wrote adapter.safetensors, summary.json, metrics.jsonl and curves.png to {self.out}")
+
+
+def require_tensorboard() -> None:
+    """Raise ValueError if the package is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
 
 
 def remove_if_empty(folder: Path, is_new: bool) -> None:

@@ -6,21 +6,24 @@
 import io
 import json
 import os
+import shutil
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from adapter import Adapter
 from formats.tensors import load_pth, require_dense
 from runtime.distributed import broadcast_from_rank0
-from runtime.files import atomic_write, first_line, read_bytes, remove_unfinished
+from runtime.files import atomic_write, first_line, named_errors, read_bytes, remove_unfinished
 from runtime.schema import renamed, require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
-WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png")  # the files of a finished run
+TENSORBOARD = "tensorboard"  # a folder
+WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png", TENSORBOARD)  # what a finished run leaves
 
 
 class Progress(NamedTuple):
@@ -29,6 +32,14 @@ class Progress(NamedTuple):
     step: int
     tokens: int
     seconds: float  # spent in its steps
+
+
+class Kept(NamedTuple):
+    """The adapter with the lowest validation loss so far, for --keep best."""
+
+    loss: float
+    step: int
+    tensors: dict[str, Tensor]  # the adapter's state_dict
 
 
 def run_state(out: Path, resume: str | None) -> str:
@@ -52,7 +63,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
-    before = renamed(before)
+    before = {"keep": "last", "eval_every": None} | renamed(before)  # what runs of earlier versions did
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
@@ -82,6 +93,7 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
         move_run(out, moved)
     for name in ("metrics.jsonl", "curves.png"):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
     return moved
 
 
@@ -90,7 +102,7 @@ def move_run(out: Path, folder: Path) -> None:
     moving = folder.with_name(f"{folder.name}.moving")
     moving.mkdir(exist_ok=True)
     for name in WRITTEN:
-        if (out / name).is_file():
+        if (out / name).exists():
             (out / name).rename(moving / name)
     moving.rename(folder)
 
@@ -147,11 +159,8 @@ def checked_line(line: object) -> dict:
 
 def write_metrics(path: Path, line: dict) -> None:
     """Append one line. Raises OSError that names the file."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with named_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -159,15 +168,21 @@ def write_metrics(path: Path, line: dict) -> None:
 
 
 def save_checkpoint(
-    path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, progress: Progress, fixed: dict
+    path: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    fixed: dict,
+    best: Kept | None = None,
 ) -> None:
     """Write the checkpoint atomically, after flushing metrics.jsonl."""
-    with open(path.with_name("metrics.jsonl"), "rb+") as metrics:
+    with named_errors(path.with_name("metrics.jsonl")), open(path.with_name("metrics.jsonl"), "rb+") as metrics:
         os.fsync(metrics)
     state = {
         "progress": progress._asdict(),
         "adapter": adapter.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "best": best and best._asdict(),
         "options": fixed,
     }
     content = io.BytesIO()
@@ -176,8 +191,12 @@ def save_checkpoint(
         temporary.write_bytes(content.getvalue())
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict) -> Progress:
-    """Load the state of adapter and optimizer, and return the progress. The first rank reads the file for all.
+def load_checkpoint(
+    path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict
+) -> tuple[Progress, Kept | None]:
+    """Load the state of adapter and optimizer; return the progress, and the best adapter so far if it was kept.
+
+    The first rank reads the file for all.
 
     Raises FileNotFoundError, or ValueError if the file is invalid or of a run with other options.
     """
@@ -193,11 +212,16 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
         require_number("step", progress.step, 1, 2**40, whole=True)
         require_number("tokens", progress.tokens, 1, 2**60, whole=True)
         require_number("seconds", progress.seconds, 1e-9, 1e12)
-        for tensor in checkpoint["adapter"].values():
-            require_dense(tensor)
-        adapter.load_state_dict(checkpoint["adapter"])
+        best = checkpoint.get("best") and Kept(*(checkpoint["best"][name] for name in Kept._fields))
+        for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # in the end, it has the latter
+            for tensor in tensors.values():
+                require_dense(tensor)
+            adapter.load_state_dict(tensors)
+        if best:
+            require_number("the step of the best adapter", best.step, 0, progress.step, whole=True)
+            require_number("the loss of the best adapter", best.loss, -1e30, 1e30)
         load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
-        return progress
+        return progress, best or None
     except Exception as error:  # whatever is missing or has another shape
         raise ValueError(f"{not_ours}: {first_line(error)}") from None
 

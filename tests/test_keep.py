@@ -1,0 +1,184 @@
+"""Which adapter a run keeps, when it is validated, and the same numbers for TensorBoard."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import before_step, run, tensors_and_metrics
+from safetensors.torch import load_file
+
+import train
+from adapter import Adapter
+from data import tokenize
+from formats.bases import load_llama
+from formats.chat_templates import load_template
+from tasks import load_task
+from training.run_files import read_metrics
+
+BEST = ("--eval-every", 2, "--keep", "best")
+
+
+def validations(out):
+    return {line["step"]: line["val_loss"] for line in read_metrics(out / "metrics.jsonl") if "val_loss" in line}
+
+
+def loss_that_rises(model, adapter, *rest, mean_loss=train.mean_loss):
+    """The validation loss, and a part that is smallest where the gates are half open."""
+    return mean_loss(model, adapter, *rest) + 100 * abs(adapter.gates.abs().mean().item() - 0.2)
+
+
+def stop_before(patch, step):
+    patch.setattr(train, "train_step", before_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+
+
+@pytest.fixture
+def best(args, tmp_path, monkeypatch):
+    """A run of 15 steps whose last adapter isn't the best: so small a base does not overfit by itself."""
+    monkeypatch.setattr(train, "mean_loss", loss_that_rises)
+    result = run(*args, *BEST)
+    assert result.exit_code == 0, result.output
+    losses = validations(tmp_path / "run")
+    assert list(losses) == [0, 2, 4, 6, 8, 10, 12, 14, 15]  # every other step, and the last one
+    step = min(losses, key=losses.get)
+    assert 0 < step < 15
+    return step, losses
+
+
+def test_the_adapter_with_the_lowest_validation_loss_is_kept(
+    args, best, tiny_base, instructions, tmp_path, monkeypatch
+):
+    step, losses = best
+    out = tmp_path / "run"
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["kept_step"], summary["val_loss_after"]) == (step, losses[step])
+    assert summary["val_loss_before"] == losses[0]
+    adapter = Adapter.load(out / "adapter.safetensors")
+    assert adapter.metadata["steps"] == str(step) and adapter.metadata["val_loss_after"] == str(losses[step])
+    # The last adapter of a run that is stopped there.
+    with monkeypatch.context() as patch:
+        stop_before(patch, step)
+        assert run(*args, *BEST[:-1], "last", "--out", tmp_path / "stopped").exit_code == 0
+    stopped = load_file(tmp_path / "stopped" / "adapter.safetensors")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in load_file(out / "adapter.safetensors").items())
+    # And it has the loss that was found.
+    model, tokenizer = load_llama(tiny_base)
+    template = load_template("alpaca", tokenizer)
+    tokenized, _ = tokenize(template, load_task("instructions").read(instructions), 512)
+    _, validation = train.hold_out(tokenized, 4, 0)
+    assert loss_that_rises(model, adapter, validation, train.TrainConfig()) == pytest.approx(losses[step], rel=1e-6)
+
+
+def test_the_toy_asks_the_adapter_that_is_kept(tmp_path, monkeypatch):
+    toy, gates = train.load_toy("text"), []
+
+    def ask(model, tokenizer, adapter):
+        gates.append(adapter.gates.detach().clone())
+        return {"questions": 0.0}
+
+    monkeypatch.setattr(
+        train, "load_toy", lambda _: SimpleNamespace(examples=toy.examples, base=toy.base, evaluate=ask)
+    )
+    monkeypatch.setattr(train, "mean_loss", loss_that_rises)
+    options = ("--limit", 40, "--batch-size", 8, "--val-size", 4, "--epochs", 3)
+    assert run(*options, *BEST, "--lr", 0.05, "--warmup-epochs", 0.5, "--out", tmp_path / "run").exit_code == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["kept_step"] < 14
+    assert torch.equal(gates[0], load_file(tmp_path / "run" / "adapter.safetensors")["gates"])
+
+
+@pytest.mark.parametrize("at", [1, 6, 9, 14, 15])
+def test_a_run_that_keeps_the_best_goes_on_exactly(args, best, tmp_path, monkeypatch, at):
+    resumed = (*args, *BEST, "--out", tmp_path / "resumed")
+    with monkeypatch.context() as patch:
+        stop_before(patch, at)
+        assert run(*resumed).exit_code == 0
+    result = run(*resumed[:-3], "last", *resumed[-2:], "--resume")
+    assert result.exit_code == 2 and "was made with keep = best, not last" in result.stderr
+    assert run(*resumed, "--resume").exit_code == 0
+    assert tensors_and_metrics(tmp_path / "resumed") == tensors_and_metrics(tmp_path / "run")
+    names = ("adapter.safetensors", "curves.png")
+    assert all((tmp_path / "resumed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() for name in names)
+
+
+def test_a_checkpoint_of_a_broken_best_is_refused(args, tmp_path, monkeypatch):
+    stop_before(monkeypatch, 4)
+    assert run(*args, *BEST).exit_code == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    for best in ({"loss": 1.0, "step": 99, "tensors": checkpoint["adapter"]}, {"loss": 1.0, "step": 2, "tensors": {}}):
+        torch.save(checkpoint | {"best": best}, path)
+        result = run(*args, *BEST, "--resume")
+        assert result.exit_code == 2 and "checkpoint.pt: not a checkpoint of train.py" in result.stderr
+
+
+def test_without_a_lower_loss_the_adapter_before_training_is_kept(args, tmp_path, monkeypatch):
+    """Strictly lower: of equal ones the first counts."""
+    monkeypatch.setattr(train, "mean_loss", lambda *_: 3.0)
+    result = run(*args, "--keep", "best", "--epochs", 1)
+    assert result.exit_code == 0 and "no step has a lower validation loss" in result.stderr
+    assert not load_file(tmp_path / "run" / "adapter.safetensors")["gates"].any()
+
+
+def test_the_best_of_no_validation_is_refused(args, tmp_path):
+    result = run(*args, "--keep", "best", "--val-size", 0)
+    assert (
+        result.exit_code == 2
+        and "--keep best needs validation examples, and --val-size holds out none" in result.stderr
+    )
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def logged(folder):
+    """What TensorBoard shows: values by name and step."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        name: {event.step: event.value for event in accumulator.Scalars(name)} for name in accumulator.Tags()["scalars"]
+    }
+
+
+def events(folder):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        yield from EventFileLoader(str(file)).Load()
+
+
+def test_tensorboard_has_the_numbers_of_metrics_jsonl(args, tmp_path, monkeypatch):
+    """Also after a kill between two checkpoints, whose later steps are repeated with other values of the clock."""
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0
+    finished = logged(out / "tensorboard")
+    kept = (*args, "--tensorboard", "--save-every", 4)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 4)
+        assert run(*kept).exit_code == 0
+    shutil.copy(out / "checkpoint.pt", tmp_path)
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        assert run(*kept, "--resume").exit_code == 0
+    shutil.copy(tmp_path / "checkpoint.pt", out)  # as if the steps 5 to 7 had not been saved
+    assert run(*kept, "--resume").exit_code == 0
+    expected = {}
+    for line in read_metrics(out / "metrics.jsonl"):
+        for name in line.keys() - {"step"}:
+            expected.setdefault(name, {})[line["step"]] = pytest.approx(line[name], rel=1e-6)
+    assert logged(out / "tensorboard") == expected
+    assert logged(out / "run-1" / "tensorboard") == finished
+    restarts = [event.step for event in events(out / "tensorboard") if event.HasField("session_log")]
+    assert restarts == [5, 5]  # older values from there on are hidden
+
+
+def test_tensorboard_that_is_not_installed(args, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = run(*args, "--tensorboard")
+    assert result.exit_code == 2 and "--tensorboard needs one more package: pip install tensorboard" in result.stderr
+    assert not (tmp_path / "run").exists()
