@@ -36,7 +36,9 @@ PROGRAMS = {
     "demo": demo.main,
 }  # fmt: skip
 ADAPTER = "--layers 2 --length 3 --epochs 3 --warmup-epochs 0.5 --batch-size 8 --weight-decay 0.01 --seed 1"
-RUN = "--save-every 2 --log-every 2 --max-minutes 5 --device cpu --dtype float32"
+RUN = (
+    "--save-every 2 --log-every 2 --max-minutes 5 --device cpu --dtype float32 --eval-every 3 --keep best --tensorboard"
+)
 BENCH = "--size 15M --device cpu --dtype float32 --repeat 1 --data {forty} --tokenizer {base}/tokenizer.model"
 TESTBED = (
     "--base {base} --data {forty} --task instructions --text {text} --limit 16 --held-out 3 --max-seq-len 300 "
