@@ -19,7 +19,7 @@ from formats.loading import load_with_adapters
 from generate import Responder
 from multimodal import ImageAdapter
 from runtime.cli import PATH, Count, Real, adapter_options, bits_options, device_options, encoder_options
-from runtime.cli import one_line_errors
+from runtime.cli import ending_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, rank, run_command
 from runtime.files import require_writable
@@ -215,6 +215,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--num-fewshot", type=Count(0), help="Examples before each question.  [default: the task's]"),
     option("--limit", type=Count(), help="Ask only the first so many of every task."),
     option("--template", type=click.Choice(NAMES), help="Write the prompts in it.  [default: as they are]"),
+    *ending_options,
 )
 @adapter_options
 @option_group(
@@ -242,7 +243,10 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
         loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits)
         base = base or next(iter(loaded[2].values())).metadata["base"]
         about = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}
-        columns = harness.make_columns(loaded, strengths, compare, template, options["batch_size"], about)
+        ending = {name: options.pop(name) for name in ("stop", "repetition_penalty")}
+        columns = harness.make_columns(
+            loaded, strengths, compare, template, options["batch_size"], about | ending, **ending
+        )
         harness.print_columns(harness.run_harness(columns, template=template, **options))
 
 

@@ -21,7 +21,8 @@ from formats.conversations import user_text
 from formats.loading import load_with_adapters
 from formats.tensors import prefix_errors
 from model import KVCache, LLaMA
-from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, one_line_errors
+from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, ending_options
+from runtime.cli import one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, broadcast_from_rank0, rank, run_command
@@ -37,6 +38,7 @@ class Sampling(NamedTuple):
     temperature: float = 0.0  # of the softmax; 0 is greedy decoding
     top_p: float = 1.0  # nucleus sampling
     end_ids: Collection[int] = ()  # any of these tokens ends a response, and is not part of it
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the response become less likely
     generator: torch.Generator | None = None
 
 
@@ -56,6 +58,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     exponential = torch.empty_like(probabilities).exponential_(generator=generator)
     choice = (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits (B, V), in float32, in which the tokens of the mask `seen` (B, V) are less likely.
+
+    A positive logit is divided by the penalty, a negative one multiplied (CTRL; Keskar et al., 2019).
+    """
+    logits = logits.float()
+    return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
 
 
 def prefill(
@@ -85,12 +96,13 @@ def stream(
     sampling: Sampling = Sampling(),
     decode_step: Callable[..., Tensor] = decode_step,
     cache: KVCache | None = None,
+    cached: Sequence[list[int]] = (),
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids, which may differ in length.
 
     Yields B ids per step, None for a row that has ended. `decode_step` is the function above, plain or compiled. A
     `cache` contains the tokens before the rows, processed with the same adaption prompts, and has room for the new
-    ones. Raises ValueError for an empty row.
+    ones; `cached` are their ids, for the repetition penalty. Raises ValueError for an empty row.
     """
     if not all(tokens):
         raise ValueError("a row without a token has nothing to continue: begin with <bos>")
@@ -98,6 +110,10 @@ def stream(
     if cache is None:
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
     logits = prefill(model, tokens, adaption_prompts, cache)
+    penalty = sampling.repetition_penalty
+    seen = torch.zeros(logits.shape if penalty != 1 else (0,), dtype=torch.bool, device=logits.device)  # (B, V)
+    for row, ids in [*zip(seen, cached), *zip(seen, tokens)]:
+        row[ids] = True
     ended = [False] * len(tokens)
     newest = None
     # Reading a token on the host waits for the GPU, so that on a GPU eight steps are read at a time.
@@ -107,7 +123,11 @@ def stream(
         for step in range(start, min(start + steps_at_once, limit)):
             if step > 0:
                 logits = decode_step(model, newest, adaption_prompts, cache)  # (B, V)
+            if penalty != 1:
+                logits = penalize_repetition(logits, seen, penalty)
             newest = sample(logits, sampling.temperature, sampling.top_p, sampling.generator)  # (B,)
+            if penalty != 1:
+                seen.scatter_(1, newest[:, None], True)
             new.append(newest)
         for ids in torch.stack(new).tolist():
             ended = [done or id in sampling.end_ids for done, id in zip(ended, ids)]
@@ -132,19 +152,48 @@ def generate(
     return responses
 
 
-def text_pieces(steps: Iterator[list[int | None]], tokenizer: Tokenizer, response_ids: list[int]) -> Iterator[str]:
-    """Decode the stream of a single row, piece by piece; a character is held back until all of its bytes are there.
+def collect(
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, limits: Sequence[int], stop: Sequence[str] = ()
+) -> list[list[int]]:
+    """Return the new ids of every row: up to its limit, or until its text contains one of the stop strings."""
+    rows: list[list[int]] = [[] for _ in limits]
+    ended = [False] * len(rows)
+    for ids in steps:
+        for i, (row, id) in enumerate(zip(rows, ids)):
+            if id is not None and not ended[i]:
+                row.append(id)
+                text = tokenizer.decode(row) if stop else ""
+                ended[i] = len(row) == limits[i] or before_stop(text, stop) != text
+        if all(ended):
+            break
+    return rows
 
-    `response_ids` is an empty list, which receives the ids.
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text up to the first of the stop strings."""
+    return text[: min((text.index(each) for each in stop if each in text), default=len(text))]
+
+
+def text_pieces(
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, response_ids: list[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Decode the stream of a single row, piece by piece, until it contains one of the stop strings.
+
+    A character is held back until all of its bytes are there, and so is the beginning of a stop string. `response_ids`
+    is an empty list, which receives the ids.
     """
+    beginnings = tuple(each[:length] for each in stop for length in range(1, len(each)))
     shown = ""
     for (id,) in steps:
         response_ids.append(id)
         text = tokenizer.decode(response_ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(response_ids)[len(shown) :]
+        if before_stop(text, stop) != text:
+            break
+        held_back = max((len(each) for each in beginnings if text.endswith(each)), default=0)
+        if not text.endswith("\ufffd") and len(text) - held_back > len(shown):
+            yield text[len(shown) : len(text) - held_back]
+            shown = text[: len(text) - held_back]
+    yield before_stop(tokenizer.decode(response_ids), stop)[len(shown) :]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -166,8 +215,8 @@ class Responder:
     """A base and the adapters over it, by name; "base" is the base alone. It turns requests into responses.
 
     Prompts get the template that the adapter was trained with, the base's that of the first adapter. `template` names
-    another, and `raw` uses none. `gate_scale` scales the gates. Raises ValueError if the base does not have the
-    template's tokens.
+    another, and `raw` uses none. `gate_scale` scales the gates. A response ends before any text of `stop`. Raises
+    ValueError if the base does not have the template's tokens, or such a text is empty.
     """
 
     def __init__(
@@ -179,9 +228,13 @@ class Responder:
         gate_scale: float = 1.0,
         raw: bool = False,
         template: str | None = None,
+        stop: Sequence[str] = (),
         decode_step: Callable[..., Tensor] = decode_step,
         **sampling,
     ):
+        if not all(stop):
+            raise ValueError("--stop: the text is empty")
+        self.stop = stop
         self.model = model
         self.tokenizer = tokenizer
         self.gate_scale = gate_scale
@@ -208,7 +261,7 @@ class Responder:
         tokens, limit = self.prompt_ids_and_limit(request)
         sampling = self.sampling._replace(max_new_tokens=limit)
         steps = stream(self.model, [tokens], self.adaption_prompts(request), sampling, self.decode_step)
-        return text_pieces(steps, self.tokenizer, [])
+        return text_pieces(steps, self.tokenizer, [], self.stop)
 
     def prompt_ids_and_limit(self, request: Request) -> tuple[list[int], int]:
         """The ids of the prompt, and the number of tokens that the response may have. Raises ValueError."""
@@ -246,12 +299,9 @@ class Responder:
         tokens, limits = zip(*map(self.prompt_ids_and_limit, requests))
         adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
         sampling = self.sampling._replace(max_new_tokens=max(limits))
-        responses: list[list[int]] = [[] for _ in requests]
-        for ids in stream(self.model, tokens, adaption_prompts, sampling, self.decode_step):
-            for response, id, limit in zip(responses, ids, limits):
-                if id is not None and len(response) < limit:
-                    response.append(id)
-        return [self.tokenizer.decode(ids) for ids in responses]
+        steps = stream(self.model, tokens, adaption_prompts, sampling, self.decode_step)
+        responses = collect(steps, self.tokenizer, limits, self.stop)
+        return [before_stop(self.tokenizer.decode(ids), self.stop) for ids in responses]
 
     def respond_all(self, requests: Sequence[Request], batch_size: int, unit: str = "request") -> Iterator[str]:
         """Yield the responses in the order of the requests, with a progress bar."""
@@ -302,6 +352,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option("--greedy", is_flag=True, help="The same as --temperature 0."),
     option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone."),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
+    *ending_options,
     option("--seed", type=SEED, default=0, help="Of sampling."),
 )
 @option_group(
@@ -353,6 +404,8 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
             max_new_tokens=options["max_new_tokens"],
             temperature=0.0 if options["greedy"] else options["temperature"],
             top_p=options["top_p"],
+            stop=options["stop"],
+            repetition_penalty=options["repetition_penalty"],
             generator=torch.Generator(device).manual_seed(options["seed"]),
         )
         names = ["base", *adapters] if compare else [next(iter(adapters), "base")]
@@ -442,12 +495,13 @@ class Conversation:
         sampling = responder.sampling._replace(max_new_tokens=limit)
         new: list[int] = []
         adaption_prompts = responder.adaption_prompts(request)
-        steps = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode_step, self.cache)
-        yield from text_pieces(steps, responder.tokenizer, new)
+        cached = {"cache": self.cache, "cached": [tokens[:known]]}
+        steps = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode_step, **cached)
+        yield from text_pieces(steps, responder.tokenizer, new, responder.stop)
         self.ids = tokens + new
         if responder.has_turns(self.adapter):
             self.turns.append(Turn("user", user_text(instruction, input)))
-            self.turns.append(Turn("assistant", responder.tokenizer.decode(new)))
+            self.turns.append(Turn("assistant", before_stop(responder.tokenizer.decode(new), responder.stop)))
 
     def reuse_cached_prefix(self, tokens: list[int], limit: int) -> int:
         """Return how many of the tokens are cached, and make room for the others and `limit` new ones."""

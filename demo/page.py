@@ -76,7 +76,7 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
                 name = gr.Radio(names, value=names[0], label="Adapter", visible=len(names) > 1, elem_id="adapter")
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", elem_id="strength")
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"):
-                    sampling = sampling_sliders()
+                    sampling = sampling_controls()
         with gr.Row():
             ask = gr.Button("Ask", variant="primary", scale=4, elem_id="ask")
             stop = gr.Button("Stop")
@@ -103,7 +103,7 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
     return page.queue(max_size=WAITING)
 
 
-def sampling_sliders() -> list[gr.Slider]:
+def sampling_controls() -> list[gr.Slider | gr.Textbox]:
     """The fields of `Sampling` but for the strength, in their order."""
     usual = Sampling()
     return [
@@ -111,6 +111,8 @@ def sampling_sliders() -> list[gr.Slider]:
         gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p"),
         gr.Slider(1, 1024, usual.max_new_tokens, step=1, precision=0, label="New tokens, at most", elem_id="tokens"),
         gr.Slider(0, 99, usual.seed, step=1, precision=0, label="Seed"),
+        gr.Slider(1, 2, usual.repetition_penalty, step=0.05, label="Repetition penalty (1: none)"),
+        gr.Textbox(usual.stop, lines=2, label="Texts that end a response, one per line", elem_id="stop_texts"),
     ]
 
 

@@ -34,6 +34,8 @@ class Sampling(NamedTuple):
     top_p: float = 0.75
     max_new_tokens: int = 256
     seed: int = 0
+    repetition_penalty: float = 1.0
+    stop: str = ""  # texts that end a response, one per line
 
 
 class SideBySide(NamedTuple):
@@ -111,6 +113,8 @@ class Demonstration:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_new_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            stop=[*filter(None, sampling.stop.splitlines())],
         )
         responses, ids = SideBySide(), []
         for piece in pieces(responder, request, sampling.seed, ids):
@@ -131,7 +135,7 @@ def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) ->
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
     new = stream(responder.model, [tokens], responder.adaption_prompts(request), sampling)
-    yield from text_pieces(new, responder.tokenizer, ids)
+    yield from text_pieces(new, responder.tokenizer, ids, responder.stop)
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -87,6 +87,11 @@ adapter_options = option_group(
     option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
     *device_options,
 )
+PENALTY_HELP = "Makes tokens of the prompt and of the response less likely, if above 1."
+ending_options = [
+    option("--stop", metavar="TEXT", multiple=True, help="End the response before this text; repeatable."),
+    option("--repetition-penalty", type=Real(0, 1e3, min_open=True), default=1.0, help=PENALTY_HELP),
+]
 encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
     option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
     option("--encoder", help="In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers of a file."),

@@ -18,7 +18,7 @@ from adapter import Adapter
 from data import ALPACA, AlpacaTemplate, Tokenizer, format_prompt
 from formats.chat_templates import ChatTemplate
 from formats.tokenizers import library_errors
-from generate import Responder, Sampling, stream
+from generate import Responder, Sampling, collect, stream
 from model import LLaMA
 from runtime.distributed import rank
 from runtime.errors import printable
@@ -51,6 +51,7 @@ class HarnessModel(TemplateLM):
         self.model, self.batch_size, self.about = responder.model, batch_size, about
         self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
         _, self.adaption_prompts, self.template = responder.loaded[adapter]
+        self.stop, self.repetition_penalty = list(responder.stop), responder.sampling.repetition_penalty
         self._device = self.model.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
@@ -150,26 +151,20 @@ class HarnessModel(TemplateLM):
             kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
         elif not kwargs.get("temperature"):
             raise ValueError("generation_kwargs: do_sample without a temperature")
-        sampling = {key: float(kwargs.pop(key)) for key in ("temperature", "top_p") if key in kwargs}
+        sampling = {"repetition_penalty": self.repetition_penalty}
+        known = ("temperature", "top_p", "repetition_penalty")
+        sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
         if kwargs:
             raise ValueError(
-                f"generation_kwargs {kwargs}: there are do_sample, temperature, top_p, until, max_gen_toks"
+                f"generation_kwargs {kwargs}: there are do_sample, {', '.join(known)}, until, max_gen_toks"
             )
-        return until, Sampling(limit, end_ids=self.template.end_ids, **sampling)
+        return until + self.stop, Sampling(limit, end_ids=self.template.end_ids, **sampling)
 
     def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
         """As `stream`, up to where each text has one of `until`, which is left off."""
-        new, done = [[] for _ in tokens], [False] * len(tokens)
-        for ids in stream(self.model, tokens, self.adaption_prompts, sampling):
-            for row, id in enumerate(ids):
-                if id is None:
-                    done[row] = True
-                elif not done[row]:
-                    new[row].append(id)
-                    text = self.text_tokenizer.decode(new[row])
-                    done[row] = any(stop in text for stop in until if stop)
-            if all(done):
-                break
+        steps = stream(self.model, tokens, self.adaption_prompts, sampling)
+        limits = [sampling.max_new_tokens] * len(tokens)
+        new = collect(steps, self.text_tokenizer, limits, [*filter(None, until)])
         return [postprocess_generated_text(self.text_tokenizer.decode(ids), until, None) for ids in new]
 
     # -- What is asked in a template, and what results.json says of the model
@@ -206,14 +201,16 @@ def make_columns(
     template: str | None,
     batch_size: int,
     about: Mapping[str, object],
+    **ending,
 ) -> dict[str, HarnessModel]:
     """Every adapter at every strength, by name, and the base, if asked or where there is nothing else.
 
-    `about` is what results.json says of all of them. Raises ValueError at a name that can be no folder's, or is taken.
+    `about` is what results.json says of all of them; `ending` are Responder's stop and repetition_penalty. Raises
+    ValueError at a name that can be no folder's, or is taken.
     """
     columns: dict[str, HarnessModel] = {}
     for strength in dict.fromkeys(strengths):
-        responder = Responder(*loaded, gate_scale=strength, template=template)
+        responder = Responder(*loaded, gate_scale=strength, template=template, **ending)
         if compare or len(responder.loaded) == 1:
             columns.setdefault("base", HarnessModel(responder, "base", batch_size, about))
         for name in loaded[2]:

@@ -183,9 +183,9 @@ def test_nothing_asked_or_too_much(demonstration, monkeypatch):
 
 def test_numbers_of_tokens_and_seeds_are_whole():
     pytest.importorskip("gradio")
-    from demo.page import sampling_sliders
+    from demo.page import sampling_controls
 
-    *_, tokens, seed = sampling_sliders()
+    *_, tokens, seed, _, _ = sampling_controls()
     assert isinstance(tokens.preprocess(8.5), int) and isinstance(seed.preprocess(5.5), int)
 
 

@@ -10,7 +10,8 @@ from copy import deepcopy
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, chat_in_process, chat_on_terminal, make_adapter, make_model, make_tokens
+from helpers import KINDS, ROOT, chat_in_process, chat_on_terminal, make_adapter, make_model, make_tokens
+from helpers import save_hugging_face
 
 from adapter import Adapter, AdaptionPrompt
 from data import Request, Turn, format_prompt
@@ -18,7 +19,7 @@ from formats.bases import base_fingerprint, load_llama, read_base
 from encoders.heads import HeadAdapter
 from formats.loading import load_with_adapters
 from formats.requests import read_requests
-from generate import Sampling, decode_step, generate, main, prefill, sample, stream, text_pieces
+from generate import Responder, Sampling, decode_step, generate, main, prefill, sample, stream, text_pieces
 from model import KVCache
 from runtime.compilation import RowLinear, compile_decoding, decode_by_rows
 
@@ -104,6 +105,96 @@ def test_each_row_stops_at_its_own_end():
         assert short == (long[: long.index(eos)] if eos in long else long)
     assert len(stopped[1]) < 12
     assert len(list(stream(model, rows[1:2], sampling=Sampling(12, end_ids=[eos])))) == len(stopped[1])
+
+
+def test_the_repetition_penalty_is_that_of_transformers(tiny_base, tmp_path):
+    """Of tokens of the prompt as of new ones, also in a batch of unequal rows and after a cache."""
+    transformers = pytest.importorskip("transformers")
+    theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    model, _ = load_llama(tmp_path / "hf")
+    rows = [make_tokens(model, n, seed=n).tolist() for n in (9, 1, 4)]
+    plain = generate(model, rows, max_new_tokens=20)
+    for penalty in (1.3, 0.8):
+        how = {"max_new_tokens": 20, "repetition_penalty": penalty}
+        expected = [
+            theirs.generate(torch.tensor([row]), do_sample=False, **how)[0, len(row) :].tolist() for row in rows
+        ]
+        assert generate(model, rows, **how) == expected != plain
+        cache = KVCache(model, 1, 40)
+        with torch.no_grad():
+            prefill(model, [rows[0][:5]], (), cache)
+        steps = stream(model, [rows[0][5:]], (), Sampling(**how), cache=cache, cached=[rows[0][:5]])
+        assert [ids[0] for ids in steps] == expected[0]
+
+
+class Letters:
+    """A tokenizer whose ids are bytes."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        ((), "one two 🦙 twice"),
+        (("tw",), "one "),
+        (("twi",), "one two 🦙 "),
+        (("two x", "🦙 tw"), "one two "),
+        (("e", "one"), ""),
+        (("ce!", "twice more"), "one two 🦙 twice"),
+    ],
+)
+def test_pieces_end_before_a_stop_string(stop, expected):
+    """No character of it is shown before the whole is there; what only began like one comes later."""
+    content = "one two 🦙 twice".encode()
+    ids = []
+    pieces = list(text_pieces(iter([[byte] for byte in content]), Letters(), ids, stop))
+    assert "".join(pieces) == expected
+    assert len(ids) == min(
+        (len(content[: content.index(s.encode())] + s.encode()) for s in stop if s.encode() in content),
+        default=len(content),
+    )
+    if not stop:
+        assert [piece for piece in pieces if piece] == list("one two 🦙 twice")
+    if stop == ("twi",):
+        assert "two" in pieces and "tw" not in pieces
+
+
+def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
+    """As each alone, and the batch ends with the last of them."""
+    _, _, adapters = loaded = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), torch.float32)
+    whole = Responder(*loaded, max_new_tokens=30)
+    requests = [Request(text, adapter=name) for text in ("Hi", "the cat sat", "Who?") for name in ("base", *adapters)]
+    texts = whole.respond_batch(requests)
+    stop = [texts[0][4:7], texts[2][9:11], "absent"]
+    steps = []
+
+    def counted(*args):
+        steps.append(1)
+        return decode_step(*args)
+
+    responder = Responder(*loaded, max_new_tokens=30, stop=stop, decode_step=counted)
+    ended = responder.respond_batch(requests)
+    assert ended == ["".join(responder.respond(request)) for request in requests] != texts
+    for text, short in zip(texts, ended):
+        assert short == text[: min((text.index(each) for each in stop if each in text), default=len(text))]
+    steps.clear()
+    responder.respond_batch(requests[:1])
+    assert len(steps) < 20
+    with pytest.raises(ValueError, match="--stop: the text is empty"):
+        Responder(*loaded, stop=[""])
+
+
+def test_stop_strings_of_the_command(tiny_adapter):
+    args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "Hello")
+    text = run(*args).stdout
+    assert len(text) > 8
+    result = run(*args, "--stop", "absent", "--stop", text[5:8])
+    assert result.stdout == text[: text.index(text[5:8])] + "\n"
+    assert run(*args, "--repetition-penalty", 1.5).stdout != text
+    assert "--stop: the text is empty" in run(*args, "--stop", "").stderr
 
 
 def test_an_update_is_seen_by_the_next_generation():
@@ -239,7 +330,7 @@ def test_base_option_goes_before_the_one_in_the_file(tiny_base, tmp_path):
 
 
 def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
-    def answers(ids, tokenizer, so_far):
+    def answers(ids, tokenizer, so_far, stop):
         yield "one\n"
         yield "two"
 

@@ -142,6 +142,9 @@ def test_texts_go_on_as_with_hf(both):
     rows = [(WORDS[:n], {"until": [stop], "max_gen_toks": 12}) for n in (5, 20, 40)]
     found, expected = (model.generate_until(requests("generate_until", rows), disable_tqdm=True) for model in both)
     assert found == expected and found[0] != theirs[0] and stop not in found[0]
+    rows = [(WORDS[:n], {"until": [], "max_gen_toks": 12, "repetition_penalty": 1.5}) for n in (5, 20, 40)]
+    found, expected = (model.generate_until(requests("generate_until", rows), disable_tqdm=True) for model in both)
+    assert found == expected != theirs[:3]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -62,7 +62,7 @@ LINES = {
     "generate": [
         "--adapter {text_only} --adapter other={text_only} --base {base} --input cat --compare --max-new-tokens 2 "
         "--temperature 0.5 --top-p 0.9 --seed 1 --strength 0.5 --device cpu --dtype float32 --attention paper Hello",
-        "--base {base} --raw --greedy --bits 8 --max-new-tokens 2 --device cpu Hello",
+        "--base {base} --raw --greedy --bits 8 --max-new-tokens 2 --stop x --repetition-penalty 1.1 --device cpu Hello",
         "--base {base} --int8 --template llama-2 --max-new-tokens 2 --device cpu Hello",
         "--base {base} --compile --max-new-tokens 2 --device cpu Hello",
         "--adapter {seeing} --image {album}/1.png --clip {album}/ViT.pt --max-new-tokens 2 --device cpu Hello",
@@ -95,7 +95,7 @@ LINES = {
         "--tasks capitals --include-path {tasks} --adapter {text_only} --base {base} --strength 0.5 --compare "
         "--limit 2 --num-fewshot 0 --template alpaca --batch-size 2 --log-samples --device cpu --dtype float32 "
         "--bits 8 --out {new}",
-        "--tasks {tasks}/capitals.yaml --base {base} --int8 --device cpu --out {new}",
+        "--tasks {tasks}/capitals.yaml --base {base} --int8 --stop x --repetition-penalty 1.1 --device cpu --out {new}",
     ],
     "experiments bits": ["--base {base} --base {grouped} --text {text} --rows 2 --device cpu --out {new}"],
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],

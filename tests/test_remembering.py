@@ -84,6 +84,21 @@ def test_an_answer_without_end_is_taken_as_it_stands(responder):
     assert len(conversation.turns) == 4
 
 
+def test_a_turn_ends_before_a_stop_string_and_tokens_are_penalized_as_in_a_fresh_run(responder):
+    """The turn is truncated, not the cache; the penalty concerns cached tokens as well."""
+    responder.sampling = responder.sampling._replace(end_ids=(), repetition_penalty=1.4)
+    whole = "".join(Conversation(responder, "a").respond("Hi"))
+    responder.stop = [whole[3:6]]
+    conversation = Conversation(responder, "a")
+    history = []
+    for question in QUESTIONS:
+        answer = "".join(conversation.respond(question))
+        assert answer == fresh(responder, question, adapter="a", history=history)
+        assert responder.stop[0] not in answer and (history or answer == whole[: whole.index(responder.stop[0])])
+        history += [Turn("user", question), Turn("assistant", answer)]
+        assert conversation.turns == history
+
+
 @pytest.fixture
 def trained(chat_base, tmp_path):
     model, _ = load_llama(chat_base)
