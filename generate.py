@@ -22,7 +22,7 @@ from formats.loading import load_with_adapters
 from formats.tensors import prefix_errors
 from model import KVCache, LLaMA
 from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, ending_options
-from runtime.cli import one_line_errors
+from runtime.cli import PromptCommand, one_line_errors
 from runtime.compilation import compile_decoding, prepare_to_compile
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, broadcast_from_rank0, rank, run_command
@@ -333,7 +333,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
 # The command
 
 
-@command(context_settings={"show_default": True})
+@command(cls=PromptCommand, context_settings={"show_default": True})
 @click.argument("prompt", required=False)
 @adapter_options
 @option_group(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import torch
-from cloup import option, option_group
+from cloup import Command, option, option_group
 
 from runtime.distributed import is_first_to_report, is_lost_rank, launched_world_size, rank
 from runtime.errors import error_line, is_out_of_memory, printable
@@ -96,6 +96,17 @@ encoder_options = [  # the arguments of `formats.image_encoders.load_image_encod
     option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
     option("--encoder", help="In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers of a file."),
 ]
+
+
+class PromptCommand(Command):
+    """A command with a prompt as its argument, which may begin with a dash: the error then says how to give it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            error.message = f"{error.message.rstrip('.')}; a prompt that begins with a dash goes after --."
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -187,6 +187,14 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
         Responder(*loaded, stop=[""])
 
 
+@pytest.mark.parametrize("prompt", ["-5 + 3?", "- one", "--- title"])
+def test_a_prompt_that_begins_with_a_dash(tiny_adapter, prompt):
+    args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "--max-new-tokens", 3)
+    result = run(*args, prompt)
+    assert result.exit_code == 2 and result.stderr.endswith("; a prompt that begins with a dash goes after --.\n")
+    assert run(*args, "--", prompt).exit_code == 0
+
+
 def test_stop_strings_of_the_command(tiny_adapter):
     args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "Hello")
     text = run(*args).stdout

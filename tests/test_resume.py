@@ -126,6 +126,9 @@ def test_max_minutes_and_the_same_command_again(args, tmp_path):
     assert result.exit_code == 0 and "this run is finished" in result.stderr
     result = run(*args, "--resume", "auto", "--epochs", 4)
     assert result.exit_code == 2 and "summary.json: was made with epochs = 3, not 4" in result.stderr
+    further = f"--init {tmp_path / 'run' / 'adapter.safetensors'}"
+    assert f"to train its adapter further: {further}, and another --out" in result.stderr
+    assert run(*args, *further.split(), "--epochs", 4, "--out", tmp_path / "further").exit_code == 0
     result = run(*args, "--resume", "auto", "--limit", 30)
     assert result.exit_code == 2 and "limit = None, not 30" in result.stderr
     (tmp_path / "other.json").write_text(args[3].read_text().replace("animals", "minerals"))

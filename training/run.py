@@ -106,7 +106,11 @@ class Run:
     def is_finished(self, fixed: dict) -> bool:
         """Return True if the run to resume is finished. Raises ValueError if it had other options."""
         if self.state == "finished" and rank() == 0:
-            check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
+            try:
+                check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
+            except ValueError as error:
+                how = f"to train its adapter further: --init {self.out / 'adapter.safetensors'}, and another --out"
+                raise ValueError(f"{error}; {how}") from None
         return self.state == "finished"
 
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
