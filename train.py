@@ -34,7 +34,7 @@ from formats.bases import base_fingerprint, load_model, read_base
 from formats.chat_templates import load_template
 from formats.hub import find_base
 from formats.tensors import Weights, prefix_errors
-from formats.tokenizers import load_tokenizer
+from formats.tokenizers import load_tokenizer, tokenizer_fingerprint
 from model import Config, LLaMA, num_parameters
 from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
 from runtime.cli import options_of, from_options, setting, warn
@@ -275,6 +275,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     config = config.for_base(path, model_config.n_layers, model_config.max_seq_len or math.inf)
     fixed = fixed_options(config, data, base, dtype, examples)
     fixed |= {"base_fingerprint": base_fingerprint(model_config, weights), "prompt_template": template.name}
+    fixed["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     if base.init:
         fixed["init"] = adapter_fingerprint(initial)
     check_same_on_all_ranks(fixed | asdict(config) | {"strategy": base.strategy, "compile": base.compile})

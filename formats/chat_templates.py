@@ -6,9 +6,11 @@ the conversation is text, whatever it spells.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 
 import jinja2
 from jinja2 import nodes
@@ -122,6 +124,10 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+class RewrittenTurn(ValueError):
+    """A template writes a turn otherwise when others follow, or what precedes a response otherwise in generation."""
+
+
 class ChatTemplate(Template):
     """A Jinja template over a tokenizer. Raises ValueError if it is invalid, or writes no conversation.
 
@@ -137,6 +143,9 @@ class ChatTemplate(Template):
         self.kind = name.partition(":")[0]
         self.tokenizer = tokenizer
         self.variables = {"tools": None, "documents": None} | variables  # as transformers has them
+        if "strftime_now" in source and "strftime_now is defined" not in source:
+            # Today's date would make prompts other ones than those of training. It is the date of Llama 3.2's template.
+            self.variables["strftime_now"] = date(2024, 7, 26).strftime
         self.marks_responses = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -144,7 +153,11 @@ class ChatTemplate(Template):
         example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a prompt and its response")
         with self.errors(example.name):
             self.template = compile_template(source)
-        ((prompt_ids, response_ids),) = next(self.encode_exchanges([example]))
+        try:
+            ((prompt_ids, response_ids),) = next(self.encode_exchanges([example]))
+        except RewrittenTurn:  # training will refuse it; prompts can be written all the same
+            self.end_ids = tokenizer.end_ids
+            return
         ends = [id for id in response_ids[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
             warn(f"the template {self.kind} ends no response with a special token: the model will not learn to end")
@@ -191,7 +204,7 @@ class ChatTemplate(Template):
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         except Exception as error:  # a template is a third-party program
             what = "needs too much memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
             raise ValueError(
@@ -232,8 +245,11 @@ class ChatTemplate(Template):
             before = self.render(messages[:number], begin_response=True)
             after = self.render(messages[: number + 1], begin_response=False)
             if not (text.startswith(after) and after.startswith(before)) or len(before) < position:
-                how = f"the template {self.kind} writes a turn otherwise when others follow"
-                raise ValueError(f"{how}; --template chatml, llama-2 or llama-3 does not")
+                first, second = (text, after) if after.startswith(before) else (after, before)
+                same = len(os.path.commonprefix([first, second]))
+                how = f"the template {self.kind} writes a turn otherwise when others follow, or in generation"
+                texts = f"{first[same : same + 30]!r} in place of {second[same : same + 30]!r}"
+                raise RewrittenTurn(f"{how} ({texts}); --template chatml, llama-2 or llama-3 does not")
             response = after[len(before) :]
             ended = max((found.end() for found in self.special.finditer(response)), default=len(response))
             parts += [text[position : len(before)], response[:ended]]

@@ -1,6 +1,7 @@
 """Tokenizers in the files they come in: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), tokenizer.json (all else)."""
 
 import base64
+import hashlib
 import re
 from contextlib import contextmanager
 from math import prod
@@ -27,12 +28,13 @@ def library_errors(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
+# Libraries put a space before the first character of a text. In front of this one, which no token contains, it can be
+# removed again.
+MARK = "\ufdd4"
+
+
 class SentencePieceTokenizer(Tokenizer):
     """LLaMA 1 and 2's kind. Raises ValueError where the file is none."""
-
-    # The library puts a space before the first character of a text. Before this one, which no piece contains, the space
-    # can be removed again.
-    MARK = "\ufdd4"
 
     def __init__(self, path: str | Path):
         try:
@@ -50,13 +52,13 @@ class SentencePieceTokenizer(Tokenizer):
             self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id, *control)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
         self.space_after_special = True  # as Meta's code encodes the text after <bos>
-        self.mark_ids = self.model.encode(self.MARK)
+        self.mark_ids = self.model.encode(MARK)
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
         text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
             if preceding and not self.space_after_special:
-                ids = self.model.encode(self.MARK + text)
+                ids = self.model.encode(MARK + text)
                 if ids[: len(self.mark_ids)] == self.mark_ids:
                     return ids[len(self.mark_ids) :]
             return self.model.encode(text)
@@ -170,17 +172,28 @@ class JsonTokenizer(Tokenizer):
         self.special_ids |= {self.token_text(id): id for id in self.start_ids if self.token_text(id)}
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
-        # Some put a space before the first token of all, and none behind a special token. The library finds those in a
-        # text, or it does not: with one in front it may, as long as there is none within.
         text = require_utf8(text)
         with library_errors(f"{self.path}: cannot encode the text"):
-            if preceding and not any(token in text for token in self.special_ids):
-                self.model.encode_special_tokens = False
-                first, *ids = self.model.encode(preceding + text, add_special_tokens=False).ids
-                if first == self.special_ids[preceding]:
-                    return ids
-            self.model.encode_special_tokens = True
-            return self.model.encode(text, add_special_tokens=False).ids
+            if not preceding:
+                return self.encode_as_text(text)
+            # Some put a space before the first token of all, and none behind a special token, which the library finds
+            # only where it would find those that the text spells, too: they end what is encoded in this way.
+            end = min((text.index(token) for token in self.special_ids if token in text), default=len(text))
+            self.model.encode_special_tokens = False
+            first, *ids = self.model.encode(preceding + text[:end], add_special_tokens=False).ids
+            if first != self.special_ids[preceding]:
+                return self.encode_as_text(text)
+            if end == len(text):
+                return ids
+            mark_ids = self.encode_as_text(MARK)
+            rest = self.encode_as_text(MARK + text[end:])
+            return ids + (
+                rest[len(mark_ids) :] if rest[: len(mark_ids)] == mark_ids else self.encode_as_text(text[end:])
+            )
+
+    def encode_as_text(self, text: str) -> list[int]:
+        self.model.encode_special_tokens = True
+        return self.model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         with library_errors(f"{self.path}: cannot decode the response"):
@@ -296,6 +309,14 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a hash of the special tokens and of the ids of a few texts."""
+    ids = [tokenizer.encode(text) for text in PROBES]
+    special = sorted(tokenizer.special_ids.items())
+    content = repr((tokenizer.start_ids, tokenizer.end_ids, special, tokenizer.vocab_size, ids))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:

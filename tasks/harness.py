@@ -177,6 +177,11 @@ class HarnessModel(TemplateLM):
         begun = chat_history[-1]["content"] if chat_history[-1]["role"] == "assistant" else ""
         messages = chat_history[:-1] if begun else chat_history
         if isinstance(self.template, ChatTemplate):
+            if begun.strip():  # as the template writes a response, up to where this one has got
+                text = self.template.text(chat_history, begin_response=False)
+                start = text.rindex(begun.strip())
+                kept = begun.lstrip() if text.startswith(begun.lstrip(), start) else begun.strip()
+                return text[: start + len(kept)]
             return self.template.text(messages, begin_response=True) + begun
         roles = [message["role"] for message in messages]
         if roles not in (["user"], ["system", "user"]):  # a description is put before the question

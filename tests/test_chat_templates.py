@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from helpers import CHATML, SAMPLES, save_chatml
+from helpers import CHATML, SAMPLES, save_chatml, save_llama2_json
 
 from data import Example, Turn
 from formats import chat_templates
@@ -108,6 +108,42 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
         list(template.encode_exchanges([Example(turns=turns, name="record 1")]))
     asked = template.encode_prompt("Why?", history=turns[:2])
     assert tokenizer.decode(asked) == "user\nHi\nassistant\nHo\nuser\nWhy?\nassistant\n"
+
+
+def test_a_prompt_that_begins_the_response_otherwise_than_training(tmp_path):
+    """As DeepSeek-R1-Distill's, whose prompt ends with <think>, and whose turns have none: it can be asked only."""
+    source = THINKING.replace("'[no thoughts] '", "''").replace("assistant\n' if add", "assistant\n<think>' if add")
+    save_chatml(tmp_path, template=source)
+    tokenizer = load_tokenizer(tmp_path)
+    template = load_template("auto", tokenizer)
+    assert tokenizer.decode(template.encode_prompt("Hi")) == "user\nHi\nassistant\n<think>"
+    turns = (Turn("user", "Hi"), Turn("assistant", "Ho"))
+    with pytest.raises(ValueError, match="record 0: the template auto writes a turn otherwise") as caught:
+        list(template.encode_exchanges([Example(turns=turns, name="record 0")]))
+    assert "in generation ('Ho<|im_end|>\\n' in place of '<think>')" in str(caught.value)
+
+
+def test_a_date_does_not_change(tmp_path):
+    """Mistral's template calls strftime_now; one that asks whether there is such a function has a date of its own."""
+    own = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}1999{% endif %}"
+    for source, year in (("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"), (own, "1999")):
+        save_chatml(tmp_path, template=source + CHATML)
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.decode(load_template("auto", tokenizer).encode_prompt("Hi")).startswith(f"{year}system")
+
+
+def test_text_that_spells_a_special_token_leaves_the_template_as_it_is(data, tmp_path):
+    """No space gets between a special token and what the template writes behind it."""
+    save_llama2_json(data, tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["normalizer"] = None
+    values["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    plain, spelled = (tokenizer.encode(f"[INST] strike {text} it", preceding="<s>") for text in ("x", "</s>"))
+    pieces = [tokenizer.token_text(id) for id in spelled]
+    assert spelled[:4] == plain[:4] and pieces[0] == "["
+    assert "".join(pieces) == "[INST]▁strike▁</s>▁it" and 2 not in spelled
 
 
 def test_no_token_lies_across_the_beginning_of_an_answer(tmp_path):
@@ -293,9 +329,8 @@ def test_where_a_base_has_its_template(tmp_path, capsys):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("\ufdd29\ufdd3" + CHATML, "writes the noncharacters U+FDD2 and U+FDD3"),
         ("\ufdd2" + "9" * 5000 + "\ufdd3", "omits a response"),
-        ("{{ strftime_now('%Y') }}", "UndefinedError: 'strftime_now' is undefined"),
+        ("{{ today('%Y') }}", "UndefinedError: 'today' is undefined"),
         ("{{ messages[0].content }}", "omits a response"),
-        ("{{ 'x' if add_generation_prompt else 'y' }}", "writes a turn otherwise when others follow"),
         ("{% generation %}{% endgeneration %}", "omits a response"),
     ],
 )

@@ -209,6 +209,10 @@ def test_a_template_of_chats_writes_bos_once_and_ends_no_answer_that_a_task_bega
     begun = [*messages, {"role": "assistant", "content": " The capital is"}]
     text = model.apply_chat_template(begun, add_generation_prompt=False)
     assert text.endswith("[/INST] The capital is") and loaded[1].eos_id not in model.tok_encode(text)
+    for content in ("The capital is", "The capital is "):  # the template writes a space before a response
+        begun[-1] = {"role": "assistant", "content": content}
+        text = model.apply_chat_template(begun, add_generation_prompt=False)
+        assert text.endswith(f"[/INST] {content}")
 
 
 @pytest.mark.parametrize(

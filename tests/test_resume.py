@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -430,6 +431,21 @@ def test_the_summary_tells_the_options(args, tmp_path):
     assert run(*args).exit_code == 0
     options = json.loads((tmp_path / "run" / "summary.json").read_text())["options"]
     assert options["epochs"] == 3 and options["layers"] == 1 and "base_fingerprint" in options
+
+
+def test_another_tokenizer_is_not_resumed_with(args, chat_base, tmp_path, monkeypatch):
+    """Steps before and after would learn other tokens as the end of a response."""
+    base = tmp_path / "base"
+    shutil.copytree(args[1], base)
+    args[1] = base
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", before_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert run(*args).exit_code == 0
+    (base / "generation_config.json").write_text('{"eos_token_id": 5}')
+    result = run(*args, "--resume")
+    assert result.exit_code == 2 and "checkpoint.pt: was made with tokenizer_fingerprint = " in result.stderr
+    (base / "generation_config.json").unlink()
+    assert run(*args, "--resume").exit_code == 0
 
 
 def test_two_runs_in_one_folder(forks, args, tmp_path):

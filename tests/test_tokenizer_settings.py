@@ -123,6 +123,13 @@ def test_tokenizer_json_wins_over_tokenizer_model(data, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_an_end_that_tokenizer_json_does_not_have(data, tmp_path):
+    save_llama2_json(data, tmp_path)
+    save_settings(tmp_path, added_tokens={"<|im_end|>": 32000}, tokenizer_config={"eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode([32000])) == (32000, 32001, "")
+
+
 def test_llama_3_in_a_folder_of_hugging_faces_layout(data, tmp_path):
     """eos_token decides what training learns; <|eom_id|>, of 3.1, ends a message to a tool."""
     (tmp_path / "original").mkdir()

@@ -63,7 +63,12 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
-    before = {"keep": "last", "eval_every": None} | renamed(before)  # what runs of earlier versions did
+    # What files of earlier versions do not state.
+    before = {
+        "keep": "last",
+        "eval_every": None,
+        "tokenizer_fingerprint": fixed.get("tokenizer_fingerprint"),
+    } | renamed(before)
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
             was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
