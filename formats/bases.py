@@ -23,6 +23,7 @@ FORMATS = {
     "formats.meta": ("consolidated.*.pth",),  # Mistral's folders have params.json as well
     "formats.hugging_face": ("config.json", "*.safetensors*", "pytorch_model*"),
     "formats.llama2c": ("*.bin",),
+    "formats.gguf": ("*.gguf",),
 }
 
 
@@ -37,7 +38,8 @@ def load_llama(
 
     - a folder in Meta's layout: params.json, consolidated.*.pth (one or several), tokenizer.model;
     - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
-    - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one.
+    - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one;
+    - a .gguf file, which includes the tokenizer, or the folder of one.
 
     `prepare_layer` as for `load_model`. Raises FileNotFoundError or ValueError, in one line that names the file and
     both numbers.
@@ -56,13 +58,12 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such base model{download_hint(path)}")
     if path.is_file():
-        module = "formats.llama2c"  # its older layout has no marker, so any file may be one
+        from formats.gguf import is_gguf
+
+        module = "formats.gguf" if is_gguf(path) else "formats.llama2c"  # whose older layout has no marker
     else:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
         module = next(found, "formats.meta" if (path / "params.json").is_file() else None)
-    if path.suffix == ".gguf" or (module is None and any(path.glob("*.gguf"))):
-        cure = "give the folder of the model that it was made of: config.json, safetensors, tokenizer"
-        raise ValueError(f"{path}: GGUF is llama.cpp's format, quantised for it; {cure}")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
         raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
     if module is None and (path / "adapter_config.json").is_file():
@@ -70,7 +71,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
         raise ValueError(f"{path}: is an adapter ({kind}), not a base")
     if module is None:
         files = ", nor ".join(patterns[0] for patterns in FORMATS.values())
-        raise ValueError(f"{path}: holds neither {files} of llama2.c")
+        raise ValueError(f"{path}: holds neither {files}")
     config, weights = import_module(module).read(path)
     check_layers(path, weights, "layers.", config.n_layers)
     return config, weights
@@ -125,6 +126,9 @@ def base_fingerprint(config: Config, weights: Weights) -> str:
     }
     rows = []
     for name, shape in shapes.items():
+        if name == "output" and weights["output.weight"] is weights["tok_embeddings.weight"]:  # a tied head
+            rows.append(rows[0])
+            continue
         weight = torch.empty(shape, dtype=torch.bfloat16)
         weights[f"{name}.weight"](weight)
         rows.append(weight[:4])

@@ -142,22 +142,15 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """tokenizer.json, whatever kind it holds, by the library that writes it.
+    """What tokenizer.json holds, whatever kind that is, by the library that writes it; `path` is the file's.
 
-    Text that spells a special token is encoded as the text that it is. Raises ValueError where the file is none, or
-    where nothing beside it says which token ends a text.
+    Text that spells a special token is encoded as the text that it is. Raises ValueError if it encodes nothing.
     """
 
-    def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
+    def __init__(self, model: tokenizers.Tokenizer, path: Path):
         self.path = path
-        text = read_text(path)
-        values = parse_json(text, path)
-        growth = max_growth(values.get("normalizer") if isinstance(values, dict) else None)
-        if growth > MAX_GROWTH:
-            raise ValueError(f"{path}: its normalizers make a text up to {growth:.3g} times as long")
+        self.model = model
         with library_errors(f"{path}: cannot be read as a tokenizer"):
-            self.model = tokenizers.Tokenizer.from_str(text)
             self.model.no_padding()
             self.model.no_truncation()
             ids, alone = (self.model.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -204,6 +197,18 @@ class JsonTokenizer(Tokenizer):
 
     def token_text(self, id: int) -> str | None:
         return self.model.id_to_token(id)
+
+
+def read_tokenizer_json(path: Path) -> JsonTokenizer:
+    """Read tokenizer.json. Raises OSError or ValueError."""
+    text = read_text(path)
+    values = parse_json(text, path)
+    growth = max_growth(values.get("normalizer") if isinstance(values, dict) else None)
+    if growth > MAX_GROWTH:
+        raise ValueError(f"{path}: its normalizers make a text up to {growth:.3g} times as long")
+    with library_errors(f"{path}: cannot be read as a tokenizer"):
+        model = tokenizers.Tokenizer.from_str(text)
+    return JsonTokenizer(model, path)
 
 
 MAX_GROWTH = 100
@@ -320,18 +325,34 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:
-    """Load the tokenizer in a base's folder, or beside its file: tokenizer.json, or tokenizer.model of either kind.
+    """Load the tokenizer in a base's folder, beside its file, or in it: tokenizer.json, tokenizer.model, or GGUF's.
 
-    If both are there, the first is used, as transformers does. Raises FileNotFoundError, or ValueError, also if the
-    base has too few embeddings.
+    If the first two are there, tokenizer.json is used, as in transformers. Raises FileNotFoundError, or ValueError,
+    also if the base has too few embeddings.
     """
     base = Path(base)
-    folder = base.parent if base.is_file() else base
+    tokenizer = None
+    if base.is_file() or any(base.glob("*.gguf")):
+        from formats.gguf_tokenizer import find_gguf_tokenizer
+
+        tokenizer = find_gguf_tokenizer(base)
+    if tokenizer is None:
+        tokenizer = load_tokenizer_files(base.parent if base.is_file() else base)
+    if num_embeddings is not None:
+        omit_tokens_beyond(num_embeddings, tokenizer, base)
+    return tokenizer
+
+
+def load_tokenizer_files(folder: Path) -> Tokenizer:
+    """Load tokenizer.json, or tokenizer.model of either kind, with what the files beside it say.
+
+    Raises FileNotFoundError or ValueError.
+    """
     places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter: Llama 3
     path = next((place for place in places if place.is_file()), None)
     found: list[Tokenizer] = []
     if (folder / "tokenizer.json").is_file():
-        found.append(JsonTokenizer(folder))
+        found.append(read_tokenizer_json(folder / "tokenizer.json"))
     if path is not None:
         with open(require_file(path), "rb") as file:
             is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))
@@ -345,8 +366,6 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
             warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the former is used")
     tokenizer.chat_template = read_chat_template(folder)
     apply_settings(tokenizer, folder)
-    if num_embeddings is not None:
-        omit_tokens_beyond(num_embeddings, tokenizer, base)
     return tokenizer
 
 

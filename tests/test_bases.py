@@ -50,15 +50,6 @@ def test_a_name_that_is_no_folder_is_told_how_to_become_one():
         load_llama("meta-llama/Llama-2-7b-hf")
 
 
-def test_files_of_other_programs_are_told_what_to_give(tmp_path):
-    (tmp_path / "llama.Q4_K_M.gguf").write_bytes(b"GGUF")
-    for path in (tmp_path, tmp_path / "llama.Q4_K_M.gguf"):
-        with pytest.raises(
-            ValueError, match="GGUF is llama.cpp's format.*give the folder of the model that it was made"
-        ):
-            load_llama(path)
-
-
 @pytest.mark.parametrize("layers", [10**6, 2])
 def test_layers_are_counted_before_any_is_made(tiny_base, tmp_path, monkeypatch, layers):
     base = copy_base(tiny_base, tmp_path / "base", n_layers=layers)

@@ -1,0 +1,280 @@
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: a base with its tokenizer in one file, or in several parts.
+
+The layout of the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized blocks are widened by
+ggml-org's own package, gguf.
+"""
+
+import re
+import struct
+from functools import lru_cache, partial
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.hugging_face import ARCHITECTURES, ROTATED
+from formats.rope import linear_rope_factors
+from formats.tensors import Weights, copy, prefix_errors
+from model import Config
+from runtime.files import require_file
+from runtime.schema import require_number
+from runtime.tensor_parallel import Part
+
+MAGIC = b"GGUF"
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9  # the other kinds of values
+
+# Meta's names of the modules with weights, and GGUF's; {} is the number of a layer.
+TO_META = {
+    "token_embd": "tok_embeddings",
+    "blk.{}.attn_q": "layers.{}.attention.wq",
+    "blk.{}.attn_k": "layers.{}.attention.wk",
+    "blk.{}.attn_v": "layers.{}.attention.wv",
+    "blk.{}.attn_output": "layers.{}.attention.wo",
+    "blk.{}.attn_q_norm": "layers.{}.attention.q_norm",
+    "blk.{}.attn_k_norm": "layers.{}.attention.k_norm",
+    "blk.{}.ffn_gate": "layers.{}.feed_forward.w1",
+    "blk.{}.ffn_down": "layers.{}.feed_forward.w2",
+    "blk.{}.ffn_up": "layers.{}.feed_forward.w3",
+    "blk.{}.attn_norm": "layers.{}.attention_norm",
+    "blk.{}.ffn_norm": "layers.{}.ffn_norm",
+    "output_norm": "norm",
+    "output": "output",
+}
+
+
+class Place(NamedTuple):
+    """A tensor's place in a file."""
+
+    file: Path
+    offset: int  # bytes
+    shape: tuple[int, ...]  # as in PyTorch: the last dimension is contiguous
+    kind: int  # of its blocks: a GGMLQuantizationType
+
+
+class Header(NamedTuple):
+    """The header of a file: its values and the places of its tensors, by name."""
+
+    values: dict[str, object]
+    tensors: dict[str, Place]
+
+
+class Cursor:
+    """Reads one value after the other from the bytes of a header. Raises ValueError where the file ends too early."""
+
+    def __init__(self, content: np.ndarray):
+        self.content = content
+        self.position = 0
+
+    def bytes(self, number: int) -> bytes:
+        end = self.position + number
+        if end > len(self.content):
+            raise ValueError(f"ends within its header, of which {number:,} bytes at {self.position:,} are missing")
+        found = self.content[self.position : end].tobytes()
+        self.position = end
+        return found
+
+    def number(self, kind: str) -> int | float | bool:
+        return struct.unpack(f"<{kind}", self.bytes(struct.calcsize(kind)))[0]
+
+    def string(self) -> str:
+        return self.bytes(self.number("Q")).decode()
+
+    def value(self, kind: int) -> object:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            of, length = self.number("I"), self.number("Q")
+            if of == STRING:
+                return [self.string() for _ in range(length)]
+            if of not in SCALARS:
+                raise ValueError(f"has an array of values of kind {of}")
+            return np.frombuffer(self.bytes(length * struct.calcsize(SCALARS[of])), f"<{SCALARS[of]}").tolist()
+        if kind not in SCALARS:
+            raise ValueError(f"has a value of the unknown kind {kind}")
+        return self.number(SCALARS[kind])
+
+
+def is_gguf(path: Path) -> bool:
+    """Return True for a file that begins as GGUF's do, whatever its name: Ollama's have none."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC
+
+
+def find_file(path: Path) -> Path | None:
+    """Return the GGUF file at `path`: itself, or the only one in a folder, or the first of its parts; None otherwise.
+
+    Raises ValueError if the folder has several.
+    """
+    if path.is_dir():
+        files = [
+            file for file in sorted(path.glob("*.gguf")) if not re.search(r"-(?!0*1-)\d+-of-\d+\.gguf$", file.name)
+        ]
+        if len(files) > 1:
+            raise ValueError(f"{path}: holds {len(files)} GGUF models ({files[0].name} ...); name one of the files")
+        return files[0] if files else None
+    return path if is_gguf(path) else None
+
+
+def read_header(file: Path) -> Header:
+    """Return the header of a file and of its other parts. Raises OSError, or ValueError at what is no such file."""
+    facts = require_file(file).stat()
+    header = read_part(file, facts.st_size, facts.st_mtime_ns)
+    number = header.values.get("split.count", 1)
+    if number == 1:
+        return header
+    require_number(f"{file}: split.count", number, 2, 2**16, whole=True)
+    stem = re.sub(r"-\d+-of-\d+\.gguf$", "", file.name)
+    tensors: dict[str, Place] = {}
+    for part in range(1, number + 1):
+        other = require_file(file.with_name(f"{stem}-{part:05}-of-{number:05}.gguf"))
+        facts = other.stat()
+        of_part = read_part(other, facts.st_size, facts.st_mtime_ns)
+        if part == 1:
+            header = of_part
+        tensors |= of_part.tensors
+    return Header(header.values, tensors)
+
+
+@lru_cache(maxsize=8)
+def read_part(file: Path, size: int, changed: int) -> Header:
+    """Return the header of one file; of one that has not changed it is parsed once, for weights and for tokenizer."""
+    with prefix_errors(file):
+        if size < 24:
+            raise ValueError(f"{size} bytes are no GGUF file")
+        cursor = Cursor(np.memmap(file, mode="r"))
+        if cursor.bytes(4) != MAGIC:
+            raise ValueError("does not begin as a GGUF file does")
+        if (version := cursor.number("I")) not in (2, 3):
+            raise ValueError(f"is of GGUF's version {version}; only 2 and 3, little-endian, are supported")
+        num_tensors, num_values = cursor.number("Q"), cursor.number("Q")
+        values: dict[str, object] = {}
+        for _ in range(num_values):
+            name = cursor.string()
+            values[name] = cursor.value(cursor.number("I"))
+        places = []
+        for _ in range(num_tensors):
+            name = cursor.string()
+            shape = tuple(cursor.number("Q") for _ in range(min(cursor.number("I"), 8)))[::-1]
+            places.append((name, shape, cursor.number("I"), cursor.number("Q")))
+        alignment = values.get("general.alignment", 32)
+        require_number("general.alignment", alignment, 1, 2**20, whole=True)
+        start = cursor.position + -cursor.position % alignment
+        tensors = {name: Place(file, start + offset, shape, kind) for name, shape, kind, offset in places}
+        return Header(values, tensors)
+
+
+def read_tensor(place: Place) -> Tensor:
+    """Return a tensor in float32, its blocks widened. Raises ValueError if the file does not have all of it."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        kind = GGMLQuantizationType(place.kind)
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise ValueError(f"is of the unknown kind {place.kind}") from None
+    if not place.shape or place.shape[-1] % per_block:
+        raise ValueError(f"is {place.shape}, which are no rows of {kind.name} blocks of {per_block}")
+    number = prod(place.shape) // per_block * block_bytes
+    if place.offset + number > place.file.stat().st_size:
+        raise ValueError(f"goes beyond the end of the file: {number:,} bytes at {place.offset:,}")
+    content = np.memmap(place.file, np.uint8, "r", place.offset, (*place.shape[:-1], number // prod(place.shape[:-1])))
+    try:
+        return torch.from_numpy(np.array(dequantize(content, kind), np.float32))
+    except NotImplementedError:
+        raise ValueError(f"is of {kind.name}, which the package gguf does not widen") from None
+
+
+def read(path: Path) -> tuple[Config, Weights]:
+    """Read the header of a GGUF file, or of the only one in a folder. Raises OSError or ValueError."""
+    file = find_file(path)
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{file}: reading GGUF needs one more package: pip install gguf") from None
+    header = read_header(file)
+    with prefix_errors(file):
+        config = gguf_config(header)
+
+    in_halves = header.values["general.architecture"] != "llama"  # pairs as Hugging Face's, not as Meta's
+
+    def fill(place: Place, rotated: bool, target: Tensor, part: Part | None = None) -> None:
+        source = read_tensor(place)
+        if rotated and in_halves and source.shape == (part.whole_shape(target.shape) if part else target.shape):
+            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)  # a part is of whole heads
+            target = target.unflatten(0, (-1, config.head_dim // 2, 2))
+        copy(source, target, part)
+
+    weights: Weights = {}
+    for name, place in header.tensors.items():
+        if name != "rope_freqs.weight":
+            ours = to_meta(name)
+            weights[ours] = partial(fill, place, ours.endswith(ROTATED))
+    if "output.weight" not in weights and "tok_embeddings.weight" in weights:  # a tied head
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    return config, weights
+
+
+def to_meta(name: str) -> str:
+    """Return Meta's name of a weight or bias; a name that is no LLaMA's stays as it is."""
+    number = re.match(r"blk\.(\d+)\.", name)
+    module, _, kind = re.sub(r"^blk\.\d+\.", "blk.{}.", name).rpartition(".")
+    return f"{TO_META[module].format(*number.groups() if number else ())}.{kind}" if module in TO_META else name
+
+
+def gguf_config(header: Header) -> Config:
+    """Return the dimensions. Raises KeyError, or ValueError at what a LLaMA does not have."""
+    values = header.values
+    if values.get("general.type", "model") != "model":
+        raise ValueError(f"is of the type {values['general.type']!r}, not a model")
+    architecture = values["general.architecture"]
+    if architecture not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"is of the architecture {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
+
+    def get(name: str, *default: object) -> object:
+        name = f"{architecture}.{name}"
+        return values.get(name, *default) if default else values[name]
+
+    if get("expert_count", 0):
+        raise ValueError("is a mixture of experts")
+    dim, n_heads = get("embedding_length"), get("attention.head_count")
+    for name, value in (("embedding_length", dim), ("attention.head_count", n_heads)):
+        require_number(name, value, 1, 2**24, whole=True)
+    head_dim = get("attention.key_length", dim // n_heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(
+            f"rotates {get('rope.dimension_count')} of {head_dim} numbers of a head; only all is supported"
+        )
+    scaling = get("rope.scaling.type", "none")
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0))
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"rope.scaling.type is {scaling!r}; only 'none' and 'linear' are supported")
+    require_number("the factor of the rotary embedding", factor, 1e-3, 1e6)
+    rope_factors = None
+    if "rope_freqs.weight" in header.tensors:  # Llama 3.1's
+        rope_factors = tuple((read_tensor(header.tensors["rope_freqs.weight"]) * factor).tolist())
+    elif factor != 1:
+        rope_factors = linear_rope_factors(head_dim, factor)
+    context, window = get("context_length", None), get("attention.sliding_window", None)
+    embeddings = header.tensors.get("token_embd.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise ValueError("has no weight token_embd.weight")
+    return Config(
+        dim=dim,
+        n_layers=get("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=get("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        hidden_dim=get("feed_forward_length"),
+        vocab_size=embeddings.shape[0],
+        norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=get("rope.freq_base", 10000.0),
+        rope_factors=rope_factors,
+        max_seq_len=min(filter(None, (context, window)), default=None),
+        **ARCHITECTURES[architecture],
+    )

@@ -1,0 +1,123 @@
+"""The tokenizer inside a GGUF file, put together with the library `tokenizers`.
+
+It is of one of two kinds: "llama", SentencePiece's pieces and scores, or "gpt2", a byte-level BPE; there
+`tokenizer.ggml.pre` names how text is split before bytes are merged.
+"""
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from formats.gguf import find_file, read_header
+from formats.tensors import prefix_errors
+from formats.tokenizers import JsonTokenizer, TiktokenTokenizer, library_errors
+
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Split at a regular expression, then write bytes as the letters of GPT-2's alphabet."""
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), alphabet])
+
+
+# How text is split, by the names in `tokenizer.ggml.pre`.
+SPLITS = {
+    "gpt-2": GPT2,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
+    "llama-bpe": split_by(TiktokenTokenizer.PATTERN),
+    "qwen2": split_by(QWEN2),
+}
+
+
+def find_gguf_tokenizer(base: Path) -> JsonTokenizer | None:
+    """Load the tokenizer of a GGUF file, or of the one in a folder of nothing else; return None if there is none."""
+    if base.is_dir() and any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "config.json")):
+        return None
+    file = find_file(base)
+    return None if file is None else load_gguf_tokenizer(file)
+
+
+def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
+    """Load the tokenizer of a GGUF file, with its chat template. Raises OSError or ValueError."""
+    values = read_header(file).values
+    with prefix_errors(file):
+        model, pre = values["tokenizer.ggml.model"], values.get("tokenizer.ggml.pre")
+        tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+        if model == "gpt2" and pre not in SPLITS:
+            raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {', '.join(map(repr, SPLITS))} are supported")
+        if model not in ("llama", "gpt2"):
+            raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'llama' and 'gpt2' are supported")
+        rules = values["tokenizer.ggml.scores" if model == "llama" else "tokenizer.ggml.merges"]
+        if len(kinds) != len(tokens) or (model == "llama" and len(rules) != len(tokens)):
+            raise ValueError(f"has {len(tokens)} tokens, but other numbers of their kinds or scores")
+        with library_errors("cannot be read as a tokenizer"):
+            if model == "llama":
+                tokenizer = sentencepiece_model(values, tokens, rules)
+            else:
+                tokenizer = byte_level_model(tokens, rules, pre)
+            control, added = (
+                [AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == of]
+                for of in (CONTROL, USER_DEFINED)
+            )
+            tokenizer.add_special_tokens(control)
+            tokenizer.add_tokens(added)
+    loaded = JsonTokenizer(tokenizer, file)
+
+    def ids(*names: str) -> list[int]:
+        found = (values.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+        return [id for id in found if type(id) is int and id < len(tokens)]
+
+    named = {name: ids(short) for name, short in (("bos_token", "bos"), ("eos_token", "eos"))}
+    loaded.named_tokens = {name: tokens[found[0]] for name, found in named.items() if found}
+    if values.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe"):
+        loaded.start_ids = named["bos_token"]
+    loaded.end_ids = list(dict.fromkeys(ids("eos", "eot", "eom")))
+    if not loaded.end_ids:
+        raise ValueError(f"{file}: does not say which token ends a text")
+    loaded.eos_id = loaded.end_ids[0]
+    loaded.special_ids |= {tokens[id]: id for id in (*loaded.start_ids, *loaded.end_ids)}
+    template = values.get("tokenizer.chat_template")
+    loaded.chat_template = template if isinstance(template, str) else None
+    return loaded
+
+
+def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer:
+    """Return GPT-2's kind; a rule is two tokens that are merged, with a space between them."""
+    merges = [tuple(rule.split(" ", 1)) for rule in rules]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = SPLITS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_model(values: dict, tokens: list[str], scores: list[float]) -> Tokenizer:
+    """Return LLaMA 1 and 2's kind: of all pairs, the one is merged that makes the piece of the highest score."""
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    merges = []
+    for token, id in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((-scores[id], vocabulary[left], vocabulary[right], (left, right)))
+    ordered = [pair for *_, pair in sorted(merges)]
+    unknown = tokens[values.get("tokenizer.ggml.unknown_token_id", 0)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, ordered, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = [normalizers.Replace(" ", "▁")]
+    if values.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    strip = [decoders.Strip(" ", 1, 0)] if len(spaces) > 1 else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
