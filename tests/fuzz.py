@@ -377,6 +377,41 @@ def hugging_face(folder):
     return folder / "model-1.safetensors"
 
 
+def gguf_file(folder):
+    """A file whose header, of a tokenizer of bytes, is longer than its weights."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    from formats.gguf import TO_META
+    from model import Config
+
+    config = Config(32, 1, 2, 1, 16, 32, 260)
+    writer = gguf.GGUFWriter(folder / "a.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"])
+    writer.add_token_merges(["t h"])
+    writer.add_token_types([3, 3, 3, *[1] * 257])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for theirs, ours in TO_META.items():
+        weight = dict(make_model(config).named_parameters()).get(f"{ours.format(0)}.weight")
+        if weight is not None:
+            kind = gguf.GGMLQuantizationType.F32 if weight.dim() == 1 else gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{theirs.format(0)}.weight", gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "a.gguf"
+
+
 def tiktoken_file(folder):
     meta(folder)
     from model import Config
@@ -796,6 +831,7 @@ KINDS = {
     "chat_template.jinja": (chat_template, text_lines, read_chat_template),
     "generation_config.json": (beside(tokenizer_json, "generation_config.json"), text_json, read_base),
     "llama2c": (llama2c, plain_bytes, read_base),
+    "gguf": (gguf_file, plain_bytes, read_base),
     "alpaca": (alpaca, text_json, read_data),
     "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), text_json, read_data),
     "alpaca xz": (lambda folder: alpaca(folder, "a.json.xz"), plain_bytes, read_data),
