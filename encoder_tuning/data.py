@@ -20,7 +20,7 @@ from data import check_text, read_records
 from encoder_tuning.conll import labelled_sentences, read_conll, tag_classes
 from encoder_tuning.labelled import Labelled, LabelledData, class_names, roberta_tokenizer, subset
 from encoder_tuning.squad import labelled_questions, read_squad
-from encoders.media import open_image, preprocess_whole
+from encoders.media import open_image, preprocess
 from encoders.models import Roberta, ViT
 from formats.encoders import head_labels
 from formats.tensors import prefix_errors
@@ -128,7 +128,7 @@ def read_labelled(
             raise ValueError(f"{data}: {name}: its class {label!r} is none of {', '.join(classes)}")
         if tokenizer is None:
             image = open_image(source) if isinstance(source, Path) else source
-            inputs, size = preprocess_whole(image, model.config), len(model.positions)
+            inputs, size = preprocess(image, model.config), len(model.positions)
         else:  # <s> text </s>
             ids = tokenizer.encode(source)
             num_truncated += len(ids) > max_length - 2

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from encoders.models import ViTConfig
+from encoders.models import RESAMPLES, ViTConfig
 from runtime.files import require_file
 
 # Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
@@ -114,23 +114,13 @@ def frames_of(path: str | Path) -> list[Image.Image]:
 
 
 def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
-    """As CLIP does it: the short side to S pixels, the middle S of the long one, bicubic, normalised; (3, S, S)."""
-    S, short = config.image_size, min(image.size)
-    width, height = (S * side // short for side in image.size)
+    """Resize a picture, crop its middle and normalize its pixels as in the encoder's training; (c, S, S)."""
+    S, R = config.image_size, config.resized or config.image_size
+    width, height = (R, R) if config.squeezed else (R * side // min(image.size) for side in image.size)
     left, top = (width - S) // 2, (height - S) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return normalised(image.crop((left, top, left + S, top + S)), config)
-
-
-def preprocess_whole(image: Image.Image, config: ViTConfig) -> Tensor:
-    """As other vision transformers take it: all of it squeezed to S x S pixels, bilinear, normalised; (c, S, S)."""
     image = image.convert("L" if config.channels == 1 else "RGB")
-    return normalised(image.resize((config.image_size, config.image_size), Image.Resampling.BILINEAR), config)
-
-
-def normalised(image: Image.Image, config: ViTConfig) -> Tensor:
-    """Of S x S pixels in [0, 255], with the mean and the deviation that the encoder was trained with; (c, S, S)."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(*image.size, config.channels) / 255
+    image = image.resize((width, height), RESAMPLES[config.resample]).crop((left, top, left + S, top + S))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(S, S, config.channels) / 255
     return ((pixels - torch.tensor(config.mean)) / torch.tensor(config.std)).permute(2, 0, 1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adapter import AdaptionPrompt, attend, gated_attention
 from runtime.schema import require_number
 
+RESAMPLES = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which preprocessor_config.json has, too
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -125,6 +126,9 @@ class ViTConfig:
     final_norm: bool = True
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    squeezed: bool = False  # a picture is resized to a square; otherwise its shape is kept
+    resized: int | None = None  # pixels of the short side before the middle is cropped; None: image_size, S
+    resample: str = "bicubic"
 
     def __post_init__(self):
         check_config(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
@@ -135,6 +139,10 @@ class ViTConfig:
         for mean, std in zip(self.mean, self.std):
             require_number("a mean of pixels", mean, -1e3, 1e3)
             require_number("a deviation of pixels", std, 1e-6, 1e3)
+        if self.resized is not None:
+            require_number("the size before cropping", self.resized, self.image_size, 2**14, whole=True)
+        if self.resample not in RESAMPLES:
+            raise ValueError(f"resample is {self.resample!r}, none of {', '.join(RESAMPLES)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"images of {self.image_size} pixels a side are no whole patches of {self.patch_size}")
 

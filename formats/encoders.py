@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapter import gated_attention
 from encoders.models import make_mlp
-from encoders.models import Roberta, RobertaConfig, ViT, ViTConfig
+from encoders.models import RESAMPLES, Roberta, RobertaConfig, ViT, ViTConfig
 from formats.tensors import (
     check_layers,
     copy,
@@ -84,6 +84,7 @@ HUGGING_FACE = {  # by config.json's model_type: the shape, the names, and what 
     "roberta": (RobertaConfig, ROBERTA, "roberta."),
 }
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels, where a file says nothing else
+NOT_CLIP = {"clip": False, "squeezed": True, "resample": "bilinear"}
 
 Tensors = dict[str, Callable[[], Tensor]]  # by their names in a file
 
@@ -233,19 +234,68 @@ def read_folder(folder: Path) -> Source:
             f.name: values[CONFIG_NAMES[f.name]] for f in fields(config_class) if CONFIG_NAMES.get(f.name) in values
         }
         if kind == "vit":
-            image = folder / "preprocessor_config.json"
-            pixels = read_json_object(image) if image.exists() else {}
             channels = values.get("num_channels", 3)
             half = HALF if channels == 3 else HALF[:1]
-            mean, std = (numbers(pixels.get(f"image_{name}", half), name) for name in ("mean", "std"))
             dimensions = {"patch_size": 16, "activation": "gelu", "norm_eps": 1e-12} | dimensions
-            dimensions |= {"channels": channels, "mean": mean, "std": std, "clip": False}
+            dimensions |= {"channels": channels, "mean": half, "std": half} | NOT_CLIP
         config = config_class(**dimensions)
+    if isinstance(config, ViTConfig):
+        config = with_preprocessing(config, folder)
     tensors = open_shards(folder)
     prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     heads = (["classifier.dense", "classifier.out_proj"], ["classifier"], ["qa_outputs"])
     head = next((head for head in heads if f"{head[0]}.weight" in tensors), ())
     return Source(config, tensors, names, prefix, head)
+
+
+def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
+    """Return the configuration with the preprocessing that a Hugging Face folder states, if it states one.
+
+    Raises ValueError if it is of a kind that is not supported.
+    """
+    file = folder / "processor_config.json"  # since version 5 of transformers, for models of images and text
+    values = read_json_object(file).get("image_processor") if file.exists() else None
+    if values is None:
+        file = folder / "preprocessor_config.json"
+        values = read_json_object(file) if file.exists() else {}
+    S, channels = config.image_size, config.channels
+    with prefix_errors(file):
+        if not isinstance(values, dict):
+            raise ValueError(f"image_processor is a {type(values).__name__}, not an object")
+        for step in ("do_resize", "do_rescale"):
+            if not values.get(step, True):
+                raise ValueError(f"{step} is {values[step]!r}, only true is supported")
+        factor = values.get("rescale_factor", 1 / 255)
+        if not isinstance(factor, float) or abs(255 * factor - 1) > 1e-4:
+            raise ValueError(f"rescale_factor is {factor!r}, only 1/255 is supported")
+        number = values.get("resample", RESAMPLES[config.resample])
+        resample = next((name for name in RESAMPLES if RESAMPLES[name] == number), None)
+        if resample is None:
+            raise ValueError(f"resample is {number!r}, only 2 (bilinear) and 3 (bicubic) are supported")
+
+        size = values.get("size", S)
+        squeezed = "height" in size if isinstance(size, dict) else config.squeezed
+        resized = side("size", size, ("height", "width") if squeezed else ("shortest_edge",))
+        is_cropped = values.get("do_center_crop", config.clip)
+        if is_cropped and side("crop_size", values.get("crop_size", S), ("height", "width")) != S:
+            raise ValueError(f"crop_size is {values['crop_size']!r}, the encoder's image_size is {S}")
+        if not is_cropped and not (squeezed and resized == S):
+            raise ValueError(f"size is {size!r}, without do_center_crop, the encoder's image_size is {S}")
+
+        mean, std = (0.0,) * channels, (1.0,) * channels
+        if values.get("do_normalize", True):
+            mean = numbers(values.get("image_mean", config.mean), "mean")
+            std = numbers(values.get("image_std", config.std), "std")
+        return replace(config, mean=mean, std=std, squeezed=squeezed, resized=resized, resample=resample)
+
+
+def side(name: str, size: object, keys: Sequence[str]) -> object:
+    """Return the length in pixels that a preprocessor's size states under all of the keys. Raises ValueError."""
+    if not isinstance(size, dict):
+        return size
+    if set(size) != set(keys) or len({repr(length) for length in size.values()}) != 1:
+        raise ValueError(f"{name} is {size!r}, only one length for {' and '.join(keys)} is supported")
+    return size[keys[0]]
 
 
 def numbers(values: object, name: str) -> tuple[float, ...]:
@@ -261,7 +311,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
     """
     whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
-    kind, head, more = Source, (), {"activation": "gelu", "clip": False}
+    kind, head, more = Source, (), {"activation": "gelu"} | NOT_CLIP
     with prefix_errors(file):
         if "conv1.weight" in tensors:
             names, more = OPENAI, {}

@@ -631,7 +631,7 @@ def gpt2_tokenizer(folder):
 
 
 def read_encoder(path):
-    from encoders.media import preprocess_whole
+    from encoders.media import preprocess
     from encoders.models import Roberta
     from formats.encoders import load_encoder
 
@@ -642,7 +642,7 @@ def read_encoder(path):
         ids = roberta_tokenizer(model, path.parent).encode("the km")[: model.config.max_length]
         model(torch.tensor([ids]))
     else:
-        states = model.encode(preprocess_whole(picture(), model.config)[None])
+        states = model.encode(preprocess(picture(), model.config)[None])
         if head is not None:
             head(states[:, 0])
 

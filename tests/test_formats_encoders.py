@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, make_images, make_vit, openai_names, timm_names, vary
+from helpers import SMALL, make_images, make_vit, openai_names, picture, timm_names, vary
 
 from encoder_tuning.data import read_labelled
+from encoders.media import preprocess
 from encoders.models import make_mlp
 from encoders.models import ViTConfig
-from formats.encoders import load_encoder, load_vit
+from formats.encoders import NOT_CLIP, load_encoder, load_vit
 
 
 def hugging_face(vision_only):
@@ -105,6 +106,94 @@ def test_what_is_no_vision_encoder(tmp_path, tiny_base):
 
 
 # ---------------------------------------------------------------------------------------------------
+# preprocessor_config.json
+
+
+PROCESSORS = {
+    "CLIP": [
+        {"resample": 2},
+        {"size": {"shortest_edge": 32}},
+        {"size": 30, "crop_size": 24, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]},
+        {"size": {"height": 32, "width": 32}, "do_normalize": False},
+        {"size": {"height": 24, "width": 24}, "do_center_crop": False},
+    ],
+    "ViT": [{"resample": 3}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}],
+    "DeiT": [{}, {"size": {"height": 27, "width": 27}, "resample": 2}],
+}
+
+
+def save_pixels(folder, kind, **changes):
+    """An encoder of 24 x 24 pixels in Hugging Face's layout; returns its processor, which Pillow runs."""
+    transformers = pytest.importorskip("transformers")
+    if kind == "CLIP":
+        hugging_face(vision_only=True).save_pretrained(folder)
+    else:
+        config = transformers.ViTConfig(image_size=24, patch_size=8, **SHAPE)
+        transformers.ViTModel(config).save_pretrained(folder)
+    module = getattr(transformers.models, kind.lower())
+    defaults = {"size": {"shortest_edge": 24} if kind == "CLIP" else {"height": 24, "width": 24}}
+    if kind == "DeiT":
+        defaults["size"] = {"height": 28, "width": 28}
+    if kind != "ViT":
+        defaults["crop_size"] = {"height": 24, "width": 24}
+    pil = getattr(getattr(module, f"image_processing_pil_{kind.lower()}"), f"{kind}ImageProcessorPil")
+    return pil(**defaults | changes)
+
+
+@pytest.mark.parametrize("kind, changes", [(kind, changes) for kind, all in PROCESSORS.items() for changes in all])
+def test_pictures_are_prepared_as_the_folder_says(tmp_path, kind, changes):
+    processor = save_pixels(tmp_path, kind, **changes)
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists()
+    config = load_encoder(tmp_path)[0].config
+    for size in ((60, 40), (25, 90)):
+        image = picture(*size)
+        theirs = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+        grey_level = 1 / 255 / torch.tensor(config.std)[:, None, None]
+        assert ((preprocess(image, config) - theirs).abs() <= 1.01 * grey_level).all()
+
+
+def test_the_processor_of_images_and_text(tmp_path):
+    """transformers 5 writes processor_config.json, and reads it before preprocessor_config.json."""
+    save_pixels(tmp_path, "CLIP", resample=2).save_pretrained(tmp_path)
+    assert load_vit(tmp_path).config.resample == "bilinear"
+    nested = {"image_processor": {"resample": 3, "size": 31}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    config = load_vit(tmp_path).config
+    assert config.resample == "bicubic" and config.resized == 31
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert load_vit(tmp_path).config.resample == "bilinear"
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("CLIP", {"do_resize": False}, "do_resize is False, only true is supported"),
+        ("ViT", {"do_rescale": False}, "do_rescale is False, only true is supported"),
+        ("ViT", {"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*, only 1/255 is supported"),
+        ("CLIP", {"rescale_factor": "1/255"}, "rescale_factor is '1/255', only 1/255"),
+        ("CLIP", {"resample": 1}, r"resample is 1, only 2 \(bilinear\) and 3 \(bicubic\)"),
+        ("CLIP", {"do_center_crop": False}, "'shortest_edge': 24}, without do_center_crop, the encoder's image_size"),
+        ("CLIP", {"crop_size": 22}, "crop_size is 22, the encoder's image_size is 24"),
+        ("CLIP", {"crop_size": {"height": 24, "width": 22}}, "crop_size is .*, only one length for height and width"),
+        ("CLIP", {"size": 22}, "the size before cropping is 22, not a whole number from 24"),
+        ("CLIP", {"size": {"longest_edge": 24}}, "size is {'longest_edge': 24}, only one length for shortest_edge"),
+        ("ViT", {"size": 32}, "size is 32, without do_center_crop, the encoder's image_size is 24"),
+        ("ViT", {"size": {"height": 24, "width": 48}}, "size is .*, only one length for height and width"),
+        ("ViT", {"size": None}, "size is None, without do_center_crop"),
+        ("CLIP", {"size": [24]}, "the size before cropping is .*24.*, not a whole number"),
+        ("ViT", {"image_mean": [0.5]}, "3 channels, 1 means and 3 deviations"),
+    ],
+)
+def test_preprocessing_that_is_not_supported_is_refused(tmp_path, kind, changes, message):
+    save_pixels(tmp_path, kind).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{message}"):
+        load_encoder(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Other vision transformers, and RoBERTa
 
 
@@ -131,7 +220,7 @@ def test_a_vision_transformer_is_that_of_transformers(tmp_path):
 @pytest.mark.parametrize("folder", [True, False])
 def test_timm_s_names(tmp_path, folder):
     half = (0.5, 0.5, 0.5)
-    config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", clip=False, mean=half, std=half)
+    config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", mean=half, std=half, **NOT_CLIP)
     model, head = make_vit(config), make_mlp([128, 7], "tanh")
     if folder:
         from safetensors.torch import save_file

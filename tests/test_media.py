@@ -6,7 +6,7 @@ import torch
 from helpers import HALF, film, picture
 from PIL import Image
 
-from encoders.media import files_in, frames_of, open_image, open_video, preprocess, preprocess_whole
+from encoders.media import files_in, frames_of, open_image, open_video, preprocess
 from encoders.models import ViTConfig
 
 
@@ -34,7 +34,7 @@ def test_pictures_are_prepared_as_transformers_does(size):
             size={"height": 24, "width": 24}
         )
     expected = theirs(image, return_tensors="pt")["pixel_values"][0]
-    ours = preprocess_whole(image, ViTConfig(24, 8, mean=HALF, std=HALF, clip=False))
+    ours = preprocess(image, ViTConfig(24, 8, mean=HALF, std=HALF, squeezed=True, resample="bilinear"))
     assert ((ours - expected).abs() <= 1.01 * 2 / 255).all()
 
 
