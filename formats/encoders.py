@@ -21,6 +21,8 @@ from formats.tensors import (
     open_tensors,
     require_dense,
 )
+from runtime.cli import warn
+from runtime.distributed import rank
 from runtime.files import read_json_object, write_json, write_tensors
 from runtime.schema import require_number
 
@@ -307,9 +309,11 @@ def numbers(values: object, name: str) -> tuple[float, ...]:
 def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, args: dict | None = None) -> Source:
     """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads.
 
-    `pixels` and `args` are a timm folder's `pretrained_cfg` and `model_args`, which may say otherwise.
+    `pixels` and `args` are a timm folder's `pretrained_cfg` and `model_args`, which may say otherwise; so may an
+    open_clip_config.json beside the file.
     """
-    whole = "visual." if "visual.conv1.weight" in tensors else ""  # OpenAI's, of the whole CLIP
+    is_openai = {"input_resolution", "context_length"} <= set(tensors)  # open_clip has neither
+    whole = "visual." if "visual.conv1.weight" in tensors else ""  # of the whole CLIP, OpenAI's or open_clip's
     tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
     kind, head, more = Source, (), {"activation": "gelu"} | NOT_CLIP
     with prefix_errors(file):
@@ -340,11 +344,53 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
                 more |= {"mean": (0.1307,), "std": (0.3081,)}
         else:
             C, channels, P, _ = patches
+        if names is OPENAI and not is_openai:
+            more = open_clip_settings(file.parent / "open_clip_config.json", C)
         layers = [re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name) for name in tensors]
         dimensions = {"dim": C, "patch_size": P, "channels": channels, "hidden_dim": hidden_dim}
         dimensions |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
         config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **dimensions | more)
     return kind(config, tensors, names, head=head, head_activation="gelu")
+
+
+OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # of ViT-H/14, g/14 and bigG/14, whose heads are 80, 88 and 104 wide
+
+
+def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
+    """Return the fields of ViTConfig that open_clip_config.json states for an encoder of width `dim`.
+
+    Without that file the encoder is taken for OpenAI's, with a warning. Raises ValueError if its width says otherwise,
+    or if the file states something that is not supported.
+    """
+    if not file.exists():
+        needed = f"an encoder of open_clip's needs its {file.name} beside it"
+        if dim in OPEN_CLIP_WIDTHS:
+            raise ValueError(f"is {dim} wide, as some of open_clip's are and none of OpenAI's: {needed}")
+        if rank() == 0:
+            warn(f"the vision encoder is taken for OpenAI's, with QuickGELU and heads 64 wide; {needed}")
+        return {}
+    values = read_json_object(file)
+    with prefix_errors(file.name):
+        model, pixels = values.get("model_cfg"), values.get("preprocess_cfg", {})
+        vision = model.get("vision_cfg") if isinstance(model, dict) else None
+        if not isinstance(vision, dict) or not isinstance(pixels, dict):
+            raise ValueError("has no objects model_cfg.vision_cfg and preprocess_cfg")
+        for name in ("timm_model_name", "act_kwargs", "norm_kwargs"):
+            if vision.get(name):
+                raise ValueError(f"vision_cfg has {name}, which is not supported")
+        head_width = vision.get("head_width", 64)
+        require_number("head_width", head_width, 1, dim, whole=True)
+        if vision.get("width", dim) != dim or dim % head_width:
+            raise ValueError(f"is of width {vision.get('width')} and head_width {head_width}, the weights of {dim}")
+        interpolation = pixels.get("interpolation", "bicubic")
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {interpolation!r}, only 'bilinear' and 'bicubic' are supported")
+        mode = pixels.get("resize_mode", "shortest")
+        if mode not in ("shortest", "squash"):
+            raise ValueError(f"resize_mode is {mode!r}, only 'shortest' and 'squash' are supported")
+        settings = {name: numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
+        settings |= {"n_heads": dim // head_width, "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+        return settings | {"squeezed": mode == "squash", "resample": interpolation}
 
 
 def model_args(args: dict) -> dict[str, float]:

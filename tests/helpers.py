@@ -272,7 +272,8 @@ def openai_names(model):
                 ("w1", "mlp.c_fc"), ("w2", "mlp.c_proj"),
             ):  # fmt: skip
                 named[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
-    return {f"visual.{name}": tensor for name, tensor in named.items()} | {"ln_final.weight": torch.ones(4)}
+    named = {f"visual.{name}": tensor for name, tensor in named.items()} | {"ln_final.weight": torch.ones(4)}
+    return named | {"input_resolution": torch.tensor(model.config.image_size), "context_length": torch.tensor(77)}
 
 
 def vary(model):

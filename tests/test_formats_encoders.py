@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL, make_images, make_vit, openai_names, picture, timm_names, vary
+from PIL import Image
 
 from encoder_tuning.data import read_labelled
 from encoders.media import preprocess
@@ -56,6 +57,79 @@ def test_openais_files(tmp_path, whole):
     loaded = load_vit(tmp_path / "ViT.pt")
     assert loaded.config == SMALL
     assert all(torch.equal(a, b) for a, b in zip(model(make_images()), loaded(make_images()), strict=True))
+
+
+def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision):
+    """A CLIP with four heads 20 wide, in open_clip's layout; returns transformers' model of the same weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shape = {"image_size": 24, "patch_size": 8, "hidden_size": 80, "num_hidden_layers": 3, "intermediate_size": 96}
+    theirs = vary(CLIPVisionModel(CLIPVisionConfig(**shape, num_attention_heads=4, hidden_act=hidden_act)))
+    theirs.save_pretrained(folder / "transformers")
+    state = openai_names(load_vit(folder / "transformers"))
+    state = {name: t for name, t in state.items() if name not in ("input_resolution", "context_length")}
+    torch.save(state | {"logit_scale": torch.tensor(1.0)}, folder / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"vision_cfg": {"width": 80, "head_width": 20, **vision}, **(model or {})}}
+    config["preprocess_cfg"] = pixels or {}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return theirs
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_open_clip_s_files(tmp_path, capsys, quick):
+    """Heads that are not 64 wide, and mostly GELU: neither is in the weights."""
+    theirs = save_open_clip(tmp_path, "quick_gelu" if quick else "gelu", {"quick_gelu": True} if quick else None)
+    ours, images = load_vit(tmp_path / "open_clip_pytorch_model.bin"), make_images()
+    with torch.no_grad():
+        output = theirs(images, output_hidden_states=True)
+    for state, expected in zip(ours(images), output.hidden_states[1:], strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
+    assert ours.config.n_heads == 4 and ours.config.mean == ViTConfig.mean and "warning" not in capsys.readouterr().err
+
+
+def test_open_clip_s_preprocessing(tmp_path):
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
+    save_open_clip(tmp_path, pixels=pixels)
+    config = load_vit(tmp_path / "open_clip_pytorch_model.bin").config
+    image = picture(60, 40)
+    squeezed = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR), dtype=np.float64) / 255
+    expected = (squeezed - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
+    np.testing.assert_allclose(preprocess(image, config).permute(1, 2, 0), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pixels": {"interpolation": "random"}}, "interpolation is 'random', only 'bilinear' and 'bicubic'"),
+        ({"pixels": {"resize_mode": "longest"}}, "resize_mode is 'longest', only 'shortest' and 'squash'"),
+        ({"pixels": {"mean": 0.5}}, "the mean of pixels is 0.5, not a list"),
+        ({"pixels": [1]}, "has no objects model_cfg.vision_cfg and preprocess_cfg"),
+        ({"head_width": 24}, "is of width 80 and head_width 24, the weights of 80"),
+        ({"head_width": "20"}, "head_width is '20', not a whole number"),
+        ({"width": 768}, "is of width 768 and head_width 20, the weights of 80"),
+        ({"act_kwargs": {"approximate": "tanh"}}, "vision_cfg has act_kwargs, which is not supported"),
+    ],
+)
+def test_of_open_clip_s_what_is_not_supported_is_refused(tmp_path, changes, message):
+    save_open_clip(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"open_clip_pytorch_model.bin: .*{message}"):
+        load_vit(tmp_path / "open_clip_pytorch_model.bin")
+
+
+def test_openai_s_own_state_dict_is_told_by_its_entries(tmp_path, capsys):
+    """Another CLIP without open_clip_config.json may be open_clip's; some widths are only open_clip's."""
+    state = openai_names(make_vit())
+    torch.save(state, tmp_path / "ViT.pt")
+    load_vit(tmp_path / "ViT.pt")
+    assert "warning" not in capsys.readouterr().err
+    del state["context_length"]
+    torch.save(state, tmp_path / "ViT.pt")
+    assert load_vit(tmp_path / "ViT.pt").config == SMALL
+    assert "taken for OpenAI's, with QuickGELU and heads 64 wide" in capsys.readouterr().err
+    for width in (1280, 1408, 1664):
+        torch.save(state | {"visual.conv1.weight": torch.ones(width, 3, 8, 8)}, tmp_path / "ViT.pt")
+        with pytest.raises(ValueError, match=f"ViT.pt: is {width} wide, .* needs its open_clip_config.json"):
+            load_vit(tmp_path / "ViT.pt")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
