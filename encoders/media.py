@@ -36,7 +36,7 @@ def open_image(path: str | Path) -> Image.Image:
                     raise Image.DecompressionBombError
                 if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > SCANS:
                     raise ValueError(f"a JPEG of more than {SCANS} scans")
-                image = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+                image = on_white(eight_bits(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not an image of a kind that is read: {', '.join(PICTURES)}") from None
     except Image.DecompressionBombError:
@@ -57,6 +57,14 @@ def eight_bits(image: Image.Image) -> Image.Image:
         kind = {"I": "whole numbers", "F": "floating-point numbers"}[image.mode]
         raise ValueError(f"its pixels are {kind} of 32 bits, of no known range: save it with 8 or 16 bits")
     return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, on a white ground where it is transparent: under that, most files hold black."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def showing(image: Image.Image, path: str | Path) -> Image.Image:

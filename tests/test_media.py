@@ -46,6 +46,33 @@ def test_a_picture_on_its_side_is_turned(tmp_path):
     assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), np.rot90(np.asarray(image), -1))
 
 
+@pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "RGB.png", "RGBA.webp", "P.gif", "RGBA.tif"])
+def test_transparent_pictures_lie_on_white(tmp_path, kind):
+    """A black square, its left half transparent, its right half not; with RGBA a row is half so."""
+    mode, ending = kind.split(".")
+    half_transparent = mode == "RGBA"
+    alpha = np.zeros((16, 16), np.uint8)
+    alpha[:, 8:] = 255
+    if half_transparent:
+        alpha[8:] = 51
+    image = Image.new("L", (16, 16), 0)
+    options = {"lossless": True} if ending == "webp" else {}
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray(alpha))
+    elif mode == "P":
+        image = Image.fromarray(alpha // 255, "P")  # both colours of the palette are black
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        options["transparency"] = 0
+    else:  # one colour of all is transparent
+        image = Image.merge("RGB", [image, image, Image.fromarray(255 - alpha)])
+        options["transparency"] = (0, 0, 255)
+    image.save(tmp_path / f"x.{ending}", **options)
+    read = np.asarray(open_image(tmp_path / f"x.{ending}"))
+    assert (read[:8, :8] == 255).all() and (read[:8, 8:] == 0).all()
+    assert not half_transparent or (read[8:] == 204).all()
+
+
 def test_normalisation():
     grey = preprocess(Image.new("RGB", (8, 8), (255, 0, 0)), ViTConfig(image_size=8, patch_size=4))
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(ViTConfig.mean)) / torch.tensor(ViTConfig.std)
