@@ -89,16 +89,32 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
             stream = file.streams.video[0]
             check_frame(stream)
             deadline = monotonic() + VIDEO_SECONDS
-            total = stream.frames or sum(1 for _ in decoded(file, stream, deadline))  # not all formats say how many
-            file.seek(0)
-            wanted = {(2 * i + 1) * total // (2 * number) for i in range(number)}
-            numbered = enumerate(decoded(file, stream, deadline))
-            frames = [check_frame(frame).to_image() for i, frame in numbered if i in wanted]
+            total = stream.frames  # not all formats say how many, and a fragmented MP4 says too few
+            for _ in range(2):
+                wanted, seen, frames = evenly_spread(number, total), 0, []
+                file.seek(0)
+                for frame in decoded(file, stream, deadline):
+                    if seen in wanted:
+                        frames.append(upright(check_frame(frame)))
+                    seen += 1
+                if seen == total:
+                    break
+                total = seen
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken video, or none: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return [showing(frame, path) for frame in frames]
+
+
+def evenly_spread(number: int, total: int) -> set[int]:
+    """Return the indices of so many of `total` frames, or of all."""
+    return {(2 * i + 1) * total // (2 * number) for i in range(number)}
+
+
+def upright(frame) -> Image.Image:
+    """A frame of a video in RGB, the right way up: phones turn no pixels, and write down how the film was held."""
+    return frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)  # both are counterclockwise
 
 
 def decoded(file, stream, deadline: float) -> Iterator:

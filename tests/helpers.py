@@ -597,10 +597,10 @@ def picture(width=60, height=40, mode="RGB", seed=0):
     return Image.fromarray(rough).convert(mode)
 
 
-def film(path, colours):
-    """A second for every colour."""
+def film(path, colours, **options):
+    """A second for every colour. The options are those of FFmpeg's format."""
     av = pytest.importorskip("av")
-    with av.open(str(path), "w") as file:
+    with av.open(str(path), "w", options=options) as file:
         stream = file.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for colour in colours:

@@ -1,5 +1,7 @@
 """Pictures and videos opened, and prepared as CLIP and other vision transformers have them."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -116,13 +118,50 @@ def test_a_missing_picture_is_named(tmp_path):
         open_image(tmp_path / "nowhere.png")
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
 def test_frames_are_spread_over_a_video(tmp_path, suffix):
     film(tmp_path / f"x.{suffix}", ["red", "lime", "blue", "white"])
     frames = open_video(tmp_path / f"x.{suffix}")
     means = [np.asarray(frame).mean(axis=(0, 1)) for frame in frames]
     assert [int(mean.argmax()) for mean in means[:6]] == [0, 0, 1, 1, 2, 2] and min(means[7]) > 200
     assert len(frames) == 8 and len(open_video(tmp_path / f"x.{suffix}", 3)) == 3
+
+
+@pytest.mark.parametrize(
+    "matrix, turns",
+    [((1, 0, 0, 1), 0), ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)],
+    ids=["as it is", "clockwise", "upside down", "counterclockwise"],
+)
+def test_a_video_on_its_side_is_turned(tmp_path, matrix, turns):
+    """A phone's video has a matrix (a, b, c, d) in its track header: (x, y) is shown at (ax + cy, bx + dy), y down."""
+    av = pytest.importorskip("av")
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:16, :16] = 255  # one corner
+    with av.open(str(tmp_path / "x.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        file.mux(stream.encode())
+    content = bytearray((tmp_path / "x.mp4").read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    start = content.index(b"tkhd") + 44
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "x.mp4").write_bytes(content)
+    shown = np.asarray(open_video(tmp_path / "x.mp4")[0]).astype(float)
+    expected = np.rot90(pixels, turns)
+    assert shown.shape == expected.shape and np.abs(shown - expected).mean() < 5
+
+
+@pytest.mark.parametrize("movflags", ["frag_keyframe", "frag_keyframe+empty_moov"])
+def test_a_fragmented_video_is_seen_to_its_end(tmp_path, movflags):
+    """Its header counts the frames of the first fragment, or none."""
+    av = pytest.importorskip("av")
+    film(tmp_path / "x.mp4", ["red", "lime", "blue", "white"], movflags=movflags)
+    with av.open(str(tmp_path / "x.mp4")) as file:
+        assert file.streams.video[0].frames != 20
+    means = [np.asarray(frame).mean(axis=(0, 1)) for frame in open_video(tmp_path / "x.mp4")]
+    assert [int(mean.argmax()) for mean in means[:6]] == [0, 0, 1, 1, 2, 2] and min(means[7]) > 200 and len(means) == 8
 
 
 def test_bad_videos_are_one_line(tmp_path, monkeypatch):
@@ -221,9 +260,11 @@ def test_a_name_is_no_protocol(tmp_path, monkeypatch, name):
     assert len(frames_of(name)) == 8
 
 
-def test_the_time_of_a_video_is_bounded(tmp_path, monkeypatch):
-    film(tmp_path / "x.mp4", ["red", "blue"])
-    times = iter([0, *[1000] * 9])
+@pytest.mark.parametrize("suffix, in_time", [("mp4", 0), ("mkv", 0), ("mkv", 15)])
+def test_the_time_of_a_video_is_bounded(tmp_path, monkeypatch, suffix, in_time):
+    """Of ten frames; a Matroska file, which does not say how many it has, is read twice within the same time."""
+    film(tmp_path / f"x.{suffix}", ["red", "blue"])
+    times = iter([0, *[0] * in_time, *[1000] * 9])
     monkeypatch.setattr("encoders.media.monotonic", lambda: next(times))
-    with pytest.raises(ValueError, match="x.mp4: .*takes more than 120 seconds"):
-        frames_of(tmp_path / "x.mp4")
+    with pytest.raises(ValueError, match=f"x.{suffix}: .*takes more than 120 seconds"):
+        frames_of(tmp_path / f"x.{suffix}")
