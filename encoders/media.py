@@ -16,7 +16,9 @@ from runtime.files import require_file
 
 # Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+MOVING = ("GIF", "WEBP", "PNG")  # those whose frames are one moving picture; a TIFF has pages
 PIXELS = 2**26  # at most, of a picture
+MOVING_PIXELS = 2**30  # at most, of all frames of a moving picture
 SCANS = 200  # at most, of a progressive JPEG, which has about ten; each takes as long as the whole picture
 FRAME_PIXELS = 2**25  # at most: 8K video has 33,177,600
 VIDEO_SECONDS = 120  # at most, to decode a video
@@ -26,24 +28,51 @@ VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture in RGB, the right way up. Raises FileNotFoundError, or ValueError that says what is wrong with it."""
+    """A picture in RGB, the right way up, of a moving one the first frame.
+
+    Raises FileNotFoundError, or ValueError that says what is wrong with it.
+    """
+    return open_picture(path, None)[0]
+
+
+def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
+    """So many frames of a moving picture, evenly spread, or all that it has; with None the first alone.
+
+    Raises as `open_image`.
+    """
     require_file(path, "image")
+    frames, pixels = [], 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
             with Image.open(path, formats=PICTURES) as image:
-                if image.width * image.height > PIXELS:
-                    raise Image.DecompressionBombError
+                check_size(image)
                 if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > SCANS:
                     raise ValueError(f"a JPEG of more than {SCANS} scans")
-                image = on_white(eight_bits(ImageOps.exif_transpose(image)))
+                wanted = {0}
+                if number is not None and image.format in MOVING:
+                    wanted = evenly_spread(number, image.n_frames)
+                for i in range(max(wanted) + 1):
+                    image.seek(i)
+                    check_size(image)  # a GIF's frame may be larger than the one before
+                    pixels += image.width * image.height
+                    if pixels > MOVING_PIXELS:
+                        raise ValueError(f"its frames have more than {MOVING_PIXELS:,} pixels")
+                    if i in wanted:
+                        frames.append(on_white(eight_bits(ImageOps.exif_transpose(image))))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not an image of a kind that is read: {', '.join(PICTURES)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: has more than {PIXELS:,} pixels") from None
     except Exception as error:  # whatever a broken file makes a decoder meet
         raise ValueError(f"{path}: is a broken image: {error}") from None
-    return showing(image, path)
+    return [showing(frame, path) for frame in frames]
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise DecompressionBombError if the image has too many pixels."""
+    if image.width * image.height > PIXELS:
+        raise Image.DecompressionBombError
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -133,8 +162,11 @@ def check_frame(frame):
 
 
 def frames_of(path: str | Path) -> list[Image.Image]:
-    """What there is to see: a video's frames, or a picture. Raises FileNotFoundError or ValueError."""
-    return open_video(path) if Path(path).suffix.lower() in VIDEOS else [open_image(path)]
+    """What there is to see: frames of a video or a moving picture, or a still one.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    return (open_video if Path(path).suffix.lower() in VIDEOS else open_picture)(path)
 
 
 def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:

@@ -75,6 +75,58 @@ def test_transparent_pictures_lie_on_white(tmp_path, kind):
     assert not half_transparent or (read[8:] == 204).all()
 
 
+def save_moving(path, colours, **options):
+    """A moving picture; each frame has one colour, and a transparent middle."""
+    frames = []
+    for colour in colours:
+        frames.append(Image.new("RGBA", (16, 12), colour))
+        frames[-1].paste((0, 0, 0, 0), (6, 0, 10, 12))
+    options |= {"lossless": True} if path.suffix == ".webp" else {"disposal": 2} if path.suffix == ".gif" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_a_moving_picture_is_seen_as_a_video_is(tmp_path, suffix):
+    """Eight frames of twenty, evenly spread; of three, all; transparent parts are white."""
+    many = [(10 * i, 255 - 10 * i, 128) for i in range(20)]
+    for colours, expected in ((many, [1, 3, 6, 8, 11, 13, 16, 18]), (many[:3], [0, 1, 2]), (many[:1], [0])):
+        save_moving(tmp_path / f"x{suffix}", colours)
+        frames = [np.asarray(frame).astype(int) for frame in frames_of(tmp_path / f"x{suffix}")]
+        assert all(frame.shape == (12, 16, 3) and (frame[:, 6:10] == 255).all() for frame in frames)
+        assert [tuple(frame[5, 3]) for frame in frames] == [colours[i] for i in expected]
+        assert tuple(np.asarray(open_image(tmp_path / f"x{suffix}"))[5, 3]) == colours[0]
+
+
+def test_pages_are_not_frames(tmp_path):
+    pages = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    (page,) = frames_of(tmp_path / "x.tif")
+    assert page.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_the_pixels_of_a_moving_picture_are_bounded(tmp_path, monkeypatch, suffix):
+    save_moving(tmp_path / f"x{suffix}", ["red", "lime", "blue"])
+    monkeypatch.setattr("encoders.media.MOVING_PIXELS", 3 * 16 * 12)
+    assert len(frames_of(tmp_path / f"x{suffix}")) == 3
+    monkeypatch.setattr("encoders.media.MOVING_PIXELS", 3 * 16 * 12 - 1)
+    with pytest.raises(ValueError, match=f"x{suffix}: is a broken image: its frames have more than 575 pixels"):
+        frames_of(tmp_path / f"x{suffix}")
+    assert open_image(tmp_path / f"x{suffix}").size == (16, 12)
+
+
+def test_a_gif_s_later_frame_is_not_larger(tmp_path, monkeypatch):
+    """Pillow lets a frame grow beyond the first."""
+    save_moving(tmp_path / "x.gif", ["red", "blue"])
+    content = bytearray((tmp_path / "x.gif").read_bytes())
+    start = content.rindex(b"\x2c\x00\x00\x00\x00")  # the last frame's position, width and height
+    content[start + 5 : start + 9] = struct.pack("<2H", 1000, 1000)
+    (tmp_path / "x.gif").write_bytes(content)
+    monkeypatch.setattr("encoders.media.PIXELS", 999_999)
+    with pytest.raises(ValueError, match="x.gif: has more than 999,999 pixels"):
+        frames_of(tmp_path / "x.gif")
+
+
 def test_normalisation():
     grey = preprocess(Image.new("RGB", (8, 8), (255, 0, 0)), ViTConfig(image_size=8, patch_size=4))
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(ViTConfig.mean)) / torch.tensor(ViTConfig.std)
