@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adapter import Adapter, AdaptionPrompt
-from encoders.media import frames_of, preprocess
+from encoders.media import PREPROCESSING_VERSION, frames_of, preprocess
 from encoders.models import ViT, make_mlp
 from runtime.files import atomic_write, hash_tensors, require_file
 from runtime.schema import renamed, whole_number
@@ -94,6 +94,12 @@ def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
     )
 
 
+def features_key(vision_encoder: ViT, depths: int) -> str:
+    """Return a name for all that features depend on besides the image: weights, shape, preprocessing and depths."""
+    config = repr((PREPROCESSING_VERSION, vision_encoder.config))
+    return f"{vision_encoder_fingerprint(vision_encoder)}-{hashlib.sha256(config.encode()).hexdigest()[:16]}-{depths}"
+
+
 def encode_images(
     paths: Sequence[str | Path],
     vision_encoder: ViT,
@@ -107,9 +113,7 @@ def encode_images(
     vision encoder once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
     """
     config, known = vision_encoder.config, {}
-    folder = (
-        None if cache is None else cache / f"{vision_encoder_fingerprint(vision_encoder)}-{config.image_size}-{depths}"
-    )
+    folder = None if cache is None else cache / features_key(vision_encoder, depths)
     hashes = list(map(content_hash, paths))
     for name in set(hashes):
         kept = None if folder is None else read_features(folder / f"{name}.npy", depths * config.dim)
@@ -130,7 +134,7 @@ def encode_images(
 
 
 def content_hash(path: str | Path) -> str:
-    """Of a file; raises OSError or ValueError where it is none."""
+    """Return the SHA-256 of a file. Raises OSError or ValueError if it is none."""
     with open(require_file(path, "image"), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

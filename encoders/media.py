@@ -14,6 +14,7 @@ from torch import Tensor
 from encoders.models import RESAMPLES, ViTConfig
 from runtime.files import require_file
 
+PREPROCESSING_VERSION = 2  # count up when `frames_of` or `preprocess` makes other pixels of a file: caches depend on it
 # Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MOVING = ("GIF", "WEBP", "PNG")  # those whose frames are one moving picture; a TIFF has pages

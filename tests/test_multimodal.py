@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 import wave
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -343,6 +344,32 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     frames = torch.stack([preprocess(frame, vision_encoder.config) for frame in open_video(tmp_path / "x.mp4")])
     torch.testing.assert_close(moving, global_features(vision_encoder, frames).mean(0), rtol=1e-4, atol=1e-4)
     assert torch.equal(encode_images([tmp_path / "x.mp4"], vision_encoder, cache=tmp_path)[0], moving)  # of the cache
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": (0.1, 0.2, 0.3)},
+        {"std": (0.1, 0.2, 0.3)},
+        {"squeezed": True},
+        {"resized": 30},
+        {"resample": "bilinear"},
+        {"activation": "gelu"},
+        {"n_heads": 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_features_are_kept_by_all_that_they_depend_on(tmp_path, monkeypatch, change):
+    """The same weights, other pixels or heads: features in the cache are those of the encoder that is asked."""
+    picture().save(tmp_path / "y.png")
+    one, other = make_vit(SEEING), make_vit(replace(SEEING, **change))
+    kept = [encode_images([tmp_path / "y.png"], each, cache=tmp_path / "cache")[0] for each in (one, other, one)]
+    fresh = [encode_images([tmp_path / "y.png"], each)[0] for each in (one, other)]
+    assert torch.equal(kept[0], fresh[0]) and torch.equal(kept[1], fresh[1]) and torch.equal(kept[2], kept[0])
+    assert not torch.equal(*fresh)
+    monkeypatch.setattr("multimodal.PREPROCESSING_VERSION", 10**6)
+    encode_images([tmp_path / "y.png"], one, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
