@@ -278,6 +278,10 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     fixed["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     if base.init:
         fixed["init"] = adapter_fingerprint(initial)
+    if data.vision_encoder or data.encoder:
+        from tasks.images import encode_images, images_hash
+
+        fixed["images_hash"] = images_hash(examples, data.images)
     check_same_on_all_ranks(fixed | asdict(config) | {"strategy": base.strategy, "compile": base.compile})
     if run.is_finished(fixed):
         print_rank0(f"{run.out}: this run is finished, nothing is left to do")
@@ -285,8 +289,6 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 
     encoder = None
     if data.vision_encoder or data.encoder:
-        from tasks.images import encode_images
-
         examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
         fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
     with prefix_errors(data.data or f"the toy {data.toy}"):

@@ -1,5 +1,6 @@
 """The images of examples: which are there, and their features."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from data import Example
 from formats.image_encoders import FunctionEncoder, VisionEncoder, load_image_encoder
+from multimodal import content_hash
 from runtime.distributed import local_rank0_first
 from runtime.files import path_inside, require_file
 
@@ -36,6 +38,13 @@ def with_images(
     if not kept:
         raise ValueError(f"{path}: none of its {len(examples)} examples has an image that is there")
     return kept
+
+
+def images_hash(examples: Sequence[Example], folder: str | Path) -> str:
+    """Return a hash of the content of all images, in the order of the examples. Raises OSError or ValueError."""
+    paths = [Path(folder) / example.image for example in examples if example.image]
+    hashes = [content_hash(path) for path in dict.fromkeys(paths)]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 def attach_features(

@@ -258,6 +258,25 @@ def test_data_does_not_lead_out_of_the_folder_of_images(train_args, album, tmp_p
         assert result.exit_code == 2 and f"record 0: {name} leads out of {album / 'pictures'}" in result.stderr
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_resumed_run_sees_the_same_images(train_args, album, tmp_path, finished):
+    """By their content: another picture of the same name is refused, the same one in another folder is not."""
+    shutil.copytree(album / "pictures", tmp_path / "album" / "pictures")
+    args = [*train_args, "--epochs", 2, "--images", tmp_path / "album"]
+    assert run(train, *args, *([] if finished else ["--max-minutes", 1e-9])).exit_code == 0
+    changed = tmp_path / "album" / "pictures" / "5.png"
+    shutil.copy(album / "pictures" / "6.png", changed)
+    refused = run(train, *args, "--resume")
+    assert refused.exit_code == 2 and "was made with images_hash = " in refused.stderr
+    assert "a resumed run cannot change it" in refused.stderr
+    args += ["--images", album]
+    assert run(train, *args, "--resume").exit_code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    del summary["options"]["images_hash"]  # as earlier versions wrote it
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert "is finished" in run(train, *args, "--resume").stderr
+
+
 def test_missing_pictures(train_args, album, tmp_path):
     records = json.loads((album / "data.json").read_text())
     records[3]["image"] = "pictures/none.png"

@@ -68,6 +68,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
         "keep": "last",
         "eval_every": None,
         "tokenizer_fingerprint": fixed.get("tokenizer_fingerprint"),
+        "images_hash": fixed.get("images_hash"),
     } | renamed(before)
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
