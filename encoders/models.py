@@ -127,7 +127,7 @@ class ViTConfig:
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     squeezed: bool = False  # a picture is resized to a square; otherwise its shape is kept
-    resized: int | None = None  # pixels of the short side before the middle is cropped; None: image_size, S
+    resized: int | None = None  # pixels of the short side before the middle is cropped; None: image_size
     resample: str = "bicubic"
 
     def __post_init__(self):

@@ -288,6 +288,7 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
         if values.get("do_normalize", True):
             mean = numbers(values.get("image_mean", config.mean), "mean")
             std = numbers(values.get("image_std", config.std), "std")
+        resized = None if resized == S else resized
         return replace(config, mean=mean, std=std, squeezed=squeezed, resized=resized, resample=resample)
 
 
