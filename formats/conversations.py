@@ -34,6 +34,10 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
     turns = read_turns(record, path, name)
     if turns is None:
         example = check_record(record, path, name)
+        if record.get("context") and "input" not in record:
+            raise ValueError(f"{where}: field 'context' is not read; name it 'input'")
+        if record.get("label") is False:
+            raise ValueError(f"{where}: field 'label' is false, which marks an undesirable response; remove the record")
         if example.image:
             texts = remove_placeholder((example.instruction, example.input), where)
             example = replace(example, instruction=texts[0], input=texts[1])

@@ -111,6 +111,8 @@ def test_system_and_history_beside_the_turns():
         (HISTORY | {"history": [["Hi", 3]]}, "field 'history' is a int, not a string"),
         (HISTORY | {"system": ["a"]}, "field 'system' is a list, not a string"),
         (SHAREGPT | {"tools": "[{}]"}, "field 'tools' is not supported"),
+        ({"instruction": "a", "context": "b", "output": "c"}, "field 'context' is not read; name it 'input'"),
+        ({"prompt": "a", "completion": "b", "label": False}, "field 'label' is false, which marks an undesirable"),
         (HISTORY | {"images": ["a.png"]}, "field 'images' is not supported; give one as 'image'"),
         (with_turn(tool_calls=[{"name": "f"}]), "turn 2: field 'tool_calls' is not supported"),
         (with_turn(reasoning_content="Hm."), "turn 2: field 'reasoning_content' is not supported"),
