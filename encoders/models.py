@@ -140,7 +140,7 @@ class ViTConfig:
             require_number("a mean of pixels", mean, -1e3, 1e3)
             require_number("a deviation of pixels", std, 1e-6, 1e3)
         if self.resized is not None:
-            require_number("the size before cropping", self.resized, self.image_size, 2**14, whole=True)
+            require_number("the size before cropping", self.resized, self.image_size, 4 * self.image_size, whole=True)
         if self.resample not in RESAMPLES:
             raise ValueError(f"resample is {self.resample!r}, none of {', '.join(RESAMPLES)}")
         if self.image_size % self.patch_size:

@@ -562,6 +562,17 @@ def clip(folder):
     return folder / "ViT.pt"
 
 
+def open_clip(folder):
+    """Weights without OpenAI's own entries, and what says of which kind they are."""
+    state = torch.load(clip(folder), weights_only=True)
+    del state["input_resolution"], state["context_length"]
+    torch.save(state, folder / "ViT.pt")
+    model = {"vision_cfg": {"width": 128, "head_width": 32}, "quick_gelu": False}
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
+    return folder / "open_clip_config.json"
+
+
 def timm(folder):
     from encoders.models import make_mlp
     from encoders.models import ViTConfig
@@ -601,7 +612,9 @@ def vit_folder(folder):
         "hidden_act": "gelu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 28, "width": 28}, "resample": 3}
+    pixels |= {"do_center_crop": True, "crop_size": 24, "do_normalize": True, "rescale_factor": 1 / 255}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     return folder / "config.json"
 
 
@@ -628,6 +641,10 @@ def gpt2_tokenizer(folder):
     (folder / "dict.txt").write_text("\n".join(f"{i} 1" for i in range(len(ids) - 5)) + "\n")
     (folder / "vocab.json").unlink()
     return folder / "dict.txt"
+
+
+def read_open_clip(path):
+    read_encoder(path.with_name("ViT.pt"))
 
 
 def read_encoder(path):
@@ -762,6 +779,12 @@ def image(folder, name="a.png", mode="RGB"):
     return folder / name
 
 
+def moving(folder, name):
+    frames = [picture(seed=seed, mode="RGBA") for seed in range(3)]
+    frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=100)
+    return folder / name
+
+
 def read_image(path):
     from encoders.media import frames_of, preprocess
     from encoders.models import ViTConfig
@@ -840,6 +863,7 @@ KINDS = {
     "metrics": (beside(a_run, "metrics.jsonl"), text_json, read_run),
     "summary": (beside(a_run, "done/summary.json"), text_json, read_run),
     "clip": (clip, pth_file, read_encoder),
+    "open_clip": (open_clip, text_json, read_open_clip),
     "clip folder": (clip_folder, text_json, read_encoder),
     "clip weights": (beside(clip_folder, "model.safetensors"), safetensors_file, read_encoder),
     "timm": (timm, text_json, read_encoder),
@@ -867,6 +891,9 @@ KINDS = {
     "tif": (lambda folder: image(folder, "a.tif", "CMYK"), plain_bytes, read_image),
     "gif": (lambda folder: image(folder, "a.gif", "P"), plain_bytes, read_image),
     "webp": (lambda folder: image(folder, "a.webp"), plain_bytes, read_image),
+    "moving png": (lambda folder: moving(folder, "a.png"), plain_bytes, read_image),
+    "moving gif": (lambda folder: moving(folder, "a.gif"), plain_bytes, read_image),
+    "moving webp": (lambda folder: moving(folder, "a.webp"), plain_bytes, read_image),
     "mp4": (video, plain_bytes, read_image),
     "features": (features, plain_bytes, read_features),
     "figures": (figures, text_json, read_a_table),

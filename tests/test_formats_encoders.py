@@ -250,7 +250,7 @@ def test_the_processor_of_images_and_text(tmp_path):
         ("CLIP", {"do_center_crop": False}, "'shortest_edge': 24}, without do_center_crop, the encoder's image_size"),
         ("CLIP", {"crop_size": 22}, "crop_size is 22, the encoder's image_size is 24"),
         ("CLIP", {"crop_size": {"height": 24, "width": 22}}, "crop_size is .*, only one length for height and width"),
-        ("CLIP", {"size": 22}, "the size before cropping is 22, not a whole number from 24"),
+        ("CLIP", {"size": 22}, "the size before cropping is 22, not a whole number from 24 to 96"),
         ("CLIP", {"size": {"longest_edge": 24}}, "size is {'longest_edge': 24}, only one length for shortest_edge"),
         ("ViT", {"size": 32}, "size is 32, without do_center_crop, the encoder's image_size is 24"),
         ("ViT", {"size": {"height": 24, "width": 48}}, "size is .*, only one length for height and width"),
