@@ -549,7 +549,7 @@ def read_run(path):
     run_state(folder, "yes")
     made = make_adapter(make_model())
     optimizer = make_optimizer(made, 0.0)
-    progress = load_checkpoint(folder / "checkpoint.pt", made, optimizer, {"epochs": 3})
+    progress, _ = load_checkpoint(folder / "checkpoint.pt", made, optimizer, {"epochs": 3})
     begin_in_folder(folder, progress.step)
     draw_curves(read_metrics(folder / "metrics.jsonl"), made, folder / "curves.png")
     sum(p.sum() for p in made.parameters()).backward()
