@@ -37,7 +37,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
-    """So many frames of a moving picture, evenly spread, or all that it has; with None the first alone.
+    """Return `number` frames of a moving picture, evenly spread, or all that it has; with None the first alone.
 
     Raises as `open_image`.
     """
@@ -163,7 +163,7 @@ def check_frame(frame):
 
 
 def frames_of(path: str | Path) -> list[Image.Image]:
-    """What there is to see: frames of a video or a moving picture, or a still one.
+    """Return the frames of a video or of a moving picture, or a still one.
 
     Raises FileNotFoundError or ValueError.
     """

@@ -185,13 +185,14 @@ class ChatTemplate(Template):
                 parts = self.parts(self.render(messages, begin_response=False), messages)
                 ids = self.encode(parts, hidden)
             pairs = list(zip(ids[::2], ids[1::2]))  # what follows the last response is omitted
-            if len(pairs) != len(responses(messages)) or not all(response_ids for _, response_ids in pairs):
+            learned = [turns[number].learned for number in responses(messages)]
+            if len(pairs) != len(learned) or not all(response_ids for _, response_ids in pairs):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
             exchanges = []
             context: list[int] = []  # responses that are not learned belong to the next prompt
-            for (prompt_ids, response_ids), number in zip(pairs, responses(messages)):
+            for (prompt_ids, response_ids), is_learned in zip(pairs, learned):
                 context += prompt_ids
-                if turns[number].learned:
+                if is_learned:
                     exchanges.append(Exchange(context, response_ids))
                     context = []
                 else:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.hugging_face import ARCHITECTURES, ROTATED
+from formats.hugging_face import ARCHITECTURES, ROTATED, copy_in_pairs, translated
 from formats.rope import linear_rope_factors
 from formats.tensors import Weights, copy, prefix_errors
 from model import Config
@@ -123,26 +123,24 @@ def find_file(path: Path) -> Path | None:
 
 def read_header(file: Path) -> Header:
     """Return the header of a file and of its other parts. Raises OSError, or ValueError at what is no such file."""
-    facts = require_file(file).stat()
-    header = read_part(file, facts.st_size, facts.st_mtime_ns)
+    header = read_part(file)
     number = header.values.get("split.count", 1)
     if number == 1:
         return header
     require_number(f"{file}: split.count", number, 2, 2**16, whole=True)
     stem = re.sub(r"-\d+-of-\d+\.gguf$", "", file.name)
-    tensors: dict[str, Place] = {}
-    for part in range(1, number + 1):
-        other = require_file(file.with_name(f"{stem}-{part:05}-of-{number:05}.gguf"))
-        facts = other.stat()
-        of_part = read_part(other, facts.st_size, facts.st_mtime_ns)
-        if part == 1:
-            header = of_part
-        tensors |= of_part.tensors
-    return Header(header.values, tensors)
+    parts = [read_part(file.with_name(f"{stem}-{i:05}-of-{number:05}.gguf")) for i in range(1, number + 1)]
+    return Header(parts[0].values, {name: place for part in parts for name, place in part.tensors.items()})
+
+
+def read_part(file: Path) -> Header:
+    """Return the header of one file. Raises OSError or ValueError."""
+    facts = require_file(file).stat()
+    return parse_part(file, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def read_part(file: Path, size: int, changed: int) -> Header:
+def parse_part(file: Path, size: int, changed: int) -> Header:
     """Return the header of one file; of one that has not changed it is parsed once, for weights and for tokenizer."""
     with prefix_errors(file):
         if size < 24:
@@ -201,30 +199,22 @@ def read(path: Path) -> tuple[Config, Weights]:
     with prefix_errors(file):
         config = gguf_config(header)
 
-    in_halves = header.values["general.architecture"] != "llama"  # pairs as Hugging Face's, not as Meta's
+    as_hugging_face = header.values["general.architecture"] != "llama"  # whose q and k are in Meta's order
 
-    def fill(place: Place, rotated: bool, target: Tensor, part: Part | None = None) -> None:
-        source = read_tensor(place)
-        if rotated and in_halves and source.shape == (part.whole_shape(target.shape) if part else target.shape):
-            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)  # a part is of whole heads
-            target = target.unflatten(0, (-1, config.head_dim // 2, 2))
-        copy(source, target, part)
+    def fill(place: Place, in_halves: bool, target: Tensor, part: Part | None = None) -> None:
+        if in_halves:
+            copy_in_pairs(read_tensor(place), target, config.head_dim, part)
+        else:
+            copy(read_tensor(place), target, part)
 
     weights: Weights = {}
     for name, place in header.tensors.items():
         if name != "rope_freqs.weight":
-            ours = to_meta(name)
-            weights[ours] = partial(fill, place, ours.endswith(ROTATED))
+            ours = translated(name, TO_META)
+            weights[ours] = partial(fill, place, as_hugging_face and ours.endswith(ROTATED))
     if "output.weight" not in weights and "tok_embeddings.weight" in weights:  # a tied head
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
-
-
-def to_meta(name: str) -> str:
-    """Return Meta's name of a weight or bias; a name that is no LLaMA's stays as it is."""
-    number = re.match(r"blk\.(\d+)\.", name)
-    module, _, kind = re.sub(r"^blk\.\d+\.", "blk.{}.", name).rpartition(".")
-    return f"{TO_META[module].format(*number.groups() if number else ())}.{kind}" if module in TO_META else name
 
 
 def gguf_config(header: Header) -> Config:

@@ -14,10 +14,7 @@ from formats.tokenizers import JsonTokenizer, TiktokenTokenizer, library_errors
 
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # Llama 3's, but digits stand alone
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 

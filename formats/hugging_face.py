@@ -57,14 +57,22 @@ MISSING = {
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
     """The name of a weight or bias in the other layout; one that is in neither stays as it is."""
-    numbers, (place, _, kind) = re.findall(r"layers\.(\d+)\.", name), name.rpartition(".")
-    module = modules.get(re.sub(r"layers\.\d+\.", "layers.{}.", place + ".").removesuffix("."))
+    numbers, (place, _, kind) = re.findall(r"(?:layers|blk)\.(\d+)\.", name), name.rpartition(".")
+    module = modules.get(re.sub(r"(layers|blk)\.\d+\.", r"\1.{}.", place + ".").removesuffix("."))
     return f"{module.replace('{}', ''.join(numbers))}.{kind}" if module else name
 
 
 def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of wq or wk, (heads*D, C), or their bias, or a head's norm, in Hugging Face's order."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def copy_in_pairs(source: Tensor, target: Tensor, head_dim: int, part: Part | None = None) -> None:
+    """Copy rows of wq or wk in Hugging Face's order, halves of each head, to Meta's, pairs. Raises as `copy`."""
+    if source.shape == (part.whole_shape(target.shape) if part else target.shape):  # otherwise `copy` says so
+        source = source.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # a part is of whole heads
+        target = target.unflatten(0, (-1, head_dim // 2, 2))
+    copy(source, target, part)
 
 
 def config_values(config: Config) -> dict[str, int | float]:
@@ -116,11 +124,10 @@ def read(folder: Path) -> tuple[Config, Weights]:
         config = hugging_face_config(values)
 
     def fill(fetch: Callable[[], Tensor], rotated: bool, target: Tensor, part: Part | None = None) -> None:
-        source = require_dense(fetch())
-        if rotated and source.shape == (part.whole_shape(target.shape) if part else target.shape):
-            source = source.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)  # a part is of whole heads
-            target = target.unflatten(0, (-1, config.head_dim // 2, 2))
-        copy(source, target, part)
+        if rotated:
+            copy_in_pairs(require_dense(fetch()), target, config.head_dim, part)
+        else:
+            copy(fetch(), target, part)
 
     found = open_shards(folder)
     check_names(folder, found)

@@ -65,7 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         with library_errors(f"{self.path}: cannot decode the response"):
-            special = self.special_ids.values()
+            special = set(self.special_ids.values())
             return self.model.decode([id for id in ids if id < self.num_pieces and id not in special])
 
     def token_id(self, token: str) -> int | None:
@@ -142,7 +142,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """What tokenizer.json holds, whatever kind that is, by the library that writes it; `path` is the file's.
+    """The tokenizer in a tokenizer.json, of any kind, run by the library that writes it; `path` is the file's.
 
     Text that spells a special token is encoded as the text that it is. Raises ValueError if it encodes nothing.
     """
@@ -374,11 +374,13 @@ def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) ->
 
     Raises ValueError if any other token has no embedding, or <bos>, or the end of a text.
     """
+    if tokenizer.vocab_size <= num_embeddings:
+        return
     special = set(tokenizer.special_ids.values())
     needed = max(
         *tokenizer.start_ids, tokenizer.eos_id, *(id for id in range(tokenizer.vocab_size) if id not in special)
     )
     if needed >= num_embeddings:
         raise ValueError(f"{base}: {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
-    tokenizer.vocab_size = min(tokenizer.vocab_size, num_embeddings)
+    tokenizer.vocab_size = num_embeddings
     tokenizer.end_ids = [id for id in tokenizer.end_ids if id < num_embeddings]

@@ -14,11 +14,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
     Raises OSError, or ValueError that names file, record, and field or turn.
     """
     examples = [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]
-    learned = [
-        each
-        for each in examples
-        if not each.turns or any(turn.learned for turn in each.turns if turn.role == "assistant")
-    ]
+    learned = list(filter(has_learned_turn, examples))
     if len(learned) < len(examples):
         print_rank0(f"{path}: {len(examples) - len(learned):,} of {len(examples):,} records have no turn to learn")
     if not learned:

@@ -111,7 +111,7 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
 
 
 def test_a_prompt_that_begins_the_response_otherwise_than_training(tmp_path):
-    """As DeepSeek-R1-Distill's, whose prompt ends with <think>, and whose turns have none: it can be asked only."""
+    """DeepSeek-R1-Distill's prompt ends with <think>, and its turns have none: it can be asked only."""
     source = THINKING.replace("'[no thoughts] '", "''").replace("assistant\n' if add", "assistant\n<think>' if add")
     save_chatml(tmp_path, template=source)
     tokenizer = load_tokenizer(tmp_path)

@@ -168,7 +168,7 @@ def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 def test_a_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
-    """What could not be written is said, not that the lock remains; it is free all the same."""
+    """The error is about the file that could not be written, and not about the lock, which is free all the same."""
 
     def refuse(*args, **options):
         raise PermissionError(1, "Operation not permitted", "out/.lock-holder")

@@ -108,7 +108,7 @@ def test_each_row_stops_at_its_own_end():
 
 
 def test_the_repetition_penalty_is_that_of_transformers(tiny_base, tmp_path):
-    """Of tokens of the prompt as of new ones, also in a batch of unequal rows and after a cache."""
+    """It concerns tokens of the prompt and new ones, also in a batch of unequal rows and after a cache."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
@@ -163,7 +163,7 @@ def test_pieces_end_before_a_stop_string(stop, expected):
 
 
 def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
-    """As each alone, and the batch ends with the last of them."""
+    """Every row has the response that it has alone, and the batch ends with the last of them."""
     _, _, adapters = loaded = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), torch.float32)
     whole = Responder(*loaded, max_new_tokens=30)
     requests = [Request(text, adapter=name) for text in ("Hi", "the cat sat", "Who?") for name in ("base", *adapters)]

@@ -98,7 +98,7 @@ CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3"
 
 @pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_1)])
 def test_weights_and_logits_are_those_of_transformers(tiny_base, tmp_path, name, kind):
-    """Of its reading of the same file, which widens the blocks by itself; of full precision, of the model written."""
+    """transformers reads the same file, and widens its blocks by itself; in full precision it is the model written."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS[name])
     architecture = name if name.startswith("qwen") else "llama"
@@ -295,7 +295,7 @@ def test_a_byte_level_tokenizer_goes_there_and_back(data, tiny_base, tmp_path, p
 
 
 def test_llama_3s_tokenizer(data, tiny_base, tmp_path):
-    """Of Meta's own file, with merges that transformers makes of it: tokens of whole pieces need none."""
+    """Meta's own file, with merges that transformers makes of it; a token that is a whole piece needs none."""
     converter = pytest.importorskip("transformers.convert_slow_tokenizer")
     original = tmp_path / "tokenizer.model"  # the first of its ranks
     with open(data / "tokenizers" / "llama3_tokenizer.model", "rb") as file:

@@ -60,7 +60,7 @@ def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("rope_type", ["linear", "llama3"])
 def test_rope_scaling_wins_over_rope_parameters(tiny_base, tmp_path, rope_type):
-    """As in transformers: somebody adds it to a file that transformers 5 wrote."""
+    """Somebody adds it to a file that transformers 5 wrote; transformers then takes it, too."""
     transformers = pytest.importorskip("transformers")
     before = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"

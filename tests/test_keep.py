@@ -1,4 +1,4 @@
-"""Which adapter a run keeps, when it is validated, and the same numbers for TensorBoard."""
+"""The adapter that a run keeps, when it is validated, and the same numbers for TensorBoard."""
 
 import json
 import os
@@ -133,7 +133,7 @@ def test_the_best_of_no_validation_is_refused(args, tmp_path):
 
 
 def logged(folder):
-    """What TensorBoard shows: values by name and step."""
+    """Return the values that TensorBoard shows, by name and step."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -152,7 +152,7 @@ def events(folder):
 
 
 def test_tensorboard_has_the_numbers_of_metrics_jsonl(args, tmp_path, monkeypatch):
-    """Also after a kill between two checkpoints, whose later steps are repeated with other values of the clock."""
+    """A kill between two checkpoints changes nothing; later steps are repeated with other values of the clock."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0

@@ -314,7 +314,7 @@ def test_a_name_is_no_protocol(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("suffix, in_time", [("mp4", 0), ("mkv", 0), ("mkv", 15)])
 def test_the_time_of_a_video_is_bounded(tmp_path, monkeypatch, suffix, in_time):
-    """Of ten frames; a Matroska file, which does not say how many it has, is read twice within the same time."""
+    """A Matroska file, which does not say how many of its ten frames there are, is read twice within the same time."""
     film(tmp_path / f"x.{suffix}", ["red", "blue"])
     times = iter([0, *[0] * in_time, *[1000] * 9])
     monkeypatch.setattr("encoders.media.monotonic", lambda: next(times))

@@ -260,7 +260,7 @@ def test_data_does_not_lead_out_of_the_folder_of_images(train_args, album, tmp_p
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_resumed_run_sees_the_same_images(train_args, album, tmp_path, finished):
-    """By their content: another picture of the same name is refused, the same one in another folder is not."""
+    """Their content counts: another picture of the same name is refused, the same one in another folder is not."""
     shutil.copytree(album / "pictures", tmp_path / "album" / "pictures")
     args = [*train_args, "--epochs", 2, "--images", tmp_path / "album"]
     assert run(train, *args, *([] if finished else ["--max-minutes", 1e-9])).exit_code == 0

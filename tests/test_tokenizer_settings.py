@@ -1,4 +1,4 @@
-"""What the JSON files beside a tokenizer say of special tokens, <bos> and the ends of a response."""
+"""The JSON files beside a tokenizer: special tokens, <bos> and the ends of a response."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_chat_markers_of_a_tokenizer_model_are_as_in_transformers(markers, tmp_p
 
 
 def test_tokens_added_behind_a_tokenizer_model(markers, tmp_path):
-    """In the two forms that transformers wrote until its version 4 and since; the latter also renames pieces."""
+    """transformers wrote them in one form before its version 4, and in another since, which also renames pieces."""
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<|turn|>": 500}, tokenizer_config={"eos_token": "<|turn|>"})
     tokenizer = load_tokenizer(tmp_path)
@@ -108,7 +108,7 @@ def test_a_start_is_no_end(data, tmp_path):
 
 
 def test_tokenizer_json_wins_over_tokenizer_model(data, tmp_path, capsys):
-    """As in Mistral v0.3's folder, whose two files treat leading spaces in two ways: no special token may be lost."""
+    """The two files of Mistral v0.3's folder treat leading spaces in two ways: no special token may be lost."""
     save_llama2_json(data, tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
