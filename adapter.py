@@ -43,14 +43,20 @@ class AdaptionPrompt(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention, with grouped queries if Hkv < H.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D); returns (B, H, T, D). `mask` is boolean, broadcasts to
-    (B, H, T, S), and is True where attention is allowed. `causal` requires T = S and no mask.
+    q (B, H, T, D); k, v (B, Hkv, S, D); returns (B, H, T, D). `mask` is boolean, (1|B, 1, T, S), and True where
+    attention is allowed. `causal` requires T = S and no mask.
     """
-    grouped = k.shape[1] != q.shape[1]
-    dtype = q.dtype
+    group, T, dtype = q.shape[1] // k.shape[1], q.shape[2], q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()  # faster on a CPU, especially in the backward pass
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(dtype)
+    if causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).to(dtype)
+    # The queries of a group are rows of one head, which every backend of PyTorch supports.
+    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, H/Hkv*T, D)
+    if mask is not None:
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # (B, 1, H/Hkv*T, S)
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return output.unflatten(2, (group, T)).flatten(1, 2).to(dtype)  # (B, H, T, D)
 
 
 def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:

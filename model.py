@@ -94,12 +94,11 @@ class LayerCache:
     v: Tensor
     prompt_kv: tuple[Tensor, Tensor] | None = None  # (1|B, Hkv, K, D) each, projected at the first forward pass
 
-    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, Hkv, T, D) at positions (B, T), and return the whole cache (B, Hkv, capacity, D)."""
-        index = positions[:, None, :, None].expand_as(k)
-        self.k.scatter_(2, index, k)
-        self.v.scatter_(2, index, v)
-        return self.k, self.v
+    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Write k, v (B, T, Hkv, D) at positions (B, T)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        self.k[rows, :, positions] = k
+        self.v[rows, :, positions] = v
 
 
 class KVCache:
@@ -107,7 +106,7 @@ class KVCache:
 
     `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller then
     increases them. Rows of different length are padded on the right, and each is advanced by its own length, so that
-    the next tokens overwrite the padding.
+    the next tokens overwrite the padding. `empty` is True until the first forward pass.
     """
 
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
@@ -117,6 +116,7 @@ class KVCache:
         self.layers = [LayerCache(torch.zeros(shape, **how), torch.zeros(shape, **how)) for _ in model.layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.capacity = capacity
+        self.empty = True
 
     def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
         """Return a copy with room for `capacity` tokens, of all rows or of these, in any order, repeats allowed."""
@@ -140,7 +140,7 @@ class Positions(NamedTuple):
     indices: Tensor  # (1|B, T)
     cos: Tensor  # (1|B, T, 1, D/2), from `rope_cos_sin`
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, capacity) with a cache; None without one: causal attention
+    mask: Tensor | None  # (B, 1, T, capacity) over the cached keys; None: causal attention over these tokens alone
 
 
 class Attention(nn.Module):
@@ -176,13 +176,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         q = self.q_norm(self.split_heads(self.wq(x)))  # (B, T, H, D)
         k = self.k_norm(self.split_heads(self.wk(x)))  # (B, T, Hkv, D)
-        v = self.split_heads(self.wv(x)).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.split_heads(self.wv(x))  # (B, T, Hkv, D)
         q = apply_rope(q, positions.cos, positions.sin).transpose(1, 2)  # (B, H, T, D)
-        k = apply_rope(k, positions.cos, positions.sin).transpose(1, 2)  # (B, Hkv, T, D)
+        k = apply_rope(k, positions.cos, positions.sin)  # (B, T, Hkv, D)
         if cache is not None:
-            k, v = cache.write(k, v, positions.indices)  # (B, Hkv, S, D)
+            cache.write(k, v, positions.indices)
         mask = positions.mask
         causal = mask is None
+        if causal:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, Hkv, T, D)
+        else:
+            k, v = cache.k, cache.v  # (B, Hkv, S, D)
         if adaption_prompt is None:
             output = attend(q, k, v, mask, causal)  # (B, H, T, D)
         else:
@@ -258,7 +262,10 @@ class LLaMA(nn.Module):
         mask = None
         if cache is not None:
             index = cache.lengths[:, None] + index  # (B, T)
-            mask = torch.arange(cache.capacity, device=tokens.device) <= index[:, None, :, None]  # (B, 1, T, capacity)
+            if not cache.empty:
+                keys = torch.arange(cache.capacity, device=tokens.device)  # (capacity,)
+                mask = keys <= index[:, None, :, None]  # (B, 1, T, capacity)
+            cache.empty = False
         positions = Positions(index, *rope_cos_sin(index, self.config), mask)
 
         x = self.tok_embeddings(tokens)  # (B, T, C)
