@@ -390,8 +390,8 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
         device, dtype = select_device(options["device"], options["dtype"])
         if options["compile"]:
-            prepare_to_compile(device, options["bits"])
-        how = {"attention": options["attention"], "bits": options["bits"]}
+            prepare_to_compile(device)
+        how = {"attention": options["attention"], "bits": options["bits"], "compiled": options["compile"]}
         model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, **how)
         responder = Responder(
             model,

@@ -43,6 +43,7 @@ from runtime.device import select_device
 from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, first_rank_speaks
 from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, run_command, world_size
 from runtime.files import resolved
+from runtime.quantization import num_weights, quantizer
 from tasks import load_task
 from toy import TRAINING, load_toy
 from training.loss import chunked_cross_entropy
@@ -377,23 +378,21 @@ def load_frozen(
     With both, `train_step` sums the gradient of the adapter over the ranks. With fsdp, layers are gathered when they
     are needed. Raises ValueError.
     """
-    bits = int(base.bits or 0)
     if base.compile:
-        prepare_to_compile(device, base.bits)
+        prepare_to_compile(device)
     strategy = "ddp"
     if world_size() > 1 or base.strategy == "fsdp":
-        num_bytes = num_parameters(model_config) * (bits or 8 * dtype.itemsize) // 8
+        bits = int(base.bits) if base.bits in ("8", "4") else 8 * dtype.itemsize
+        num_bytes = num_parameters(model_config) * bits // 8
         strategy = choose_strategy(base.strategy, num_bytes, device)
-    prepare_layer = None
+    prepare_layer = quantizer(base.bits)
     if strategy == "fsdp":
-        if bits or base.compile:
+        if prepare_layer or base.compile:
             raise ValueError("--bits and --compile need the whole base on every rank: --strategy ddp")
         prepare_layer = fsdp_sharder(device)
-    elif bits:
-        from runtime.quantization import quantizer
-
-        prepare_layer = quantizer(bits, device)
-    model = load_model(path, model_config, weights, dtype, device, ATTENTIONS[base.attention], prepare_layer)
+    keep_blocks = base.bits is None and strategy == "ddp"  # of a GGUF file
+    attention = ATTENTIONS[base.attention]
+    model = load_model(path, model_config, weights, dtype, device, attention, prepare_layer, keep_blocks)
     if strategy == "fsdp":
         prepare_layer(model)
     if base.compile:
@@ -429,7 +428,7 @@ def describe_adapter(
     metadata["examples"] = str(num_examples)
     for name in ("prompt_template", "base_fingerprint", "epochs", "batch_size", "lr", "seed"):
         metadata[name] = str(fixed[name])
-    if base.bits:
+    if base.bits in ("8", "4"):
         metadata["bits"] = base.bits
     if encoder:
         metadata |= encoder.metadata
@@ -451,7 +450,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
     """Print the numbers of parameters and examples."""
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters())
+    frozen = num_weights(model)
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {model.device} in {model.dtype}{ranks}\n"
@@ -477,8 +476,6 @@ def main(context, **options):
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)
-    if options["bits"] == "8":  # else autograd keeps the dequantized weights of all layers
-        options["checkpoint_activations"] = True
     config, data, base = (from_options(record, options) for record in (TrainConfig, DataOptions, BaseOptions))
     with one_line_errors(), process_group(), Run(from_options(RunOptions, options)) as run:
         train(config, data.checked(base.base), base, run)

@@ -7,7 +7,6 @@ from benchmarks.measuring import compare_seconds, interleave, measured_on, publi
 from benchmarks.peers import Contestant, Ours, Variant, installed_peers
 from benchmarks.workload import compile_option, prepare_workload, workload_options
 from runtime.cli import Count, one_line_errors
-from runtime.compilation import decode_by_rows
 
 GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
@@ -38,13 +37,10 @@ def time_generation(json_path, number, **options):
     workload = prepare_workload(**options)
     prompt = (workload.examples(1000)[0].ids * 60)[:60]
     model, adapter = workload.new_model(), workload.new_adapter()
-    variants = {"ours": Variant(), "ours, base alone": Variant(adapted=False)}
+    variants = {"ours": Variant(decoding=True), "ours, base alone": Variant(decoding=True, adapted=False)}
     if workload.compiled:
-        variants["ours, compiled"] = Variant(compiled="decoding")
+        variants["ours, compiled"] = Variant(decoding=True, compiled=True)
     contestants: dict[str, Contestant] = {name: Ours(model, adapter, variant) for name, variant in variants.items()}
-    if workload.device.type == "cpu" and workload.dtype == torch.bfloat16:
-        for contestant in contestants.values():
-            decode_by_rows(contestant.model)  # as `load_with_adapters` does
     if workload.peers:
         contestants |= installed_peers(model, adapter, ["adaption prompt"])
     check_same_texts(contestants, prompt, number, workload.dtype)

@@ -31,19 +31,19 @@ GOALS = {
 TRAINED = {
     "eager": Variant(),
     "checkpointed": Variant(checkpoint_activations=True),
-    "compiled": Variant(compiled="layers"),
+    "compiled": Variant(compiled=True),
     "attention as the paper writes it": Variant(attention=gated_attention_paper),
-    "8 bits": Variant(bits=8, checkpoint_activations=True),
-    "4 bits": Variant(bits=4, checkpoint_activations=True),
+    "8 bits": Variant(bits="8"),
+    "4 bits": Variant(bits="4"),
 }
-GRAPH = Variant(compiled="decoding")  # on a GPU a CUDA graph
+GRAPH = Variant(decoding=True, compiled=True)  # on a GPU a CUDA graph
 DECODED = {  # how, and rows
     "graph, batch 1": (GRAPH, 1),
     "graph, batch 1, base alone": (GRAPH._replace(adapted=False), 1),
-    "eager, batch 1": (Variant(), 1),
+    "eager, batch 1": (Variant(decoding=True), 1),
     "graph, batch 16": (GRAPH, 16),
     "graph, batch 64": (GRAPH, 64),
-    "4 bits, batch 1": (Variant(bits=4), 1),
+    "4 bits, batch 1": (Variant(bits="4", decoding=True), 1),
 }
 
 

@@ -20,6 +20,7 @@ from formats.hugging_face import config_values, to_hugging_face
 from generate import decode_step, generate
 from model import LLaMA, apply_rope, rope_cos_sin
 from runtime.compilation import compile_decoding, compile_layers, prepare_to_compile
+from runtime.decoding import prepare_to_decode
 from runtime.quantization import quantizer
 from train import TrainConfig, make_optimizer, response_loss, train_step
 
@@ -48,8 +49,9 @@ class Contestant:
 class Variant(NamedTuple):
     """A way to run ours."""
 
-    bits: int | None = None  # of the layers' weights
-    compiled: str | None = None  # "layers", for training, or "decoding"
+    bits: str | None = None  # of the layers' weights, as --bits
+    decoding: bool = False  # prepared for decoding, not for training
+    compiled: bool = False
     checkpoint_activations: bool = False
     attention: Callable[..., Tensor] = gated_attention
     adapted: bool = True  # or the base alone
@@ -92,16 +94,16 @@ class Ours(Adapted):
         same.requires_grad_(False)
         super().__init__(same, adapter if variant.adapted else None)
         if variant.bits is not None:
-            quantize = quantizer(variant.bits, model.device)
-            for block in same.layers:
-                quantize(block)
+            quantizer(variant.bits)(same.layers)
         self.decode_step = decode_step
-        if variant.compiled is not None:
+        if variant.compiled:
             prepare_to_compile(model.device)
-        if variant.compiled == "layers":
+        if variant.decoding:
+            prepare_to_decode(same, variant.compiled)
+            if variant.compiled:
+                self.decode_step = compile_decoding(decode_step, same)
+        elif variant.compiled:
             compile_layers(same.layers)
-        if variant.compiled == "decoding":
-            self.decode_step = compile_decoding(decode_step, same)
         again = variant.checkpoint_activations
         self.config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=again)
 

@@ -90,7 +90,7 @@ def training_contestants(
             contestants[level] = Ablation(model, workload.new_adapter(), level)
     contestants[name] = Ours(model, workload.new_adapter(), variant, micro_batch_tokens)
     if workload.compiled:
-        compiled = variant._replace(compiled="layers")
+        compiled = variant._replace(compiled=True)
         contestants["ours, compiled"] = Ours(model, workload.new_adapter(), compiled, micro_batch_tokens)
     if workload.peers:
         contestants |= installed_peers(model, workload.new_adapter(), ["adaption prompt", "lora", "full tuning"])

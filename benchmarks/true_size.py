@@ -9,7 +9,6 @@ import torch
 from cloup import command, option, option_group
 from torch import Tensor
 
-from adapter import gated_attention
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
 from benchmarks.sizes import SCALED, SIZES
 from benchmarks.workload import CONFIGS, random_adapter, random_examples
@@ -19,6 +18,7 @@ from formats.loading import load_part_of_rank
 from generate import Sampling, stream
 from model import Config, LLaMA
 from runtime.cli import Count, bits_options, device_options, one_line_errors
+from runtime.decoding import prepare_to_decode
 from runtime.device import peak_memory, select_device
 from runtime.distributed import all_reduce_max, inference_ranks, rank, world_size
 from runtime.errors import printable
@@ -137,12 +137,13 @@ def what_it_takes(
     base: Path, number: int, new: int, device: torch.device, dtype: torch.dtype, bits: str | None
 ) -> dict[str, float]:
     """Seconds and bytes, of the rank that needs most. Raises OSError or ValueError."""
-    prepare_layer, row = quantizer(int(bits), device) if bits else None, {}
+    row: dict[str, float] = {}
     model_config, weights = read_base(base)
 
     def load():
         start = time.perf_counter()
-        model = load_part_of_rank(base, model_config, weights, dtype, device, gated_attention, prepare_layer)
+        how = {"prepare_layer": quantizer(bits), "keep_blocks": bits is None}
+        model = load_part_of_rank(base, model_config, weights, dtype, device, **how)
         row["load_seconds"] = time.perf_counter() - start
         return model
 
@@ -152,7 +153,7 @@ def what_it_takes(
     (example,) = random_examples(model_config, [number])
 
     if world_size() == 1:
-        config, optimizer = TrainConfig(checkpoint_activations=bits == "8"), make_optimizer(adapter, 0.02)
+        config, optimizer = TrainConfig(), make_optimizer(adapter, 0.02)
 
         def step():
             return seconds_of(lambda: train_step(model, adapter, optimizer, [example], 1e-3, config), device)
@@ -160,6 +161,7 @@ def what_it_takes(
         row["step_seconds"], row["step_bytes"] = peak_anonymous(step)
 
     def respond():
+        prepare_to_decode(model)
         with torch.no_grad():
             adaption_prompts = adapter(dtype=dtype)
         tokens = stream(model, [example.ids], adaption_prompts, Sampling(max_new_tokens=new))

@@ -40,12 +40,17 @@ def prompt_shares(model: LLaMA, tokens: Tensor, adaption_prompts: Sequence[Adapt
     """The share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first; one forward of (B, T) ids.
 
     A response that is there is read again, all of it at once: by causality every token sees what it saw when it was
-    made. A model's attention is chosen when it is made, so a second one is made here, without memory, and holds the
-    first one's weights, quantised or not: none is copied.
+    made. A model's attention is chosen when it is made, so a second one is made here, without memory, and gets the
+    modules of the first one, whatever their weights are stored in.
     """
     shares: list[Tensor] = []
     with torch.device("meta"):
         twin = LLaMA(model.config, measuring_attention(shares))
-    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.tok_embeddings, twin.norm = model.tok_embeddings, model.norm
+    for block, original in zip(twin.layers, model.layers):
+        for name, module in original.attention.named_children():
+            setattr(block.attention, name, module)
+        for name in ("attention_norm", "ffn_norm", "feed_forward"):
+            setattr(block, name, getattr(original, name))
     twin.hidden_states(tokens, adaption_prompts)
     return torch.stack(shares)

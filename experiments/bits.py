@@ -21,8 +21,8 @@ from runtime.quantization import held_bytes, quantizer
 HELD = {  # dtype, and bits of the layers' weights
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
-    "8 bits": (torch.float32, 8),
-    "4 bits": (torch.float32, 4),
+    "8 bits": (torch.float32, "8"),
+    "4 bits": (torch.float32, "4"),
 }
 
 
@@ -39,8 +39,7 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
     dtype, bits = HELD[held]
     length = min(ROW, read_base(base)[0].max_seq_len or ROW)
     tokens = text_rows(load_tokenizer(base), [text], length)[:rows]
-    prepare_layer = quantizer(bits, device) if bits else None
-    model, _ = load_llama(base, dtype, device, prepare_layer=prepare_layer)
+    model, _ = load_llama(base, dtype, device, prepare_layer=quantizer(bits))
     return {"perplexity": text_perplexity(model, tokens.to(device)), "layer_bytes": held_bytes(model.layers)}
 
 

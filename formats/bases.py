@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapter import gated_attention
 from data import Tokenizer
-from formats.tensors import Weights, check_layers, download_hint, filled
+from formats.tensors import Weights, check_layers, download_hint, filled, prefix_errors
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
@@ -33,6 +33,7 @@ def load_llama(
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
     prepare_layer: Callable[[nn.Module], None] | None = None,
+    keep_blocks: bool = False,
 ) -> tuple[LLaMA, Tokenizer]:
     """Load a frozen LLaMA and its tokenizer from `path`:
 
@@ -41,13 +42,13 @@ def load_llama(
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one;
     - a .gguf file, which includes the tokenizer, or the folder of one.
 
-    `prepare_layer` as for `load_model`. Raises FileNotFoundError or ValueError, in one line that names the file and
-    both numbers.
+    `prepare_layer` and `keep_blocks` as for `load_model`. Raises FileNotFoundError or ValueError, in one line that
+    names the file and both numbers.
     """
     path = Path(path)
     config, weights = read_base(path)
     tokenizer = load_tokenizer(path, config.vocab_size)
-    return load_model(path, config, weights, dtype, device, attention, prepare_layer), tokenizer
+    return load_model(path, config, weights, dtype, device, attention, prepare_layer, keep_blocks), tokenizer
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
@@ -85,11 +86,13 @@ def load_model(
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
     prepare_layer: Callable[[nn.Module], None] | None = None,
+    keep_blocks: bool = False,
 ) -> LLaMA:
     """Build the frozen LLaMA whose headers `read_base` returned, one layer after the other.
 
     `prepare_layer` is called on every layer when it is filled, to quantize or shard it before the next one is
-    allocated. Raises ValueError that names the weight if the file's weights are not those of such a model.
+    allocated. With `keep_blocks` linear layers that the file has in blocks of 8 or 4 bits stay in them. Raises
+    ValueError that names the weight if the file's weights are not those of such a model.
     """
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
@@ -108,6 +111,12 @@ def load_model(
             break
         for name, parameter in list(model.get_submodule(part).named_parameters(part)):
             module, _, attribute = name.rpartition(".")
+            if keep_blocks and part.startswith("layers.") and hasattr(weights[name], "quantized"):
+                with prefix_errors(f"{path}: {name}", separator=" "):
+                    layer = weights[name].quantized(parameter.shape)
+                if layer is not None:
+                    model.set_submodule(module, layer.to(device))
+                    continue
             value = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
             setattr(model.get_submodule(module), attribute, value)
         if part.startswith("layers.") and prepare_layer is not None:

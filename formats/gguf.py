@@ -6,10 +6,10 @@ ggml-org's own package, gguf.
 
 import re
 import struct
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from formats.rope import linear_rope_factors
 from formats.tensors import Weights, copy, prefix_errors
 from model import Config
 from runtime.files import require_file
+from runtime.quantization import GROUP, QuantizedLinear
 from runtime.schema import require_number
 from runtime.tensor_parallel import Part
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -167,9 +171,9 @@ def parse_part(file: Path, size: int, changed: int) -> Header:
         return Header(values, tensors)
 
 
-def read_tensor(place: Place) -> Tensor:
-    """Return a tensor in float32, its blocks widened. Raises ValueError if the file does not have all of it."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+def read_blocks(place: Place) -> "tuple[GGMLQuantizationType, np.ndarray]":
+    """Return the kind of a tensor's blocks, and its bytes, mapped. Raises ValueError if the file does not have all."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
         kind = GGMLQuantizationType(place.kind)
@@ -181,11 +185,58 @@ def read_tensor(place: Place) -> Tensor:
     number = prod(place.shape) // per_block * block_bytes
     if place.offset + number > place.file.stat().st_size:
         raise ValueError(f"goes beyond the end of the file: {number:,} bytes at {place.offset:,}")
-    content = np.memmap(place.file, np.uint8, "r", place.offset, (*place.shape[:-1], number // prod(place.shape[:-1])))
+    shape = (*place.shape[:-1], number // prod(place.shape[:-1]))
+    return kind, np.memmap(place.file, np.uint8, "r", place.offset, shape)
+
+
+def read_tensor(place: Place) -> Tensor:
+    """Return a tensor in float32, its blocks widened. Raises ValueError if the file does not have all of it."""
+    from gguf import dequantize
+
+    kind, content = read_blocks(place)
     try:
         return torch.from_numpy(np.array(dequantize(content, kind), np.float32))
     except NotImplementedError:
         raise ValueError(f"is of {kind.name}, which the package gguf does not widen") from None
+
+
+class StoredWeight(NamedTuple):
+    """A weight in a file. Called, it copies the weight, widened, into a tensor."""
+
+    place: Place
+    halves_of: int | None  # the head dimension, if the rows are in Hugging Face's order, halves of each head
+
+    def __call__(self, target: Tensor, part: Part | None = None) -> None:
+        if self.halves_of is None:
+            copy(read_tensor(self.place), target, part)
+        else:
+            copy_in_pairs(read_tensor(self.place), target, self.halves_of, part)
+
+    def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
+        """Return a linear layer with the blocks of this weight as they are, or None if they are of another kind.
+
+        Raises ValueError if the weight has another shape, or a scale is not finite.
+        """
+        kind, content = read_blocks(self.place)
+        if kind.name not in ("Q8_0", "Q4_0", "Q4_1"):
+            return None
+        if self.place.shape != tuple(shape):
+            raise ValueError(f"is {self.place.shape}, its configuration says {tuple(shape)}")
+        N, K = shape
+        # A block is a scale in float16, with Q4_1 also an offset, and the numbers.
+        blocks = torch.from_numpy(np.array(content)).view(N, K // GROUP, -1)
+        if self.halves_of is not None:
+            blocks = blocks.unflatten(0, (-1, 2, self.halves_of // 2)).transpose(1, 2).flatten(0, 2)
+        scales = blocks[..., :2].contiguous().view(torch.float16).float()  # (N, K/32, 1)
+        offsets, start = None, 2
+        if kind.name == "Q4_0":
+            offsets = -8 * scales
+        elif kind.name == "Q4_1":
+            offsets, start = blocks[..., 2:4].contiguous().view(torch.float16).float(), 4
+        q = blocks[..., start:].contiguous()
+        if not all(each.isfinite().all() for each in (scales, offsets) if each is not None):
+            raise ValueError("holds values that are not finite")
+        return QuantizedLinear(q.view(torch.int8) if offsets is None else q, scales, offsets, K)
 
 
 def read(path: Path) -> tuple[Config, Weights]:
@@ -200,18 +251,12 @@ def read(path: Path) -> tuple[Config, Weights]:
         config = gguf_config(header)
 
     as_hugging_face = header.values["general.architecture"] != "llama"  # whose q and k are in Meta's order
-
-    def fill(place: Place, in_halves: bool, target: Tensor, part: Part | None = None) -> None:
-        if in_halves:
-            copy_in_pairs(read_tensor(place), target, config.head_dim, part)
-        else:
-            copy(read_tensor(place), target, part)
-
     weights: Weights = {}
     for name, place in header.tensors.items():
         if name != "rope_freqs.weight":
             ours = translated(name, TO_META)
-            weights[ours] = partial(fill, place, as_hugging_face and ours.endswith(ROTATED))
+            halves_of = config.head_dim if as_hugging_face and ours.endswith(ROTATED) else None
+            weights[ours] = StoredWeight(place, halves_of)
     if "output.weight" not in weights and "tok_embeddings.weight" in weights:  # a tied head
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights

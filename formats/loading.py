@@ -17,9 +17,10 @@ from formats.tensors import Weights
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.cli import warn
-from runtime.compilation import decode_by_rows
+from runtime.decoding import prepare_to_decode
 from runtime.distributed import local_rank0_first, world_size
 from runtime.errors import printable
+from runtime.quantization import quantizer
 
 
 def load_with_adapters(
@@ -29,9 +30,11 @@ def load_with_adapters(
     dtype: torch.dtype,
     attention: str = "fused",
     bits: str | None = None,
+    compiled: bool = False,
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """Load adapters, and the base, by default the one that the first adapter names; return the adapters by name.
 
+    The base is prepared for decoding steps, which will be `compiled` or not. `bits` is the option --bits.
     With several ranks, each loads its part of every layer. Warns if an adapter was trained over other weights, and
     prints how third-party files were understood. Raises OSError, or ValueError if the files do not fit each other.
     """
@@ -63,15 +66,9 @@ def load_with_adapters(
         adapters[name].to(device)
 
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    prepare_layer = None
-    if bits:
-        from runtime.quantization import quantizer
-
-        prepare_layer = quantizer(int(bits), device)
     load = load_model if world_size() == 1 else load_part_of_rank
-    model = load(folder, config, weights, dtype, device, ATTENTIONS[attention], prepare_layer)
-    if device.type == "cpu" and dtype == torch.bfloat16 and not bits:
-        decode_by_rows(model)
+    model = load(folder, config, weights, dtype, device, ATTENTIONS[attention], quantizer(bits), bits is None)
+    prepare_to_decode(model, compiled)
     return model, tokenizer, adapters
 
 
@@ -89,12 +86,12 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
 
 
 def load_part_of_rank(
-    folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args
+    folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args, **options
 ) -> LLaMA:
     """`load_model` of this rank's part of every layer, for tensor parallelism. Raises OSError or ValueError."""
     from runtime.tensor_parallel import base_of_rank, join_ranks
 
-    model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args)
+    model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args, **options)
     join_ranks(model)
     return model
 

@@ -27,7 +27,7 @@ Weights = dict[str, Callable[..., None]]
 
 
 @contextmanager
-def prefix_errors(file: str | Path, kind: str = "field"):
+def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
     """What is missing from a file or wrong in it is said with the file's name: KeyError and ValueError inside."""
     try:
         yield
@@ -38,7 +38,7 @@ def prefix_errors(file: str | Path, kind: str = "field"):
     except KeyError as error:
         raise ValueError(f"{file}: has no {kind} {error}") from None
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}{separator}{error}") from None
 
 
 def download_hint(path: Path) -> str:

@@ -76,8 +76,13 @@ device_options = [  # the arguments of `runtime.device.select_device`
     option("--device", default="auto", help=DEVICE_HELP),
     option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."),
 ]
-bits_options = [  # both fill `bits` with None, "8" or "4"
-    option("--bits", type=click.Choice(["8", "4"]), help="Quantize the layers' weights.  [default: --dtype's bits]"),
+bits_options = [  # both fill `bits` with None, "none", "8" or "4"
+    option(
+        "--bits",
+        type=click.Choice(["auto", "none", "8", "4"]),
+        callback=lambda context, parameter, bits: None if bits == "auto" else bits,
+        help="Of the layers' weights. auto keeps what a GGUF file has in 8 or 4; none is --dtype.  [default: auto]",
+    ),
     option("--int8", "bits", flag_value="8", help="The same as --bits 8."),
 ]
 ADAPTER_HELP = "FILE, a run's folder, or NAME=FILE; repeatable."

@@ -1,4 +1,4 @@
-"""torch.compile, for training and for decoding, CUDA graphs, and layouts of weights that suit a CPU."""
+"""torch.compile, for training and for decoding, and CUDA graphs."""
 
 import os
 import shutil
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-def prepare_to_compile(device: torch.device, bits: str | None = None) -> None:
+def prepare_to_compile(device: torch.device) -> None:
     """Before anything is compiled. Raises ValueError where torch.compile would fail later."""
-    if bits and device.type == "cpu":
-        raise ValueError(f"--bits {bits} and --compile go together on a GPU only")
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
     # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.
@@ -36,64 +34,13 @@ def transpose_output_head(head: nn.Linear) -> None:
     head.weight.data = head.weight.data.T.contiguous().T
 
 
-@torch.library.custom_op("llama_adapter::matrix_times_vector", mutates_args=())
-def matrix_times_vector(matrix: Tensor, vector: Tensor) -> Tensor:
-    """torch.mv, of which torch.compile would make a product and a sum: for large matrices that is slower."""
-    return torch.mv(matrix, vector)
-
-
-@matrix_times_vector.register_fake
-def _(matrix: Tensor, vector: Tensor) -> Tensor:
-    return vector.new_empty(len(matrix))
-
-
-LARGE = 2**21  # numbers of a matrix
-
-
-class RowLinear(nn.Linear):
-    """For decoding on a CPU: a single row goes through the weights as fast as they can be read.
-
-    In bfloat16 the library's matrix product takes up to twice as long as its product with a vector. Compiled, a small
-    one is best as a product and a sum, which become one pass over the weights. The same as the linear layer without
-    bias that it takes the weight of.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)
-        linear.weight.data = linear.weight.data.contiguous()
-        self.weight, self.bias = linear.weight, None
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if x.numel() != x.shape[-1]:
-            return super().forward(x)
-        row = x.view(-1)
-        if not torch.compiler.is_compiling():
-            product = torch.mv(self.weight, row)
-        elif self.weight.numel() > LARGE:
-            product = matrix_times_vector(self.weight, row)
-        else:
-            product = (row.float() * self.weight).sum(dim=1).to(x.dtype)
-        return product.view(*x.shape[:-1], -1)
-
-
-def decode_by_rows(model: nn.Module) -> None:
-    """Replace all linear layers without bias by RowLinear, which in bfloat16 on a CPU is faster even uncompiled."""
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is nn.Linear and module.bias is None:
-                setattr(parent, name, RowLinear(module))
-
-
 def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
     """`decode_step(model, ids, prompts, cache)` under torch.compile.
 
-    On a GPU it is recorded as one CUDA graph at the first step of each generation. On a CPU the linear layers without
-    bias are replaced, in place, by `RowLinear`.
+    On a GPU it is recorded as one CUDA graph at the first step of each generation.
     """
     compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":
-        decode_by_rows(model)
         return compiled
     recorded = None  # with the cache that it reads and writes, wherever that lies
 

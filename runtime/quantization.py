@@ -1,48 +1,146 @@
-"""Weights in fewer bits."""
+"""Frozen linear layers whose weights are stored in 8 or 4 bits.
 
-import math
-from collections.abc import Callable
+Every 32 columns of a row have a scale d of their own, with 4 bits also an offset m, and a weight is w = d*q + m, where
+q is a whole number: the blocks Q8_0 and Q4_1 of GGUF, with scales in float32. Weights are widened where they are used,
+a few rows at a time, so that the wide matrix never exists. runtime/decoding.py has a faster product for few rows.
+"""
+
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP = 32  # columns that share a scale
+# Numbers that are widened at a time: on a CPU so many that they stay in its cache.
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
-def quantizer(bits: int, device: torch.device) -> Callable[[nn.Module], None]:
-    """Return a function that rounds the linear weights of a layer, in place, to 8 or 4 bits.
+def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the weight (N, K), widened to `dtype`, in pieces (n, K) of a few rows.
 
-    8: whole numbers and a scale for each row. 4: NF4 of QLoRA (Dettmers et al., 2023), 16 values that suit normally
-    distributed weights, a scale for each 64 numbers, itself in 8 bits. They are widened wherever they are used; of
-    those in 8 bits autograd would keep the wide ones for the backward pass: train with activation checkpointing. Raises
-    ValueError without torchao, or on a device that has no such arithmetic.
+    q is int8 (N, K/32, 32), or uint8 (N, K/32, 16) with two numbers in a byte: the first half of a group in the lower
+    four bits, the second half in the upper. scales and offsets are (N, K/32, 1).
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
-    except ImportError:
-        raise ValueError(f"--bits {bits} needs a package that is not installed: pip install torchao") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--bits {bits} is for cpu and cuda, not for {device.type}")
+    rows = len(q)
+    if not torch.compiler.is_compiling():  # which would unroll the loop, and fuses the whole anyway
+        rows = max(1, CHUNK.get(q.device.type, CHUNK["cuda"]) // q[0].numel())
+    for start in range(0, len(q), rows):
+        end = start + rows
+        numbers = q[start:end]
+        if offsets is None:
+            wide = numbers * scales[start:end]  # (n, K/32, 32), in float32
+        else:
+            numbers = torch.cat([numbers & 15, numbers >> 4], dim=-1)
+            wide = (numbers * scales[start:end]).add_(offsets[start:end])
+        yield wide.flatten(1).to(dtype)
 
-    def to_8_bits(layer: nn.Module) -> None:
-        quantize_(layer, Int8WeightOnlyConfig(set_inductor_config=False))
 
-    def to_4_bits(layer: nn.Module) -> None:
-        for linear in filter(lambda module: isinstance(module, nn.Linear), layer.modules()):
-            numbers = linear.weight.numel()
-            if numbers % 64:
-                shape = " x ".join(map(str, linear.weight.shape))
-                raise ValueError(f"--bits 4 takes 64 numbers at a time, and a weight has {shape}")
-            scales = math.gcd(numbers // 64, 256)  # of them one scale of its own, as many as divide a small weight's
-            nf4 = to_nf4(linear.weight.detach().contiguous(), scaler_block_size=scales)
-            linear.weight = nn.Parameter(nf4, requires_grad=False)
+class ChunkedProduct(torch.autograd.Function):
+    """x @ w.T, and its gradient by x; only the stored weight is kept for the backward pass."""
 
-    return {8: to_8_bits, 4: to_4_bits}[bits]
+    @staticmethod
+    def forward(context, x: Tensor, q: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
+        context.save_for_backward(q, scales, offsets)
+        return torch.cat([x @ piece.T for piece in chunks(q, scales, offsets, x.dtype)], dim=-1)
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        q, scales, offsets = context.saved_tensors
+        total, start = 0.0, 0  # a sum in float32
+        for piece in chunks(q, scales, offsets, gradient.dtype):
+            total = total + (gradient[..., start : start + len(piece)] @ piece).float()
+            start += len(piece)
+        return total.to(gradient.dtype), None, None, None
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer with a weight (out, in) of whole numbers, in the form that `chunks` describes.
+
+    The stored weight may have more columns than the layer has inputs: the inputs are then padded with zeros.
+    """
+
+    def __init__(self, q: Tensor, scales: Tensor, offsets: Tensor | None, in_features: int, bias: Tensor | None = None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, len(q)
+        self.register_buffer("q", q)
+        self.register_buffer("scales", scales)
+        self.register_buffer("offsets", offsets)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.offsets is None else 4
+
+    @property
+    def stored_columns(self) -> int:
+        return self.q[0].numel() * 8 // self.bits
+
+    def widened(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (out, in) as a tensor of its own."""
+        return torch.cat(list(chunks(self.q, self.scales, self.offsets, dtype)))[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        x = F.pad(x, (0, self.stored_columns - self.in_features))
+        y = ChunkedProduct.apply(x, self.q, self.scales, self.offsets)
+        return y if self.bias is None else y + self.bias
+
+
+def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Return q (N, K/32, 32) and scales (N, K/32, 1) of a weight (N, K): the nearest of 255 values.
+
+    The values are evenly spaced between plus and minus the greatest magnitude of a group. K is a multiple of 32.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
+    scales = groups.abs().amax(dim=2, keepdim=True).clamp_(min=1e-30) / 127  # (N, K/32, 1)
+    return (groups / scales).round_().to(torch.int8), scales, None
+
+
+def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q (N, K/32, 16), scales and offsets (N, K/32, 1) of a weight (N, K): the nearest of 16 values.
+
+    The values are evenly spaced from the least to the greatest number of a group. K is a multiple of 32.
+    """
+    groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
+    least, greatest = groups.aminmax(dim=2, keepdim=True)  # (N, K/32, 1)
+    scales = ((greatest - least) / 15).clamp_(min=1e-30)
+    q = ((groups - least) / scales).round_().to(torch.uint8)
+    first, second = q.chunk(2, dim=2)
+    return first | second << 4, scales, least
+
+
+def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
+    """Round the weight of a linear layer to 8 or 4 bits, a few rows at a time."""
+    weight = linear.weight.detach()
+    N, K = weight.shape
+    round_rows = {8: round_to_8_bits, 4: round_to_4_bits}[bits]
+    rows = max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // K)
+    pieces = [round_rows(F.pad(piece, (0, -K % GROUP))) for piece in weight.split(rows)]
+    q, scales, offsets = (None if parts[0] is None else torch.cat(parts) for parts in zip(*pieces))
+    return QuantizedLinear(q, scales, offsets, K, linear.bias)
+
+
+def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
+    """Return a function that rounds the linear layers inside a module, in place, for --bits 8 and 4; otherwise None."""
+    if bits not in ("8", "4"):
+        return None
+
+    def quantize_layer(layer: nn.Module) -> None:
+        for parent in list(layer.modules()):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(parent, name, quantize(module, int(bits)))
+
+    return quantize_layer
+
+
+def num_weights(model: nn.Module) -> int:
+    """Count the weights of a model, however many bits each is stored in."""
+    quantized = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters + sum(layer.in_features * layer.out_features for layer in quantized)
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Of all that its weights are made of: a rounded one has numbers and scales inside."""
-    total = 0
-    for weight in module.parameters():
-        inner = getattr(weight, "__tensor_flatten__", None)
-        parts = [weight] if inner is None else [getattr(weight, name) for name in inner()[0]]
-        total += sum(part.numel() * part.element_size() for part in parts)
-    return total
+    """The bytes of the weights of a module, in whatever form they are stored."""
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])

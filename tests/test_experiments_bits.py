@@ -12,7 +12,6 @@ from formats.bases import load_llama
 
 
 def test_perplexity_by_bits(tiny_base, tmp_path):
-    pytest.importorskip("torchao")
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     text = "The capital of Peru is Lima. " * 400
     (tmp_path / "a.txt").write_text(text)
@@ -34,6 +33,6 @@ def test_perplexity_by_bits(tiny_base, tmp_path):
     norms = sum(p.numel() for p in model.layers.parameters()) - linear
     held = {name: values["layer_bytes"][0] for name, values in found.items()}
     assert held["float32"] == 2 * held["bfloat16"] == 4 * (linear + norms)
-    assert linear < held["8 bits"] < 1.2 * linear + 4 * norms
-    assert linear / 2 < held["4 bits"] - 4 * norms < 0.6 * linear
+    assert 9 / 8 * linear == held["8 bits"] - 4 * norms
+    assert 3 / 4 * linear == held["4 bits"] - 4 * norms
     assert (tmp_path / "out" / "bits.png").stat().st_size > 1000

@@ -21,7 +21,8 @@ from formats.loading import load_with_adapters
 from formats.requests import read_requests
 from generate import Responder, Sampling, decode_step, generate, main, prefill, sample, stream, text_pieces
 from model import KVCache
-from runtime.compilation import RowLinear, compile_decoding, decode_by_rows
+from runtime.compilation import compile_decoding
+from runtime.decoding import prepare_to_decode
 
 
 def run(*args, input=None):
@@ -46,9 +47,8 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone():
     assert answers != generate(model, rows, max_new_tokens=8)
 
 
-def test_compiled_decoding_is_the_plain_one(monkeypatch):
-    """With small and large matrices; another length of prompt, or of answer, needs no compilation for each token."""
-    monkeypatch.setattr("runtime.compilation.LARGE", 1100)  # between wq's 1,024 numbers and w1's 1,536
+def test_compiled_decoding_is_the_plain_one():
+    """Another length of prompt, or of answer, needs no compilation for each token."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     model = make_model()
@@ -56,36 +56,13 @@ def test_compiled_decoding_is_the_plain_one(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     other = deepcopy(model)  # its linear layers are replaced
+    prepare_to_decode(other, compiled=True)
     compiled = compile_decoding(decode_step, other)
     for length in (5, 9, 14):
         row = [make_tokens(model, length, seed=length).tolist()]
         plain = generate(model, row, prompts, max_new_tokens=12)
         assert generate(other, row, prompts, max_new_tokens=12, decode_step=compiled) == plain
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
-
-
-@pytest.mark.parametrize("config", ["gqa", "qwen2"])
-def test_decoding_by_rows(config):
-    """In bfloat16, on a CPU: the same numbers up to rounding, for one row and for several."""
-    model = make_model(config).bfloat16()
-    prompts, other = make_adapter(model)(dtype=torch.bfloat16), deepcopy(model)
-    decode_by_rows(other)
-    assert sum(type(module) is RowLinear for module in other.modules()) == {"gqa": 22, "qwen2": 13}[config]
-    for rows in ([[5, 7, 9]], [[5, 7, 9], [4, 3, 2]]):
-        both = []
-        for each in (model, other):
-            cache = KVCache(each, len(rows), 8)
-            with torch.no_grad():
-                prefill(each, rows, prompts, cache)
-                both.append(decode_step(each, torch.tensor([6] * len(rows)), prompts, cache))
-        torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
-
-
-def test_what_answers_in_bfloat16_on_a_cpu_decodes_by_rows(tiny_base, tiny_adapter):
-    for dtype, expected in ((torch.bfloat16, RowLinear), (torch.float32, torch.nn.Linear)):
-        model, _, _ = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), dtype)
-        assert type(model.layers[0].attention.wq) is type(model.output) is expected
-        assert model.output.weight.is_contiguous() == (dtype == torch.bfloat16)
 
 
 def test_no_compiler_is_a_line(tiny_adapter, monkeypatch):

@@ -17,11 +17,12 @@ from formats.bases import load_llama, read_base
 from formats.chat_templates import load_template
 from formats.gguf import read_header
 from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from runtime.quantization import QuantizedLinear
 from sentencepiece import SentencePieceProcessor
 
 gguf = pytest.importorskip("gguf")
-F32, F16, BF16, Q8_0, Q4_1 = (
-    getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")
+F32, F16, BF16, Q8_0, Q4_0, Q4_1 = (
+    getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 )
 MODULES = {  # Hugging Face's names, and GGUF's
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -93,10 +94,12 @@ def add_byte_level(writer, tokens, merges, kinds, pre, bos=0, eos=1):
 TOKENS = torch.arange(3, 40)[None]
 
 
-CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3") for kind in (F32, Q8_0)]
+CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3") for kind in (F32, Q8_0)] + [
+    ("qwen2", Q4_1)
+]
 
 
-@pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_1)])
+@pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_0), ("gqa", Q4_1)])
 def test_weights_and_logits_are_those_of_transformers(tiny_base, tmp_path, name, kind):
     """transformers reads the same file, and widens its blocks by itself; in full precision it is the model written."""
     transformers = pytest.importorskip("transformers")
@@ -112,8 +115,12 @@ def test_weights_and_logits_are_those_of_transformers(tiny_base, tmp_path, name,
     elif kind != F32:
         how = {"gguf_file": "model.gguf", "quantization_config": transformers.GgufConfig(dequantize=True)}
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how)
+    kept, _ = load_llama(path, keep_blocks=True)
+    in_blocks = [type(layer) is QuantizedLinear for layer in kept.layers[1].feed_forward.children()]
+    assert in_blocks == 3 * [kind in (Q8_0, Q4_0, Q4_1)] and type(kept.output) is torch.nn.Linear
     with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+        for each in (model, kept):
+            torch.testing.assert_close(each(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
     assert (model.output.weight is model.tok_embeddings.weight) == KINDS[name].get("tie_word_embeddings", False)
 
 

@@ -37,7 +37,6 @@ def run(tmp_path, *args):
 
 
 def test_every_part_runs(tiny, tmp_path, monkeypatch):
-    pytest.importorskip("torchao")
     pytest.importorskip("peft")
     monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "said": ["1 passed"]})
     found, said = run(tmp_path)
@@ -79,9 +78,8 @@ def test_the_suite_s_gpu_cases_are_found():
 
 
 def test_other_models_share_the_weights_and_the_rounded_have_their_own():
-    pytest.importorskip("torchao")
     model = workload.random_model(SHAPE, torch.device("cpu"), torch.float32)
-    variants = Variant(attention=gated_attention_paper), Variant(bits=4), Variant(compiled="decoding")
+    variants = Variant(attention=gated_attention_paper), Variant(bits="4"), Variant(decoding=True, compiled=True)
     same, rounded, compiled = (Ours(model, None, variant).model for variant in variants)
     for other in (same, compiled):
         assert other.layers[0].attention.wq.weight.data_ptr() == model.layers[0].attention.wq.weight.data_ptr()

@@ -75,7 +75,7 @@ def test_imports_go_one_way(path):
 def test_importing_a_program_loads_nothing_heavy(module):
     """No toy, no task, no plots, and nothing of other programs."""
     names, files = loaded_by(module)
-    heavy = {"matplotlib", "sklearn", "transformers", "lm_eval", "gradio", "av", "torchao"}
+    heavy = {"matplotlib", "sklearn", "transformers", "lm_eval", "gradio", "av"}
     heavy |= {"toy.almanac", "toy.toys", "tasks.scienceqa", "tasks.captions", "tasks.responses", "experiments"}
     heavy |= {"encoder_tuning", "benchmarks", "demo"}
     heavy |= {"multimodal", "encoders", "PIL", "generate"} if module == "train" else {"training", "tasks", "toy"}

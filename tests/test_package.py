@@ -42,7 +42,7 @@ def test_what_messages_and_pages_say_to_install_has_an_extra():
     for path in files:
         for words in re.findall(r"pip install ([a-z][\w -]*)", path.read_text(encoding="utf-8")):
             said |= dict.fromkeys(words.split(), path)
-    assert {"torchao", "peft", "ai-edge-litert", "pycocoevalcap"} <= set(said)
+    assert {"peft", "ai-edge-litert", "pycocoevalcap"} <= set(said)
     assert {word: path for word, path in said.items() if word not in known} == {}
 
 

@@ -172,7 +172,7 @@ def no_data(rank):
 
 
 def no_compiler(rank):
-    def fail(device, bits):
+    def fail(device):
         raise ValueError("--compile needs a C++ compiler")
 
     train.prepare_to_compile = fail

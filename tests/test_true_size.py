@@ -48,8 +48,6 @@ def test_a_checkpoint_is_of_the_shape_that_was_asked_for(written):
 
 @pytest.mark.parametrize("bits", [None, "8", "4"])
 def test_what_a_base_takes_is_measured(written, tmp_path, bits):
-    if bits:
-        pytest.importorskip("torchao")
     args = ["load", "--base", written[1], "--tokens", 16, "--new", 3, "--device", "cpu", "--dtype", "bfloat16"]
     result = run(*args, *(["--bits", bits] if bits else []), "--json", tmp_path / "a.json")
     assert result.exit_code == 0, result.output

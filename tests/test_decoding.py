@@ -1,0 +1,158 @@
+"""Linear layers prepared for decoding, against a product in float64."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from helpers import ROOT, make_adapter, make_model
+
+from formats.loading import load_with_adapters
+from generate import decode_step, generate, prefill
+from model import Config, KVCache
+from runtime import decoding
+from runtime.decoding import PackedBfloat16, PackedLinear, RowLinear, prepare_to_decode, replace_linear
+from runtime.quantization import QuantizedLinear, quantize, quantizer
+
+SHAPE = Config(64, 3, 4, 2, 16, 96, 50)
+
+# A kernel that is given a shape it was not written for may end the process.
+PACKED = """
+import torch
+from runtime.decoding import PackedLinear
+from runtime.quantization import quantize
+torch.manual_seed(0)
+for N in (8, 24, 64, 172, 344, 576):
+    for K in (8, 24, 64, 172, 344, 576):
+        for bits in (8, 4):
+            layer = torch.nn.Linear(K, N).requires_grad_(False)
+            layer.bias.mul_(N % 3)
+            quantized = quantize(layer, bits)
+            packed = PackedLinear(quantized)
+            weight = quantized.widened(torch.float64)
+            for rows in range(1, 18):
+                for dtype in (torch.float32, torch.bfloat16):
+                    x = torch.randn(rows, 1, K, dtype=dtype)
+                    y, right = packed(x), x.double() @ weight.T + layer.bias
+                    assert y.dtype == torch.promote_types(dtype, torch.float32) and y.shape == (rows, 1, N)
+                    print(((y - right).norm() / right.norm()).item(), N, K, bits, rows, dtype)
+"""
+
+
+@pytest.fixture(autouse=True)
+def all_products_count_as_faster(monkeypatch):
+    """Small ones may not be; those that PyTorch does not have stay out."""
+    is_faster = decoding.is_faster
+    monkeypatch.setattr(
+        decoding, "seconds_of", lambda layer, row: float(isinstance(layer, (QuantizedLinear, torch.nn.Linear)))
+    )
+    return is_faster
+
+
+def test_packed_products_of_all_shapes():
+    result = subprocess.run([sys.executable, "-c", PACKED], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    errors = [(float(line.split()[0]), line) for line in result.stdout.splitlines()]
+    assert len(errors) == 36 * 2 * 17 * 2
+    assert 1e-4 < max(errors)[0] < 1e-2, max(errors)
+
+
+def step_logits(model, rows, adaption_prompts):
+    cache = KVCache(model, len(rows), 12)
+    with torch.no_grad():
+        prefill(model, rows, adaption_prompts, cache)
+        return decode_step(model, torch.tensor([6] * len(rows)), adaption_prompts, cache)
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prepared_model_answers_as_the_quantized_one(bits, dtype):
+    """A batch of two and of more rows than the kernel is given; each row as alone, up to rounding."""
+    model = make_model(SHAPE)
+    quantizer(bits)(model.layers)
+    model = model.to(dtype)
+    prepared = deepcopy(model)
+    prepare_to_decode(prepared)
+    packed = [module for module in prepared.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == 3 * 7 + 1 and type(prepared.output) is PackedLinear
+    assert prepared.output.weight is prepared.output.layer.weight
+    adaption_prompts = make_adapter(model)(dtype=dtype)
+    for rows in ([[5, 7, 9], [4, 3]], [[i % 50, 7, 9] for i in range(70)]):
+        both = [step_logits(each, rows, adaption_prompts) for each in (model, prepared)]
+        assert (both[0] - both[1]).norm() < 0.03 * both[0].norm()
+        alone = step_logits(prepared, rows[1:2], adaption_prompts)
+        assert (alone[0] - both[1][1]).norm() < 0.03 * alone.norm()
+    assert not torch.equal(step_logits(prepared, [[5, 7]], adaption_prompts), step_logits(prepared, [[5, 7]], ()))
+    zero = make_adapter(model)(gate_scale=0.0, dtype=dtype)
+    assert torch.equal(step_logits(prepared, [[5, 7]], zero), step_logits(prepared, [[5, 7]], ()))
+
+
+@pytest.mark.parametrize("config", ["gqa", "qwen2"])
+def test_bfloat16_in_onednn_s_layout(config):
+    """The same numbers up to rounding, for one row and for several, biases included."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs oneDNN")
+    model = make_model(config).bfloat16()
+    prepared = deepcopy(model)
+    prepare_to_decode(prepared)
+    assert not any(isinstance(module, torch.nn.Linear) for module in prepared.modules())
+    torch.testing.assert_close(prepared.output.weight, model.output.weight, rtol=0, atol=0)
+    adaption_prompts = make_adapter(model)(dtype=torch.bfloat16)
+    for rows in ([[5, 7, 9]], [[5, 7, 9], [4, 3, 2]]):
+        both = [step_logits(each, rows, adaption_prompts) for each in (model, prepared)]
+        torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
+
+
+def test_what_is_not_faster_is_not_packed(monkeypatch, capsys):
+    """A warning for quantized weights; none for bfloat16, whose plain product is what everybody else has."""
+    monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 1.0)
+    model = make_model(SHAPE)
+    quantizer("4")(model.layers)
+    for each in (model, make_model("gqa").bfloat16()):
+        kinds = [type(module) for module in each.modules()]
+        prepare_to_decode(each)
+        assert [type(module) for module in each.modules()] == kinds
+    assert capsys.readouterr().err.count("no fast product for weights of 4 bits here") == 1
+
+
+def test_a_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
+    def lacking(*_):
+        raise NotImplementedError("not for this device")
+
+    monkeypatch.setattr(decoding, "pack", lacking)
+    model = make_model(SHAPE)
+    quantizer("8")(model.layers)
+    prepare_to_decode(model)
+    assert type(model.layers[0].attention.wq) is QuantizedLinear and "no fast product" in capsys.readouterr().err
+
+
+def test_compiled_layers_are_one_graph_each_and_the_same_numbers():
+    """RowLinear multiplies and sums under torch.compile alone; packed layers go through it as they are."""
+    torch.manual_seed(0)
+    x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
+    linear = torch.nn.Linear(64, 40).requires_grad_(False)
+    for layer in (RowLinear(deepcopy(linear)), PackedLinear(quantize(linear, 8)), PackedLinear(quantize(linear, 4))):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for each in (x, rows):
+            torch.testing.assert_close(compiled(each), layer(each), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
+    model, _, _ = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), dtype, compiled=compiled)
+    expected = RowLinear if compiled else PackedBfloat16 if dtype == torch.bfloat16 else torch.nn.Linear
+    assert type(model.layers[0].attention.wq) is type(model.output) is expected
+    packed = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), dtype, bits="8", compiled=compiled)[0]
+    assert type(packed.layers[0].attention.wq) is type(packed.output) is PackedLinear
+
+
+def test_replacing_leaves_other_kinds_alone():
+    model = make_model(SHAPE)
+    replace_linear(model, QuantizedLinear, PackedLinear)
+    assert type(model.output) is torch.nn.Linear
+    text = generate(model, [[5, 7]], max_new_tokens=4)
+    replace_linear(model, torch.nn.Linear, RowLinear)
+    assert generate(model, [[5, 7]], max_new_tokens=4) == text
