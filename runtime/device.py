@@ -1,18 +1,21 @@
 """The choice of device and dtype, which is made here alone."""
 
+import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from runtime.distributed import local_rank, world_size
+from runtime.distributed import local_rank, print_rank0, world_size
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype of the base: by default a GPU in bfloat16, else Apple's GPU or the CPU in float32.
 
-    With several ranks, each one gets a GPU of its own. Raises ValueError if the device is not available.
+    With several ranks, each one gets a GPU of its own. Prints a line if other processes compute on this CPU too.
+    Raises ValueError if the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
     if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
@@ -29,7 +32,35 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
+    elif device == "cpu":
+        advise_on_threads()
     return torch.device(device), getattr(torch, dtype)
+
+
+def advise_on_threads() -> None:
+    """Print how to share the CPU, if other processes use so much of it that the threads of this one would wait.
+
+    The threads of OpenMP spin while they wait for each other, which beside one other busy process has made training up
+    to seven times slower. The variable is read when torch is loaded, so it cannot be set here.
+    """
+    threads, cores, busy = torch.get_num_threads(), os.cpu_count() or 1, busy_cores()
+    if threads > 1 and busy > 0.5 and threads + busy > cores + 0.5 and "OMP_WAIT_POLICY" not in os.environ:
+        print_rank0(
+            f"other processes use about {busy:.0f} of {cores} cores, and this one has {threads} threads: "
+            f"it may be faster with OMP_WAIT_POLICY=passive in the environment"
+        )
+
+
+def busy_cores() -> float:
+    """Return how many cores other processes use: the load of the last minute, if it lasts (under Linux)."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows
+        return 0.0
+    with suppress(OSError):
+        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+        load = min(load, running - 1)  # without this one
+    return load
 
 
 def device_name(device: torch.device) -> str:
