@@ -1,57 +1,109 @@
-"""Tokens per second at batch 1, greedy, prefill included."""
+"""Tokens per second of greedy decoding, prefill included."""
+
+import importlib.util
+import statistics
 
 import torch
 from cloup import command, option
+from torch import nn
 
-from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_speed
-from benchmarks.peers import Contestant, Ours, Variant, installed_peers
-from benchmarks.workload import compile_option, prepare_workload, workload_options
+from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_work, share_of
+from benchmarks.peers import Contestant, LlamaCpp, Ours, Variant, installed_peers
+from benchmarks.workload import Workload, compile_option, precisions, precisions_option, prepare_workload
+from benchmarks.workload import workload_options
+from formats.gguf import is_gguf
 from runtime.cli import Count, one_line_errors
+from runtime.decoding import PackedBfloat16, PackedLinear
 
+PROMPT = 60  # tokens
 GENERATION_COLUMNS = {
-    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
     "times ours": ratio_text,
-    "weights read, of the read speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %",
+    "weights read, of the read speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %" if row["bytes"] else "",
 }
 
 
-def check_same_texts(contestants: dict[str, Contestant], prompt: list[int], number: int, dtype: torch.dtype) -> None:
-    """Raise ValueError where one goes on otherwise than ours; in bfloat16, where rounding decides, let it."""
-    texts = {name: contestant.continuation(prompt, number) for name, contestant in contestants.items()}
-    for name, text in texts.items():
-        if dtype == torch.float32 and text != texts["ours"]:
-            raise ValueError(f"{name} goes on {text[:8]}, ours {texts['ours'][:8]}: not the same work")
+def bytes_per_step(model: nn.Module) -> int:
+    """The bytes of all linear layers of ours, in the form in which a decoding step of a few rows reads them."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            total += module.packed.nbytes + module.factors.nbytes
+        elif isinstance(module, PackedBfloat16):
+            total += 2 * module.packed.numel()
+        elif isinstance(module, nn.Linear):
+            total += module.weight.nbytes
+    packed = [module.layer for module in model.modules() if isinstance(module, PackedLinear)]
+    return total - sum(layer.weight.nbytes for layer in packed if isinstance(layer, nn.Linear))
+
+
+def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
+    """Return who takes part: ours, in several variants, and others with --peers."""
+    model, adapter = workload.new_model(), workload.new_adapter()
+    variant = Variant(decoding=True)
+    variants = {"ours": variant, "ours, base alone": variant._replace(adapted=False), **precisions(workload, variant)}
+    if workload.compiled:
+        in_bits = [name for name, each in variants.items() if each.bits]
+        variants |= {f"{name}, compiled": variants[name]._replace(compiled=True) for name in ["ours", *in_bits]}
+    contestants: dict[str, Contestant] = {name: Ours(model, adapter, each) for name, each in variants.items()}
+    if workload.peers:
+        peers = installed_peers(model, adapter, ["adaption prompt", "full tuning"])
+        if "full tuning" in peers:
+            peers["transformers, base alone"] = peers.pop("full tuning")
+        if batch_size > 1:
+            peers.pop("litgpt adapter", None)
+        contestants |= peers
+    if workload.peers and batch_size == 1 and workload.base and is_gguf(workload.base):
+        if importlib.util.find_spec("llama_cpp"):
+            contestants["llama.cpp, base alone"] = LlamaCpp(workload.base, capacity)
+    return contestants
+
+
+def check_same_texts(contestants: dict[str, Contestant], rows: list[list[int]], number: int) -> None:
+    """Raise ValueError if one of the contestants, which all run in float32, goes on otherwise than ours."""
+    alone = contestants["ours, base alone"].continuations(rows, number)
+    ours = contestants["ours"].continuations(rows, number)
+    for name, contestant in contestants.items():
+        text, expected = contestant.continuations(rows, number), alone if "base alone" in name else ours
+        if text != expected:
+            raise ValueError(f"{name} goes on {text[0][:8]}, ours {expected[0][:8]}: not the same work")
 
 
 @command("generate", context_settings={"show_default": True})
 @workload_options(
     compile_option,
-    option("--tokens", "number", type=Count(2), default=128, help="New ones, after a prompt of 60."),
+    precisions_option,
+    option("--tokens", "number", type=Count(2), default=128, help=f"New ones, after a prompt of {PROMPT}."),
+    option("--batch-size", type=Count(), default=1, help="Prompts at once."),
 )
 @one_line_errors()
-def time_generation(json_path, number, **options):
+def time_generation(json_path, number, batch_size, **options):
     """Count tokens per second.
 
-    At batch 1, greedy, prefill included.
+    Greedy, prefill included.
     """
     workload = prepare_workload(**options)
-    prompt = (workload.examples(1000)[0].ids * 60)[:60]
-    model, adapter = workload.new_model(), workload.new_adapter()
-    variants = {"ours": Variant(decoding=True), "ours, base alone": Variant(decoding=True, adapted=False)}
-    if workload.compiled:
-        variants["ours, compiled"] = Variant(decoding=True, compiled=True)
-    contestants: dict[str, Contestant] = {name: Ours(model, adapter, variant) for name, variant in variants.items()}
-    if workload.peers:
-        contestants |= installed_peers(model, adapter, ["adaption prompt"])
-    check_same_texts(contestants, prompt, number, workload.dtype)
+    examples = workload.examples(1000)
+    prompts = [(examples[i % len(examples)].ids * PROMPT)[:PROMPT] for i in range(batch_size)]
+    contestants = generation_contestants(workload, PROMPT + number, batch_size)
+    if workload.dtype == torch.float32:
+        exact = {name: each for name, each in contestants.items() if not any(w in name for w in ("bits", "bf", "cpp"))}
+        check_same_texts(exact, prompts, number)
 
-    runs = {name: lambda its=each: its.continuation(prompt, number) for name, each in contestants.items()}
-    rows = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
-    weights = sum(weight.nbytes for weight in model.parameters()) - model.tok_embeddings.weight.nbytes
-    speed = read_speed(workload.device)
-    for row in rows.values():
-        row["tokens_per_second"] = number / row["median"]
-        row["bandwidth_share"] = weights * number / row["median"] / speed
-    about = measured_on(workload.size, workload.device, workload.dtype)
-    about |= {"new_tokens": number, "bytes_per_token": weights, "read_bytes_per_second": speed}
-    publish("generate", rows, GENERATION_COLUMNS, about, json_path)
+    works = {name: lambda its=each: its.continuations(prompts, number) for name, each in contestants.items()}
+    works["read speed"], read_bytes = read_work(workload.device)
+    seconds = interleave(works, workload.repeat, workload.device)
+    read_seconds = seconds.pop("read speed")
+    rows = compare_seconds(seconds, "ours")
+    plain = bytes_per_step(contestants["ours, base alone"].model)
+    for name, row in rows.items():
+        ours = isinstance(contestants[name], Ours)
+        row["bytes"] = bytes_per_step(contestants[name].model) if ours else 0 if "cpp" in name else plain
+        row["tokens_per_second"] = batch_size * number / row["median"]
+        row["bandwidth_share"] = share_of(row["bytes"] * number, row["seconds"], read_bytes, read_seconds)
+    about = measured_on(workload.name, workload.device, workload.dtype)
+    about |= {"batch_size": batch_size, "new_tokens": number, "prompt_tokens": PROMPT}
+    about |= {"read_bytes_per_second": read_bytes / statistics.median(read_seconds)}
+    publish(
+        "generate" if batch_size == 1 else f"generate {batch_size} rows", rows, GENERATION_COLUMNS, about, json_path
+    )

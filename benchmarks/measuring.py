@@ -52,10 +52,23 @@ def copy_speed(device: torch.device) -> float:
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
 
 
-def read_speed(device: torch.device) -> float:
-    """Bytes/s of a large tensor that is only read."""
+def read_work(device: torch.device) -> tuple[Callable[[], object], int]:
+    """Return work that reads a large tensor, and its bytes: a contestant, since the speed of a machine drifts."""
     numbers = torch.zeros(COPIED.get(device.type, COPIED["cpu"]) // 2, dtype=torch.long, device=device)
-    return numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(8))
+    return numbers.sum, numbers.nbytes
+
+
+def matmul_work(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """Return work of four large matrix products, and its operations."""
+    n = MATRIX.get(device.type, MATRIX["cpu"])
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
+
+
+def share_of(amount: float, seconds: list[float], peak_amount: float, peak_seconds: list[float]) -> float:
+    """Return what share of the peak the work reached, in bytes or operations per second: the median of the rounds."""
+    rounds = zip(seconds, peak_seconds)
+    return statistics.median(amount / mine / (peak_amount / peak) for mine, peak in rounds)
 
 
 def peak_growth(work: Callable[[], object], device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """The same training and the same decoding as others do them, over the same weights: whom ours is measured against.
 
-Each contestant has `loss(examples)`, the mean over response tokens, and `continuation(tokens, n)`, n new ids, greedy.
+Each contestant has `loss(examples)`, the mean over response tokens, and `continuations(rows, n)`, n new ids a row,
+greedy, for prompts of one length.
 The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
 do what the authors' script does.
 """
@@ -8,6 +9,8 @@ do what the authors' script does.
 import importlib.util
 import math
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +53,7 @@ class Variant(NamedTuple):
     """A way to run ours."""
 
     bits: str | None = None  # of the layers' weights, as --bits
+    dtype: torch.dtype | None = None  # None is that of the model
     decoding: bool = False  # prepared for decoding, not for training
     compiled: bool = False
     checkpoint_activations: bool = False
@@ -91,7 +95,7 @@ class Ours(Adapted):
         with torch.device("meta"):
             same = LLaMA(model.config, variant.attention)
         same.load_state_dict(model.state_dict(), assign=True)
-        same.requires_grad_(False)
+        same = same.to(variant.dtype or model.dtype).requires_grad_(False)
         super().__init__(same, adapter if variant.adapted else None)
         if variant.bits is not None:
             quantizer(variant.bits)(same.layers)
@@ -117,9 +121,6 @@ class Ours(Adapted):
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         adaption_prompts = self.adapter(dtype=self.model.dtype) if self.adapter else ()
         return generate(self.model, rows, adaption_prompts, max_new_tokens=n, decode_step=self.decode_step)
-
-    def continuation(self, tokens: list[int], n: int) -> list[int]:
-        return self.continuations([tokens], n)[0]
 
 
 class Plain(Adapted):
@@ -168,19 +169,22 @@ class Plain(Adapted):
         return F.linear(model.norm(x), self.head)
 
     @torch.no_grad()
-    def continuation(self, tokens: list[int], n: int) -> list[int]:
-        model, config = self.model, self.model.config
-        shape = (1, config.n_kv_heads, len(tokens) + n, config.head_dim)
+    def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
+        model, config, length = self.model, self.model.config, len(rows[0])
+        shape = (len(rows), config.n_kv_heads, length + n, config.head_dim)
         cache = [[model.tok_embeddings.weight.new_zeros(shape) for _ in "kv"] for _ in model.layers]
-        new, ids = torch.tensor([tokens], device=model.device), []
+        new, ids = torch.tensor(rows, device=model.device), []
         for step in range(n):
-            new = self.logits(new, len(tokens) + step - 1 if step else 0, cache)[:, -1].argmax(dim=1)[:, None]
-            ids.append(new.item())
-        return ids
+            new = self.logits(new, length + step - 1 if step else 0, cache)[:, -1].argmax(dim=1)[:, None]  # (B, 1)
+            ids.append(new)
+        return torch.cat(ids, dim=1).tolist()
 
 
 class HuggingFace(Contestant):
-    """transformers, trained by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest."""
+    """transformers, trained by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest.
+
+    The kind "full tuning" is the plain model.
+    """
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
         import peft
@@ -207,12 +211,12 @@ class HuggingFace(Contestant):
         ).loss
 
     @torch.no_grad()
-    def continuation(self, tokens: list[int], n: int) -> list[int]:
-        ids = torch.tensor([tokens], device=self.model.device)
+    def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
+        ids = torch.tensor(rows, device=self.model.device)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
         self.model.generation_config.eos_token_id = None  # n tokens, whatever they are
         new = self.model.generate(input_ids=ids, max_new_tokens=n, **options)
-        return new[0, len(tokens) :].tolist()
+        return new[:, len(rows[0]) :].tolist()
 
 
 class LitGPT(Contestant):
@@ -265,8 +269,10 @@ class LitGPT(Contestant):
         return F.cross_entropy(logits, targets.to(device).flatten(), ignore_index=IGNORE)
 
     @torch.no_grad()
-    def continuation(self, tokens: list[int], n: int) -> list[int]:
+    def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         from litgpt.generate.base import generate as theirs
+
+        (tokens,) = rows
 
         device = self.model.lm_head.weight.device
         self.forget_prompts()
@@ -275,7 +281,22 @@ class LitGPT(Contestant):
         ids = theirs(self.model, torch.tensor(tokens, device=device), len(tokens) + n, temperature=0.0)
         self.model.clear_kv_cache()
         self.model.max_seq_length = self.model.config.block_size
-        return ids[len(tokens) :].tolist()
+        return [ids[len(tokens) :].tolist()]
+
+
+class LlamaCpp(Contestant):
+    """llama.cpp, by llama-cpp-python, on a GGUF file: decoding alone, of one row."""
+
+    def __init__(self, file: Path, capacity: int):
+        from llama_cpp import Llama
+
+        threads = torch.get_num_threads()
+        self.model = Llama(str(file), n_ctx=capacity, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
+        (tokens,) = rows
+        self.model.reset()
+        return [list(islice(self.model.generate(tokens, temp=0.0), n))]
 
 
 def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tensor]:

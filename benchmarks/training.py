@@ -1,5 +1,6 @@
 """Seconds of one epoch, every optimizer step included: ours, the way to it measure by measure, and others."""
 
+import statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -13,14 +14,16 @@ from adapter import Adapter
 from benchmarks.measuring import (
     compare_seconds,
     interleave,
-    matmul_speed,
+    matmul_work,
     measured_on,
     peak_growth,
     publish,
     ratio_text,
+    share_of,
 )
 from benchmarks.peers import Adapted, Contestant, Ours, Plain, Variant, installed_peers, padded
-from benchmarks.workload import Workload, compile_option, prepare_workload, workload_options
+from benchmarks.workload import Workload, compile_option, precisions, precisions_option, prepare_workload
+from benchmarks.workload import workload_options
 from data import IGNORE, TokenizedExample, collate, epoch_batches
 from model import LLaMA
 from runtime.cli import Count, one_line_errors
@@ -89,6 +92,8 @@ def training_contestants(
         for level in Ablation.LEVELS:
             contestants[level] = Ablation(model, workload.new_adapter(), level)
     contestants[name] = Ours(model, workload.new_adapter(), variant, micro_batch_tokens)
+    for precision, other in precisions(workload, variant).items():
+        contestants[precision] = Ours(model, workload.new_adapter(), other, micro_batch_tokens)
     if workload.compiled:
         compiled = variant._replace(compiled=True)
         contestants["ours, compiled"] = Ours(model, workload.new_adapter(), compiled, micro_batch_tokens)
@@ -102,7 +107,8 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
     """Raises ValueError where one differs from ours: it would be compared for nothing."""
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
     for name, loss in losses.items():
-        if abs(loss - losses[ours]) > 1e-3 * losses[ours]:
+        few_bits = name.endswith("bits")  # another function
+        if not few_bits and abs(loss - losses[ours]) > (0.02 if "float" in name else 1e-3) * losses[ours]:
             raise ValueError(f"{name} has a first loss of {loss:.5f}, ours is {losses[ours]:.5f}: not the same work")
     return losses
 
@@ -110,6 +116,7 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
 @command("train", context_settings={"show_default": True})
 @workload_options(
     compile_option,
+    precisions_option,
     option("--examples", "number", type=Count(), default=32, help="So many of the data file."),
     option("--batch-size", type=Count(), default=8, help="Examples per optimizer step."),
     option("--micro-batch-tokens", type=Count(), default=8192, help="Positions of one forward pass."),
@@ -131,18 +138,22 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
     for run_epoch in epochs.values():
         run_epoch()
     peaks = {name: peak_growth(run_epoch, device) for name, run_epoch in epochs.items()}
-    rows = compare_seconds(interleave(epochs, workload.repeat, device), ours)
+    peak_work, peak_operations = matmul_work(device, workload.dtype)
+    seconds = interleave(epochs | {"matmul peak": peak_work}, workload.repeat, device)
+    peak_seconds = seconds.pop("matmul peak")
+    rows = compare_seconds(seconds, ours)
     with FlopCounterMode(display=False) as counter:
         epochs[ours]()
-    speed, flops = matmul_speed(device, workload.dtype), counter.get_total_flops()
+    flops = counter.get_total_flops()
     for name, row in rows.items():
         row["examples_per_second"] = len(examples) / row["median"]
         row["response_tokens_per_second"] = sum(example.num_targets for example in examples) / row["median"]
         row["peak_bytes_beyond_the_model"] = peaks[name]
         row["first_loss"] = losses[name]
-        is_ours = isinstance(contestants[name], Ours)
-        row["utilisation"] = flops / row["median"] / speed if is_ours else None
-    about = measured_on(workload.size, device, workload.dtype) | {
+        row["utilisation"] = None
+        if isinstance(contestants[name], Ours):
+            row["utilisation"] = share_of(flops, row["seconds"], peak_operations, peak_seconds)
+    about = measured_on(workload.name, device, workload.dtype) | {
         "examples": len(examples),
         "batch_size": batch_size,
         "micro_batch_tokens": micro_batch_tokens,
@@ -150,7 +161,7 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         "ablation": ablation,
         "tokens": sum(example.num_tokens for example in examples),
         "flops_of_ours": flops,
-        "matmul_flops_per_second": speed,
+        "matmul_flops_per_second": peak_operations / statistics.median(peak_seconds),
         "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }
     publish("ablation" if ablation else "train", rows, TRAINING_COLUMNS, about, json_path)

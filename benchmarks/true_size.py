@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from cloup import command, option, option_group
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from benchmarks.measuring import json_option, measured_on, peak_anonymous, publish, seconds_of
 from benchmarks.sizes import SCALED, SIZES
 from benchmarks.workload import CONFIGS, random_adapter, random_examples
 from formats.bases import read_base
-from formats.hugging_face import config_values, to_hugging_face
+from formats.gguf import TO_META
+from formats.hugging_face import config_values, to_hugging_face, translated
 from formats.loading import load_part_of_rank
 from generate import Sampling, stream
 from model import Config, LLaMA
@@ -56,14 +59,18 @@ def hugging_face_values(config: Config, scaled: float | None) -> dict:
     "Options",
     option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Whose shape."),
     option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to put beside it."),
-    option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it."),
+    option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it, or the file with --gguf."),
+    option("--gguf", is_flag=True, help="Write a GGUF file: layers as Q4_1, embeddings and output head as Q8_0."),
 )
 @one_line_errors()
-def write_checkpoint(size, tokenizer, out):
+def write_checkpoint(size, tokenizer, out, gguf):
     """Write a checkpoint of random weights.
 
     In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
     """
+    if gguf:
+        write_gguf((SIZES | CONFIGS)[size], tokenizer, out)
+        return
     config, scaled, generator = (SIZES | CONFIGS)[size], SCALED.get(size), torch.Generator().manual_seed(0)
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
@@ -94,6 +101,49 @@ def write_checkpoint(size, tokenizer, out):
     write_json(out / "config.json", hugging_face_values(config, scaled))
     (out / "tokenizer.model").write_bytes(content)
     click.echo(f"wrote {size:,} bytes in {len(names)} shards to {printable(str(out))}")
+
+
+def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
+    """Write random weights and a SentencePiece tokenizer as a GGUF file, with ggml-org's writer. Raises OSError."""
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
+
+    pieces = SentencePieceProcessor(model_file=str(require_file(tokenizer, "tokenizer")))
+    require_writable(out)
+    writer = GGUFWriter(out, "llama", use_temp_file=True)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.max_seq_len or 2048)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    kinds = {TokenType.UNKNOWN: pieces.IsUnknown, TokenType.CONTROL: pieces.IsControl, TokenType.BYTE: pieces.IsByte}
+    ids = range(pieces.vocab_size())
+    types = [next((kind for kind, matches in kinds.items() if matches(id)), TokenType.NORMAL) for id in ids]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([pieces.IdToPiece(id) for id in ids])
+    writer.add_token_scores([pieces.GetScore(id) for id in ids])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+    names = {theirs: ours for ours, theirs in TO_META.items()}
+    with torch.device("meta"):
+        model = LLaMA(config)
+    random = np.random.default_rng(0)
+    for name, weight in model.named_parameters():
+        kind = GGMLQuantizationType.Q4_1 if name.startswith("layers.") else GGMLQuantizationType.Q8_0
+        numbers = random.standard_normal(weight.shape, np.float32) * 0.02
+        if weight.dim() == 1:
+            kind, numbers = GGMLQuantizationType.F32, np.ones(weight.shape, np.float32)
+        writer.add_tensor(translated(name, names), quantize(numbers, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    click.echo(f"wrote {out.stat().st_size:,} bytes to {printable(str(out))}")
 
 
 @command("load", context_settings={"show_default": True})

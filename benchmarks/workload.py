@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import torch
@@ -9,11 +10,13 @@ from cloup import option, option_group
 
 from adapter import Adapter
 from benchmarks.measuring import json_option
+from benchmarks.peers import Variant
 from benchmarks.sizes import SIZES
 from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, read_examples, tokenize
+from formats.bases import load_llama, read_base
 from formats.tokenizers import SentencePieceTokenizer, load_tokenizer
 from model import Config, LLaMA
-from runtime.cli import Count, device_options
+from runtime.cli import PATH, Count, device_options
 from runtime.compilation import prepare_to_compile, transpose_output_head
 from runtime.device import select_device
 from toy.almanac import instructions
@@ -34,25 +37,36 @@ class Workload:
     """What contestants are timed on, and which there are: the options that the commands have in common."""
 
     size: str  # a key of CONFIGS
+    base: Path | None  # a real base in its place
     data: str | None  # an Alpaca file, and the SentencePiece model to cut it with; None is the toy's
     tokenizer: str | None
     repeat: int  # rounds
     peers: bool  # others too
     compiled: bool  # ours under torch.compile too
+    precisions: bool  # ours in other dtypes and in few bits too
     device: torch.device
     dtype: torch.dtype  # of the base
 
+    @property
+    def name(self) -> str:
+        return self.base.stem if self.base else self.size
+
     def new_model(self) -> LLaMA:
+        if self.base:
+            return load_llama(self.base, self.dtype, self.device)[0]
         return random_model(CONFIGS[self.size], self.device, self.dtype)
 
     def new_adapter(self) -> Adapter:
-        return random_adapter(CONFIGS[self.size], self.device)
+        config = read_base(self.base)[0] if self.base else CONFIGS[self.size]
+        return random_adapter(config, self.device)
 
     def read(self, number: int) -> tuple[list[Example], Tokenizer]:
         """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
         if self.data is None:
             examples = [question.example for question in instructions()["training"]]
             tokenizer = load_tokenizer(BASE)
+        elif self.base:
+            examples, tokenizer = read_examples(self.data), load_tokenizer(self.base)
         elif self.tokenizer is None:
             raise ValueError(f"--data {self.data} needs --tokenizer FILE")
         else:
@@ -66,6 +80,19 @@ class Workload:
 
 
 compile_option = option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too.")
+precisions_option = option("--precisions", is_flag=True, help="Ours in float32, bfloat16, 8 and 4 bits too.")
+
+
+def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
+    """Return variants of ours in the other dtype, in 8 and in 4 bits, if the workload asks for them."""
+    if not workload.precisions:
+        return {}
+    other = torch.float32 if workload.dtype == torch.bfloat16 else torch.bfloat16
+    return {
+        f"ours, {str(other)[6:]}": variant._replace(dtype=other),
+        "ours, 8 bits": variant._replace(bits="8"),
+        "ours, 4 bits": variant._replace(bits="4"),
+    }
 
 
 def workload_options(*of_command):
@@ -75,6 +102,7 @@ def workload_options(*of_command):
         option(
             "--size", type=click.Choice(list(CONFIGS)), default="15M", help="Shape of the model, with random weights."
         ),
+        option("--base", type=PATH, help="A base of real weights, in place of --size's."),
         *device_options,
         option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),
         option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
@@ -85,12 +113,12 @@ def workload_options(*of_command):
     )
 
 
-def prepare_workload(device: str, dtype: str, compiled: bool = False, **options) -> Workload:
+def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions: bool = False, **options) -> Workload:
     """As the options say. Raises ValueError."""
     device, dtype = select_device(device, dtype)
     if compiled:
         prepare_to_compile(device)
-    return Workload(device=device, dtype=dtype, compiled=compiled, **options)
+    return Workload(device=device, dtype=dtype, compiled=compiled, precisions=precisions, **options)
 
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LLaMA:

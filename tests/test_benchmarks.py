@@ -33,7 +33,7 @@ def test_the_plain_baseline_is_the_same_model(config):
     torch.testing.assert_close(ours.adapter.prompts.grad, plain.adapter.prompts.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.adapter.gates.grad, plain.adapter.gates.grad, rtol=1e-4, atol=1e-6)
     row = make_tokens(model, 6).tolist()
-    assert ours.continuation(row, 10) == plain.continuation(row, 10)
+    assert ours.continuations([row, row[::-1]], 10) == plain.continuations([row, row[::-1]], 10)
 
 
 @pytest.mark.parametrize("level", Ablation.LEVELS)
@@ -68,7 +68,8 @@ def test_peers_have_the_same_base(kind):
     ours = Ours(model, make_adapter(model, gates=False))
     torch.testing.assert_close(peer.loss(EXAMPLES), ours.loss(EXAMPLES), rtol=1e-4, atol=1e-4)
     row = make_tokens(model, 6).tolist()
-    assert peer.continuation(row, 10) == ours.continuation(row, 10)
+    rows = [row] if kind == "litgpt" else [row, row[::-1]]
+    assert peer.continuations(rows, 10) == ours.continuations(rows, 10)
     peer.loss(EXAMPLES).backward()
     assert any(parameter.grad.abs().sum() > 0 for parameter in peer.parameters() if parameter.grad is not None)
 
