@@ -1,5 +1,6 @@
 """A GPU measured whole by one command, the most important first; what is done when the time is up is kept."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -14,9 +15,12 @@ from matplotlib.figure import Figure
 
 from adapter import gated_attention_paper
 from benchmarks.measuring import copy_speed, interleave, matmul_speed, measured_on, peak_growth
+from benchmarks.measuring import sustained_matmul_speed
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
-from benchmarks.peers import Contestant, Ours, Variant, installed_peers
+from benchmarks.peers import Contestant, HuggingFace, Ours, Variant
 from benchmarks.workload import CONFIGS, random_adapter, random_examples, random_model
+from data import TokenizedExample, epoch_batches
+from model import Config
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from runtime.files import atomic_write, write_json
@@ -28,61 +32,91 @@ GOALS = {
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
 }
+GRAPH = Variant(decoding=True, compiled=True)  # on a GPU a CUDA graph
 TRAINED = {
     "eager": Variant(),
-    "checkpointed": Variant(checkpoint_activations=True),
     "compiled": Variant(compiled=True),
-    "attention as the paper writes it": Variant(attention=gated_attention_paper),
-    "8 bits": Variant(bits="8"),
+    "checkpointed": Variant(checkpoint_activations=True),
     "4 bits": Variant(bits="4"),
+    "8 bits": Variant(bits="8"),
+    "attention as the paper writes it": Variant(attention=gated_attention_paper),
 }
-GRAPH = Variant(decoding=True, compiled=True)  # on a GPU a CUDA graph
 DECODED = {  # how, and rows
     "graph, batch 1": (GRAPH, 1),
     "graph, batch 1, base alone": (GRAPH._replace(adapted=False), 1),
+    "4 bits, graph, batch 1": (GRAPH._replace(bits="4"), 1),
     "eager, batch 1": (Variant(decoding=True), 1),
     "graph, batch 16": (GRAPH, 16),
     "graph, batch 64": (GRAPH, 64),
-    "4 bits, batch 1": (Variant(bits="4", decoding=True), 1),
 }
+ORDER = {  # the parts from the most important to the least, and about how many seconds each takes at 7B: estimates
+    "train: eager": 20,
+    "decode: graph, batch 1": 45,
+    "tests": 120,
+    "decode: graph, batch 1, base alone": 45,
+    "train: compiled": 90,
+    "peer: adaption prompt": 30,
+    "peer: lora": 30,
+    "train: 4 bits": 25,
+    "decode: 4 bits, graph, batch 1": 45,
+    "train: checkpointed": 25,
+    "decode: eager, batch 1": 20,
+    "decode: graph, batch 16": 45,
+    "train: 8 bits": 25,
+    "train: attention as the paper writes it": 25,
+    "decode: graph, batch 64": 45,
+}
+
+
+def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[TokenizedExample]]:
+    """Return batches of like length, as train.py makes them, of random examples as long as Alpaca's: 127 tokens."""
+    lengths = np.linspace(40, 214, 100 * batch_size).round().astype(int).tolist()
+    batches = sorted(epoch_batches(lengths, batch_size, seed=0, epoch=0), key=lambda batch: lengths[batch[0]])
+    spread = batches[100 // number // 2 :: 100 // number]  # from short to long
+    return [random_examples(config, [lengths[i] for i in batch]) for batch in spread]
 
 
 class Bench:
     """A device, a random base on it, and how fast both can be."""
 
-    SECONDS = 6  # that a step is repeated, at most five times
-    BATCH = 64  # examples of a step, as in the paper
+    SECONDS = 4  # of one part's rounds: no further one is begun
+    BATCH, BATCHES = 64, 4  # examples of a step, as in the paper, and steps of a round
+    PEER_BATCH = 16  # others pad to the longest, and keep the logits of all positions
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype, self.config = device, dtype, CONFIGS[size]
         self.model, self.adapter = random_model(self.config, device, dtype), random_adapter(self.config, device)
-        self.matmul, self.copy = matmul_speed(device, dtype), copy_speed(device)
-        lengths = np.linspace(40, 214, self.BATCH).round().astype(int).tolist()  # as long as Alpaca's, 127 on average
-        self.examples = random_examples(self.config, lengths)
+        self.matmul = matmul_speed(device, dtype)
+        self.sustained = sustained_matmul_speed(device, dtype, self.SECONDS / 2)
+        self.copy = copy_speed(device)
+        self.batches = alpaca_batches(self.config, self.BATCH, self.BATCHES)
 
     def training(self, variant: Variant) -> dict:
-        """Ours, in steps on all examples."""
+        """Ours, in steps on batches of like length, as train.py makes them."""
         contestant = Ours(self.model, random_adapter(self.config, self.device), variant)
-        return self.training_rate(contestant, variant.checkpoint_activations)
+        return self.training_rate(contestant, self.batches, variant.checkpoint_activations)
 
     def peer(self, kind: str) -> dict:
-        """PEFT's adaption prompt or LoRA at the same work, where it is installed."""
-        peers = installed_peers(self.model, self.adapter, [kind])
-        if f"PEFT {kind}" not in peers:
+        """PEFT's adaption prompt or LoRA on a batch of like length, where it is installed."""
+        if importlib.util.find_spec("peft") is None:
             return {"error": "not installed"}
-        return self.training_rate(peers[f"PEFT {kind}"], checkpointed=False)
+        layers, length, _ = self.adapter.prompts.shape
+        contestant = HuggingFace(self.model, kind, layers, length)
+        return self.training_rate(contestant, [batch[: self.PEER_BATCH] for batch in self.batches], checkpointed=False)
 
-    def training_rate(self, contestant: Contestant, checkpointed: bool) -> dict:
-        """Tokens/s of optimizer steps on all examples, and how much of the matmul peak that is."""
+    def training_rate(self, contestant: Contestant, batches: list[list[TokenizedExample]], checkpointed: bool) -> dict:
+        """Tokens/s of an optimizer step on each batch, and how much of the matmul peak that is."""
         optimizer = contestant.optimizer()
 
-        def step() -> None:
-            contestant.step(optimizer, self.examples)
+        def steps() -> None:
+            for batch in batches:
+                contestant.step(optimizer, batch)
 
-        taken = interleave({"step": step}, 5, self.device, limit=self.SECONDS)["step"]
-        peak = peak_growth(step, self.device) + held_bytes(contestant.model)
-        seconds, tokens = min(taken), sum(example.num_tokens for example in self.examples)
-        num_targets = sum(example.num_targets for example in self.examples)
+        taken = interleave({"steps": steps}, 5, self.device, limit=self.SECONDS)["steps"]
+        peak = peak_growth(steps, self.device) + held_bytes(contestant.model)
+        examples = [example for batch in batches for example in batch]
+        seconds, tokens = min(taken), sum(example.num_tokens for example in examples)
+        num_targets = sum(example.num_targets for example in examples)
         operations = step_operations(self.config, tokens, num_targets, checkpointed)
         five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS
         return {
@@ -90,14 +124,16 @@ class Bench:
             "tokens_per_second": tokens / seconds,
             "peak_bytes": peak,
             "matmul_share": operations / seconds / self.matmul,
+            "sustained_share": operations / seconds / self.sustained,
             "alpaca_minutes": five_epochs / (tokens / seconds) / 60,
         }
 
     def decoding(self, variant: Variant, rows: int) -> dict:
         """Several rows at once, greedy, after 60 tokens: the time of the newest, without that of the prompt's."""
         contestant = Ours(self.model, self.adapter, variant)
-        tokens = [self.examples[i % self.BATCH].ids[:40] + [5] * 20 for i in range(rows)]
-        numbers = (8, 136) if self.device.type == "cuda" else (2, 18)
+        batch = self.batches[0]
+        tokens = [batch[i % len(batch)].ids[:40] + [5] * 20 for i in range(rows)]
+        numbers = (8, 264) if self.device.type == "cuda" else (2, 18)  # a graph is recorded in both
         works = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
         few, many = map(min, interleave(works, 3, self.device).values())
         seconds = (many - few) / (numbers[1] - numbers[0])
@@ -113,20 +149,23 @@ def gpu_tests(tests: str = "tests") -> dict:
 
 
 def all_parts(bench: Bench) -> dict[str, Callable[[], dict]]:
-    """The measures by name, in the order of their worth."""
-    training = {f"train: {how}": lambda of=of: bench.training(of) for how, of in TRAINED.items()}
-    decoding = {f"decode: {how}": lambda of=of: bench.decoding(*of) for how, of in DECODED.items()}
-    first = ("train: eager", "decode: graph, batch 1", "decode: graph, batch 1, base alone", "train: checkpointed")
-    parts = training | decoding
-    ordered = {name: parts[name] for name in first} | parts
-    peers = {f"peer: {kind}": lambda kind=kind: bench.peer(kind) for kind in ("adaption prompt", "lora")}
-    return ordered | peers
+    """The parts by name, in the order of their importance."""
+    parts: dict[str, Callable[[], dict]] = {"tests": gpu_tests}
+    parts |= {f"train: {how}": lambda of=of: bench.training(of) for how, of in TRAINED.items()}
+    parts |= {f"decode: {how}": lambda of=of: bench.decoding(*of) for how, of in DECODED.items()}
+    parts |= {f"peer: {kind}": lambda kind=kind: bench.peer(kind) for kind in ("adaption prompt", "lora")}
+    return {name: parts[name] for name in ORDER}
 
 
-def run_parts(parts: dict[str, Callable[[], dict]], deadline: float, done: Callable[[str, dict], None]) -> None:
-    """One after the other while there is time; what fails is noted, and the others go on."""
+def run_parts(
+    parts: dict[str, Callable[[], dict]],
+    deadline: float,
+    done: Callable[[str, dict], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Run the parts that are expected to end in time; what fails is noted, and the others go on."""
     for name, part in parts.items():
-        if time.perf_counter() > deadline:
+        if clock() + ORDER[name] > deadline:
             done(name, {"error": "no time was left"})
             continue
         try:
@@ -138,7 +177,7 @@ def run_parts(parts: dict[str, Callable[[], dict]], deadline: float, done: Calla
 
 
 def draw_shares(found: dict[str, dict], path: Path) -> None:
-    """How much of what the device can do each measure reached, the goals beside."""
+    """Draw how much of what the device can do each part reached, the goals beside."""
     bars = {name: row.get("matmul_share", row.get("copy_share")) for name, row in found.items() if "error" not in row}
     bars = {name: share for name, share in bars.items() if share is not None}
     if not bars:
@@ -168,8 +207,8 @@ def summary_line(name: str, row: dict) -> str:
 @option_group(
     "Options",
     option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model, with random weights."),
-    option("--minutes", type=Real(0, min_open=True), default=8.5, help="When they are over nothing more is begun."),
-    option("--skip-tests", is_flag=True, help="Leave out the suite's GPU cases, which come first."),
+    option("--minutes", type=Real(0, min_open=True), default=8.5, help="What would take longer is not begun."),
+    option("--skip-tests", is_flag=True, help="Leave out the suite's GPU cases."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",
            show_default="benchmarks/results/gpu.json", help="Where the figures go, with a picture beside."),
     *device_options,
@@ -178,28 +217,29 @@ def summary_line(name: str, row: dict) -> str:
 def time_gpu(size, minutes, skip_tests, out, device, dtype):
     """Measure a GPU, whole.
 
-    The suite's GPU cases, then training and decoding, plain, compiled and in fewer bits, and others at the same work;
+    Training, decoding, the suite's GPU cases, then the same compiled and in fewer bits, and others at the same work;
     saved after each.
     """
     deadline = time.perf_counter() + 60 * minutes
     device, dtype = select_device(device, dtype)
     found: dict[str, dict] = {}
+    bench = Bench(size, device, dtype)
     about = measured_on(size, device, dtype)
+    about |= {"matmul_flops": bench.matmul, "sustained_matmul_flops": bench.sustained}
+    about |= {"copy_bytes_per_second": bench.copy, "goals": GOALS, "measures": found}
+    counted = count_bytes(bench.config, PAPER.micro_batch_tokens, dtype.itemsize, False)
+    about |= {"counted_bytes": counted["sum"], "adapter_parameters": sum(p.numel() for p in bench.adapter.parameters())}
 
     def done(name: str, row: dict) -> None:
         found[name] = row
         click.echo(summary_line(name, row))
-        write_json(out, about | {"goals": GOALS, "measures": found})
+        adapted, alone = (found.get(f"decode: graph, batch 1{which}", {}) for which in ("", ", base alone"))
+        if "tokens_per_second" in adapted and "tokens_per_second" in alone:
+            about["adapter_share_of_decoding"] = 1 - adapted["tokens_per_second"] / alone["tokens_per_second"]
+        write_json(out, about)
+        draw_shares(found, out.with_suffix(".png"))
 
-    if not skip_tests:
-        run_parts({"tests": gpu_tests}, deadline, done)
-    bench = Bench(size, device, dtype)
-    about |= {"matmul_flops": bench.matmul, "copy_bytes_per_second": bench.copy}
-    counted = count_bytes(bench.config, PAPER.micro_batch_tokens, dtype.itemsize, False)
-    about |= {"counted_bytes": counted["sum"], "adapter_parameters": sum(p.numel() for p in bench.adapter.parameters())}
-    run_parts(all_parts(bench), deadline, done)
-    plain, alone = (found[f"decode: graph, batch 1{which}"].get("tokens_per_second") for which in ("", ", base alone"))
-    if plain and alone:
-        about["adapter_share_of_decoding"] = 1 - plain / alone
-    write_json(out, about | {"goals": GOALS, "measures": found})
-    draw_shares(found, out.with_suffix(".png"))
+    parts = all_parts(bench)
+    if skip_tests:
+        del parts["tests"]
+    run_parts(parts, deadline, done)

@@ -45,6 +45,16 @@ def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
+def sustained_matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of large matrix products that go on for some seconds, in which a GPU may lower its clock."""
+    work, operations = matmul_work(device, dtype)
+    start, number = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        seconds_of(work, device)
+        number += 1
+    return number * operations / (time.perf_counter() - start)
+
+
 def copy_speed(device: torch.device) -> float:
     """Bytes/s that a large copy moves, read and written."""
     source = torch.zeros(COPIED.get(device.type, COPIED["cpu"]), device=device)

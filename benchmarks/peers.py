@@ -322,13 +322,13 @@ def as_transformers(model: LLaMA) -> nn.Module:
     """The same LLaMA, a copy, as transformers has it. Its rotary embedding must be the plain one."""
     import transformers
 
-    c, weight = model.config, model.tok_embeddings.weight
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **config_values(c),
-            rope_theta=c.rope_theta,
-            tie_word_embeddings=False,
-        )
-    ).to(weight.device, weight.dtype)
+    c, default = model.config, torch.get_default_dtype()
+    config = transformers.LlamaConfig(**config_values(c), rope_theta=c.rope_theta, tie_word_embeddings=False)
+    torch.set_default_dtype(model.dtype)  # made where it is to be, not in float32 on the CPU
+    try:
+        with model.device:
+            theirs = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
     theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
     return theirs.eval()

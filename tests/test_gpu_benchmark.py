@@ -13,6 +13,7 @@ from benchmarks import gpu, measuring, workload
 from benchmarks.__main__ import main
 from benchmarks.memory import step_operations
 from benchmarks.peers import Ours, Variant
+from data import group_by_length
 from model import Config
 
 SHAPE = Config(64, 4, 4, 4, 16, 128, 500)
@@ -41,17 +42,14 @@ def test_every_part_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "said": ["1 passed"]})
     found, said = run(tmp_path)
     measures = found["measures"]
-    assert list(measures)[:5] == [
-        "tests", "train: eager", "decode: graph, batch 1", "decode: graph, batch 1, base alone", "train: checkpointed",
-    ]  # fmt: skip
-    assert len(measures) == 1 + len(gpu.TRAINED) + len(gpu.DECODED) + 2
+    assert list(measures) == list(gpu.ORDER) and len(measures) == 1 + len(gpu.TRAINED) + len(gpu.DECODED) + 2
     assert not [row for row in measures.values() if "error" in row], measures
     for name, row in measures.items():
         if name.startswith("train"):
             assert row["peak_bytes"] > 0 and row["matmul_share"] > 0 and row["alpaca_minutes"] > 0
         if name.startswith("decode"):
             assert row["tokens_per_second"] > 0 and row["copy_share"] > 0
-    wide, narrow = (measures[f"decode: {how}, batch 1"]["bytes_per_step"] for how in ("eager", "4 bits"))
+    wide, narrow = (measures[f"decode: {how}, batch 1"]["bytes_per_step"] for how in ("eager", "4 bits, graph"))
     assert narrow < wide and "train: eager: " in said and "adapter_share_of_decoding" in found
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
@@ -61,14 +59,40 @@ def test_what_fails_or_comes_too_late_is_noted_and_the_rest_kept(tiny, tmp_path,
         raise torch.OutOfMemoryError("no memory\nat all")
 
     monkeypatch.setattr(gpu.Bench, "training", fail)
-    start = time.perf_counter()
     monkeypatch.setattr(gpu.Bench, "decoding", lambda *_: time.sleep(0.2) or {"tokens_per_second": 1, "copy_share": 1})
-    found, _ = run(tmp_path, "--skip-tests", "--minutes", 0.005)
-    assert time.perf_counter() - start < 20
+    monkeypatch.setitem(gpu.ORDER, "peer: lora", 1e4)
+    found, _ = run(tmp_path, "--skip-tests", "--minutes", 10)
     measures = found["measures"]
     assert measures["train: eager"] == {"error": "OutOfMemoryError: no memory"}
     assert measures["decode: graph, batch 1"]["tokens_per_second"] == 1
     assert measures["peer: lora"] == {"error": "no time was left"}
+
+
+def test_the_end_is_in_time():
+    """A clock on which every part takes as long as is expected: none goes on after the deadline, later ones fit."""
+    now, ran = [0.0], []
+
+    def part(name):
+        def run():
+            now[0] += gpu.ORDER[name]
+            return ran.append(name)
+
+        return run
+
+    gpu.run_parts({name: part(name) for name in gpu.ORDER}, 510, lambda name, row: None, lambda: now[0])
+    assert 450 < now[0] <= 510 and ran[:3] == ["train: eager", "decode: graph, batch 1", "tests"]
+    assert {"peer: adaption prompt", "peer: lora", "train: compiled"} <= set(ran) < set(gpu.ORDER)
+
+
+def test_batches_are_of_like_length():
+    """As in training: next to no padding, which would count as time without work."""
+    lengths = [example.num_tokens for batch in gpu.alpaca_batches(SHAPE, 64, 4) for example in batch]
+    assert len(lengths) == 256 and 120 < sum(lengths) / 256 < 134
+    positions = 0
+    for batch in gpu.alpaca_batches(SHAPE, 64, 4):
+        for micro_batch in group_by_length(batch, 8192):
+            positions += len(micro_batch) * max(example.num_tokens for example in micro_batch)
+    assert positions < 1.02 * sum(lengths)
 
 
 def test_the_suite_s_gpu_cases_are_found():
