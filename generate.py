@@ -50,8 +50,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature < 1e-6:  # the division would overflow in float32
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # Exclusive cumulative sum in float64: on a GPU, sums differ in the last bits, and all ranks must agree.
-    before = probabilities.double().cumsum(dim=-1) - probabilities
+    # Exclusive cumulative sum, in float64 but for MPS: on a GPU sums differ in the last bits, and all ranks must agree.
+    dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    before = probabilities.cumsum(dim=-1, dtype=dtype) - probabilities
     probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
     # argmax(p / E) with E ~ Exp(1) is a draw from p (the Gumbel-max trick); torch.multinomial makes a GPU wait for the
     # host.

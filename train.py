@@ -39,7 +39,7 @@ from model import Config, LLaMA, num_parameters
 from runtime.cli import SEED, Count, Real, bits_options, device_options, one_line_errors
 from runtime.cli import options_of, from_options, setting, warn
 from runtime.compilation import compile_layers, prepare_to_compile
-from runtime.device import select_device
+from runtime.device import select_device, to_device
 from runtime.distributed import all_reduce_sum, barrier, check_same_on_all_ranks, first_rank_speaks
 from runtime.distributed import local_rank0_first, print_rank0, process_group, rank, run_command, world_size
 from runtime.files import resolved
@@ -137,17 +137,19 @@ def response_loss(
     loss is a zero that is connected to all layers.
     """
     batch = collate(examples)
-    inputs = batch.inputs.to(model.device)  # (B, T)
-    targets = batch.targets.to(model.device)  # (B, T)
+    rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)  # (R,), found here: a GPU would have to wait for R
+    targets = to_device(batch.targets.flatten()[rows], model.device)  # (R,)
+    rows = to_device(rows, model.device)
+    inputs = to_device(batch.inputs, model.device)  # (B, T)
     if batch.features is None:
         adaption_prompts = adapter(dtype=model.dtype)
     else:
-        features = batch.features.to(model.device)  # (B, F)
-        has_image = batch.has_image.to(model.device)  # (B,)
+        features = to_device(batch.features, model.device)  # (B, F)
+        has_image = to_device(batch.has_image, model.device)  # (B,)
         adaption_prompts = adapter(features=features, has_image=has_image, dtype=model.dtype)
     hidden = model.hidden_states(inputs, adaption_prompts, checkpoint_activations=checkpoint_activations)  # (B, T, C)
-    loss_mask = targets != IGNORE  # (B, T)
-    return chunked_cross_entropy(hidden[loss_mask], model.output.weight, targets[loss_mask])
+    hidden = hidden.flatten(0, 1).index_select(0, rows)  # (R, C)
+    return chunked_cross_entropy(hidden, model.output.weight, targets)
 
 
 def train_step(

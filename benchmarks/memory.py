@@ -53,8 +53,10 @@ def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activation
     return sum(storage.nbytes() for storage in kept.values()) // 4
 
 
-def count_bytes(config: Config, tokens: int, itemsize: int, checkpoint_activations: bool) -> dict[str, int]:
-    """Bytes by kind, at the worst moment of a step."""
+def count_bytes(
+    config: Config, tokens: int, itemsize: int, checkpoint_activations: bool, device: str = "cuda"
+) -> dict[str, int]:
+    """Bytes by kind, at the worst moment of a step, on a kind of device."""
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
@@ -64,7 +66,7 @@ def count_bytes(config: Config, tokens: int, itemsize: int, checkpoint_activatio
         "activations kept": adapted * kept,
         # The gradients in it, and what it computes again.
         "one layer at work": whole * (2 if checkpoint_activations else 1),
-        "logits of a few rows": ROWS * config.vocab_size * (itemsize + 4 + 4),  # and twice log p
+        "logits of a few rows": min(ROWS[device], tokens) * config.vocab_size * (itemsize + 4 + 4),  # and twice log p
     }
     return rows | {"sum": sum(rows.values())}
 
@@ -100,7 +102,7 @@ def count_memory(size, check, json_path, device, dtype):
     config, itemsize, rows = CONFIGS[size], dtype.itemsize if check else 2, {}
     for again in (False, True):
         for tokens in (512, 1024, 2048, 4096, 8192):
-            row = count_bytes(config, tokens, itemsize, again)
+            row = count_bytes(config, tokens, itemsize, again, device.type if check else "cuda")
             if check:
                 fresh = multiprocessing.get_context("spawn")  # no memory left over from before
                 with ProcessPoolExecutor(1, fresh) as process:

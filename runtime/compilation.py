@@ -12,6 +12,8 @@ def prepare_to_compile(device: torch.device) -> None:
     """Before anything is compiled. Raises ValueError where torch.compile would fail later."""
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
+    if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "cc", "clang", "cl"))):
+        raise ValueError("--compile needs a C compiler on a GPU too, such as gcc, and there is none")
     # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.
     torch._dynamo.config.cache_size_limit = 32
 
@@ -42,14 +44,15 @@ def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Ca
     compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":
         return compiled
-    recorded = None  # with the cache that it reads and writes, wherever that lies
+    recorded = None  # with the cache and the adaption prompts that it reads, wherever they lie
 
     def replay(model: nn.Module, ids: Tensor, adaption_prompts, cache) -> Tensor:
         nonlocal recorded
-        if recorded is None or recorded[0] is not cache:
+        if recorded is None or recorded[0] is not cache or recorded[1] is not adaption_prompts:
             recorded = None  # the memory of the one before
-            recorded = (cache, *record_cuda_graph(compiled, model, ids, adaption_prompts, cache))
-        _, graph, newest, logits = recorded
+            graph = record_cuda_graph(compiled, model, ids, adaption_prompts, cache)
+            recorded = (cache, adaption_prompts, *graph)
+        *_, graph, newest, logits = recorded
         newest.copy_(ids)
         graph.replay()
         return logits

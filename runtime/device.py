@@ -18,6 +18,8 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     Raises ValueError if the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
+    torch.backends.cudnn.allow_tf32 = False  # in a vision encoder's convolution neither
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new shape of a batch, up to 0.5 s each
     if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
         if device not in ("auto", "cuda"):
             raise ValueError(f"--device {device}: with several processes each has its own; use cuda, cpu or auto")
@@ -61,6 +63,13 @@ def busy_cores() -> float:
         running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
         load = min(load, running - 1)  # without this one
     return load
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the CPU to the device; a GPU need not have arrived there."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def device_name(device: torch.device) -> str:

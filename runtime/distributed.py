@@ -50,7 +50,8 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     ValueError if the ranks cannot be reached.
     """
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timeout)
     except dist.DistError as error:
         raise ValueError(f"cannot connect to the other ranks: {error}") from None
 

@@ -23,7 +23,7 @@ from formats.bases import load_llama
 from runtime.compilation import compile_layers
 from toy import toys
 from train import TrainConfig, learning_rate, make_optimizer, mean_loss, train_step
-from training.loss import chunked_cross_entropy
+from training.loss import ROWS, chunked_cross_entropy
 from training.options import RunOptions
 from training.run import CTRL_C, Run
 from training.run_files import read_metrics
@@ -61,7 +61,7 @@ def naive_loss(model, adapter, examples):
 @pytest.mark.parametrize("max_tokens, checkpointed", [(1, False), (40, True), (10_000, False), (10_000, True)])
 def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, checkpointed, monkeypatch):
     """Logits in few rows at the response alone, checkpointing, unequal micro-batches: one loss, one gradient."""
-    monkeypatch.setattr("training.loss.ROWS", 7)
+    monkeypatch.setitem(ROWS, "cpu", 7)
     model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
     examples += examples[:1]

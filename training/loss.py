@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ROWS = 256  # positions whose logits are in memory at a time
+ROWS = {"cpu": 256, "cuda": 1024}  # positions whose logits are in memory at a time
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -15,12 +15,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(context, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         total, gradients = hidden.new_zeros((), dtype=torch.float32), []
-        for rows, right in zip(hidden.split(ROWS), targets[:, None].split(ROWS)):
-            log_p = (rows @ head.T).log_softmax(dim=1, dtype=torch.float32)  # (ROWS, V)
+        number = ROWS.get(hidden.device.type, ROWS["cpu"])
+        for rows, right in zip(hidden.split(number), targets[:, None].split(number)):
+            log_p = (rows @ head.T).log_softmax(dim=1, dtype=torch.float32)  # (number, V)
             total -= log_p.gather(1, right).sum()
             if context.needs_input_grad[0]:
-                by_logits = log_p.exp_().scatter_add_(1, right, -torch.ones_like(log_p[:, :1]))  # (ROWS, V)
-                gradients.append(by_logits.to(head.dtype) @ head)  # (ROWS, C)
+                by_logits = log_p.exp_().scatter_add_(1, right, -torch.ones_like(log_p[:, :1]))  # (number, V)
+                gradients.append(by_logits.to(head.dtype) @ head)  # (number, C)
         context.save_for_backward(*gradients)
         return total
 
