@@ -1,5 +1,6 @@
 """Tokens per second of greedy decoding, prefill included."""
 
+import copy
 import importlib.util
 import statistics
 
@@ -7,12 +8,17 @@ import torch
 from cloup import command, option
 from torch import nn
 
+from adapter import Adapter
+
 from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_work, share_of
 from benchmarks.peers import Contestant, LlamaCpp, Ours, Variant, installed_peers
 from benchmarks.workload import Workload, compile_option, precisions, precisions_option, prepare_workload
 from benchmarks.workload import workload_options
 from formats.gguf import is_gguf
+from generate import decode_step
+from model import LLaMA
 from runtime.cli import Count, one_line_errors
+from runtime.compilation import compile_decoding
 from runtime.decoding import PackedBfloat16, PackedLinear
 
 PROMPT = 60  # tokens
@@ -37,6 +43,21 @@ def bytes_per_step(model: nn.Module) -> int:
     return total - sum(layer.weight.nbytes for layer in packed if isinstance(layer, nn.Linear))
 
 
+def ours_of_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:
+    """Return ours in all variants; those that read the same weights share a model, which saves memory."""
+    models: dict[tuple, Ours] = {}
+    contestants = {}
+    for name, variant in variants.items():
+        weights = (variant.dtype, variant.bits, variant.compiled and variant.bits is None)
+        if weights not in models:
+            models[weights] = Ours(model, adapter, variant)
+        contestants[name] = copy.copy(models[weights])
+        contestants[name].adapter = adapter if variant.adapted else None
+        if variant.compiled:
+            contestants[name].decode_step = compile_decoding(decode_step, contestants[name].model)
+    return contestants
+
+
 def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
     """Return who takes part: ours, in several variants, and others with --peers."""
     model, adapter = workload.new_model(), workload.new_adapter()
@@ -45,7 +66,7 @@ def generation_contestants(workload: Workload, capacity: int, batch_size: int) -
     if workload.compiled:
         in_bits = [name for name, each in variants.items() if each.bits]
         variants |= {f"{name}, compiled": variants[name]._replace(compiled=True) for name in ["ours", *in_bits]}
-    contestants: dict[str, Contestant] = {name: Ours(model, adapter, each) for name, each in variants.items()}
+    contestants: dict[str, Contestant] = ours_of_variants(model, adapter, variants)
     if workload.peers:
         peers = installed_peers(model, adapter, ["adaption prompt", "full tuning"])
         if "full tuning" in peers:

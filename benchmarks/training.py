@@ -104,11 +104,12 @@ def training_contestants(
 
 @torch.no_grad()
 def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[TokenizedExample]) -> dict[str, float]:
-    """Raises ValueError where one differs from ours: it would be compared for nothing."""
+    """Return the losses. Raises ValueError if one differs from ours: it would be compared for nothing."""
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
+    tolerance = 1e-3 if contestants[ours].model.dtype == torch.float32 else 5e-3
     for name, loss in losses.items():
-        few_bits = name.endswith("bits")  # another function
-        if not few_bits and abs(loss - losses[ours]) > (0.02 if "float" in name else 1e-3) * losses[ours]:
+        rounded = name.endswith(("bits", "float32", "bfloat16"))  # to another function
+        if not rounded and abs(loss - losses[ours]) > tolerance * losses[ours]:
             raise ValueError(f"{name} has a first loss of {loss:.5f}, ours is {losses[ours]:.5f}: not the same work")
     return losses
 
@@ -151,7 +152,7 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         row["peak_bytes_beyond_the_model"] = peaks[name]
         row["first_loss"] = losses[name]
         row["utilisation"] = None
-        if isinstance(contestants[name], Ours):
+        if isinstance(contestants[name], Ours) and contestants[name].model.dtype == workload.dtype:
             row["utilisation"] = share_of(flops, row["seconds"], peak_operations, peak_seconds)
     about = measured_on(workload.name, device, workload.dtype) | {
         "examples": len(examples),

@@ -135,7 +135,9 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
     random = np.random.default_rng(0)
     for name, weight in model.named_parameters():
         kind = GGMLQuantizationType.Q4_1 if name.startswith("layers.") else GGMLQuantizationType.Q8_0
-        numbers = random.standard_normal(weight.shape, np.float32) * 0.02
+        numbers = 0.02 * random.standard_normal(weight.shape, np.float32)
+        if weight.shape[-1] % 32:  # no whole blocks
+            kind = GGMLQuantizationType.F16
         if weight.dim() == 1:
             kind, numbers = GGMLQuantizationType.F32, np.ones(weight.shape, np.float32)
         writer.add_tensor(translated(name, names), quantize(numbers, kind), raw_dtype=kind)

@@ -64,7 +64,7 @@ class Workload:
         """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
         if self.data is None:
             examples = [question.example for question in instructions()["training"]]
-            tokenizer = load_tokenizer(BASE)
+            tokenizer = load_tokenizer(self.base or BASE)
         elif self.base:
             examples, tokenizer = read_examples(self.data), load_tokenizer(self.base)
         elif self.tokenizer is None:

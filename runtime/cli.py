@@ -83,7 +83,7 @@ bits_options = [  # both fill `bits` with None, "none", "8" or "4"
         callback=lambda context, parameter, bits: None if bits == "auto" else bits,
         help="Of the layers' weights. auto keeps what a GGUF file has in 8 or 4; none is --dtype.  [default: auto]",
     ),
-    option("--int8", "bits", flag_value="8", help="The same as --bits 8."),
+    option("--int8", "bits", flag_value="8", hidden=True),  # the name in earlier versions
 ]
 ADAPTER_HELP = "FILE, a run's folder, or NAME=FILE; repeatable."
 adapter_options = option_group(

@@ -115,8 +115,8 @@ class RowLinear(nn.Linear):
 
 
 def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all linear layers of a kind inside the model, in place."""
-    for parent in list(model.modules()):
+    """Replace all linear layers of a kind inside the model, in place; each is freed before the next is packed."""
+    for parent in [module for module in model.modules() if type(module) is not kind]:
         for name, module in list(parent.named_children()):
             if type(module) is kind:
                 setattr(parent, name, make(module))

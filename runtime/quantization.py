@@ -93,7 +93,7 @@ def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     scales = groups.abs().amax(dim=2, keepdim=True).clamp_(min=1e-30) / 127  # (N, K/32, 1)
-    return (groups / scales).round_().to(torch.int8), scales, None
+    return (groups * (1 / scales)).round_().to(torch.int8), scales, None
 
 
 def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     least, greatest = groups.aminmax(dim=2, keepdim=True)  # (N, K/32, 1)
     scales = ((greatest - least) / 15).clamp_(min=1e-30)
-    q = ((groups - least) / scales).round_().to(torch.uint8)
+    q = (groups - least).mul_(1 / scales).round_().to(torch.uint8)
     first, second = q.chunk(2, dim=2)
     return first | second << 4, scales, least
 

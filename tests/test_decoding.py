@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
     assert type(model.layers[0].attention.wq) is type(model.output) is expected
     packed = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), dtype, bits="8", compiled=compiled)[0]
     assert type(packed.layers[0].attention.wq) is type(packed.output) is PackedLinear
+
+
+def test_layers_are_packed_one_by_one():
+    """A 7B model in bfloat16 does not fit twice into the memory that it fits into once."""
+    model, living = make_model(SHAPE), []
+
+    def pack(layer):
+        living.append(weakref.ref(layer))
+        assert sum(reference() is not None for reference in living) <= 4  # those of one parent
+        return torch.nn.Identity()
+
+    replace_linear(model.layers, torch.nn.Linear, pack)
+    assert len(living) == 3 * 7
 
 
 def test_replacing_leaves_other_kinds_alone():

