@@ -1,11 +1,13 @@
 """Devices, files, compilation and quantisation."""
 
 import os
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from runtime import device
+from runtime import compilation, device, distributed
 from runtime.device import select_device
 
 
@@ -43,3 +45,53 @@ def test_other_processes_are_counted(monkeypatch):
     assert 0 <= device.busy_cores() <= 5
     monkeypatch.delattr(os, "getloadavg")  # as on Windows
     assert device.busy_cores() == 0
+
+
+def test_a_device_is_set_up_alike_everywhere():
+    """No plan for every shape of attention, and float32 is float32: harmless on a CPU."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
+    select_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("kind, compiler", [("cpu", "C++ compiler"), ("cuda", "C compiler")])
+def test_compiling_needs_a_compiler(monkeypatch, kind, compiler):
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=f"--compile needs a {re.escape(compiler)}"):
+        compilation.prepare_to_compile(torch.device(kind))
+
+
+def test_a_graph_is_recorded_anew_for_another_cache_and_for_other_prompts(monkeypatch):
+    """It reads the memory of both, wherever they lay when it was recorded."""
+    recorded = []
+
+    class Graph:
+        def replay(self):
+            pass
+
+    def record(step, model, ids, adaption_prompts, cache):
+        recorded.append((adaption_prompts, cache))
+        return Graph(), ids.clone(), torch.zeros(1)
+
+    class Model:
+        def parameters(self):
+            yield SimpleNamespace(device=torch.device("cuda"))
+
+    monkeypatch.setattr(compilation, "record_cuda_graph", record)
+    decode_step = compilation.compile_decoding(lambda *_: None, Model())
+    a, b, first, second = ["prompts"], ["prompts"], object(), object()
+    for adaption_prompts, cache in [(a, first), (a, first), (b, first), (b, second), (b, second)]:
+        decode_step(Model(), torch.zeros(1), adaption_prompts, cache)
+    assert recorded == [(a, first), (b, first), (b, second)]
+
+
+@pytest.mark.parametrize("has_nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_without_nccl_ranks_connect_over_gloo(monkeypatch, has_nccl, backend):
+    """As on Windows, where PyTorch has CUDA but no NCCL."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, timeout: used.append(name))
+    distributed.init_distributed()
+    assert used == [backend]
