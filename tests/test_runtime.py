@@ -1,12 +1,16 @@
 """Devices, files, compilation and quantisation."""
 
 import os
+import random
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import make_adapter, make_model
 
+from generate import decode_step, prefill
+from model import KVCache
 from runtime import compilation, device, distributed
 from runtime.device import select_device
 
@@ -95,3 +99,26 @@ def test_without_nccl_ranks_connect_over_gloo(monkeypatch, has_nccl, backend):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, timeout: used.append(name))
     distributed.init_distributed()
     assert used == [backend]
+
+
+def test_compiled_layers_need_few_graphs():
+    """25 batches of varying shape, with gradients; then decoding with caches of varying size: no graph breaks."""
+    model, numbers = make_model("gqa"), random.Random(0)
+    adapter = make_adapter(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counters = torch._dynamo.utils.counters
+    for layer in model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for _ in range(25):
+        rows, length = numbers.randint(1, 8), numbers.randint(2, 40)
+        model(torch.randint(0, 50, (rows, length)), adapter()).sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 8
+    with torch.no_grad():
+        for extra in range(5):
+            cache = KVCache(model, batch=2, capacity=30 + extra)
+            prefill(model, [[3] * (4 + extra), [5] * 3], adapter(), cache)
+            for _ in range(3):
+                decode_step(model, torch.tensor([3, 4]), adapter(), cache)
+    assert counters["stats"]["unique_graphs"] <= 16 and not counters["graph_break"]
+    torch._dynamo.reset()
