@@ -73,7 +73,8 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
     """Respond greedily, by a base with an adapter or without. Raises OSError or ValueError."""
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
-    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, bits=config.bits)
+    how = {"bits": config.bits, "decoding": not config.choose}  # most likely options are scored, without decoding
+    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, **how)
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):

@@ -20,6 +20,7 @@ from model import LLaMA
 from runtime.cli import Count, one_line_errors
 from runtime.compilation import compile_decoding
 from runtime.decoding import PackedBfloat16, PackedLinear
+from runtime.quantization import QuantizedLinear, held_bytes
 
 PROMPT = 60  # tokens
 GENERATION_COLUMNS = {
@@ -32,15 +33,17 @@ GENERATION_COLUMNS = {
 def bytes_per_step(model: nn.Module) -> int:
     """The bytes of all linear layers of ours, in the form in which a decoding step of a few rows reads them."""
     total = 0
+    replaced = {id(module.layer) for module in model.modules() if isinstance(module, PackedLinear)}
     for module in model.modules():
+        if id(module) in replaced:
+            continue
         if isinstance(module, PackedLinear):
             total += module.packed.nbytes + module.factors.nbytes
         elif isinstance(module, PackedBfloat16):
             total += 2 * module.packed.numel()
-        elif isinstance(module, nn.Linear):
-            total += module.weight.nbytes
-    packed = [module.layer for module in model.modules() if isinstance(module, PackedLinear)]
-    return total - sum(layer.weight.nbytes for layer in packed if isinstance(layer, nn.Linear))
+        elif isinstance(module, nn.Linear | QuantizedLinear):
+            total += held_bytes(module)
+    return total
 
 
 def ours_of_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:

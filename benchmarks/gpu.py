@@ -14,6 +14,7 @@ from cloup import command, option, option_group
 from matplotlib.figure import Figure
 
 from adapter import gated_attention_paper
+from benchmarks.generation import bytes_per_step
 from benchmarks.measuring import copy_speed, interleave, matmul_speed, measured_on, peak_growth
 from benchmarks.measuring import sustained_matmul_speed
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
@@ -137,7 +138,7 @@ class Bench:
         works = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
         few, many = map(min, interleave(works, 3, self.device).values())
         seconds = (many - few) / (numbers[1] - numbers[0])
-        read = held_bytes(contestant.model) - contestant.model.tok_embeddings.weight.nbytes
+        read = bytes_per_step(contestant.model)
         return {"tokens_per_second": rows / seconds, "copy_share": read / seconds / self.copy, "bytes_per_step": read}
 
 

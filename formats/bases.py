@@ -91,7 +91,7 @@ def load_model(
     """Build the frozen LLaMA whose headers `read_base` returned, one layer after the other.
 
     `prepare_layer` is called on every layer when it is filled, to quantize or shard it before the next one is
-    allocated. With `keep_blocks` linear layers that the file has in blocks of 8 or 4 bits stay in them. Raises
+    allocated. With `keep_blocks` linear layers that a GGUF file has in blocks of 8 or 4 bits stay in them. Raises
     ValueError that names the weight if the file's weights are not those of such a model.
     """
     with torch.device("meta"):  # shapes without memory

@@ -180,7 +180,7 @@ def read_blocks(place: Place) -> "tuple[GGMLQuantizationType, np.ndarray]":
         per_block, block_bytes = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
         raise ValueError(f"is of the unknown kind {place.kind}") from None
-    if not place.shape or place.shape[-1] % per_block:
+    if not place.shape or not all(place.shape) or place.shape[-1] % per_block:
         raise ValueError(f"is {place.shape}, which are no rows of {kind.name} blocks of {per_block}")
     number = prod(place.shape) // per_block * block_bytes
     if place.offset + number > place.file.stat().st_size:
@@ -215,8 +215,10 @@ class StoredWeight(NamedTuple):
     def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
         """Return a linear layer with the blocks of this weight as they are, or None if they are of another kind.
 
-        Raises ValueError if the weight has another shape, or a scale is not finite.
+        Raises ValueError if the weight has another shape, or a scale or offset is not finite.
         """
+        if len(shape) != 2:
+            return None
         kind, content = read_blocks(self.place)
         if kind.name not in ("Q8_0", "Q4_0", "Q4_1"):
             return None

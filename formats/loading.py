@@ -31,11 +31,12 @@ def load_with_adapters(
     attention: str = "fused",
     bits: str | None = None,
     compiled: bool = False,
+    decoding: bool = True,
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """Load adapters, and the base, by default the one that the first adapter names; return the adapters by name.
 
-    The base is prepared for decoding steps, which will be `compiled` or not. `bits` is the option --bits.
-    With several ranks, each loads its part of every layer. Warns if an adapter was trained over other weights, and
+    `bits` is the option --bits. With `decoding`, the base is prepared for decoding steps, `compiled` or not. With
+    several ranks, each loads its part of every layer. Warns if an adapter was trained over other weights, and
     prints how third-party files were understood. Raises OSError, or ValueError if the files do not fit each other.
     """
     files = name_adapters(adapter_paths)
@@ -68,7 +69,8 @@ def load_with_adapters(
     tokenizer = load_tokenizer(folder, config.vocab_size)
     load = load_model if world_size() == 1 else load_part_of_rank
     model = load(folder, config, weights, dtype, device, ATTENTIONS[attention], quantizer(bits), bits is None)
-    prepare_to_decode(model, compiled)
+    if decoding:
+        prepare_to_decode(model, compiled)
     return model, tokenizer, adapters
 
 

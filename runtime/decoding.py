@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.cli import warn
+from runtime.distributed import broadcast_from_rank0, rank
+from runtime.errors import is_out_of_memory
 from runtime.quantization import GROUP, QuantizedLinear, quantize
 
-# As many rows use the packed weight, by bits; constant, so that the same prompt always has the same response.
+# As many rows use the packed weight, by bits. A constant: if it were measured, responses would vary from run to run.
 MAX_ROWS = {4: 64, 8: 32}
 
 
@@ -59,7 +61,7 @@ class PackedLinear(nn.Module):
             upper, lower = y.chunk(2, dim=1)
             y = upper + lower  # (R, N)
         if self.out_features % 16:
-            y = y[:, : self.out_features]
+            y = y[:, : self.out_features].contiguous()
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.layer.bias is None else y + self.layer.bias
 
@@ -67,7 +69,8 @@ class PackedLinear(nn.Module):
 def pack(nibbles: Tensor) -> Tensor:
     """Pack a weight (N, K) of numbers from 0 to 15, in uint8; N is a multiple of 16, K of 32."""
     if nibbles.device.type == "cpu":
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+        # A few rows at a time, because the operator takes 4 bytes for each number. Its tiles have at most 64 rows.
+        return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(n.int(), 1) for n in nibbles.split(1024)])
     return torch.ops.aten._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 2)
 
 
@@ -115,7 +118,7 @@ class RowLinear(nn.Linear):
 
 
 def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all linear layers of a kind inside the model, in place; each is freed before the next is packed."""
+    """Replace all linear layers of a kind inside the model, in place; those of one module are freed before the next."""
     for parent in [module for module in model.modules() if type(module) is not kind]:
         for name, module in list(parent.named_children()):
             if type(module) is kind:
@@ -130,13 +133,17 @@ def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:
 def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: torch.dtype, device) -> bool:
     """Measure on one row whether make(layer) takes less than nine tenths of the time of the layer.
 
-    False where PyTorch has no such product.
+    False where PyTorch has no such product, or one with another result. Raises RuntimeError if memory runs out.
     """
-    row = torch.ones(1, layer.in_features, dtype=dtype, device=device)
+    row = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=device)[None]
     try:
         other = make(layer)
-        other(row)
-    except (AttributeError, NotImplementedError, RuntimeError):
+        found, expected = other(row), layer(row)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    if (found - expected).norm() > 0.05 * expected.norm():
         return False
     other_seconds, seconds = (min(seconds_of(each, row) for _ in range(5)) for each in (other, layer))
     return other_seconds < 0.9 * seconds
@@ -144,9 +151,7 @@ def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: t
 
 def seconds_of(layer: nn.Module, row: Tensor) -> float:
     start = time.perf_counter()
-    layer(row)
-    if row.is_cuda:
-        torch.cuda.synchronize()
+    layer(row).sum().item()  # waits for a GPU
     return time.perf_counter() - start
 
 
@@ -155,21 +160,23 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
     """Replace the linear layers of a LLaMA by packed ones, in place, where these are faster.
 
     If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled`: the decoding step
-    will be compiled. Warns if this machine has no fast product for quantized layers.
+    will be compiled. The first rank measures for all, since ranks with different heads would choose different tokens.
+    Warns if this machine has no fast product for quantized layers.
     """
     on_cpu = model.device.type == "cpu"
     quantized, linear = largest_linear(model, QuantizedLinear), largest_linear(model, nn.Linear)
     if quantized is not None:
-        if is_faster(PackedLinear, quantized, model.dtype, model.device):
+        if broadcast_from_rank0(lambda: is_faster(PackedLinear, quantized, model.dtype, model.device)):
             replace_linear(model.layers, QuantizedLinear, PackedLinear)
             model.output = PackedLinear(quantize(model.output, 8), model.output)
             linear = largest_linear(model.layers, nn.Linear)  # those that are not quantized, if there are any
-        else:
+        elif rank() == 0:
             warn(f"no fast product for weights of {quantized.bits} bits here: every token widens them")
     if linear is None or not on_cpu:
         return
     rest = model if quantized is None else model.layers
     if compiled:
         replace_linear(rest, nn.Linear, RowLinear)
-    elif model.dtype == torch.bfloat16 and is_faster(PackedBfloat16, linear, model.dtype, model.device):
-        replace_linear(rest, nn.Linear, PackedBfloat16)
+    elif model.dtype == torch.bfloat16:
+        if broadcast_from_rank0(lambda: is_faster(PackedBfloat16, linear, model.dtype, model.device)):
+            replace_linear(rest, nn.Linear, PackedBfloat16)

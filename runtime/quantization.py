@@ -2,7 +2,8 @@
 
 Every 32 columns of a row have a scale d of their own, with 4 bits also an offset m, and a weight is w = d*q + m, where
 q is a whole number: the blocks Q8_0 and Q4_1 of GGUF, with scales in float32. Weights are widened where they are used,
-a few rows at a time, so that the wide matrix never exists. runtime/decoding.py has a faster product for few rows.
+on a CPU a few rows at a time, so that the wide matrix never exists there. runtime/decoding.py has a faster product for
+few rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype
     four bits, the second half in the upper. scales and offsets are (N, K/32, 1).
     """
     rows = len(q)
-    if not torch.compiler.is_compiling():  # which would unroll the loop, and fuses the whole anyway
+    if not torch.compiler.is_compiling():  # which would unroll the loop
         rows = max(1, CHUNK.get(q.device.type, CHUNK["cuda"]) // q[0].numel())
     for start in range(0, len(q), rows):
         end = start + rows
@@ -81,7 +82,8 @@ class QuantizedLinear(nn.Module):
         return torch.cat(list(chunks(self.q, self.scales, self.offsets, dtype)))[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        x = F.pad(x, (0, self.stored_columns - self.in_features))
+        if self.stored_columns != self.in_features:
+            x = F.pad(x, (0, self.stored_columns - self.in_features))
         y = ChunkedProduct.apply(x, self.q, self.scales, self.offsets)
         return y if self.bias is None else y + self.bias
 

@@ -89,6 +89,20 @@ def test_a_prepared_model_answers_as_the_quantized_one(bits, dtype):
     assert torch.equal(step_logits(prepared, [[5, 7]], zero), step_logits(prepared, [[5, 7]], ()))
 
 
+def test_packing_piece_by_piece_is_packing_the_whole():
+    nibbles = torch.randint(0, 16, (2 * 1024 + 48, 64), dtype=torch.uint8)
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+    assert torch.equal(decoding.pack(nibbles), whole)
+
+
+def test_a_product_with_another_result_is_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(decoding, "packed_product", lambda rows, packed, factors: rows.new_zeros(1, factors.shape[1]))
+    model = make_model(SHAPE)
+    quantizer("4")(model.layers)
+    prepare_to_decode(model)
+    assert type(model.output) is torch.nn.Linear and "no fast product" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", ["gqa", "qwen2"])
 def test_bfloat16_in_onednn_s_layout(config):
     """The same numbers up to rounding, for one row and for several, biases included."""

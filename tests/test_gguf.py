@@ -15,7 +15,7 @@ import generate
 from data import read_examples
 from formats.bases import load_llama, read_base
 from formats.chat_templates import load_template
-from formats.gguf import read_header
+from formats.gguf import StoredWeight, read_header
 from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from runtime.quantization import QuantizedLinear
 from sentencepiece import SentencePieceProcessor
@@ -392,3 +392,13 @@ def test_from_gguf_to_an_answer(tiny_base, instructions, tmp_path):
     args = ["--adapter", str(tmp_path / "run"), "--device", "cpu", "--greedy", "--max-new-tokens", "3", "Hi"]
     result = CliRunner().invoke(generate.main, args)
     assert result.exit_code == 0 and "warning" not in result.stderr, result.output
+
+
+def test_norms_in_blocks_and_dimensions_of_zero(tiny_base, tmp_path):
+    """Norms are widened, whatever they are stored in; a tensor without numbers is an error in one line."""
+    theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    path = save_gguf(tmp_path / "a.gguf", theirs, kind=Q8_0)
+    place = read_header(path).tensors["blk.0.ffn_gate.weight"]
+    assert StoredWeight(place._replace(shape=(32,)), None).quantized(torch.Size([32])) is None
+    with pytest.raises(ValueError, match="no rows of Q8_0 blocks"):
+        StoredWeight(place._replace(shape=(0, 32)), None).quantized(torch.Size([0, 32]))
