@@ -8,7 +8,7 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-NO_EXTRA = {"litgpt"}  # a peer that is measured where it is installed; the tests don't need it
+NO_EXTRA = {"litgpt", "llama-cpp-python"}  # peers that are measured where they are installed; the tests need neither
 
 
 def pins(name):
