@@ -20,6 +20,9 @@ from runtime.quantization import GROUP, QuantizedLinear, quantize
 MAX_ROWS = {4: 64, 8: 32}
 
 
+LARGE = 2**20  # numbers of a layer; nobody notices how fast smaller ones are, nor can that be measured well
+
+
 class PackedLinear(nn.Module):
     """A quantized layer with a packed copy of its weight for few rows; more rows go through `layer`.
 
@@ -161,7 +164,7 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
 
     If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled`: the decoding step
     will be compiled. The first rank measures for all, since ranks with different heads would choose different tokens.
-    Warns if this machine has no fast product for quantized layers.
+    Warns if this machine has no fast product for quantized layers that are large.
     """
     on_cpu = model.device.type == "cpu"
     quantized, linear = largest_linear(model, QuantizedLinear), largest_linear(model, nn.Linear)
@@ -170,7 +173,7 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
             replace_linear(model.layers, QuantizedLinear, PackedLinear)
             model.output = PackedLinear(quantize(model.output, 8), model.output)
             linear = largest_linear(model.layers, nn.Linear)  # those that are not quantized, if there are any
-        elif rank() == 0:
+        elif rank() == 0 and quantized.in_features * quantized.out_features >= LARGE:
             warn(f"no fast product for weights of {quantized.bits} bits here: every token widens them")
     if linear is None or not on_cpu:
         return

@@ -45,6 +45,7 @@ for N in (8, 24, 64, 172, 344, 576):
 def all_products_count_as_faster(monkeypatch):
     """Small ones may not be; those that PyTorch does not have stay out."""
     is_faster = decoding.is_faster
+    monkeypatch.setattr(decoding, "LARGE", 0)
     monkeypatch.setattr(
         decoding, "seconds_of", lambda layer, row: float(isinstance(layer, (QuantizedLinear, torch.nn.Linear)))
     )
