@@ -79,7 +79,8 @@ def answers_of(base, adapters, bits=None):
     """Logits after the questions, what is written then, and how many bytes the layers take here."""
     torch.set_num_threads(1)
     with inference_ranks():
-        model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, bits=bits)
+        how = {"bits": bits, "decoding": bits is None}  # whether tiny layers are packed would depend on the moment
+        model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, **how)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
         tokens, prompts = map(list, zip(*((responder.prompt_ids(r), responder.adaption_prompts(r)) for r in asked())))
         cache = KVCache(model, batch=len(tokens), capacity=100)
