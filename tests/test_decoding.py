@@ -44,12 +44,10 @@ for N in (8, 24, 64, 172, 344, 576):
 @pytest.fixture(autouse=True)
 def all_products_count_as_faster(monkeypatch):
     """Small ones may not be; those that PyTorch does not have stay out."""
-    is_faster = decoding.is_faster
     monkeypatch.setattr(decoding, "LARGE", 0)
     monkeypatch.setattr(
         decoding, "seconds_of", lambda layer, row: float(isinstance(layer, (QuantizedLinear, torch.nn.Linear)))
     )
-    return is_faster
 
 
 def test_packed_products_of_all_shapes():
