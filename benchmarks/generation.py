@@ -9,7 +9,6 @@ from cloup import command, option
 from torch import nn
 
 from adapter import Adapter
-
 from benchmarks.measuring import compare_seconds, interleave, measured_on, publish, ratio_text, read_work, share_of
 from benchmarks.peers import Contestant, LlamaCpp, Ours, Variant, installed_peers
 from benchmarks.workload import Workload, compile_option, precisions, precisions_option, prepare_workload

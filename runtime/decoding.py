@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from runtime.cli import warn
 from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import is_out_of_memory
-from runtime.quantization import GROUP, QuantizedLinear, quantize
+from runtime.quantization import GROUP, QuantizedLinear, quantize, replace_linear, unpack_nibbles
 
 # As many rows use the packed weight, by bits. A constant: if it were measured, responses would vary from run to run.
 MAX_ROWS = {4: 64, 8: 32}
-
-
 LARGE = 2**20  # numbers of a layer; nobody notices how fast smaller ones are, nor can that be measured well
 
 
@@ -37,7 +35,7 @@ class PackedLinear(nn.Module):
         # The product computes w = (nibble - 8) * scale + zero.
         q, d = quantized.q, quantized.scales
         if self.bits == 4:
-            nibbles = [torch.cat([q & 15, q >> 4], dim=2)]  # (N, K/32, 32)
+            nibbles = [unpack_nibbles(q)]  # (N, K/32, 32)
             factors = [torch.cat([d, quantized.offsets + 8 * d], dim=2)]  # (N, K/32, 2)
         else:
             unsigned = q.to(torch.int16) + 128
@@ -118,14 +116,6 @@ class RowLinear(nn.Linear):
         product = (x.reshape(-1).float() * self.weight).sum(dim=1).to(x.dtype)  # (out,)
         product = product.view(*x.shape[:-1], -1)
         return product if self.bias is None else product + self.bias
-
-
-def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all linear layers of a kind inside the model, in place; those of one module are freed before the next."""
-    for parent in [module for module in model.modules() if type(module) is not kind]:
-        for name, module in list(parent.named_children()):
-            if type(module) is kind:
-                setattr(parent, name, make(module))
 
 
 def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:

@@ -17,6 +17,11 @@ GROUP = 32  # columns that share a scale
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
+def unpack_nibbles(q: Tensor) -> Tensor:
+    """Return the numbers (N, K/32, 32), from 0 to 15, of bytes (N, K/32, 16) that hold two each, as `chunks` says."""
+    return torch.cat([q & 15, q >> 4], dim=2)
+
+
 def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight (N, K), widened to `dtype`, in pieces (n, K) of a few rows.
 
@@ -32,8 +37,7 @@ def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype
         if offsets is None:
             wide = numbers * scales[start:end]  # (n, K/32, 32), in float32
         else:
-            numbers = torch.cat([numbers & 15, numbers >> 4], dim=-1)
-            wide = (numbers * scales[start:end]).add_(offsets[start:end])
+            wide = (unpack_nibbles(numbers) * scales[start:end]).add_(offsets[start:end])
         yield wide.flatten(1).to(dtype)
 
 
@@ -122,18 +126,20 @@ def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
     return QuantizedLinear(q, scales, offsets, K, linear.bias)
 
 
+def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace all linear layers of a kind inside the model, in place; those of one module are freed before the next."""
+    for parent in [module for module in model.modules() if type(module) is not kind]:
+        for name, module in list(parent.named_children()):
+            if type(module) is kind:
+                setattr(parent, name, make(module))
+
+
 def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
     """Return a function that rounds the linear layers inside a module, in place, for --bits 8 and 4; otherwise None."""
     if bits not in ("8", "4"):
         return None
 
-    def quantize_layer(layer: nn.Module) -> None:
-        for parent in list(layer.modules()):
-            for name, module in list(parent.named_children()):
-                if isinstance(module, nn.Linear):
-                    setattr(parent, name, quantize(module, int(bits)))
-
-    return quantize_layer
+    return lambda layer: replace_linear(layer, nn.Linear, lambda linear: quantize(linear, int(bits)))
 
 
 def num_weights(model: nn.Module) -> int:

@@ -85,7 +85,7 @@ def test_the_end_is_in_time():
 
 
 def test_batches_are_of_like_length():
-    """As in training: next to no padding, which would count as time without work."""
+    """Padding would count as time without work; as in training, there is next to none."""
     lengths = [example.num_tokens for batch in gpu.alpaca_batches(SHAPE, 64, 4) for example in batch]
     assert len(lengths) == 256 and 120 < sum(lengths) / 256 < 134
     positions = 0

@@ -62,7 +62,7 @@ def test_8_bits_are_the_blocks_of_gguf():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_products_are_those_of_the_widened_weight(monkeypatch, bits, dtype, tolerance, N, K):
-    """Of one row and of several, in one piece and in many, with a bias; and so is the gradient by the input."""
+    """Test one row and several, in many pieces, with a bias; and the gradient by the input."""
     monkeypatch.setitem(__import__("runtime.quantization").quantization.CHUNK, "cpu", 1000)
     layer = linear(N, K, bias=True).to(dtype)
     rounded = quantize(layer, bits)
@@ -93,7 +93,7 @@ def test_nothing_wide_is_kept_for_the_backward_pass(bits):
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("checkpoint_activations", [True, False])
 def test_gradients_are_those_over_the_widened_weights(bits, checkpoint_activations):
-    """Of prompts and gates, which are not zero; exact, and near those over the weights before they were rounded."""
+    """The gradients of prompts and nonzero gates are exact, and near those over the weights before rounding."""
     model, rounded, widened = make_model(SHAPE), make_model(SHAPE), make_model(SHAPE)
     quantizer(bits)(rounded.layers)
     for name, layer in rounded.named_modules():

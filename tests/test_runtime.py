@@ -92,7 +92,7 @@ def test_a_graph_is_recorded_anew_for_another_cache_and_for_other_prompts(monkey
 
 @pytest.mark.parametrize("has_nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
 def test_without_nccl_ranks_connect_over_gloo(monkeypatch, has_nccl, backend):
-    """As on Windows, where PyTorch has CUDA but no NCCL."""
+    """PyTorch for Windows has CUDA but no NCCL."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
