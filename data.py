@@ -321,8 +321,15 @@ def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
     return parts
 
 
-def group_by_length(examples: Sequence, max_tokens: int) -> list[list]:
-    """Group the examples, shortest first, so that a padded group has at most `max_tokens` positions, or one example."""
+MICRO_BATCH_TOKENS = 8192
+
+
+def group_by_length(examples: Sequence, max_tokens: int | None = None) -> list[list]:
+    """Group the examples, shortest first, so that a padded group has at most `max_tokens` positions, or one example.
+
+    `max_tokens` is 8,192 by default.
+    """
+    max_tokens = max_tokens or MICRO_BATCH_TOKENS
     groups = []
     for example in sorted(examples, key=lambda example: example.num_tokens):
         padded = example.num_tokens  # sorted: this one sets the padded length

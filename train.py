@@ -47,6 +47,7 @@ from runtime.quantization import num_weights, quantizer
 from tasks import load_task
 from toy import TRAINING, load_toy
 from training.loss import chunked_cross_entropy
+from training.memory import choose_micro_batch_tokens
 from training.options import KEEP, BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 from training.sharding import choose_strategy, fsdp_sharder
@@ -72,7 +73,9 @@ class TrainConfig:
     eval_every: int | None = setting(None, "Steps between validations.  [default: an epoch]", Count())
     keep: str = setting("last", "The adapter to keep: the last, or that of lowest validation loss.", KEEP)
     seed: int = setting(0, "For the initial adaption prompts, the validation split and the order of examples.", SEED)
-    micro_batch_tokens: int = setting(8192, "Positions per forward pass; affects memory only.", Count())
+    micro_batch_tokens: int | None = setting(
+        None, "Positions per forward pass; affects memory only.  [default: 8192, or fewer on a small GPU]", Count()
+    )
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
 
     @property
@@ -314,6 +317,12 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     num_steps = config.epochs * math.ceil(len(training) / config.batch_size)
     fixed["base"] = resolved(base.base)  # for the summary; not compared, because the files may move
     run.begin(adapter, optimizer, fixed, counts, num_steps)  # on --resume, fills both from checkpoint.pt
+    if config.micro_batch_tokens is None:
+        positions = run.micro_batch_tokens or choose_micro_batch_tokens(
+            model, config.layers, config.checkpoint_activations
+        )
+        config = replace(config, micro_batch_tokens=positions)
+    run.micro_batch_tokens = config.micro_batch_tokens
 
     with run.saving_on_errors():
         if run.evaluation_due(run.step):

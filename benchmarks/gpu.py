@@ -20,7 +20,7 @@ from benchmarks.measuring import sustained_matmul_speed
 from benchmarks.memory import EXAMPLE_TOKENS, EXAMPLES, PAPER, count_bytes, step_operations
 from benchmarks.peers import Contestant, HuggingFace, Ours, Variant
 from benchmarks.workload import CONFIGS, random_adapter, random_examples, random_model
-from data import TokenizedExample, epoch_batches
+from data import MICRO_BATCH_TOKENS, TokenizedExample, epoch_batches
 from model import Config
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
@@ -228,7 +228,7 @@ def time_gpu(size, minutes, skip_tests, out, device, dtype):
     about = measured_on(size, device, dtype)
     about |= {"matmul_flops": bench.matmul, "sustained_matmul_flops": bench.sustained}
     about |= {"copy_bytes_per_second": bench.copy, "goals": GOALS, "measures": found}
-    counted = count_bytes(bench.config, PAPER.micro_batch_tokens, dtype.itemsize, False)
+    counted = count_bytes(bench.config, MICRO_BATCH_TOKENS, dtype.itemsize, False)
     about |= {"counted_bytes": counted["sum"], "adapter_parameters": sum(p.numel() for p in bench.adapter.parameters())}
 
     def done(name: str, row: dict) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from benchmarks.measuring import json_option, measured_on, peak_growth, publish
 from benchmarks.sizes import SIZES
 from benchmarks.workload import LENGTH, CONFIGS, random_adapter, random_examples, random_model
+from data import MICRO_BATCH_TOKENS
 from model import Config, num_parameters
 from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig, make_optimizer, train_step
 from training.loss import ROWS
+from training.memory import activation_bytes
 from training.sharding import too_large
 
 
@@ -152,11 +154,10 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     # A split base: a part of each layer, and two whole ones, the one at work and the next.
     weights = 2 * (outside + (N * layer / gpus + 2 * layer if strategy == "fsdp" else N * layer))
 
-    positions = min(PAPER.micro_batch_tokens, step_tokens / gpus)  # of a micro-batch
-    kept = 2 * positions * (7 * C + 3 * config.hidden_dim)  # bytes in a layer, as memory.kept_per_token counts them
-    activations, checkpointed = (adapted + 1) * kept, False
+    positions = min(MICRO_BATCH_TOKENS, step_tokens / gpus)  # of a micro-batch
+    activations, checkpointed = positions * activation_bytes(config, adapted, 2, False), False
     if weights + activations > 0.9 * memory:
-        activations, checkpointed = 2 * positions * C * adapted + 2 * kept, True
+        activations, checkpointed = positions * activation_bytes(config, adapted, 2, True), True
     adapter = 4 * adapted * (LENGTH * C + config.n_heads)
 
     operations = step_operations(config, EXAMPLE_TOKENS, RESPONSE_TOKENS, checkpointed)

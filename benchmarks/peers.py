@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Adapter, gated_attention
-from data import IGNORE, TokenizedExample, collate
+from data import IGNORE, MICRO_BATCH_TOKENS, TokenizedExample, collate
 from formats.hugging_face import config_values, to_hugging_face
 from generate import decode_step, generate
 from model import LLaMA, apply_rope, rope_cos_sin
@@ -90,7 +90,7 @@ class Ours(Adapted):
         model: LLaMA,
         adapter: Adapter | None,
         variant: Variant = Variant(),
-        micro_batch_tokens: int = TrainConfig.micro_batch_tokens,
+        micro_batch_tokens: int = MICRO_BATCH_TOKENS,
     ):
         with torch.device("meta"):
             same = LLaMA(model.config, variant.attention)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from adapter import gated_attention
-from data import hold_out
+from data import MICRO_BATCH_TOKENS, hold_out
 from encoder_tuning.data import read_labelled
 from encoder_tuning.labelled import Labelled, subset
 from encoder_tuning.objective import accuracy, class_loss, classify
@@ -91,7 +91,7 @@ def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
 
 
 def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labelled]) -> float:
-    predictions = classify(model, adapter, examples, TrainConfig().micro_batch_tokens)
+    predictions = classify(model, adapter, examples, MICRO_BATCH_TOKENS)
     return accuracy(predictions, [example.labels[0] for example in examples])
 
 

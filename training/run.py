@@ -52,6 +52,7 @@ class Run:
         self.step = 0  # completed steps; adapter and optimizer are in this state
         self.tokens = 0
         self.seconds = 0.0  # spent in the steps
+        self.micro_batch_tokens: int | None = None  # for resuming, where no option says otherwise
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
         self.best: Kept | None = None  # with --keep best
@@ -129,7 +130,7 @@ class Run:
         barrier()  # files change only when every rank has loaded its base
         if self.state == "begun":
             progress, self.best = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
-            self.step, self.tokens, self.seconds = progress
+            self.step, self.tokens, self.seconds, self.micro_batch_tokens = progress
             self.saved_step = self.step
         if rank() == 0:
             moved = begin_in_folder(self.out, self.step)
@@ -241,7 +242,7 @@ class Run:
         """Write adapter.safetensors, then checkpoint.pt."""
         if rank() == 0:
             self.kept_adapter().save(self.out / "adapter.safetensors", steps=self.kept_step, **self.change())
-            progress = Progress(self.step, self.tokens, self.seconds)
+            progress = Progress(self.step, self.tokens, self.seconds, self.micro_batch_tokens)
             save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed, self.best)
         self.saved_step = self.step
 

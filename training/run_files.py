@@ -32,6 +32,7 @@ class Progress(NamedTuple):
     step: int
     tokens: int
     seconds: float  # spent in its steps
+    micro_batch_tokens: int | None = None
 
 
 class Kept(NamedTuple):
@@ -214,10 +215,12 @@ def load_checkpoint(
         raise ValueError(f"{not_ours}: its options: {first_line(error)}") from None
     check_options(options, json.loads(json.dumps(fixed)), path)
     try:
-        progress = Progress(*(checkpoint["progress"][name] for name in Progress._fields))
+        progress = Progress(**checkpoint["progress"])
         require_number("step", progress.step, 1, 2**40, whole=True)
         require_number("tokens", progress.tokens, 1, 2**60, whole=True)
         require_number("seconds", progress.seconds, 1e-9, 1e12)
+        if progress.micro_batch_tokens is not None:  # those of earlier versions do not say
+            require_number("micro_batch_tokens", progress.micro_batch_tokens, 1, 2**40, whole=True)
         best = checkpoint.get("best") and Kept(*(checkpoint["best"][name] for name in Kept._fields))
         for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # in the end, it has the latter
             for tensor in tensors.values():

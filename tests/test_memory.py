@@ -1,0 +1,62 @@
+"""How many positions a forward pass may have is counted, the same on every rank, and kept for resuming."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import run, tensors_and_metrics
+
+import train
+from benchmarks.memory import kept_per_token
+from benchmarks.sizes import SIZES
+from model import LLaMA, num_parameters
+from training import memory
+from training.memory import activation_bytes, choose_micro_batch_tokens, positions_that_fit
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        return LLaMA(SIZES["LLaMA-7B"]).to(torch.bfloat16)
+
+
+def test_the_formula_is_what_autograd_keeps(model):
+    """The formula for 7B against the tensors that autograd saves in layers of the same proportions."""
+    small = replace(SIZES["LLaMA-7B"], dim=256, n_heads=2, n_kv_heads=2, hidden_dim=688)
+    for again in (False, True):
+        per_layer = activation_bytes(small, 11, 4, again) - activation_bytes(small, 10, 4, again)
+        assert per_layer == pytest.approx(4 * kept_per_token(small, again), rel=0.02)
+
+
+@pytest.mark.parametrize("gigabytes, again, expected", [(80, False, 8192), (24, False, 1792), (24, True, 8192)])
+def test_positions_go_by_the_memory_that_is_left(model, gigabytes, again, expected):
+    weights = 2 * num_parameters(model.config)
+    positions = positions_that_fit(model, 30, again, gigabytes * 10**9, weights)
+    assert positions == expected
+    assert weights + positions * activation_bytes(model.config, 30, 2, again) < 0.9 * gigabytes * 10**9
+    assert positions_that_fit(model, 30, again, weights, weights) == 256
+
+
+def test_ranks_agree_on_the_smallest(model, monkeypatch, capsys):
+    """A rank with 80 GB takes the number of one with 24 GB."""
+    assert choose_micro_batch_tokens(SimpleNamespace(device=torch.device("cpu")), 30, False) == 8192
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * num_parameters(model.config))
+    monkeypatch.setattr(memory, "all_reduce_max", lambda number: max(number, -1792))
+    monkeypatch.setattr(LLaMA, "device", torch.device("cuda"))
+    assert choose_micro_batch_tokens(model, 30, False) == 1792
+    assert "1,792 positions per forward pass" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_micro_batches(args, tmp_path, monkeypatch):
+    """Sums in another order would differ in the last bits."""
+    assert run(*args, "--out", tmp_path / "whole", "--micro-batch-tokens", 60).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choose_micro_batch_tokens", lambda *arguments: 60)
+        assert run(*args, "--max-minutes", 1e-9).exit_code == 0
+    assert run(*args, "--resume").exit_code == 0
+    whole = tensors_and_metrics(tmp_path / "whole")
+    assert tensors_and_metrics(tmp_path / "run") == whole
+    assert run(*args, "--out", tmp_path / "other").exit_code == 0
+    assert tensors_and_metrics(tmp_path / "other") != whole
