@@ -18,8 +18,8 @@ from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Responder
 from multimodal import ImageAdapter
-from runtime.cli import PATH, Count, Real, adapter_options, bits_options, device_options, encoder_options
-from runtime.cli import ending_options, one_line_errors
+from runtime.cli import PATH, Count, Real, adapter_options, bits_options, compile_option, device_options
+from runtime.cli import encoder_options, ending_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, rank, run_command
 from runtime.files import require_writable
@@ -49,6 +49,7 @@ class EvalConfig:
     bits: str | None = None
     split: str | None = None
     choose: bool = False
+    compile: bool = False
 
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
@@ -71,11 +72,14 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
     """Respond greedily, by a base with an adapter or without. Raises OSError or ValueError."""
+    if config.choose and config.compile:
+        raise ValueError("--compile is for responses that are generated: omit it, or --choose")
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
-    how = {"bits": config.bits, "decoding": not config.choose}  # most likely options are scored, without decoding
+    how = {"bits": config.bits, "compiled": config.compile}
+    how["decoding"] = not config.choose  # the most likely options are scored, without decoding
     model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, **how)
-    responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens)
+    responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens, compiled=config.compile)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):
         kept = with_images(examples, config.images, config.skip_missing, config.data)
@@ -164,6 +168,7 @@ def task_command(name: str, task: Task) -> click.Command:
         *choose,
         option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Tokens of a response, at most."),
         option("--batch-size", type=Count(), default=64, help="Asked at once."),
+        compile_option,
         option("--out", type=PATH, default=f"out-{name}", help="Folder for responses and scores."),
     )
     def command(**options):
@@ -224,6 +229,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--strength", "strengths", type=Real(0, 1e3), multiple=True, default=[1.0], help="Repeatable, too."),
     option("--compare", is_flag=True, help="And the base alone.  [default: where there is no adapter]"),
     *bits_options,
+    compile_option,
 )
 @option_group(
     "Results",
@@ -231,7 +237,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
     option("--log-samples", "samples", is_flag=True, help="Write every prompt and response."),
     option("--out", type=PATH, default="out-harness", help="Folder for results."),
 )
-def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, compare, template, **options):
+def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, strengths, compare, template, **options):
     """Score by EleutherAI's lm-evaluation-harness.
 
     Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
@@ -241,12 +247,12 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, strengths, com
 
         if rank() == 0:
             require_writable(options["out"], folder=True)
-        loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits)
+        loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits, compiled=compile)
         base = base or next(iter(loaded[2].values())).metadata["base"]
         about = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}
         ending = {name: options.pop(name) for name in ("stop", "repetition_penalty")}
         columns = harness.make_columns(
-            loaded, strengths, compare, template, options["batch_size"], about | ending, **ending
+            loaded, strengths, compare, template, options["batch_size"], about | ending, compiled=compile, **ending
         )
         harness.print_columns(harness.run_harness(columns, template=template, **options))
 

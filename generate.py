@@ -21,9 +21,9 @@ from formats.conversations import user_text
 from formats.loading import load_with_adapters
 from formats.tensors import prefix_errors
 from model import KVCache, LLaMA
-from runtime.cli import SEED, Count, Real, adapter_options, bits_options, encoder_options, ending_options
-from runtime.cli import PromptCommand, one_line_errors
-from runtime.compilation import compile_decoding, prepare_to_compile
+from runtime.cli import SEED, Count, Real, adapter_options, bits_options, compile_option
+from runtime.cli import PromptCommand, encoder_options, ending_options, one_line_errors
+from runtime.compilation import compile_decoding
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, broadcast_from_rank0, rank, run_command
 from runtime.errors import error_line, printable
@@ -216,8 +216,9 @@ class Responder:
     """A base and the adapters over it, by name; "base" is the base alone. It turns requests into responses.
 
     Prompts get the template that the adapter was trained with, the base's that of the first adapter. `template` names
-    another, and `raw` uses none. `gate_scale` scales the gates. A response ends before any text of `stop`. Raises
-    ValueError if the base does not have the template's tokens, or such a text is empty.
+    another, and `raw` uses none. `gate_scale` scales the gates. A response ends before any text of `stop`. With
+    `compiled`, decoding steps are. Raises ValueError if the base does not have the template's tokens, or such a text is
+    empty.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class Responder:
         raw: bool = False,
         template: str | None = None,
         stop: Sequence[str] = (),
-        decode_step: Callable[..., Tensor] = decode_step,
+        compiled: bool = False,
         **sampling,
     ):
         if not all(stop):
@@ -240,7 +241,7 @@ class Responder:
         self.tokenizer = tokenizer
         self.gate_scale = gate_scale
         self.raw = raw
-        self.decode_step = decode_step
+        self.decode_step = compile_decoding(decode_step, model) if compiled else decode_step
         self.loaded: dict[str, LoadedAdapter] = {}
         first = next(iter(adapters.values()), None)
         templates: dict[str, Template] = {}
@@ -366,7 +367,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
 @option_group(
     "Memory and speed",
     *bits_options,
-    option("--compile", is_flag=True, help="torch.compile the decoding step: slow to start, then faster."),
+    compile_option,
     option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two equivalent implementations."),
 )
 def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out, media, **options):
@@ -390,8 +391,6 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
             check_file_options(jsonl, out, prompt, compare, input)
 
         device, dtype = select_device(options["device"], options["dtype"])
-        if options["compile"]:
-            prepare_to_compile(device)
         how = {"attention": options["attention"], "bits": options["bits"], "compiled": options["compile"]}
         model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, **how)
         responder = Responder(
@@ -401,7 +400,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
             gate_scale=options["gate_scale"],
             raw=raw,
             template=template,
-            decode_step=compile_decoding(decode_step, model) if options["compile"] else decode_step,
+            compiled=options["compile"],
             max_new_tokens=options["max_new_tokens"],
             temperature=0.0 if options["greedy"] else options["temperature"],
             top_p=options["top_p"],

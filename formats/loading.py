@@ -17,6 +17,7 @@ from formats.tensors import Weights
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.cli import warn
+from runtime.compilation import prepare_to_compile
 from runtime.decoding import prepare_to_decode
 from runtime.distributed import local_rank0_first, world_size
 from runtime.errors import printable
@@ -39,6 +40,8 @@ def load_with_adapters(
     several ranks, each loads its part of every layer. Warns if an adapter was trained over other weights, and
     prints how third-party files were understood. Raises OSError, or ValueError if the files do not fit each other.
     """
+    if compiled:
+        prepare_to_compile(device)
     files = name_adapters(adapter_paths)
     for path in files.values():  # before a base is downloaded
         if not Path(path).exists():

@@ -85,6 +85,7 @@ bits_options = [  # both fill `bits` with None, "none", "8" or "4"
     ),
     option("--int8", "bits", flag_value="8", hidden=True),  # the name in earlier versions
 ]
+compile_option = option("--compile", is_flag=True, help="torch.compile the decoding step: slow to start, then faster.")
 ADAPTER_HELP = "FILE, a run's folder, or NAME=FILE; repeatable."
 adapter_options = option_group(
     "Model",

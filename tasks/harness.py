@@ -52,6 +52,7 @@ class HarnessModel(TemplateLM):
         self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
         _, self.adaption_prompts, self.template = responder.loaded[adapter]
         self.stop, self.repetition_penalty = list(responder.stop), responder.sampling.repetition_penalty
+        self.decode_step = responder.decode_step
         self._device = self.model.device
         self.max_length = self.model.config.max_seq_len or self.CONTEXT
 
@@ -162,7 +163,7 @@ class HarnessModel(TemplateLM):
 
     def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
         """As `stream`, up to where each text has one of `until`, which is left off."""
-        steps = stream(self.model, tokens, self.adaption_prompts, sampling)
+        steps = stream(self.model, tokens, self.adaption_prompts, sampling, self.decode_step)
         limits = [sampling.max_new_tokens] * len(tokens)
         new = collect(steps, self.text_tokenizer, limits, [*filter(None, until)])
         return [postprocess_generated_text(self.text_tokenizer.decode(ids), until, None) for ids in new]
@@ -206,16 +207,16 @@ def make_columns(
     template: str | None,
     batch_size: int,
     about: Mapping[str, object],
-    **ending,
+    **options,
 ) -> dict[str, HarnessModel]:
     """Every adapter at every strength, by name, and the base, if asked or where there is nothing else.
 
-    `about` is what results.json says of all of them; `ending` are Responder's stop and repetition_penalty. Raises
-    ValueError at a name that can be no folder's, or is taken.
+    `about` is what results.json says of all of them; `options` are those of Responder. Raises ValueError at a name
+    that can be no folder's, or is taken.
     """
     columns: dict[str, HarnessModel] = {}
     for strength in dict.fromkeys(strengths):
-        responder = Responder(*loaded, gate_scale=strength, template=template, **ending)
+        responder = Responder(*loaded, gate_scale=strength, template=template, **options)
         if compare or len(responder.loaded) == 1:
             columns.setdefault("base", HarnessModel(responder, "base", batch_size, about))
         for name in loaded[2]:

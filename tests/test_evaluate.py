@@ -1,6 +1,7 @@
 """The commands of evaluate.py: what they print and write, with a model and without, and what they refuse."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from helpers import SEEING, make_vit, openai_names, run, save_coco, save_problem
 from PIL import Image
 
 import evaluate
+import generate
 from adapter import Adapter
 from model import LLaMA
 from multimodal import ImageAdapter
+from runtime.compilation import compile_decoding
 from tasks.captions import coco_scorers
 from toy import exam
 
@@ -67,6 +70,25 @@ def test_scienceqa_command(folder, seeing, how):
     again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
+
+
+def test_compiled_responses_are_the_plain_ones(folder, text_only, monkeypatch):
+    """`--compile` is what generate.py makes of it, and is refused where nothing is generated."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    compiled = []
+    monkeypatch.setattr(
+        generate, "compile_decoding", lambda *args: compiled.append(compile_decoding(*args)) or compiled[0]
+    )
+    outputs = []
+    for how in ([], ["--compile"]):
+        args = ["--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out", "--max-new-tokens", 5]
+        result = run_evaluate("scienceqa", *args, "--adapter", text_only, *how)
+        assert result.exit_code == 0, result.output
+        outputs.append(json.loads((folder / "out" / "results.json").read_text())["outputs"])
+    assert outputs[0] == outputs[1] and len(compiled) == 1
+    result = run_evaluate("scienceqa", *args, "--adapter", text_only, "--compile", "--choose")
+    assert result.exit_code == 2 and "--compile is for responses that are generated" in result.stderr
 
 
 def test_missing_images_are_an_error_or_skipped(folder, seeing, monkeypatch):

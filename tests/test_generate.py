@@ -152,7 +152,8 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
         steps.append(1)
         return decode_step(*args)
 
-    responder = Responder(*loaded, max_new_tokens=30, stop=stop, decode_step=counted)
+    responder = Responder(*loaded, max_new_tokens=30, stop=stop)
+    responder.decode_step = counted
     ended = responder.respond_batch(requests)
     assert ended == ["".join(responder.respond(request)) for request in requests] != texts
     for text, short in zip(texts, ended):

@@ -273,7 +273,7 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
     monkeypatch.delitem(sys.modules, "evaluate")
     adapter.save(tmp_path / "ours.safetensors")
     args = ["harness", "--base", tiny_base, "--adapter", tmp_path / "ours.safetensors", "--out", tmp_path / "out"]
-    args += ["--compare", "--strength", "0", "--strength", "1", "--tasks", task, "--log-samples"]
+    args += ["--compare", "--strength", "0", "--strength", "1", "--tasks", task, "--log-samples", "--compile"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")

@@ -75,7 +75,8 @@ LINES = {
         "--out {new}",
         "--data {science}/problems.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --bits 8 "
         "--out {new}",
-        "--data {science}/problems.json --base {base} --int8 --limit 1 --max-new-tokens 2 --device cpu --out {new}",
+        "--data {science}/problems.json --base {base} --int8 --limit 1 --max-new-tokens 2 --compile --device cpu "
+        "--out {new}",
         "--data {science}/problems.json --results {science}/results.json --out {new}",
     ],
     "evaluate captions": [
@@ -84,7 +85,7 @@ LINES = {
         "--data {coco}/captions.json --adapter {heard} --encoder {album}/eye.py:rows --max-new-tokens 2 --bits 8 "
         "--out {new}",
         "--data {coco}/captions.json --adapter {seeing} --base {base} --images {coco} --int8 --limit 1 "
-        "--clip {album}/ViT.pt --skip-missing --max-new-tokens 2 --device cpu --out {new}",
+        "--clip {album}/ViT.pt --skip-missing --max-new-tokens 2 --compile --device cpu --out {new}",
         "--data {coco}/captions.json --results {coco}/results.json --out {new}",
     ],
     "evaluate toy": [
@@ -95,7 +96,8 @@ LINES = {
         "--tasks capitals --include-path {tasks} --adapter {text_only} --base {base} --strength 0.5 --compare "
         "--limit 2 --num-fewshot 0 --template alpaca --batch-size 2 --log-samples --device cpu --dtype float32 "
         "--bits 8 --out {new}",
-        "--tasks {tasks}/capitals.yaml --base {base} --int8 --stop x --repetition-penalty 1.1 --device cpu --out {new}",
+        "--tasks {tasks}/capitals.yaml --base {base} --int8 --stop x --repetition-penalty 1.1 --compile --device cpu "
+        "--out {new}",
     ],
     "experiments bits": ["--base {base} --base {grouped} --text {text} --rows 2 --device cpu --out {new}"],
     "convert show": ["{theirs} --png {new}.png --heads 2 --gate identity --length 3"],
@@ -164,6 +166,7 @@ ELSEWHERE = {  # run by tests of their own
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
     "--at-a-time --search --curve --device --out",
+    "experiments real": "--base --reviews --text --device --dtype --part --at-a-time --out",
     "experiments sounds": "--model --speech --clips --base --epochs --lr --seeds --device --out",
 }
 
