@@ -25,6 +25,7 @@ from experiments.bits import bits
 from experiments.encoders import roberta, vit
 from experiments.few_examples import few
 from experiments.instructions import stories
+from experiments.real import real
 from experiments.runs import Runs, experiment
 from experiments.scienceqa import scienceqa
 from experiments.sounds import sounds
@@ -78,6 +79,7 @@ def run_all(runs: Runs, **options) -> None:
         stages,
         stories,
         sounds,
+        real,
         run_all,
         scienceqa,
     ],

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from adapter import AdaptionPrompt
 from data import Request
-from experiments.methods import LORA, ONE_SOFTMAX, Setting, Trainable, finite_steps, lora_layers, set_up
+from experiments.methods import FULL, LORA, ONE_SOFTMAX, Setting, Trainable, finite_steps, load_state, lora_layers
+from experiments.methods import save_state, set_up
 from experiments.testbed import Testbed
 from formats.bases import load_llama
 from generate import Responder
@@ -89,29 +91,47 @@ def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter
 # One run
 
 
-def train_setting(testbed: Testbed, setting: Setting, seed: int) -> tuple[Trainable, list[float], float]:
-    """Return what was trained, the loss of every step (NaN once values are not finite), and the seconds it took."""
+SAVE_EVERY = 120  # seconds
+
+
+def train_setting(
+    testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None
+) -> tuple[Trainable, list[float], float]:
+    """Return what was trained, the loss of every step (NaN once values are not finite), and the seconds it took.
+
+    The state is written to `checkpoint`, a file, every two minutes; if it exists, training continues from it.
+    """
     config = testbed.train_config(setting, seed)
     trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
-    start = time.perf_counter()
-    losses = [step.loss for step in finite_steps(trainable, testbed.training, config)]
+    losses: list[float] = []
+    seconds = 0.0
+    if checkpoint is not None and checkpoint.exists():
+        losses, seconds = load_state(checkpoint, trainable)
+    saved = time.perf_counter()
+    for step in finite_steps(trainable, testbed.training, config, first_step=len(losses)):
+        losses.append(step.loss)
+        seconds += step.seconds
+        if checkpoint is not None and time.perf_counter() - saved > SAVE_EVERY:
+            save_state(checkpoint, trainable, losses, seconds)
+            saved = time.perf_counter()
     total = config.epochs * math.ceil(len(testbed.training) / config.batch_size)
-    return trainable, losses + [math.nan] * (total - len(losses)), time.perf_counter() - start
+    return trainable, losses + [math.nan] * (total - len(losses)), seconds
 
 
-def run_setting(testbed: Testbed, setting: Setting, seed: int) -> dict:
-    """Train with one seed, and measure what stands in a table."""
-    (model, adapter, _, _), losses, seconds = train_setting(testbed, setting, seed)
-    adaption_prompts = adapter(dtype=testbed.dtype)
+def run_setting(testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None) -> dict:
+    """Train with one seed, and measure what stands in a table. See `train_setting` for `checkpoint`."""
+    (model, adapter, _, _), losses, seconds = train_setting(testbed, setting, seed, checkpoint)
     trained = [p for p in adapter.parameters() if p.requires_grad]
+    sizes = {"trained": sum(p.numel() for p in trained), "bytes": sum(p.nbytes for p in trained)}
+    if setting.method == FULL:
+        model.to(testbed.dtype)  # as the others are measured
+    adaption_prompts = adapter(dtype=testbed.dtype)
     last_epoch = losses[-(len(losses) // setting.epochs) :]
-    return {
+    return sizes | {
         "accuracy": exact_accuracy(testbed, model, adapter),
         "train_loss": statistics.mean(last_epoch),
         "val_loss": mean_loss(model, adapter, testbed.held_out, TrainConfig()),
         "seconds": seconds,
-        "trained": sum(p.numel() for p in trained),
-        "bytes": sum(p.numel() * p.element_size() for p in trained),
         "perplexity": perplexity(testbed, model, adaption_prompts),
         "recovered": base_recovered(testbed, setting.method, model, adapter),
         "recovered_after_merging": recovered_after_merging(testbed, setting.method, model, adapter),

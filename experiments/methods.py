@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from data import IGNORE, TokenizedExample, collate
 from formats.bases import load_llama
 from model import LLaMA
 from multimodal import ImageAdapter
+from runtime.files import atomic_write
 from train import Step, TrainConfig, make_optimizer, response_loss, training_steps
 
 ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
@@ -39,6 +41,7 @@ class Setting(NamedTuple):
     where: str = "top"
     length: int = 10  # K
     epochs: int = 5  # the paper's
+    warmup_epochs: float = WARMUP_EPOCHS
     scale: float = 1.0  # prompts start as N(0, scale^2)
     activation: str = "tanh"
     gate_per: str = "head"
@@ -105,6 +108,12 @@ def whole_model_loss(
     return F.cross_entropy(logits, targets[loss_mask], reduction="sum")
 
 
+def mixed_precision_loss(dtype: torch.dtype, model: LLaMA, *args, **options) -> Tensor:
+    """`whole_model_loss` with matrix products in `dtype`; weights, their gradients and the optimizer are in float32."""
+    with torch.autocast(model.device.type, dtype):
+        return whole_model_loss(model, *args, **options)
+
+
 # ---------------------------------------------------------------------------------------------------
 # LoRA (Hu et al., 2022), which is PEFT's
 
@@ -154,7 +163,8 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
     if setting.method == FULL:
         model, _ = load_llama(base, torch.float32, device)
         adapter = NoPrompts(model.requires_grad_(True).parameters())
-        return Trainable(model, adapter, adapter.make_optimizer(), whole_model_loss)
+        loss_fn = whole_model_loss if dtype == torch.float32 else partial(mixed_precision_loss, dtype)
+        return Trainable(model, adapter, adapter.make_optimizer(), loss_fn)
     model, _ = load_llama(base, dtype, device, ungated_attention if setting.method == ONE_SOFTMAX else gated_attention)
     if setting.method == LORA:
         adapter = NoPrompts(add_lora(model, setting.rank, seed))
@@ -191,9 +201,27 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
     return adapter.to(model.device)
 
 
-def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig) -> Iterator[Step]:
+def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, first_step: int = 0) -> Iterator[Step]:
     """train.py's steps, with a progress bar; they end where the next would lead to values that are not finite."""
+    model, adapter, optimizer, loss_fn = trainable
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
-    steps = training_steps(trainable.model, trainable.adapter, trainable.optimizer, examples, config, trainable.loss_fn)
-    with suppress(FloatingPointError), tqdm(steps, total=total, unit="step", file=sys.stderr, leave=False) as bar:
+    steps = training_steps(model, adapter, optimizer, examples, config, loss_fn, first_step)
+    options = {"total": total, "initial": first_step, "unit": "step", "file": sys.stderr, "leave": False}
+    with suppress(FloatingPointError), tqdm(steps, **options) as bar:
         yield from bar
+
+
+def save_state(path: Path, trainable: Trainable, losses: Sequence[float], seconds: float) -> None:
+    """Write what `load_state` needs to continue a training run: trained parameters, optimizer, losses so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"adapter": trainable.adapter.state_dict(), "optimizer": trainable.optimizer.state_dict()}
+    with atomic_write(path) as temporary:
+        torch.save(state | {"losses": list(losses), "seconds": seconds}, temporary)
+
+
+def load_state(path: Path, trainable: Trainable) -> tuple[list[float], float]:
+    """Load what `save_state` has written; return the losses of the steps so far, and the seconds they took."""
+    state = torch.load(path, weights_only=True)
+    trainable.adapter.load_state_dict(state["adapter"])
+    trainable.optimizer.load_state_dict(state["optimizer"])
+    return state["losses"], state["seconds"]

@@ -15,7 +15,7 @@ import toy
 from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, hold_out, tokenize
 from encoder_tuning.data import subset
 from experiments.cached import toy_base
-from experiments.methods import WARMUP_EPOCHS, Setting
+from experiments.methods import Setting
 from experiments.runs import training_options
 from formats.bases import read_base
 from formats.hub import find_base
@@ -91,7 +91,7 @@ class Testbed:
     dtype: torch.dtype
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
-        how = {"epochs": setting.epochs, "warmup_epochs": WARMUP_EPOCHS, "lr": setting.lr}
+        how = {"epochs": setting.epochs, "warmup_epochs": setting.warmup_epochs, "lr": setting.lr}
         return TrainConfig(batch_size=self.batch_size, seed=seed, **how)
 
 
@@ -149,12 +149,18 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
         parts = data_parts(replace(options, base=find_base(options.base)), searching, asked)
     changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
     default = parts.default._replace(**{name: value for name, value in changed.items() if value is not None})
+    parts = parts._replace(default=default, training=subset(parts.training, options.limit))
+    return make_testbed(parts, options.max_seq_len, device, dtype)
+
+
+def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dtype: torch.dtype) -> Testbed:
+    """Tokenize the parts in Alpaca's template. Raises OSError, or ValueError where no example fits."""
+    default, training = parts.default, parts.training
     base, (config, _) = parts.base, read_base(parts.base)
     if default.layers > config.n_layers:
         raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
     tokenizer = load_tokenizer(base)
-    max_length = min(options.max_seq_len, config.max_seq_len or options.max_seq_len)
-    training = subset(parts.training, options.limit)
+    max_length = min(max_seq_len, config.max_seq_len or max_seq_len)
     template = AlpacaTemplate(tokenizer)
     tokens, _ = tokenize(template, training, max_length)
     fitting = [
@@ -176,7 +182,7 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
         text,
         n_layers=config.n_layers,
         batch_size=parts.batch_size,
-        default=default,
+        default=parts.default,
         device=device,
         dtype=dtype,
     )

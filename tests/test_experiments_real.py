@@ -1,0 +1,125 @@
+"""The experiment on a real LLaMA, here on a tiny one: its parts, what is skipped, and what continues."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from experiments import measures, methods, real
+from experiments.__main__ import main
+from experiments.methods import FULL, LORA, ONE_SOFTMAX, ZERO_INIT, set_up
+from experiments.real import ReviewRun, Sources, best_rate, review_testbed, schedule
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture
+def sources(tiny_base, tmp_path, monkeypatch):
+    """Files of a few sentences; the experiment with as few of everything."""
+    sentences = [f"a {word} film number {i}\t{i % 2}" for i, word in enumerate(["good", "bad", "long", "new"] * 4)]
+    for name, rows in (("train", sentences), ("dev", sentences[:3])):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    monkeypatch.setattr(real, "SENTENCES", 8)
+    monkeypatch.setattr(real, "SEARCH", 4)
+    monkeypatch.setattr(real, "BATCH_SIZE", 4)
+    monkeypatch.setattr(real, "LEAST_STEPS", 3)
+    monkeypatch.setattr(real, "TRIED", {method: rates[:1] for method, rates in real.TRIED.items()})
+    monkeypatch.setattr(real, "TIMED_STEPS", 3)
+    monkeypatch.setattr(real, "CACHE", tmp_path / "cache")
+    return Sources(tiny_base, tmp_path, tmp_path / "text.txt", "cpu", "bfloat16", at_a_time=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_follow_from_each_other(sources, tmp_path, monkeypatch):
+    """Every part writes its file, with rates from the first; what is there is not run again."""
+    monkeypatch.setattr(real, "in_new_process", lambda function, *args: function(*args))
+    out = tmp_path / "results"
+    args = ["real", "--base", sources.base, "--reviews", tmp_path, "--text", sources.text, "--device", "cpu"]
+    args += ["--at-a-time", 1, "--out", out]
+    args = list(map(str, args))
+    result = CliRunner().invoke(main, [*args, "--part", "methods"])
+    assert result.exit_code == 2 and "rates.json: missing; run the part rates first" in result.stderr
+    parts = [name for name in real.PARTS if name != "samples"]
+    result = CliRunner().invoke(main, args + [word for part in parts for word in ("--part", part)])
+    assert result.exit_code == 0, result.output
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in parts}
+    assert set(found["rates"]["best"]) == set(real.TRIED)
+    assert len(found["rates"]["rows"]) == 2 * len(real.TRIED)  # a single rate is an edge of its grid: one more
+    assert found["methods"]["rows"][LORA]["setting"]["lr"] == found["rates"]["best"][LORA]
+    assert len(found["methods"]["rows"][ZERO_INIT]["accuracy"]) == 2
+    assert found["methods"]["rows"][ZERO_INIT]["recovered"] == [True, True]
+    assert found["methods"]["rows"][FULL]["recovered"] == [False, False]
+    assert set(found["price"]["rows"]) == {ZERO_INIT, ONE_SOFTMAX, LORA, FULL}
+    result = CliRunner().invoke(main, [*args, "--part", "rates"])
+    assert result.exit_code == 0 and result.stdout == f"rates.json is in {out}: this part is skipped\n"
+
+
+def test_the_best_rate_is_of_the_most_answers_and_then_of_the_lowest_loss():
+    rows = {}
+    for lr, accuracy, loss in ((0.1, 0.5, 0.3), (0.2, 0.6, 0.4), (0.3, 0.6, 0.2), (0.4, 0.5, 0.1)):
+        rows[lr] = {"setting": {"method": LORA, "lr": lr}, "accuracy": [accuracy], "val_loss": [loss]}
+    assert best_rate(rows, LORA) == 0.3
+
+
+def test_few_sentences_have_more_epochs():
+    assert schedule(800) == {"epochs": 3, "warmup_epochs": 2}
+    assert schedule(50) == {"epochs": 19, "warmup_epochs": pytest.approx(19 * 2 / 3)}
+
+
+def test_smaller_sets_are_part_of_larger_ones_and_nothing_is_asked_that_was_learned(sources):
+    small, large = (review_testbed(sources, number, True) for number in (4, 12))
+    assert [row.ids for row in small.training] == [row.ids for row in large.training[:4]]
+    learned = {tuple(row.ids) for row in large.training}
+    assert len(learned) == 12 and learned.isdisjoint(tuple(row.ids) for row in large.held_out)
+    assert len(review_testbed(sources, 4, False).held_out) == 3
+
+
+@pytest.mark.parametrize("method", [ZERO_INIT, LORA, FULL])
+def test_an_interrupted_run_continues(sources, method, monkeypatch):
+    """Stopped amid the steps, and started again, it ends as one that was never stopped."""
+    testbed = review_testbed(sources, 8, False)
+    run = ReviewRun(testbed.default._replace(method=method, lr=0.01), 8)
+    whole = real.run_review(sources, run, seed=0)
+    monkeypatch.setattr(measures, "SAVE_EVERY", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "mean_loss", None)  # it fails after the last step was saved
+        with pytest.raises(TypeError):
+            real.run_review(sources, run, seed=0)
+    (checkpoint,) = real.CACHE.iterdir()
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["losses"] == whole["losses"]
+
+    steps = methods.training_steps
+
+    def first_three(*args):
+        for step, _ in zip(steps(*args), range(3)):
+            yield step
+        raise KeyboardInterrupt
+
+    checkpoint.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "training_steps", first_three)
+        with pytest.raises(KeyboardInterrupt):
+            real.run_review(sources, run, seed=0)
+    assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 3
+    again = real.run_review(sources, run, seed=0)
+    assert {key: again[key] for key in again if key != "seconds"} == {
+        key: whole[key] for key in whole if key != "seconds"
+    }
+    assert not list(real.CACHE.iterdir())
+
+
+def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
+    """Its gradient is close to that in float32, and not equal to it."""
+    testbed = review_testbed(sources, 8, False)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        setting = testbed.default._replace(method=FULL)
+        model, adapter, _, loss_fn = set_up(setting, 0, testbed.base, dtype, testbed.device)
+        assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
+        loss_fn(model, adapter, testbed.training).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()]))
+    difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert 1e-5 < difference < 0.05
