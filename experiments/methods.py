@@ -213,7 +213,6 @@ def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, 
 
 def save_state(path: Path, trainable: Trainable, losses: Sequence[float], seconds: float) -> None:
     """Write what `load_state` needs to continue a training run: trained parameters, optimizer, losses so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {"adapter": trainable.adapter.state_dict(), "optimizer": trainable.optimizer.state_dict()}
     with atomic_write(path) as temporary:
         torch.save(state | {"losses": list(losses), "seconds": seconds}, temporary)

@@ -1,293 +1,28 @@
-"""The paper's tables on a real LLaMA of 30 layers: SmolLM2-135M-Instruct learns to judge film reviews by one word.
+"""The paper's tables on a real LLaMA of 30 layers: python -m experiments real --base SMOLLM2 --reviews SST-2 ...
 
 Each part is a file of results/real/. A part whose file is there is skipped, finished runs are too, and a run that was
 interrupted continues from its checkpoint in experiments/cache/.
 """
 
-import hashlib
-import math
-import multiprocessing
-import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import click
 import cloup
-import numpy as np
 from cloup import option, option_group
-from matplotlib.figure import Figure
 
-from data import Example, Request
-from encoder_tuning.data import read_labelled_texts
-from experiments.ablations import epoch_means, without_losses
-from experiments.cached import CACHE
-from experiments.drawing import draw_bars, draw_line, percent
-from experiments.measures import base_measures, run_setting
-from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, Setting, finite_steps, import_peft
-from experiments.methods import set_up
-from experiments.runs import RESULTS, Column, Runs, rounded
-from experiments.testbed import Testbed, TestbedParts, make_testbed
-from formats.bases import load_llama, read_base
-from formats.hub import find_base
-from generate import Responder
-from runtime.cli import PATH, Count, device_options, one_line_errors
-from runtime.device import peak_memory, select_device
-from runtime.files import read_json_object, read_text
-from tasks.responses import generate_responses
-
-QUESTION = "Is this review of a film positive or negative? Answer with one word."
-ANSWERS = {"0": "Negative", "1": "Positive"}
-SENTENCES = 800  # to train on, unless a part says otherwise
-SEARCH = 200  # other sentences of train.tsv, asked about to choose a learning rate
-BATCH_SIZE = 16
-EPOCHS = 3
-LEAST_STEPS = 75  # with few sentences there are more epochs: half the steps of 800 sentences
-
-PROMPT_RATES = (0.003, 0.01, 0.03)
-TRIED = {method: PROMPT_RATES for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)}
-TRIED |= {LORA: (0.0003, 0.001, 0.003), FULL: (0.00001, 0.00003, 0.0001)}
-
-
-class Sources(NamedTuple):
-    """The files of the experiment, and where it runs."""
-
-    base: Path
-    reviews: Path  # SST-2: train.tsv and dev.tsv
-    text: Path  # for perplexity
-    device: str
-    dtype: str
-    at_a_time: int
-
-
-class ReviewRun(NamedTuple):
-    """A training run on film reviews."""
-
-    setting: Setting
-    sentences: int = SENTENCES
-    searching: bool = False  # asked about other sentences of train.tsv; otherwise about those of dev.tsv
-
-
-@cache
-def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed:
-    """The sentences of smaller numbers are among those of larger ones. Raises OSError or ValueError."""
-    rows = read_labelled_texts(sources.reviews / "train.tsv")
-    order = np.random.default_rng(0).permutation(len(rows))
-    examples = [as_instruction(*rows[i]) for i in order]
-    asked = examples[-SEARCH:]
-    if not searching:
-        asked = [as_instruction(*row) for row in read_labelled_texts(sources.reviews / "dev.tsv")]
-    base = find_base(sources.base)
-    default = Setting(read_base(base)[0].n_layers - 2, lr=0.01, **schedule(sentences))
-    text = [read_text(sources.text)[:100_000]]
-    parts = TestbedParts(base, default, BATCH_SIZE, examples[:sentences], asked, text)
-    return make_testbed(parts, 512, *select_device(sources.device, sources.dtype))
-
-
-def as_instruction(text: str, label: str, name: str) -> Example:
-    return Example(QUESTION, text, ANSWERS[label], name)
-
-
-def schedule(sentences: int) -> dict[str, float]:
-    """Epochs, of which two thirds are warm-up: three, or as many as make LEAST_STEPS."""
-    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / math.ceil(sentences / BATCH_SIZE)))
-    return {"epochs": epochs, "warmup_epochs": epochs * 2 / 3}
-
-
-def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
-    """Return the values of `run_setting`."""
-    testbed = review_testbed(sources, run.sentences, run.searching)
-    digest = hashlib.sha256(repr((sources.base.name, sources.dtype, run, seed)).encode()).hexdigest()[:12]
-    checkpoint = CACHE / f"real-{digest}.pt"
-    values = run_setting(testbed, run.setting, seed, checkpoint)
-    checkpoint.unlink(missing_ok=True)
-    return values
-
-
-COLUMNS = (
-    Column("trained", "trained", ","),
-    Column("accuracy", "exact", spread=True),
-    Column("val_loss", "loss held out", ".4f"),
-    Column("train_loss", "last epoch", ".4f"),
-    Column("perplexity", "perplexity", ".2f"),
-    Column("seconds", "seconds", ".0f"),
+from experiments.methods import import_peft
+from experiments.real_tasks import compare_on_problems, mix_experts, see_digits, train_on_alpaca
+from experiments.reviews import (
+    Sources,
+    compare_layers,
+    compare_methods,
+    compare_samples,
+    measure_price,
+    search_rates,
 )
-
-
-def review_table(runs: Runs, sources: Sources, planned: dict[str, ReviewRun], **options) -> dict[str, dict]:
-    """Do the runs; return their values seed by seed, with their settings."""
-    do = partial(run_review, sources)
-    rows = runs.table(COLUMNS, planned, do, in_rounds=True, at_a_time=sources.at_a_time, **options)
-    return {label: row | {"setting": planned[label].setting._asdict()} for label, row in rows.items()}
-
-
-# ---------------------------------------------------------------------------------------------------
-# The parts
-
-
-def search_rates(runs: Runs, sources: Sources) -> None:
-    """Search the learning rate of each method: three, and one more if the best is at the edge of these."""
-    default = review_testbed(sources, SENTENCES, True).default
-
-    def table(rates: dict[str, tuple[float, ...]]) -> dict[str, dict]:
-        settings = [default._replace(method=method, lr=lr) for method, tried in rates.items() for lr in tried]
-        planned = {f"{each.method}, {each.lr:g}": ReviewRun(each, searching=True) for each in settings}
-        return review_table(runs, sources, planned)
-
-    rows = table(TRIED)
-    further = {}
-    for method, tried in TRIED.items():
-        rate = best_rate(rows, method)
-        if rate in (tried[0], tried[-1]):
-            further[method] = (rounded(rate / 3 if rate == tried[0] else rate * 3),)
-    if further:
-        rows |= table(further)
-    best = {method: best_rate(rows, method) for method in TRIED}
-    at_edge = [method for method in further if best[method] in further[method]]
-    click.echo("best: " + ", ".join(f"{method} {lr:g}" for method, lr in best.items()))
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for method in TRIED:
-        ours = sorted((row for row in rows.values() if row["setting"]["method"] == method), key=rate_of)
-        axes.plot(list(map(rate_of, ours)), percent([row["accuracy"][0] for row in ours]), "o-", label=method)
-    axes.set(xlabel="learning rate", xscale="log", ylabel=f"{SEARCH} sentences answered exactly, %")
-    axes.legend()
-    runs.save("rates", {"best": best, "best_at_the_edge": at_edge, "rows": without_losses(rows)}, figure)
-
-
-def rate_of(row: dict) -> float:
-    return row["setting"]["lr"]
-
-
-def best_rate(rows: dict[str, dict], method: str) -> float:
-    """The rate with the most exact answers, and of equal ones the lowest held-out loss."""
-    ours = [row for row in rows.values() if row["setting"]["method"] == method]
-    return rate_of(max(ours, key=lambda row: (row["accuracy"][0], -row["val_loss"][0])))
-
-
-def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
-    """The setting of each method at the rate that the part `rates` has found. Raises ValueError if it was not run."""
-    path = runs.out / "rates.json"
-    if not path.exists():
-        raise ValueError(f"{path}: missing; run the part rates first: --part rates")
-    default = review_testbed(sources, SENTENCES, False).default
-    return {method: default._replace(method=method, lr=lr) for method, lr in read_json_object(path)["best"].items()}
-
-
-def base_alone(testbed: Testbed) -> dict[str, float | None]:
-    """The share of exact answers of the base without an adapter, and its perplexity."""
-    model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
-    responder = Responder(model, testbed.tokenizer, {}, max_new_tokens=8)
-    requests = [Request(question.instruction, question.input) for question in testbed.questions]
-    texts = generate_responses(responder, requests, unit="question")
-    exact = statistics.mean(text == question.output for text, question in zip(texts, testbed.questions))
-    return {"accuracy": exact, "perplexity": base_measures(testbed)[0]}
-
-
-def compare_methods(runs: Runs, sources: Sources) -> None:
-    """Compare all methods, each at its best rate (Tables 1 and 5), and two inits at other rates (Figure 7)."""
-    best = best_settings(runs, sources)
-    base = base_alone(review_testbed(sources, SENTENCES, False))
-    click.echo(f"the base alone: {base['accuracy']:.1%} exactly, perplexity {base['perplexity']:.2f}\n")
-    planned = {method: ReviewRun(setting) for method, setting in best.items()}
-    inits = {}
-    for method in (ZERO_INIT, ONE_SOFTMAX):
-        for factor in (1 / 3, 3):
-            setting = best[method]._replace(lr=rounded(best[method].lr * factor))
-            inits[f"{method}, {setting.lr:.3g}"] = ReviewRun(setting)
-    rows = review_table(runs, sources, planned | inits)
-    paper = {
-        "ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77},
-        "parameters": {"full tuning (Alpaca)": "7B", "LoRA (Alpaca-LoRA)": "4.2M", "LLaMA-Adapter": "1.2M"},
-    }
-
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    bars, forgetting, curves = figure.subplots(1, 3)
-    draw_bars(bars, {label: percent(row["accuracy"]) for label, row in rows.items()}, "answered exactly, %")
-    draw_bars(forgetting, {label: rows[label]["perplexity"] for label in planned}, "perplexity of WikiText-2")
-    forgetting.axvline(base["perplexity"], color="black", linewidth=1)
-    for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL):
-        curves.plot(np.array(rows[method]["losses"]).mean(axis=0), label=method, linewidth=1)
-    curves.set(xlabel="step", ylabel="training loss", yscale="log")
-    curves.legend()
-    per_epoch = math.ceil(SENTENCES / BATCH_SIZE)
-    by_epoch = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
-    values = {"paper": paper, "base": base, "rows": without_losses(rows), "loss_by_epoch": by_epoch}
-    runs.save("methods", values, figure)
-
-
-def compare_layers(runs: Runs, sources: Sources) -> None:
-    """Compare the number of adapted layers, and the topmost with the lowest (Table 4)."""
-    setting = best_settings(runs, sources)[ZERO_INIT]
-    N = setting.layers + 2
-    top = {L: f"topmost {L} of {N} layers" for L in (N // 3, 2 * N // 3, N - 2, N)}
-    low = f"lowest {N // 3} of {N} layers"
-    planned = {label: ReviewRun(setting._replace(layers=L)) for L, label in top.items()}
-    planned[low] = ReviewRun(setting._replace(layers=N // 3, where="bottom"))
-    rows = review_table(runs, sources, planned)
-    paper = {"ScienceQA, validation, %, by topmost layers of 32": {10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03}}
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    draw_line(axes, list(top), [percent(rows[label]["accuracy"]) for label in top.values()], "topmost")
-    draw_line(axes, [N // 3], [percent(rows[low]["accuracy"])], "lowest")
-    axes.set(xlabel=f"adapted layers of {N}", ylabel="answered exactly, %", xticks=list(top))
-    axes.legend()
-    runs.save("layers", {"paper": paper, "rows": without_losses(rows)}, figure)
-
-
-def compare_samples(runs: Runs, sources: Sources) -> None:
-    """Train on fewer sentences, and on more."""
-    best = best_settings(runs, sources)
-    methods = (ZERO_INIT, ONE_SOFTMAX, LORA)
-    planned = {}
-    for sentences in (50, 200, SENTENCES, 3 * SENTENCES):
-        for method in methods:
-            if sentences <= SENTENCES or method != ONE_SOFTMAX:
-                setting = best[method]._replace(**schedule(sentences))
-                planned[f"{method}, {sentences}"] = ReviewRun(setting, sentences)
-    once = [label for label, run in planned.items() if run.sentences > SENTENCES]
-    rows = review_table(runs, sources, planned, once=once)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for method in methods:
-        ours = {run.sentences: rows[label] for label, run in planned.items() if run.setting.method == method}
-        draw_line(axes, list(ours), [percent(row["accuracy"]) for row in ours.values()], method)
-    axes.set(xlabel="sentences", xscale="log", ylabel="answered exactly, %")
-    axes.legend()
-    runs.save("samples", {"rows": without_losses(rows)}, figure)
-
-
-TIMED_STEPS = 12
-
-
-def measure_price(runs: Runs, sources: Sources) -> None:
-    """Measure seconds per step and peak memory of each method, one process after the other, with all threads."""
-    columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak bytes", ",.0f"))
-    settings = {m: s for m, s in best_settings(runs, sources).items() if m != GATES_AT_ONE}
-    rows = runs.table(columns, settings, partial(in_new_process, price_of_steps, sources), in_rounds=True)
-    runs.save("price", {"steps": TIMED_STEPS, "rows": rows})
-
-
-def in_new_process(function: Callable, *args) -> dict:
-    """Return the function's result, from a process whose peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *args).result()
-
-
-def price_of_steps(sources: Sources, setting: Setting, seed: int) -> dict:
-    """Median seconds of a few steps after the first, and the peak memory of the process."""
-    testbed = review_testbed(sources, BATCH_SIZE * TIMED_STEPS, False)
-    trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
-    steps = finite_steps(trainable, testbed.training, testbed.train_config(setting, seed))
-    seconds = [step.seconds for step, _ in zip(steps, range(TIMED_STEPS))]
-    return {"step_seconds": statistics.median(seconds[1:]), "peak_bytes": peak_memory(testbed.device)}
-
-
-# ---------------------------------------------------------------------------------------------------
-# The command
+from experiments.runs import RESULTS, Runs
+from runtime.cli import PATH, Count, device_options, one_line_errors
 
 
 class Part(NamedTuple):
@@ -302,6 +37,10 @@ PARTS = {
     "methods": Part(compare_methods, 2),
     "layers": Part(compare_layers, 2),
     "samples": Part(compare_samples, 2),
+    "scienceqa": Part(compare_on_problems, 1),
+    "experts": Part(mix_experts, 1),
+    "alpaca": Part(train_on_alpaca, 1),
+    "digits": Part(see_digits, 1),
     "price": Part(measure_price, 3),
 }
 
@@ -312,24 +51,20 @@ PARTS = {
     option("--base", type=PATH, required=True, help="SmolLM2-135M-Instruct, or another LLaMA."),
     option("--reviews", type=PATH, required=True, help="SST-2's folder, with train.tsv and dev.tsv."),
     option("--text", type=PATH, required=True, help="Text for perplexity: WikiText-2's validation set."),
+    option("--problems", type=PATH, help="ScienceQA's problems.json, for the parts scienceqa and experts."),
+    option("--alpaca", type=PATH, help="Stanford Alpaca's file, for the part alpaca."),
     *device_options,
 )
 @option_group(
     "Runs",
     option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="Repeatable.  [default: all]"),
     option("--at-a-time", type=Count(), default=2, help="Number of processes, with one thread each."),
-    option(
-        "--out",
-        type=PATH,
-        default=RESULTS / "real",
-        show_default="experiments/results/real",
-        help="Folder for results.",
-    ),
+    option("--out", type=PATH, default=RESULTS / "real", show_default="experiments/results/real", help="The folder."),
 )
 def real(parts, out, **options):
-    """Train a real LLaMA of 30 layers on film reviews.
+    """Train a real LLaMA of 30 layers.
 
-    Learning rates, methods and inits, adapted layers, numbers of sentences, and what a step costs.
+    On film reviews: learning rates, methods, layers, sentences, the price of a step. ScienceQA, Alpaca, digits.
     """
     sources = Sources(**options)
     with one_line_errors():
@@ -339,5 +74,7 @@ def real(parts, out, **options):
                 click.echo(f"{part}.json is in {out}: this part is skipped")
                 continue
             click.echo(f"{part}. {PARTS[part].do.__doc__.strip()}\n")
-            with Runs(f"real-{part}", out, PARTS[part].seeds, options) as runs:
+            # What a part does not read does not change the name of the file of its finished runs.
+            known = {name: value for name, value in options.items() if name not in ("problems", "alpaca", "at_a_time")}
+            with Runs(f"real-{part}", out, PARTS[part].seeds, known) as runs:
                 PARTS[part].do(runs, sources)

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import save_problems
 
-from experiments import measures, methods, real
+from experiments import measures, methods, real_tasks, reviews
 from experiments.__main__ import main
+from experiments.capitals import capital_examples, is_json
 from experiments.methods import FULL, LORA, ONE_SOFTMAX, ZERO_INIT, set_up
-from experiments.real import ReviewRun, Sources, best_rate, review_testbed, schedule
+from experiments.reviews import ReviewRun, Sources, best_rate, review_testbed, schedule
+from toy import digits
 
 pytest.importorskip("peft")
 
@@ -21,32 +24,32 @@ def sources(tiny_base, tmp_path, monkeypatch):
     for name, rows in (("train", sentences), ("dev", sentences[:3])):
         (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows))
     (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
-    monkeypatch.setattr(real, "SENTENCES", 8)
-    monkeypatch.setattr(real, "SEARCH", 4)
-    monkeypatch.setattr(real, "BATCH_SIZE", 4)
-    monkeypatch.setattr(real, "LEAST_STEPS", 3)
-    monkeypatch.setattr(real, "TRIED", {method: rates[:1] for method, rates in real.TRIED.items()})
-    monkeypatch.setattr(real, "TIMED_STEPS", 3)
-    monkeypatch.setattr(real, "CACHE", tmp_path / "cache")
-    return Sources(tiny_base, tmp_path, tmp_path / "text.txt", "cpu", "bfloat16", at_a_time=1)
+    monkeypatch.setattr(reviews, "SENTENCES", 8)
+    monkeypatch.setattr(reviews, "SEARCH", 4)
+    monkeypatch.setattr(reviews, "BATCH_SIZE", 4)
+    monkeypatch.setattr(reviews, "LEAST_STEPS", 3)
+    monkeypatch.setattr(reviews, "TRIED", {method: rates[:1] for method, rates in reviews.TRIED.items()})
+    monkeypatch.setattr(reviews, "TIMED_STEPS", 3)
+    monkeypatch.setattr(reviews, "CACHE", tmp_path / "cache")
+    return Sources(tiny_base, tmp_path, tmp_path / "text.txt", None, None, "cpu", "bfloat16", at_a_time=1)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_parts_follow_from_each_other(sources, tmp_path, monkeypatch):
     """Every part writes its file, with rates from the first; what is there is not run again."""
-    monkeypatch.setattr(real, "in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(reviews, "in_new_process", lambda function, *args: function(*args))
     out = tmp_path / "results"
     args = ["real", "--base", sources.base, "--reviews", tmp_path, "--text", sources.text, "--device", "cpu"]
     args += ["--at-a-time", 1, "--out", out]
     args = list(map(str, args))
     result = CliRunner().invoke(main, [*args, "--part", "methods"])
     assert result.exit_code == 2 and "rates.json: missing; run the part rates first" in result.stderr
-    parts = [name for name in real.PARTS if name != "samples"]
+    parts = ["rates", "methods", "layers", "price"]
     result = CliRunner().invoke(main, args + [word for part in parts for word in ("--part", part)])
     assert result.exit_code == 0, result.output
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in parts}
-    assert set(found["rates"]["best"]) == set(real.TRIED)
-    assert len(found["rates"]["rows"]) == 2 * len(real.TRIED)  # a single rate is an edge of its grid: one more
+    assert set(found["rates"]["best"]) == set(reviews.TRIED)
+    assert len(found["rates"]["rows"]) == 2 * len(reviews.TRIED)  # a single rate is an edge of its grid: one more
     assert found["methods"]["rows"][LORA]["setting"]["lr"] == found["rates"]["best"][LORA]
     assert len(found["methods"]["rows"][ZERO_INIT]["accuracy"]) == 2
     assert found["methods"]["rows"][ZERO_INIT]["recovered"] == [True, True]
@@ -81,13 +84,13 @@ def test_an_interrupted_run_continues(sources, method, monkeypatch):
     """Stopped amid the steps, and started again, it ends as one that was never stopped."""
     testbed = review_testbed(sources, 8, False)
     run = ReviewRun(testbed.default._replace(method=method, lr=0.01), 8)
-    whole = real.run_review(sources, run, seed=0)
+    whole = reviews.run_review(sources, run, seed=0)
     monkeypatch.setattr(measures, "SAVE_EVERY", -1)
     with monkeypatch.context() as patch:
         patch.setattr(measures, "mean_loss", None)  # it fails after the last step was saved
         with pytest.raises(TypeError):
-            real.run_review(sources, run, seed=0)
-    (checkpoint,) = real.CACHE.iterdir()
+            reviews.run_review(sources, run, seed=0)
+    (checkpoint,) = reviews.CACHE.iterdir()
     state = torch.load(checkpoint, weights_only=True)
     assert state["losses"] == whole["losses"]
 
@@ -102,13 +105,13 @@ def test_an_interrupted_run_continues(sources, method, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(methods, "training_steps", first_three)
         with pytest.raises(KeyboardInterrupt):
-            real.run_review(sources, run, seed=0)
+            reviews.run_review(sources, run, seed=0)
     assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 3
-    again = real.run_review(sources, run, seed=0)
+    again = reviews.run_review(sources, run, seed=0)
     assert {key: again[key] for key in again if key != "seconds"} == {
         key: whole[key] for key in whole if key != "seconds"
     }
-    assert not list(real.CACHE.iterdir())
+    assert not list(reviews.CACHE.iterdir())
 
 
 def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
@@ -123,3 +126,55 @@ def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()]))
     difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     assert 1e-5 < difference < 0.05
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_other_tasks(sources, chat_base, tmp_path, monkeypatch):
+    """ScienceQA, three adapters mixed in a batch, Alpaca and digits write their files; adapters come from the cache."""
+    problems = save_problems(tmp_path)
+    splits = {"train": ["12", "30"], "val": ["31"], "test": ["12", "30", "31"]}
+    (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
+    records = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}, as told"} for i in range(12)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(records))
+    out = tmp_path / "results"
+    out.mkdir()
+    best = dict.fromkeys(reviews.TRIED, 0.02)
+    (out / "rates.json").write_text(json.dumps({"best": best}))
+    monkeypatch.setattr(real_tasks, "ALPACA", 8)
+    monkeypatch.setattr(real_tasks, "ALPACA_HELD_OUT", 4)
+    monkeypatch.setattr(real_tasks, "DIGIT_EPOCHS", 2)
+    monkeypatch.setattr(real_tasks, "ASKED", 5)
+    monkeypatch.setattr(digits, "TRAINED_ON", 3)
+    monkeypatch.setattr(digits, "HELD_OUT", 4)
+    args = ["real", "--base", chat_base, "--reviews", tmp_path, "--text", sources.text, "--device", "cpu"]
+    args += ["--problems", problems, "--alpaca", tmp_path / "alpaca.json", "--at-a-time", 1, "--out", out]
+    parts = ("scienceqa", "experts", "alpaca", "digits")
+    result = CliRunner().invoke(main, list(map(str, args)) + [word for part in parts for word in ("--part", part)])
+    assert result.exit_code == 0, result.output
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in parts}
+    assert set(found["scienceqa"]["rows"]) == {"base", ZERO_INIT, LORA}
+    assert found["scienceqa"]["rows"]["base"]["too_long"] == [0]
+    assert found["experts"]["base"]["unchanged"] is True and found["experts"]["base"]["same"] == 1
+    assert [row["same"] for row in found["experts"]["rows"].values()] == [1, 1, 1]
+    ours = found["alpaca"]["rows"]
+    assert ours["base"]["own_template"] != ours["base"]["val_loss"] and len(found["alpaca"]["asked"]) == 4
+    assert len({row["val_loss"][0] for row in ours.values()}) == 3
+    assert all(set(row) >= {"image", "no_image", "another_image"} for row in found["digits"]["rows"].values())
+    kept = list(reviews.CACHE.glob("*.safetensors"))
+    assert len(kept) == 5 and not list(reviews.CACHE.glob("*.pt"))  # three experts, two of Alpaca
+
+
+def test_what_a_part_needs_is_named(sources, tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps({"best": dict.fromkeys(reviews.TRIED, 0.02)}))
+    args = ["real", "--base", sources.base, "--reviews", tmp_path, "--text", sources.text, "--out", tmp_path]
+    for part, option in (("scienceqa", "--problems"), ("alpaca", "--alpaca")):
+        result = CliRunner().invoke(main, [*map(str, args), "--part", part])
+        assert result.exit_code == 2 and f"{option} is missing" in result.stderr
+
+
+def test_capitals_are_asked_about_other_countries():
+    training, asked = capital_examples()
+    assert len(training) > 50 and len(asked) > 50
+    assert not {example.name for example in training} & {example.name for example in asked}
+    assert all(map(is_json, (example.output for example in training + asked)))
+    assert not any(map(is_json, ("Paris", '["Paris"]', '{"capital": "Paris"}', None)))

@@ -1,0 +1,308 @@
+"""The parts of the experiment on a real LLaMA that are other tasks: ScienceQA, three adapters, Alpaca, digits."""
+
+import io
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from matplotlib.figure import Figure
+
+from adapter import Adapter
+from data import Example, Request, tokenize
+from encoder_tuning.labelled import subset
+from experiments.cached import cached_folder
+from experiments.capitals import capital_examples, is_json
+from experiments.drawing import draw_bars, percent
+from experiments.measures import first_logits, train_setting
+from experiments.methods import LORA, WEIGHT_DECAY, ZERO_INIT, Setting, Trainable, finite_steps, make_image_adapter
+from experiments.reviews import BATCH_SIZE, EPOCHS, SENTENCES, Sources, best_settings, cache_file, review_testbed
+from experiments.reviews import schedule
+from experiments.runs import Column, Runs
+from experiments.testbed import Testbed, TestbedParts, make_testbed
+from formats.adapters import load_adapter
+from formats.bases import load_llama
+from formats.chat_templates import load_template
+from formats.hub import find_base
+from formats.image_encoders import VisionEncoder
+from generate import Responder
+from runtime.device import select_device
+from tasks.images import attach_features
+from tasks.instructions import read as read_instructions
+from tasks.responses import generate_responses, most_likely_choices
+from tasks.scienceqa import read as read_problems
+from tasks.scienceqa import score
+from toy import digits
+from toy.exam import evaluate_digits
+from train import TrainConfig, make_optimizer, mean_loss
+
+WRITTEN = 1000  # problems that are answered in the model's own words; the most likely option is chosen for all
+ASKED = 200  # questions of each expert
+ALPACA, ALPACA_HELD_OUT = 2000, 200
+
+
+class TaskRun(NamedTuple):
+    """A training run on a task; without a setting, the base alone."""
+
+    task: str
+    setting: Setting | None
+
+
+@cache
+def task_testbed(sources: Sources, task: str) -> Testbed:
+    """The testbed of a task: what its examples are, and which are held out. Raises OSError or ValueError."""
+    if task == "reviews":
+        return review_testbed(sources, SENTENCES, False)
+    if task == "capitals":
+        training, held_out = capital_examples()
+    elif task == "scienceqa":
+        training = read_problems(needed(sources.problems, "--problems"))
+        held_out = subset(read_problems(sources.problems, split="val"), ASKED)
+    else:
+        examples = subset(read_instructions(needed(sources.alpaca, "--alpaca")), ALPACA + ALPACA_HELD_OUT)
+        training, held_out = examples[:ALPACA], examples[ALPACA:]
+    base, settings = find_base(sources.base), schedule(len(training))
+    default = review_testbed(sources, SENTENCES, False).default._replace(**settings)
+    parts = TestbedParts(base, default, BATCH_SIZE, training, held_out, documents=[])
+    return make_testbed(parts, 512, *select_device(sources.device, sources.dtype))
+
+
+def needed(path: Path | None, option: str) -> Path:
+    """Return the path. Raises ValueError if it was not given."""
+    if path is None:
+        raise ValueError(f"{option} is missing: this part needs its file")
+    return path
+
+
+def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
+    """Train the prompts and gates of a task, or load them from the cache."""
+    path = cache_file(sources, run, seed, "safetensors")
+    if not path.exists():
+        checkpoint = cache_file(sources, run, seed)
+        adapter = train_setting(task_testbed(sources, run.task), run.setting, seed, checkpoint)[0].adapter
+        adapter.save(path)
+        checkpoint.unlink(missing_ok=True)
+    return load_adapter(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# ScienceQA
+
+
+def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
+    """Train, and answer the test problems: accuracies by how answers are found, and how many did not fit."""
+    testbed = task_testbed(sources, "scienceqa")
+    problems = read_problems(sources.problems, split="test")
+    if run.setting is not None and run.setting.method == LORA:
+        checkpoint = cache_file(sources, run, seed)
+        (model, adapter, _, _), _, _ = train_setting(testbed, run.setting, seed, checkpoint)
+        checkpoint.unlink(missing_ok=True)
+    else:
+        model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
+        adapter = None if run.setting is None else trained_adapter(sources, run, seed).to(testbed.device)
+    adapters = {} if adapter is None else {"adapter": adapter}
+    name = "base" if adapter is None else "adapter"
+    responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
+
+    def requests(asked: Sequence[Example]) -> list[Request]:
+        return [Request(problem.instruction, problem.input, name) for problem in asked]
+
+    some = subset(problems, WRITTEN)
+    written = generate_responses(responder, requests(some), unit="problem")
+    choices = [problem.answers() for problem in problems]
+    chosen = most_likely_choices(responder, requests(problems), choices, unit="problem")
+    fitting = [problem for problem, text in zip(problems, chosen) if text is not None]
+    loss = None if adapter is None else mean_loss(model, adapter, testbed.held_out, TrainConfig())
+    return {
+        "written": score(some, written)["Avg"] / 100,
+        "most_likely": score(problems, chosen)["Avg"] / 100,
+        "chance": sum(1 / len(problem.choices) for problem in fitting) / len(problems),
+        "too_long": len(problems) - len(fitting),
+        "val_loss": loss,
+        "columns": score(problems, chosen),
+    }
+
+
+def compare_on_problems(runs: Runs, sources: Sources) -> None:
+    """Train on ScienceQA's problems without their images, and answer the test problems."""
+    testbed = task_testbed(sources, "scienceqa")
+    click.echo(f"{len(testbed.training):,} problems to learn from\n")
+    best = best_settings(runs, sources)
+    planned = {"base": TaskRun("scienceqa", None)}
+    for method in (ZERO_INIT, LORA):
+        planned[method] = TaskRun("scienceqa", best[method]._replace(**schedule(len(testbed.training))))
+    columns = (
+        Column("written", "written"),
+        Column("most_likely", "most likely"),
+        Column("chance", "chance"),
+        Column("too_long", "too long", ",.0f"),
+        Column("val_loss", "loss held out", ".4f"),
+    )
+    rows = runs.table(columns, planned, partial(answer_problems, sources), at_a_time=sources.at_a_time)
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    axes = figure.subplots()
+    draw_bars(axes, {label: percent(row["most_likely"]) for label, row in rows.items()}, "most likely answer right, %")
+    axes.axvline(100 * rows["base"]["chance"][0], color="black", linewidth=1)
+    paper = {"test, %": {"LLaMA-Adapter, text only": 78.31, "random choice": 39.83}}
+    values = {"paper": paper, "trained_on": len(testbed.training), "written_problems": WRITTEN, "rows": rows}
+    runs.save("scienceqa", values, figure)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Three adapters over one base
+
+
+def mix_experts(runs: Runs, sources: Sources) -> None:
+    """Ask three adapters over one base, each alone and all mixed in every batch."""
+    setting = best_settings(runs, sources)[ZERO_INIT]
+    settings = {name: setting._replace(**schedule(len(task_testbed(sources, name).training))) for name in EXPERTS}
+    columns = (
+        Column("alone", "alone"),
+        Column("mixed", "mixed"),
+        Column("same", "same text"),
+        Column("switch_ms", "ms", ".1f"),
+        Column("file_bytes", "bytes", ",.0f"),
+    )
+    found = runs.table((), {"experts": settings}, partial(ask_experts, sources))["experts"]
+    (rows,), (base,) = found["rows"], found["base"]
+    for name, row in rows.items():
+        click.echo(f"{name:12}" + "".join(f"{column.title} {row[column.name]:{column.form}}  " for column in columns))
+    click.echo(f"base: unchanged bit for bit: {base['unchanged']}; the same texts: {base['same']:.1%}")
+    figure = Figure(figsize=(7, 2.5), layout="constrained")
+    shares = {f"{name}, {how}": percent([row[how]]) for name, row in rows.items() for how in ("alone", "mixed")}
+    draw_bars(figure.subplots(), shares, "answered exactly, %")
+    runs.save("experts", {"rows": rows, "base": base, "asked_of_each": ASKED}, figure)
+
+
+EXPERTS = ("reviews", "capitals", "scienceqa")
+
+
+def ask_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> dict[str, dict]:
+    """Return for every expert the shares of exact answers, alone and mixed, and what switching to it costs."""
+    beds = {name: task_testbed(sources, name) for name in EXPERTS}
+    device, dtype = beds["reviews"].device, beds["reviews"].dtype
+    adapters = {name: trained_adapter(sources, TaskRun(name, settings[name]), seed).to(device) for name in EXPERTS}
+    model, tokenizer = load_llama(beds["reviews"].base, dtype, device)
+    before = first_logits(beds["reviews"], model)
+    questions = {name: subset(bed.questions, ASKED) for name, bed in beds.items()}
+    questions["base"] = questions["capitals"]
+    responder = Responder(model, tokenizer, adapters, max_new_tokens=32)
+    requests = {name: [Request(q.instruction, q.input, name) for q in asked] for name, asked in questions.items()}
+
+    alone = {name: generate_responses(responder, asked) for name, asked in requests.items()}
+    together = generate_responses(responder, [request for asked in requests.values() for request in asked])
+    mixed = {}
+    for name, asked in requests.items():
+        mixed[name], together = together[: len(asked)], together[len(asked) :]
+
+    rows = {}
+    for name in EXPERTS:
+        start = time.perf_counter()
+        for _ in range(10):
+            with torch.no_grad():
+                adapters[name](dtype=dtype)
+        seconds = (time.perf_counter() - start) / 10
+        expected = [question.output for question in questions[name]]
+        rows[name] = {
+            "alone": share_equal(alone[name], expected),
+            "mixed": share_equal(mixed[name], expected),
+            "same": share_equal(alone[name], mixed[name]),
+            "switch_ms": 1000 * seconds,
+            "file_bytes": cache_file(sources, TaskRun(name, settings[name]), seed, "safetensors").stat().st_size,
+        }
+    rows["capitals"]["json"] = statistics.mean(map(is_json, mixed["capitals"]))
+    base = {
+        "unchanged": torch.equal(before, first_logits(beds["reviews"], model)),
+        "same": share_equal(alone["base"], mixed["base"]),
+        "json": statistics.mean(map(is_json, alone["base"])),
+        "capital_named": statistics.mean(
+            question.output.split('"')[7] in (text or "") for text, question in zip(alone["base"], questions["base"])
+        ),
+    }
+    return {"rows": rows, "base": base}
+
+
+def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> float:
+    """The share of texts that are exactly as expected."""
+    return statistics.mean(text == other for text, other in zip(texts, expected))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Alpaca
+
+
+def train_on_alpaca(runs: Runs, sources: Sources) -> None:
+    """Train on 2,000 of Alpaca's examples: held-out loss, and five answers beside the base's."""
+    testbed = task_testbed(sources, "alpaca")
+    best = best_settings(runs, sources)[ZERO_INIT]._replace(**schedule(len(testbed.training)))
+    planned = {"base": TaskRun("alpaca", None)}
+    for factor in (1 / 3, 1):
+        setting = best._replace(lr=float(f"{best.lr * factor:.6g}"))
+        planned[f"{ZERO_INIT}, {setting.lr:.3g}"] = TaskRun("alpaca", setting)
+    columns = (Column("val_loss", "Alpaca's template", ".4f"), Column("own_template", "its own", ".4f"))
+    rows = runs.table(columns, planned, partial(alpaca_values, sources), at_a_time=sources.at_a_time)
+    asked = [f"{question.instruction}\n{question.input}".strip() for question in testbed.questions[:5]]
+    runs.save("alpaca", {"trained_on": len(testbed.training), "asked": asked, "rows": rows})
+
+
+def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
+    """The held-out loss in Alpaca's template, and of the base also in its own; and the responses to five questions."""
+    testbed = task_testbed(sources, "alpaca")
+    model, tokenizer = load_llama(testbed.base, testbed.dtype, testbed.device)
+    own_template = None
+    if run.setting is None:
+        dimensions = {"layers": 1, "length": 1, "dim": model.config.dim, "heads": model.config.n_heads}
+        adapter = Adapter(**dimensions)  # its gates are zero
+        own, _ = tokenize(load_template("auto", tokenizer), testbed.questions, 512)
+        own_template = mean_loss(model, adapter, own, TrainConfig())
+    else:
+        adapter = trained_adapter(sources, run, seed).to(testbed.device)
+    responses = {}
+    for template in ("alpaca", "auto") if run.setting is None else ("alpaca",):
+        responder = Responder(model, tokenizer, {"adapter": adapter}, template=template, max_new_tokens=80)
+        requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions[:5]]
+        responses[template] = generate_responses(responder, requests)
+    loss = mean_loss(model, adapter, testbed.held_out, TrainConfig())
+    return {"val_loss": loss, "own_template": own_template, "responses": responses}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Digits
+
+
+def see_digits(runs: Runs, sources: Sources) -> None:
+    """Train on the toy's pictures of digits with the toy's vision encoder: the picture seen, withheld, another."""
+    best = best_settings(runs, sources)[ZERO_INIT]
+    planned = {f"{factor:g} times the rate": best._replace(lr=best.lr * factor) for factor in (1, 3)}
+    columns = (Column("image", "image"), Column("no_image", "withheld"), Column("another_image", "another"))
+    rows = runs.table(columns, planned, partial(digit_scores, sources), at_a_time=sources.at_a_time)
+    runs.save("digits", {"rows": rows, "epochs": DIGIT_EPOCHS})
+
+
+DIGIT_EPOCHS = 2 * EPOCHS
+
+
+def digit_scores(sources: Sources, setting: Setting, seed: int) -> dict[str, float]:
+    """The shares of `evaluate_digits`, with chance."""
+    device, dtype = select_device(sources.device, sources.dtype)
+    folder = cached_folder("digits", [], digits.write_pictures)
+    files = digits.pictures(folder)[0][: digits.TRAINED_ON]
+    model, tokenizer = load_llama(find_base(sources.base), dtype, device)
+    encoder = VisionEncoder(str(digits.ENCODER), dtype, device)
+    asked = [question.example for question in digits.questions(files)]
+    template = load_template("alpaca", tokenizer)
+    examples, _ = tokenize(template, attach_features(asked, folder, encoder), 512)
+    schedule = {"epochs": DIGIT_EPOCHS, "warmup_epochs": 1, "batch_size": BATCH_SIZE}
+    config = TrainConfig(lr=setting.lr, seed=seed, **schedule)
+    adapter = make_image_adapter(model, len(examples[0].features), config)
+    trainable = Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY))
+    for _ in finite_steps(trainable, examples, config):
+        pass
+    with redirect_stdout(io.StringIO()):
+        scores = evaluate_digits(model, tokenizer, adapter)
+    return {name.removeprefix("picture_accuracy_"): share for name, share in scores.items()} | {"lr": setting.lr}
