@@ -21,9 +21,10 @@ QUESTIONS = ["Hi", "Why is the cat on the mat?", "naïve 🦙", "And then?"]
 
 
 @pytest.fixture
-def responder(chat_base):
-    model, tokenizer = load_llama(chat_base)
-    adapters = {"a": make_adapter(model), "b": make_adapter(model, seed=7)}
+def responder(chat_base, device):
+    """A Responder on each device: a GPU computes eight tokens at a time, and its cache is ahead of the text."""
+    model, tokenizer = load_llama(chat_base, device=device)
+    adapters = {"a": make_adapter(model).to(device), "b": make_adapter(model, seed=7).to(device)}
     return Responder(model, tokenizer, adapters, template="auto", max_new_tokens=12)
 
 
