@@ -344,15 +344,17 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
 
 
 def load_tokenizer_files(folder: Path) -> Tokenizer:
-    """Load tokenizer.json, or tokenizer.model of either kind, with what the files beside it say.
+    """Load tokenizer.json, or tokenizer.model of either kind, with what the files in `folder` say.
 
-    Raises FileNotFoundError or ValueError.
+    For a folder in Meta's layout, tokenizer.model may also be in its parent. Raises FileNotFoundError or ValueError.
     """
     places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter: Llama 3
-    path = next((place for place in places if place.is_file()), None)
     found: list[Tokenizer] = []
     if (folder / "tokenizer.json").is_file():
         found.append(read_tokenizer_json(folder / "tokenizer.json"))
+    elif (folder / "params.json").is_file():  # Meta's download.sh: LLaMA 1 and 2 share a tokenizer beside their folders
+        places.append(folder.resolve().parent / "tokenizer.model")
+    path = next((place for place in places if place.is_file()), None)
     if path is not None:
         with open(require_file(path), "rb") as file:
             is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000))

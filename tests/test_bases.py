@@ -45,6 +45,24 @@ def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
     assert load_llama(folder)[1].vocab_size == 1024
 
 
+def test_the_tokenizer_may_be_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
+    """download.sh of LLaMA 1 and 2 writes it there. The folder itself comes first; other layouts do not look there."""
+    folder = copy_base(tiny_base, tmp_path / "7B")
+    expected = load_llama(folder)[1].encode("The capital of Peru")
+    (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    assert load_llama(folder)[1].encode("The capital of Peru") == expected
+    monkeypatch.chdir(folder)
+    for path in (".", "../7B"):
+        assert load_llama(path)[1].vocab_size == 1024
+    (folder / "tokenizer.model").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="7B/tokenizer.model: neither a SentencePiece model nor"):
+        load_llama(folder)
+    save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match="hf/tokenizer.model: no such tokenizer file"):
+        load_llama(tmp_path / "hf")
+
+
 def test_a_name_that_is_no_folder_is_told_how_to_become_one():
     with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"):
         load_llama("meta-llama/Llama-2-7b-hf")
