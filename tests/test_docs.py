@@ -12,10 +12,12 @@ import click
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, subcommands
+from helpers import ROOT, run, subcommands
 
+from adapter import Adapter
 from formats import bases
 from formats.rope import llama3_rope_factors
+from runtime.tensor_parallel import Part
 
 README = ROOT / "README.md"
 SUBJECTS = sorted((ROOT / "docs").glob("*.md"))
@@ -242,9 +244,26 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "FORMATS", {"numpy_folder": ("weights.npz",)} | bases.FORMATS)
     tokens, loaded = torch.tensor([[1, 5, 7]]), bases.load_llama(base)[0]
     assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
+    half = torch.empty(8, 16)  # for tensor parallelism
+    bases.read_base(base)[1]["layers.0.attention.wq.weight"](half, part=Part(dim=0, index=1, number=2))
+    assert torch.equal(half, model.layers[0].attention.wq.weight[8:])
     (base / "shape.json").write_text("{}")
     with pytest.raises(ValueError, match="shape.json: has no field 'rope_factors'"):
         bases.load_llama(base)
+
+
+def test_the_metadata_of_adapter_files_are_listed(args, tmp_path):
+    """docs/adapters.md lists the keys that a run writes, and none that no code writes."""
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    tables = page[page.index("The metadata are strings") : page.index("**Checks.**")]
+    listed = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?`) \|", tables, re.MULTILINE))))
+    assert run(*args).exit_code == 0
+    assert run(*args, "--init", tmp_path / "run", "--bits", 8, "--out", tmp_path / "second").exit_code == 0
+    written = set(Adapter.load(tmp_path / "second" / "adapter.safetensors").metadata)
+    assert {"base_fingerprint", "bits", "init", "val_loss_after"} <= written <= listed
+    writers = ("adapter.py", "train.py", "training/*.py", "formats/*.py", "encoders/heads.py", "encoder_tuning/*.py")
+    code = "".join(path.read_text(encoding="utf-8") for pattern in writers for path in ROOT.glob(pattern))
+    assert {key for key in listed if not re.search(rf"[\"']{key}[\"']|\b{key}=", code)} == set()
 
 
 @pytest.mark.parametrize(
