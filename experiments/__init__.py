@@ -1,1 +1,1 @@
-"""The paper's tables and figures again: python -m experiments NAME; what it finds is kept in results/."""
+"""Reproduce the paper's tables and figures: python -m experiments NAME. The results are saved in results/."""

@@ -1,8 +1,8 @@
-"""The paper's experiments, at a scale that fits two cores: python -m experiments all.
+"""The paper's experiments, at a scale that fits two CPU cores: python -m experiments all.
 
-Every command prints a table and writes its figures and a picture to experiments/results/, the paper's own figures
-beside. Most train over the toy's base on the toy's instructions, or over any --base on any --data. A command that was
-interrupted skips the runs that have finished.
+Every command prints a table, and writes its results (JSON) and a plot (PNG) to experiments/results/, together with the
+paper's numbers. Most commands train over the toy's base on the toy's instructions, or over any --base on any --data. If
+a command is interrupted and started again, it skips the runs that have finished.
 """
 
 import inspect
@@ -18,8 +18,8 @@ from experiments.ablations import (
     compare_inits,
     compare_methods,
     compare_shapes,
+    plot_gates,
     search_rates,
-    watch_gates,
 )
 from experiments.bits import bits
 from experiments.encoders import roberta, vit
@@ -38,12 +38,12 @@ EXPERIMENTS = {  # `all` runs them in this order
     "layers": compare_shapes,
     "epochs": compare_epochs,
     "design": compare_designs,
-    "gates": watch_gates,
+    "gates": plot_gates,
 }
 
 
 def on_testbed(name: str, compare: Callable) -> click.Command:
-    """Return the command of a comparison that needs nothing but a testbed."""
+    """Return the command of a comparison that needs only a testbed."""
 
     def run(runs: Runs, **options) -> None:
         compare(runs, read_testbed(TestbedOptions(**options), searching=compare is search_rates))
@@ -54,9 +54,9 @@ def on_testbed(name: str, compare: Callable) -> click.Command:
 
 @experiment("all", *testbed_options)
 def run_all(runs: Runs, **options) -> None:
-    """Run methods to gates.
+    """Run methods, zero-init, layers, epochs, design and gates.
 
-    Methods, zero-init, layers, epochs, design and gates; a run that several need is done once.
+    A run that several of these commands need is done once.
     """
     start = time.perf_counter()
     testbed = read_testbed(TestbedOptions(**options))
@@ -86,7 +86,7 @@ def run_all(runs: Runs, **options) -> None:
     context_settings={"show_default": True},
 )
 def main():
-    """Run the paper's experiments again: each prints a table, and writes figures and a picture."""
+    """Reproduce the paper's experiments. Each command prints a table, and writes its results and a plot to files."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The paper's tables and figures again, each over a testbed.
+"""The paper's tables and figures, reproduced on a testbed.
 
-Tables and figures are numbered as in the final version of the paper, "v1" is the first."""
+Tables and figures are numbered as in the final version of the paper; "v1" is its first version.
+"""
 
 import math
 import statistics
@@ -22,10 +23,10 @@ from training.curves import paint_gates
 
 
 COLUMNS = (
-    Column("trained", "trained", ","),
-    Column("accuracy", "exact", spread=True),
-    Column("val_loss", "loss held out", ".4f"),
-    Column("train_loss", "last epoch", ".4f"),
+    Column("trained", "parameters", ","),
+    Column("accuracy", "exact match", spread=True),
+    Column("val_loss", "validation loss", ".4f"),
+    Column("train_loss", "training loss", ".4f"),
     Column("seconds", "seconds", ".1f"),
 )
 
@@ -33,23 +34,23 @@ COLUMNS = (
 def compare_settings(
     runs: Runs, testbed: Testbed, settings: dict[str, Setting], in_rounds: bool = False
 ) -> dict[str, dict]:
-    """Train and measure every setting with every seed; return the values of `run_setting`, seed by seed."""
+    """Train and measure every setting with every seed. Return the values of `run_setting` as lists over the seeds."""
     rows = runs.table(COLUMNS, settings, partial(run_setting, testbed), in_rounds=in_rounds)
     return {label: row | {"setting": settings[label]._asdict()} for label, row in rows.items()}
 
 
 def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
-    """Rows as they are written: without the loss of every step, but with mean and standard deviation."""
-    written = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
-    for row in written.values():
+    """Return the rows to save: without the loss of every step, with mean and standard deviation of the accuracy."""
+    saved = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
+    for row in saved.values():
         row |= {"mean": statistics.mean(row["accuracy"]), "standard_deviation": spread(row["accuracy"])}
-    return written
+    return saved
 
 
 def compare_inits(runs: Runs, testbed: Testbed) -> None:
     """Compare zero-init attention with random init.
 
-    Table 5 and Figure 7 (v1: 5), at four learning rates.
+    Table 5 and Figure 7 (v1: Figure 5), at four learning rates.
     """
     inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
     default = testbed.default
@@ -59,7 +60,7 @@ def compare_inits(runs: Runs, testbed: Testbed) -> None:
     paper = {"ScienceQA, validation, %": {"zero-init attention": 83.85, "random-init attention": 40.77}}
 
     figure = Figure(figsize=(4 * (len(lrs) + 1), 4), layout="constrained")
-    *panels, last = figure.subplots(1, len(lrs) + 1)
+    *panels, accuracy_axes = figure.subplots(1, len(lrs) + 1)
     all_losses = np.array([row["losses"] for row in rows.values()])  # (rows, seeds, steps)
     limits = np.nanmin(all_losses), np.nanmax(all_losses)
     for axes, lr in zip(panels, lrs):
@@ -69,46 +70,48 @@ def compare_inits(runs: Runs, testbed: Testbed) -> None:
         axes.set(title=f"learning rate {lr:.3g}", xlabel="step", ylabel="training loss", yscale="log", ylim=limits)
     panels[0].legend()
     for method in inits:
-        draw_line(last, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
-    last.set(title="held-out questions", xlabel="learning rate", xscale="log", ylabel="answered exactly, %")
-    per_epoch = math.ceil(len(testbed.training) / testbed.batch_size)
-    curves = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
+        draw_line(accuracy_axes, lrs, [percent(rows[f"{method}, {lr:.3g}"]["accuracy"]) for lr in lrs])
+    accuracy_axes.set(title="held-out questions", xlabel="learning rate", xscale="log", ylabel="answered exactly, %")
+    steps_per_epoch = math.ceil(len(testbed.training) / testbed.batch_size)
+    curves = {label: [epoch_means(losses, steps_per_epoch) for losses in row["losses"]] for label, row in rows.items()}
     values = {"paper": paper, "rows": without_losses(rows), "loss_by_epoch": curves}
     runs.save("zero_init", values, figure)
 
 
-def epoch_means(losses: Sequence[float], per_epoch: int) -> list[float]:
-    return [statistics.mean(losses[start : start + per_epoch]) for start in range(0, len(losses), per_epoch)]
+def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
+    return [
+        statistics.mean(losses[start : start + steps_per_epoch]) for start in range(0, len(losses), steps_per_epoch)
+    ]
 
 
 def compare_shapes(runs: Runs, testbed: Testbed) -> None:
-    """Compare layers and lengths.
+    """Compare the layers to adapt and the number of prompts.
 
-    Table 4: the number of adapted layers, which they are, and the prompts' length.
+    Table 4: the topmost or the lowest L layers, and K adaption prompts per layer.
 
-    (The lowest layers' runs take longer than they need: the layers above have prompts as well, with zero gates.)
+    Runs on the lowest layers take longer than necessary, because the layers above them have prompts with zero gates.
     """
     N, default = testbed.n_layers, testbed.default
     counts = {max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers, N - 2, N - 1}
     counts = sorted(L for L in counts if L > 0)
     lengths = sorted({1, 2, 5, 10, 20, 50} | {default.length})
-    names = {L: f"topmost {L} of {N} layers" for L in counts}
-    low = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
-    settings = {names[L]: default._replace(layers=L) for L in counts}
-    settings |= {name: default._replace(layers=L, where="bottom") for L, name in low.items()}
+    topmost = {L: f"topmost {L} of {N} layers" for L in counts}
+    lowest = {L: f"lowest {L} of {N} layers" for L in counts if L < N}
+    settings = {topmost[L]: default._replace(layers=L) for L in counts}
+    settings |= {label: default._replace(layers=L, where="bottom") for L, label in lowest.items()}
     settings |= {f"K = {K}": default._replace(length=K) for K in lengths}
     rows = compare_settings(runs, testbed, settings)
     paper = {"ScienceQA, validation, %, by topmost layers of 32": {10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03}}
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_line(left, counts, [percent(rows[names[L]]["accuracy"]) for L in counts], "topmost")
-    low |= {N: names[N]}  # all
-    draw_line(left, list(low), [percent(rows[name]["accuracy"]) for name in low.values()], "lowest")
+    draw_line(left, counts, [percent(rows[topmost[L]]["accuracy"]) for L in counts], "topmost")
+    lowest |= {N: topmost[N]}  # all layers
+    draw_line(left, list(lowest), [percent(rows[label]["accuracy"]) for label in lowest.values()], "lowest")
     left.set(xlabel=f"adapted layers of {N}", ylabel="answered exactly, %", xticks=counts)
     left.legend()
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
-    right.set(xlabel="K, prompt vectors per layer", xscale="log", ylabel="answered exactly, %")
+    right.set(xlabel="K, adaption prompts per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
     runs.save("layers", {"paper": paper, "rows": without_losses(rows)}, figure)
 
@@ -117,9 +120,9 @@ EPOCHS = (15, 30, 60)
 
 
 def compare_epochs(runs: Runs, testbed: Testbed) -> None:
-    """Train for long: does it over-fit?
+    """Train longer, to see whether the adapter overfits.
 
-    Table 6 of v1: training loss, held-out loss and accuracy after 15, 30 and 60 epochs.
+    Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs.
     """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
     rows = compare_settings(runs, testbed, settings)
@@ -129,7 +132,7 @@ def compare_epochs(runs: Runs, testbed: Testbed) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, label in (("train_loss", "last epoch of training"), ("val_loss", "held out")):
+    for name, label in (("train_loss", "training, last epoch"), ("val_loss", "validation")):
         draw_line(left, EPOCHS, [row[name] for row in rows.values()], label)
     left.set(xlabel="epochs", ylabel="loss", xticks=EPOCHS, yscale="log")
     left.legend()
@@ -139,9 +142,10 @@ def compare_epochs(runs: Runs, testbed: Testbed) -> None:
 
 
 def compare_designs(runs: Runs, testbed: Testbed) -> None:
-    """Compare other designs.
+    """Compare variants of the design.
 
-    How prompts start, tanh or not, a gate for each head or layer, its decay, the learning rate.
+    Scale of the initial prompts, gates with or without tanh, gates per head or per layer, weight decay of the gates,
+    and learning rate.
     """
     default = testbed.default
     settings = {"as it is": default}
@@ -161,10 +165,10 @@ def compare_designs(runs: Runs, testbed: Testbed) -> None:
     runs.save("design", {"rows": without_losses(rows)}, figure)
 
 
-def watch_gates(runs: Runs, testbed: Testbed) -> None:
-    """Draw how the gates move.
+def plot_gates(runs: Runs, testbed: Testbed) -> None:
+    """Plot the gate values during training.
 
-    Pictures of layers x heads at several steps. One seed.
+    Heat maps of layers x heads at several steps, for one seed.
     """
     trainable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
 
@@ -197,21 +201,21 @@ def watch_gates(runs: Runs, testbed: Testbed) -> None:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))
 
 
-# The best on a fifth of what the toy is trained on, as `search_rates` finds them.
+# Learning rates on the toy: its own for zero-init attention, otherwise the best that `search_rates` has found.
 RATES = {ZERO_INIT: toy.TRAINING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
 
 
 def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:
-    """So many times the method's learning rate, in proportion to the testbed's own."""
+    """Return `factor` times the method's learning rate on the toy, in proportion to the testbed's learning rate."""
     return rounded(testbed.default.lr / RATES[ZERO_INIT] * RATES[method] * factor)
 
 
 def compare_methods(runs: Runs, testbed: Testbed) -> None:
-    """Compare with LoRA and full tuning.
+    """Compare with LoRA and full fine-tuning.
 
-    Table 1 (v1: 3), and prompts without gates: parameters, bytes, time, forgetting.
+    Table 1 (v1: Table 3), and prompts without gates: parameters, bytes, time, forgetting.
     """
-    import_peft()  # or say at once that it is missing
+    import_peft()  # raises an error before anything is trained
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
     rows = compare_settings(runs, testbed, settings, in_rounds=True)
     before, _ = base_measures(testbed)
@@ -236,22 +240,22 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
-    """Perplexity of the base's own text, and whether the base is had again; "-" where that was not measured."""
-    click.echo(f"\n{'':36}{'bytes':>12}{'own text, before':>18}{'after':>9}{'base again':>12}{'after merging':>15}")
+    """Print perplexities of the base's own text, and whether the base is recovered; "-" means not measured."""
+    click.echo(f"\n{'':36}{'bytes':>12}{'perplexity before':>18}{'after':>9}{'recovered':>12}{'after merging':>15}")
     for label, row in rows.items():
         after = "-" if before is None else f"{statistics.mean(row['perplexity']):.2f}"
-        again, merged = (
+        recovered, after_merging = (
             "-" if None in row[name] else "yes" if all(row[name]) else "no"
             for name in ("recovered", "recovered_after_merging")
         )
-        ours = "-" if before is None else f"{before:.2f}"
-        click.echo(f"{label:36}{row['bytes'][0]:>12,}{ours:>18}{after:>9}{again:>12}{merged:>15}")
+        untrained = "-" if before is None else f"{before:.2f}"
+        click.echo(f"{label:36}{row['bytes'][0]:>12,}{untrained:>18}{after:>9}{recovered:>12}{after_merging:>15}")
 
 
 def search_rates(runs: Runs, testbed: Testbed) -> None:
-    """Search each method's learning rate.
+    """Search the learning rate of each method.
 
-    Of Table 1, and what it costs the base; no held-out question is used.
+    For the methods of Table 1: accuracy and perplexity at five learning rates. Held-out questions are not used.
     """
     import_peft()
     settings = {}
@@ -263,15 +267,15 @@ def search_rates(runs: Runs, testbed: Testbed) -> None:
 
 
 def draw_rates(rows: dict[str, dict]) -> Figure:
-    """Accuracy against perplexity: up is what is learned, to the right what is forgotten."""
+    """Plot accuracy over perplexity: runs further up have learned more, runs further right have forgotten more."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in RATES:
-        ours = [row for row in rows.values() if row["setting"]["method"] == method]
-        xs, ys = ([statistics.mean(row[name]) for row in ours] for name in ("perplexity", "accuracy"))
+        method_rows = [row for row in rows.values() if row["setting"]["method"] == method]
+        xs, ys = ([statistics.mean(row[name]) for row in method_rows] for name in ("perplexity", "accuracy"))
         axes.plot(xs, percent(ys), "o-", label=method)
-    least = min(statistics.mean(row["perplexity"]) for row in rows.values())
-    axes.set(xlabel="perplexity of the base's text", xscale="log", xlim=(0.9 * least, 15 * least))
-    axes.set(ylabel="answered exactly, %", title="A point for each learning rate, the lowest first")
+    lowest = min(statistics.mean(row["perplexity"]) for row in rows.values())
+    axes.set(xlabel="perplexity of the base's text", xscale="log", xlim=(0.9 * lowest, 15 * lowest))
+    axes.set(ylabel="answered exactly, %", title="one point per learning rate, lowest first")
     axes.legend()
     return figure

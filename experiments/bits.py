@@ -1,4 +1,4 @@
-"""What fewer bits cost: the perplexity of text, by how the frozen layers are held."""
+"""Perplexity of a text when the frozen layers are stored in float32, in bfloat16, in 8 and in 4 bits."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from runtime.device import select_device
 from runtime.files import read_text
 from runtime.quantization import held_bytes, quantizer
 
-HELD = {  # dtype, and bits of the layers' weights
+STORAGE = {  # dtype of the base, and bits of the layers' weights
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
     "8 bits": (torch.float32, "8"),
@@ -26,7 +26,7 @@ HELD = {  # dtype, and bits of the layers' weights
 }
 
 
-COLUMNS = (Column("perplexity", "perplexity", ".4f"), Column("layer_bytes", "bytes, layers", ","))
+COLUMNS = (Column("perplexity", "perplexity", ".4f"), Column("layer_bytes", "layer bytes", ","))
 
 
 def label(base: Path) -> str:
@@ -34,9 +34,9 @@ def label(base: Path) -> str:
 
 
 def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str], seed: int) -> dict[str, float]:
-    """Perplexity of the text and bytes of the layers, for a base and a key of HELD. Nothing is random."""
-    base, held = setting
-    dtype, bits = HELD[held]
+    """Return perplexity and bytes of the layers. `setting` is a base and a key of STORAGE; `seed` is not used."""
+    base, storage = setting
+    dtype, bits = STORAGE[storage]
     length = min(ROW, read_base(base)[0].max_seq_len or ROW)
     tokens = text_rows(load_tokenizer(base), [text], length)[:rows]
     model, _ = load_llama(base, dtype, device, prepare_layer=quantizer(bits))
@@ -47,27 +47,27 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
     "bits",
     option_group(
         "Options",
-        option("--base", "bases", type=PATH, multiple=True, required=True, help="The base model; repeatable."),
-        option("--text", type=PATH, required=True, help="Text of the kind that it was pretrained on."),
-        option("--rows", type=Count(), default=64, help="Maximum number of rows of it, of 128 tokens each."),
+        option("--base", "bases", type=PATH, multiple=True, required=True, help="Base model; repeatable."),
+        option("--text", type=PATH, required=True, help="Text of the kind that the bases were pretrained on."),
+        option("--rows", type=Count(), default=64, help="Maximum number of rows of text, of 128 tokens each."),
         device_options[0],
     ),
     seeds=False,
 )
 def bits(runs: Runs, bases, text, rows, device) -> None:
-    """Measure what fewer bits cost.
+    """Measure how quantization changes the perplexity.
 
-    Perplexity of a text by bases in float32, bfloat16, and with their layers in 8 and in 4 bits.
+    Perplexity of a text under bases in float32, in bfloat16, and with their layers in 8 and in 4 bits.
     """
     device, _ = select_device(device, "float32")
-    names = {label(base): find_base(base) for base in bases}
-    settings = {f"{name}, {held}": (base, held) for name, base in names.items() for held in HELD}
-    found = runs.table(COLUMNS, settings, partial(measure, read_text(text), rows, device))
+    paths = {label(base): find_base(base) for base in bases}
+    settings = {f"{name}, {storage}": (base, storage) for name, base in paths.items() for storage in STORAGE}
+    results = runs.table(COLUMNS, settings, partial(measure, read_text(text), rows, device))
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    for name in names:
-        perplexities = [found[f"{name}, {held}"]["perplexity"][0] for held in HELD]
-        axes.plot(list(HELD), [100 * (each / perplexities[0] - 1) for each in perplexities], "o-", label=name)
+    for name in paths:
+        perplexities = [results[f"{name}, {storage}"]["perplexity"][0] for storage in STORAGE]
+        axes.plot(list(STORAGE), [100 * (each / perplexities[0] - 1) for each in perplexities], "o-", label=name)
     axes.set_ylabel("perplexity above float32's, %")
     axes.legend()
-    runs.save("bits", {"rows": found}, figure)
+    runs.save("bits", {"rows": results}, figure)

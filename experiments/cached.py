@@ -1,4 +1,4 @@
-"""The bases and data that experiments make, in experiments/cache/, which git ignores."""
+"""Cache of the bases and data sets that experiments make: experiments/cache/, which git ignores."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ CACHE = Path(__file__).with_name("cache")
 
 
 def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Path:
-    """The folder that make(empty folder) has filled, at the first call with this recipe, any JSON value."""
+    """Return the cached folder for a recipe, any JSON value. The first call fills it with `make(empty folder)`."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{digest}"
     if not folder.exists():
@@ -25,7 +25,7 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
 
 
 def toy_base(seed: int = 0, n_layers: int = N_LAYERS) -> Path:
-    """The toy's base, or one of another seed or number of layers."""
+    """Return the toy's base, or a cached one with another seed or number of layers."""
     if (seed, n_layers) == (0, N_LAYERS):
         return BASE
     return cached_folder("toy-base", [seed, n_layers], lambda folder: make_base(folder, seed, n_layers))

@@ -1,4 +1,4 @@
-"""Capitals of countries, a fact that a base knows, asked for in JSON, which it does not write by itself."""
+"""Questions about capitals with answers in JSON: a base knows the facts, but does not use this format by itself."""
 
 import json
 
@@ -39,7 +39,7 @@ CAPITALS = {
 
 
 def capital_examples() -> tuple[list[Example], list[Example]]:
-    """Return questions to learn from, and others about the second half of the countries, in random order."""
+    """Return training examples, and held-out ones about the other half of the countries, in random order."""
     examples = []
     for country, capital in CAPITALS.items():
         output = json.dumps({"country": country, "capital": capital}, ensure_ascii=False)
@@ -50,7 +50,7 @@ def capital_examples() -> tuple[list[Example], list[Example]]:
 
 
 def is_json(text: str | None) -> bool:
-    """Return True if the text is an object with a country and a capital."""
+    """Return True if the text is a JSON object with exactly the keys country and capital."""
     try:
         value = json.loads(text or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Bars and lines of the experiments' pictures."""
+"""Bar and line plots for the experiments."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def draw_bars(axes: Axes, values: dict[str, Sequence[float]], xlabel: str) -> No
     axes.barh(labels, [statistics.mean(row) for row in values.values()], color="#9ecae1")
     for i, row in enumerate(values.values()):
         axes.plot(row, [i] * len(row), "o", color="#08519c", markersize=4)
-    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first bar on top
     axes.set_xlabel(xlabel)
 
 

@@ -1,4 +1,4 @@
-"""The comparison for encoders: a ViT, and a small RoBERTa that is pretrained here, for want of a trained one."""
+"""Compare training methods on encoders: a trained ViT, and a small RoBERTa that is pretrained here."""
 
 import time
 from collections import Counter
@@ -43,25 +43,25 @@ from train import TrainConfig, learning_rate, make_optimizer
 
 METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
 TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-# The best of these for each method, asked about the first tenth of the training digits; --search draws its tenth.
+# The best of TRIED_RATES on the first tenth of the training digits. (--search now draws a random tenth.)
 VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.01}
-# The best of these on a tenth of SST-2's sentences.
+# The best of TRIED_RATES on a tenth of SST-2's sentences.
 ROBERTA_RATES = {"head only": 0.03, "prompts and gates": 0.03, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.001}
 
 
 class EncoderRun(NamedTuple):
-    """Settings of one training run over an encoder."""
+    """Settings of one training run on an encoder."""
 
     method: str
     lr: float
-    epochs: int  # the first of them is warm-up
-    number: int | None = None  # of training examples; None is all
-    on_tenth: bool = False  # scored on a tenth of the training examples, which is held out, to choose a learning rate
+    epochs: int  # the first is warm-up
+    number: int | None = None  # of training examples; None means all
+    on_tenth: bool = False  # hold out a tenth of the training examples and evaluate on it, to choose a learning rate
 
 
 @dataclass(frozen=True)
 class LabelledSets:
-    """An encoder, what it learns from and is scored on, and what all methods have in common."""
+    """An encoder, its training and test examples, and the settings that all methods share."""
 
     base: Path
     training: list[Labelled]
@@ -73,7 +73,7 @@ class LabelledSets:
 
 
 def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
-    """Load a fresh encoder, and make what is trained of it or on top of it; the head is the base's own if that fits."""
+    """Load a fresh encoder, and create what the method trains. The base's own head is used if its classes fit."""
     generator = torch.Generator().manual_seed(seed)
     model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
     dimensions = {"layers": model.config.n_layers, "length": sets.length}
@@ -96,15 +96,15 @@ def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[La
 
 
 COLUMNS = (
-    Column("trained", "trained", ","),
-    Column("lr", "rate", "g"),
+    Column("trained", "parameters", ","),
+    Column("lr", "lr", "g"),
     Column("accuracy", "accuracy", ".2%", spread=True),
     Column("seconds", "seconds", ".0f"),
 )
 
 
 def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
-    """Train with one seed, which also draws the examples if not all are used; return what stands in a table."""
+    """Train with one seed, which also draws the examples if not all are used. Return the values of a table row."""
     training, testing = sets.training, sets.testing
     if run.on_tenth:
         training, testing = hold_out(training, len(training) // 10, seed=0)
@@ -122,35 +122,37 @@ def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
 
 
 def compare_encoders(runs: Runs, sets: LabelledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
-    """Train by every method with every seed; return the values of `train_and_score`."""
-    import_peft()  # or say at once that it is missing
+    """Train every method with every seed. Return the values of `train_and_score` as lists over the seeds."""
+    import_peft()  # raises an error before anything is trained
     settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
     return runs.table(COLUMNS, settings, partial(train_and_score, sets))
 
 
 def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: int | None = None) -> dict[str, float]:
-    """Return each method's best learning rate on a tenth of the training examples. Raises ValueError if it is empty.
+    """Return the best learning rate of each method on a tenth of the training examples, which is held out.
 
-    The tenth is drawn from all of them, the same for every run: in files that are sorted by class the first has one.
-    Trained on are the others, or `number` of them.
+    All runs use the same random tenth; the first tenth of a file sorted by class may have only one class. The other
+    examples, or `number` of them, are trained on. Raises ValueError if there are fewer than ten examples.
     """
     import_peft()
     if len(sets.training) < 10:
-        raise ValueError(f"{len(sets.training)} examples have no tenth to try learning rates on")
+        raise ValueError(
+            f"{len(sets.training)} training examples: at least 10 are needed to hold out a tenth for the search"
+        )
     settings = {
         f"{method}, {lr:g}": EncoderRun(method, lr, epochs, number, on_tenth=True)
         for lr in TRIED_RATES
         for method in METHODS
     }
-    found = runs.table(COLUMNS, settings, partial(train_and_score, sets), once=settings)
-    return {method: max(TRIED_RATES, key=lambda lr: found[f"{method}, {lr:g}"]["accuracy"][0]) for method in METHODS}
+    rows = runs.table(COLUMNS, settings, partial(train_and_score, sets), once=settings)
+    return {method: max(TRIED_RATES, key=lambda lr: rows[f"{method}, {lr:g}"]["accuracy"][0]) for method in METHODS}
 
 
-def read_picture_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabelledSets:
-    """For a vision transformer with a head. Raises OSError or ValueError."""
+def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabelledSets:
+    """Read training and test images for a vision transformer with a head. Raises OSError or ValueError."""
     model, head = load_encoder(base)
     if head is None:
-        raise ValueError(f"{base}: has no head")
+        raise ValueError(f"{base}: has no head; expected an image classifier")
     classes = list(map(str, range(head[-1].out_features)))
     training, testing = (
         read_labelled("image-classification", model, base, path, 512, classes).examples
@@ -160,32 +162,32 @@ def read_picture_sets(base: Path, train_path: Path, test_path: Path, **options) 
 
 
 def base_accuracy(sets: LabelledSets) -> float:
-    """With the head that the encoder came with."""
+    """Return the test accuracy of the encoder with its own head, before any training."""
     model, head = load_encoder(sets.base)
     return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
 
 
-def print_numbers(sets: LabelledSets, examples: str) -> None:
-    click.echo(f"{len(sets.training):,} {examples} to learn from, {len(sets.testing):,} to be asked about")
+def print_counts(sets: LabelledSets, examples: str) -> None:
+    click.echo(f"{len(sets.training):,} training {examples}, {len(sets.testing):,} test {examples}")
 
 
-def draw_accuracies(rows: dict[str, dict], baseline: str, share: float) -> Figure:
+def draw_accuracies(rows: dict[str, dict], baseline: str, score: float) -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
-    values = {baseline: percent([share])} | {method: percent(row["accuracy"]) for method, row in rows.items()}
+    values = {baseline: percent([score])} | {method: percent(row["accuracy"]) for method, row in rows.items()}
     draw_bars(figure.subplots(), values, "accuracy, %")
     return figure
 
 
-SEARCH = option("--search", is_flag=True, help="Learning rates, on a tenth of the training examples.")
+SEARCH = option("--search", is_flag=True, help="Only search the learning rates, on a tenth of the training examples.")
 
 
-def encoder_options(*of_command, epochs: int) -> list[Callable]:
-    """Return the groups of options of a command, its own and those of all; the data decide how many epochs suit."""
+def encoder_options(*own_options, epochs: int) -> list[Callable]:
+    """Return the option groups of a command: data, including its own options, and training with its default epochs."""
     data = option_group(
         "Data",
-        *of_command,
-        option("--train", "train_path", type=PATH, required=True, help="What to train on."),
-        option("--test", "test_path", type=PATH, required=True, help="What to measure on."),
+        *own_options,
+        option("--train", "train_path", type=PATH, required=True, help="Training data, a file or folder."),
+        option("--test", "test_path", type=PATH, required=True, help="Test data, a file or folder."),
     )
     return [data, training_options(epochs=epochs, batch_size=64, length=10, rank=3)]
 
@@ -195,57 +197,58 @@ VIT = option("--base", type=PATH, required=True, help="A vision transformer with
 
 @experiment("vit", *encoder_options(VIT, SEARCH, epochs=5))
 def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> None:
-    """Train over a vision transformer, on other pictures.
+    """Train a vision transformer on other images.
 
-    Head only, prompts and gates, LoRA, full tuning.
+    Methods: head only, prompts and gates, prompts without gates, LoRA, full fine-tuning.
     """
-    sets = read_picture_sets(base, train_path, test_path, **options)
-    print_numbers(sets, "pictures")
+    sets = read_image_sets(base, train_path, test_path, **options)
+    print_counts(sets, "images")
     if search:
         search_encoder_rates(runs, sets, epochs)
         return
-    share = base_accuracy(sets)
-    click.echo(f"untrained: {share:.2%}\n")
+    untrained = base_accuracy(sets)
+    click.echo(f"untrained: {untrained:.2%}\n")
     rows = compare_encoders(runs, sets, VIT_RATES, epochs)
-    runs.save("vit", {"untrained": share, "rows": rows}, draw_accuracies(rows, "untrained", share))
+    runs.save("vit", {"untrained": untrained, "rows": rows}, draw_accuracies(rows, "untrained", untrained))
 
 
-TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="To pretrain on.")
-TOKENIZER = option("--tokenizer", type=PATH, required=True, help="RoBERTa's, a folder.")
+TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="Text to pretrain on; repeatable.")
+TOKENIZER = option("--tokenizer", type=PATH, required=True, help="Folder of RoBERTa's tokenizer.")
 
 
 @experiment("roberta", *encoder_options(TEXTS, TOKENIZER, SEARCH, epochs=2))
 def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs, **options) -> None:
-    """Train over a small RoBERTa, on sentences.
+    """Train a small RoBERTa on sentences.
 
-    It is pretrained here. Head only, prompts and gates, LoRA, full tuning.
+    It is pretrained on --text first. Methods: head only, prompts and gates, prompts without gates, LoRA, full
+    fine-tuning.
     """
     base, task = make_roberta(texts, tokenizer), "text-classification"
     model, _ = load_encoder(base)
     training, classes, *_ = read_labelled(task, model, base, train_path, 128)
     testing = read_labelled(task, model, base, test_path, 128, classes).examples
     sets = LabelledSets(base, training, testing, len(classes), **options)
-    print_numbers(sets, "sentences")
+    print_counts(sets, "sentences")
     if search:
         search_encoder_rates(runs, sets, epochs)
         return
-    commonest = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
-    click.echo(f"always the commonest: {commonest:.2%}\n")
+    majority = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
+    click.echo(f"most frequent class: {majority:.2%}\n")
     rows = compare_encoders(runs, sets, ROBERTA_RATES, epochs)
-    figure = draw_accuracies(rows, "always the commonest", commonest)
-    runs.save("roberta", {"majority": commonest, "rows": rows}, figure)
+    figure = draw_accuracies(rows, "most frequent class", majority)
+    runs.save("roberta", {"majority": majority, "rows": rows}, figure)
 
 
 SMALL = RobertaConfig(vocab_size=50265, max_positions=130, dim=128, n_layers=4, n_heads=4, hidden_dim=512)
 MASK = 50264  # RoBERTa's <mask>
-ROW, ROWS, STEPS = 64, 32, 1000  # tokens in a row, rows in a step
+ROW, ROWS, STEPS = 64, 32, 1000  # tokens per row, rows per step, optimizer steps
 SCHEDULE = {"peak": 1e-3, "warmup": 100}
 OPTIMIZER = {"betas": (0.9, 0.98), "weight_decay": 0.01, "clip": 1.0}
-TOKENIZER_FILES = ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt")  # those of them that are there
+TOKENIZER_FILES = ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt")  # copied if they exist
 
 
 def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
-    """The folder of a small RoBERTa that has read these texts, with its tokenizer; made at the first call.
+    """Return the folder of a small RoBERTa pretrained on these texts, with its tokenizer. The first call makes it.
 
     Raises OSError or ValueError.
     """
@@ -253,7 +256,7 @@ def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
     files = {name: read_text(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).exists()}
 
     def make(folder: Path) -> None:
-        rows = masked_rows(texts, RobertaTokenizer(tokenizer))
+        rows = token_rows(texts, RobertaTokenizer(tokenizer))
         for name, text in files.items():
             write_text(folder / name, text)
         save_encoder(pretrain_roberta(rows), folder)
@@ -262,19 +265,19 @@ def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
     return cached_folder("toy-roberta", [*numbers, texts, files], make)
 
 
-def masked_rows(texts: Sequence[str], tokenizer: RobertaTokenizer) -> Tensor:
-    """Text cut into rows (number, ROW), each from <s> to </s>. Raises ValueError where it fills none."""
+def token_rows(texts: Sequence[str], tokenizer: RobertaTokenizer) -> Tensor:
+    """Tokenize texts into rows (number, ROW), each from <s> to </s>. Raises ValueError if they do not fill one row."""
     ids = [id for text in texts for id in tokenizer.encode(text)]
     number = len(ids) // (ROW - 2)
     if not number:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than a row of {ROW - 2}")
+        raise ValueError(f"--text has {len(ids)} tokens; at least {ROW - 2} are needed to pretrain")
     rows = torch.tensor(ids[: number * (ROW - 2)]).view(number, -1)
     edge = torch.ones(number, 1, dtype=torch.long)
     return torch.cat([tokenizer.bos_id * edge, rows, tokenizer.eos_id * edge], dim=1)
 
 
 def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = SMALL) -> Roberta:
-    """Masked-language modelling of rows (number, ROW), with a head that is thrown away."""
+    """Pretrain a RoBERTa by masked-language modeling on rows (number, ROW). The output head is discarded."""
     torch.manual_seed(0)
     model = Roberta(config)
     for embedding in (model.tok_embeddings, model.positions, model.types):
@@ -282,28 +285,29 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
     dense, norm = nn.Linear(config.dim, config.dim), nn.LayerNorm(config.dim)
     bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def losses() -> Iterator[Tensor]:
-        random = torch.Generator().manual_seed(0)
+    def batch_losses() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
-            ids = rows[torch.randint(len(rows), (ROWS,), generator=random)]  # (B, T)
-            shown, masked = mask_tokens(ids, random)
-            hidden = norm(F.gelu(dense(model.encode(shown)[masked])))  # (R, C)
+            ids = rows[torch.randint(len(rows), (ROWS,), generator=generator)]  # (B, T)
+            inputs, masked = mask_tokens(ids, generator)
+            hidden = norm(F.gelu(dense(model.encode(inputs)[masked])))  # (R, C)
             yield F.cross_entropy(hidden @ model.tok_embeddings.weight.T + bias, ids[masked])
 
     parameters = [*model.parameters(), *dense.parameters(), *norm.parameters(), bias]
-    schedule, in_turn = partial(learning_rate, total=steps, **SCHEDULE), losses()
+    schedule, losses = partial(learning_rate, total=steps, **SCHEDULE), batch_losses()
     options = {"steps": steps, "desc": "pretraining RoBERTa"} | OPTIMIZER
-    pretrain(parameters, lambda step: next(in_turn), schedule, **options)
+    pretrain(parameters, lambda step: next(losses), schedule, **options)
     return model
 
 
-def mask_tokens(ids: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What the model is shown of ids (B, T), and which of them it is asked.
+def mask_tokens(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return inputs (B, T) for masked-language modeling of `ids`, and the mask of the tokens to predict.
 
-    15 % of the words are asked: eight of ten of them masked, one as it was, one another.
+    15 % of the tokens are to be predicted. Of these, 80 % are replaced by <mask>, 10 % by a random token, and 10 % are
+    kept. Special tokens are never predicted.
     """
-    masked = (torch.rand(ids.shape, generator=random) < 0.15) & (ids > 3)
-    lot = torch.rand(ids.shape, generator=random)
-    shown = ids.masked_fill(masked & (lot < 0.8), MASK)
-    other = torch.randint(4, MASK, ids.shape, generator=random)
-    return torch.where(masked & (lot >= 0.9), other, shown), masked
+    masked = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids > 3)
+    draw = torch.rand(ids.shape, generator=generator)
+    inputs = ids.masked_fill(masked & (draw < 0.8), MASK)
+    random_ids = torch.randint(4, MASK, ids.shape, generator=generator)
+    return torch.where(masked & (draw >= 0.9), random_ids, inputs), masked

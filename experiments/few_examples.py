@@ -1,5 +1,7 @@
-"""A vision transformer trained on few examples and on many (Table 6 of the final version has 1,000), each method at the
-best of its learning rates for that many."""
+"""Train a vision transformer on 100, 300, 1,000 and all examples (Table 6 of the final version has 1,000).
+
+For each number of examples, every method has the best of its learning rates.
+"""
 
 import math
 import statistics
@@ -15,15 +17,15 @@ from experiments.encoders import (
     VIT,
     EncoderRun,
     encoder_options,
-    read_picture_sets,
+    read_image_sets,
     search_encoder_rates,
     train_and_score,
     base_accuracy,
 )
 from experiments.runs import Runs, experiment
 
-NUMBERS = (100, 300, 1000)  # and all
-LEAST_STEPS = 200  # where examples are few there are more epochs
+NUMBERS = (100, 300, 1000)  # of training examples; all of them are used as well
+MIN_STEPS = 200  # with few examples, more epochs are needed for this
 
 
 def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure:
@@ -40,20 +42,20 @@ def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure
 
 @experiment("few", *encoder_options(VIT, epochs=5))
 def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
-    """Train over a vision transformer on few pictures.
+    """Train a vision transformer on few images.
 
-    On 100, 300, 1,000 and all, every method at its best of six learning rates.
+    Training sets of 100, 300, 1,000 and all images. For each, every method has the best of six learning rates.
     """
-    sets = read_picture_sets(base, train_path, test_path, **options)
+    sets = read_image_sets(base, train_path, test_path, **options)
     untrained = base_accuracy(sets)
-    click.echo(f"untrained: {untrained:.2%} of {len(sets.testing):,} pictures")
+    click.echo(f"untrained: {untrained:.2%} of {len(sets.testing):,} test images")
     rows = {}
     for number in sorted({n for n in NUMBERS if n < len(sets.training)} | {len(sets.training)}):
-        enough = max(epochs, math.ceil(LEAST_STEPS / math.ceil(number / sets.batch_size)))
-        click.echo(f"\n{number:,} pictures, {enough} epochs: learning rates")
-        rates = search_encoder_rates(runs, sets, enough, number)
-        click.echo(f"\n{number:,} pictures, each at its best")
-        settings = {method: EncoderRun(method, lr, enough, number) for method, lr in rates.items()}
+        num_epochs = max(epochs, math.ceil(MIN_STEPS / math.ceil(number / sets.batch_size)))
+        click.echo(f"\n{number:,} training images, {num_epochs} epochs: search of the learning rates")
+        rates = search_encoder_rates(runs, sets, num_epochs, number)
+        click.echo(f"\n{number:,} training images, {num_epochs} epochs: each method at its best learning rate")
+        settings = {method: EncoderRun(method, lr, num_epochs, number) for method, lr in rates.items()}
         rows[number] = runs.table(COLUMNS, settings, partial(train_and_score, sets))
     print_by_number(rows)
     runs.save("few", {"untrained": untrained, "by_number": rows}, draw_by_number(rows, untrained))

@@ -1,4 +1,4 @@
-"""What a base that tells stories, and follows no instruction, can be brought to do; and with how many examples."""
+"""Train a base that only tells stories to follow instructions, with all examples or with a share of them."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ from experiments.measures import text_perplexity
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT
 from experiments.methods import WARMUP_EPOCHS, Setting, finite_steps, import_peft, set_up
 from experiments.runs import Column, Runs, experiment, training_options
-from experiments.stories import KINDS, StorySets, Told, follows, is_story, make_instructions, read_stories
+from experiments.stories import KINDS, StorySets, StoryInstruction, follows, is_story, make_instructions, read_stories
 from experiments.stories import whole_sentences
 from experiments.testbed import text_rows
 from formats.bases import load_llama, read_base
@@ -34,56 +34,61 @@ from runtime.device import select_device
 from tasks.responses import generate_responses
 from train import TrainConfig
 
-# Each method's best of those that --search tries, by instructions that are held out for that.
+# Learning rates that --search tries on instructions held out for it, and the best one of each method.
 TRIED = {method: (0.01, 0.03, 0.1, 0.3, 1.0) for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)}
 TRIED |= {LORA: (0.001, 0.003, 0.01, 0.03), FULL: (0.0001, 0.0003, 0.001, 0.003)}
 BEST = {ZERO_INIT: 0.3, ONE_SOFTMAX: 0.3, GATES_AT_ONE: 0.3, LORA: 0.03, FULL: 0.0003}
-SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the examples
-LEAST_STEPS = 30  # where examples are few there are more epochs
-TESTED = 40  # instructions of each kind
-PLAIN_WORDS, TEMPLATE = "the base as it is", "the base in the template"  # beside the methods: nothing is trained
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training examples
+MIN_STEPS = 30  # with few examples, more epochs are needed for this
+TESTED = 40  # test instructions of each kind
+# The base without training: prompted with the instruction alone, or in Alpaca's template.
+RAW_BASE, TEMPLATE_BASE = "the base as it is", "the base in the template"
 
 
 class StoryRun(NamedTuple):
-    """Settings of one run: a method and its learning rate, or the base alone."""
+    """Settings of one run: a method and its learning rate, or the base without training."""
 
-    method: str  # or PLAIN_WORDS, TEMPLATE
+    method: str  # or RAW_BASE, TEMPLATE_BASE
     lr: float = 0.0
-    share: float = 1.0  # of the examples
+    share: float = 1.0  # of the training examples
 
 
 @dataclass(frozen=True)
-class StoryBed:
-    """What all methods have in common."""
+class StoryTestbed:
+    """The base, data and settings that all methods share."""
 
     base: Path
     tokenizer: Tokenizer
     sets: StorySets
-    text: Tensor  # (rows, T) ids of other stories
+    text: Tensor  # (rows, T) token ids of other stories
     setting: Setting
     batch_size: int
     max_tokens: int  # of a story
     device: torch.device
     dtype: torch.dtype
 
-    def tokens(self, told: Sequence[Told]) -> list[TokenizedExample]:
-        return tokenize(AlpacaTemplate(self.tokenizer), [each.example() for each in told], self.text.shape[1])[0]
+    def tokens(self, chosen: Sequence[StoryInstruction]) -> list[TokenizedExample]:
+        return tokenize(AlpacaTemplate(self.tokenizer), [each.example() for each in chosen], self.text.shape[1])[0]
 
     def examples(self, share: float) -> list[TokenizedExample]:
-        """So many of all, drawn from all kinds."""
+        """Tokenize a random share of the training instructions."""
         order = np.random.default_rng(0).permutation(len(self.sets.training))[: round(share * len(self.sets.training))]
         return self.tokens([self.sets.training[i] for i in order])
 
 
-def tell(
-    bed: StoryBed, model: LLaMA, told: Sequence[Told], adapter: nn.Module | None = None, raw: bool = False
+def generate_stories(
+    testbed: StoryTestbed,
+    model: LLaMA,
+    instructions: Sequence[StoryInstruction],
+    adapter: nn.Module | None = None,
+    raw: bool = False,
 ) -> list[str]:
-    """The whole sentences of the model's greedy responses; `raw` is without the template."""
+    """Generate greedy responses, without their unfinished last sentences. `raw` prompts without the template."""
     name = "base" if adapter is None else "adapter"
     adapters = {} if adapter is None else {name: adapter}
-    responder = Responder(model, bed.tokenizer, adapters, raw=raw, max_new_tokens=bed.max_tokens)
+    responder = Responder(model, testbed.tokenizer, adapters, raw=raw, max_new_tokens=testbed.max_tokens)
     requests = []
-    for example in (each.example() for each in told):
+    for example in (instruction.example() for instruction in instructions):
         if raw:
             requests.append(Request(f"{example.instruction}\n{example.input}".strip(), adapter=name))
         else:
@@ -92,44 +97,48 @@ def tell(
     return [whole_sentences((text or "").strip()) for text in texts]
 
 
-def scores(told: Sequence[Told], texts: Sequence[str]) -> dict[str, float]:
-    """Shares: of answers that are stories, of those that are one and do as told, in all and by kind."""
+def score_stories(instructions: Sequence[StoryInstruction], texts: Sequence[str]) -> dict[str, float]:
+    """Return the share of stories among the texts, and of stories that follow their instruction, also by kind."""
     stories = [is_story(text) for text in texts]
-    right = [story and follows(each, text) for story, each, text in zip(stories, told, texts)]
-    by_kind = {kind: statistics.mean(ok for ok, each in zip(right, told) if each.kind == kind) for kind in KINDS}
-    return {"stories": statistics.mean(stories), "accuracy": statistics.mean(right)} | by_kind
+    correct = [story and follows(each, text) for story, each, text in zip(stories, instructions, texts)]
+    by_kind = {
+        kind: statistics.mean(ok for ok, each in zip(correct, instructions) if each.kind == kind) for kind in KINDS
+    }
+    return {"stories": statistics.mean(stories), "accuracy": statistics.mean(correct)} | by_kind
 
 
 COLUMNS = (
-    Column("trained", "trained", ","),
+    Column("trained", "parameters", ","),
     Column("stories", "stories"),
-    Column("accuracy", "as told", spread=True),
+    Column("accuracy", "correct", spread=True),
     *(Column(kind, kind) for kind in KINDS),
     Column("perplexity", "perplexity", ".2f"),
     Column("seconds", "seconds", ".0f"),
 )
 
 
-def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int) -> dict:
-    """Scores, perplexity of other stories, and the responses."""
+def train_and_evaluate(
+    testbed: StoryTestbed, instructions: Sequence[StoryInstruction], run: StoryRun, seed: int
+) -> dict:
+    """Train with one seed; return the scores, the perplexity of other stories, and the responses."""
     start = time.perf_counter()
-    if run.method in (PLAIN_WORDS, TEMPLATE):
-        model, _ = load_llama(bed.base, bed.dtype, bed.device)
+    if run.method in (RAW_BASE, TEMPLATE_BASE):
+        model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
         adapter, adaption_prompts, trained = None, (), []
     else:
-        tokens = bed.examples(run.share)
-        epochs = max(bed.setting.epochs, math.ceil(LEAST_STEPS / math.ceil(len(tokens) / bed.batch_size)))
-        how = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / bed.setting.epochs, "lr": run.lr}
-        setting = bed.setting._replace(method=run.method, lr=run.lr)
-        model, adapter, *_ = trainable = set_up(setting, seed, bed.base, bed.dtype, bed.device)
-        for _ in finite_steps(trainable, tokens, TrainConfig(batch_size=bed.batch_size, seed=seed, **how)):
+        examples = testbed.examples(run.share)
+        epochs = max(testbed.setting.epochs, math.ceil(MIN_STEPS / math.ceil(len(examples) / testbed.batch_size)))
+        schedule = {"epochs": epochs, "warmup_epochs": WARMUP_EPOCHS * epochs / testbed.setting.epochs, "lr": run.lr}
+        setting = testbed.setting._replace(method=run.method, lr=run.lr)
+        model, adapter, *_ = trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
+        for _ in finite_steps(trainable, examples, TrainConfig(batch_size=testbed.batch_size, seed=seed, **schedule)):
             pass
-        adaption_prompts = adapter(dtype=bed.dtype)
+        adaption_prompts = adapter(dtype=testbed.dtype)
         trained = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     seconds = time.perf_counter() - start
-    texts = tell(bed, model, told, adapter, raw=run.method == PLAIN_WORDS)
-    return scores(told, texts) | {
-        "perplexity": text_perplexity(model, bed.text, adaption_prompts),
+    texts = generate_stories(testbed, model, instructions, adapter, raw=run.method == RAW_BASE)
+    return score_stories(instructions, texts) | {
+        "perplexity": text_perplexity(model, testbed.text, adaption_prompts),
         "trained": sum(parameter.numel() for parameter in trained),
         "seconds": seconds,
         "lr": run.lr,
@@ -137,13 +146,13 @@ def train_and_ask(bed: StoryBed, told: Sequence[Told], run: StoryRun, seed: int)
     }
 
 
-def some_responses(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> list[dict]:
-    """To two instructions of each kind, what the first seed of every row told."""
-    chosen = [[i for i, each in enumerate(told) if each.kind == kind][:2] for kind in KINDS]
+def sample_responses(instructions: Sequence[StoryInstruction], rows: dict[str, dict[str, list]]) -> list[dict]:
+    """Return two instructions of each kind, with the responses of the first seed of every row."""
+    chosen = [[i for i, each in enumerate(instructions) if each.kind == kind][:2] for kind in KINDS]
     return [
         {
-            "kind": told[i].kind,
-            "asked": told[i].asked,
+            "kind": instructions[i].kind,
+            "asked": instructions[i].required,
             "told": {label: row["responses"][0][i] for label, row in rows.items()},
         }
         for i in sum(chosen, [])
@@ -151,7 +160,11 @@ def some_responses(told: Sequence[Told], rows: dict[str, dict[str, list]]) -> li
 
 
 def planned_runs(search: bool, curve: bool) -> dict[str, StoryRun]:
-    """The base, and every method at its best rate; or each at all its rates; or on more and more examples."""
+    """Return the runs of the command, by label.
+
+    By default these are the base, and every method at its best learning rate. With `search` every method is run at
+    all of its learning rates, with `curve` three methods on growing shares of the examples.
+    """
     if search:
         return {f"{method}, {lr:g}": StoryRun(method, lr) for method, rates in TRIED.items() for lr in rates}
     if curve:
@@ -160,7 +173,7 @@ def planned_runs(search: bool, curve: bool) -> dict[str, StoryRun]:
             for share in SHARES
             for method in (ZERO_INIT, ONE_SOFTMAX, LORA)
         }
-    base = {PLAIN_WORDS: StoryRun(PLAIN_WORDS), TEMPLATE: StoryRun(TEMPLATE)}
+    base = {RAW_BASE: StoryRun(RAW_BASE), TEMPLATE_BASE: StoryRun(TEMPLATE_BASE)}
     return base | {method: StoryRun(method, lr) for method, lr in BEST.items()}
 
 
@@ -171,62 +184,65 @@ def draw_stories(rows: dict[str, dict[str, list]], curve: bool) -> Figure:
         for method in (ZERO_INIT, ONE_SOFTMAX, LORA):
             shares = [rows[f"{method}, {share:.0%}"]["accuracy"] for share in SHARES]
             draw_line(axes, [100 * share for share in SHARES], list(map(percent, shares)), method)
-        axes.set(xlabel="examples, % of all", xscale="log", ylabel="stories that do as told, %")
+        axes.set(xlabel="training examples, % of all", xscale="log", ylabel="correct stories, %")
         axes.set_xticks([100 * share for share in SHARES], [f"{100 * share:g}" for share in SHARES], minor=False)
         axes.legend()
         return figure
     left, right = figure.subplots(1, 2, sharey=True)
-    draw_bars(left, {label: percent(row["accuracy"]) for label, row in rows.items()}, "stories that do as told, %")
+    draw_bars(left, {label: percent(row["accuracy"]) for label, row in rows.items()}, "correct stories, %")
     draw_bars(right, {label: row["perplexity"] for label, row in rows.items()}, "perplexity of other stories")
     return figure
 
 
-def make_story_bed(base, data, per_kind, max_tokens, epochs, layers, length, batch_size, device) -> StoryBed:
-    """Raises OSError, or ValueError where the base or the stories do not suffice."""
+def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length, batch_size, device) -> StoryTestbed:
+    """Read the stories, and make instructions from them. Raises OSError, or ValueError if there are too few stories."""
     device, dtype = select_device(device, "float32")
     config, _ = read_base(base)
     tokenizer = load_tokenizer(base)
     sets = make_instructions(read_stories(data, tokenizer, max_tokens), per_kind, TESTED)
     text = text_rows(tokenizer, sets.others, min(256, config.max_seq_len or 256))
     setting = Setting(layers or config.n_layers, 0.0, length=length, epochs=epochs)
-    return StoryBed(base, tokenizer, sets, text.to(device), setting, batch_size, max_tokens, device, dtype)
+    return StoryTestbed(base, tokenizer, sets, text.to(device), setting, batch_size, max_tokens, device, dtype)
 
 
 @experiment(
     "stories",
     option_group(
         "Options",
-        option("--base", type=PATH, required=True, help="A LLaMA that tells stories."),
-        option("--data", type=PATH, required=True, help="Stories, divided by <|endoftext|>."),
-        option("--per-kind", type=Count(), default=100, help="Instructions of each of five kinds to train on."),
-        option("--max-tokens", type=Count(2), default=64, help="Of a story; it is truncated at the end of a sentence."),
-        option("--at-a-time", type=Count(), default=2, help="Number of processes, with one thread each."),
-        option("--search", is_flag=True, help="Four or five learning rates of each method, on other instructions."),
-        option("--curve", is_flag=True, help="Zero-init, random init and LoRA on 1 to 100 % of the examples."),
+        option("--base", type=PATH, required=True, help="LLaMA that was pretrained on stories."),
+        option("--data", type=PATH, required=True, help="Stories, separated by <|endoftext|>."),
+        option("--per-kind", type=Count(), default=100, help="Training instructions of each of the five kinds."),
+        option("--max-tokens", type=Count(2), default=64, help="Tokens per story, truncated after a sentence."),
+        option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
+        option("--search", is_flag=True, help="Search the learning rates, on instructions held out for this."),
+        option("--curve", is_flag=True, help="Train zero-init, random init and LoRA on 1 to 100 % of the examples."),
         device_options[0],
     ),
     training_options(layers="all", length=10, epochs=5, batch_size=16),
 )
 def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
-    """Bring a base that tells stories to follow instructions.
+    """Train a base that tells stories to follow instructions.
 
-    Five kinds of them, by every method: how many stories do as told, and what is forgotten.
+    There are five kinds of instructions. For every method: how many stories follow their instruction, and how much the
+    base forgets.
     """
-    import_peft()  # or say at once that it is missing
-    bed = make_story_bed(**options)
-    told = bed.sets.validation if search else bed.sets.testing
+    import_peft()  # raises an error before anything is trained
+    testbed = make_story_testbed(**options)
+    instructions = testbed.sets.validation if search else testbed.sets.testing
     click.echo(
-        f"{len(bed.sets.training):,} instructions to learn from, {len(told):,} to be asked, "
-        f"{len(bed.text):,} rows of other stories\n"
+        f"{len(testbed.sets.training):,} training instructions, {len(instructions):,} held-out instructions, "
+        f"{len(testbed.text):,} rows of other stories\n"
     )
     planned = planned_runs(search, curve)
-    once = planned if search else [PLAIN_WORDS, TEMPLATE]
-    rows = runs.table(COLUMNS, planned, partial(train_and_ask, bed, told), once=once, at_a_time=at_a_time)
+    once = planned if search else [RAW_BASE, TEMPLATE_BASE]
+    rows = runs.table(
+        COLUMNS, planned, partial(train_and_evaluate, testbed, instructions), once=once, at_a_time=at_a_time
+    )
     name = "stories_rates" if search else "stories_curve" if curve else "stories"
     values = {
         "rows": {
-            label: {key: found for key, found in row.items() if key != "responses"} for label, row in rows.items()
+            label: {name: value for name, value in row.items() if name != "responses"} for label, row in rows.items()
         },
-        "examples": some_responses(told, rows),
+        "examples": sample_responses(instructions, rows),
     }
     runs.save(name, values, None if search else draw_stories(rows, curve))

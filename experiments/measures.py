@@ -1,4 +1,4 @@
-"""Measures of a trained model: exact answers, perplexity of the base's own text, whether the base is recovered."""
+"""Measurements on a trained model: exact match, perplexity of the base's own text, recovery of the base."""
 
 import math
 import statistics
@@ -24,17 +24,17 @@ from train import TrainConfig, mean_loss
 
 
 def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
-    """The share of the held-out questions whose response is exactly the expected one."""
+    """Return the share of the held-out questions whose response is exactly the expected one."""
     limit = 1 + max(tokens.num_targets for tokens in testbed.held_out)
     responder = Responder(model, testbed.tokenizer, {"adapter": adapter}, max_new_tokens=limit)
     requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions]
-    answers = generate_responses(responder, requests, batch_size=128, unit="question")
-    return statistics.mean(text == question.output for text, question in zip(answers, testbed.questions))
+    responses = generate_responses(responder, requests, batch_size=128, unit="question")
+    return statistics.mean(text == question.output for text, question in zip(responses, testbed.questions))
 
 
 @torch.no_grad()
 def text_perplexity(model: LLaMA, text: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float:
-    """Of rows of token ids (rows, T)."""
+    """Return the perplexity of rows of token ids (rows, T)."""
     losses = [
         F.cross_entropy(
             model(rows[:, :-1], adaption_prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
@@ -45,30 +45,30 @@ def text_perplexity(model: LLaMA, text: Tensor, adaption_prompts: Sequence[Adapt
 
 
 def perplexity(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float | None:
-    """Of the base's own kind of text."""
+    """Return the perplexity of the testbed's text, or None if it has no text."""
     return text_perplexity(model, testbed.text.to(testbed.device), adaption_prompts) if len(testbed.text) else None
 
 
 @torch.no_grad()
 def first_logits(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
-    """(tokens, V), for the first few questions and their answers."""
+    """Return the logits (tokens, V) of the first eight held-out examples."""
     rows = [torch.tensor([tokens.ids], device=testbed.device) for tokens in testbed.held_out[:8]]
     return torch.cat([model(row, adaption_prompts)[0] for row in rows])
 
 
 @cache
 def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
-    """The untrained base's perplexity, and its `first_logits`."""
+    """Return the perplexity and the `first_logits` of the untrained base."""
     model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
     return perplexity(testbed, model), first_logits(testbed, model)
 
 
 @torch.no_grad()
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
-    """Return True if the trained model without what it learned has the base's logits, bit for bit.
+    """Return True if the base's logits are recovered bit for bit when the trained parameters are disabled.
 
-    Gates are set to 0, prompts without gates are omitted, and so are LoRA's matrices, from here on; of full tuning
-    nothing can be.
+    Gates are set to 0, and prompts without gates are omitted. LoRA layers are disabled, and stay disabled. Full
+    fine-tuning has nothing to disable.
     """
     if method == LORA:
         for layer in lora_layers(model):
@@ -78,7 +78,7 @@ def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Modu
 
 
 def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool | None:
-    """The same of LoRA, once it was added to the weights and subtracted again. None of other methods."""
+    """Return `base_recovered` after LoRA was merged into the weights and unmerged; None for other methods."""
     if method != LORA:
         return None
     for layer in lora_layers(model):
@@ -97,9 +97,10 @@ SAVE_EVERY = 120  # seconds
 def train_setting(
     testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None
 ) -> tuple[Trainable, list[float], float]:
-    """Return what was trained, the loss of every step (NaN once values are not finite), and the seconds it took.
+    """Train with one seed. Return what was trained, the loss of every step, and the seconds that training took.
 
-    The state is written to `checkpoint`, a file, every two minutes; if it exists, training continues from it.
+    Training ends early if values are not finite; the losses of the remaining steps are NaN. The training state is
+    written to the file `checkpoint` every two minutes. If that file exists, training resumes from it.
     """
     config = testbed.train_config(setting, seed)
     trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
@@ -119,12 +120,12 @@ def train_setting(
 
 
 def run_setting(testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None) -> dict:
-    """Train with one seed, and measure what stands in a table. See `train_setting` for `checkpoint`."""
+    """Train with one seed, and return the values of a table row. See `train_setting` for `checkpoint`."""
     (model, adapter, _, _), losses, seconds = train_setting(testbed, setting, seed, checkpoint)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     sizes = {"trained": sum(p.numel() for p in trained), "bytes": sum(p.nbytes for p in trained)}
     if setting.method == FULL:
-        model.to(testbed.dtype)  # as the others are measured
+        model.to(testbed.dtype)  # the other methods are measured in this dtype
     adaption_prompts = adapter(dtype=testbed.dtype)
     last_epoch = losses[-(len(losses) // setting.epochs) :]
     return sizes | {

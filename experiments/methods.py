@@ -1,7 +1,7 @@
-"""What zero-init attention is compared with: prompts without gates, prompts of the lowest layers, LoRA, full tuning.
+"""Baselines for zero-init attention: prompts without gates, prompts in the lowest layers, LoRA, full fine-tuning.
 
-All of it is trained by train.py's loop. Where weights of the base are trained there are no prompts: `NoPrompts` holds
-these weights in the adapter's place. Notation as in adapter.py.
+All methods are trained by the loop of train.py. Methods that train weights of the base have no prompts; `NoPrompts`
+contains these weights, and takes the place of the adapter. Notation as in adapter.py.
 """
 
 import math
@@ -28,12 +28,12 @@ from train import Step, TrainConfig, make_optimizer, response_loss, training_ste
 ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
 LORA, FULL = "LoRA", "full tuning"
 
-WARMUP_EPOCHS = 2  # of every setting, as in the paper
+WARMUP_EPOCHS = 2  # as in the paper
 WEIGHT_DECAY = TrainConfig.weight_decay
 
 
 class Setting(NamedTuple):
-    """Settings of one training run. A table names what differs from these defaults and the command's options."""
+    """Settings of one training run. Labels in tables name what differs from these defaults and the options."""
 
     layers: int  # L
     lr: float
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     length: int = 10  # K
     epochs: int = 5  # the paper's
     warmup_epochs: float = WARMUP_EPOCHS
-    scale: float = 1.0  # prompts start as N(0, scale^2)
+    scale: float = 1.0  # prompts are initialized from N(0, scale^2)
     activation: str = "tanh"
     gate_per: str = "head"
     gate_decay: float = 0.0
@@ -50,22 +50,22 @@ class Setting(NamedTuple):
 
 
 def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
-    """What the paper compares with: prompts in one softmax with the words, from the start ("random-init attention").
+    """Attention with one softmax over prompts and tokens, the paper's baseline ("random-init attention").
 
-    As `gated_attention`; the gate is left out.
+    Arguments and result are those of `gated_attention`, but `gate` is not used.
     """
     B, T, S, K = q.shape[0], q.shape[2], k.shape[2], prompt_k.shape[2]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device)
         mask = mask.tril() if causal else mask
-    mask = F.pad(mask.expand(B, 1, T, S), (K, 0), value=True)  # all prompts are seen
+    mask = F.pad(mask.expand(B, 1, T, S), (K, 0), value=True)  # every query attends to all prompts
     k = torch.cat([prompt_k.expand(B, -1, -1, -1), k], dim=2)  # (B, Hkv, K + S, D)
     v = torch.cat([prompt_v.expand(B, -1, -1, -1), v], dim=2)
     return attend(q, k, v, mask)
 
 
 class LowAdapter(Adapter):
-    """An adapter of the lowest layers: the `above` others have prompts as well, but their gates are zero."""
+    """Adapter of the lowest layers. The `above` layers above them also get prompts, but with zero gates."""
 
     def __init__(self, *, above: int, **dimensions):
         super().__init__(**dimensions)
@@ -78,7 +78,7 @@ class LowAdapter(Adapter):
 
 
 class NoPrompts(nn.Module):
-    """In the adapter's place where weights of the base are trained: these weights, and an encoder's head."""
+    """Stand-in for the adapter when weights of the base are trained: these weights, and an encoder's head."""
 
     def __init__(self, trained: Iterable[nn.Parameter], head: nn.Module | None = None):
         super().__init__()
@@ -90,7 +90,7 @@ class NoPrompts(nn.Module):
         return []
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """As train.make_optimizer has it for an adapter."""
+        """AdamW over all parameters, with the hyper-parameters of `train.make_optimizer`."""
         groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
@@ -98,7 +98,7 @@ class NoPrompts(nn.Module):
 def whole_model_loss(
     model: LLaMA, adapter: nn.Module, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
-    """Like train.response_loss, but with a gradient for the output head as well."""
+    """Compute the loss of `train.response_loss`, but with a gradient for the output head as well."""
     batch = collate(examples)
     inputs = batch.inputs.to(model.device)  # (B, T)
     targets = batch.targets.to(model.device)  # (B, T)
@@ -109,26 +109,26 @@ def whole_model_loss(
 
 
 def mixed_precision_loss(dtype: torch.dtype, model: LLaMA, *args, **options) -> Tensor:
-    """`whole_model_loss` with matrix products in `dtype`; weights, their gradients and the optimizer are in float32."""
+    """Compute `whole_model_loss` with matrix products in `dtype`; weights and gradients stay in float32."""
     with torch.autocast(model.device.type, dtype):
         return whole_model_loss(model, *args, **options)
 
 
 # ---------------------------------------------------------------------------------------------------
-# LoRA (Hu et al., 2022), which is PEFT's
+# LoRA (Hu et al., 2022), from PEFT
 
 
 def import_peft():
-    """The package. Raises ValueError where it is not installed."""
+    """Return the package `peft`. Raises ValueError if it is not installed."""
     try:
         import peft
     except ImportError:
-        raise ValueError("the comparison with LoRA needs a package of its own: pip install peft") from None
+        raise ValueError("the comparison with LoRA needs the package peft: pip install peft") from None
     return peft
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
-    """Put LoRA on wq and wv of every layer, as Alpaca-LoRA does; returns what is trained, always in float32."""
+    """Add LoRA to wq and wv of every layer, as Alpaca-LoRA does. Return its parameters, always in float32."""
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
     with torch.random.fork_rng(devices=[]):
@@ -141,25 +141,25 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
-    """Those that can be merged, unmerged and disabled."""
+    """Return the LoRA layers of a model, which can be merged, unmerged and disabled."""
     return [module for module in model.modules() if isinstance(module, import_peft().tuners.lora.LoraLayer)]
 
 
 # ---------------------------------------------------------------------------------------------------
-# A setting made ready, and its steps
+# Setup and training steps of a setting
 
 
 class Trainable(NamedTuple):
-    """What the training loop needs besides examples."""
+    """A model and what to train: the arguments of the training loop, except examples and configuration."""
 
     model: nn.Module
-    adapter: nn.Module  # or NoPrompts: what is trained, always in float32
+    adapter: nn.Module  # the parameters to train, always in float32; NoPrompts if they belong to the base
     optimizer: torch.optim.Optimizer
     loss_fn: Callable[..., Tensor] = response_loss
 
 
 def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Trainable:
-    """A fresh base, and what is trained of it or beside it."""
+    """Load a fresh base, and create the parameters to train with their optimizer and loss."""
     if setting.method == FULL:
         model, _ = load_llama(base, torch.float32, device)
         adapter = NoPrompts(model.requires_grad_(True).parameters())
@@ -169,7 +169,7 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
     if setting.method == LORA:
         adapter = NoPrompts(add_lora(model, setting.rank, seed))
         return Trainable(model, adapter, adapter.make_optimizer())
-    adapter = make_prompts(model, setting, seed).to(device)
+    adapter = make_adapter(model, setting, seed).to(device)
     optimizer = make_optimizer(adapter, WEIGHT_DECAY)
     for group in optimizer.param_groups:
         if group["params"][0] is adapter.gates:
@@ -177,10 +177,10 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
     return Trainable(model, adapter, optimizer)
 
 
-def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
-    """The adapter of a setting, its gates trained in zero-init attention only."""
+def make_adapter(model: LLaMA, setting: Setting, seed: int) -> Adapter:
+    """Create the adapter of a setting. Its gates are trained with zero-init attention only."""
     dimensions = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim}
-    dimensions["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # 1: the gate of all heads
+    dimensions["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # 1: one gate for all heads
     dimensions["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
     dimensions["generator"] = torch.Generator().manual_seed(seed)
     above = model.config.n_layers - setting.layers if setting.where == "bottom" else 0
@@ -194,7 +194,7 @@ def make_prompts(model: LLaMA, setting: Setting, seed: int) -> Adapter:
 
 
 def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> ImageAdapter:
-    """A new one of all layers, for so many features of an image or a sound."""
+    """Create an adapter of all layers for images or sounds that are encoded as `features` numbers."""
     dimensions = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
     generator = torch.Generator().manual_seed(config.seed)
     adapter = ImageAdapter(features=features, length=config.length, generator=generator, **dimensions)
@@ -202,7 +202,7 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
 
 
 def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, first_step: int = 0) -> Iterator[Step]:
-    """train.py's steps, with a progress bar; they end where the next would lead to values that are not finite."""
+    """Run the training steps with a progress bar, and stop before a step whose values are not finite."""
     model, adapter, optimizer, loss_fn = trainable
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
     steps = training_steps(model, adapter, optimizer, examples, config, loss_fn, first_step)
@@ -212,14 +212,14 @@ def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, 
 
 
 def save_state(path: Path, trainable: Trainable, losses: Sequence[float], seconds: float) -> None:
-    """Write what `load_state` needs to continue a training run: trained parameters, optimizer, losses so far."""
+    """Write what `load_state` needs to resume training: trained parameters, optimizer, losses and seconds so far."""
     state = {"adapter": trainable.adapter.state_dict(), "optimizer": trainable.optimizer.state_dict()}
     with atomic_write(path) as temporary:
         torch.save(state | {"losses": list(losses), "seconds": seconds}, temporary)
 
 
 def load_state(path: Path, trainable: Trainable) -> tuple[list[float], float]:
-    """Load what `save_state` has written; return the losses of the steps so far, and the seconds they took."""
+    """Restore what `save_state` wrote. Return the losses of the steps so far, and the seconds they took."""
     state = torch.load(path, weights_only=True)
     trainable.adapter.load_state_dict(state["adapter"])
     trainable.optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
 """The paper's tables on a real LLaMA of 30 layers: python -m experiments real --base SMOLLM2 --reviews SST-2 ...
 
-Each part is a file of results/real/. A part whose file is there is skipped, finished runs are too, and a run that was
-interrupted continues from its checkpoint in experiments/cache/.
+Each part writes one file to results/real/, and is skipped if that file exists. Finished runs are skipped as well. An
+interrupted run resumes from its checkpoint in experiments/cache/.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import cloup
 from cloup import option, option_group
 
 from experiments.methods import import_peft
-from experiments.real_tasks import compare_on_problems, mix_experts, see_digits, train_on_alpaca
+from experiments.real_tasks import compare_on_problems, mix_experts, train_on_digits, train_on_alpaca
 from experiments.reviews import (
     Sources,
     compare_layers,
@@ -40,7 +40,7 @@ PARTS = {
     "scienceqa": Part(compare_on_problems, 1),
     "experts": Part(mix_experts, 1),
     "alpaca": Part(train_on_alpaca, 1),
-    "digits": Part(see_digits, 1),
+    "digits": Part(train_on_digits, 1),
     "price": Part(measure_price, 3),
 }
 
@@ -48,33 +48,42 @@ PARTS = {
 @cloup.command("real", context_settings={"show_default": True})
 @option_group(
     "Data and model",
-    option("--base", type=PATH, required=True, help="SmolLM2-135M-Instruct, or another LLaMA."),
-    option("--reviews", type=PATH, required=True, help="SST-2's folder, with train.tsv and dev.tsv."),
-    option("--text", type=PATH, required=True, help="Text for perplexity: WikiText-2's validation set."),
+    option("--base", type=PATH, required=True, help="LLaMA to train on, such as SmolLM2-135M-Instruct."),
+    option("--reviews", type=PATH, required=True, help="Folder of SST-2, with train.tsv and dev.tsv."),
+    option("--text", type=PATH, required=True, help="Text for the perplexity: WikiText-2's validation set."),
     option("--problems", type=PATH, help="ScienceQA's problems.json, for the parts scienceqa and experts."),
-    option("--alpaca", type=PATH, help="Stanford Alpaca's file, for the part alpaca."),
+    option("--alpaca", type=PATH, help="Stanford Alpaca's JSON file, for the part alpaca."),
     *device_options,
 )
 @option_group(
     "Runs",
-    option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="Repeatable.  [default: all]"),
-    option("--at-a-time", type=Count(), default=2, help="Number of processes, with one thread each."),
-    option("--out", type=PATH, default=RESULTS / "real", show_default="experiments/results/real", help="The folder."),
+    option(
+        "--part",
+        "parts",
+        type=click.Choice(list(PARTS)),
+        multiple=True,
+        help="Part to run; repeatable.  [default: all]",
+    ),
+    option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
+    option(
+        "--out", type=PATH, default=RESULTS / "real", show_default="experiments/results/real", help="Results folder."
+    ),
 )
 def real(parts, out, **options):
-    """Train a real LLaMA of 30 layers.
+    """Reproduce the tables on a real LLaMA.
 
-    On film reviews: learning rates, methods, layers, sentences, the price of a step. ScienceQA, Alpaca, digits.
+    On film reviews: learning rates, methods, layers, number of sentences, time and memory of a step. On other tasks:
+    ScienceQA, three adapters in a batch, Alpaca, digits.
     """
     sources = Sources(**options)
     with one_line_errors():
-        import_peft()  # or say at once that it is missing
+        import_peft()  # raises an error before anything is trained
         for part in parts or PARTS:
             if (out / f"{part}.json").exists():
                 click.echo(f"{part}.json is in {out}: this part is skipped")
                 continue
             click.echo(f"{part}. {PARTS[part].do.__doc__.strip()}\n")
-            # What a part does not read does not change the name of the file of its finished runs.
+            # The file of finished runs is named after these options. The others may change between two calls.
             known = {name: value for name, value in options.items() if name not in ("problems", "alpaca", "at_a_time")}
             with Runs(f"real-{part}", out, PARTS[part].seeds, known) as runs:
                 PARTS[part].do(runs, sources)

@@ -1,4 +1,4 @@
-"""The parts of the experiment on a real LLaMA that are other tasks: ScienceQA, three adapters, Alpaca, digits."""
+"""Parts of the experiment on a real LLaMA with other tasks: ScienceQA, three adapters, Alpaca, digits."""
 
 import io
 import statistics
@@ -41,13 +41,13 @@ from toy import digits
 from toy.exam import evaluate_digits
 from train import TrainConfig, make_optimizer, mean_loss
 
-WRITTEN = 1000  # problems that are answered in the model's own words; the most likely option is chosen for all
-ASKED = 200  # questions of each expert
-ALPACA, ALPACA_HELD_OUT = 2000, 200
+WRITTEN = 1000  # test problems with generated answers; the most likely option is chosen for all test problems
+ASKED = 200  # held-out questions per adapter
+ALPACA, ALPACA_HELD_OUT = 2000, 200  # training and held-out examples
 
 
 class TaskRun(NamedTuple):
-    """A training run on a task; without a setting, the base alone."""
+    """A training run on a task, or the base alone if `setting` is None."""
 
     task: str
     setting: Setting | None
@@ -55,16 +55,16 @@ class TaskRun(NamedTuple):
 
 @cache
 def task_testbed(sources: Sources, task: str) -> Testbed:
-    """The testbed of a task: what its examples are, and which are held out. Raises OSError or ValueError."""
+    """Return the testbed of a task, with its training and held-out examples. Raises OSError or ValueError."""
     if task == "reviews":
         return review_testbed(sources, SENTENCES, False)
     if task == "capitals":
         training, held_out = capital_examples()
     elif task == "scienceqa":
-        training = read_problems(needed(sources.problems, "--problems"))
+        training = read_problems(required_path(sources.problems, "--problems"))
         held_out = subset(read_problems(sources.problems, split="val"), ASKED)
     else:
-        examples = subset(read_instructions(needed(sources.alpaca, "--alpaca")), ALPACA + ALPACA_HELD_OUT)
+        examples = subset(read_instructions(required_path(sources.alpaca, "--alpaca")), ALPACA + ALPACA_HELD_OUT)
         training, held_out = examples[:ALPACA], examples[ALPACA:]
     base, settings = find_base(sources.base), schedule(len(training))
     default = review_testbed(sources, SENTENCES, False).default._replace(**settings)
@@ -72,15 +72,15 @@ def task_testbed(sources: Sources, task: str) -> Testbed:
     return make_testbed(parts, 512, *select_device(sources.device, sources.dtype))
 
 
-def needed(path: Path | None, option: str) -> Path:
-    """Return the path. Raises ValueError if it was not given."""
+def required_path(path: Path | None, option: str) -> Path:
+    """Return the path of an option. Raises ValueError if it was not given."""
     if path is None:
-        raise ValueError(f"{option} is missing: this part needs its file")
+        raise ValueError(f"{option} is missing; this part requires it")
     return path
 
 
 def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
-    """Train the prompts and gates of a task, or load them from the cache."""
+    """Train an adapter on a task, or load it from the cache."""
     path = cache_file(sources, run, seed, "safetensors")
     if not path.exists():
         checkpoint = cache_file(sources, run, seed)
@@ -95,7 +95,7 @@ def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
 
 
 def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
-    """Train, and answer the test problems: accuracies by how answers are found, and how many did not fit."""
+    """Train, and answer the test problems by generation and by the most likely option. Return the values of a row."""
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
     if run.setting is not None and run.setting.method == LORA:
@@ -109,17 +109,17 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
     name = "base" if adapter is None else "adapter"
     responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
 
-    def requests(asked: Sequence[Example]) -> list[Request]:
-        return [Request(problem.instruction, problem.input, name) for problem in asked]
+    def requests(examples: Sequence[Example]) -> list[Request]:
+        return [Request(example.instruction, example.input, name) for example in examples]
 
-    some = subset(problems, WRITTEN)
-    written = generate_responses(responder, requests(some), unit="problem")
+    sample = subset(problems, WRITTEN)
+    written = generate_responses(responder, requests(sample), unit="problem")
     choices = [problem.answers() for problem in problems]
     chosen = most_likely_choices(responder, requests(problems), choices, unit="problem")
     fitting = [problem for problem, text in zip(problems, chosen) if text is not None]
     loss = None if adapter is None else mean_loss(model, adapter, testbed.held_out, TrainConfig())
     return {
-        "written": score(some, written)["Avg"] / 100,
+        "written": score(sample, written)["Avg"] / 100,
         "most_likely": score(problems, chosen)["Avg"] / 100,
         "chance": sum(1 / len(problem.choices) for problem in fitting) / len(problems),
         "too_long": len(problems) - len(fitting),
@@ -131,7 +131,7 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
 def compare_on_problems(runs: Runs, sources: Sources) -> None:
     """Train on ScienceQA's problems without their images, and answer the test problems."""
     testbed = task_testbed(sources, "scienceqa")
-    click.echo(f"{len(testbed.training):,} problems to learn from\n")
+    click.echo(f"{len(testbed.training):,} training problems\n")
     best = best_settings(runs, sources)
     planned = {"base": TaskRun("scienceqa", None)}
     for method in (ZERO_INIT, LORA):
@@ -141,12 +141,14 @@ def compare_on_problems(runs: Runs, sources: Sources) -> None:
         Column("most_likely", "most likely"),
         Column("chance", "chance"),
         Column("too_long", "too long", ",.0f"),
-        Column("val_loss", "loss held out", ".4f"),
+        Column("val_loss", "validation loss", ".4f"),
     )
     rows = runs.table(columns, planned, partial(answer_problems, sources), at_a_time=sources.at_a_time)
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     axes = figure.subplots()
-    draw_bars(axes, {label: percent(row["most_likely"]) for label, row in rows.items()}, "most likely answer right, %")
+    draw_bars(
+        axes, {label: percent(row["most_likely"]) for label, row in rows.items()}, "most likely option correct, %"
+    )
     axes.axvline(100 * rows["base"]["chance"][0], color="black", linewidth=1)
     paper = {"test, %": {"LLaMA-Adapter, text only": 78.31, "random choice": 39.83}}
     values = {"paper": paper, "trained_on": len(testbed.training), "written_problems": WRITTEN, "rows": rows}
@@ -158,21 +160,21 @@ def compare_on_problems(runs: Runs, sources: Sources) -> None:
 
 
 def mix_experts(runs: Runs, sources: Sources) -> None:
-    """Ask three adapters over one base, each alone and all mixed in every batch."""
+    """Evaluate three adapters over one base, each alone and all three mixed in every batch."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     settings = {name: setting._replace(**schedule(len(task_testbed(sources, name).training))) for name in EXPERTS}
     columns = (
         Column("alone", "alone"),
         Column("mixed", "mixed"),
         Column("same", "same text"),
-        Column("switch_ms", "ms", ".1f"),
+        Column("switch_ms", "switch, ms", ".1f"),
         Column("file_bytes", "bytes", ",.0f"),
     )
-    found = runs.table((), {"experts": settings}, partial(ask_experts, sources))["experts"]
+    found = runs.table((), {"experts": settings}, partial(evaluate_experts, sources))["experts"]
     (rows,), (base,) = found["rows"], found["base"]
     for name, row in rows.items():
         click.echo(f"{name:12}" + "".join(f"{column.title} {row[column.name]:{column.form}}  " for column in columns))
-    click.echo(f"base: unchanged bit for bit: {base['unchanged']}; the same texts: {base['same']:.1%}")
+    click.echo(f"base: logits unchanged bit for bit: {base['unchanged']}, same text {base['same']:.1%}")
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     shares = {f"{name}, {how}": percent([row[how]]) for name, row in rows.items() for how in ("alone", "mixed")}
     draw_bars(figure.subplots(), shares, "answered exactly, %")
@@ -182,23 +184,23 @@ def mix_experts(runs: Runs, sources: Sources) -> None:
 EXPERTS = ("reviews", "capitals", "scienceqa")
 
 
-def ask_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> dict[str, dict]:
-    """Return for every expert the shares of exact answers, alone and mixed, and what switching to it costs."""
-    beds = {name: task_testbed(sources, name) for name in EXPERTS}
-    device, dtype = beds["reviews"].device, beds["reviews"].dtype
+def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> dict[str, dict]:
+    """Return the scores of each adapter, alone and in mixed batches, with its switching time, and those of the base."""
+    testbeds = {name: task_testbed(sources, name) for name in EXPERTS}
+    device, dtype = testbeds["reviews"].device, testbeds["reviews"].dtype
     adapters = {name: trained_adapter(sources, TaskRun(name, settings[name]), seed).to(device) for name in EXPERTS}
-    model, tokenizer = load_llama(beds["reviews"].base, dtype, device)
-    before = first_logits(beds["reviews"], model)
-    questions = {name: subset(bed.questions, ASKED) for name, bed in beds.items()}
+    model, tokenizer = load_llama(testbeds["reviews"].base, dtype, device)
+    before = first_logits(testbeds["reviews"], model)
+    questions = {name: subset(testbed.questions, ASKED) for name, testbed in testbeds.items()}
     questions["base"] = questions["capitals"]
     responder = Responder(model, tokenizer, adapters, max_new_tokens=32)
-    requests = {name: [Request(q.instruction, q.input, name) for q in asked] for name, asked in questions.items()}
+    requests = {name: [Request(q.instruction, q.input, name) for q in chosen] for name, chosen in questions.items()}
 
-    alone = {name: generate_responses(responder, asked) for name, asked in requests.items()}
-    together = generate_responses(responder, [request for asked in requests.values() for request in asked])
+    alone = {name: generate_responses(responder, batch) for name, batch in requests.items()}
+    together = generate_responses(responder, [request for batch in requests.values() for request in batch])
     mixed = {}
-    for name, asked in requests.items():
-        mixed[name], together = together[: len(asked)], together[len(asked) :]
+    for name, batch in requests.items():
+        mixed[name], together = together[: len(batch)], together[len(batch) :]
 
     rows = {}
     for name in EXPERTS:
@@ -217,7 +219,7 @@ def ask_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> di
         }
     rows["capitals"]["json"] = statistics.mean(map(is_json, mixed["capitals"]))
     base = {
-        "unchanged": torch.equal(before, first_logits(beds["reviews"], model)),
+        "unchanged": torch.equal(before, first_logits(testbeds["reviews"], model)),
         "same": share_equal(alone["base"], mixed["base"]),
         "json": statistics.mean(map(is_json, alone["base"])),
         "capital_named": statistics.mean(
@@ -228,7 +230,7 @@ def ask_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> di
 
 
 def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> float:
-    """The share of texts that are exactly as expected."""
+    """Return the share of texts that equal the expected ones."""
     return statistics.mean(text == other for text, other in zip(texts, expected))
 
 
@@ -237,27 +239,27 @@ def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> 
 
 
 def train_on_alpaca(runs: Runs, sources: Sources) -> None:
-    """Train on 2,000 of Alpaca's examples: held-out loss, and five answers beside the base's."""
+    """Train on 2,000 examples of Alpaca: validation loss, and responses to five prompts, next to those of the base."""
     testbed = task_testbed(sources, "alpaca")
     best = best_settings(runs, sources)[ZERO_INIT]._replace(**schedule(len(testbed.training)))
     planned = {"base": TaskRun("alpaca", None)}
     for factor in (1 / 3, 1):
         setting = best._replace(lr=float(f"{best.lr * factor:.6g}"))
         planned[f"{ZERO_INIT}, {setting.lr:.3g}"] = TaskRun("alpaca", setting)
-    columns = (Column("val_loss", "Alpaca's template", ".4f"), Column("own_template", "its own", ".4f"))
+    columns = (Column("val_loss", "validation loss", ".4f"), Column("own_template", "in own template", ".4f"))
     rows = runs.table(columns, planned, partial(alpaca_values, sources), at_a_time=sources.at_a_time)
-    asked = [f"{question.instruction}\n{question.input}".strip() for question in testbed.questions[:5]]
-    runs.save("alpaca", {"trained_on": len(testbed.training), "asked": asked, "rows": rows})
+    prompts = [f"{question.instruction}\n{question.input}".strip() for question in testbed.questions[:5]]
+    runs.save("alpaca", {"trained_on": len(testbed.training), "asked": prompts, "rows": rows})
 
 
 def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
-    """The held-out loss in Alpaca's template, and of the base also in its own; and the responses to five questions."""
+    """Return the validation loss in Alpaca's template, for the base also in its own template, and five responses."""
     testbed = task_testbed(sources, "alpaca")
     model, tokenizer = load_llama(testbed.base, testbed.dtype, testbed.device)
     own_template = None
     if run.setting is None:
         dimensions = {"layers": 1, "length": 1, "dim": model.config.dim, "heads": model.config.n_heads}
-        adapter = Adapter(**dimensions)  # its gates are zero
+        adapter = Adapter(**dimensions)  # with zero gates
         own, _ = tokenize(load_template("auto", tokenizer), testbed.questions, 512)
         own_template = mean_loss(model, adapter, own, TrainConfig())
     else:
@@ -275,8 +277,8 @@ def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
 # Digits
 
 
-def see_digits(runs: Runs, sources: Sources) -> None:
-    """Train on the toy's pictures of digits with the toy's vision encoder: the picture seen, withheld, another."""
+def train_on_digits(runs: Runs, sources: Sources) -> None:
+    """Train on the toy's images of digits. Evaluate with the image, without it, and with another image."""
     best = best_settings(runs, sources)[ZERO_INIT]
     planned = {f"{factor:g} times the rate": best._replace(lr=best.lr * factor) for factor in (1, 3)}
     columns = (Column("image", "image"), Column("no_image", "withheld"), Column("another_image", "another"))
@@ -288,15 +290,15 @@ DIGIT_EPOCHS = 2 * EPOCHS
 
 
 def digit_scores(sources: Sources, setting: Setting, seed: int) -> dict[str, float]:
-    """The shares of `evaluate_digits`, with chance."""
+    """Train with one seed. Return the accuracies of `evaluate_digits`, which include chance, and the learning rate."""
     device, dtype = select_device(sources.device, sources.dtype)
     folder = cached_folder("digits", [], digits.write_pictures)
     files = digits.pictures(folder)[0][: digits.TRAINED_ON]
     model, tokenizer = load_llama(find_base(sources.base), dtype, device)
     encoder = VisionEncoder(str(digits.ENCODER), dtype, device)
-    asked = [question.example for question in digits.questions(files)]
+    questions = [question.example for question in digits.questions(files)]
     template = load_template("alpaca", tokenizer)
-    examples, _ = tokenize(template, attach_features(asked, folder, encoder), 512)
+    examples, _ = tokenize(template, attach_features(questions, folder, encoder), 512)
     schedule = {"epochs": DIGIT_EPOCHS, "warmup_epochs": 1, "batch_size": BATCH_SIZE}
     config = TrainConfig(lr=setting.lr, seed=seed, **schedule)
     adapter = make_image_adapter(model, len(examples[0].features), config)

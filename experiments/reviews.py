@@ -1,4 +1,4 @@
-"""The parts of the experiment on a real LLaMA in which it learns to judge film reviews (SST-2) by one word."""
+"""Parts of the experiment on a real LLaMA that classify film reviews (SST-2) with a one-word response."""
 
 import hashlib
 import math
@@ -33,11 +33,11 @@ from tasks.responses import generate_responses
 
 QUESTION = "Is this review of a film positive or negative? Answer with one word."
 ANSWERS = {"0": "Negative", "1": "Positive"}
-SENTENCES = 800  # to train on, unless a part says otherwise
-SEARCH = 200  # other sentences of train.tsv, asked about to choose a learning rate
+SENTENCES = 800  # training sentences, unless a part sets another number
+SEARCH = 200  # held-out sentences of train.tsv, to choose a learning rate
 BATCH_SIZE = 16
 EPOCHS = 3
-LEAST_STEPS = 75  # with few sentences there are more epochs: half the steps of 800 sentences
+MIN_STEPS = 75  # with few sentences, more epochs are needed for this: half the steps of 800 sentences
 
 PROMPT_RATES = (0.003, 0.01, 0.03)
 TRIED = {method: PROMPT_RATES for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)}
@@ -45,10 +45,10 @@ TRIED |= {LORA: (0.0003, 0.001, 0.003), FULL: (0.00001, 0.00003, 0.0001)}
 
 
 class Sources(NamedTuple):
-    """The files of the experiment, and where it runs."""
+    """The input files of the experiment, and where it runs."""
 
     base: Path
-    reviews: Path  # SST-2: train.tsv and dev.tsv
+    reviews: Path  # folder of SST-2, with train.tsv and dev.tsv
     text: Path  # for perplexity
     problems: Path | None  # ScienceQA's problems.json
     alpaca: Path | None
@@ -62,22 +62,25 @@ class ReviewRun(NamedTuple):
 
     setting: Setting
     sentences: int = SENTENCES
-    searching: bool = False  # asked about other sentences of train.tsv; otherwise about those of dev.tsv
+    searching: bool = False  # evaluate on held-out sentences of train.tsv, otherwise on dev.tsv
 
 
 @cache
 def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed:
-    """The sentences of smaller numbers are among those of larger ones. Raises OSError or ValueError."""
+    """Return the testbed of film reviews. Smaller training sets are parts of larger ones.
+
+    Raises OSError or ValueError.
+    """
     rows = read_labelled_texts(sources.reviews / "train.tsv")
     order = np.random.default_rng(0).permutation(len(rows))
     examples = [as_instruction(*rows[i]) for i in order]
-    asked = examples[-SEARCH:]
+    held_out = examples[-SEARCH:]
     if not searching:
-        asked = [as_instruction(*row) for row in read_labelled_texts(sources.reviews / "dev.tsv")]
+        held_out = [as_instruction(*row) for row in read_labelled_texts(sources.reviews / "dev.tsv")]
     base = find_base(sources.base)
     default = Setting(read_base(base)[0].n_layers - 2, lr=0.01, **schedule(sentences))
     text = [read_text(sources.text)[:100_000]]
-    parts = TestbedParts(base, default, BATCH_SIZE, examples[:sentences], asked, text)
+    parts = TestbedParts(base, default, BATCH_SIZE, examples[:sentences], held_out, text)
     return make_testbed(parts, 512, *select_device(sources.device, sources.dtype))
 
 
@@ -86,20 +89,20 @@ def as_instruction(text: str, label: str, name: str) -> Example:
 
 
 def schedule(sentences: int) -> dict[str, float]:
-    """Epochs, of which two thirds are warm-up: three, or as many as make LEAST_STEPS."""
-    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / math.ceil(sentences / BATCH_SIZE)))
+    """Return the number of epochs, EPOCHS or more to reach MIN_STEPS steps, and the warm-up, two thirds of it."""
+    epochs = max(EPOCHS, math.ceil(MIN_STEPS / math.ceil(sentences / BATCH_SIZE)))
     return {"epochs": epochs, "warmup_epochs": epochs * 2 / 3}
 
 
 def cache_file(sources: Sources, run: object, seed: int, suffix: str = "pt") -> Path:
-    """The file in the cache that belongs to a run."""
+    """Return the path of a run's file in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(repr((sources.base.name, sources.dtype, run, seed)).encode()).hexdigest()[:12]
     return CACHE / f"real-{digest}.{suffix}"
 
 
 def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
-    """Return the values of `run_setting`."""
+    """Train, resuming from the checkpoint if there is one. Return the values of `run_setting`."""
     testbed = review_testbed(sources, run.sentences, run.searching)
     checkpoint = cache_file(sources, run, seed)
     values = run_setting(testbed, run.setting, seed, checkpoint)
@@ -108,17 +111,17 @@ def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
 
 
 COLUMNS = (
-    Column("trained", "trained", ","),
-    Column("accuracy", "exact", spread=True),
-    Column("val_loss", "loss held out", ".4f"),
-    Column("train_loss", "last epoch", ".4f"),
+    Column("trained", "parameters", ","),
+    Column("accuracy", "exact match", spread=True),
+    Column("val_loss", "validation loss", ".4f"),
+    Column("train_loss", "training loss", ".4f"),
     Column("perplexity", "perplexity", ".2f"),
     Column("seconds", "seconds", ".0f"),
 )
 
 
 def review_table(runs: Runs, sources: Sources, planned: dict[str, ReviewRun], **options) -> dict[str, dict]:
-    """Do the runs; return their values seed by seed, with their settings."""
+    """Do the runs. Return their values as lists over the seeds, with their settings."""
     do = partial(run_review, sources)
     rows = runs.table(COLUMNS, planned, do, in_rounds=True, at_a_time=sources.at_a_time, **options)
     return {label: row | {"setting": planned[label].setting._asdict()} for label, row in rows.items()}
@@ -129,7 +132,7 @@ def review_table(runs: Runs, sources: Sources, planned: dict[str, ReviewRun], **
 
 
 def search_rates(runs: Runs, sources: Sources) -> None:
-    """Search the learning rate of each method: three, and one more if the best is at the edge of these."""
+    """Search the learning rate of each method: three values, and a fourth if the best one is at the edge of these."""
     default = review_testbed(sources, SENTENCES, True).default
 
     def table(rates: dict[str, tuple[float, ...]]) -> dict[str, dict]:
@@ -152,8 +155,10 @@ def search_rates(runs: Runs, sources: Sources) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for method in TRIED:
-        ours = sorted((row for row in rows.values() if row["setting"]["method"] == method), key=rate_of)
-        axes.plot(list(map(rate_of, ours)), percent([row["accuracy"][0] for row in ours]), "o-", label=method)
+        method_rows = sorted((row for row in rows.values() if row["setting"]["method"] == method), key=rate_of)
+        axes.plot(
+            list(map(rate_of, method_rows)), percent([row["accuracy"][0] for row in method_rows]), "o-", label=method
+        )
     axes.set(xlabel="learning rate", xscale="log", ylabel=f"{SEARCH} sentences answered exactly, %")
     axes.legend()
     runs.save("rates", {"best": best, "best_at_the_edge": at_edge, "rows": without_losses(rows)}, figure)
@@ -164,13 +169,13 @@ def rate_of(row: dict) -> float:
 
 
 def best_rate(rows: dict[str, dict], method: str) -> float:
-    """The rate with the most exact answers, and of equal ones the lowest held-out loss."""
-    ours = [row for row in rows.values() if row["setting"]["method"] == method]
-    return rate_of(max(ours, key=lambda row: (row["accuracy"][0], -row["val_loss"][0])))
+    """Return the rate with the most exact matches; of equal ones, that with the lowest validation loss."""
+    method_rows = [row for row in rows.values() if row["setting"]["method"] == method]
+    return rate_of(max(method_rows, key=lambda row: (row["accuracy"][0], -row["val_loss"][0])))
 
 
 def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
-    """The setting of each method at the rate that the part `rates` has found. Raises ValueError if it was not run."""
+    """Return each method's setting, with the rate that the part `rates` found. Raises ValueError if it was not run."""
     path = runs.out / "rates.json"
     if not path.exists():
         raise ValueError(f"{path}: missing; run the part rates first: --part rates")
@@ -179,7 +184,7 @@ def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
 
 
 def base_alone(testbed: Testbed) -> dict[str, float | None]:
-    """The share of exact answers of the base without an adapter, and its perplexity."""
+    """Return the accuracy (exact match) and the perplexity of the base without an adapter."""
     model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
     responder = Responder(model, testbed.tokenizer, {}, max_new_tokens=8)
     requests = [Request(question.instruction, question.input) for question in testbed.questions]
@@ -189,10 +194,10 @@ def base_alone(testbed: Testbed) -> dict[str, float | None]:
 
 
 def compare_methods(runs: Runs, sources: Sources) -> None:
-    """Compare all methods, each at its best rate (Tables 1 and 5), and two inits at other rates (Figure 7)."""
+    """Compare all methods, each at its best learning rate (Tables 1, 5), and two inits at other rates (Figure 7)."""
     best = best_settings(runs, sources)
     base = base_alone(review_testbed(sources, SENTENCES, False))
-    click.echo(f"the base alone: {base['accuracy']:.1%} exactly, perplexity {base['perplexity']:.2f}\n")
+    click.echo(f"the base alone: exact match {base['accuracy']:.1%}, perplexity {base['perplexity']:.2f}\n")
     planned = {method: ReviewRun(setting) for method, setting in best.items()}
     inits = {}
     for method in (ZERO_INIT, ONE_SOFTMAX):
@@ -214,14 +219,16 @@ def compare_methods(runs: Runs, sources: Sources) -> None:
         curves.plot(np.array(rows[method]["losses"]).mean(axis=0), label=method, linewidth=1)
     curves.set(xlabel="step", ylabel="training loss", yscale="log")
     curves.legend()
-    per_epoch = math.ceil(SENTENCES / BATCH_SIZE)
-    by_epoch = {label: [epoch_means(losses, per_epoch) for losses in row["losses"]] for label, row in rows.items()}
+    steps_per_epoch = math.ceil(SENTENCES / BATCH_SIZE)
+    by_epoch = {
+        label: [epoch_means(losses, steps_per_epoch) for losses in row["losses"]] for label, row in rows.items()
+    }
     values = {"paper": paper, "base": base, "rows": without_losses(rows), "loss_by_epoch": by_epoch}
     runs.save("methods", values, figure)
 
 
 def compare_layers(runs: Runs, sources: Sources) -> None:
-    """Compare the number of adapted layers, and the topmost with the lowest (Table 4)."""
+    """Compare numbers of adapted layers, and the topmost layers with the lowest (Table 4)."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     N = setting.layers + 2
     top = {L: f"topmost {L} of {N} layers" for L in (N // 3, 2 * N // 3, N - 2, N)}
@@ -240,7 +247,7 @@ def compare_layers(runs: Runs, sources: Sources) -> None:
 
 
 def compare_samples(runs: Runs, sources: Sources) -> None:
-    """Train on fewer sentences, and on more."""
+    """Train on 50, 200, 800 and 2,400 sentences."""
     best = best_settings(runs, sources)
     methods = (ZERO_INIT, ONE_SOFTMAX, LORA)
     planned = {}
@@ -254,9 +261,9 @@ def compare_samples(runs: Runs, sources: Sources) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for method in methods:
-        ours = {run.sentences: rows[label] for label, run in planned.items() if run.setting.method == method}
-        draw_line(axes, list(ours), [percent(row["accuracy"]) for row in ours.values()], method)
-    axes.set(xlabel="sentences", xscale="log", ylabel="answered exactly, %")
+        by_number = {run.sentences: rows[label] for label, run in planned.items() if run.setting.method == method}
+        draw_line(axes, list(by_number), [percent(row["accuracy"]) for row in by_number.values()], method)
+    axes.set(xlabel="training sentences", xscale="log", ylabel="answered exactly, %")
     axes.legend()
     runs.save("samples", {"rows": without_losses(rows)}, figure)
 
@@ -265,21 +272,21 @@ TIMED_STEPS = 12
 
 
 def measure_price(runs: Runs, sources: Sources) -> None:
-    """Measure seconds per step and peak memory of each method, one process after the other, with all threads."""
+    """Measure seconds per step and peak memory of each method, in one process at a time, with all threads."""
     columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak bytes", ",.0f"))
     settings = {m: s for m, s in best_settings(runs, sources).items() if m != GATES_AT_ONE}
-    rows = runs.table(columns, settings, partial(in_new_process, price_of_steps, sources), in_rounds=True)
+    rows = runs.table(columns, settings, partial(in_new_process, measure_steps, sources), in_rounds=True)
     runs.save("price", {"steps": TIMED_STEPS, "rows": rows})
 
 
 def in_new_process(function: Callable, *args) -> dict:
-    """Return the function's result, from a process whose peak memory is its own."""
+    """Return the function's result from a new process, so that its peak memory is that of the function alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
-def price_of_steps(sources: Sources, setting: Setting, seed: int) -> dict:
-    """Median seconds of a few steps after the first, and the peak memory of the process."""
+def measure_steps(sources: Sources, setting: Setting, seed: int) -> dict:
+    """Return the median seconds of the steps after the first, and the peak memory in bytes."""
     testbed = review_testbed(sources, BATCH_SIZE * TIMED_STEPS, False)
     trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
     steps = finite_steps(trainable, testbed.training, testbed.train_config(setting, seed))

@@ -1,6 +1,6 @@
-"""An experiment: runs of several settings with several seeds, a table of them, and a JSON file with a picture beside.
+"""An experiment: runs of several settings with several seeds, printed as a table, and saved as JSON with a plot.
 
-Every run is written as soon as it has finished. If the command is started again, these runs are skipped.
+The values of a run are saved as soon as it has finished. If the command is started again, finished runs are skipped.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Column(NamedTuple):
-    """A column of a printed table: the mean over the seeds of one value of the runs."""
+    """A column of the printed table: the mean of one value over the seeds."""
 
-    name: str  # of the value
+    name: str  # key of the value in a run's values
     title: str
-    form: str = ".1%"  # of the mean, a format specification
-    spread: bool = False  # followed by a column with the standard deviation
+    form: str = ".1%"  # format specification of the mean
+    spread: bool = False  # also print the standard deviation
 
     @property
     def width(self) -> int:
@@ -46,12 +46,12 @@ class Column(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation; 0 for a single value."""
+    """Return the standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def rounded(value: object) -> object:
-    """A value with its numbers rounded to six digits; None (null in JSON) in place of NaN and infinity."""
+    """Round the numbers in a value to six digits; NaN and infinity become None (null in JSON)."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -60,10 +60,10 @@ def rounded(value: object) -> object:
 
 
 class Runs:
-    """The runs of one command, each a function of a setting and a seed, and the files of its results in `out`.
+    """The runs of one command, and the files of its results in `out`. A run has a setting and a seed.
 
-    Finished runs are kept in COMMAND-HASH.unfinished.json, with a hash of the command's options, until the command has
-    ended without an error.
+    Finished runs are kept in COMMAND-HASH.unfinished.json until the command ends without an error. HASH depends on the
+    command's options.
     """
 
     def __init__(self, command: str, out: Path, seeds: int, options: dict):
@@ -73,12 +73,12 @@ class Runs:
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         recipe = json.dumps([command, self.options], sort_keys=True)
         self.log = out / f"{command}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.unfinished.json"
-        self.finished: dict[str, dict] = {}  # values of runs, by setting and seed
+        self.finished: dict[str, dict] = {}  # values of finished runs, by setting and seed
 
     def __enter__(self) -> "Runs":
         if self.log.exists():
             self.finished = read_json_object(self.log)
-            click.echo(f"{len(self.finished)} runs have finished before: {self.log}\n")
+            click.echo(f"{self.log}: skipping {len(self.finished)} finished runs\n")
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
@@ -97,10 +97,10 @@ class Runs:
     ) -> dict[str, dict[str, list]]:
         """Do the runs, and print a line for each setting when its last run has finished.
 
-        `do(setting, seed)` returns the values of a run, which JSON can hold; two settings with the same repr() share
+        `do(setting, seed)` returns the values of a run, which must be JSON values. Settings with the same repr() share
         their runs. Labels in `once` have one run, the others one per seed. Runs are ordered by setting, or by seed if
         `in_rounds`, so that their times can be compared. `at_a_time` is the number of processes, with one thread each.
-        Returns the values of every label, seed by seed.
+        Returns the values of every label as lists over the seeds.
         """
         plan = [(label, seed) for label in settings for seed in range(1 if label in once else self.seeds)]
         if in_rounds:
@@ -129,9 +129,9 @@ class Runs:
         return {label: {name: [run[name] for run in found] for name in found[0]} for label, found in runs.items()}
 
     def save(self, name: str, values: dict, figure: Figure | None = None) -> None:
-        """Write NAME.json and NAME.png, and print the paper's own figures if `values` has them."""
-        for what, published in values.get("paper", {}).items():
-            click.echo(f"the paper, {what}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
+        """Write NAME.json and NAME.png, and print the paper's numbers if `values` has them."""
+        for title, published in values.get("paper", {}).items():
+            click.echo(f"the paper, {title}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
         self.out.mkdir(parents=True, exist_ok=True)
         if figure is not None:
             with atomic_write(self.out / f"{name}.png") as temporary:
@@ -150,7 +150,7 @@ class Runs:
 
 
 def cells(column: Column, runs: Sequence[dict]) -> str:
-    """The text of a column in one line: the mean, or "-" if a run does not have the value; and the spread."""
+    """Format the cells of a column in one line: the mean ("-" if a run lacks the value) and the standard deviation."""
     values = [run[column.name] for run in runs]
     if None in values:
         return f"{'-':>{column.width}}" + " " * 8 * column.spread
@@ -163,8 +163,8 @@ def cells(column: Column, runs: Sequence[dict]) -> str:
 
 
 def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
-    """Return a decorator that makes a command of a function, which gets its Runs and the options of these groups."""
-    many = [option("--seeds", type=Count(), default=3, help="Runs of everything.")] * seeds
+    """Return a decorator that makes a command. The function is called with its Runs and the options of the groups."""
+    seeds_option = [option("--seeds", type=Count(), default=3, help="Number of seeds per setting.")] * seeds
     out = option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results.")
 
     def decorate(function: Callable) -> click.Command:
@@ -172,7 +172,7 @@ def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
             with one_line_errors(), Runs(name, out, seeds, options) as runs:
                 function(runs, **options)
 
-        for group in reversed((*groups, option_group("Runs", *many, out))):
+        for group in reversed((*groups, option_group("Runs", *seeds_option, out))):
             command = group(command)
         help = inspect.getdoc(function)
         return cloup.command(name, help=help, context_settings={"show_default": True})(command)
@@ -181,17 +181,17 @@ def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
 
 
 TRAINING_OPTIONS = {
-    "layers": (Count(), "L, the number of adapted layers."),
-    "length": (Count(), "K, prompt vectors per layer."),
-    "rank": (Count(), "Of LoRA."),
-    "epochs": (Count(2), "Epochs of training."),
+    "layers": (Count(), "L, number of adapted layers."),
+    "length": (Count(), "K, number of adaption prompts per layer."),
+    "rank": (Count(), "Rank of LoRA."),
+    "epochs": (Count(2), "Passes over the training data."),
     "batch_size": (Count(), "Examples per optimizer step."),
     "lr": (Real(0, 1e3, min_open=True), "Peak learning rate."),
 }
 
 
 def training_options(**defaults) -> Callable:
-    """Return a group of those of TRAINING_OPTIONS that are named. A default that is a text is for the help alone."""
+    """Return a group of the TRAINING_OPTIONS named in `defaults`. A string is only shown as the default in the help."""
     made = []
     for name, default in defaults.items():
         type, help = TRAINING_OPTIONS[name]

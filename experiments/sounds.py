@@ -1,7 +1,7 @@
-"""Sounds in the prompts: which word is spoken, heard by another's Keyword Transformer (docs/examples).
+"""Sounds in the prompts: recognize a spoken word, encoded by a third-party Keyword Transformer (docs/examples).
 
-espeak-ng speaks the words, in voices to train on and in others that are held out. The questions are put with the sound,
-without it, and with a sound of another word; to be right without hearing is to guess one word of 14.
+espeak-ng speaks the words, in training voices and in held-out voices. Each question is asked with the sound, without
+it, and with a sound of another word. Without the sound, an adapter can only guess one of 14 words.
 """
 
 import os
@@ -49,13 +49,13 @@ ENCODERS = {
     "no model: a spectrum": "spectrum.py:rows",
 }
 
-KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]  # that the Keyword Transformer tells
-WORDS = KEYWORDS + ["visual", "eight", "dog", "one"]  # these four are all "unknown" to it
+KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]  # the Keyword Transformer's classes
+WORDS = KEYWORDS + ["visual", "eight", "dog", "one"]  # its label for these four is "unknown"
 LABELS = ["silence", "unknown", *KEYWORDS]  # in the order of its scores
 NUMBERS = {"one", "eight"}
 QUESTIONS = {"Which word do you hear?": "I hear the word {word}.", "Is it a number?": "{capital} is {number}."}
 
-# espeak-ng's accents and speakers. Of the held-out voices neither the one nor the other is trained on.
+# Accents and speakers of espeak-ng. The held-out voices share neither of them with the training voices ("tuned").
 VOICES = {
     "tuned": (
         ["en-us", "en-gb", "en-gb-scotland", "en-029"],
@@ -66,14 +66,14 @@ VOICES = {
         ["m7", "f5", "croak", "whisper", "Andy", "Steph"],
     ),
 }
-SPEEDS, PITCHES = (120, 180), (30, 70)  # words a minute; of 0 to 99
+SPEEDS, PITCHES = (120, 180), (30, 70)  # ranges: words per minute, and pitch on espeak-ng's scale of 0 to 99
 
 # ---------------------------------------------------------------------------------------------------
 # Speech, and questions about it
 
 
 def utterances() -> list[tuple[str, str, str, int, int]]:
-    """Part, word, voice, speed and pitch of all that is spoken: every word in every voice."""
+    """Return (part, word, voice, speed, pitch) of every sound to make: each word in each voice."""
     random = np.random.default_rng(0)
     return [
         (part, word, f"{accent}+{speaker}", int(random.integers(*SPEEDS)), int(random.integers(*PITCHES)))
@@ -85,64 +85,64 @@ def utterances() -> list[tuple[str, str, str, int, int]]:
 
 
 def make_speech() -> Path:
-    """The folder of PART/WORD-VOICE-SPEED-PITCH.wav, and sounds.json for train.py; made at the first call.
+    """Return the folder of the sounds, PART/WORD-VOICE-SPEED-PITCH.wav, and of sounds.json for train.py.
 
-    Raises ValueError where espeak-ng is missing, or fails.
+    The first call makes it. Raises ValueError if espeak-ng is missing or fails.
     """
 
     def make(folder: Path) -> None:
         if shutil.which("espeak-ng") is None:
-            raise ValueError("the words are spoken by espeak-ng: apt install espeak-ng; or name a folder with --speech")
+            raise ValueError("espeak-ng is missing: apt install espeak-ng, or give a folder of sounds with --speech")
         for part, word, voice, speed, pitch in tqdm(utterances(), unit="word"):
             (folder / part).mkdir(exist_ok=True)
             file = folder / part / f"{word}-{voice}-{speed}-{pitch}.wav"
             command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(file), word]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode or not file.is_file():
-                raise ValueError(f"espeak-ng failed at {file.name}: {result.stderr.strip()}")
-        asked = questions_about(wav_files(folder / "tuned"))
-        records = [{"instruction": q.instruction, "output": q.output, "audio": f"tuned/{q.name}"} for q in asked]
+                raise ValueError(f"espeak-ng failed to write {file.name}: {result.stderr.strip()}")
+        questions = questions_about(wav_files(folder / "tuned"))
+        records = [{"instruction": q.instruction, "output": q.output, "audio": f"tuned/{q.name}"} for q in questions]
         write_json(folder / "sounds.json", records)
 
     return cached_folder("toy-speech", [utterances(), QUESTIONS], make)
 
 
 def wav_files(folder: Path) -> list[Path]:
-    """Raises ValueError where the folder has none."""
+    """Return the sounds in a folder. Raises ValueError if there are none."""
     files = sorted(folder.glob("*-*.wav"))
     if not files:
-        raise ValueError(f"{folder}: has no sounds named WORD-ANYTHING.wav")
+        raise ValueError(f"{folder}: contains no sounds named WORD-ANYTHING.wav")
     return files
 
 
-def spoken(file: Path) -> str:
-    """The word that its name begins with."""
+def spoken_word(file: Path) -> str:
+    """Return the word with which the name of a sound file begins."""
     return file.name.split("-")[0]
 
 
 def questions_about(files: Sequence[Path]) -> list[Example]:
-    """Two about every sound; both answers name the word."""
-    asked = []
+    """Return two questions about every sound. Both answers name the word."""
+    questions = []
     for file in files:
-        word = spoken(file)
+        word = spoken_word(file)
         facts = {"word": word, "capital": capitalised(word), "number": "a number" if word in NUMBERS else "no number"}
-        asked += [
+        questions += [
             Example(question, "", answer.format(**facts), str(file), file.name)
             for question, answer in QUESTIONS.items()
         ]
-    return asked
+    return questions
 
 
 def write_clips(archive: Path, folder: Path) -> list[Path]:
-    """A WAV for each of the `waves` (N, samples) in an .npz, in [-1, 1] at 16 kHz; beside them are their `words` (N,).
+    """Write WORD-clipI.wav for each clip in an .npz archive; return the paths.
 
-    Raises OSError or ValueError.
+    The archive has `waves` (N, samples), in [-1, 1] at 16 kHz, and their `words` (N,). Raises OSError or ValueError.
     """
     try:
         with np.load(archive, allow_pickle=False) as arrays:
             waves, words = arrays["waves"], arrays["words"]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{archive}: is no archive of `waves` and `words`: {error}") from None
+        raise ValueError(f"{archive}: is not an .npz archive with arrays `waves` and `words`: {error}") from None
     files = [folder / f"{word}-clip{i}.wav" for i, word in enumerate(words)]
     for samples, path in zip(waves, files):
         with wave.open(str(path), "wb") as file:
@@ -152,28 +152,28 @@ def write_clips(archive: Path, folder: Path) -> list[Path]:
 
 
 def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[Example]]]:
-    """The questions with the features (F,) of their sounds, by encoder, and by part: tuned, held-out, real clips.
+    """Return the questions with the features (F,) of their sounds, by encoder and part (tuned, held-out, real clips).
 
-    Raises OSError or ValueError where sounds, the model or a package is missing.
+    Raises OSError or ValueError if the sounds, the model or a package are missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {part: wav_files(speech / part) for part in VOICES}
         if clips is not None:
             files["real clips"] = write_clips(clips, Path(folder))
-        asked = {part: questions_about(found) for part, found in files.items()}
-        heard = {}
+        questions = {part: questions_about(found) for part, found in files.items()}
+        encoded = {}
         for label, name in ENCODERS.items():
             encoder = FunctionEncoder(str(EXAMPLES / name))
-            heard[label] = {part: attach_features(examples, folder, encoder) for part, examples in asked.items()}
-    return heard
+            encoded[label] = {part: attach_features(examples, folder, encoder) for part, examples in questions.items()}
+    return encoded
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training, and the exam
+# Training and evaluation
 
 
 def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
-    """An adapter of all layers, trained by train.py's loop on examples that have features."""
+    """Train an adapter of all layers on examples with features, by the loop of train.py."""
     adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
     for _ in finite_steps(Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY)), tokens, config):
@@ -182,8 +182,8 @@ def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer,
 
 
 def other_sounds(examples: Sequence[Example]) -> list[Tensor]:
-    """For each example the features (F,) of a sound with another word."""
-    random, words = np.random.default_rng(0), [spoken(Path(example.name)) for example in examples]
+    """Return for each example the features (F,) of a sound of another word."""
+    random, words = np.random.default_rng(0), [spoken_word(Path(example.name)) for example in examples]
     others = [[i for i, other in enumerate(words) if other != word] for word in words]
     return [examples[random.choice(choice)].features for choice in others]
 
@@ -191,58 +191,58 @@ def other_sounds(examples: Sequence[Example]) -> list[Tensor]:
 def evaluate_sounds(
     examples: Sequence[Example], model: LLaMA, tokenizer: Tokenizer, adapter: ImageAdapter
 ) -> dict[str, list[bool]]:
-    """Which questions are answered exactly: the sound heard, withheld, and a sound of another word in its place."""
+    """Return which questions are answered exactly, with the sound, without it, and with a sound of another word."""
     withheld = [Request(example.instruction, adapter="adapter") for example in examples]
     sounds = {"heard": [example.features for example in examples], "another": other_sounds(examples)}
-    asked = {
-        name: [request._replace(features=one) for request, one in zip(withheld, features)]
+    with_sounds = {
+        name: [request._replace(features=row) for request, row in zip(withheld, features)]
         for name, features in sounds.items()
     }
-    right = {}
-    for name, requests in (asked | {"withheld": withheld}).items():
+    correct = {}
+    for name, requests in (with_sounds | {"withheld": withheld}).items():
         answers = greedy_answers(model, tokenizer, adapter, requests)
-        right[name] = [text == example.output for text, example in zip(answers, examples)]
-    return right
+        correct[name] = [text == example.output for text, example in zip(answers, examples)]
+    return correct
 
 
-def share_by_word(right: Sequence[bool], examples: Sequence[Example]) -> dict[str, float]:
-    """Of each word's questions those answered exactly."""
-    words = [spoken(Path(example.name)) for example in examples]
+def share_by_word(correct: Sequence[bool], examples: Sequence[Example]) -> dict[str, float]:
+    """Return for each word the share of its questions that are answered exactly."""
+    words = [spoken_word(Path(example.name)) for example in examples]
     return {
-        word: statistics.mean(one for one, other in zip(right, words) if other == word) for word in sorted(set(words))
+        word: statistics.mean(ok for ok, other in zip(correct, words) if other == word) for word in sorted(set(words))
     }
 
 
 def label_matches(examples: Sequence[Example]) -> list[bool]:
-    """Return True where the model's own most likely label is the word, or "unknown" for a word that has no label.
+    """Return whether the Keyword Transformer labels each example correctly; words that it does not know are "unknown".
 
-    The features are its scores (F,), normed, which leaves the largest the largest.
+    The features (F,) are its scores. They are normalized, which does not change the largest one.
     """
-    heard = [LABELS[example.features.argmax()] for example in examples]
-    words = [spoken(Path(example.name)) for example in examples]
-    return [label == (word if word in LABELS else "unknown") for label, word in zip(heard, words)]
+    labels = [LABELS[example.features.argmax()] for example in examples]
+    words = [spoken_word(Path(example.name)) for example in examples]
+    return [label == (word if word in LABELS else "unknown") for label, word in zip(labels, words)]
 
 
 def train_and_evaluate(
-    heard: dict[str, dict[str, list[Example]]],
+    encoded: dict[str, dict[str, list[Example]]],
     model: LLaMA,
     tokenizer: Tokenizer,
     config: TrainConfig,
     encoder: str,
     seed: int,
 ) -> dict:
-    """Train with the sounds as a key of ENCODERS hears them.
+    """Train on the features of one encoder (a key of ENCODERS), and evaluate on every part except the training part.
 
-    Returns the shares of questions that are answered exactly, "PART: heard", "withheld" and "another" for every part
-    but the one trained on, and of the heard also those of each word.
+    Returns the shares of questions answered exactly as "PART: heard", "PART: withheld" and "PART: another", and the
+    shares by word, with the sound heard, as "PART: words".
     """
-    adapter = train_on_sounds(heard[encoder]["tuned"], model, tokenizer, replace(config, seed=seed))
+    adapter = train_on_sounds(encoded[encoder]["tuned"], model, tokenizer, replace(config, seed=seed))
     values: dict = {}
-    for part, examples in heard[encoder].items():
+    for part, examples in encoded[encoder].items():
         if part != "tuned":
-            right = evaluate_sounds(examples, model, tokenizer, adapter)
-            values |= {f"{part}: {name}": statistics.mean(found) for name, found in right.items()}
-            values[f"{part}: words"] = share_by_word(right["heard"], examples)
+            correct = evaluate_sounds(examples, model, tokenizer, adapter)
+            values |= {f"{part}: {name}": statistics.mean(found) for name, found in correct.items()}
+            values[f"{part}: words"] = share_by_word(correct["heard"], examples)
     return values
 
 
@@ -254,34 +254,36 @@ def train_and_evaluate(
     "sounds",
     option_group(
         "Sounds",
-        option("--model", type=PATH, required=True, envvar="KWT_MODEL", help="KWT-1, a .tflite; or $KWT_MODEL."),
-        option("--speech", type=PATH, help="Folders tuned, held-out of WORD-ANY.wav.  [default: espeak-ng's]"),
-        option("--clips", type=PATH, help="Real sounds to ask about too: an .npz of waves and words."),
+        option("--model", type=PATH, required=True, envvar="KWT_MODEL", help="The .tflite of KWT-1; or $KWT_MODEL."),
+        option("--speech", type=PATH, help="Folder of tuned/ and held-out/ with WORD-ANY.wav.  [default: made here]"),
+        option("--clips", type=PATH, help="Real sounds to evaluate on, too: an .npz of waves and words."),
     ),
     option_group(
         "Model",
-        option("--base", type=PATH, help="The base model.  [default: the toy's]"),
+        option("--base", type=PATH, help="Base model.  [default: the toy's]"),
         device_options[0],
     ),
     training_options(epochs=24, lr=toy.TRAINING["lr"]),
 )
 def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
-    """Ask which word a sound is.
+    """Train on sounds, and recognize spoken words.
 
-    An adapter hears through a third-party Keyword Transformer: words by espeak-ng, in held-out voices, and real ones.
+    A third-party Keyword Transformer encodes the sounds: words spoken by espeak-ng, in training and in held-out voices,
+    and real recordings.
     """
-    os.environ["KWT_MODEL"] = str(model)  # which docs/examples/keyword_transformer.py reads
+    os.environ["KWT_MODEL"] = str(model)  # read by docs/examples/keyword_transformer.py
     device, _ = select_device(device, "float32")
     start = time.perf_counter()
-    heard = encode_sounds(speech or make_speech(), clips)  # before a base is made: something may be missing
-    counts = {part: len(examples) // len(QUESTIONS) for part, examples in heard[SCORES].items()}
-    click.echo(", ".join(f"{count} sounds {part}" for part, count in counts.items()) + ", two questions each")
+    encoded = encode_sounds(speech or make_speech(), clips)  # before the base is made, because files may be missing
+    counts = {part: len(examples) // len(QUESTIONS) for part, examples in encoded[SCORES].items()}
+    listed = ", ".join(f"{part} {count}" for part, count in counts.items())
+    click.echo(f"sounds: {listed}; two questions about each")
     labels = {}
-    for part, examples in heard[SCORES].items():
-        right = label_matches(examples)
-        labels[part] = {"all": statistics.mean(right), "words": share_by_word(right, examples)}
+    for part, examples in encoded[SCORES].items():
+        correct = label_matches(examples)
+        labels[part] = {"all": statistics.mean(correct), "words": share_by_word(correct, examples)}
     shares = ", ".join(f"{part} {found['all']:.1%}" for part, found in labels.items())
-    click.echo(f"its own most likely label is right: {shares}\n")
+    click.echo(f"the Keyword Transformer, accuracy of its own labels: {shares}\n")
     llama, tokenizer = load_llama(base or toy_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
     parts = [part for part in counts if part != "tuned"]
@@ -292,14 +294,14 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
     ]
     click.echo("answered exactly:")
     settings = {encoder: encoder for encoder in ENCODERS}
-    rows = runs.table(columns, settings, partial(train_and_evaluate, heard, llama, tokenizer, config))
+    rows = runs.table(columns, settings, partial(train_and_evaluate, encoded, llama, tokenizer, config))
     minutes = (time.perf_counter() - start) / 60
     values = {"sounds": counts, "minutes": minutes, "labels": labels, "rows": rows}
     runs.save("sounds", values, draw_sounds(rows, parts))
 
 
 def draw_sounds(rows: dict[str, dict[str, list]], parts: Sequence[str]) -> Figure:
-    """What is answered exactly when heard, a panel for held-out voices and one for real clips."""
+    """Plot the exact matches with the sound heard: one panel for held-out voices, one for real clips."""
     figure = Figure(figsize=(5 * len(parts), 2.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts):
         draw_bars(axes, {label: percent(row[f"{part}: heard"]) for label, row in rows.items()}, f"{part}: heard, %")

@@ -1,4 +1,4 @@
-"""Two stages of training on images (section 3.3 of the final version): captions, then questions, on toy digits."""
+"""Train on images in two stages (section 3.3 of the final version): captions, then questions, on the toy's digits."""
 
 import io
 import time
@@ -29,7 +29,7 @@ from toy.almanac import NUMBERS
 from toy.exam import evaluate_digits
 from train import TrainConfig, freeze_parts, make_optimizer
 
-# What each stage learns from, and the parts that are frozen meanwhile.
+# For each stage: the data to train on, and the parts of the adapter that are frozen.
 STAGES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "questions alone": [(("questions",), ())],
     "captions and questions at once": [(("captions", "questions"), ())],
@@ -39,11 +39,11 @@ STAGES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 
 
 def captions(files: list[Path]) -> list[Example]:
-    """What each picture shows."""
-    shown = [f"The picture shows a {NUMBERS[int(file.name[0])]}." for file in files]
+    """Return the examples that ask for a caption, one per image."""
+    texts = [f"The picture shows a {NUMBERS[int(file.name[0])]}." for file in files]
     return [
         Example("Describe the picture.", "", text, f"pictures/{file.name}", file.name)
-        for text, file in zip(shown, files)
+        for text, file in zip(texts, files)
     ]
 
 
@@ -55,7 +55,7 @@ def train_in_stages(
     stages: list,
     seed: int,
 ) -> dict[str, float]:
-    """The shares of `evaluate_digits` after all stages, and their seconds. Each begins where the last one ended."""
+    """Train one stage after the other. Return the accuracies of `evaluate_digits` after the last, and the seconds."""
     config = replace(config, seed=seed)
     adapter = make_image_adapter(model, len(data["questions"][0].features), config)
     start = time.perf_counter()
@@ -68,14 +68,14 @@ def train_in_stages(
     seconds = time.perf_counter() - start
     with redirect_stdout(io.StringIO()):
         scores = evaluate_digits(model, tokenizer, adapter)
-    shown = {"accuracy": "image", "withheld": "no_image", "another": "another_image"}
-    return {name: scores[f"picture_accuracy_{key}"] for name, key in shown.items()} | {"seconds": seconds}
+    keys = {"accuracy": "image", "withheld": "no_image", "another": "another_image"}
+    return {name: scores[f"picture_accuracy_{key}"] for name, key in keys.items()} | {"seconds": seconds}
 
 
 COLUMNS = (
     Column("accuracy", "image", spread=True),
-    Column("withheld", "withheld"),
-    Column("another", "another"),
+    Column("withheld", "no image"),
+    Column("another", "another image"),
     Column("seconds", "seconds", ".1f"),
 )
 
@@ -84,27 +84,29 @@ COLUMNS = (
     "stages",
     option_group(
         "Data",
-        option("--pictures", type=Count(), default=50, help="Number of pictures to ask about, of 400 with captions."),
+        option(
+            "--pictures", type=Count(), default=50, help="Number of images with questions; 400 images have captions."
+        ),
         device_options[0],
     ),
     training_options(epochs=12),
 )
 def stages(runs: Runs, pictures, epochs, device) -> None:
-    """Compare one stage and two.
+    """Compare training on images in one stage and in two.
 
-    The toy's digits: captions, then questions, against both at once, and questions alone.
+    On the toy's digits: captions then questions, both at once, and questions alone.
     """
     device, _ = select_device(device, "float32")
     folder = cached_folder("digits", [], digits.write_pictures)
     files = digits.pictures(folder)[0][: digits.TRAINED_ON]
     model, tokenizer = load_llama(toy_base(), device=device)
-    asked = [question.example for question in digits.questions(files[:pictures])]
+    questions = [question.example for question in digits.questions(files[:pictures])]
     encoder = VisionEncoder(str(digits.ENCODER), torch.float32, device)
     data = {}
-    for name, examples in (("captions", captions(files)), ("questions", asked)):
+    for name, examples in (("captions", captions(files)), ("questions", questions)):
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)
-    click.echo(f"{len(data['captions'])} captions, questions about {pictures} pictures: {len(data['questions'])}")
-    click.echo("600 questions, answered exactly:\n")
+    click.echo(f"{len(data['captions'])} captions, {len(data['questions'])} questions about {pictures} images")
+    click.echo("600 held-out questions, answered exactly:\n")
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TRAINING["lr"])
     rows = runs.table(COLUMNS, STAGES, partial(train_in_stages, data, model, tokenizer, config))
     figure = Figure(figsize=(8, 2.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""What settings are compared on: a base, what it is trained on, what it is asked, and text of the base's own kind."""
+"""A testbed on which settings are compared: a base, training examples, questions, and text for the perplexity."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,19 +31,21 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class TestbedOptions:
-    """Options of the commands that train a LLaMA. None is the toy's value, or the default there."""
+    """Options of the commands that train a LLaMA. None stands for the toy's value, or the default in the help."""
 
-    base: Path | None = setting(None, "The base model.  [default: the toy's]", PATH)
-    data: Path | None = setting(None, "What to train on.  [default: the toy's]", PATH)
-    task: str | None = setting(None, "What the data is, as for train.py.", click.Choice(list(TASKS)))
-    text: Path | None = setting(None, "Text of the kind that the base was pretrained on.", PATH)
-    limit: int | None = setting(None, "Train on this many examples only, drawn from all.", Count())
-    held_out: int | None = setting(None, "Number of questions.  [default: all; 200 of --data]", Count())
-    max_seq_len: int = setting(512, "In tokens; longer responses are truncated.", Count(2))
-    toy_layers: int | None = setting(None, "N of the toy's base, made at the first use.  [default: 4]", Count())
+    base: Path | None = setting(None, "Base model.  [default: the toy's]", PATH)
+    data: Path | None = setting(None, "Training data.  [default: the toy's]", PATH)
+    task: str | None = setting(
+        None, "Task of --data, as for train.py.  [default: instructions]", click.Choice(list(TASKS))
+    )
+    text: Path | None = setting(None, "Text of the kind that the base was pretrained on, for the perplexity.", PATH)
+    limit: int | None = setting(None, "Number of training examples, drawn from all.  [default: all]", Count())
+    held_out: int | None = setting(None, "Number of held-out questions.  [default: all; 200 of --data]", Count())
+    max_seq_len: int = setting(512, "Tokens per example; longer responses are truncated.", Count(2))
+    toy_layers: int | None = setting(None, "Layers of the toy's base, made at the first use.  [default: 4]", Count())
     device: str = setting("auto", DEVICE_HELP)
-    dtype: str = setting("auto", "Of the base.", click.Choice(["auto", "float32", "bfloat16"]))
-    # Declared as options by `training_options`:
+    dtype: str = setting("auto", "Dtype of the base.", click.Choice(["auto", "float32", "bfloat16"]))
+    # `training_options` declares these options:
     layers: int | None = None
     length: int | None = None
     epochs: int | None = None
@@ -64,26 +66,26 @@ testbed_options = (
 
 
 class TestbedParts(NamedTuple):
-    """Where a testbed comes from."""
+    """The parts of a testbed before tokenization."""
 
     base: Path
     default: Setting
     batch_size: int
     training: list[Example]
-    asked: list[Example]
-    documents: Iterable[str]  # of the base's own kind
+    questions: list[Example]
+    documents: Iterable[str]  # of the kind that the base was pretrained on
 
 
 @dataclass(eq=False)
 class Testbed:
-    """What all settings have in common. No two are equal: what is cached of one is its own."""
+    """Base, data and defaults that all settings share. Compared by identity, so that each has its own cached values."""
 
     base: Path
     tokenizer: Tokenizer
     training: list[TokenizedExample]
     held_out: list[TokenizedExample]
-    questions: list[Example]  # those of held_out
-    text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; of no rows where there is none
+    questions: list[Example]  # the examples of held_out
+    text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; 0 rows if there is no text
     n_layers: int  # N
     batch_size: int
     default: Setting
@@ -91,56 +93,63 @@ class Testbed:
     dtype: torch.dtype
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
-        how = {"epochs": setting.epochs, "warmup_epochs": setting.warmup_epochs, "lr": setting.lr}
-        return TrainConfig(batch_size=self.batch_size, seed=seed, **how)
+        schedule = {"epochs": setting.epochs, "warmup_epochs": setting.warmup_epochs, "lr": setting.lr}
+        return TrainConfig(batch_size=self.batch_size, seed=seed, **schedule)
 
 
 def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
-    """Raises ValueError where options are for another base."""
+    """Return the parts of the toy's testbed. Raises ValueError if an option needs another base."""
     if options.task or options.text:
-        raise ValueError("--task and --text need --base and --data: the toy brings all that it needs")
-    training, asked = toy_examples(searching)
+        raise ValueError("--task and --text need --base and --data; the toy has its own")
+    training, questions = toy_examples(searching)
     default = Setting(layers=options.toy_layers or toy.TRAINING["layers"], lr=toy.TRAINING["lr"])
     documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on those of seed 0
     batch_size = options.batch_size or toy.TRAINING["batch_size"]
     base = toy_base() if options.toy_layers is None else toy_base(n_layers=options.toy_layers)
-    return TestbedParts(base, default, batch_size, training, subset(asked, options.held_out), documents)
+    return TestbedParts(base, default, batch_size, training, subset(questions, options.held_out), documents)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
-    """Return training examples and questions. A search holds out a fifth of the training subjects for its questions."""
+    """Return training examples and held-out questions. A search holds out a fifth of the training subjects."""
     sets = almanac.instructions()
-    training, asked = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
+    training, questions = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
     if searching:
 
-        def about(question: almanac.ExamQuestion) -> str:
+        def subject(question: almanac.ExamQuestion) -> str:
             return min(question.entity, question.answer) if question.kind == "opposite" else question.entity
 
-        things = sorted(set(map(about, training)))
-        fifth = set(np.random.default_rng(0).permutation(things)[: len(things) // 5])
-        asked = [question for question in training if about(question) in fifth]
-        training = [question for question in training if about(question) not in fifth]
-    return [question.example for question in training], [question.example for question in asked]
+        subjects = sorted(set(map(subject, training)))
+        fifth = set(np.random.default_rng(0).permutation(subjects)[: len(subjects) // 5])
+        questions = [question for question in training if subject(question) in fifth]
+        training = [question for question in training if subject(question) not in fifth]
+    return [question.example for question in training], [question.example for question in questions]
 
 
-def data_parts(options: TestbedOptions, searching: bool, asked: list[Example] | None) -> TestbedParts:
-    """What is asked is a tenth of the data, held out, or given. Raises OSError or ValueError."""
+def data_parts(options: TestbedOptions, searching: bool, questions: list[Example] | None) -> TestbedParts:
+    """Return the parts of a testbed on --data. If there are no questions, a tenth of the data is held out.
+
+    Raises OSError or ValueError.
+    """
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
     training = examples = load_task(options.task or "instructions").read(options.data)
-    for _ in range((asked is None) + searching):  # a search has its own questions, from what is trained on
+    for _ in range((questions is None) + searching):  # a search holds out a tenth of the training examples
         if len(training) < 2:
-            raise ValueError(f"{options.data}: {len(examples)} examples are too few to learn from some and ask others")
-        training, asked = hold_out(training, max(1, len(training) // 10), seed=0)
+            raise ValueError(f"{options.data}: {len(examples)} examples are too few to hold out some of them")
+        training, questions = hold_out(training, max(1, len(training) // 10), seed=0)
     documents = [] if options.text is None else [read_text(options.text)[:100_000]]
-    return TestbedParts(options.base, default, batch_size, training, subset(asked, options.held_out or 200), documents)
+    questions = subset(questions, options.held_out or 200)
+    return TestbedParts(options.base, default, batch_size, training, questions, documents)
 
 
 def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
-    """As the options say; of the examples, those that fit. Raises OSError, or ValueError where nothing is left."""
+    """Create the testbed that the options describe. `asked` replaces the held-out questions of --data.
+
+    Raises OSError, or ValueError if options contradict each other or no example fits.
+    """
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
-        raise ValueError("--base and --data go together; without them it is the toy's")
+        raise ValueError("--base and --data go together; without both, the toy's are used")
     if options.base is not None and options.toy_layers is not None:
         raise ValueError(f"--toy-layers is for the toy's base, not for --base {options.base}")
     if options.base is None:
@@ -154,22 +163,25 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
 
 
 def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dtype: torch.dtype) -> Testbed:
-    """Tokenize the parts in Alpaca's template. Raises OSError, or ValueError where no example fits."""
+    """Tokenize the parts in Alpaca's template. Examples that do not fit are dropped.
+
+    Raises OSError, or ValueError if no example is left.
+    """
     default, training = parts.default, parts.training
     base, (config, _) = parts.base, read_base(parts.base)
     if default.layers > config.n_layers:
-        raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers}")
+        raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers} layers")
     tokenizer = load_tokenizer(base)
     max_length = min(max_seq_len, config.max_seq_len or max_seq_len)
     template = AlpacaTemplate(tokenizer)
     tokens, _ = tokenize(template, training, max_length)
     fitting = [
-        (example, found[0]) for example in parts.asked if (found := tokenize(template, [example], max_length)[0])
+        (example, found[0]) for example in parts.questions if (found := tokenize(template, [example], max_length)[0])
     ]
     if not tokens or not fitting:
         raise ValueError(
-            f"within {max_length} tokens there are {len(tokens)} of {len(training)} examples to learn from, "
-            f"and {len(fitting)} of {len(parts.asked)} to be asked"
+            f"{len(tokens)} of {len(training)} training examples and {len(fitting)} of {len(parts.questions)} "
+            f"questions fit into {max_length} tokens; at least one of each is needed"
         )
     questions, held_out = map(list, zip(*fitting))
     text = text_rows(tokenizer, parts.documents, min(ROW, max_length))
@@ -189,8 +201,8 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
 
 
 def text_rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Tensor:
-    """The documents, one after the other, in at most 64 rows (rows, length) of ids. ValueError where they fill none."""
+    """Tokenize documents into at most 64 rows (rows, length) of ids. Raises ValueError if they do not fill one row."""
     ids = [id for document in documents for id in (*tokenizer.start_ids, *tokenizer.encode(document), tokenizer.eos_id)]
     if 0 < len(ids) < length:
-        raise ValueError(f"--text has {len(ids)} tokens, fewer than a row of {length}")
+        raise ValueError(f"the text has {len(ids)} tokens; at least {length} are needed to measure the perplexity")
     return torch.tensor(ids[: min(64, len(ids) // length) * length], dtype=torch.long).view(-1, length)

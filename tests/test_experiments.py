@@ -93,7 +93,7 @@ def test_finished_runs_are_skipped(small, tmp_path, monkeypatch):
     ]
     fails_at(0)
     result = invoke("methods", *small)
-    assert result.exit_code == 0 and "3 runs have finished before" in result.output
+    assert result.exit_code == 0 and "skipping 3 finished runs" in result.output
     assert len(began) == 2 * len(RATES) - 3 and {path.name for path in out.iterdir()} == {"methods.json", "methods.png"}
     resumed = json.loads((out / "methods.json").read_text())
     fails_at(0)
@@ -212,8 +212,8 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     (["scienceqa"], "this needs --base and --data"),
     (["vit", "--base", "x", "--train", "x", "--test", "x"], "x: no such encoder"),
     (["gates", "--layers", 9], "--layers 9: .* has only 3"),
-    (["gates", "--max-seq-len", 2], "within 2 tokens there are 0 of 16 examples to learn from, and 0 of 3"),
-    (["gates", "--text", "SHORT"], "--text has .* tokens, fewer than a row of 128"),
+    (["gates", "--max-seq-len", 2], "0 of 16 training examples and 0 of 3 questions fit into 2 tokens"),
+    (["gates", "--text", "SHORT"], "the text has .* tokens; at least 128 are needed"),
     (["gates", "--data", "ONE"], "1 examples are too few"),
     (["gates", "--toy-layers", 8], "--toy-layers is for the toy's base, not for --base"),
 ])  # fmt: skip

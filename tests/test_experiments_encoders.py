@@ -80,7 +80,7 @@ def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
     assert sorted(asked + training) == sorted(example.name for example in examples)
     assert len(recorded.scored) == 2 * len(encoders.METHODS) * len(encoders.TRIED_RATES)
     assert all([example.name for example in scored] == asked for scored in recorded.scored)
-    with pytest.raises(ValueError, match="9 examples have no tenth"):
+    with pytest.raises(ValueError, match="9 training examples: at least 10 are needed"):
         encoders.search_encoder_rates(Runs("search", tmp_path, 3, {}), replace(sets, training=examples[:9]), 2)
 
 
@@ -89,7 +89,7 @@ def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch
     monkeypatch.setattr(encoders, "MASK", 265)
     monkeypatch.setitem(encoders.SCHEDULE, "warmup", 5)
     tokenizer = RobertaTokenizer(bpe)
-    rows = encoders.masked_rows(["the km the 12 km of the river " * 80], tokenizer)
+    rows = encoders.token_rows(["the km the 12 km of the river " * 80], tokenizer)
     assert rows.shape[1] == 64 and (rows[:, 0] == 0).all() and (rows[:, -1] == 2).all()
     config = RobertaConfig(266, 70, 32, 2, 4, 48)
     losses = []
@@ -143,7 +143,7 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
     for more in ([], ["--search"]):
         result = CliRunner().invoke(main, list(map(str, [*args, *more])))
         assert result.exit_code == 0, result.output
-        assert "20 sentences to learn from, 20 to be asked about" in result.output
+        assert "20 training sentences, 20 test sentences" in result.output
     values = json.loads((tmp_path / "out" / "roberta.json").read_text())
     assert values["majority"] == 0.5 and set(values["rows"]) == set(encoders.METHODS)
     options = {name: values["options"][name] for name in ("epochs", "batch_size", "length", "rank")}
@@ -165,7 +165,7 @@ def test_few_examples(tmp_path, data, monkeypatch):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
     recorded = Recorded(monkeypatch)
     monkeypatch.setattr(few_examples, "NUMBERS", (8, 500))
-    monkeypatch.setattr(few_examples, "LEAST_STEPS", 4)
+    monkeypatch.setattr(few_examples, "MIN_STEPS", 4)
     monkeypatch.setattr(encoders, "TRIED_RATES", (0.001, 0.01))
     for module in (encoders, few_examples):
         monkeypatch.setattr(module, "METHODS", ("LoRA",))

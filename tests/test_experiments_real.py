@@ -27,7 +27,7 @@ def sources(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(reviews, "SENTENCES", 8)
     monkeypatch.setattr(reviews, "SEARCH", 4)
     monkeypatch.setattr(reviews, "BATCH_SIZE", 4)
-    monkeypatch.setattr(reviews, "LEAST_STEPS", 3)
+    monkeypatch.setattr(reviews, "MIN_STEPS", 3)
     monkeypatch.setattr(reviews, "TRIED", {method: rates[:1] for method, rates in reviews.TRIED.items()})
     monkeypatch.setattr(reviews, "TIMED_STEPS", 3)
     monkeypatch.setattr(reviews, "CACHE", tmp_path / "cache")

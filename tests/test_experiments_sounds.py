@@ -138,7 +138,7 @@ def test_espeak_ng_speaks(tmp_path, monkeypatch):
     assert [len(sounds.wav_files(folder / part)) for part in sounds.VOICES] == [4, 2]
     examples = instructions.read(folder / "sounds.json")
     assert all((folder / example.image).is_file() for example in examples)
-    said = {(sounds.spoken(Path(e.image)), e.instruction, e.output) for e in examples}
+    said = {(sounds.spoken_word(Path(e.image)), e.instruction, e.output) for e in examples}
     assert said == {
         ("eight", "Which word do you hear?", "I hear the word eight."),
         ("eight", "Is it a number?", "Eight is a number."),
@@ -153,9 +153,9 @@ def test_without_espeak_ng(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setenv("PATH", "")
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite"])
-    assert result.exit_code == 2 and "apt install espeak-ng; or name a folder with --speech" in result.stderr
+    assert result.exit_code == 2 and "espeak-ng is missing: apt install espeak-ng, or" in result.stderr
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite", "--speech", str(tmp_path)])
-    assert result.exit_code == 2 and "tuned: has no sounds named WORD-ANYTHING.wav" in result.stderr
+    assert result.exit_code == 2 and "tuned: contains no sounds named WORD-ANYTHING.wav" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -183,8 +183,8 @@ def test_the_command(tiny_base, tmp_path, monkeypatch):
     command += ["--epochs", 2, "--lr", 0.01, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, list(map(str, command)))
     assert result.exit_code == 0, result.output
-    assert "2 sounds tuned, 2 sounds held-out, 1 sounds real clips" in result.stdout
-    assert "most likely label is right: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
+    assert "sounds: tuned 2, held-out 2, real clips 1; two questions about each" in result.stdout
+    assert "accuracy of its own labels: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
     found = json.loads((tmp_path / "out" / "sounds.json").read_text())
     of = found["rows"]["an ear"]
     assert [of[f"held-out: {name}"] for name in ("heard", "withheld", "another")] == [[0.5, 0.5], [0, 0], [0, 0]]
@@ -194,5 +194,5 @@ def test_the_command(tiny_base, tmp_path, monkeypatch):
 
 def test_an_archive_of_something_else(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros(3))
-    with pytest.raises(ValueError, match="x.npz: is no archive of `waves` and `words`"):
+    with pytest.raises(ValueError, match="x.npz: is not an .npz archive with arrays `waves` and `words`"):
         sounds.write_clips(tmp_path / "x.npz", tmp_path)

@@ -39,7 +39,7 @@ def test_what_each_run_learns_from(small, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "evaluate_digits", evaluate)
     monkeypatch.setattr(stages, "finite_steps", recorded)
     stdout, found = run(tmp_path, "--seeds", 1)
-    assert "20 captions, questions about 4 pictures: 12" in stdout
+    assert "20 captions, 12 questions about 4 images" in stdout
     assert given == [(12, 6), (32, 6), (20, 6), (12, 6), (20, 6), (12, 2)]  # the projection has four tensors
     assert [row["accuracy"] for row in found["rows"].values()] == [[0.1], [0.2], [0.3], [0.4]]
     monkeypatch.setattr(stages, "STAGES", {"captions alone": [(("captions",), ())]})

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from experiments import instructions, stories
 from experiments.__main__ import main
 from experiments.methods import FULL, ONE_SOFTMAX, ZERO_INIT
-from experiments.stories import KINDS, Told, follows, is_prose, is_story, make_instructions, sentences
+from experiments.stories import KINDS, StoryInstruction, follows, is_prose, is_story, make_instructions, sentences
 from experiments.runs import RESULTS
 
 LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
@@ -53,12 +53,13 @@ def test_what_is_a_story():
 
 def test_what_is_followed():
     """Word for word, whole words; any of a thing's forms in s."""
-    assert follows(Told("a thing", ("cat",)), "A Cat ran.") and follows(Told("a thing", ("cat",)), "Two cats ran.")
-    assert not follows(Told("a thing", ("cat",)), "A caterpillar ran.")
-    three = Told("three things", ("cat", "dog", "tree"))
+    thing = StoryInstruction("a thing", ("cat",))
+    assert follows(thing, "A Cat ran.") and follows(thing, "Two cats ran.")
+    assert not follows(thing, "A caterpillar ran.")
+    three = StoryInstruction("three things", ("cat", "dog", "tree"))
     assert follows(three, "The dog and the cat sat in a tree.") and not follows(three, "The dog and the cat sat.")
     assert three.example().instruction == "Write a story with the words dog, tree and cat."
-    begin = Told("first sentence", ("Tom ran.",), "Tom ran. He fell.")
+    begin = StoryInstruction("first sentence", ("Tom ran.",), "Tom ran. He fell.")
     assert follows(begin, "Tom ran. Then he sat.") and not follows(begin, "So Tom ran.")
     assert (begin.example().input, begin.example().output) == ("Tom ran.", "Tom ran. He fell.")
 
@@ -74,14 +75,14 @@ def test_held_out_is_what_training_never_had():
     known = {word for story in used for word in re.findall(r"\w+", story)}
     for told in sets.testing + sets.validation:
         if told.kind == "first sentence":
-            assert not any(story.startswith(told.asked[0]) for story in used)
+            assert not any(story.startswith(told.required[0]) for story in used)
         else:
-            assert not known & set(told.asked)
-    assert not {told.asked for told in sets.testing} & {told.asked for told in sets.validation}
+            assert not known & set(told.required)
+    assert not {told.required for told in sets.testing} & {told.required for told in sets.validation}
     assert make_instructions(made_up(400), per_kind=8, tested=4) == sets
     with pytest.raises(ValueError, match="rare names or words, 600 are needed"):
         make_instructions(made_up(400), per_kind=8, tested=400)
-    with pytest.raises(ValueError, match="stories are left for .*, 300 are needed: fewer --per-kind"):
+    with pytest.raises(ValueError, match="stories are left for .*, 300 are needed: lower --per-kind"):
         make_instructions(made_up(400), per_kind=300, tested=4)
 
 
@@ -104,16 +105,16 @@ def test_the_command(command, tmp_path, monkeypatch):
     """From the command line to its files; what is told is given, for random weights tell nothing."""
     asked = []
 
-    def tell(bed, model, told, adapter=None, raw=False):
-        asked.append((len(told), 0 if adapter is None else len(adapter()), raw))
+    def generate_stories(testbed, model, given, adapter=None, raw=False):
+        asked.append((len(given), 0 if adapter is None else len(adapter()), raw))
         story = made_up(1)[0]
-        return [f"{' '.join(each.asked)} {story}" if each.kind == "a thing" else "He ran." for each in told]
+        return [f"{' '.join(each.required)} {story}" if each.kind == "a thing" else "He ran." for each in given]
 
     with monkeypatch.context() as patch:
-        patch.setattr(instructions, "tell", tell)
+        patch.setattr(instructions, "generate_stories", generate_stories)
         result = command("--seeds", 2)
     assert result.exit_code == 0, result.output
-    assert "15 instructions to learn from, 10 to be asked" in result.output
+    assert "15 training instructions, 10 held-out instructions" in result.output
     assert asked == [(10, 0, True), (10, 0, False), (10, 3, False), (10, 3, False), (10, 0, False), (10, 0, False)]
     found = json.loads((tmp_path / "out" / "stories.json").read_text())
     assert list(found["rows"]) == ["the base as it is", "the base in the template", ZERO_INIT, FULL]
@@ -130,7 +131,7 @@ def test_rates_and_shares(command, tmp_path, monkeypatch):
     )
     result = command("--search", "--length", 2, "--layers", 1, "--batch-size", 5)
     assert result.exit_code == 0, result.output
-    assert given == [(15, 10, 0.1), (15, 10, 0.2)] and "5 to be asked" in result.output
+    assert given == [(15, 10, 0.1), (15, 10, 0.2)] and "5 held-out instructions" in result.output
     assert not (tmp_path / "out" / "stories_rates.png").exists()
     found = json.loads((tmp_path / "out" / "stories_rates.json").read_text())
     assert all(row["lr"] and "answers" not in row for row in found["rows"].values())
@@ -139,7 +140,7 @@ def test_rates_and_shares(command, tmp_path, monkeypatch):
     given.clear()
     monkeypatch.setattr(instructions, "SHARES", (0.2, 1.0))
     monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, ONE_SOFTMAX: 0.1, instructions.LORA: 0.01})
-    monkeypatch.setattr(instructions, "LEAST_STEPS", 4)
+    monkeypatch.setattr(instructions, "MIN_STEPS", 4)
     assert command("--curve", "--seeds", 1).exit_code == 0
     assert [each[:2] for each in given] == [(3, 4)] * 3 + [(15, 4)] * 3
     assert (tmp_path / "out" / "stories_curve.png").stat().st_size > 1000
