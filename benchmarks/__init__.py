@@ -1,1 +1,1 @@
-"""Speed and memory on this machine, ours and others' in the same run."""
+"""Benchmarks of speed and memory on this machine. Other implementations can be measured in the same run."""

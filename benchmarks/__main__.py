@@ -1,4 +1,4 @@
-"""How fast and how large: python -m benchmarks COMMAND; with --peers, others in the same run."""
+"""Measure speed and memory: python -m benchmarks COMMAND. --peers measures other implementations in the same run."""
 
 import cloup
 
@@ -24,7 +24,7 @@ from runtime.distributed import run_command
     ]
 )
 def main():
-    """Measure on this machine; with --peers also PEFT, LoRA, full tuning, litgpt, and plain code as the authors'."""
+    """Measure speed and memory. --peers adds PEFT, LoRA, full fine-tuning, litgpt and an unoptimized baseline."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens per second of greedy decoding, prefill included."""
+"""Benchmark of greedy decoding: tokens per second, including prefill."""
 
 import copy
 import importlib.util
@@ -25,12 +25,12 @@ PROMPT = 60  # tokens
 GENERATION_COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
     "times ours": ratio_text,
-    "weights read, of the read speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %" if row["bytes"] else "",
+    "share of read speed": lambda row: f"{100 * row['bandwidth_share']:.0f} %" if row["bytes"] else "",
 }
 
 
 def bytes_per_step(model: nn.Module) -> int:
-    """The bytes of all linear layers of ours, in the form in which a decoding step of a few rows reads them."""
+    """Return the bytes of all linear layers of our model, in the format that a decoding step of few rows reads."""
     total = 0
     replaced = {id(module.layer) for module in model.modules() if isinstance(module, PackedLinear)}
     for module in model.modules():
@@ -45,8 +45,8 @@ def bytes_per_step(model: nn.Module) -> int:
     return total
 
 
-def ours_of_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:
-    """Return ours in all variants; those that read the same weights share a model, which saves memory."""
+def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:
+    """Create our implementation in all variants. Variants that read the same weights share a model, to save memory."""
     models: dict[tuple, Ours] = {}
     contestants = {}
     for name, variant in variants.items():
@@ -61,14 +61,14 @@ def ours_of_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant
 
 
 def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
-    """Return who takes part: ours, in several variants, and others with --peers."""
+    """Return the contestants: ours in several variants, and with --peers other implementations."""
     model, adapter = workload.new_model(), workload.new_adapter()
     variant = Variant(decoding=True)
     variants = {"ours": variant, "ours, base alone": variant._replace(adapted=False), **precisions(workload, variant)}
     if workload.compiled:
-        in_bits = [name for name, each in variants.items() if each.bits]
-        variants |= {f"{name}, compiled": variants[name]._replace(compiled=True) for name in ["ours", *in_bits]}
-    contestants: dict[str, Contestant] = ours_of_variants(model, adapter, variants)
+        quantized = [name for name, each in variants.items() if each.bits]
+        variants |= {f"{name}, compiled": variants[name]._replace(compiled=True) for name in ["ours", *quantized]}
+    contestants: dict[str, Contestant] = create_variants(model, adapter, variants)
     if workload.peers:
         peers = installed_peers(model, adapter, ["adaption prompt", "full tuning"])
         if "full tuning" in peers:
@@ -83,27 +83,27 @@ def generation_contestants(workload: Workload, capacity: int, batch_size: int) -
 
 
 def check_same_texts(contestants: dict[str, Contestant], rows: list[list[int]], number: int) -> None:
-    """Raise ValueError if one of the contestants, which all run in float32, goes on otherwise than ours."""
-    alone = contestants["ours, base alone"].continuations(rows, number)
-    ours = contestants["ours"].continuations(rows, number)
+    """Raise ValueError if a contestant generates other tokens than ours. All contestants must run in float32."""
+    base_alone = contestants["ours, base alone"].continuations(rows, number)
+    adapted = contestants["ours"].continuations(rows, number)
     for name, contestant in contestants.items():
-        text, expected = contestant.continuations(rows, number), alone if "base alone" in name else ours
-        if text != expected:
-            raise ValueError(f"{name} goes on {text[0][:8]}, ours {expected[0][:8]}: not the same work")
+        tokens, expected = contestant.continuations(rows, number), base_alone if "base alone" in name else adapted
+        if tokens != expected:
+            raise ValueError(f"{name} generates the tokens {tokens[0][:8]}, ours {expected[0][:8]}: not the same work")
 
 
 @command("generate", context_settings={"show_default": True})
 @workload_options(
     compile_option,
     precisions_option,
-    option("--tokens", "number", type=Count(2), default=128, help=f"New ones, after a prompt of {PROMPT}."),
-    option("--batch-size", type=Count(), default=1, help="Prompts at once."),
+    option("--tokens", "number", type=Count(2), default=128, help=f"New tokens, after a prompt of {PROMPT} tokens."),
+    option("--batch-size", type=Count(), default=1, help="Prompts per batch."),
 )
 @one_line_errors()
 def time_generation(json_path, number, batch_size, **options):
-    """Count tokens per second.
+    """Time greedy decoding.
 
-    Greedy, prefill included.
+    In tokens per second, including prefill.
     """
     workload = prepare_workload(**options)
     examples = workload.examples(1000)
@@ -113,15 +113,15 @@ def time_generation(json_path, number, batch_size, **options):
         exact = {name: each for name, each in contestants.items() if not any(w in name for w in ("bits", "bf", "cpp"))}
         check_same_texts(exact, prompts, number)
 
-    works = {name: lambda its=each: its.continuations(prompts, number) for name, each in contestants.items()}
-    works["read speed"], read_bytes = read_work(workload.device)
-    seconds = interleave(works, workload.repeat, workload.device)
+    functions = {name: lambda one=each: one.continuations(prompts, number) for name, each in contestants.items()}
+    functions["read speed"], read_bytes = read_work(workload.device)
+    seconds = interleave(functions, workload.repeat, workload.device)
     read_seconds = seconds.pop("read speed")
     rows = compare_seconds(seconds, "ours")
-    plain = bytes_per_step(contestants["ours, base alone"].model)
+    base_bytes = bytes_per_step(contestants["ours, base alone"].model)
     for name, row in rows.items():
         ours = isinstance(contestants[name], Ours)
-        row["bytes"] = bytes_per_step(contestants[name].model) if ours else 0 if "cpp" in name else plain
+        row["bytes"] = bytes_per_step(contestants[name].model) if ours else 0 if "cpp" in name else base_bytes
         row["tokens_per_second"] = batch_size * number / row["median"]
         row["bandwidth_share"] = share_of(row["bytes"] * number, row["seconds"], read_bytes, read_seconds)
     about = measured_on(workload.name, workload.device, workload.dtype)

@@ -1,4 +1,4 @@
-"""A GPU measured whole by one command, the most important first; what is done when the time is up is kept."""
+"""Benchmark of a GPU by one command, within a time limit: the most important parts first, saved after each part."""
 
 import importlib.util
 import subprocess
@@ -33,7 +33,7 @@ GOALS = {
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
 }
-GRAPH = Variant(decoding=True, compiled=True)  # on a GPU a CUDA graph
+GRAPH = Variant(decoding=True, compiled=True)  # decodes by a CUDA graph on a GPU
 TRAINED = {
     "eager": Variant(),
     "compiled": Variant(compiled=True),
@@ -42,7 +42,7 @@ TRAINED = {
     "8 bits": Variant(bits="8"),
     "attention as the paper writes it": Variant(attention=gated_attention_paper),
 }
-DECODED = {  # how, and rows
+DECODED = {  # variant, and number of rows
     "graph, batch 1": (GRAPH, 1),
     "graph, batch 1, base alone": (GRAPH._replace(adapted=False), 1),
     "4 bits, graph, batch 1": (GRAPH._replace(bits="4"), 1),
@@ -50,7 +50,7 @@ DECODED = {  # how, and rows
     "graph, batch 16": (GRAPH, 16),
     "graph, batch 64": (GRAPH, 64),
 }
-ORDER = {  # the parts from the most important to the least, and about how many seconds each takes at 7B: estimates
+ORDER = {  # the parts in order of importance, with their estimated seconds at 7B
     "train: eager": 20,
     "decode: graph, batch 1": 45,
     "tests": 120,
@@ -70,7 +70,7 @@ ORDER = {  # the parts from the most important to the least, and about how many 
 
 
 def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[TokenizedExample]]:
-    """Return batches of like length, as train.py makes them, of random examples as long as Alpaca's: 127 tokens."""
+    """Return random batches with the lengths of Alpaca's examples, 127 tokens on average, grouped as by train.py."""
     lengths = np.linspace(40, 214, 100 * batch_size).round().astype(int).tolist()
     batches = sorted(epoch_batches(lengths, batch_size, seed=0, epoch=0), key=lambda batch: lengths[batch[0]])
     spread = batches[100 // number // 2 :: 100 // number]  # from short to long
@@ -78,11 +78,11 @@ def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[To
 
 
 class Bench:
-    """A device, a random base on it, and how fast both can be."""
+    """A random base on a device, and the peak speeds of the device."""
 
-    SECONDS = 4  # of one part's rounds: no further one is begun
-    BATCH, BATCHES = 64, 4  # examples of a step, as in the paper, and steps of a round
-    PEER_BATCH = 16  # others pad to the longest, and keep the logits of all positions
+    SECONDS = 4  # of the rounds of one part; no round begins later
+    BATCH, BATCHES = 64, 4  # examples per step, as in the paper, and steps per round
+    PEER_BATCH = 16  # peers need more memory: they pad to the longest example, and keep the logits of all positions
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype, self.config = device, dtype, CONFIGS[size]
@@ -93,12 +93,12 @@ class Bench:
         self.batches = alpaca_batches(self.config, self.BATCH, self.BATCHES)
 
     def training(self, variant: Variant) -> dict:
-        """Ours, in steps on batches of like length, as train.py makes them."""
+        """Time our training steps on batches of similar length, as train.py makes them."""
         contestant = Ours(self.model, random_adapter(self.config, self.device), variant)
         return self.training_rate(contestant, self.batches, variant.checkpoint_activations)
 
     def peer(self, kind: str) -> dict:
-        """PEFT's adaption prompt or LoRA on a batch of like length, where it is installed."""
+        """Time training steps of PEFT's adaption prompt or LoRA on batches of similar length, if PEFT is installed."""
         if importlib.util.find_spec("peft") is None:
             return {"error": "not installed"}
         layers, length, _ = self.adapter.prompts.shape
@@ -106,22 +106,22 @@ class Bench:
         return self.training_rate(contestant, [batch[: self.PEER_BATCH] for batch in self.batches], checkpointed=False)
 
     def training_rate(self, contestant: Contestant, batches: list[list[TokenizedExample]], checkpointed: bool) -> dict:
-        """Tokens/s of an optimizer step on each batch, and how much of the matmul peak that is."""
+        """Time one optimizer step on each batch: tokens/s, shares of the matmul speeds, and peak memory."""
         optimizer = contestant.optimizer()
 
         def steps() -> None:
             for batch in batches:
                 contestant.step(optimizer, batch)
 
-        taken = interleave({"steps": steps}, 5, self.device, limit=self.SECONDS)["steps"]
+        rounds = interleave({"steps": steps}, 5, self.device, limit=self.SECONDS)["steps"]
         peak = peak_growth(steps, self.device) + held_bytes(contestant.model)
         examples = [example for batch in batches for example in batch]
-        seconds, tokens = min(taken), sum(example.num_tokens for example in examples)
+        seconds, tokens = min(rounds), sum(example.num_tokens for example in examples)
         num_targets = sum(example.num_targets for example in examples)
         operations = step_operations(self.config, tokens, num_targets, checkpointed)
         five_epochs = PAPER.epochs * (1 - PAPER.val_size) * EXAMPLES * EXAMPLE_TOKENS
         return {
-            "seconds": taken,
+            "seconds": rounds,
             "tokens_per_second": tokens / seconds,
             "peak_bytes": peak,
             "matmul_share": operations / seconds / self.matmul,
@@ -130,27 +130,28 @@ class Bench:
         }
 
     def decoding(self, variant: Variant, rows: int) -> dict:
-        """Several rows at once, greedy, after 60 tokens: the time of the newest, without that of the prompt's."""
+        """Time greedy decoding of several rows after 60 tokens, without the time of the prefill."""
         contestant = Ours(self.model, self.adapter, variant)
         batch = self.batches[0]
         tokens = [batch[i % len(batch)].ids[:40] + [5] * 20 for i in range(rows)]
-        numbers = (8, 264) if self.device.type == "cuda" else (2, 18)  # a graph is recorded in both
-        works = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
-        few, many = map(min, interleave(works, 3, self.device).values())
+        numbers = (8, 264) if self.device.type == "cuda" else (2, 18)  # both include the recording of a graph
+        functions = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
+        few, many = map(min, interleave(functions, 3, self.device).values())
         seconds = (many - few) / (numbers[1] - numbers[0])
-        read = bytes_per_step(contestant.model)
-        return {"tokens_per_second": rows / seconds, "copy_share": read / seconds / self.copy, "bytes_per_step": read}
+        num_bytes = bytes_per_step(contestant.model)
+        copy_share = num_bytes / seconds / self.copy
+        return {"tokens_per_second": rows / seconds, "copy_share": copy_share, "bytes_per_step": num_bytes}
 
 
 def gpu_tests(tests: str = "tests") -> dict:
-    """Those of the suite that need a GPU, in a process of their own."""
+    """Run the tests that need a GPU in a separate process. Return its exit code and last lines."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
     return {"exit_code": result.returncode, "said": (result.stdout or result.stderr).strip().splitlines()[-8:]}
 
 
 def all_parts(bench: Bench) -> dict[str, Callable[[], dict]]:
-    """The parts by name, in the order of their importance."""
+    """Return the parts by name, in the order of ORDER."""
     parts: dict[str, Callable[[], dict]] = {"tests": gpu_tests}
     parts |= {f"train: {how}": lambda of=of: bench.training(of) for how, of in TRAINED.items()}
     parts |= {f"decode: {how}": lambda of=of: bench.decoding(*of) for how, of in DECODED.items()}
@@ -164,21 +165,21 @@ def run_parts(
     done: Callable[[str, dict], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Run the parts that are expected to end in time; what fails is noted, and the others go on."""
+    """Run the parts that are expected to end before the deadline. Errors are recorded, and the next part runs."""
     for name, part in parts.items():
         if clock() + ORDER[name] > deadline:
             done(name, {"error": "no time was left"})
             continue
         try:
             done(name, part())
-        except Exception as error:  # one that does not run here must not cost the others
+        except Exception as error:  # a part that does not run here must not stop the others
             done(name, {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def draw_shares(found: dict[str, dict], path: Path) -> None:
-    """Draw how much of what the device can do each part reached, the goals beside."""
+    """Plot the share of the peak speed that each part reached, and the goals."""
     bars = {name: row.get("matmul_share", row.get("copy_share")) for name, row in found.items() if "error" not in row}
     bars = {name: share for name, share in bars.items() if share is not None}
     if not bars:
@@ -208,18 +209,18 @@ def summary_line(name: str, row: dict) -> str:
 @option_group(
     "Options",
     option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model, with random weights."),
-    option("--minutes", type=Real(0, min_open=True), default=8.5, help="What would take longer is not begun."),
-    option("--skip-tests", is_flag=True, help="Leave out the suite's GPU cases."),
+    option("--minutes", type=Real(0, min_open=True), default=8.5, help="Time limit; later parts are skipped."),
+    option("--skip-tests", is_flag=True, help="Do not run the tests that need a GPU."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",
-           show_default="benchmarks/results/gpu.json", help="Where the figures go, with a picture beside."),
+           show_default="benchmarks/results/gpu.json", help="JSON file for the results; a plot is written beside it."),
     *device_options,
 )  # fmt: skip
 @one_line_errors()
 def time_gpu(size, minutes, skip_tests, out, device, dtype):
-    """Measure a GPU, whole.
+    """Measure training and decoding on a GPU.
 
-    Training, decoding, the suite's GPU cases, then the same compiled and in fewer bits, and others at the same work;
-    saved after each.
+    First the plain variants and the tests that need a GPU, then compiled and quantized variants and PEFT. Results are
+    saved after each part.
     """
     deadline = time.perf_counter() + 60 * minutes
     device, dtype = select_device(device, dtype)

@@ -1,4 +1,4 @@
-"""Seconds, bytes, what the machine has to give; and figures as a table, in a JSON file, and as a picture beside it."""
+"""Measure seconds, bytes and the machine's peak speeds; publish results as a table, a JSON file and a plot."""
 
 import ctypes
 import gc
@@ -20,8 +20,8 @@ from runtime.device import device_name
 from runtime.errors import error_line
 from runtime.files import atomic_write, read_json_object, write_json
 
-MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; small ones would not keep the device busy
-COPIED = {"cuda": 2**28, "cpu": 2**28}  # numbers of 4 bytes; fewer would fit a cache
+MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; smaller ones would not keep the device busy
+COPIED = {"cuda": 2**28, "cpu": 2**28}  # 4-byte numbers; fewer would fit into a cache
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,83 +29,86 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long it takes, the GPU's part included."""
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a function takes, including its work on the GPU."""
     synchronize(device)
     start = time.perf_counter()
-    work()
+    function()
     synchronize(device)
     return time.perf_counter() - start
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
+    """Return the FLOP/s of a large matrix product, the fastest of eight."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
 def sustained_matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of large matrix products that go on for some seconds, in which a GPU may lower its clock."""
-    work, operations = matmul_work(device, dtype)
+    """Return the FLOP/s of large matrix products over several seconds, in which a GPU may lower its clock."""
+    products, operations = matmul_work(device, dtype)
     start, number = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        seconds_of(work, device)
+        seconds_of(products, device)
         number += 1
     return number * operations / (time.perf_counter() - start)
 
 
 def copy_speed(device: torch.device) -> float:
-    """Bytes/s that a large copy moves, read and written."""
+    """Return the bytes/s of a large copy, the fastest of eight; bytes are counted when read and when written."""
     source = torch.zeros(COPIED.get(device.type, COPIED["cpu"]), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
 
 
 def read_work(device: torch.device) -> tuple[Callable[[], object], int]:
-    """Return work that reads a large tensor, and its bytes: a contestant, since the speed of a machine drifts."""
+    """Return a function that reads a large tensor, and its bytes.
+
+    It is timed together with the contestants, because the speed of a machine drifts.
+    """
     numbers = torch.zeros(COPIED.get(device.type, COPIED["cpu"]) // 2, dtype=torch.long, device=device)
     return numbers.sum, numbers.nbytes
 
 
 def matmul_work(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """Return work of four large matrix products, and its operations."""
+    """Return a function that computes four large matrix products, and the number of operations."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
 
 
 def share_of(amount: float, seconds: list[float], peak_amount: float, peak_seconds: list[float]) -> float:
-    """Return what share of the peak the work reached, in bytes or operations per second: the median of the rounds."""
+    """Return the share of the peak rate that was reached, the median of the rounds; amounts are bytes or operations."""
     rounds = zip(seconds, peak_seconds)
     return statistics.median(amount / mine / (peak_amount / peak) for mine, peak in rounds)
 
 
-def peak_growth(work: Callable[[], object], device: torch.device) -> int:
-    """By how many bytes tensors on the GPU, or on a CPU (under Linux) the process, grew meanwhile, at most."""
+def peak_growth(function: Callable[[], object], device: torch.device) -> int:
+    """Run a function; return the peak growth of memory in bytes, of tensors on a GPU or of the process (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
+        function()
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before counts as free
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status_bytes("VmRSS")
-    work()
+    function()
     return status_bytes("VmHWM") - before
 
 
 def status_bytes(field: str) -> int:
-    """A field of this process's status, as Linux has it."""
+    """Return a field of /proc/self/status in bytes (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def peak_anonymous(work: Callable[[], object], interval: float = 0.05) -> tuple[object, int]:
-    """What the work returns, and the most bytes that were the process's own meanwhile, mapped files not counted.
+def peak_anonymous(function: Callable[[], object], interval: float = 0.05) -> tuple[object, int]:
+    """Run a function; return its result, and the peak memory of the process in bytes, without mapped files.
 
-    Looked at every so many seconds, under Linux.
+    The memory is sampled every `interval` seconds (Linux).
     """
     seen, done = [status_bytes("RssAnon")], threading.Event()
 
@@ -116,27 +119,27 @@ def peak_anonymous(work: Callable[[], object], interval: float = 0.05) -> tuple[
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        return work(), max(seen)
+        return function(), max(seen)
     finally:
         done.set()
         thread.join()
 
 
 def interleave(
-    works: dict[str, Callable[[], object]], repeat: int, device: torch.device, limit: float = math.inf
+    functions: dict[str, Callable[[], object]], repeat: int, device: torch.device, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each, round by round, so that a slow moment of the machine hits all alike.
+    """Time functions in turn, so that a slow moment of the machine affects all of them. Return seconds per round.
 
-    Before the rounds is one to warm up. No further round begins when they have taken `limit` seconds.
+    A warm-up round comes first and is not counted. No round begins after `limit` seconds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    with tqdm(total=(repeat + 1) * len(works), unit="run", leave=False) as bar:
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    with tqdm(total=(repeat + 1) * len(functions), unit="run", leave=False) as bar:
         for turn in range(repeat + 1):
-            for name, work in works.items():
+            for name, function in functions.items():
                 bar.set_postfix_str(name)
-                taken = seconds_of(work, device)
+                duration = seconds_of(function, device)
                 if turn > 0:
-                    seconds[name].append(taken)
+                    seconds[name].append(duration)
                 bar.update()
             if sum(map(sum, seconds.values())) > limit:
                 break
@@ -147,27 +150,27 @@ RATIO = ("median", "least", "most")
 
 
 def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, dict]:
-    """Median, and how many times as long as `first`, round by round: median, least and most."""
+    """Return the median seconds of each, and the ratio to `first` per round: median, least and most."""
     rows = {}
-    for name, taken in seconds.items():
-        ratios = [mine / its for mine, its in zip(taken, seconds[first])]
+    for name, durations in seconds.items():
+        ratios = [duration / reference for duration, reference in zip(durations, seconds[first])]
         spread = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-        rows[name] = {"seconds": taken, "median": statistics.median(taken), "ratio": spread}
+        rows[name] = {"seconds": durations, "median": statistics.median(durations), "ratio": spread}
     return rows
 
 
 def read_figures(path: Path) -> dict[str, dict]:
-    """Read the figures of earlier benchmarks, none if there is no file. Raises OSError or ValueError."""
+    """Read the results of earlier benchmarks, if the file exists. Raises OSError or ValueError."""
     known = read_json_object(path) if path.exists() else {}
     for title, part in known.items():
         rows = part.get("rows") if isinstance(part, dict) else None
         if not isinstance(rows, dict) or not rows or not all(map(is_row, rows.values())):
-            raise ValueError(f"{path}: {title!r} is no table of a benchmark")
+            raise ValueError(f"{path}: {title!r} is not the result of a benchmark; choose another file")
     return known
 
 
 def is_row(row: object) -> bool:
-    """Return True if a value is a row of a table: an object whose ratio, if it has one, is three ordered numbers."""
+    """Return True if a value is a row of results: an object whose ratio, if it has one, is three ordered numbers."""
     if not isinstance(row, dict) or "ratio" not in row:
         return isinstance(row, dict)
     ratio = row["ratio"]
@@ -177,7 +180,7 @@ def is_row(row: object) -> bool:
 
 
 def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that cannot be added to, before anything is measured."""
+    """Reject a file to which results cannot be added, before anything is measured."""
     if path is not None:
         try:
             read_figures(path)
@@ -191,12 +194,12 @@ json_option = option(
     "json_path",
     type=click.Path(path_type=Path),
     callback=check_figures,
-    help="Where the figures go, added to what is there.",
+    help="JSON file to which the results are added; a plot is drawn beside it.",
 )
 
 
 def measured_on(size: str, device: torch.device, dtype: torch.dtype) -> dict:
-    """What figures depend on, besides the options of their own command."""
+    """Return the conditions of a measurement, except the options of its command."""
     threads = torch.get_num_threads()
     return {
         "size": size,
@@ -215,7 +218,7 @@ def ratio_text(row: dict) -> str:
 def publish(
     kind: str, rows: dict[str, dict], columns: dict[str, Callable], about: dict, json_path: Path | None = None
 ) -> None:
-    """A table on standard output; in the JSON file, the figures under a name of their own, and a picture beside it."""
+    """Print a table. With `json_path`, add the results to that file, and draw a plot beside it."""
     click.echo(f"{kind}: {', '.join(f'{name} {value}' for name, value in about.items())}")
     click.echo("| | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
     for name, row in rows.items():
@@ -229,7 +232,7 @@ def publish(
 
 
 def draw_ratios(known: dict[str, dict], path: Path) -> None:
-    """Bars of how many times as long as ours each takes, with the spread over the rounds."""
+    """Plot the time of each contestant relative to ours, with the spread over the rounds."""
     panels = {title: part["rows"] for title, part in known.items() if "ratio" in next(iter(part["rows"].values()))}
     if not panels:
         return
@@ -242,7 +245,7 @@ def draw_ratios(known: dict[str, dict], path: Path) -> None:
         bars = axes.barh(list(rows), middle, xerr=spread, capsize=3, color="C0")
         axes.bar_label(bars, [f"{value:.2f}" for value in middle], padding=6)
         axes.invert_yaxis()
-        axes.set(title=title, xlabel="time, in times ours (less is better)")
+        axes.set(title=title, xlabel="time relative to ours (less is better)")
         axes.margins(x=0.12)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

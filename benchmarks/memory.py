@@ -1,4 +1,4 @@
-"""Bytes of a training step by kind, counted and measured; and on paper memory, time and traffic of the paper's run."""
+"""Memory of a training step, counted and measured; and estimates of memory, time and traffic of the paper's run."""
 
 import math
 import multiprocessing
@@ -25,20 +25,20 @@ from training.sharding import too_large
 
 @cache
 def kept_per_token(config: Config, checkpoint_activations: bool) -> int:
-    """How many numbers autograd keeps of each token in an adapted layer: what a third one adds to two."""
+    """Return how many numbers autograd keeps per token in an adapted layer, by comparing two layers with three."""
     two, three = (kept_numbers(config, layers, 256, checkpoint_activations) for layers in (2, 3))
     return (three - two) // 256
 
 
 def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activations: bool) -> int:
-    """How many numbers autograd keeps for the backward pass, found in a float32 model on the CPU; weights don't count.
+    """Return how many numbers, except weights, autograd keeps for the backward pass of a float32 model on the CPU.
 
-    `layers` are adapted, and one below them is not.
+    The model has `layers` adapted layers, and below them one that is not adapted.
     """
     small = Config(config.dim, layers + 1, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
     model = random_model(small, torch.device("cpu"), torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps storages alive, so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -58,7 +58,7 @@ def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activation
 def count_bytes(
     config: Config, tokens: int, itemsize: int, checkpoint_activations: bool, device: str = "cuda"
 ) -> dict[str, int]:
-    """Bytes by kind, at the worst moment of a step, on a kind of device."""
+    """Return the bytes of each kind at the peak of a training step, on a device of this type."""
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
@@ -66,9 +66,9 @@ def count_bytes(
         "weights": num_parameters(config) * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
-        # The gradients in it, and what it computes again.
+        # The gradients in the layer; with checkpointing also the activations that it recomputes.
         "one layer at work": whole * (2 if checkpoint_activations else 1),
-        "logits of a few rows": min(ROWS[device], tokens) * config.vocab_size * (itemsize + 4 + 4),  # and twice log p
+        "logits of a few rows": min(ROWS[device], tokens) * config.vocab_size * (itemsize + 4 + 4),  # log p twice
     }
     return rows | {"sum": sum(rows.values())}
 
@@ -76,21 +76,21 @@ def count_bytes(
 def measure_step(
     config: Config, tokens: int, device: torch.device, dtype: torch.dtype, checkpoint_activations: bool
 ) -> int:
-    """The peak, in bytes, of a step on examples of 128 tokens, half of them response, the weights included."""
+    """Return the peak bytes of a training step, including weights, on examples of 128 tokens that are half response."""
     model, adapter = random_model(config, device, dtype), random_adapter(config, device)
     optimizer = make_optimizer(adapter, 0.02)
-    how = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
+    train_config = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
     examples = random_examples(config, [129] * (tokens // 128))
-    train_step(model, adapter, optimizer, examples[:1], 1e-3, how)
-    grown = peak_growth(lambda: train_step(model, adapter, optimizer, examples, 1e-3, how), device)
-    return grown + sum(weight.nbytes for weight in model.parameters())
+    train_step(model, adapter, optimizer, examples[:1], 1e-3, train_config)
+    growth = peak_growth(lambda: train_step(model, adapter, optimizer, examples, 1e-3, train_config), device)
+    return growth + sum(weight.nbytes for weight in model.parameters())
 
 
 @command("memory", context_settings={"show_default": True})
 @option_group(
     "Options",
     option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model."),
-    option("--check", is_flag=True, help="Also measure a step of this size here, beside the count."),
+    option("--check", is_flag=True, help="Also measure training steps of this size on this machine."),
     *device_options,
     json_option,
 )
@@ -98,18 +98,18 @@ def measure_step(
 def count_memory(size, check, json_path, device, dtype):
     """Count the bytes of a training step.
 
-    By kind, and by the number of tokens in a micro-batch, for a base in bfloat16.
+    By kind and by the number of tokens in a micro-batch, for a base in bfloat16 (with --check, in --dtype).
     """
     device, dtype = select_device(device, dtype)
     config, itemsize, rows = CONFIGS[size], dtype.itemsize if check else 2, {}
-    for again in (False, True):
+    for checkpointed in (False, True):
         for tokens in (512, 1024, 2048, 4096, 8192):
-            row = count_bytes(config, tokens, itemsize, again, device.type if check else "cuda")
+            row = count_bytes(config, tokens, itemsize, checkpointed, device.type if check else "cuda")
             if check:
-                fresh = multiprocessing.get_context("spawn")  # no memory left over from before
-                with ProcessPoolExecutor(1, fresh) as process:
-                    row["measured"] = process.submit(measure_step, config, tokens, device, dtype, again).result()
-            rows[f"{tokens} tokens{', --checkpoint-activations' if again else ''}"] = row
+                context = multiprocessing.get_context("spawn")  # a process without memory of earlier steps
+                with ProcessPoolExecutor(1, context) as process:
+                    row["measured"] = process.submit(measure_step, config, tokens, device, dtype, checkpointed).result()
+            rows[f"{tokens} tokens{', --checkpoint-activations' if checkpointed else ''}"] = row
     about = measured_on(size, device, dtype) | {"K": LENGTH, "L": config.n_layers - 2, "check": check}
     about["dtype"] = {2: "bfloat16", 4: "float32"}[itemsize]
     columns = {name: lambda row, name=name: f"{row[name] / 2**30:.2f} GiB" for name in next(iter(rows.values()))}
@@ -117,41 +117,42 @@ def count_memory(size, check, json_path, device, dtype):
 
 
 PAPER = TrainConfig()
-EXAMPLES = 52_002  # of Stanford Alpaca, those held out among them
-EXAMPLE_TOKENS, RESPONSE_TOKENS = 127.1, 65.5  # LLaMA's, on average
+EXAMPLES = 52_002  # of Stanford Alpaca, including the validation set
+EXAMPLE_TOKENS, RESPONSE_TOKENS = 127.1, 65.5  # averages with LLaMA's tokenizer
 
 PLAN_COLUMNS = {
     "strategy": lambda row: row["strategy"],
     "weights": lambda row: f"{row['weights'] / 1e9:.0f} GB",
     "activations": lambda row: f"{row['activations'] / 1e9:.0f} GB",
-    "in all": lambda row: f"{row['sum'] / 1e9:.0f} GB" if row["fits"] else f"{row['sum'] / 1e9:.0f} GB: too much",
+    "total": lambda row: f"{row['sum'] / 1e9:.0f} GB" if row["fits"] else f"{row['sum'] / 1e9:.0f} GB: too much",
     "checkpointed": lambda row: "yes" if row["checkpointed"] else "no",
     "hours": lambda row: f"{row['hours']:.1f}" if row["fits"] else "",
-    "travels per step and GPU": lambda row: f"{row['travels'] / 1e6:,.0f} MB" if row["travels"] else "",
+    "traffic per step and GPU": lambda row: f"{row['travels'] / 1e6:,.0f} MB" if row["travels"] else "",
 }
 
 
 def step_operations(config: Config, tokens: float, responses: float, checkpointed: bool) -> float:
-    """Of a step on so many tokens, of which so many have a loss; all but two layers are adapted.
+    """Return the floating-point operations of a step on `tokens` tokens, `responses` of which have a loss.
 
-    Two a weight and token forward; as many backwards where there are prompts; and where activations are not kept,
-    forward again. The head sees the responses alone, forward and backwards.
+    A layer needs two operations per weight and token forward. The adapted layers, which are all but two, need as many
+    backward, and with checkpointing as many again to recompute. The output head runs forward and backward on response
+    tokens only.
     """
     heads = config.n_heads + config.n_kv_heads
-    layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # numbers
+    layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # weights
     per_token = 2 * layer * (config.n_layers + (config.n_layers - 2) * (2 if checkpointed else 1))
     return tokens * per_token + responses * 4 * config.vocab_size * config.dim
 
 
 def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
-    """For one size on so many GPUs of so many bytes and operations per second, with a base in bfloat16."""
+    """Estimate the paper's run with a bfloat16 base. Each GPU has `memory` bytes and `speed` operations per second."""
     C, N, adapted = config.dim, config.n_layers, config.n_layers - 2
     step_tokens = PAPER.batch_size * EXAMPLE_TOKENS
     heads = config.n_heads + config.n_kv_heads
-    layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # numbers
+    layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # weights
     outside = 2 * config.vocab_size * C
     strategy = "fsdp" if gpus > 1 and too_large(2 * (N * layer + outside), memory) else "ddp"
-    # A split base: a part of each layer, and two whole ones, the one at work and the next.
+    # A sharded base: a part of each layer, and two gathered layers, the current one and the next.
     weights = 2 * (outside + (N * layer / gpus + 2 * layer if strategy == "fsdp" else N * layer))
 
     positions = min(MICRO_BATCH_TOKENS, step_tokens / gpus)  # of a micro-batch
@@ -163,7 +164,7 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     operations = step_operations(config, EXAMPLE_TOKENS, RESPONSE_TOKENS, checkpointed)
     travels = 0.0
     if gpus > 1:
-        travels = 2 * (gpus - 1) / gpus * adapter  # around a ring
+        travels = 2 * (gpus - 1) / gpus * adapter  # all-reduce around a ring
     if strategy == "fsdp":
         travels += (gpus - 1) / gpus * 2 * layer * (N + adapted) * math.ceil(step_tokens / gpus / positions)
     total = weights + activations + 4 * adapter
@@ -183,14 +184,14 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
 @command("plan", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--gpu-memory", type=Real(1), default=80, help="GB of each GPU."),
-    option("--peak", type=Real(1), default=312, help="TFLOP/s of each GPU in bfloat16; 312 is an A100's."),
-    option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Share of that; an assumption."),
+    option("--gpu-memory", type=Real(1), default=80, help="Memory per GPU, in GB."),
+    option("--peak", type=Real(1), default=312, help="Peak TFLOP/s per GPU in bfloat16; an A100 has 312."),
+    option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Assumed share of --peak."),
 )
 def plan_runs(gpu_memory, peak, utilisation):
-    """Plan the paper's run for other sizes.
+    """Estimate the paper's run for other sizes.
 
-    Memory, time and what travels (Alpaca, 5 epochs, batch 64), by size and number of GPUs.
+    Memory, time and traffic of 5 epochs of Alpaca at batch size 64, by size of the base and number of GPUs.
     """
     rows = {
         f"{size[6:]} on {gpus}": plan_run(SIZES[size], gpus, gpu_memory * 1e9, peak * 1e12 * utilisation)

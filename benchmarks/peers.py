@@ -1,9 +1,8 @@
-"""The same training and the same decoding as others do them, over the same weights: whom ours is measured against.
+"""The contestants of the benchmarks: ours, and other implementations of the same work over the same weights.
 
-Each contestant has `loss(examples)`, the mean over response tokens, and `continuations(rows, n)`, n new ids a row,
-greedy, for prompts of one length.
-The models are theirs, from the package index, in the simplest loop around them; only `Plain` is written here, to
-do what the authors' script does.
+Each contestant has `loss(examples)`, the mean over response tokens, and `continuations(rows, n)`, which decodes n new
+tokens per row, greedily, for prompts of equal length. Other implementations come from PyPI and run in the simplest
+loop. Only `Plain` is written here; it does what the authors' script does.
 """
 
 import importlib.util
@@ -28,14 +27,14 @@ from runtime.quantization import quantizer
 from train import TrainConfig, make_optimizer, response_loss, train_step
 
 
-LR = 1e-3  # learning rate of all
+LR = 1e-3  # learning rate of all contestants
 
 
 class Contestant:
-    """What they have in common, unless they say otherwise."""
+    """Base class of the contestants. Trains all trainable parameters of `model` with AdamW."""
 
     model: nn.Module
-    like_length = False  # whether batches are of examples of like length, or random
+    groups_by_length = False  # True: batches of similar length; False: random batches
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -50,19 +49,19 @@ class Contestant:
 
 
 class Variant(NamedTuple):
-    """A way to run ours."""
+    """A configuration of our implementation."""
 
-    bits: str | None = None  # of the layers' weights, as --bits
-    dtype: torch.dtype | None = None  # None is that of the model
-    decoding: bool = False  # prepared for decoding, not for training
+    bits: str | None = None  # of the layers' weights, a value of --bits
+    dtype: torch.dtype | None = None  # None: the dtype of the model
+    decoding: bool = False  # prepare the model for decoding, not for training
     compiled: bool = False
     checkpoint_activations: bool = False
     attention: Callable[..., Tensor] = gated_attention
-    adapted: bool = True  # or the base alone
+    adapted: bool = True  # False: the base alone
 
 
 class Adapted(Contestant):
-    """A LLaMA of this project, and its adapter; None is the base alone."""
+    """A LLaMA of this project with its adapter. The adapter is None for the base alone."""
 
     def __init__(self, model: LLaMA, adapter: Adapter | None):
         self.model, self.adapter = model, adapter
@@ -78,12 +77,12 @@ class Adapted(Contestant):
 
 
 class Ours(Adapted):
-    """The step of train.py, in batches of like length and in micro-batches, and the decoding of generate.py.
+    """Our implementation: training on batches of similar length as in train.py, and decoding as in generate.py.
 
-    Over the weights of `model`, the very same memory unless they are rounded to a few bits.
+    The weights share the memory of `model`, unless the variant has another dtype or quantized weights.
     """
 
-    like_length = True
+    groups_by_length = True
 
     def __init__(
         self,
@@ -93,23 +92,23 @@ class Ours(Adapted):
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
     ):
         with torch.device("meta"):
-            same = LLaMA(model.config, variant.attention)
-        same.load_state_dict(model.state_dict(), assign=True)
-        same = same.to(variant.dtype or model.dtype).requires_grad_(False)
-        super().__init__(same, adapter if variant.adapted else None)
+            copy = LLaMA(model.config, variant.attention)
+        copy.load_state_dict(model.state_dict(), assign=True)
+        copy = copy.to(variant.dtype or model.dtype).requires_grad_(False)
+        super().__init__(copy, adapter if variant.adapted else None)
         if variant.bits is not None:
-            quantizer(variant.bits)(same.layers)
+            quantizer(variant.bits)(copy.layers)
         self.decode_step = decode_step
         if variant.compiled:
             prepare_to_compile(model.device)
         if variant.decoding:
-            prepare_to_decode(same, variant.compiled)
+            prepare_to_decode(copy, variant.compiled)
             if variant.compiled:
-                self.decode_step = compile_decoding(decode_step, same)
+                self.decode_step = compile_decoding(decode_step, copy)
         elif variant.compiled:
-            compile_layers(same.layers)
-        again = variant.checkpoint_activations
-        self.config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=again)
+            compile_layers(copy.layers)
+        checkpoint = variant.checkpoint_activations
+        self.config = TrainConfig(micro_batch_tokens=micro_batch_tokens, checkpoint_activations=checkpoint)
 
     def step(self, optimizer: torch.optim.Optimizer, examples: list[TokenizedExample]) -> None:
         train_step(self.model, self.adapter, optimizer, examples, LR, self.config)
@@ -124,13 +123,15 @@ class Ours(Adapted):
 
 
 class Plain(Adapted):
-    """What the authors' script does: every example padded to `max_seq_len`, attention step by step with all its
-    weights stored, logits at every position; while decoding, the prompts projected anew at every token.
+    """The method of the authors' script, without optimizations.
+
+    Every example is padded to `max_seq_len`, attention stores its weights, and logits are computed at all positions.
+    While decoding, the prompts are projected again at every token.
     """
 
     def __init__(self, model: LLaMA, adapter: Adapter, max_seq_len: int = 512):
         super().__init__(model, adapter)
-        self.head = model.output.weight.contiguous()  # as a checkpoint has it
+        self.head = model.output.weight.contiguous()  # in the layout of a checkpoint
         self.max_seq_len = max_seq_len
 
     def loss(self, examples: list[TokenizedExample]) -> Tensor:
@@ -181,9 +182,9 @@ class Plain(Adapted):
 
 
 class HuggingFace(Contestant):
-    """transformers, trained by PEFT ("adaption prompt", "lora") or in full, on batches padded to their longest.
+    """transformers' LLaMA, trained by PEFT ("adaption prompt", "lora") or all of it ("full tuning").
 
-    The kind "full tuning" is the plain model.
+    Batches are padded to their longest example.
     """
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
@@ -193,7 +194,7 @@ class HuggingFace(Contestant):
         if kind == "adaption prompt":
             config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=length, adapter_layers=layers)
             self.model = peft.get_peft_model(self.model, config)
-        elif kind == "lora":  # as Alpaca-LoRA does it
+        elif kind == "lora":  # the settings of Alpaca-LoRA
             config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
             self.model = peft.get_peft_model(self.model, config)
 
@@ -214,16 +215,16 @@ class HuggingFace(Contestant):
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         ids = torch.tensor(rows, device=self.model.device)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
-        self.model.generation_config.eos_token_id = None  # n tokens, whatever they are
+        self.model.generation_config.eos_token_id = None  # decodes n tokens, whatever they are
         new = self.model.generate(input_ids=ids, max_new_tokens=n, **options)
         return new[:, len(rows[0]) :].tolist()
 
 
 class LitGPT(Contestant):
-    """litgpt's adapter, on batches padded to their longest, with the logits of a batch in one piece.
+    """litgpt's adapter. Batches are padded to their longest example, with the logits of a whole batch in memory.
 
-    From v0.5.5 on it takes other rows for the keys and values of prompts (formats/litgpt.py): the same work, but with
-    nonzero gates another function.
+    Since v0.5.5 litgpt projects the prompts with other rows of the weights (docs/adapters.md). The amount of work is
+    the same, but with nonzero gates the outputs differ.
     """
 
     def __init__(self, model: LLaMA, layers: int, length: int):
@@ -252,17 +253,17 @@ class LitGPT(Contestant):
         self.model = GPT(config).to(weight.device, weight.dtype)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         if unexpected or any("adapter" not in name and "gating" not in name for name in missing):
-            raise ValueError(f"litgpt has other weights: {missing} {unexpected}")
+            raise ValueError(f"litgpt: the weights do not fit; missing {missing}, unexpected {unexpected}")
         mark_only_adapter_as_trainable(self.model)
 
-    def forget_prompts(self) -> None:
-        """Its prompts' keys and values stay those of the first step for good, unless they are thrown away."""
+    def clear_prompt_cache(self) -> None:
+        """Clear the cached keys and values of the prompts; litgpt would reuse those of the first step."""
         for module in self.model.modules():
             if hasattr(module, "adapter_kv_cache"):
                 module.adapter_kv_cache = None
 
     def loss(self, examples: list[TokenizedExample]) -> Tensor:
-        self.forget_prompts()
+        self.clear_prompt_cache()
         inputs, targets, *_ = collate(examples)
         device = self.model.lm_head.weight.device
         logits = self.model(inputs.to(device)).float().flatten(0, 1)
@@ -270,22 +271,22 @@ class LitGPT(Contestant):
 
     @torch.no_grad()
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
-        from litgpt.generate.base import generate as theirs
+        from litgpt.generate.base import generate as litgpt_generate
 
         (tokens,) = rows
 
         device = self.model.lm_head.weight.device
-        self.forget_prompts()
+        self.clear_prompt_cache()
         self.model.max_seq_length = len(tokens) + n
         self.model.set_kv_cache(batch_size=1, device=device, dtype=self.model.lm_head.weight.dtype)
-        ids = theirs(self.model, torch.tensor(tokens, device=device), len(tokens) + n, temperature=0.0)
+        ids = litgpt_generate(self.model, torch.tensor(tokens, device=device), len(tokens) + n, temperature=0.0)
         self.model.clear_kv_cache()
         self.model.max_seq_length = self.model.config.block_size
         return [ids[len(tokens) :].tolist()]
 
 
 class LlamaCpp(Contestant):
-    """llama.cpp, by llama-cpp-python, on a GGUF file: decoding alone, of one row."""
+    """llama.cpp, by llama-cpp-python, on a GGUF file. It only decodes, one row at a time."""
 
     def __init__(self, file: Path, capacity: int):
         from llama_cpp import Llama
@@ -300,14 +301,14 @@ class LlamaCpp(Contestant):
 
 
 def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, length)."""
+    """Return inputs and targets, padded to (B, length)."""
     inputs, targets, *_ = collate(examples)
     missing = length - inputs.shape[1]
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
 
 
 def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
-    """The peers that are installed, those on transformers in these kinds; with as many layers as the adapter has."""
+    """Create the peers that are installed, with as many layers as the adapter. `kinds` are for HuggingFace."""
     layers, length, _ = adapter.prompts.shape
     peers: dict[str, Contestant] = {"plain, as the authors'": Plain(model, adapter)}
     if importlib.util.find_spec("peft"):
@@ -319,16 +320,16 @@ def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[st
 
 
 def as_transformers(model: LLaMA) -> nn.Module:
-    """The same LLaMA, a copy, as transformers has it. Its rotary embedding must be the plain one."""
+    """Copy a LLaMA to transformers' implementation. Its rotary embedding must not be scaled."""
     import transformers
 
     c, default = model.config, torch.get_default_dtype()
     config = transformers.LlamaConfig(**config_values(c), rope_theta=c.rope_theta, tie_word_embeddings=False)
-    torch.set_default_dtype(model.dtype)  # made where it is to be, not in float32 on the CPU
+    torch.set_default_dtype(model.dtype)  # so that the model is not created in float32 first
     try:
         with model.device:
-            theirs = transformers.LlamaForCausalLM(config)
+            copy = transformers.LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    theirs.load_state_dict(to_hugging_face(model.state_dict(), c))
-    return theirs.eval()
+    copy.load_state_dict(to_hugging_face(model.state_dict(), c))
+    return copy.eval()

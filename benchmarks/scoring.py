@@ -1,4 +1,4 @@
-"""Multiple choice: how fast continuations of contexts are scored, as a harness asks for it."""
+"""Benchmark of multiple choice: log-likelihoods of continuations, as `evaluate.py harness` computes them."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,16 @@ from generate import Responder
 from runtime.cli import Count, one_line_errors
 
 SCORING_COLUMNS = {"questions/s": lambda row: f"{row['questions_per_second']:.1f}", "times ours": ratio_text}
-CHOICE = 24  # tokens of an option, at most
+CHOICE = 24  # maximum number of tokens of a choice
 
 
 def questions_of(
     examples: Sequence[Example], tokenizer: Tokenizer, choices: int
 ) -> list[tuple[None, list[int], list[int]]]:
-    """Prompts of the data, each with the beginnings of its own response and of those of the examples that follow."""
+    """Return requests (None, prompt ids, choice ids).
+
+    The choices of a prompt are the first tokens of its own response and of the responses of the following examples.
+    """
     exchanges = [exchange for (exchange,) in AlpacaTemplate(tokenizer).encode_exchanges(examples)]
     rows = range(len(exchanges))
     return [
@@ -31,15 +34,15 @@ def questions_of(
 
 @command("score", context_settings={"show_default": True})
 @workload_options(
-    option("--questions", type=Count(), default=32, help="Contexts."),
-    option("--choices", type=Count(), default=4, help="Continuations of each."),
-    option("--batch-size", type=Count(), default=16, help="Continuations at once."),
+    option("--questions", type=Count(), default=32, help="Number of contexts."),
+    option("--choices", type=Count(), default=4, help="Continuations per context."),
+    option("--batch-size", type=Count(), default=16, help="Continuations per batch."),
 )
 @one_line_errors()
 def time_scoring(json_path, questions, choices, batch_size, **options):
-    """Count questions of multiple choice per second.
+    """Time multiple-choice questions.
 
-    Of `evaluate.py harness`; with --peers, of lm_eval's own model `hf` as well.
+    In questions per second of `evaluate.py harness`; with --peers also of lm_eval's model `hf`.
     """
     from tasks.harness import HarnessModel
 
@@ -52,17 +55,17 @@ def time_scoring(json_path, questions, choices, batch_size, **options):
         import transformers
         from lm_eval.models.huggingface import HFLM
 
-        nothing = tokenizers.Tokenizer(tokenizers.models.BPE())  # all are ids already
-        nobody = transformers.PreTrainedTokenizerFast(tokenizer_object=nothing, eos_token="</s>")
-        theirs = HFLM(as_transformers(model), tokenizer=nobody, batch_size=batch_size, device=str(workload.device))
-        contestants["lm_eval's hf"] = theirs
+        empty = tokenizers.Tokenizer(tokenizers.models.BPE())  # not used, because the questions are token ids
+        unused = transformers.PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="</s>")
+        hf = HFLM(as_transformers(model), tokenizer=unused, batch_size=batch_size, device=str(workload.device))
+        contestants["lm_eval's hf"] = hf
     runs = {
-        name: lambda its=each: its._loglikelihood_tokens(rows, disable_tqdm=True) for name, each in contestants.items()
+        name: lambda one=each: one._loglikelihood_tokens(rows, disable_tqdm=True) for name, each in contestants.items()
     }
     found = {name: torch.tensor(run()) for name, run in runs.items()}
     for name, scores in found.items():
         if workload.dtype == torch.float32 and not torch.allclose(scores, found["ours"], rtol=1e-4):
-            raise ValueError(f"{name} scores otherwise than ours: not the same work")
+            raise ValueError(f"{name}: the scores differ from ours: not the same work")
     table = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
     for row in table.values():
         row["questions_per_second"] = questions / row["median"]

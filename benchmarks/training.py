@@ -1,4 +1,4 @@
-"""Seconds of one epoch, every optimizer step included: ours, the way to it measure by measure, and others."""
+"""Benchmark of training: seconds per epoch, for ours, for each step from a plain version to ours, and for peers."""
 
 import statistics
 from collections.abc import Callable
@@ -34,12 +34,12 @@ TRAINING_COLUMNS = {
     "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
     "response tokens/s": lambda row: f"{row['response_tokens_per_second']:,.0f}",
     "memory beyond the model": lambda row: f"{row['peak_bytes_beyond_the_model'] / 2**20:,.0f} MiB",
-    "of the matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %" if row["utilisation"] else "",
+    "share of matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %" if row["utilisation"] else "",
 }
 
 
 class Ablation(Adapted):
-    """From `Plain` to ours: each level has the measures of those before it, and one more; ours has LAST as well."""
+    """Steps from `Plain` to ours. Each level adds one optimization to those before it; ours also has LAST."""
 
     LEVELS = [
         "+ fused attention",
@@ -52,7 +52,7 @@ class Ablation(Adapted):
     def __init__(self, model: LLaMA, adapter: Adapter, level: str):
         super().__init__(model, adapter)
         self.level = self.LEVELS.index(level)
-        self.like_length = self.level >= 3
+        self.groups_by_length = self.level >= 3
 
     def loss(self, examples: list[TokenizedExample]) -> Tensor:
         inputs, targets = padded(examples, 512) if self.level < 2 else collate(examples)[:2]
@@ -66,9 +66,9 @@ class Ablation(Adapted):
 
 
 def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: int) -> Callable[[], None]:
-    """One epoch with AdamW; batches are of like length where that is the contestant's way, else random."""
+    """Return a function that trains one epoch, on batches of similar length or on random ones (`groups_by_length`)."""
     optimizer = contestant.optimizer()
-    if contestant.like_length:
+    if contestant.groups_by_length:
         batches = epoch_batches([example.num_tokens for example in examples], batch_size, seed=0, epoch=0)
     else:
         order = np.random.default_rng(0).permutation(len(examples)).tolist()
@@ -84,7 +84,7 @@ def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: 
 def training_contestants(
     workload: Workload, variant: Variant, micro_batch_tokens: int, ablation: bool
 ) -> tuple[dict[str, Contestant], str]:
-    """Who takes part, and the name of ours."""
+    """Return the contestants, and the name of ours."""
     model, name = workload.new_model(), Ablation.LAST if ablation else "ours"
     contestants: dict[str, Contestant] = {}
     if ablation:
@@ -104,11 +104,11 @@ def training_contestants(
 
 @torch.no_grad()
 def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[TokenizedExample]) -> dict[str, float]:
-    """Return the losses. Raises ValueError if one differs from ours: it would be compared for nothing."""
+    """Return all losses. Raises ValueError if one differs from ours, because times would not be comparable."""
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
     tolerance = 1e-3 if contestants[ours].model.dtype == torch.float32 else 5e-3
     for name, loss in losses.items():
-        rounded = name.endswith(("bits", "float32", "bfloat16"))  # to another function
+        rounded = name.endswith(("bits", "float32", "bfloat16"))  # these compute a slightly different function
         if not rounded and abs(loss - losses[ours]) > tolerance * losses[ours]:
             raise ValueError(f"{name} has a first loss of {loss:.5f}, ours is {losses[ours]:.5f}: not the same work")
     return losses
@@ -118,17 +118,17 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
 @workload_options(
     compile_option,
     precisions_option,
-    option("--examples", "number", type=Count(), default=32, help="So many of the data file."),
+    option("--examples", "number", type=Count(), default=32, help="Number of examples to train on."),
     option("--batch-size", type=Count(), default=8, help="Examples per optimizer step."),
-    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions of one forward pass."),
-    option("--checkpoint-activations", is_flag=True, help="Activation checkpointing."),
-    option("--ablation", is_flag=True, help="What each measure brings, one added to the other."),
+    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions per forward pass."),
+    option("--checkpoint-activations", is_flag=True, help="Recompute layers in the backward pass."),
+    option("--ablation", is_flag=True, help="Time a plain version, and add our optimizations one by one."),
 )
 @one_line_errors()
 def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_activations, ablation, **options):
     """Time an epoch of training.
 
-    Every optimizer step included, all over the same examples.
+    All optimizer steps are included. All contestants train on the same examples.
     """
     workload = prepare_workload(**options)
     variant = Variant(checkpoint_activations=checkpoint_activations)

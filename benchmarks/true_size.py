@@ -1,4 +1,4 @@
-"""A base as large as the published ones: a checkpoint of random weights, and the cost to load, train and run it."""
+"""Bases of the published sizes: write a checkpoint of random weights; measure loading, training and decoding."""
 
 import time
 from collections.abc import Iterator
@@ -33,19 +33,19 @@ SHARD_BYTES = 10**9
 
 
 def random_parts(config: Config, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Weights in bfloat16, under Hugging Face's names: the embeddings, each layer, the norm with the head."""
+    """Yield random bfloat16 weights under Hugging Face's names: embeddings, each layer, norm, output head."""
     with torch.device("meta"):
         model = LLaMA(config)
     for part in ("tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm", "output"):
         weights = {}
         for name, weight in model.get_submodule(part).named_parameters(part):
-            made = torch.ones(weight.shape, dtype=torch.bfloat16)
-            weights[name] = made if "norm" in name else made.normal_(0, 0.02, generator=generator)
+            new = torch.ones(weight.shape, dtype=torch.bfloat16)
+            weights[name] = new if "norm" in name else new.normal_(0, 0.02, generator=generator)
         yield {name: weight.contiguous() for name, weight in to_hugging_face(weights, config).items()}
 
 
 def hugging_face_values(config: Config, scaled: float | None) -> dict:
-    """config.json of a LlamaForCausalLM of that shape, its rotary embedding scaled as Llama 3.1's."""
+    """Return config.json of a LlamaForCausalLM; the rotary embedding is scaled by `scaled`, as in Llama 3.1."""
     rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaled is not None:
         rope |= {"rope_type": "llama3", "factor": scaled, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -57,16 +57,16 @@ def hugging_face_values(config: Config, scaled: float | None) -> dict:
 @command("checkpoint", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Whose shape."),
-    option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to put beside it."),
-    option("--out", type=click.Path(path_type=Path), required=True, help="Folder for it, or the file with --gguf."),
+    option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Shape of the model."),
+    option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to include."),
+    option("--out", type=click.Path(path_type=Path), required=True, help="Output folder, or file with --gguf."),
     option("--gguf", is_flag=True, help="Write a GGUF file: layers as Q4_1, embeddings and output head as Q8_0."),
 )
 @one_line_errors()
 def write_checkpoint(size, tokenizer, out, gguf):
     """Write a checkpoint of random weights.
 
-    In Hugging Face's layout, bfloat16, shard by shard of about 1 GB: no more is in memory.
+    In Hugging Face's layout and bfloat16. Shards have about 1 GB, and only one of them is in memory at a time.
     """
     if gguf:
         write_gguf((SIZES | CONFIGS)[size], tokenizer, out)
@@ -75,32 +75,32 @@ def write_checkpoint(size, tokenizer, out, gguf):
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty")
+        raise ValueError(f"{out}: is not empty; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Tensor] = {}
-    names: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    shard_names: list[list[str]] = []
 
-    def write() -> None:
-        write_tensors(out / f"model-{len(names) + 1:05}.safetensors", held)
-        names.append(list(held))
-        held.clear()
+    def write_shard() -> None:
+        write_tensors(out / f"model-{len(shard_names) + 1:05}.safetensors", shard)
+        shard_names.append(list(shard))
+        shard.clear()
 
     for part in random_parts(config, generator):
-        held |= part
-        if sum(weight.nbytes for weight in held.values()) > SHARD_BYTES:
-            write()
-    if held:
-        write()
-    shards = {}
-    for number, inside in enumerate(names, start=1):
-        file = f"model-{number:05}-of-{len(names):05}.safetensors"
+        shard |= part
+        if sum(weight.nbytes for weight in shard.values()) > SHARD_BYTES:
+            write_shard()
+    if shard:
+        write_shard()
+    weight_map = {}
+    for number, names in enumerate(shard_names, start=1):
+        file = f"model-{number:05}-of-{len(shard_names):05}.safetensors"
         (out / f"model-{number:05}.safetensors").rename(out / file)
-        shards |= dict.fromkeys(inside, file)
+        weight_map |= dict.fromkeys(names, file)
     size = sum(file.stat().st_size for file in out.iterdir())
-    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": shards})
+    write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_json(out / "config.json", hugging_face_values(config, scaled))
     (out / "tokenizer.model").write_bytes(content)
-    click.echo(f"wrote {size:,} bytes in {len(names)} shards to {printable(str(out))}")
+    click.echo(f"wrote {size:,} bytes in {len(shard_names)} shards to {printable(str(out))}")
 
 
 def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
@@ -136,7 +136,7 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
     for name, weight in model.named_parameters():
         kind = GGMLQuantizationType.Q4_1 if name.startswith("layers.") else GGMLQuantizationType.Q8_0
         numbers = 0.02 * random.standard_normal(weight.shape, np.float32)
-        if weight.shape[-1] % 32:  # no whole blocks
+        if weight.shape[-1] % 32:  # rows do not consist of whole blocks
             kind = GGMLQuantizationType.F16
         if weight.dim() == 1:
             kind, numbers = GGMLQuantizationType.F32, np.ones(weight.shape, np.float32)
@@ -151,32 +151,32 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
 @command("load", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--base", type=click.Path(path_type=Path), required=True, help="A base; its weights need not make sense."),
-    option("--tokens", "number", type=Count(2), default=64, help="Of one example to train on, and of the prompt."),
-    option("--new", type=Count(2), default=4, help="Tokens of the response."),
+    option("--base", type=click.Path(path_type=Path), required=True, help="Base to load; its weights may be random."),
+    option("--tokens", "number", type=Count(2), default=64, help="Tokens of the training example, and of the prompt."),
+    option("--new", type=Count(2), default=4, help="Tokens to generate."),
     *device_options,
     *bits_options,
     json_option,
 )
 def time_loading(base, number, new, json_path, device, dtype, bits):
-    """Measure what a base takes.
+    """Measure the time and memory that a base needs.
 
-    Seconds to load it, to train on one example and for each new token, and the most memory meanwhile. Under torchrun
-    every rank has a part of it, nothing is trained, and the memory is that of the rank that needs most.
+    Seconds to load it, to train on one example and to decode a token, and the peak memory of each. Under torchrun the
+    base is split over the ranks, nothing is trained, and the memory is that of the rank that needs most.
     """
     with one_line_errors(), inference_ranks():
         device, dtype = select_device(device, dtype)
-        row = what_it_takes(base, number, new, device, dtype, bits)
+        row = measure_base(base, number, new, device, dtype, bits)
         step = {
-            f"a step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
-            "memory in it": lambda row: f"{row['step_bytes'] / 1e9:.3f} GB",
+            f"step of {number} tokens": lambda row: f"{row['step_seconds']:.2f} s",
+            "step memory": lambda row: f"{row['step_bytes'] / 1e9:.3f} GB",
         }
         columns = {
             "load": lambda row: f"{row['load_seconds']:.1f} s",
-            "its weights": lambda row: f"{row['weights_bytes'] / 1e9:.3f} GB",
-            "memory then": lambda row: f"{row['load_bytes'] / 1e9:.3f} GB",
+            "weights": lambda row: f"{row['weights_bytes'] / 1e9:.3f} GB",
+            "load memory": lambda row: f"{row['load_bytes'] / 1e9:.3f} GB",
             **(step if "step_seconds" in row else {}),
-            "a token": lambda row: f"{row['token_seconds']:.4f} s",
+            "per token": lambda row: f"{row['token_seconds']:.4f} s",
         }
         about = measured_on(base.name, device, dtype) | {"bits": bits or "as dtype", "tokens": number}
         ranks = world_size()
@@ -185,17 +185,17 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
         publish(kind, {base.name: row}, columns, about, json_path if rank() == 0 else None)
 
 
-def what_it_takes(
+def measure_base(
     base: Path, number: int, new: int, device: torch.device, dtype: torch.dtype, bits: str | None
 ) -> dict[str, float]:
-    """Seconds and bytes, of the rank that needs most. Raises OSError or ValueError."""
+    """Return seconds and bytes; bytes are those of the rank that needs most. Raises OSError or ValueError."""
     row: dict[str, float] = {}
     model_config, weights = read_base(base)
 
     def load():
         start = time.perf_counter()
-        how = {"prepare_layer": quantizer(bits), "keep_blocks": bits is None}
-        model = load_part_of_rank(base, model_config, weights, dtype, device, **how)
+        options = {"prepare_layer": quantizer(bits), "keep_blocks": bits is None}
+        model = load_part_of_rank(base, model_config, weights, dtype, device, **options)
         row["load_seconds"] = time.perf_counter() - start
         return model
 

@@ -1,4 +1,4 @@
-"""What is run: the shape of a model, random weights for it, and examples whose lengths are real."""
+"""Workloads of the benchmarks: shapes of models, random weights, and examples of real lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from toy.language_model import BASE
 
 CONFIGS = {
     #            dim layers heads kv D hidden vocab
-    "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # of llama2.c's stories15M, with a head of its own: 24M in all
+    "15M": Config(288, 6, 6, 6, 48, 768, 32000),  # llama2.c's stories15M, but with untied embeddings: 24M parameters
     "110M": Config(768, 12, 12, 12, 64, 2048, 32000),
     "1.1B": SIZES["TinyLlama-1.1B"],
     "7B": SIZES["LLaMA-7B"],
@@ -34,16 +34,16 @@ LENGTH = 10  # K
 
 @dataclass(frozen=True)
 class Workload:
-    """What contestants are timed on, and which there are: the options that the commands have in common."""
+    """The model, data and contestants of a benchmark: the options that the commands share."""
 
     size: str  # a key of CONFIGS
-    base: Path | None  # a real base in its place
-    data: str | None  # an Alpaca file, and the SentencePiece model to cut it with; None is the toy's
-    tokenizer: str | None
-    repeat: int  # rounds
-    peers: bool  # others too
-    compiled: bool  # ours under torch.compile too
-    precisions: bool  # ours in other dtypes and in few bits too
+    base: Path | None  # a base with real weights, used instead of `size`
+    data: str | None  # a file in Alpaca's format; None means the toy's data
+    tokenizer: str | None  # a SentencePiece model, needed for `data` without `base`
+    repeat: int  # number of rounds
+    peers: bool  # add other implementations
+    compiled: bool  # add ours under torch.compile
+    precisions: bool  # add ours in the other dtype and quantized
     device: torch.device
     dtype: torch.dtype  # of the base
 
@@ -61,7 +61,7 @@ class Workload:
         return random_adapter(config, self.device)
 
     def read(self, number: int) -> tuple[list[Example], Tokenizer]:
-        """So many, evenly spread over the file, and what cuts them. Raises OSError or ValueError."""
+        """Read `number` examples, evenly spread over the data, and the tokenizer. Raises OSError or ValueError."""
         if self.data is None:
             examples = [question.example for question in instructions()["training"]]
             tokenizer = load_tokenizer(self.base or BASE)
@@ -74,17 +74,17 @@ class Workload:
         return examples[:: max(1, len(examples) // number)][:number], tokenizer
 
     def examples(self, number: int) -> list[TokenizedExample]:
-        """The same as ids. Raises OSError or ValueError."""
+        """Read and tokenize `number` examples. Raises OSError or ValueError."""
         examples, tokenizer = self.read(number)
         return tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]
 
 
-compile_option = option("--compile", "compiled", is_flag=True, help="Ours under torch.compile too.")
-precisions_option = option("--precisions", is_flag=True, help="Ours in float32, bfloat16, 8 and 4 bits too.")
+compile_option = option("--compile", "compiled", is_flag=True, help="Also time ours under torch.compile.")
+precisions_option = option("--precisions", is_flag=True, help="Also time ours in the other dtype, in 8 and in 4 bits.")
 
 
 def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
-    """Return variants of ours in the other dtype, in 8 and in 4 bits, if the workload asks for them."""
+    """Return variants of ours in the other dtype, in 8 and in 4 bits, if the workload includes them."""
     if not workload.precisions:
         return {}
     other = torch.float32 if workload.dtype == torch.bfloat16 else torch.bfloat16
@@ -95,26 +95,26 @@ def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
     }
 
 
-def workload_options(*of_command):
-    """Those that `prepare_workload` makes sense of, and the command's own; a decorator."""
+def workload_options(*own_options):
+    """Return a decorator that adds the options of `prepare_workload`, and a command's own options."""
     return option_group(
         "Options",
         option(
             "--size", type=click.Choice(list(CONFIGS)), default="15M", help="Shape of the model, with random weights."
         ),
-        option("--base", type=PATH, help="A base of real weights, in place of --size's."),
+        option("--base", type=PATH, help="Base with real weights, instead of --size."),
         *device_options,
-        option("--data", type=click.Path(), help="Whose lengths to take.  [default: the almanac's]"),
-        option("--tokenizer", type=click.Path(), help="A SentencePiece model, for --data."),
-        option("--repeat", type=Count(), default=5, help="Rounds; the contestants take turns."),
-        option("--peers", is_flag=True, help="The others too, as far as they are installed."),
-        *of_command,
+        option("--data", type=click.Path(), help="Examples whose lengths are used.  [default: the almanac's]"),
+        option("--tokenizer", type=click.Path(), help="SentencePiece model for --data."),
+        option("--repeat", type=Count(), default=5, help="Number of rounds, in which contestants take turns."),
+        option("--peers", is_flag=True, help="Also time other implementations, if installed."),
+        *own_options,
         json_option,
     )
 
 
 def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions: bool = False, **options) -> Workload:
-    """As the options say. Raises ValueError."""
+    """Create the workload that the options describe. Raises ValueError."""
     device, dtype = select_device(device, dtype)
     if compiled:
         prepare_to_compile(device)
@@ -122,7 +122,7 @@ def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions
 
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LLaMA:
-    """Frozen, with weights of which only the size matters, made where they are to be, laid out as `load_llama` does."""
+    """Create a frozen model with random weights, directly on the device, and in the memory layout of `load_llama`."""
     with torch.device("meta"):
         model = LLaMA(config)
     if device.type == "cpu" and dtype == torch.float32:
@@ -135,7 +135,7 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LL
 
 
 def random_examples(config: Config, lengths: Sequence[int]) -> list[TokenizedExample]:
-    """Of so many tokens each, half of them response."""
+    """Create random examples of these lengths in tokens. The second half of each is response."""
     generator = torch.Generator().manual_seed(0)
     return [
         TokenizedExample(
@@ -148,7 +148,7 @@ def random_examples(config: Config, lengths: Sequence[int]) -> list[TokenizedExa
 
 
 def random_adapter(config: Config, device: torch.device, layers: int | None = None) -> Adapter:
-    """Of all layers but two, unless `layers` says how many."""
+    """Create an adapter of `layers` layers, by default all but two."""
     return Adapter(
         layers=layers or max(1, config.n_layers - 2),
         length=LENGTH,
