@@ -1,1 +1,1 @@
-"""ViT and RoBERTa with the same prompts and gates, and a head on top: python -m encoder_tuning train|evaluate."""
+"""Adaption prompts, gates and a head for a frozen ViT or RoBERTa: python -m encoder_tuning train|evaluate."""

@@ -1,4 +1,4 @@
-"""ViT and RoBERTa trained by prompts, gates and a head.
+"""Train adaption prompts, gates and a head over a frozen ViT or RoBERTa, and evaluate them.
 
 python -m encoder_tuning train --task image-classification --base vit --data pictures --out out
 python -m encoder_tuning evaluate --adapter out/adapter.safetensors --data more-pictures
@@ -21,7 +21,7 @@ from data import hold_out
 from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labelled
 from encoder_tuning.labelled import Labelled, LabelledData
 from encoder_tuning.objective import LOSSES
-from encoder_tuning.trained import TrainedEncoder, encoder_fingerprint, suits
+from encoder_tuning.trained import TrainedEncoder, encoder_fingerprint, head_fits_task
 from encoders.heads import head_adapter
 from formats.encoders import load_encoder
 from runtime.cli import Count, Real, device_options, one_line_errors, options_of, from_options, setting
@@ -32,9 +32,9 @@ from train import TrainConfig, make_optimizer, mean_loss, training_steps
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 
-TASK_DATA = "Folders of pictures or .npz; .tsv, .csv, JSON; CoNLL's columns; SQuAD."
+TASK_DATA = "By task: image folders or .npz; .tsv, .csv or JSON; CoNLL-2003's format; SQuAD's format."
 LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"
-STRIDE_HELP = "Tokens that neighbouring windows of a long context share."
+STRIDE_HELP = "Tokens that neighboring windows of a long context share."
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class EncoderData(DataOptions):
     """The training data."""
 
     data: str | None = setting(None, TASK_DATA, click.Path(), required=True)
-    task: str | None = setting(None, "What to train for.", click.Choice(HEAD_TASKS), required=True)
-    limit: int | None = setting(None, "Use only this many examples, drawn from all.", Count())
+    task: str | None = setting(None, "The task to train for.", click.Choice(HEAD_TASKS), required=True)
+    limit: int | None = setting(None, "Use only this many examples, sampled at random.", Count())
     stride: int = setting(STRIDE, STRIDE_HELP, Count(0))
 
 
 def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """As `hold_out`; the windows of a question, which overlap, stay on one side."""
+    """Split as `hold_out` does, but keep the windows of a question together, because they overlap."""
     by_name = {}
     for example in examples:
         by_name.setdefault(example.name, []).append(example)
@@ -56,11 +56,11 @@ def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tu
     return list(chain.from_iterable(training)), list(chain.from_iterable(validation))
 
 
-WHY_DROPPED = {  # by task; "40 tokens" comes next
-    "image-classification": "too long for",
-    "text-classification": "too long for",
-    "token-classification": "no word fits into",
-    "question-answering": "no window holds the answer, each of",
+WHY_DROPPED = {  # by task, with the number of tokens
+    "image-classification": "too long for {} tokens",
+    "text-classification": "too long for {} tokens",
+    "token-classification": "no word fits into {} tokens",
+    "question-answering": "no window of {} tokens contains the answer",
 }
 
 
@@ -69,9 +69,9 @@ WHY_DROPPED = {  # by task; "40 tokens" comes next
 
 
 def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run: Run) -> None:
-    """Train prompts, gates and a head over a frozen encoder, as train.train does over a LLaMA.
+    """Train prompts, gates and a head over a frozen encoder; the counterpart of train.train.
 
-    Raises OSError, or ValueError in one line.
+    Raises OSError or ValueError.
     """
     device, dtype = select_device(base.device, base.dtype)
     path = Path(base.base)
@@ -91,10 +91,10 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
         print_rank0(f"{run.out}: this run is finished, nothing is left to do")
         return
 
-    size = {"layers": config.layers, "length": config.length}
+    dimensions = {"layers": config.layers, "length": config.length}
     generator = torch.Generator().manual_seed(config.seed)
-    head = own_head if suits(own_head, data.task) else None
-    adapter = head_adapter(model, head, len(labelled.classes) or 2, **size, generator=generator)
+    head = own_head if head_fits_task(own_head, data.task) else None
+    adapter = head_adapter(model, head, len(labelled.classes) or 2, **dimensions, generator=generator)
     adapter.metadata |= describe_head_adapter(data, labelled, path, model.config.n_layers, fixed, len(training))
     optimizer = make_optimizer(adapter, config.weight_decay)
     counts = {
@@ -130,9 +130,9 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
 def describe_head_adapter(
     data: EncoderData, labelled: LabelledData, path: Path, num_layers: int, fixed: dict, num_examples: int
 ) -> dict[str, str]:
-    """The metadata of the adapter file: what the adapter was trained over, on, and how."""
-    known = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
-    metadata = {name: fixed[name] for name in known}
+    """Return the metadata of the adapter file: base, data and hyper-parameters."""
+    copied = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
+    metadata = {name: fixed[name] for name in copied}
     metadata |= {"classes": json.dumps(labelled.classes), "examples": num_examples}
     metadata |= {"base": path.resolve(), "base_layers": num_layers, "data": Path(data.data).name}
     if labelled.questions:
@@ -148,12 +148,12 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
     if "questions" in counts:
         print_rank0(
             f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; the contexts of "
-            f"{counts['windowed']:,} are read in windows, each an example"
+            f"{counts['windowed']:,} are split into windows, one example per window"
         )
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"
         f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
-        f"({WHY_DROPPED[task]} {config.max_seq_len} tokens), {counts['truncated']:,} truncated"
+        f"({WHY_DROPPED[task].format(config.max_seq_len)}), {counts['truncated']:,} truncated"
     )
 
 
@@ -163,11 +163,12 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
 
 @cloup.group(context_settings={"show_default": True})
 def main():
-    """Train the prompts, gates and head of a frozen ViT or RoBERTa, and measure how well it does."""
+    """Train an adapter and a head over a frozen ViT or RoBERTa, or evaluate them."""
 
 
 NO_ANSWER_HELP = (
-    "No answer where <s> scores higher by so much.  [default: 0 if trained on unanswerable ones, else never]"
+    "Give no answer if <s> outscores the best span by more than this.  "
+    "[default: 0 if trained on unanswerable questions, else none]"
 )
 
 
@@ -196,19 +197,23 @@ def train_command(**options):
 @main.command("evaluate", context_settings={"show_default": True})
 @option_group(
     "Data",
-    option("--task", type=click.Choice(HEAD_TASKS), help="What was learned.  [default: as the adapter says]"),
+    option("--task", type=click.Choice(HEAD_TASKS), help="The task to evaluate.  [default: the adapter's]"),
     option("--data", type=click.Path(path_type=Path), required=True, help=TASK_DATA),
-    option("--limit", type=Count(), help="Ask only about so many, drawn from all."),
-    option("--stride", type=Count(0), help=f"{STRIDE_HELP}  [default: as the adapter says, or {STRIDE}]"),
+    option("--limit", type=Count(), help="Use only this many examples, sampled at random."),
+    option("--stride", type=Count(0), help=f"{STRIDE_HELP}  [default: the adapter's, or {STRIDE}]"),
     option("--no-answer-threshold", type=Real(), help=NO_ANSWER_HELP),
 )
 @option_group(
     "Model",
-    option("--adapter", "adapter_path", type=click.Path(), help="Its file.  [default: none, and the base's own head]"),
-    option("--base", type=click.Path(), help="The encoder.  [default: the one that the adapter names]"),
+    option(
+        "--adapter", "adapter_path", type=click.Path(), help="The adapter file.  [default: the base with its own head]"
+    ),
+    option("--base", type=click.Path(), help="The encoder.  [default: the one that the adapter file names]"),
     *device_options,
 )
-@option_group("Run", option("--out", type=click.Path(path_type=Path), help="Write the answers there, as JSON."))
+@option_group(
+    "Run", option("--out", type=click.Path(path_type=Path), help="Write the predictions to this file, as JSON.")
+)
 @option_group(
     "Memory and speed",
     option("--micro-batch-tokens", type=Count(), default=8192, help="Positions per forward pass; affects memory only."),
@@ -216,9 +221,9 @@ def train_command(**options):
 def evaluate_command(
     data, task, adapter_path, base, out, limit, stride, no_answer_threshold, micro_batch_tokens, device, dtype
 ):
-    """Measure accuracy, or F1 of entities or answers.
+    """Print the accuracy, or the F1 of entities or answers.
 
-    Of an encoder with an adapter, or with the head that it came with.
+    Evaluates an encoder with an adapter or, without --adapter, with its own head.
     """
     with one_line_errors():
         if out is not None:

@@ -1,10 +1,11 @@
-"""Token classification: names in sentences, in the column format of CoNLL-2003.
+"""Token classification: named entities in sentences, in the column format of CoNLL-2003.
 
     EU      NNP  B-NP  B-ORG
     rejects VBZ  B-VP  O
     German  JJ   B-NP  B-MISC
 
-A line has a word first and its tag last; an empty line ends a sentence. B- begins an entity and I- goes on with it.
+The first column is a word and the last one its tag; an empty line ends a sentence. B- begins an entity, I- continues
+it, and O is outside of any.
 """
 
 import re
@@ -19,17 +20,17 @@ from encoder_tuning.labelled import Labelled, LabelledData, class_names
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_text
 
-OUTSIDE = "O"  # the tag of a word that is in no entity
+OUTSIDE = "O"  # the tag of a word outside of any entity
 
 
 class TaggedSentence(NamedTuple):
     words: list[str]
-    tags: list[str]  # one a word, in BIO
+    tags: list[str]  # one per word, in BIO
     name: str
 
 
 def read_conll(path: Path) -> list[TaggedSentence]:
-    """The sentences of a file, their tags in BIO. Lines of -DOCSTART- are left out.
+    """Read the sentences of a file, with their tags converted to BIO. Lines of -DOCSTART- are skipped.
 
     Raises OSError, or ValueError that names the line.
     """
@@ -43,22 +44,22 @@ def read_conll(path: Path) -> list[TaggedSentence]:
             rows = []
             continue
         if len(columns) < 2:
-            raise ValueError(f"{path}: line {number}: has 1 column, a word and its tag are 2 or more")
+            raise ValueError(f"{path}: line {number}: has 1 column; expected a word and its tag")
         check_tag(columns[-1], f"{path}: line {number}")
         rows.append((columns[0], columns[-1]))
     if not sentences:
-        raise ValueError(f"{path}: holds no sentences")
+        raise ValueError(f"{path}: contains no sentences")
     return sentences
 
 
 def check_tag(tag: str, where: str) -> None:
-    """Raise ValueError where it is none of BIO's."""
+    """Raise ValueError if the tag is not O, B-... or I-...."""
     if tag != OUTSIDE and not re.fullmatch(r"[BI]-.+", tag):
         raise ValueError(f"{where}: the tag {tag!r} is neither O nor B-... nor I-...")
 
 
 def to_bio(tags: Sequence[str]) -> list[str]:
-    """An entity that begins with I-, as in CoNLL-2003's own files (IOB1), begins with B-; BIO stays as it is."""
+    """Convert IOB1, where entities begin with I- as in CoNLL-2003's own files, to BIO. Tags in BIO do not change."""
     converted, before = [], OUTSIDE
     for tag in tags:
         begins = before[2:] != tag[2:]  # O has no type
@@ -70,17 +71,19 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 def labelled_sentences(
     sentences: Sequence[TaggedSentence], tokenizer: RobertaTokenizer, max_length: int, classes: Sequence[str]
 ) -> LabelledData:
-    """<s> words </s>, tokenized word by word; the label of a word is at its first token, that of all others IGNORE.
+    """Tokenize sentences word by word, as <s> words </s>. The first token of a word has its class, all others IGNORE.
 
-    A sentence is cut to fit, and dropped where not one word is left. Raises ValueError at a tag that is no class.
+    A sentence is truncated to `max_length` tokens, and dropped if that leaves no room for a word. Raises ValueError if
+    a tag is not in `classes`.
     """
     examples, num_truncated, dropped = [], 0, 0
     for sentence in sentences:
         ids, labels = [], []
         for word, tag in zip(sentence.words, sentence.tags):
             if tag not in classes:
-                raise ValueError(f"{sentence.name}: its tag {tag!r} is none of {', '.join(classes)}")
-            pieces = tokenizer.encode(f" {word}")  # as within a text; the first word, too
+                raise ValueError(f"{sentence.name}: unknown tag {tag!r}; expected one of {', '.join(classes)}")
+            # The space, which even the first word gets, makes the tokens those of a word within a text.
+            pieces = tokenizer.encode(f" {word}")
             ids += pieces
             labels += [classes.index(tag)] + [IGNORE] * (len(pieces) - 1)
         room = max_length - 2
@@ -94,24 +97,24 @@ def labelled_sentences(
 
 
 def tag_classes(sentences: Sequence[TaggedSentence], known: Sequence[str]) -> list[str]:
-    """Those in the order of a head that knows all of them, else those that occur."""
+    """Return `known`, the labels of the base's own head, if they include all tags; otherwise the tags that occur."""
     found = {tag for sentence in sentences for tag in sentence.tags}
     return list(known) if found <= set(known) else class_names([*found])
 
 
 def entity_metric() -> Callable[..., tuple]:
-    """seqeval's own. Raises ValueError where it is not installed."""
+    """Return seqeval's function for precision, recall and F1. Raises ValueError if seqeval is not installed."""
     try:
         from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
     except ImportError:
-        raise ValueError("scores of entities need a package that is not installed: pip install seqeval") from None
+        raise ValueError("scoring entities needs a package that is not installed: pip install seqeval") from None
     return precision_recall_fscore_support
 
 
 def entity_scores(predicted: list[list[str]], expected: list[list[str]]) -> dict[str, float]:
-    """Of the tags of sentences, micro-averaged `precision`, `recall` and `f1` of whole entities, in [0, 1].
+    """Return the micro-averaged `precision`, `recall` and `f1` of whole entities, in [0, 1], by the tags of sentences.
 
-    `entities` is how many are expected. Raises as `entity_metric`.
+    `entities` is the number of expected entities. Raises ValueError as `entity_metric` does.
     """
     values = entity_metric()(expected, predicted, average="micro", zero_division=0)
     return dict(zip(("precision", "recall", "f1", "entities"), map(float, values)))

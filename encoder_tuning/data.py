@@ -1,9 +1,9 @@
-"""From labelled pictures, sentences, words and questions to what encoders read.
+"""Read labeled images, sentences, words and questions as inputs of an encoder.
 
-image-classification    a folder for each class, or arrays in a .npz
-text-classification     a .tsv, .csv or JSON of sentences and labels
-token-classification    CoNLL's columns, a word and its tag a line: conll.py
-question-answering      SQuAD: the answer to a question is a part of its context, or there is none: squad.py
+image-classification    one folder of images per class, or arrays in a .npz file
+text-classification     a .tsv, .csv or JSON file of sentences and labels
+token-classification    CoNLL-2003's format, one word and its tag per line: conll.py
+question-answering      SQuAD's format; the answer is a span of the context, or there is none: squad.py
 """
 
 import csv
@@ -27,7 +27,7 @@ from formats.tensors import prefix_errors
 from runtime.files import MAX_BYTES, read_text, require_file
 
 HEAD_TASKS = ("image-classification", "text-classification", "token-classification", "question-answering")
-STRIDE = 128  # tokens that neighbouring windows of a context share
+STRIDE = 128  # tokens that neighboring windows of a context share
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -35,36 +35,37 @@ STRIDE = 128  # tokens that neighbouring windows of a context share
 
 
 def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]:
-    """Picture, class and name, of a folder with a folder for each class, or of arrays `images` and `labels` in a .npz.
+    """Read labeled images, as tuples (image or path, class, name).
 
-    Images are (number, height, width) or (number, height, width, 3), of bytes. Raises OSError or ValueError.
+    `path` is a folder with one subfolder of images per class, or a .npz file with the arrays `images`, uint8
+    (n, height, width) or (n, height, width, 3), and `labels`, integers (n,). Raises OSError or ValueError.
     """
     if path.is_dir():
-        found = [(file, file.parent.name) for file in sorted(path.glob("*/*")) if file.is_file()]
-        if not found:
-            raise ValueError(f"{path}: has no folders of images, one for each class")
-        return [(file, label, f"{label}/{file.name}") for file, label in found]
+        files = [(file, file.parent.name) for file in sorted(path.glob("*/*")) if file.is_file()]
+        if not files:
+            raise ValueError(f"{path}: has no subfolders with images; expected one per class")
+        return [(file, label, f"{label}/{file.name}") for file, label in files]
     require_file(path, "data")
     try:
         if sum(entry.file_size for entry in ZipFile(path).infolist()) > MAX_BYTES:
-            raise ValueError(f"holds more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+            raise ValueError(f"contains more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES raises the limit")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = map(np.asarray, (arrays["images"], arrays["labels"]))
-    except Exception as error:  # whatever a broken file makes numpy meet
-        raise ValueError(f"{path}: is no .npz with arrays 'images' and 'labels': {error}") from None
+    except Exception as error:  # zipfile and NumPy raise errors of many types at a broken file
+        raise ValueError(f"{path}: cannot be read as a .npz with arrays 'images' and 'labels': {error}") from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):
-        raise ValueError(f"{path}: images are {images.dtype} {images.shape}, not bytes (number, height, width[, 3])")
+        raise ValueError(f"{path}: images are {images.dtype} {images.shape}; expected uint8 (n, height, width[, 3])")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: labels are {labels.dtype} {labels.shape} for {len(images)} images, not whole numbers"
+            f"{path}: labels are {labels.dtype} {labels.shape} for {len(images)} images; expected one integer each"
         )
     return [(Image.fromarray(image), str(label), f"image {i}") for i, (image, label) in enumerate(zip(images, labels))]
 
 
 def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
-    """Text, class and name, of a .tsv or .csv with a header, or of JSON: fields `text` (or `sentence`) and `label`.
+    """Read labeled texts, as tuples (text, class, name), from a .tsv or .csv file with a header, or from JSON.
 
-    Raises OSError, or ValueError that names the record.
+    Records have the fields `text` (or `sentence`) and `label`. Raises OSError, or ValueError that names the record.
     """
     if path.suffix in (".tsv", ".csv"):
         quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
@@ -73,14 +74,14 @@ def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
         except csv.Error as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
         if not records:
-            raise ValueError(f"{path}: holds no examples")
+            raise ValueError(f"{path}: contains no examples")
     else:
         records = read_records(path)
     rows = []
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         if not isinstance(record, dict) or "label" not in record or not {"text", "sentence"} & set(record):
-            raise ValueError(f"{where}: has no fields 'text' (or 'sentence') and 'label'")
+            raise ValueError(f"{where}: must have the fields 'text' (or 'sentence') and 'label'")
         text, label = record.get("text", record.get("sentence")), record["label"]
         label = str(label) if type(label) is int else label
         check_text(text, where, "text")
@@ -90,7 +91,7 @@ def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What encoders read
+# Inputs of an encoder
 
 
 def read_labelled(
@@ -103,9 +104,12 @@ def read_labelled(
     limit: int | None = None,
     stride: int = STRIDE,
 ) -> LabelledData:
-    """A data file for an encoder from the folder `base`; the classes are those that occur, unless they are given.
+    """Read a data file as inputs of the encoder from the folder `base`. Texts have at most `max_length` tokens.
 
-    Those of tags are the head's of the base where it knows them all. Raises OSError or ValueError, naming the record.
+    `classes` are the names of the outputs of the head. By default they are the labels that occur in the file; for
+    token classification, the labels of the base's own head if these include all tags of the file.
+
+    Raises OSError, or ValueError that names the record.
     """
     check_head_task(task, model, base)
     if task == "question-answering":
@@ -125,27 +129,27 @@ def read_labelled(
     examples, num_truncated = [], 0
     for source, label, name in subset(rows, limit):
         if label not in classes:
-            raise ValueError(f"{data}: {name}: its class {label!r} is none of {', '.join(classes)}")
+            raise ValueError(f"{data}: {name}: unknown class {label!r}; expected one of {', '.join(classes)}")
         if tokenizer is None:
             image = open_image(source) if isinstance(source, Path) else source
-            inputs, size = preprocess(image, model.config), len(model.positions)
+            inputs, num_tokens = preprocess(image, model.config), len(model.positions)
         else:  # <s> text </s>
             ids = tokenizer.encode(source)
             num_truncated += len(ids) > max_length - 2
             inputs = torch.tensor([tokenizer.bos_id, *ids[: max_length - 2], tokenizer.eos_id])
-            size = len(inputs)
-        examples.append(Labelled(inputs, (classes.index(label),), name, size))
+            num_tokens = len(inputs)
+        examples.append(Labelled(inputs, (classes.index(label),), name, num_tokens))
     return LabelledData(examples, classes, num_truncated)
 
 
 def check_classes(classes: Sequence[str], data: Path) -> None:
-    """Raise ValueError where there is but one."""
+    """Raise ValueError if there is only one class."""
     if len(classes) < 2:
-        raise ValueError(f"{data}: has only one class, {classes[0]!r}: there is nothing to tell apart")
+        raise ValueError(f"{data}: has only one class, {classes[0]!r}; expected two or more")
 
 
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
-    """Raise ValueError where the model cannot do it."""
+    """Raise ValueError if the task needs the other kind of encoder."""
     if isinstance(model, ViT) != (task == "image-classification"):
         needed = "a vision transformer" if task == "image-classification" else "a RoBERTa"
         raise ValueError(f"{base}: --task {task} needs {needed}")

@@ -1,4 +1,4 @@
-"""Examples for encoders, whatever the task, and the tokenizer that they are read with."""
+"""Labeled examples for encoders, common to all tasks, and the tokenizer of their texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,47 +13,49 @@ from formats.roberta_tokenizer import RobertaTokenizer
 
 
 class Labelled(NamedTuple):
-    """One example, as an encoder reads it."""
+    """One labeled example."""
 
-    inputs: Tensor  # ids (T,), or pixels (c, S, S)
-    labels: tuple[int, ...]  # its class; the positions of an answer's first and last token; or T classes, some IGNORE
-    name: str  # the windows of one question share theirs
-    num_tokens: int  # the number of positions in a batch
+    inputs: Tensor  # token ids (T,), or pixels (c, S, S)
+    labels: tuple[int, ...]  # one class; first and last position of an answer; or T classes, some of them IGNORE
+    name: str  # a label for error messages; the windows of one question have the same name
+    num_tokens: int  # number of positions that the encoder processes
 
     @property
     def num_targets(self) -> int:
-        """The number of labels that the loss is a mean over."""
+        """The number of labels other than IGNORE, which the loss is a mean over."""
         return sum(label != IGNORE for label in self.labels)
 
 
 class LabelledData(NamedTuple):
-    """What there is to learn from a file."""
+    """The examples of a data file, and counts to report."""
 
     examples: list[Labelled]
-    classes: list[str]  # none for spans
-    num_truncated: int = 0  # texts that were too long
-    dropped: int = 0  # texts that leave nothing to learn
+    classes: list[str]  # empty for question answering
+    num_truncated: int = 0  # texts or sentences
+    dropped: int = 0  # sentences without room for a word, questions whose answer is in no window
     questions: int = 0
-    windowed: int = 0  # questions whose context is read in several windows
-    unanswerable: int = 0  # questions
+    windowed: int = 0  # questions whose context is split into several windows
+    unanswerable: int = 0  # questions without an answer
 
 
 def roberta_tokenizer(model: Roberta, base: Path) -> RobertaTokenizer:
-    """The tokenizer in the base's folder. Raises FileNotFoundError, or ValueError where it does not fit."""
+    """Load the tokenizer in the folder of the base. Raises FileNotFoundError, or ValueError if it does not fit."""
     tokenizer = RobertaTokenizer(base)
     largest = max(tokenizer.ids)
     if largest >= model.config.vocab_size:
-        raise ValueError(f"{base}: its tokenizer has ids up to {largest}, its model {model.config.vocab_size} tokens")
+        raise ValueError(
+            f"{base}: the tokenizer has ids up to {largest}, the model only {model.config.vocab_size} tokens"
+        )
     return tokenizer
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
-    """Each once, numbers by size."""
+    """Return the distinct labels, sorted: whole numbers first, by value, then names."""
     return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
 def subset(rows: list, limit: int | None, seed: int = 0) -> list:
-    """At most so many, drawn from all of them, for files are often sorted by class."""
+    """Sample at most `limit` rows from all of them, because files are often sorted by class; the order is kept."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]

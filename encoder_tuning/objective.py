@@ -1,9 +1,10 @@
-"""What encoders learn with their heads, what they answer, and how right that is.
+"""Loss and predictions of an encoder with a head, for each task.
 
-image classification    the class token's state to classes
-text classification     the state of <s> to classes
-token classification    each word's first token's state to tags
-question answering      each token's state to how well the answer begins and ends there
+The head maps final hidden states to logits:
+    image classification    the class token, to classes
+    text classification     <s>, to classes
+    token classification    the first token of each word, to tags
+    question answering      each token, to the start and the end of the answer
 
 Notation as in adapter.py.
 """
@@ -25,10 +26,9 @@ from formats.roberta_tokenizer import RobertaTokenizer
 
 
 def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
-    """Pad the examples to inputs and labels.
+    """Stack the examples into inputs and labels, padded on the right.
 
-    Inputs are ids (B, T), padded on the right, or pixels (B, c, S, S). Labels are (B, 1), (B, 2), or (B, T),
-    padded with IGNORE.
+    Inputs are ids (B, T) or pixels (B, c, S, S). Labels are (B, 1), (B, 2), or (B, T) padded with IGNORE.
     """
     inputs = pad_sequence([example.inputs for example in examples], True, RobertaTokenizer.pad_id)
     labels = pad_sequence([torch.tensor(example.labels) for example in examples], True, IGNORE)
@@ -36,24 +36,24 @@ def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
 
 
 def encoder_states(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
-    """What the head reads, (B, T, C) in float32."""
+    """Return the final hidden states, input of the head: (B, T, C) in float32."""
     weight = next(model.parameters())
     inputs = inputs.to(weight.device) if inputs.dtype == torch.long else inputs.to(weight.device, weight.dtype)
     return model.encode(inputs, adapter(dtype=weight.dtype)).float()
 
 
 def class_scores(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
-    """Of every class, (B, classes, 1)."""
+    """Return the logits of the classes, (B, classes, 1)."""
     return adapter.head(encoder_states(model, adapter, inputs)[:, 0])[:, :, None]
 
 
 def tag_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
-    """Of every tag at every token, (B, classes, T)."""
+    """Return the logits of the tags at every token, (B, classes, T)."""
     return adapter.head(encoder_states(model, adapter, inputs)).transpose(1, 2)
 
 
 def span_scores(model: Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
-    """How well the answer begins and ends at every token, (B, T, 2); -inf where there is padding."""
+    """Return the logits of the start and the end of the answer at every token, (B, T, 2); -inf at padding."""
     scores = adapter.head(encoder_states(model, adapter, inputs))
     return scores.masked_fill((inputs == model.config.pad_id).to(scores.device)[:, :, None], -torch.inf)
 
@@ -65,15 +65,18 @@ def label_loss(
     examples: Sequence[Labelled],
     checkpoint_activations: bool = False,
 ) -> Tensor:
-    """Cross entropy, summed over the labels: a class, the ends of a span, or tags. No examples: a zero with a graph."""
+    """Cross entropy, summed over the labels of the examples. `score` is one of the three functions above.
+
+    Without examples the loss is a zero that is connected to the parameters of the adapter.
+    """
     if not examples:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
     inputs, labels = collate_labelled(examples)
-    scores = score(model, adapter, inputs)  # (B, classes or T, labels)
+    scores = score(model, adapter, inputs)  # (B, classes, labels); the classes of a span are the T positions
     return F.cross_entropy(scores, labels.to(scores.device), ignore_index=IGNORE, reduction="sum")
 
 
-# As train.response_loss.
+# Loss functions with the signature of train.response_loss.
 class_loss = partial(label_loss, class_scores)
 tag_loss = partial(label_loss, tag_scores)
 span_loss = partial(label_loss, span_scores)
@@ -87,7 +90,7 @@ LOSSES = {  # by task
 
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
-    """The most likely class of each."""
+    """Return the most likely class of each example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     batches = [collate_labelled(group) for group in group_by_length(examples, max_tokens)]
     predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
@@ -98,7 +101,7 @@ def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labe
 def predict_tags(
     model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
 ) -> list[list[int]]:
-    """The most likely tag of each word of each example."""
+    """Return the most likely tag of each word, in one list per example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     predictions = []
     for group in group_by_length(examples, max_tokens):
@@ -115,21 +118,21 @@ def answer_squad(
     windows: Sequence[ContextWindow],
     context: str,
     no_answer_threshold: float | None = None,
-    longest: int = 30,
+    max_answer_length: int = 30,
 ) -> str:
-    """The most likely span of at most `longest` tokens of the context, over all of its windows.
+    """Return the text of the most likely span of at most `max_answer_length` tokens, over all windows of the context.
 
-    Nothing, where <s> outscores it by more than the threshold, in every window; None is for questions that all have an
-    answer.
+    Return "" if <s> outscores that span by more than `no_answer_threshold` in every window. If the threshold is None,
+    every question gets an answer.
     """
     best, text, no_answer = -torch.inf, "", torch.inf
     for window in windows:
         begin, end = span_scores(model, adapter, torch.tensor([window.ids]))[0].unbind(dim=1)  # (T,) each
-        # Most windows do not hold the answer, and say so; the one that does is the least sure that there is none.
+        # Windows without the answer score <s> high, so the lowest score counts, that of the window with the answer.
         no_answer = min(no_answer, (begin[NO_ANSWER[0]] + end[NO_ANSWER[1]]).item())
         part = slice(window.first, window.first + len(window.offsets))
-        pairs = begin[part, None] + end[None, part]  # of every first and last token
-        allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(longest - 1)
+        pairs = begin[part, None] + end[None, part]  # (n, n), by first and last token of the span
+        allowed = torch.ones_like(pairs, dtype=torch.bool).triu().tril(max_answer_length - 1)
         pairs = pairs.masked_fill(~allowed, -torch.inf)
         if window.offsets and (score := pairs.max().item()) > best:
             first, last = divmod(pairs.argmax().item(), len(window.offsets))

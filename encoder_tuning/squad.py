@@ -1,7 +1,7 @@
-"""SQuAD's questions: the answer is a part of the context, or there is none (version 2.0).
+"""Question answering on SQuAD: the answer is a span of the context, or there is none (version 2.0).
 
-A context that is too long is read in windows, each of which has the question before it. "No answer" is the span from
-<s> to <s>, in a window that does not hold the answer as in one of an unanswerable question.
+A context that is too long is split into windows, each with the question before it. "No answer" is the span from <s> to
+<s>. It is the label of windows that do not contain the answer, and of all windows of an unanswerable question.
 """
 
 import re
@@ -20,17 +20,17 @@ from runtime.files import read_json
 
 
 class SquadQuestion(NamedTuple):
-    """What is asked about a paragraph, and what people answered."""
+    """A question about a paragraph, and its reference answers."""
 
     id: str
     question: str
     context: str
-    answers: list[str]  # none where the context does not have it
-    starts: list[int]  # the character of the context at which each begins
+    answers: list[str]  # empty if the question is unanswerable
+    starts: list[int]  # index of the first character of each answer in the context
 
 
 def read_squad(path: Path) -> list[SquadQuestion]:
-    """The questions of a file in SQuAD's format, version 1.1, where all have an answer, or 2.0, with `is_impossible`.
+    """Read the questions of a file in SQuAD's format, version 1.1 (every question has an answer) or 2.0.
 
     Raises OSError, or ValueError that names the question.
     """
@@ -38,21 +38,21 @@ def read_squad(path: Path) -> list[SquadQuestion]:
     try:
         for paragraph in [paragraph for article in values["data"] for paragraph in article["paragraphs"]]:
             for qa in paragraph["qas"]:
-                asked = (qa["id"], qa["question"], paragraph["context"])
-                texts = [answer["text"] for answer in qa["answers"]]
+                texts = (qa["id"], qa["question"], paragraph["context"])
+                answers = [answer["text"] for answer in qa["answers"]]
                 starts = [answer["answer_start"] for answer in qa["answers"]]
-                question = SquadQuestion(*asked, texts, starts)
+                question = SquadQuestion(*texts, answers, starts)
                 check_squad_question(question, qa.get("is_impossible", False), f"{path}: question {question.id}")
                 questions.append(question)
     except (AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: is not in SQuAD's format: {type(error).__name__}: {error}") from None
     if not questions:
-        raise ValueError(f"{path}: holds no questions")
+        raise ValueError(f"{path}: contains no questions")
     return questions
 
 
 def check_squad_question(question: SquadQuestion, is_impossible: object, where: str) -> None:
-    """Raise ValueError where a field is of another type, an answer does not stand where it should, or is none."""
+    """Raise ValueError if a field has the wrong type, or if an answer is missing or not at its place in the context."""
     for field in ("id", "question", "context"):
         check_text(getattr(question, field), where, field)
     if not isinstance(is_impossible, bool):
@@ -65,7 +65,7 @@ def check_squad_question(question: SquadQuestion, is_impossible: object, where: 
         check_text(answer, where, "answers")
         found = question.context[start : start + len(answer)] if type(start) is int and start >= 0 else None
         if found != answer or not answer:
-            raise ValueError(f"{where}: the answer {answer!r} does not stand at character {start!r} of its context")
+            raise ValueError(f"{where}: the answer {answer!r} is not at character {start!r} of the context")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -73,87 +73,87 @@ def check_squad_question(question: SquadQuestion, is_impossible: object, where: 
 
 
 class ContextWindow(NamedTuple):
-    """A question as RoBERTa reads it, <s> question </s> </s> context </s>, with as much of the context as fits."""
+    """Input of RoBERTa: <s> question </s> </s> context </s>, with all or a part of the context."""
 
     ids: list[int]
-    first: int  # the position of its first token of the context
-    offsets: list[tuple[int, int]]  # from which character of the context to which each of these tokens goes
+    first: int  # position of the first context token
+    offsets: list[tuple[int, int]]  # of each context token: its first character in the context, and the one after it
 
     def positions(self, start: int, end: int) -> tuple[int, int] | None:
-        """Of the first and the last token of those characters; None where the window does not hold them all."""
+        """Return the first and last position of context[start:end], or None if the window lacks a part of it."""
         inside = [i for i, (begin, stop) in enumerate(self.offsets) if begin < end and stop > start]
         if not inside or self.offsets[0][0] > start or self.offsets[-1][1] < end:
             return None
         return self.first + inside[0], self.first + inside[-1]
 
     def text(self, context: str, first: int, last: int) -> str:
-        """What stands at the tokens from one position to another."""
+        """Return the part of the context at the positions `first` to `last`, both included."""
         return context[self.offsets[first - self.first][0] : self.offsets[last - self.first][1]].strip()
 
 
 def context_windows(
     question: SquadQuestion, tokenizer: RobertaTokenizer, max_length: int, stride: int
 ) -> list[ContextWindow]:
-    """The question with each part of its context, all of at most `max_length` tokens; neighbours share `stride` tokens.
+    """Return windows of at most `max_length` tokens that cover the context; neighbors share `stride` tokens of it.
 
-    Raises ValueError where the context does not fit in one, and such windows would not get on.
+    Raises ValueError if the context needs several windows and the question leaves at most `stride` tokens to it.
     """
-    asked = [tokenizer.bos_id, *tokenizer.encode(question.question.strip()), tokenizer.eos_id, tokenizer.eos_id]
+    prefix = [tokenizer.bos_id, *tokenizer.encode(question.question.strip()), tokenizer.eos_id, tokenizer.eos_id]
     ids, offsets = tokenizer.encode_with_offsets(question.context)
-    room = max_length - len(asked) - 1
+    room = max_length - len(prefix) - 1
     if len(ids) > room and stride >= room:
-        left = f"of {max_length} tokens its question leaves {max(0, room)} to the context"
-        raise ValueError(f"question {question.id}: {left}, no more than --stride {stride}")
+        left = f"{max(0, room)} of {max_length} tokens are left for the context"
+        raise ValueError(f"question {question.id}: {left}; --stride {stride} must be smaller than that")
     windows = []
     for start in range(0, max(1, len(ids)), max(1, room - stride)):
         part = slice(start, start + room)
-        windows.append(ContextWindow([*asked, *ids[part], tokenizer.eos_id], len(asked), offsets[part]))
+        windows.append(ContextWindow([*prefix, *ids[part], tokenizer.eos_id], len(prefix), offsets[part]))
         if start + room >= len(ids):
             break
     return windows
 
 
-NO_ANSWER = (0, 0)  # the position of <s>
+NO_ANSWER = (0, 0)  # the span from <s> to <s>
 
 
 def labelled_questions(
     questions: Sequence[SquadQuestion], tokenizer: RobertaTokenizer, max_length: int, stride: int
 ) -> LabelledData:
-    """An example for each window of a question, with the first answer where the window holds it, else NO_ANSWER.
+    """Make one example per window. Its label is the first answer, or NO_ANSWER if the window does not contain it.
 
-    A question is dropped where no window holds the answer that it has. Raises as `context_windows`.
+    A question with an answer is dropped if no window contains the answer. Raises ValueError as `context_windows` does.
     """
     examples, windowed, dropped = [], 0, 0
     for question in questions:
         windows = context_windows(question, tokenizer, max_length, stride)
-        found = [None] * len(windows)
+        spans = [None] * len(windows)
         if question.answers:
             start, end = question.starts[0], question.starts[0] + len(question.answers[0])
-            found = [window.positions(start, end) for window in windows]
-            if not any(found):
+            spans = [window.positions(start, end) for window in windows]
+            if not any(spans):
                 dropped += 1
                 continue
         windowed += len(windows) > 1
-        for window, positions in zip(windows, found):
+        for window, span in zip(windows, spans):
             ids, name = torch.tensor(window.ids), f"question {question.id}"
-            examples.append(Labelled(ids, positions or NO_ANSWER, name, len(ids)))
+            examples.append(Labelled(ids, span or NO_ANSWER, name, len(ids)))
     counts = {"questions": len(questions), "windowed": windowed}
     counts["unanswerable"] = sum(not question.answers for question in questions)
     return LabelledData(examples, [], dropped=dropped, **counts)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Scores, as the official script of version 2.0 has them
+# Scores, computed as by the official script of version 2.0
 
 
 def answer_words(text: str) -> list[str]:
-    """Of an answer; case, punctuation and articles are of no account."""
+    """Return the words of an answer in lower case, without punctuation and articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def word_f1(predicted: list[str], expected: list[str]) -> float:
-    """Of the words that two answers share; where one has none, whether the other has none either."""
+    """Return the F1 score of the shared words. If an answer has no words, it is 1 if neither has any, otherwise 0."""
     if not predicted or not expected:
         return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()
@@ -161,9 +161,10 @@ def word_f1(predicted: list[str], expected: list[str]) -> float:
 
 
 def squad_scores(texts: Sequence[str], questions: Sequence[SquadQuestion]) -> dict[str, float]:
-    """Of answers, `exact_match` and `f1` (Rajpurkar et al., 2016 and 2018), both in [0, 1].
+    """Return `exact_match` and `f1` of the predicted answers (Rajpurkar et al., 2016 and 2018), both in [0, 1].
 
-    Each is held against the likest of those that people gave; that of an unanswerable question is right if it is empty.
+    Each answer gets its best score over the reference answers. For an unanswerable question only an empty answer is
+    correct.
     """
     exact_match = f1 = 0.0
     for text, question in zip(texts, questions, strict=True):

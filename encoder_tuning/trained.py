@@ -1,4 +1,4 @@
-"""Predictions of a trained encoder, task by task, and their scores."""
+"""A trained encoder: its predictions for each task, and their scores."""
 
 import json
 import sys
@@ -25,14 +25,15 @@ from runtime.files import hash_tensors
 
 
 def encoder_fingerprint(model: ViT | Roberta) -> str:
-    """A hash of a few weights."""
+    """Return a hash of some weights of the first and the last layer."""
     return hash_tensors([model.layers[0].attention.wq.weight[:4], model.layers[-1].w2.weight[:4]])
 
 
-def suits(head: nn.Sequential | None, task: str) -> bool:
-    """Whether a head that an encoder came with is one for the task.
+def head_fits_task(head: nn.Sequential | None, task: str) -> bool:
+    """Return True if the base's own head is one for the task.
 
-    RoBERTa's for sentences has two linear layers. Its others have one, for the two ends of an answer or for more tags.
+    RoBERTa's head for text classification has two linear layers. Its other heads have one layer, with two outputs for
+    question answering and any other number for token classification.
     """
     if head is None or task == "image-classification":
         return head is not None
@@ -42,7 +43,7 @@ def suits(head: nn.Sequential | None, task: str) -> bool:
 
 
 class TrainedEncoder:
-    """An encoder with an adapter, or with the head that it came with. Raises OSError or ValueError."""
+    """An encoder with a trained adapter, or with the base's own head. Raises OSError or ValueError."""
 
     def __init__(
         self, adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
@@ -53,15 +54,17 @@ class TrainedEncoder:
         metadata = adapter.metadata if adapter else {}
         task, base = task or metadata.get("task"), base or metadata.get("base")
         if task not in HEAD_TASKS or base is None:
-            raise ValueError("--base and --task are missing, and no adapter says them")
+            raise ValueError(
+                "the task or the base is unknown: give --task and --base, or an adapter whose file names both"
+            )
         if task != metadata.get("task", task):
             raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-            warn(f"{adapter_path} was trained on other weights than those of {base}")
+            warn(f"{adapter_path} was trained over other weights than those of {base}")
         if adapter is None:
-            if not suits(own_head, task):
+            if not head_fits_task(own_head, task):
                 raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
             adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
         adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
@@ -72,9 +75,10 @@ class TrainedEncoder:
     def evaluate_squad(
         self, data: Path, limit: int | None, stride: int | None, no_answer_threshold: float | None
     ) -> dict[str, str]:
-        """Say exact match and F1; returns the answers by question. Raises OSError or ValueError.
+        """Print exact match and F1; return the answers by question id. Raises OSError or ValueError.
 
-        Without a threshold it is 0 after training on unanswerable questions; else every question gets an answer.
+        By default the threshold is 0 if the adapter was trained on unanswerable questions. Otherwise every question
+        gets an answer.
         """
         metadata = self.adapter.metadata
         stride = int(metadata.get("stride", STRIDE)) if stride is None else stride
@@ -85,8 +89,8 @@ class TrainedEncoder:
             windows = [context_windows(question, tokenizer, self.max_length, stride) for question in questions]
         bar = tqdm(zip(windows, questions), total=len(questions), unit="question", file=sys.stderr)
         texts = [
-            answer_squad(self.model, self.adapter, parts, question.context, no_answer_threshold)
-            for parts, question in bar
+            answer_squad(self.model, self.adapter, question_windows, question.context, no_answer_threshold)
+            for question_windows, question in bar
         ]
         answered = list(zip(texts, questions))
         kinds = {"questions": answered}
@@ -100,8 +104,8 @@ class TrainedEncoder:
         return {question.id: text for text, question in answered}
 
     def evaluate_tags(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, list[str]]:
-        """Say F1, precision and recall of entities; returns the tags by sentence. Raises OSError or ValueError."""
-        entity_metric()  # or say at once that it is missing
+        """Print F1, precision and recall of entities; return the tags by sentence. Raises OSError or ValueError."""
+        entity_metric()  # fail before the predictions if seqeval is missing
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or head_labels(self.base)
         if len(classes) != outputs:
@@ -111,30 +115,30 @@ class TrainedEncoder:
         check_classes(classes, data)
         sentences, tokenizer = subset(read_conll(data), limit), roberta_tokenizer(self.model, self.base)
         with prefix_errors(data):
-            found = labelled_sentences(sentences, tokenizer, self.max_length, classes)
-        predicted = predict_tags(self.model, self.adapter, found.examples, max_tokens)
-        by_name = {example.name: tags for example, tags in zip(found.examples, predicted)}
+            labelled = labelled_sentences(sentences, tokenizer, self.max_length, classes)
+        predicted = predict_tags(self.model, self.adapter, labelled.examples, max_tokens)
+        by_name = {example.name: tags for example, tags in zip(labelled.examples, predicted)}
         answers = {}
         for sentence in sentences:
             tags = [classes[best] for best in by_name.get(sentence.name, [])]
-            answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # of words that were cut off
+            answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # truncated words
         scores = entity_scores([*answers.values()], [sentence.tags for sentence in sentences])
         click.echo(
-            f"{len(sentences):,} sentences ({found.num_truncated:,} truncated), {scores['entities']:,.0f} entities: F1 "
-            f"{scores['f1']:.2%}, precision {scores['precision']:.2%}, recall {scores['recall']:.2%}"
+            f"{len(sentences):,} sentences ({labelled.num_truncated:,} truncated), {scores['entities']:,.0f} entities: "
+            f"F1 {scores['f1']:.2%}, precision {scores['precision']:.2%}, recall {scores['recall']:.2%}"
         )
         return answers
 
     def evaluate_classes(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
-        """Say the accuracy, and that of the commonest class; returns classes by example. Raises as others do."""
+        """Print the accuracy and the majority baseline; return the classes by example. Raises OSError or ValueError."""
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
         examples = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples
         predicted = classify(self.model, self.adapter, examples, max_tokens)
         labels = [example.labels[0] for example in examples]
-        share, [(commonest, number)] = accuracy(predicted, labels), Counter(labels).most_common(1)
+        share, [(majority, number)] = accuracy(predicted, labels), Counter(labels).most_common(1)
         click.echo(
-            f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} right); "
-            f"always {classes[commonest]!r}: {number / len(labels):.2%}"
+            f"{len(labels):,} examples: accuracy {share:.2%} ({round(share * len(labels)):,} correct); "
+            f"majority class {classes[majority]!r}: {number / len(labels):.2%}"
         )
         return {example.name: classes[best] for example, best in zip(examples, predicted)}

@@ -12,7 +12,7 @@ from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentenc
 from encoder_tuning.labelled import Labelled
 from data import group_by_length
 from encoder_tuning.objective import collate_labelled, predict_tags, tag_loss, tag_scores
-from encoder_tuning.trained import suits
+from encoder_tuning.trained import head_fits_task
 from encoders.heads import head_adapter
 from formats.encoders import head_labels, load_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
@@ -49,7 +49,7 @@ def test_columns(tmp_path):
         ("Anna B-PER\nwent\n", "a.conll: line 2: has 1 column"),
         ("Anna S-PER\n", "a.conll: line 1: the tag 'S-PER' is neither O nor B-... nor I-..."),
         ("Anna B-\n", "line 1: the tag 'B-' is neither"),
-        ("-DOCSTART- O\n\n", "a.conll: holds no sentences"),
+        ("-DOCSTART- O\n\n", "a.conll: contains no sentences"),
     ):
         with pytest.raises(ValueError, match=message):
             read_conll(conll(tmp_path, text))
@@ -95,7 +95,7 @@ def test_classes():
     sentences = [TaggedSentence(["a", "b"], ["B-LOC", "O"], "sentence 0")]
     assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
     assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
-    with pytest.raises(ValueError, match="sentence 0: its tag 'B-LOC' is none of O, B-PER"):
+    with pytest.raises(ValueError, match="sentence 0: unknown tag 'B-LOC'; expected one of O, B-PER"):
         labelled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
 
 
@@ -159,8 +159,8 @@ def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
     """Of a batch with padding; only labelled words have a loss. The head is the model's own."""
     theirs = save_tagger(tmp_path / "tagger", bpe)
     model, head = load_encoder(tmp_path / "tagger")
-    assert suits(head, "token-classification") and not suits(head, "question-answering")
-    assert not suits(head, "text-classification") and head_labels(tmp_path / "tagger") == TAG_NAMES
+    assert head_fits_task(head, "token-classification") and not head_fits_task(head, "question-answering")
+    assert not head_fits_task(head, "text-classification") and head_labels(tmp_path / "tagger") == TAG_NAMES
     adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
     sentences = read_conll(conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
     examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
@@ -239,7 +239,10 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     assert none.exit_code == 2 and "no example leaves room for a response" in none.stderr, none.output
 
     new = ask(*trained, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
-    assert new.exit_code == 2 and "a.conll: sentence 0: its tag 'B-NEW' is none of B-LOC, B-PER, I-LOC, O" in new.stderr
+    assert (
+        new.exit_code == 2
+        and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of B-LOC, B-PER, I-LOC, O" in new.stderr
+    )
     alike = train("--data", conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
     assert alike.exit_code == 2 and "a.conll: has only one class, 'O'" in alike.stderr, alike.output
     monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)

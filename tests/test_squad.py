@@ -44,8 +44,8 @@ def test_squad_s_format(tmp_path):
     first, second = read_squad(squad(tmp_path, [QUESTIONS[0] | {"is_impossible": False}, IMPOSSIBLE]))
     assert first.answers == ["12 km"] and (second.id, second.answers, second.starts) == ("c", [], [])
     for changes, message in (
-        ({"answers": [{"text": "12 km", "answer_start": 37}]}, "the answer '12 km' does not stand at character 37"),
-        ({"answers": [{"text": "12 km", "answer_start": -11}]}, "the answer '12 km' does not stand at character -11"),
+        ({"answers": [{"text": "12 km", "answer_start": 37}]}, "the answer '12 km' is not at character 37"),
+        ({"answers": [{"text": "12 km", "answer_start": -11}]}, "the answer '12 km' is not at character -11"),
         ({"answers": []}, "has no answers, and is not marked 'is_impossible'"),
         ({"is_impossible": True}, "is marked 'is_impossible', and has the answer '12 km'"),
         ({"is_impossible": "no"}, "field 'is_impossible' is a str, not true or false"),
@@ -145,8 +145,8 @@ def test_unanswerable_questions_point_at_the_start(bpe, tmp_path):
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
     asked = len(tokenizer.encode("How deep?"))
     for max_length, room in ((30, 30 - asked - 4), (10, 0)):
-        message = f"question c: of {max_length} tokens its question leaves {room} to the context, no more than --stride"
-        with pytest.raises(ValueError, match=f"{message} {room}"):
+        message = f"question c: {room} of {max_length} tokens are left for the context; --stride {room} must be smaller"
+        with pytest.raises(ValueError, match=message):
             labelled_questions(questions[2:], tokenizer, max_length, room)
     labelled_questions(questions[2:], tokenizer, 30, 30 - asked - 4 - 1)
 
@@ -228,10 +228,10 @@ def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
                     best = max(best, (score, (number, context[begin : window.offsets[b][1]].strip())))
         score, (number, text) = best
         chosen.add(number)
-        assert answer_squad(None, None, windows, context, longest=6) == text != ""
+        assert answer_squad(None, None, windows, context, max_answer_length=6) == text != ""
         margin = min(scores[0].sum().item() for scores in found.values()) - score
-        assert answer_squad(None, None, windows, context, margin + 1e-4, longest=6) == text
-        assert answer_squad(None, None, windows, context, margin - 1e-4, longest=6) == ""
+        assert answer_squad(None, None, windows, context, margin + 1e-4, max_answer_length=6) == text
+        assert answer_squad(None, None, windows, context, margin - 1e-4, max_answer_length=6) == ""
     assert chosen == set(range(len(windows)))
 
 
@@ -261,7 +261,7 @@ def test_a_run_on_unanswerable_questions_in_windows(reader, tmp_path):
     args = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", reader, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
     result = train(*options, "--out", tmp_path / "run")
-    said = "3 questions, 1 of them unanswerable; the contexts of 3 are read in windows, each an example"
+    said = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows, one example per window"
     assert result.exit_code == 0 and said in result.stderr and "6 examples to train on" in result.stderr, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [summary[name] for name in ("questions", "windowed", "unanswerable", "dropped")] == [3, 3, 1, 0]
@@ -276,8 +276,8 @@ def test_a_run_on_unanswerable_questions_in_windows(reader, tmp_path):
     always = ask("--adapter", file, *args, "--no-answer-threshold", 1e6)
     assert "1 unanswerable: exact match 0.00%" in always.stdout and "2 answerable: exact match 100.00%" in always.stdout
     wide = ask("--adapter", file, *args, "--stride", 40)
-    assert wide.exit_code == 2 and "squad.json: question a: of 45 tokens its question leaves 32 " in wide.stderr
+    assert wide.exit_code == 2 and "squad.json: question a: 32 of 45 tokens are left for the context" in wide.stderr
     assert "--stride 40" in wide.stderr and len(wide.stderr.strip().splitlines()) == 1
     short = train(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)
     assert short.exit_code == 0, short.output
-    assert "2 dropped (no window holds the answer, each of 17 tokens)" in short.stderr, short.output
+    assert "2 dropped (no window of 17 tokens contains the answer)" in short.stderr, short.output
