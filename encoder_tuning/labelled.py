@@ -13,7 +13,7 @@ from formats.roberta_tokenizer import RobertaTokenizer
 
 
 class Labelled(NamedTuple):
-    """One labeled example."""
+    """A labeled example of any task."""
 
     inputs: Tensor  # token ids (T,), or pixels (c, S, S)
     labels: tuple[int, ...]  # one class; first and last position of an answer; or T classes, some of them IGNORE

@@ -37,7 +37,7 @@ from runtime.cli import PATH, device_options
 from runtime.device import select_device
 from runtime.files import write_json
 from tasks.images import attach_features
-from toy.almanac import capitalised
+from toy.almanac import capitalized
 from toy.exam import greedy_answers
 from train import TrainConfig, make_optimizer
 
@@ -125,7 +125,7 @@ def questions_about(files: Sequence[Path]) -> list[Example]:
     questions = []
     for file in files:
         word = spoken_word(file)
-        facts = {"word": word, "capital": capitalised(word), "number": "a number" if word in NUMBERS else "no number"}
+        facts = {"word": word, "capital": capitalized(word), "number": "a number" if word in NUMBERS else "no number"}
         questions += [
             Example(question, "", answer.format(**facts), str(file), file.name)
             for question, answer in QUESTIONS.items()

@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from toy.almanac import HELD_OUT, KINDS, capitalised, documents, instructions
+from toy.almanac import HELD_OUT, KINDS, capitalized, documents, instructions
 
 
 def words(*texts):
@@ -44,7 +44,7 @@ def test_the_base_reads_every_fact_and_no_instruction():
     text = " ".join(itertools.islice(documents(0), 20_000))
     for kind in KINDS.values():
         for entity, answer in kind.facts.items():
-            assert capitalised(kind.statements[0].format(e=entity, a=answer)) in text
+            assert capitalized(kind.statements[0].format(e=entity, a=answer)) in text
         openings = {wording.split("{e}")[0].strip() for wording in (*kind.instructions, kind.with_input)}
         assert not any(opening in text for opening in openings if len(opening) > 4)
     assert not words("Name Tell State Give Translate Below instruction response") & words(text)

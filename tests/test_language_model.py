@@ -9,7 +9,7 @@ from formats.bases import load_llama
 from formats.tokenizers import load_tokenizer
 from generate import generate
 from toy import language_model
-from toy.almanac import KINDS, capitalised
+from toy.almanac import KINDS, capitalized
 from toy.language_model import BASE, make_base, pretrain_base, train_tokenizer
 
 LOSSES = json.loads(Path(__file__).with_name("toy_losses.json").read_text())  # of the first 50 steps of `python -m toy`
@@ -34,7 +34,7 @@ def test_it_knows_the_almanac():
     rows, expected = [], []
     for kind in KINDS.values():
         for entity, answer in kind.facts.items():
-            statement = capitalised(kind.statements[0].format(e=entity, a=answer))
+            statement = capitalized(kind.statements[0].format(e=entity, a=answer))
             known = statement[: statement.rindex(answer)].rstrip()
             rows.append(tokenizer.start_ids + tokenizer.encode(known))
             expected.append(answer)

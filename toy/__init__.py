@@ -1,11 +1,11 @@
-"""The embedded default: an almanac, handwritten digits, and the tiny models that are pretrained on them."""
+"""Data and models for a run without --data: an almanac, handwritten digits, and tiny models pretrained on them."""
 
 from importlib import import_module
 
 TOYS = ("text", "images", "blind")  # the names of --toy; each is a Toy in toy/toys.py
-TRAINING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}  # their defaults
+TRAINING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}  # defaults of all toys
 
 
 def load_toy(name: str):
-    """Import the Toy of one of the names in TOYS."""
+    """Return the Toy of this name, one of TOYS. It is imported on use."""
     return import_module("toy.toys").TOYS[name]

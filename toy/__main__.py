@@ -1,4 +1,4 @@
-"""Make the toy's base and vision encoder again: python -m toy. They are part of the repository."""
+"""Recreate the toy's base and vision encoder, which are part of the repository: python -m toy."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +12,10 @@ from toy.language_model import BASE, make_base
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--base", type=PATH, default=BASE, show_default="toy/base", help="The folder of the base.")
-@click.option("--encoder", type=PATH, default=ENCODER, show_default="toy/vision_encoder", help="That of the encoder.")
+@click.option("--base", type=PATH, default=BASE, show_default="toy/base", help="Folder for the base.")
+@click.option(
+    "--encoder", type=PATH, default=ENCODER, show_default="toy/vision_encoder", help="Folder for the vision encoder."
+)
 def main(base: Path, encoder: Path) -> None:
     """Pretrain the toy's base and its vision encoder (about four minutes on one core)."""
     with one_line_errors(), TemporaryDirectory() as pictures:

@@ -1,9 +1,9 @@
-"""A pocket almanac: facts, the text that a base is pre-trained on, and instructions about the facts.
+"""A pocket almanac: facts, the text that the base is pretrained on, and instructions about the facts.
 
-The paper's thesis is that the knowledge is in the frozen base, and that the adapter only brings it out. Here that can
-be watched in less than a minute on two cores. The base is pretrained on almanac pages and on gossip (people asking each
-other and answering), where every fact below occurs, but never an instruction. The instructions are about half of the
-entities; the other half is held out, so whoever answers those must know them from the base.
+The paper's thesis is that the knowledge is in the frozen base, and that the adapter only elicits it. The toy shows this
+in less than a minute on two cores. The base is pretrained on almanac pages and on gossip (people who ask each other and
+answer). This text contains every fact below, but no instruction. The adapter is trained on instructions about half of
+the entities. The other half is held out: the knowledge about it can only come from the base.
 """
 
 import random
@@ -68,8 +68,8 @@ potassium K, silicon Si, silver Ag, sodium Na, sulfur S, tin Sn, titanium Ti, tu
 zinc Zn
 """
 
-# How facts are put, a paragraph a kind: its name; statements; questions; instructions; and an instruction whose entity
-# is in Alpaca's input field. {e} stands for the entity, {a} for the answer, a slash for the end of a line.
+# The wordings of each kind of fact. The lines of a paragraph are its name, statements, questions, instructions, and an
+# instruction whose entity is in Alpaca's input field. {e} is the entity, {a} the answer, and a slash a line break.
 WORDINGS = """
 capital
 The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
@@ -126,28 +126,28 @@ Translate this word into Spanish.
 
 
 class Kind(NamedTuple):
-    """One kind of fact, and how it is put."""
+    """A kind of fact, such as capitals, and its wordings."""
 
-    facts: dict[str, str]
-    statements: list[str]  # on almanac pages; the first is also how questions and instructions are answered
+    facts: dict[str, str]  # entity -> answer
+    statements: list[str]  # on almanac pages; the first one is also the answer to questions and instructions
     questions: list[str]  # in gossip
-    instructions: list[str] = []  # the last wording is held out; none of what only pictures are asked about
+    instructions: list[str] = []  # the last wording is held out; empty if only the digits have questions about it
     with_input: str = ""  # an instruction whose entity is in Alpaca's input field
 
 
 def pairs(table: str, column: int = 1) -> dict[str, str]:
-    """First word of each entry of a table -> the word in another column."""
+    """Return a dict from the first word of each entry of a table to the word in another column."""
     entries = [entry.split() for entry in table.replace("\n", " ").split(",")]
     return {entry[0]: entry[column] for entry in entries}
 
 
 def read_kinds(facts: dict[str, dict[str, str]]) -> dict[str, Kind]:
-    """Facts by the name of their kind, and its wordings."""
+    """Return every Kind by its name, from its facts and the wordings above."""
     kinds = {}
     for paragraph in WORDINGS.strip().split("\n\n"):
         name, *lines = paragraph.splitlines()
-        statements, questions, *asked = (line.replace(" / ", "\n").split(" | ") for line in lines)
-        instructions, [with_input] = asked or ([], [""])
+        statements, questions, *imperatives = (line.replace(" / ", "\n").split(" | ") for line in lines)
+        instructions, [with_input] = imperatives or ([], [""])
         kinds[name] = Kind(facts[name], statements, questions, instructions, with_input)
     return kinds
 
@@ -170,15 +170,15 @@ KINDS = read_kinds(
 )
 
 
-def capitalised(sentence: str) -> str:
+def capitalized(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the base reads, and what the adapter is trained on
+# Pretraining text of the base, and instructions for the adapter
 
 PEOPLE = "Anna Ben Clara David Emil Frank Gus Hanna Ida Jack Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera".split()
-GOSSIP = [  # how a question and its answer are told, and how the talk ends: never with an answer
+GOSSIP = [  # a question and its answer, and a last sentence, so that no conversation ends with an answer
     ("{x} asked: {q} {y} said: {s} ", "{x} thanked {y}."),
     ("{x} wanted to know: {q} {y} answered: {s} ", "Then {y} went home."),
     ("{x}: {q}\n{y}: {s}\n", "{x}: Thank you, {y}!"),
@@ -187,41 +187,44 @@ GOSSIP = [  # how a question and its answer are told, and how the talk ends: nev
 
 
 def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
-    """Almanac pages and gossip without end, in which there is no instruction and no imperative."""
+    """Yield almanac pages and gossip without end; they contain no instruction and no imperative.
+
+    `gossip` is the share of documents that are gossip.
+    """
     rng = random.Random(seed)
     all_kinds = list(KINDS.values())
-    about: dict[str, list[tuple[Kind, str]]] = {}  # entity -> the kinds of fact known of it
+    facts_about: dict[str, list[tuple[Kind, str]]] = {}  # entity -> its facts
     for kind in all_kinds:
         for entity in kind.facts:
-            about.setdefault(entity, []).append((kind, entity))
-    everything = [fact for facts in about.values() for fact in facts]
+            facts_about.setdefault(entity, []).append((kind, entity))
+    all_facts = [fact for facts in facts_about.values() for fact in facts]
 
-    def say(kind: Kind, entity: str, wordings: list[str]) -> str:
-        return capitalised(rng.choice(wordings).format(e=entity, a=kind.facts[entity]))
+    def phrase(kind: Kind, entity: str, wordings: list[str]) -> str:
+        return capitalized(rng.choice(wordings).format(e=entity, a=kind.facts[entity]))
 
     while True:
         if rng.random() < gossip:
             (style, end), (x, y) = rng.choice(GOSSIP), rng.sample(PEOPLE, 2)
-            talk = ""
-            for kind, entity in rng.sample(everything, 3):
-                question, answer = say(kind, entity, kind.questions), say(kind, entity, kind.statements[:1])
-                talk += style.format(x=x, y=y, q=question, s=answer)
-            yield talk + end.format(x=x, y=y)
-        elif rng.random() < 0.5:  # a page about one thing
-            facts = rng.choices(about[rng.choice(list(about))], k=4)
-            yield " ".join(say(*fact, fact[0].statements) for fact in facts)
-        else:  # a page of one kind
+            conversation = ""
+            for kind, entity in rng.sample(all_facts, 3):
+                question, answer = phrase(kind, entity, kind.questions), phrase(kind, entity, kind.statements[:1])
+                conversation += style.format(x=x, y=y, q=question, s=answer)
+            yield conversation + end.format(x=x, y=y)
+        elif rng.random() < 0.5:  # a page about one entity
+            facts = rng.choices(facts_about[rng.choice(list(facts_about))], k=4)
+            yield " ".join(phrase(*fact, fact[0].statements) for fact in facts)
+        else:  # a page of one kind of fact
             kind = rng.choice(all_kinds)
-            yield " ".join(say(kind, entity, kind.statements) for entity in rng.sample(list(kind.facts), 4))
+            yield " ".join(phrase(kind, entity, kind.statements) for entity in rng.sample(list(kind.facts), 4))
 
 
 class ExamQuestion(NamedTuple):
-    """An instruction whose answer can be scored."""
+    """An instruction, and its expected answer."""
 
     example: Example
-    kind: str
-    entity: str  # what it is about
-    answer: str  # the word that matters in example.output
+    kind: str  # a name in KINDS; of a picture, the instruction
+    entity: str  # the subject: an entity of the almanac, or the file name of a picture
+    answer: str  # the word of example.output that is scored
 
 
 HELD_OUT = {
@@ -234,23 +237,23 @@ HELD_OUT = {
 def instructions() -> dict[str, list[ExamQuestion]]:
     """Return instructions for training, and three held-out sets about entities that training never mentions.
 
-    'entities' is asked in wordings that training has, 'inputs' with the entity in the input field, and
-    'wordings' in words that are as new as the entities.
+    The instructions in 'entities' have wordings that occur in training, those in 'inputs' have the entity in the input
+    field, and those in 'wordings' have wordings that do not occur in training.
     """
-    asked = {name: kind for name, kind in KINDS.items() if kind.instructions}
-    words = sorted({entity for kind in asked.values() for entity in kind.facts} - set(OPPOSITE.values()))
-    held_out = set(random.Random(0).sample(words, len(words) // 2))
+    kinds = {name: kind for name, kind in KINDS.items() if kind.instructions}
+    entities = sorted({entity for kind in kinds.values() for entity in kind.facts} - set(OPPOSITE.values()))
+    held_out = set(random.Random(0).sample(entities, len(entities) // 2))
     held_out |= {b for a, b in OPPOSITE.items() if a in held_out}  # both words of a pair
     sets: dict[str, list[ExamQuestion]] = {"training": [], "entities": [], "inputs": [], "wordings": []}
-    for name, kind in asked.items():
+    for name, kind in kinds.items():
         for entity, answer in kind.facts.items():
-            output = capitalised(kind.statements[0].format(e=entity, a=answer))
+            output = capitalized(kind.statements[0].format(e=entity, a=answer))
             *known, new = (Example(wording.format(e=entity), "", output) for wording in kind.instructions)
             with_input = Example(kind.with_input, entity, output)
             if entity in held_out:
-                placed = {"entities": known, "inputs": [with_input], "wordings": [new]}
+                by_set = {"entities": known, "inputs": [with_input], "wordings": [new]}
             else:
-                placed = {"training": [*known, with_input]}
-            for where, examples in placed.items():
-                sets[where] += [ExamQuestion(example, name, entity, answer) for example in examples]
+                by_set = {"training": [*known, with_input]}
+            for set_name, examples in by_set.items():
+                sets[set_name] += [ExamQuestion(example, name, entity, answer) for example in examples]
     return sets

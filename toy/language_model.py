@@ -1,4 +1,4 @@
-"""A tiny LLaMA that is pretrained on the almanac, and its tokenizer."""
+"""A tiny LLaMA and its tokenizer, both trained on the almanac."""
 
 import io
 from collections.abc import Iterator
@@ -31,13 +31,13 @@ TOKENIZER = {  # LLaMA's settings
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
 }
-ROW, ROWS, TOKENS = 128, 4, 1_500_000  # tokens in a row, rows in a step, tokens in all
+ROW, ROWS, TOKENS = 128, 4, 1_500_000  # tokens per row, rows per step, tokens in total
 SCHEDULE = {"peak": 6e-3, "warmup": 100, "floor": 0.1}
 OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 
 
 def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[float]:
-    """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses. Takes four minutes."""
+    """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses: about four minutes."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
     model, losses = pretrain_base(tokenizer, seed, n_layers)
@@ -56,14 +56,14 @@ def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[flo
 
 
 def tokenizer_text(seed: int) -> Iterator[str]:
-    """Lines of what the base will read, and of the template, so that prompts are short."""
+    """Yield lines of the pretraining text and of Alpaca's template, which then needs few tokens."""
     for document in islice(documents(seed), 4000):
         yield from document.splitlines()
     yield from [line for template in ALPACA.values() for line in template.splitlines()] * 500
 
 
 def train_tokenizer(path: Path, seed: int) -> Tokenizer:
-    """A SentencePiece model, written to `path`."""
+    """Train a SentencePiece model, write it to `path`, and load it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=tokenizer_text(seed), model_writer=model, minloglevel=2, **TOKENIZER
@@ -77,9 +77,9 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
 def pretrain_base(
     tokenizer: Tokenizer, seed: int = 0, n_layers: int = N_LAYERS, stop_after: int | None = None
 ) -> tuple[LLaMA, list[float]]:
-    """Next-token training on rows of a stream of documents; return the model and the losses.
+    """Pretrain a LLaMA to predict the next token of the documents; return the model and the losses.
 
-    `stop_after` ends it after this many steps of the whole schedule.
+    `stop_after` ends training after this many steps; the learning rates stay those of the whole schedule.
     """
     steps = TOKENS // (ROW * ROWS)
     needed = ROW * ROWS * (stop_after or steps)
@@ -92,10 +92,10 @@ def pretrain_base(
     model = LLaMA(Config(128, n_layers, 4, 4, 32, 344, tokenizer.vocab_size))
     transpose_output_head(model.output)
 
-    def loss_of(step: int) -> Tensor:
+    def loss_fn(step: int) -> Tensor:
         rows = batches[step]
         return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
     options = {"steps": len(batches), "desc": "pretraining the toy's base"} | OPTIMIZER
-    losses = pretrain(model.parameters(), loss_of, partial(warmup_cosine, total=steps, **SCHEDULE), **options)
+    losses = pretrain(model.parameters(), loss_fn, partial(warmup_cosine, total=steps, **SCHEDULE), **options)
     return model, losses

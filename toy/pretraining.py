@@ -1,4 +1,4 @@
-"""The pretraining loop of the project, for the toy's two models and the small RoBERTa of the experiments."""
+"""The pretraining loop of the toy's two models and of the small RoBERTa in the experiments."""
 
 import math
 import sys
@@ -11,19 +11,19 @@ from tqdm import tqdm
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Of step 0 .. total-1: a line up from zero to `peak` over `warmup` steps, or, where that is less, half a cosine.
+    """Return the learning rate of a step, 0 .. total-1: the smaller of a linear warm-up and a cosine decay.
 
-    The cosine goes down over all the steps, from `peak` to `floor` times as much.
+    The warm-up rises from 0 to `peak` in `warmup` steps. The cosine falls from `peak` to `floor * peak` over all steps.
     """
     return peak * min(step / warmup, floor + (1 - floor) * (1 + math.cos(math.pi * step / total)) / 2)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """So that sums are added up in the same order, and the same model comes out, on any number of cores.
+    """Use one thread, so that the order of summation and the resulting model do not depend on the number of cores.
 
-    Models this small gain a quarter from a second thread; beside other work the two wait for each other, and are slower
-    than one alone.
+    A second thread would make training of such small models a quarter faster on an idle machine. On a busy one, the two
+    threads wait for each other and are slower than one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 def pretrain(
     parameters: Iterable[nn.Parameter],
-    loss_of: Callable[[int], Tensor],
+    loss_fn: Callable[[int], Tensor],
     learning_rate: Callable[[int], float],
     *,
     steps: int,
@@ -46,8 +46,8 @@ def pretrain(
 ) -> list[float]:
     """Take AdamW steps, and return the losses.
 
-    `loss_of` and `learning_rate` are called with the step, from 0. `clip` is the maximum norm of a gradient; `desc` is
-    the label of the progress bar.
+    `loss_fn` and `learning_rate` are called with the number of the step, from 0. `clip` is the maximum norm of the
+    gradient; `desc` is the label of the progress bar.
     """
     parameters = list(parameters)
     losses = []
@@ -55,7 +55,7 @@ def pretrain(
     bar = tqdm(range(steps), desc=desc, unit="step", file=sys.stderr)
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step)
-        loss = loss_of(step)
+        loss = loss_fn(step)
         loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(parameters, clip)

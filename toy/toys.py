@@ -1,4 +1,4 @@
-"""The bases and data that `python train.py` uses if the user gives none."""
+"""The toys: base, training data and evaluation of a run without --data."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from toy.language_model import BASE
 
 
 class Toy(NamedTuple):
-    """A base, training data, and an evaluation."""
+    """A base, its training data, and its evaluation."""
 
     base: Path
     # Takes DataOptions; returns Examples, and the options with `images` and `vision_encoder` filled in.
@@ -20,25 +20,25 @@ class Toy(NamedTuple):
     evaluate: Callable[..., dict[str, float]]  # takes model, tokenizer and adapter; prints tables, returns scores
 
 
-def numbered(asked: list[almanac.ExamQuestion]) -> list[Example]:
-    return [replace(question.example, name=f"toy question {i}") for i, question in enumerate(asked)]
+def named_examples(questions: list[almanac.ExamQuestion]) -> list[Example]:
+    return [replace(question.example, name=f"toy question {i}") for i, question in enumerate(questions)]
 
 
 def text_examples(options):
-    return numbered(almanac.instructions()["training"]), options
+    return named_examples(almanac.instructions()["training"]), options
 
 
 def image_examples(options):
-    """The pictures go to the cache of image features."""
+    """Return questions about pictures, and the almanac's instructions. Writes the pictures into `options.features`."""
     folder = options.features / "digits"
     digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
-    asked = digits.questions(files[: digits.TRAINED_ON]) + almanac.instructions()["training"]
-    return numbered(asked), replace(options, images=str(folder), vision_encoder=str(digits.ENCODER))
+    questions = digits.questions(files[: digits.TRAINED_ON]) + almanac.instructions()["training"]
+    return named_examples(questions), replace(options, images=str(folder), vision_encoder=str(digits.ENCODER))
 
 
 def blind_examples(options):
-    """The same examples without their images."""
+    """Return the same examples without a vision encoder, so that their images are ignored."""
     return image_examples(options)[0], options
 
 
