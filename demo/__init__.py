@@ -1,1 +1,1 @@
-"""A page to try adapters on, and to see their prompts at work: python -m demo --adapter a.safetensors."""
+"""A web page that compares adapters with their base: python -m demo --adapter a.safetensors."""

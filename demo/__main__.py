@@ -1,4 +1,4 @@
-"""A page to try adapters on: python -m demo --adapter a.safetensors, then open what it says in a browser."""
+"""Serve a page to try adapters on: python -m demo --adapter a.safetensors, then open the printed address."""
 
 import os
 import signal
@@ -24,19 +24,20 @@ from runtime.device import select_device
 @option_group("Memory", *bits_options)
 @option_group(
     "Page",
-    option("--host", default="127.0.0.1", help="Who is listened to: this machine alone; 0.0.0.0 is everybody."),
-    option("--port", type=click.IntRange(1, 65535), default=7860, help="Where the page is: http://HOST:PORT."),
+    option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 also accepts other machines."),
+    option("--port", type=click.IntRange(1, 65535), default=7860, help="Port of the page, http://HOST:PORT."),
 )
 def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, bits, host, port):
-    """Serve a page on which adapters respond beside their base, and their prompts are seen at work.
+    """Serve a page that compares adapters with their base.
 
-    It is for this machine alone, unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
+    Only this machine can open the page, unless --host is given. The page loads nothing from other servers. Stop it with
+    Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the uploads are deleted
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the uploads are deleted
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:
         if not adapter_paths:
-            raise ValueError("nothing to show: give --adapter FILE, one or several")
-        # Gradio reads both when it is imported: where uploads lie until they are read, and that it reports to nobody.
+            raise ValueError("no adapter to show: give --adapter FILE, once or more")
+        # Gradio reads both when it is imported: the folder of uploads, and whether it sends usage data.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             from demo.page import make_page, serve

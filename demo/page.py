@@ -1,4 +1,4 @@
-"""The page itself, of Gradio's blocks: what is typed and set, and where responses and pictures appear."""
+"""The page, made of Gradio's blocks: its controls, the two responses, the heat map and the gates."""
 
 import re
 from collections.abc import Iterator
@@ -12,33 +12,34 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
-from demo.responses import LONGEST, Demonstration, Sampling, Upload, gates_figure, shares_table
+from demo.responses import MAX_CHARACTERS, Demonstration, Sampling, Upload, gates_figure, shares_table
 from formats.requests import Request
 from runtime.errors import error_line, is_out_of_memory
 
-WAITING = 16  # requests; a further one is told to come again
-UPLOAD = "64mb"
-# Each request for the model carries this: of all kinds of them, one at a time.
-ON_THE_MODEL = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-SYSTEM_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # nothing is fetched
+MAX_WAITING = 16  # requests in the queue; further ones are rejected
+MAX_UPLOAD = "64mb"
+# All events that use the model share a limit of one at a time.
+MODEL_EVENT = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+SYSTEM_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # so that no fonts are downloaded
 
 INTRODUCTION = """# LLaMA-Adapter
 
-One instruction, given to a frozen LLaMA with an adapter and without. The adapter adds K prompts to the topmost L
-layers; in each head a gate g says how far they are let in.
+One instruction, given to a frozen LLaMA with and without an adapter. The adapter adds K adaption prompts to each of
+the topmost L layers. In each head a gate g scales their contribution.
 """
-ABOUT_SHARES = """### Where the prompts speak
+ABOUT_SHARES = """### Share of the prompts
 
-In an adapted layer a token's attention output, before Wo, is the sum **g A vp + W v**: what the prompts say, and what
-the tokens say, as in the frozen base. A cell is the prompts' part of it, |g A vp| / (|g A vp| + |W v|), over all heads,
-in per cent, while the token above it was chosen; 50 means that both are equally long, 0 is the frozen layer. It is a
-size: what the prompts change, the two responses show.
+In an adapted layer the attention output of a token, before Wo, is the sum **g A vp + W v**: the term of the adaption
+prompts, and the term of the tokens, as in the frozen base. A cell is the share of the prompts in percent,
+|g A vp| / (|g A vp| + |W v|) over all heads, at the position that predicted the token above it. At 50 both terms have
+the same norm; at 0 the layer is equal to the frozen one. The share measures size, not effect. To see the effect,
+compare the two responses.
 """
 ABOUT_GATES = """### Gate values
 
-tanh(g) in each head of each adapted layer, at strength 1 (g itself, where the adapter's file says so). Training starts
-with all at 0 (white), where the model is the base. A gate below 0 subtracts what the prompts say. The strength
-multiplies them all; at 0 the model is the base again.
+tanh(g) in each head of each adapted layer, at strength 1 (or g itself, if the adapter file says so). Training starts
+with all gates at 0 (white), where the model is equal to the base. A negative gate subtracts the prompts' term. The
+strength multiplies all gate values; at 0 the model is equal to the base.
 """
 CSS = """
 .shares { overflow-x: auto; padding-bottom: 10px; }
@@ -57,21 +58,21 @@ CSS = """
 
 
 def make_page(demonstration: Demonstration) -> gr.Blocks:
-    """All there is to see, bound to a demonstration; an upload that nobody waited for goes after an hour."""
+    """Build the page for a demonstration. An upload that is never processed is deleted after an hour."""
     names, encoders = list(demonstration.adapters), demonstration.encoders
     with gr.Blocks(title="LLaMA-Adapter", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                instruction = gr.Textbox(label="Instruction", max_lines=6, max_length=LONGEST, elem_id="instruction")
-                context = gr.Textbox(
-                    label="Input, where the instruction is about one", max_lines=6, max_length=LONGEST, elem_id="input"
+                instruction = gr.Textbox(
+                    label="Instruction", max_lines=6, max_length=MAX_CHARACTERS, elem_id="instruction"
                 )
+                context = gr.Textbox(label="Input (optional)", max_lines=6, max_length=MAX_CHARACTERS, elem_id="input")
                 with gr.Row(visible=names[0] in encoders) as image:
                     file = gr.File(label="Image", height=120, elem_id="file")
                     with gr.Column(min_width=160):
                         preview, upload = gr.HTML(elem_id="preview"), gr.State()
-                        forget = gr.Button("Remove the image", visible=False, size="sm")
+                        remove = gr.Button("Remove the image", visible=False, size="sm")
             with gr.Column(min_width=280):
                 name = gr.Radio(names, value=names[0], label="Adapter", visible=len(names) > 1, elem_id="adapter")
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", elem_id="strength")
@@ -91,28 +92,28 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
         gates = gr.Plot(gates_figure(demonstration.adapters[names[0]]), show_label=False, elem_id="gates")
 
         inputs = [instruction, context, name, strength, upload, *sampling]
-        shown = [adapted, base, shares, notice]
-        answering = gr.on(
-            [ask.click, instruction.submit], partial(stream_responses, demonstration), inputs, shown, **ON_THE_MODEL
+        outputs = [adapted, base, shares, notice]
+        generation = gr.on(
+            [ask.click, instruction.submit], partial(stream_responses, demonstration), inputs, outputs, **MODEL_EVENT
         )
-        stop.click(None, cancels=[answering], api_visibility="private")
-        picture = [file, upload, preview, forget, notice]
-        file.upload(partial(take_image, demonstration), file, picture, **ON_THE_MODEL)
-        forget.click(no_image, None, picture, api_visibility="private")
+        stop.click(None, cancels=[generation], api_visibility="private")
+        image_outputs = [file, upload, preview, remove, notice]
+        file.upload(partial(encode_image, demonstration), file, image_outputs, **MODEL_EVENT)
+        remove.click(clear_image, None, image_outputs, api_visibility="private")
         name.change(partial(choose_adapter, demonstration), name, [image, gates], api_visibility="private")
-    return page.queue(max_size=WAITING)
+    return page.queue(max_size=MAX_WAITING)
 
 
 def sampling_controls() -> list[gr.Slider | gr.Textbox]:
-    """The fields of `Sampling` but for the strength, in their order."""
-    usual = Sampling()
+    """Return a control for each field of `Sampling` except the strength, in the order of the fields."""
+    defaults = Sampling()
     return [
-        gr.Slider(0, 2, usual.temperature, step=0.05, label="Temperature (0: greedy)"),
-        gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top-p"),
-        gr.Slider(1, 1024, usual.max_new_tokens, step=1, precision=0, label="New tokens, at most", elem_id="tokens"),
-        gr.Slider(0, 99, usual.seed, step=1, precision=0, label="Seed"),
-        gr.Slider(1, 2, usual.repetition_penalty, step=0.05, label="Repetition penalty (1: none)"),
-        gr.Textbox(usual.stop, lines=2, label="Texts that end a response, one per line", elem_id="stop_texts"),
+        gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: greedy)"),
+        gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="Top-p"),
+        gr.Slider(1, 1024, defaults.max_new_tokens, step=1, precision=0, label="Max new tokens", elem_id="tokens"),
+        gr.Slider(0, 99, defaults.seed, step=1, precision=0, label="Seed"),
+        gr.Slider(1, 2, defaults.repetition_penalty, step=0.05, label="Repetition penalty (1: none)"),
+        gr.Textbox(defaults.stop, lines=2, label="Stop texts, one per line", elem_id="stop_texts"),
     ]
 
 
@@ -129,32 +130,32 @@ def stream_responses(
     features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)
-    yield ["", "", "", ""]  # nothing of what was asked before
+    yield ["", "", "", ""]  # clears the previous outputs
     drawn = False
     try:
         for responses in demonstration.respond(request, Sampling(strength, *sampling)):
-            heat = gr.skip()
+            heat_map = gr.skip()
             if responses.shares is not None and not drawn:
-                heat, drawn = shares_table(responses.shares, responses.labels, first_layer), True
-            yield [responses.adapter, responses.base, heat, gr.skip()]
+                heat_map, drawn = shares_table(responses.shares, responses.labels, first_layer), True
+            yield [responses.adapter, responses.base, heat_map, gr.skip()]
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
             raise
         yield [gr.skip(), gr.skip(), gr.skip(), as_notice(error)]
 
 
-def take_image(demonstration: Demonstration, path: str) -> list:
-    """An upload becomes features and a preview; the place for files is free again, and the file is gone."""
+def encode_image(demonstration: Demonstration, path: str) -> list:
+    """Encode an upload and delete the file; return the new values of the image's controls and the notice."""
     try:
         upload = demonstration.encode_upload(Path(path))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ValueError | OSError) and not is_out_of_memory(error):
             raise
-        return [*no_image()[:-1], as_notice(error)]
+        return [*clear_image()[:-1], as_notice(error)]
     return [None, upload, upload.preview, gr.Button(visible=True), ""]
 
 
-def no_image() -> list:
+def clear_image() -> list:
     return [None, None, "", gr.Button(visible=False), ""]
 
 
@@ -175,15 +176,15 @@ class PageOnly:
     async def __call__(self, scope, receive, send) -> None:
         app = self.app
         if scope["type"] == "http" and re.match(r"(/gradio_api)?/(run|call|api)\b", scope["path"]):
-            app = PlainTextResponse("there is a page, and no API", status_code=404)
+            app = PlainTextResponse("this server has no API; open its page in a browser", status_code=404)
         await app(scope, receive, send)
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C. It loads and reports nothing elsewhere. Raises OSError if the port is taken.
+    """Serve the page until Ctrl-C, without contact to other servers. Raises OSError if the port is in use.
 
-    Requests whose Host header is another name are refused, because a website could give its own name this address
-    (DNS rebinding).
+    Requests whose Host header has another name are refused, because a website could let its own name resolve to this
+    address (DNS rebinding).
     """
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]
@@ -195,7 +196,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
-            max_file_size=UPLOAD,
+            max_file_size=MAX_UPLOAD,
             app_kwargs={"middleware": middleware},
             theme=theme,
             css=CSS,
@@ -203,6 +204,6 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             **off,
         )
     except OSError:
-        raise OSError(f"{host}:{port}: is taken, or no place to listen at; give another --port, or --host") from None
-    click.echo(f"http://{host}:{port}, until Ctrl-C")
+        raise OSError(f"{host}:{port}: cannot listen there; give another --port or --host") from None
+    click.echo(f"http://{host}:{port}, press Ctrl-C to stop")
     page.block_thread()

@@ -1,4 +1,4 @@
-"""Functions behind the page: two responses side by side, a picture's features, and the HTML of what is shown."""
+"""Functions behind the page: two responses side by side, features of images, and the HTML of previews and heat map."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ from multimodal import ImageAdapter
 from runtime.errors import error_line
 from training.curves import draw_gates
 
-THUMBNAIL = (240, 240)  # pixels, at most
-LONGEST = 20_000  # characters of a prompt or its input: not every base says how many tokens it sees
+THUMBNAIL = (240, 240)  # maximum size of a preview in pixels
+MAX_CHARACTERS = 20_000  # of an instruction or input, because not every base states its context length
 
 
 class Sampling(NamedTuple):
@@ -43,22 +43,22 @@ class SideBySide(NamedTuple):
 
     adapter: str = ""
     base: str = ""
-    labels: list[str] = []  # the adapter's response, token by token: n texts
-    shares: Tensor | None = None  # (L, n), of the prompts, while each of them was chosen
+    labels: list[str] = []  # the n tokens of the adapter's response, as text
+    shares: Tensor | None = None  # (L, n), share of the prompts at the position that predicted each token
 
 
 class Upload(NamedTuple):
-    """What is left of an upload."""
+    """Features and preview of an uploaded file, which is deleted."""
 
-    features: dict[str, Tensor]  # (F,) for every adapter that takes images, by its name
+    features: dict[str, Tensor]  # (F,) by name of the adapter, for those trained on images
     preview: str  # HTML
 
 
 class Demonstration:
-    """A base, adapters over it by name, and what makes features of images for those that take them.
+    """A base, its adapters by name, and an image encoder for each adapter that was trained on images.
 
-    `vision_encoder`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError where an
-    image adapter's encoder cannot be loaded.
+    `vision_encoder`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError if an
+    encoder cannot be loaded.
     """
 
     def __init__(
@@ -78,12 +78,14 @@ class Demonstration:
             if isinstance(adapter, ImageAdapter)
         }
         if (vision_encoder or encoder) and not self.encoders:
-            raise ValueError("--clip and --encoder are for adapters that were trained on images; here is none")
+            raise ValueError(
+                "--clip and --encoder need an adapter that was trained on images; none of the adapters was"
+            )
 
     def encode_upload(self, path: Path) -> Upload:
-        """The features of a file that was uploaded, for every adapter that takes images; the file is deleted.
+        """Return features and preview of an uploaded file, and delete the file.
 
-        Raises OSError or ValueError, in words that name the file alone, not the folder where it was put.
+        Raises ValueError. The message contains the name of the file, but not the folder on the server.
         """
         try:
             features = {name: encoder.encode([path])[0] for name, encoder in self.encoders.items()}
@@ -94,20 +96,22 @@ class Demonstration:
             path.unlink(missing_ok=True)
 
     def respond(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
-        """Yield the responses of an adapter, then of the base, each growing piece by piece; the base sees no image.
+        """Yield the responses while they grow, first that of the adapter, then that of the base.
 
-        Both have the adapter's template and the same seed. Raises ValueError where nothing is asked, or more than the
-        base's context holds.
+        Both use the adapter's template and the same seed; the base gets no image. Raises ValueError if the instruction
+        is empty or the prompt is too long.
         """
         if not request.instruction.strip():
-            raise ValueError("There is no prompt yet: type an instruction.")
-        if max(len(request.instruction), len(request.input)) > LONGEST:
-            raise ValueError(f"A prompt or its input has {LONGEST:,} characters at most.")
+            raise ValueError("The instruction is empty: type an instruction.")
+        if max(len(request.instruction), len(request.input)) > MAX_CHARACTERS:
+            raise ValueError(
+                f"The instruction or the input is too long: each may have {MAX_CHARACTERS:,} characters at most."
+            )
         name = request.adapter
         responder = Responder(
             self.model,
             self.tokenizer,
-            {name: self.adapters[name]},  # alone: the base takes the template of the first one
+            {name: self.adapters[name]},  # no other, because the base uses the template of the first one
             gate_scale=sampling.strength,
             template=self.template,
             temperature=sampling.temperature,
@@ -117,20 +121,20 @@ class Demonstration:
             stop=[*filter(None, sampling.stop.splitlines())],
         )
         responses, ids = SideBySide(), []
-        for piece in pieces(responder, request, sampling.seed, ids):
+        for piece in response_pieces(responder, request, sampling.seed, ids):
             responses = responses._replace(adapter=responses.adapter + piece)
             yield responses
         if ids:
             labels, shares = token_texts(self.tokenizer, ids), response_shares(responder, request, ids)
             responses = responses._replace(labels=labels, shares=shares)
             yield responses
-        for piece in pieces(responder, Request(request.instruction, request.input), sampling.seed, []):
+        for piece in response_pieces(responder, Request(request.instruction, request.input), sampling.seed, []):
             responses = responses._replace(base=responses.base + piece)
             yield responses
 
 
-def pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
-    """Yield a response piece by piece; `ids` is an empty list, which gets all ids. Raises ValueError."""
+def response_pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
+    """Yield a response piece by piece, and fill the empty list `ids` with its token ids. Raises ValueError."""
     tokens, limit = responder.prompt_ids_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
@@ -151,17 +155,17 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def response_shares(responder: Responder, request: Request, ids: list[int]) -> Tensor:
-    """The prompts' share (L, n) while each of a response's n tokens was chosen: at the token before it."""
+    """Return the share of the prompts (L, n) at the position before each of the n tokens of a response."""
     tokens = torch.tensor([responder.prompt_ids(request) + ids], device=responder.model.device)
     shares = prompt_shares(responder.model, tokens, responder.adaption_prompts(request))  # (L, 1, T + n)
     return shares[:, 0, -len(ids) - 1 : -1].cpu()
 
 
 def preview(path: Path) -> str:
-    """A file as the page shows it: small, and within the page itself, so that no file is kept; else its name."""
+    """Return the HTML of a small image, embedded as data so that no file is kept; of other files, only the name."""
     try:
         image = frames_of(path)[0]
-    except ValueError:  # a sound, say, that an encoder of the user's understands
+    except ValueError:  # for example a sound, for an encoder of the user's own
         return f"<p>{escape(path.name)}</p>"
     image.thumbnail(THUMBNAIL)
     image.save(png := io.BytesIO(), "PNG")
@@ -170,10 +174,10 @@ def preview(path: Path) -> str:
 
 
 def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
-    """A heat map as an HTML table, layers (the topmost first) by tokens, in per cent.
+    """Return a heat map as an HTML table in percent: a row per layer, the topmost first, and a column per token.
 
-    shares (L, n); n labels; `first_layer` is that of row 0. The colours mean the same in every table: white is 0, full
-    colour is 1.
+    `shares` is (L, n), with n labels; its row 0 belongs to layer `first_layer`. The color scale is the same in every
+    table: white is 0, full color is 1.
     """
     head = "".join(f"<th><span>{escape(repr(label)[1:-1])}</span></th>" for label in labels)
     rows = []
@@ -187,7 +191,7 @@ def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
 
 
 def gates_figure(adapter: Adapter) -> Figure:
-    """The adapter's gates, layers by heads, as training drew them."""
+    """Draw the gate values, layers by heads, as in curves.png."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     draw_gates(figure.subplots(), adapter)
     return figure

@@ -207,12 +207,12 @@ def test_bad_starts_are_one_line(tiny_adapter, monkeypatch):
         assert refused("--adapter", tiny_adapter).endswith("pip install gradio\n")
     pytest.importorskip("gradio")
     assert "no such adapter file" in refused("--adapter", "nowhere.safetensors", "--base", "nowhere")
-    assert "here is none" in refused("--adapter", tiny_adapter, "--clip", "ViT.pt")
+    assert "need an adapter that was trained on images" in refused("--adapter", tiny_adapter, "--clip", "ViT.pt")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}: is taken" in refused("--adapter", tiny_adapter, "--port", port)
+        assert f"127.0.0.1:{port}: cannot listen there" in refused("--adapter", tiny_adapter, "--port", port)
 
 
 def test_every_option_is_heeded(seeing, tiny_base, tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_the_page(driver, tiny_adapter, seeing, tiny_base, tmp_path):
     try:
         base, of_words = generated("--base", tiny_base), generated("--adapter", tiny_adapter)
         of_image = generated("--adapter", seeing, "--image", image)
-        assert process.stdout.readline() == f"{address}, until Ctrl-C\n", (server_folder / "stderr").read_text()
+        assert process.stdout.readline() == f"{address}, press Ctrl-C to stop\n", (server_folder / "stderr").read_text()
         page = Browser(driver, address)
         page.all("#sampling button")[0].click()
         page.until(lambda: page.all("#tokens input[type=number]"))
