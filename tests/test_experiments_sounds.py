@@ -61,7 +61,7 @@ def test_the_scores_are_made_of_the_last_class_token(keyword_transformer, tmp_pa
     (file, *_) = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     tokens, scores = encoder("class_tokens")(file), encoder("label_scores")(file)
     assert tokens.shape == (4, 64) and scores.shape == (1, 12)
-    model = encoder("hear")(file)
+    model = encoder("run_model")(file)
     index = {tensor["name"]: tensor["index"] for tensor in model.get_tensor_details()}
     weight, bias = (model.get_tensor(index[f"sequential_12/dense_73/{name}"]) for name in ("MatMul", "bias"))
     np.testing.assert_allclose(tokens[3] @ weight.T + bias, scores[0], atol=1e-5)
@@ -100,11 +100,11 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
     for variable in ("", str(tmp_path / "no.tflite")):
         monkeypatch.setenv("KWT_MODEL", variable)
-        with pytest.raises(ValueError, match=f"KWT_MODEL={variable}: no such file; the variable names"):
+        with pytest.raises(ValueError, match=f"KWT_MODEL={variable}: no such file; set it to the path"):
             encode_with_function([file], encoder("class_tokens"))
     (tmp_path / "broken.tflite").write_text("no model")
     monkeypatch.setenv("KWT_MODEL", str(tmp_path / "broken.tflite"))
-    with pytest.raises(ValueError, match="broken.tflite: is no tflite model"):
+    with pytest.raises(ValueError, match="broken.tflite: is not a TFLite model"):
         encode_with_function([file], encoder("class_tokens"))
 
 

@@ -1,7 +1,7 @@
-"""Two tasks of lm-evaluation-harness from the toy's almanac: python docs/examples/capitals.py
+"""Write two tasks for lm-evaluation-harness, made from the toy's almanac: python docs/examples/capitals.py
 
-Questions about capitals that training did not have: one city of four is to be chosen (capitals_chosen.yaml), or the
-answer to be written (capitals_written.yaml). The files are written beside each other into the current folder.
+Both contain the held-out questions about capitals. In capitals_chosen.yaml the model chooses one of four cities, in
+capitals_written.yaml it writes the answer. All files are written to the current folder.
 """
 
 import json
@@ -29,12 +29,12 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 40}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
-asked = [question for name, questions in instructions().items() if name != "training" for question in questions]
-asked = [question for question in asked if question.kind == "capital" and not question.example.input]
-cities = sorted({question.answer for question in asked})
+held_out = [question for name, questions in instructions().items() if name != "training" for question in questions]
+capitals = [question for question in held_out if question.kind == "capital" and not question.example.input]
+cities = sorted({question.answer for question in capitals})
 random.seed(0)
 lines = []
-for question in asked:
+for question in capitals:
     others = random.sample([city for city in cities if city != question.answer], 3)
     options = [question.example.output.replace(question.answer, city) for city in (question.answer, *others)]
     random.shuffle(options)

@@ -1,9 +1,9 @@
-"""An encoder for spoken words, as `--encoder docs/examples/keyword_transformer.py:class_tokens` takes it.
+"""An encoder for spoken words: --encoder docs/examples/keyword_transformer.py:class_tokens
 
-The Keyword Transformer KWT-1 (Berg et al., 2021) is a vision transformer of 607,000 parameters, whose patches are the
-98 moments of a second of sound; the MFCC that it begins with are computed inside the file. It needs two packages, and
-an environment variable that says where the file is, models_data_v2_12_labels/kwt1/tflite_non_stream/non_stream.tflite
-of github.com/ARM-software/keyword-transformer:
+The Keyword Transformer KWT-1 (Berg et al., 2021) is a vision transformer of 607,000 parameters. Its patches are the 98
+frames of one second of sound; the model itself computes their MFCC from the samples. This file needs two packages and
+the model, models_data_v2_12_labels/kwt1/tflite_non_stream/non_stream.tflite of
+github.com/ARM-software/keyword-transformer. The environment variable KWT_MODEL is the path of the model:
 
     pip install av ai-edge-litert
     export KWT_MODEL=non_stream.tflite
@@ -14,16 +14,15 @@ from functools import cache
 
 import numpy as np
 
-RATE = 16000  # samples a second, and as many as the model takes
-DEPTHS = [3, 6, 9, 12]  # of 12 layers: evenly spaced up to the last, as section 3.3 of the paper has them of CLIP's
-TOKENS = (
-    "kws_transformer/transformer_block_{}/layer_normalization_{}/batchnorm/add_1"  # what a layer yields, (1, 99, 64)
-)
+RATE = 16000  # samples per second; the model takes one second
+DEPTHS = [3, 6, 9, 12]  # of 12 layers, evenly spaced up to the last, as section 3.3 of the paper takes them from CLIP
+# The name of a layer's output, (1, 99, 64).
+TOKENS = "kws_transformer/transformer_block_{}/layer_normalization_{}/batchnorm/add_1"
 
 
 def class_tokens(path):
-    """(4, 64): the class token at four depths. Raises ValueError in one line, OSError where there is no such sound."""
-    model = hear(path)
+    """Return the class token at four depths, (4, 64). Raises ValueError, or OSError if the file cannot be opened."""
+    model = run_model(path)
     index = {tensor["name"]: tensor["index"] for tensor in model.get_tensor_details()}
     names = [TOKENS.format(depth - 1, 2 * depth - 1) for depth in DEPTHS]
     if not set(names) <= set(index):
@@ -32,16 +31,16 @@ def class_tokens(path):
 
 
 def label_scores(path):
-    """(1, 12): the logits of silence, unknown, yes, no, up, down, left, right, on, off, stop, go.
+    """Return the logits (1, 12) of silence, unknown, yes, no, up, down, left, right, on, off, stop and go.
 
-    Raises as class_tokens.
+    Raises ValueError or OSError as `class_tokens` does.
     """
-    model = hear(path)
+    model = run_model(path)
     return model.get_tensor(model.get_output_details()[0]["index"])
 
 
-def hear(path):
-    """The model after it has heard a sound."""
+def run_model(path):
+    """Run the model on a sound; return its interpreter, which contains the outputs of all layers."""
     model = load_keyword_transformer(os.environ.get("KWT_MODEL", ""))
     model.set_tensor(model.get_input_details()[0]["index"], one_second(read_sound(path))[None])  # (1, 16000)
     model.invoke()
@@ -50,40 +49,40 @@ def hear(path):
 
 @cache
 def load_keyword_transformer(path):
-    """The interpreter, which keeps what all layers yield: without delegates, which would fuse some of them away."""
+    """Load the model so that the outputs of all layers are kept: without delegates, which would fuse some layers."""
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
     except ImportError:
         raise ValueError("the Keyword Transformer needs a package of its own: pip install ai-edge-litert") from None
     if not os.path.isfile(path):
-        raise ValueError(f"KWT_MODEL={path}: no such file; the variable names the Keyword Transformer's .tflite")
+        raise ValueError(f"KWT_MODEL={path}: no such file; set it to the path of the Keyword Transformer's .tflite")
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
         model = Interpreter(path, experimental_op_resolver_type=plain, experimental_preserve_all_tensors=True)
     except ValueError as error:
-        raise ValueError(f"{path}: is no tflite model: {error}") from None
+        raise ValueError(f"{path}: is not a TFLite model: {error}") from None
     model.allocate_tensors()
     shape = list(model.get_input_details()[0]["shape"])
     if shape != [1, RATE]:
-        raise ValueError(f"{path}: takes {shape} numbers, not a second of sound, [1, {RATE}]")
+        raise ValueError(f"{path}: has an input of shape {shape}; expected a second of sound, [1, {RATE}]")
     return model
 
 
 def read_sound(path):
-    """(samples,) at 16 kHz, of whatever rate, in [-1, 1]."""
+    """Read a sound of any rate as mono samples (n,) in [-1, 1], at 16 kHz."""
     try:
         import av
     except ImportError:
         raise ValueError("reading sounds needs PyAV: pip install av") from None
     resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
     with av.open(str(path)) as file:
-        frames = [*file.decode(audio=0), None]  # None: what is left in the resampler
+        frames = [*file.decode(audio=0), None]  # None flushes the resampler
         pieces = [piece.to_ndarray()[0] for frame in frames for piece in resampler.resample(frame)]
     return np.concatenate(pieces)
 
 
 def one_second(samples):
-    """(16000,): the second around the middle of a sound's energy, with silence where the sound ends before."""
+    """Return the second around the center of the sound's energy, (16000,), padded with silence."""
     energy = samples.astype(np.float64) ** 2
     middle = np.average(np.arange(len(samples)), weights=energy) if energy.any() else len(samples) / 2
     return np.pad(samples, RATE // 2)[round(middle) : round(middle) + RATE].astype(np.float32)

@@ -1,10 +1,10 @@
-"""Film reviews as instructions: SST-2's sentences, each answered by one word.
+"""Film reviews as instructions: SST-2's sentences, each with a response of one word.
 
     python docs/examples/reviews.py write SST-2/train.tsv SST-2/dev.tsv
     python docs/examples/reviews.py score answers.jsonl
 
-The first writes reviews.json, to train on, and unseen.jsonl, for `generate.py --prompts`; the second counts the answers
-that are exactly right. The files have a sentence and its label, 0 or 1, per line, separated by a tab.
+The first command writes reviews.json for training, and unseen.jsonl for `generate.py --prompts`. The second one counts
+the responses that are exactly right. A line of SST-2's files is a sentence and its label, 0 or 1, separated by a tab.
 """
 
 import json
@@ -18,11 +18,11 @@ ANSWERS = {"0": "Negative", "1": "Positive"}
 
 @click.group()
 def main():
-    """Write SST-2's sentences as records, and score the answers to them."""
+    """Write SST-2's sentences as instructions, or score the responses to them."""
 
 
 def read_sentences(path: str, number: int) -> list[dict[str, str]]:
-    """Return the first sentences of a file as records with `right`, the answer."""
+    """Return the first `number` sentences of a file as records; `right` is the expected response."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
     pairs = [line.split("\t") for line in lines[:number]]
     return [{"instruction": QUESTION, "input": text, "right": ANSWERS[label]} for text, label in pairs]
@@ -31,20 +31,20 @@ def read_sentences(path: str, number: int) -> list[dict[str, str]]:
 @main.command()
 @click.argument("train")
 @click.argument("unseen")
-@click.option("--train-number", default=800, show_default=True, help="Sentences to train on.")
-@click.option("--unseen-number", default=400, show_default=True, help="Sentences to ask about.")
+@click.option("--train-number", default=800, show_default=True, help="Number of sentences to train on.")
+@click.option("--unseen-number", default=400, show_default=True, help="Number of held-out sentences.")
 def write(train, unseen, train_number, unseen_number):
     """Write reviews.json and unseen.jsonl."""
     examples = [record | {"output": record.pop("right")} for record in read_sentences(train, train_number)]
     Path("reviews.json").write_text(json.dumps(examples, indent=1), encoding="utf-8")
-    questions = read_sentences(unseen, unseen_number)
-    Path("unseen.jsonl").write_text("\n".join(map(json.dumps, questions)) + "\n", encoding="utf-8")
+    records = read_sentences(unseen, unseen_number)
+    Path("unseen.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
 
 
 @main.command()
 @click.argument("answers")
 def score(answers):
-    """Print the share of answers that are exactly right."""
+    """Print the share of responses that are exactly right."""
     records = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
     right = sum(record["output"].strip() == record["right"] for record in records)
     print(f"{right} of {len(records)} are exactly right: {right / len(records):.1%}")

@@ -1,7 +1,7 @@
-"""Run the Python of a page, from the root of the repository: python docs/examples/run_page.py docs/method.md.
+"""Run the Python blocks of a page, from the root of the repository: python docs/examples/run_page.py docs/method.md.
 
-Its ```python blocks run in order in one namespace, as if a reader typed them. What a block prints is what the page has
-behind it; pictures are written where the block says.
+The blocks run in order and share one namespace, as if a reader typed them. The page shows the output of each block
+below it. Pictures are written to the paths in the blocks.
 """
 
 import io
@@ -17,7 +17,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def run_blocks(text: str, page: str) -> Iterator[str]:
-    """What each block prints, as soon as it has run. Raises what a block raises; its line is that of the page."""
+    """Run the blocks in order, and yield the output of each. Errors of a block have its line numbers in the page."""
     names: dict[str, object] = {}
     for block in PYTHON.finditer(text):
         above = "\n" * text.count("\n", 0, block.start(1))
@@ -30,7 +30,7 @@ def run_blocks(text: str, page: str) -> Iterator[str]:
 @click.command()
 @click.argument("page", type=click.Path(exists=True, dir_okay=False))
 def main(page):
-    """Run the Python blocks of PAGE, and print what each of them prints."""
+    """Run the Python blocks of PAGE, and print the output of each."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     for number, printed in enumerate(run_blocks(Path(page).read_text(encoding="utf-8"), page), start=1):
         click.echo(f"--- block {number}\n{printed}", nl=False)

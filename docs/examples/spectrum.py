@@ -1,11 +1,11 @@
-"""An encoder for sounds, as `--encoder docs/examples/spectrum.py:rows` takes it. It needs PyAV: pip install av."""
+"""An encoder for sounds: --encoder docs/examples/spectrum.py:rows. It needs PyAV: pip install av."""
 
 import av
 import numpy as np
 
 
 def rows(path):
-    """(4, 128): how loud a sound is in 128 bands of frequency, in each quarter of its time."""
+    """Return the mean log amplitude of a sound in 128 frequency bands, for each quarter of its duration, (4, 128)."""
     resampler = av.AudioResampler(format="flt", layout="mono", rate=16000)
     with av.open(str(path)) as file:
         pieces = [piece for frame in file.decode(audio=0) for piece in resampler.resample(frame)]
