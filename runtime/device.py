@@ -24,7 +24,9 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         if device not in ("auto", "cuda"):
             raise ValueError(f"--device {device}: with several processes each has its own; use cuda, cpu or auto")
         device = f"cuda:{local_rank()}"
-    if device == "auto":
+    if device == "auto" and world_size() > 1:
+        device = "cpu"  # gloo, which connects the ranks, does not exchange tensors of Apple's GPU
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"

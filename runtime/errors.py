@@ -6,12 +6,12 @@ import re
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if the device or the machine ran out of memory.
 
-    On a CPU, PyTorch raises a plain RuntimeError for this.
+    On a CPU and on Apple's GPU, PyTorch raises a plain RuntimeError for this.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and bool(
-        re.search("can't allocate memory|not enough memory|Cannot allocate memory", str(error))
+        re.search("can't allocate memory|not enough memory|Cannot allocate memory|out of memory", str(error))
     )
 
 

@@ -166,8 +166,7 @@ ELSEWHERE = {  # run by tests of their own
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
     "--at-a-time --search --curve --device --out",
-    "experiments real": "--base --reviews --text --problems --alpaca --device --dtype --part --at-a-time "
-    "--out",
+    "experiments real": "--base --reviews --text --problems --alpaca --device --dtype --part --at-a-time --out",
     "experiments sounds": "--model --speech --clips --base --epochs --lr --seeds --device --out",
 }
 

@@ -13,6 +13,7 @@ from generate import decode_step, prefill
 from model import KVCache
 from runtime import compilation, device, distributed
 from runtime.device import select_device
+from runtime.errors import is_out_of_memory
 
 
 def test_select_device():
@@ -122,3 +123,18 @@ def test_compiled_layers_need_few_graphs():
                 decode_step(model, torch.tensor([3, 4]), adapter(), cache)
     assert counters["stats"]["unique_graphs"] <= 16 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_recognized(error, expected):
+    assert is_out_of_memory(error) == expected
