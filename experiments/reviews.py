@@ -89,7 +89,7 @@ def as_instruction(text: str, label: str, name: str) -> Example:
 
 
 def schedule(sentences: int) -> dict[str, float]:
-    """Return the number of epochs, EPOCHS or more to reach MIN_STEPS steps, and the warm-up, two thirds of it."""
+    """Return the number of epochs, at least EPOCHS and MIN_STEPS steps, and of warm-up epochs, two thirds of them."""
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / math.ceil(sentences / BATCH_SIZE)))
     return {"epochs": epochs, "warmup_epochs": epochs * 2 / 3}
 
