@@ -1,1 +1,1 @@
-"""Frozen encoders, ViT and RoBERTa; heads on top of them; pictures and videos made ready for them."""
+"""Frozen encoders (ViT and RoBERTa), their heads, and the preprocessing of images and videos."""

@@ -1,4 +1,4 @@
-"""Heads on top of frozen encoders, and the adapter with one (section 3.4 of the paper). Notation as in adapter.py."""
+"""Adapters with a head, for frozen encoders (section 3.4 of the paper). Notation as in adapter.py."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from runtime.schema import whole_number
 
 
 class HeadAdapter(Adapter):
-    """An Adapter with a head for an encoder: linear layers of these widths, from C to the number of classes."""
+    """An Adapter with a head for an encoder: an MLP of these widths, from C to the number of classes."""
 
     def __init__(
         self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **dimensions
@@ -30,14 +30,14 @@ class HeadAdapter(Adapter):
             whole_number(name, metadata.get(name, str(default)), least, 2**31 - 1)
         classes = parse_json(metadata.get("classes", "[]"), "its classes")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no list of names")
+            raise ValueError("its classes are not a list of names")
         if classes and len(classes) != len(weights[-1]):
             raise ValueError(f"names {len(classes)} classes, its head has {len(weights[-1])} outputs")
         widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
         if widths[0] != tensors["prompts"].shape[2]:
-            raise ValueError(f"its head is for a width of {widths[0]}, its prompts of {tensors['prompts'].shape[2]}")
+            raise ValueError(f"its head has width {widths[0]}, its prompts have width {tensors['prompts'].shape[2]}")
         if activation not in MLP_ACTIVATIONS:
-            raise ValueError(f"head_activation {activation!r} is none of {list(MLP_ACTIVATIONS)}")
+            raise ValueError(f"head_activation is {activation!r}, expected one of {list(MLP_ACTIVATIONS)}")
         return super().from_tensors(tensors, metadata, widths=widths, head_activation=activation)
 
 
@@ -50,7 +50,10 @@ def head_adapter(
     length: int,
     generator: torch.Generator | None = None,
 ) -> HeadAdapter:
-    """An adapter for an encoder, with zero gates; its head is the encoder's own where that has as many outputs."""
+    """Create an adapter for an encoder, with zero gates.
+
+    Its head is the encoder's own head if that has the wanted number of outputs, and otherwise a new linear layer.
+    """
     C, heads = model.config.dim, model.config.n_heads
     dimensions = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}
     adapter = HeadAdapter(generator=generator, **dimensions).to(next(model.parameters()).device)

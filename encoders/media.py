@@ -1,4 +1,4 @@
-"""Pictures and videos opened, and made ready for a vision transformer."""
+"""Open images and videos, and preprocess them for a vision transformer."""
 
 import os
 from time import monotonic
@@ -14,70 +14,70 @@ from torch import Tensor
 from encoders.models import RESAMPLES, ViTConfig
 from runtime.files import require_file
 
-PREPROCESSING_VERSION = 2  # count up when `frames_of` or `preprocess` makes other pixels of a file: caches depend on it
-# Of Pillow's formats those that are pictures and nothing else: for EPS, say, it would run Ghostscript.
+PREPROCESSING_VERSION = 2  # increase it if `frames_of` or `preprocess` returns other pixels: caches depend on it
+# Pillow's formats that it decodes by itself. For EPS, for example, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-MOVING = ("GIF", "WEBP", "PNG")  # those whose frames are one moving picture; a TIFF has pages
-PIXELS = 2**26  # at most, of a picture
-MOVING_PIXELS = 2**30  # at most, of all frames of a moving picture
-SCANS = 200  # at most, of a progressive JPEG, which has about ten; each takes as long as the whole picture
-FRAME_PIXELS = 2**25  # at most: 8K video has 33,177,600
-VIDEO_SECONDS = 120  # at most, to decode a video
-# FFmpeg's formats that are videos and nothing else: a playlist, say, would open other files.
+ANIMATED = ("GIF", "WEBP", "PNG")  # their frames are an animation; the frames of a TIFF are pages
+MAX_PIXELS = 2**26  # of an image
+MAX_ANIMATION_PIXELS = 2**30  # of all frames together
+MAX_SCANS = 200  # of a progressive JPEG, which usually has ten; each takes as long as decoding the whole image
+MAX_FRAME_PIXELS = 2**25  # of a video; 8K has 33,177,600
+MAX_VIDEO_SECONDS = 120  # time to decode a video
+# FFmpeg's formats that consist of one file. A playlist, for example, would open other files.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,h264,hevc,m4v"
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture in RGB, the right way up, of a moving one the first frame.
+    """Open an image in RGB and upright; of an animation, the first frame.
 
-    Raises FileNotFoundError, or ValueError that says what is wrong with it.
+    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
     """
     return open_picture(path, None)[0]
 
 
 def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
-    """Return `number` frames of a moving picture, evenly spread, or all that it has; with None the first alone.
+    """Open an image; return a list of one, or of `number` evenly spaced frames of an animation (all if it has fewer).
 
-    Raises as `open_image`.
+    If `number` is None, only the first frame is returned. Raises as `open_image`.
     """
     require_file(path, "image")
     frames, pixels = [], 0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound here is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=PICTURES) as image:
                 check_size(image)
-                if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > SCANS:
-                    raise ValueError(f"a JPEG of more than {SCANS} scans")
+                if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > MAX_SCANS:
+                    raise ValueError(f"a JPEG with more than {MAX_SCANS} scans")
                 wanted = {0}
-                if number is not None and image.format in MOVING:
+                if number is not None and image.format in ANIMATED:
                     wanted = evenly_spread(number, image.n_frames)
                 for i in range(max(wanted) + 1):
                     image.seek(i)
-                    check_size(image)  # a GIF's frame may be larger than the one before
+                    check_size(image)  # a frame of a GIF may be larger than the previous one
                     pixels += image.width * image.height
-                    if pixels > MOVING_PIXELS:
-                        raise ValueError(f"its frames have more than {MOVING_PIXELS:,} pixels")
+                    if pixels > MAX_ANIMATION_PIXELS:
+                        raise ValueError(f"its frames have more than {MAX_ANIMATION_PIXELS:,} pixels")
                     if i in wanted:
-                        frames.append(on_white(eight_bits(ImageOps.exif_transpose(image))))
+                        frames.append(on_white(to_eight_bits(ImageOps.exif_transpose(image))))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: is not an image of a kind that is read: {', '.join(PICTURES)}") from None
+        raise ValueError(f"{path}: is not an image in a supported format: {', '.join(PICTURES)}") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: has more than {PIXELS:,} pixels") from None
-    except Exception as error:  # whatever a broken file makes a decoder meet
+        raise ValueError(f"{path}: has more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # a broken file can cause any exception in a decoder
         raise ValueError(f"{path}: is a broken image: {error}") from None
-    return [showing(frame, path) for frame in frames]
+    return [require_visible(frame, path) for frame in frames]
 
 
 def check_size(image: Image.Image) -> None:
     """Raise DecompressionBombError if the image has too many pixels."""
-    if image.width * image.height > PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8: Pillow would cut it off. Raises ValueError at wider pixels, of unknown range."""
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray to 8 bits, because Pillow would clip it. Raises ValueError at wider pixels of unknown range."""
     if image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.uint32)
         pixels += 128
@@ -85,85 +85,88 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(pixels.astype(np.uint8))
     if image.mode in ("I", "F"):
         kind = {"I": "whole numbers", "F": "floating-point numbers"}[image.mode]
-        raise ValueError(f"its pixels are {kind} of 32 bits, of no known range: save it with 8 or 16 bits")
+        raise ValueError(f"its pixels are {kind} of 32 bits, whose range is unknown; save it with 8 or 16 bits")
     return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, on a white ground where it is transparent: under that, most files hold black."""
+    """Return the image in RGB, on a white background: transparent pixels are usually stored as black."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def showing(image: Image.Image, path: str | Path) -> Image.Image:
-    """The image; raises ValueError where it is a mere dot or thread."""
+def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
+    """Return the image. Raises ValueError if it is too small or too narrow to show anything."""
     width, height = image.size
     if min(image.size) < 2 or max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{path}: {width} x {height} pixels show nothing")
+        raise ValueError(f"{path}: {width} x {height} pixels are too small or too narrow to show anything")
     return image
 
 
 def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
-    """So many frames in RGB, evenly spread over a video, or all that it has. Raises FileNotFoundError or ValueError."""
+    """Return `number` evenly spaced frames of a video in RGB, or all if it has fewer.
+
+    Raises FileNotFoundError or ValueError.
+    """
     require_file(path, "image")
     try:
         import av
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
     try:
-        # An absolute path, so that no name is taken for a URL or for a protocol of FFmpeg's.
+        # An absolute path, so that FFmpeg does not take any name for a URL or a protocol.
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
-        with av.open(os.path.abspath(path), container_options=options, timeout=VIDEO_SECONDS) as file:
+        with av.open(os.path.abspath(path), container_options=options, timeout=MAX_VIDEO_SECONDS) as file:
             stream = file.streams.video[0]
             check_frame(stream)
-            deadline = monotonic() + VIDEO_SECONDS
-            total = stream.frames  # not all formats say how many, and a fragmented MP4 says too few
+            deadline = monotonic() + MAX_VIDEO_SECONDS
+            total = stream.frames  # some formats do not state it, and a fragmented MP4 states too few
             for _ in range(2):
                 wanted, seen, frames = evenly_spread(number, total), 0, []
                 file.seek(0)
-                for frame in decoded(file, stream, deadline):
+                for frame in decode_frames(file, stream, deadline):
                     if seen in wanted:
-                        frames.append(upright(check_frame(frame)))
+                        frames.append(rotate_upright(check_frame(frame)))
                     seen += 1
                 if seen == total:
                     break
                 total = seen
-    except Exception as error:  # whatever a broken file makes a decoder meet
-        raise ValueError(f"{path}: is a broken video, or none: {error}") from None
+    except Exception as error:  # a broken file can cause any exception in a decoder
+        raise ValueError(f"{path}: is a broken video, or not a video: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
-    return [showing(frame, path) for frame in frames]
+    return [require_visible(frame, path) for frame in frames]
 
 
 def evenly_spread(number: int, total: int) -> set[int]:
-    """Return the indices of so many of `total` frames, or of all."""
+    """Return the indices of `number` evenly spaced frames of `total`, or of all if there are fewer."""
     return {(2 * i + 1) * total // (2 * number) for i in range(number)}
 
 
-def upright(frame) -> Image.Image:
-    """A frame of a video in RGB, the right way up: phones turn no pixels, and write down how the film was held."""
+def rotate_upright(frame) -> Image.Image:
+    """Return a video frame in RGB, rotated as its metadata says: phones record their orientation there."""
     return frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)  # both are counterclockwise
 
 
-def decoded(file, stream, deadline: float) -> Iterator:
-    """Yield the frames of a stream. Raises ValueError when the time is up."""
+def decode_frames(file, stream, deadline: float) -> Iterator:
+    """Yield the frames of a stream. Raises ValueError after the deadline."""
     for frame in file.decode(stream):
         if monotonic() > deadline:
-            raise ValueError(f"decoding takes more than {VIDEO_SECONDS} seconds")
+            raise ValueError(f"decoding takes more than {MAX_VIDEO_SECONDS} seconds")
         yield frame
 
 
 def check_frame(frame):
-    """It, or a stream of such; raises ValueError where it is too large."""
-    if frame.width * frame.height > FRAME_PIXELS:
-        raise ValueError(f"a frame of {frame.width} x {frame.height} has more than {FRAME_PIXELS:,} pixels")
+    """Return the frame, or the stream of frames. Raises ValueError if frames are too large."""
+    if frame.width * frame.height > MAX_FRAME_PIXELS:
+        raise ValueError(f"a frame of {frame.width} x {frame.height} has more than {MAX_FRAME_PIXELS:,} pixels")
     return frame
 
 
 def frames_of(path: str | Path) -> list[Image.Image]:
-    """Return the frames of a video or of a moving picture, or a still one.
+    """Return frames of a video or an animation, or a list of one image.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -171,7 +174,7 @@ def frames_of(path: str | Path) -> list[Image.Image]:
 
 
 def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
-    """Resize a picture, crop its middle and normalize its pixels as in the encoder's training; (c, S, S)."""
+    """Resize an image, crop its center and normalize its pixels as in the training of the encoder; (channels, S, S)."""
     S, R = config.image_size, config.resized or config.image_size
     width, height = (R, R) if config.squeezed else (R * side // min(image.size) for side in image.size)
     left, top = (width - S) // 2, (height - S) // 2
@@ -182,9 +185,9 @@ def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
 
 
 def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Path]:
-    """The files among them, and the pictures and videos (or all files) in folders among them, by name.
+    """Return the files of `paths`, with each folder replaced by its images and videos, or with `of_any_kind` all files.
 
-    Raises OSError or ValueError where there are none.
+    Raises OSError if a path does not exist, or ValueError if a folder contains no images.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -193,7 +196,7 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
             files = [file for file in sorted(path.iterdir()) if file.is_file()]
             inside = [file for file in files if of_any_kind or file.suffix.lower() in readable]
             if not inside:
-                raise ValueError(f"{path}: holds no images")
+                raise ValueError(f"{path}: contains no images")
             found += inside
         else:
             found.append(require_file(path, "image"))

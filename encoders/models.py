@@ -1,7 +1,7 @@
-"""The vision transformer (Dosovitskiy et al., 2021), which CLIP's vision encoder is, and RoBERTa (Liu et al., 2019).
+"""The vision transformer (Dosovitskiy et al., 2021), such as CLIP's vision encoder, and RoBERTa (Liu et al., 2019).
 
-Their layers attend in both directions, and take adaption prompts as LLaMA's do: in the topmost layers every token
-attends to all of them. Notation as in adapter.py.
+Their attention is bidirectional. Adaption prompts work as in LLaMA: in the topmost layers, every token attends to all
+of them. Notation as in adapter.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,37 +14,37 @@ from torch import Tensor, nn
 from adapter import AdaptionPrompt, attend, gated_attention
 from runtime.schema import require_number
 
-RESAMPLES = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which preprocessor_config.json has, too
+RESAMPLES = {"bilinear": 2, "bicubic": 3}  # Pillow's constants, also used in preprocessor_config.json
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 def check_config(config, names: Sequence[str]) -> None:
-    """Raise ValueError where the numbers of a configuration make no model."""
+    """Raise ValueError if the dimensions of a configuration are inconsistent."""
     require_number("norm_eps", config.norm_eps, 1e-30, 1)
     for name in names:
         require_number(name, getattr(config, name), 1, 2**20, whole=True)
     if config.dim % config.n_heads:
-        raise ValueError(f"{config.n_heads} heads do not share a width of {config.dim} evenly")
+        raise ValueError(f"dim {config.dim} is not a multiple of n_heads {config.n_heads}")
     if str(config.activation) not in ACTIVATIONS:
-        raise ValueError(f"activation {config.activation!r} is none of {list(ACTIVATIONS)}")
+        raise ValueError(f"activation is {config.activation!r}, expected one of {list(ACTIVATIONS)}")
 
 
 MLP_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
 
 
 def make_mlp(widths: Sequence[int], activation: str, generator: torch.Generator | None = None) -> nn.Sequential:
-    """Linear layers of these widths, with an activation between two; initialized as PyTorch does, by the generator."""
+    """Create linear layers of these widths with activations in between, initialized as in PyTorch by `generator`."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:]):
-        linear = nn.Linear(before, after)
+    for fan_in, fan_out in zip(widths, widths[1:]):
+        linear = nn.Linear(fan_in, fan_out)
         for parameter in (linear.weight, linear.bias):
-            nn.init.uniform_(parameter, -(before**-0.5), before**-0.5, generator=generator)
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
         layers += [linear, MLP_ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
 class SelfAttention(nn.Module):
-    """Of all tokens to all, with biases."""
+    """Bidirectional multi-head attention with biases."""
 
     def __init__(self, dim: int, n_heads: int, gated: Callable[..., Tensor]):
         super().__init__()
@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norms come before what they feed (ViT), or after it and what it is added to (RoBERTa)."""
+    """Transformer layer: pre-norm if `norm_first` (ViT), otherwise post-norm (RoBERTa)."""
 
     def __init__(self, config, norm_first: bool, gated: Callable[..., Tensor]):  # a ViTConfig or a RobertaConfig
         super().__init__()
@@ -101,7 +101,7 @@ class Layer(nn.Module):
 def layer_outputs(
     layers: nn.ModuleList, x: Tensor, adaption_prompts: Sequence[AdaptionPrompt], mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the outputs of all N layers, (B, T, C) each, for x (B, T, C). The topmost get the adaption prompts."""
+    """Return the outputs (B, T, C) of all N layers for x (B, T, C). The topmost layers get the adaption prompts."""
     states, first_adapted = [], len(layers) - len(adaption_prompts)
     for i, layer in enumerate(layers):
         x = layer(x, adaption_prompts[i - first_adapted] if i >= first_adapted else None, mask)
@@ -111,44 +111,47 @@ def layer_outputs(
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The shape of a vision transformer, by default of CLIP's ViT-B/32; ValueError where the numbers make no model."""
+    """Dimensions and preprocessing of a vision transformer; the defaults are those of CLIP's ViT-B/32.
 
-    image_size: int = 224  # pixels a side
+    Raises ValueError if they are inconsistent.
+    """
+
+    image_size: int = 224  # side length in pixels
     patch_size: int = 32
     dim: int = 768  # C
     n_layers: int = 12  # N
     n_heads: int = 12  # H
-    hidden_dim: int = 3072  # of the feed-forward
+    hidden_dim: int = 3072  # width of the feed-forward network
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"
-    channels: int = 3  # 1 for grey
-    clip: bool = True  # CLIP norms the embedding, and its patches have no bias; others do it the other way round
-    final_norm: bool = True
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel
+    channels: int = 3  # 3 for RGB, 1 for gray
+    clip: bool = True  # as in CLIP, a norm after the embedding and no bias in it; otherwise the reverse
+    final_norm: bool = True  # False: no norm after the last layer
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of pixels, per channel, for normalization
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    squeezed: bool = False  # a picture is resized to a square; otherwise its shape is kept
-    resized: int | None = None  # pixels of the short side before the middle is cropped; None: image_size
+    squeezed: bool = False  # resize images to a square; otherwise the aspect ratio is kept
+    resized: int | None = None  # short side in pixels before center cropping; None: image_size
     resample: str = "bicubic"
 
     def __post_init__(self):
         check_config(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
         if self.channels not in (1, 3) or not self.channels == len(self.mean) == len(self.std):
             raise ValueError(
-                f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} deviations of pixels"
+                f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations of pixels"
             )
         for mean, std in zip(self.mean, self.std):
             require_number("a mean of pixels", mean, -1e3, 1e3)
-            require_number("a deviation of pixels", std, 1e-6, 1e3)
+            require_number("a standard deviation of pixels", std, 1e-6, 1e3)
         if self.resized is not None:
             require_number("the size before cropping", self.resized, self.image_size, 4 * self.image_size, whole=True)
         if self.resample not in RESAMPLES:
-            raise ValueError(f"resample is {self.resample!r}, none of {', '.join(RESAMPLES)}")
+            raise ValueError(f"resample is {self.resample!r}, expected one of {', '.join(RESAMPLES)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"images of {self.image_size} pixels a side are no whole patches of {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
 
 class ViT(nn.Module):
-    """A class token and an image's patches, with learned positions."""
+    """Vision transformer over a class token and the patches of an image, with learned position embeddings."""
 
     def __init__(self, config: ViTConfig, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -162,26 +165,26 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(C, config.norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, images: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
-        """What every layer puts out, N times (B, T, C), for normalised images (B, 3, S, S); the class token is first.
+        """Return the outputs of all N layers, (B, T, C) each, for normalized images (B, channels, S, S).
 
-        `norm` is for the last layer's, and is left to the caller. The last len(adaption_prompts) layers get one each.
+        The class token comes first. The final `norm` is not applied. The topmost layers get one adaption prompt each.
         """
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, T - 1, C)
-        first = self.class_embedding.expand(len(images), 1, -1)
-        x = self.embedding_norm(torch.cat([first, patches], dim=1) + self.positions)
+        class_token = self.class_embedding.expand(len(images), 1, -1)
+        x = self.embedding_norm(torch.cat([class_token, patches], dim=1) + self.positions)
         return layer_outputs(self.layers, x, adaption_prompts)
 
     def encode(self, images: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
-        """What heads read, (B, T, C)."""
+        """Return the final hidden states (B, T, C), the input of heads."""
         return self.norm(self(images, adaption_prompts)[-1])
 
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """The shape of a RoBERTa, by default of roberta-base; ValueError where the numbers make no model."""
+    """Dimensions of a RoBERTa; the defaults are those of roberta-base. Raises ValueError if they are inconsistent."""
 
     vocab_size: int = 50265  # V
-    max_positions: int = 514  # two more than the tokens that it can read
+    max_positions: int = 514  # the context length and two more, see `max_length`
     dim: int = 768  # C
     n_layers: int = 12  # N
     n_heads: int = 12  # H
@@ -193,38 +196,38 @@ class RobertaConfig:
     def __post_init__(self):
         check_config(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
         if self.pad_id != 1:
-            raise ValueError(f"pad_id is {self.pad_id!r}, RoBERTa's is 1")
+            raise ValueError(f"pad_id is {self.pad_id!r}, only RoBERTa's pad_id of 1 is supported")
         if self.max_length < 1:
-            raise ValueError(f"{self.max_positions} positions leave none for tokens")
+            raise ValueError(f"max_positions is {self.max_positions}, which leaves no position for tokens")
 
     @property
     def max_length(self) -> int:
-        """So many tokens it can read: positions count from pad_id + 1."""
+        """The context length in tokens: positions are numbered from pad_id + 1."""
         return self.max_positions - self.pad_id - 1
 
 
 class Roberta(nn.Module):
-    """Words, with learned positions. The first is <s>; a batch is padded to the right."""
+    """RoBERTa, with learned position embeddings. A text begins with <s>, and batches are padded on the right."""
 
     def __init__(self, config: RobertaConfig, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
-        self.types = nn.Embedding(1, config.dim)  # one alone, added to all: BERT's two kinds of sentence are gone
+        self.types = nn.Embedding(1, config.dim)  # added to all tokens; BERT has two types, for pairs of sentences
         self.embedding_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.layers = nn.ModuleList(Layer(config, False, attention) for _ in range(config.n_layers))
 
     def forward(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
-        """What every layer puts out, N times (B, T, C), for ids (B, T). Padding is seen by none; what comes of it is
-        of no account."""
+        """Return the outputs of all N layers, (B, T, C) each, for ids (B, T).
+
+        No token attends to padding, and the outputs at padding have no meaning.
+        """
         is_token = ids != self.config.pad_id  # (B, T), False at padding
         positions = is_token.cumsum(dim=1) * is_token + self.config.pad_id  # from pad_id + 1 on; pad_id at padding
         x = self.embedding_norm(self.tok_embeddings(ids) + self.positions(positions) + self.types.weight[0])
-        return layer_outputs(
-            self.layers, x, adaption_prompts, is_token[:, None, None]
-        )  # the mask broadcasts to (B, H, T, T)
+        return layer_outputs(self.layers, x, adaption_prompts, is_token[:, None, None])  # broadcasts to (B, H, T, T)
 
     def encode(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
-        """What heads read, (B, T, C)."""
+        """Return the final hidden states (B, T, C), the input of heads."""
         return self(ids, adaption_prompts)[-1]

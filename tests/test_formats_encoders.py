@@ -104,9 +104,9 @@ def test_open_clip_s_preprocessing(tmp_path):
         ({"pixels": {"resize_mode": "longest"}}, "resize_mode is 'longest', only 'shortest' and 'squash'"),
         ({"pixels": {"mean": 0.5}}, "the mean of pixels is 0.5, not a list"),
         ({"pixels": [1]}, "has no objects model_cfg.vision_cfg and preprocess_cfg"),
-        ({"head_width": 24}, "is of width 80 and head_width 24, the weights of 80"),
+        ({"head_width": 24}, "states width 80 and head_width 24, the weights have 80"),
         ({"head_width": "20"}, "head_width is '20', not a whole number"),
-        ({"width": 768}, "is of width 768 and head_width 20, the weights of 80"),
+        ({"width": 768}, "states width 768 and head_width 20, the weights have 80"),
         ({"act_kwargs": {"approximate": "tanh"}}, "vision_cfg has act_kwargs, which is not supported"),
     ],
 )
@@ -125,7 +125,7 @@ def test_openai_s_own_state_dict_is_told_by_its_entries(tmp_path, capsys):
     del state["context_length"]
     torch.save(state, tmp_path / "ViT.pt")
     assert load_vit(tmp_path / "ViT.pt").config == SMALL
-    assert "taken for OpenAI's, with QuickGELU and heads 64 wide" in capsys.readouterr().err
+    assert "assumed to be OpenAI's, with QuickGELU and heads 64 wide" in capsys.readouterr().err
     for width in (1280, 1408, 1664):
         torch.save(state | {"visual.conv1.weight": torch.ones(width, 3, 8, 8)}, tmp_path / "ViT.pt")
         with pytest.raises(ValueError, match=f"ViT.pt: is {width} wide, .* needs its open_clip_config.json"):
@@ -135,7 +135,9 @@ def test_openai_s_own_state_dict_is_told_by_its_entries(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_program_is_told_how_to_become_weights(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT.pt")
-    with pytest.raises(ValueError, match=r"ViT.pt: is a program.*torch.jit.load\('ViT.pt', 'cpu'\).state_dict"):
+    with pytest.raises(
+        ValueError, match=r"ViT.pt: is a TorchScript program.*torch.jit.load\('ViT.pt', 'cpu'\).state_dict"
+    ):
         load_vit(tmp_path / "ViT.pt")
 
 
@@ -158,7 +160,7 @@ def broken(tmp_path, change):
         (lambda s: s.update({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}), "do not share|is "),
         (
             lambda s: s.update({"visual.transformer.resblocks.1.attn.in_proj_weight": "text"}),
-            "layers.1.attention.wq.weight is no dense tensor",
+            "layers.1.attention.wq.weight is not a dense tensor",
         ),
         (lambda s: s.update({"visual.positional_embedding": torch.ones(4)}), "ViT.pt: its patch embedding, positions"),
     ],
@@ -256,7 +258,7 @@ def test_the_processor_of_images_and_text(tmp_path):
         ("ViT", {"size": {"height": 24, "width": 48}}, "size is .*, only one length for height and width"),
         ("ViT", {"size": None}, "size is None, without do_center_crop"),
         ("CLIP", {"size": [24]}, "the size before cropping is .*24.*, not a whole number"),
-        ("ViT", {"image_mean": [0.5]}, "3 channels, 1 means and 3 deviations"),
+        ("ViT", {"image_mean": [0.5]}, "3 channels, 1 means and 3 standard deviations"),
     ],
 )
 def test_preprocessing_that_is_not_supported_is_refused(tmp_path, kind, changes, message):
@@ -316,7 +318,7 @@ def test_timm_s_names(tmp_path, folder):
         loaded, its_head = load_encoder(tmp_path / "vit.pth")
     extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # DINOv2's, which scales a layer
     torch.save(extra, tmp_path / "more.pth")
-    with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder has no place for: blocks.0.ls1"):
+    with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder does not have: blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")
     images = make_images()
     assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))
