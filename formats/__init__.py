@@ -1,1 +1,1 @@
-"""What others wrote to disk: base models, encoders, adapters, tokenizers."""
+"""Checkpoint and tokenizer loaders, adapter import and export, and chat templates."""

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from adapter import gated_attention
 from data import Tokenizer
-from formats.tensors import Weights, check_layers, download_hint, filled, prefix_errors
+from formats.tensors import Weights, check_layers, download_hint, frozen_parameter, prefix_errors
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.compilation import transpose_output_head
 from runtime.files import hash_tensors, read_json_object
 
-# The module that reads each layout, imported on use, and the files that the layout is known by, as glob patterns. The
-# first layout that matches counts. Its `read(path)` returns a Config, and a function per weight that fills a tensor.
+# For each layout, the module that reads it, imported on use, and glob patterns of the files that identify it. The first
+# layout that matches is used. The module's `read(path)` returns a Config, and one function per weight that copies it
+# into a tensor.
 FORMATS = {
-    "formats.meta": ("consolidated.*.pth",),  # Mistral's folders have params.json as well
+    "formats.meta": ("consolidated.*.pth",),  # not params.json, which Mistral's folders contain as well
     "formats.hugging_face": ("config.json", "*.safetensors*", "pytorch_model*"),
     "formats.llama2c": ("*.bin",),
     "formats.gguf": ("*.gguf",),
@@ -38,12 +39,12 @@ def load_llama(
     """Load a frozen LLaMA and its tokenizer from `path`:
 
     - a folder in Meta's layout: params.json, consolidated.*.pth (one or several), tokenizer.model;
-    - a folder in Hugging Face's: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
-    - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or the folder of one;
-    - a .gguf file, which includes the tokenizer, or the folder of one.
+    - a folder in Hugging Face's layout: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
+    - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or its folder;
+    - a .gguf file, which includes the tokenizer, or its folder.
 
-    `prepare_layer` and `keep_blocks` as for `load_model`. Raises FileNotFoundError or ValueError, in one line that
-    names the file and both numbers.
+    `prepare_layer` and `keep_blocks` are passed to `load_model`. Raises FileNotFoundError or ValueError, with a message
+    of one line that names the file and both numbers.
     """
     path = Path(path)
     config, weights = read_base(path)
@@ -52,7 +53,7 @@ def load_llama(
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
-    """Read the headers of the base at `path`: its Config, and a function per weight that fills a tensor with it.
+    """Read the headers of the base at `path`. Return its Config, and one function per weight that copies it.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -61,7 +62,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     if path.is_file():
         from formats.gguf import is_gguf
 
-        module = "formats.gguf" if is_gguf(path) else "formats.llama2c"  # whose older layout has no marker
+        module = "formats.gguf" if is_gguf(path) else "formats.llama2c"  # its older layout has no magic number
     else:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
         module = next(found, "formats.meta" if (path / "params.json").is_file() else None)
@@ -72,7 +73,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
         raise ValueError(f"{path}: is an adapter ({kind}), not a base")
     if module is None:
         files = ", nor ".join(patterns[0] for patterns in FORMATS.values())
-        raise ValueError(f"{path}: holds neither {files}")
+        raise ValueError(f"{path}: contains neither {files}")
     config, weights = import_module(module).read(path)
     check_layers(path, weights, "layers.", config.n_layers)
     return config, weights
@@ -90,9 +91,9 @@ def load_model(
 ) -> LLaMA:
     """Build the frozen LLaMA whose headers `read_base` returned, one layer after the other.
 
-    `prepare_layer` is called on every layer when it is filled, to quantize or shard it before the next one is
-    allocated. With `keep_blocks` linear layers that a GGUF file has in blocks of 8 or 4 bits stay in them. Raises
-    ValueError that names the weight if the file's weights are not those of such a model.
+    `prepare_layer` is called on every layer after its weights are loaded, to quantize or shard it before the next layer
+    is allocated. With `keep_blocks`, linear layers that a GGUF file stores in blocks of 8 or 4 bits stay quantized.
+    Raises ValueError that names the weight if a weight is missing, unknown, or of another shape.
     """
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
@@ -102,7 +103,7 @@ def load_model(
     if unknown := sorted(weights.keys() - expected):
         raise ValueError(f"{path}: has a weight {unknown[0]} that a LLaMA does not have")
     if torch.device(device).type == "cpu" and dtype == torch.float32:
-        transpose_output_head(model.output)  # a parameter keeps its strides when it is filled
+        transpose_output_head(model.output)  # the loaded parameter keeps these strides
 
     parts = ["tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm", "output"]
     for part in parts:
@@ -117,7 +118,7 @@ def load_model(
                 if layer is not None:
                     model.set_submodule(module, layer.to(device))
                     continue
-            value = filled(parameter, weights[name], f"{path}: {name}", dtype, device)
+            value = frozen_parameter(parameter, weights[name], f"{path}: {name}", dtype, device)
             setattr(model.get_submodule(module), attribute, value)
         if part.startswith("layers.") and prepare_layer is not None:
             prepare_layer(model.get_submodule(part))
@@ -125,7 +126,7 @@ def load_model(
 
 
 def base_fingerprint(config: Config, weights: Weights) -> str:
-    """A hash of the first four rows of some weights, independent of the dtype in which they are held."""
+    """Return a hash of the first four rows of four weights, independent of the dtype that they are stored in."""
     C, V = config.dim, config.vocab_size
     shapes = {
         "tok_embeddings": (V, C),

@@ -1,7 +1,7 @@
-"""How conversations are written for a model: llama-2's, llama-3's and chatml's way, or the base's own chat_template.
+"""Chat templates: the built-in llama-2, llama-3 and chatml, and the base's own chat_template.
 
-All are templates of Jinja, as Hugging Face's. What a template writes may spell special tokens; what people wrote into
-the conversation is text, whatever it spells.
+All are Jinja templates, as in Hugging Face's tokenizers. The text of a template may contain special tokens. The content
+of messages is encoded as plain text, even if it spells a special token.
 """
 
 import hashlib
@@ -49,20 +49,21 @@ TEMPLATES = {
         "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
     ),
 }
-NEEDED = {  # tokens that the base must have
+NEEDED = {  # special tokens that the tokenizer must have
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 NAMES = ("alpaca", *TEMPLATES, "auto")
-# Private markers, noncharacters of Unicode: around a response, and around the number of a hidden text.
+# Internal markers, noncharacters of Unicode: around a response, and around the index of an escaped text.
 BEGIN, END = "\ufdd0", "\ufdd1"
 OPEN, CLOSE = "\ufdd2", "\ufdd3"
 
 
 def load_template(name: str, tokenizer: Tokenizer) -> Template:
-    """By one of NAMES. "auto" is the base's own, its hash behind it where an adapter's file says which that was.
+    """Load a template by one of NAMES. "auto" is the base's own chat_template.
 
-    Raises ValueError where the base has not what it takes.
+    An adapter file stores "auto:" and a hash of the template; a warning is printed if the base now has another one.
+    Raises ValueError if the tokenizer does not have what the template needs.
     """
     name, _, trained_with = name.partition(":")
     if name == "alpaca":
@@ -74,17 +75,18 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         source, variables = tokenizer.chat_template, tokenizer.named_tokens
         name = f"auto:{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         if trained_with not in ("", name.removeprefix("auto:")):
-            warn("the base's chat_template is another than the one that the adapter was trained with")
+            warn("the base's chat_template differs from the one that the adapter was trained with")
         with prefix_errors("the base's chat_template"):
             return ChatTemplate(name, source, tokenizer, variables)
     if name not in TEMPLATES:
-        raise ValueError(f"unknown prompt template {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown prompt template {name!r}; expected one of {', '.join(NAMES)}")
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]
     if missing:
-        has = "its tokenizer has no special token"
-        raise ValueError(f"--template {name} is not for this base: {has} {missing[0]!r}; alpaca and llama-2 need none")
+        found = f"its tokenizer has no special token {missing[0]!r}"
+        raise ValueError(f"--template {name} does not fit this base: {found}; alpaca and llama-2 need none")
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
-    start = "".join(spelling[id] for id in tokenizer.start_ids)  # some name a <bos> with which no text begins
+    # Not the token that is named "bos_token": some tokenizers name one, but do not start texts with it.
+    start = "".join(spelling[id] for id in tokenizer.start_ids)
     return ChatTemplate(name, TEMPLATES[name], tokenizer, {"bos_token": start, "eos_token": spelling[tokenizer.eos_id]})
 
 
@@ -103,19 +105,19 @@ class Generation(Extension):
 
 
 def raise_exception(message: str) -> None:
-    """Called by templates that do not take a conversation."""
+    """Raise TemplateError. Templates call this function if they do not support a conversation."""
     raise jinja2.TemplateError(message)
 
 
 def to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options) -> str:
-    """The filter `tojson` of Hugging Face's templates, without HTML escapes."""
+    """Implement the filter `tojson` as Hugging Face does, without HTML escapes."""
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
 def compile_template(source: str) -> jinja2.Template:
     """Compile a template in Jinja's sandbox, as transformers does. Raises jinja2.TemplateError.
 
-    The sandbox keeps a template from files and from the attributes of objects, but not from looping or allocating.
+    The sandbox denies access to files and to unsafe attributes of objects, but does not limit time or memory.
     """
     extensions = [Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
@@ -125,14 +127,14 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class RewrittenTurn(ValueError):
-    """A template writes a turn otherwise when others follow, or what precedes a response otherwise in generation."""
+    """A template writes a turn differently when others follow, or a prompt differently in generation."""
 
 
 class ChatTemplate(Template):
-    """A Jinja template over a tokenizer. Raises ValueError if it is invalid, or writes no conversation.
+    """A Jinja template with its tokenizer. Raises ValueError if it is invalid, or does not render a conversation.
 
-    The loss covers what is between {% generation %} and {% endgeneration %}. In a template without them, it covers what
-    the assistant's turn adds, up to the special token that ends it.
+    The loss covers the text between {% generation %} and {% endgeneration %}. In a template without them, it covers the
+    text that each turn of the assistant adds, up to and including the special token that ends the turn.
     """
 
     has_turns = True
@@ -142,50 +144,52 @@ class ChatTemplate(Template):
         self.name = name
         self.kind = name.partition(":")[0]
         self.tokenizer = tokenizer
-        self.variables = {"tools": None, "documents": None} | variables  # as transformers has them
+        self.variables = {"tools": None, "documents": None} | variables  # as in transformers
         if "strftime_now" in source and "strftime_now is defined" not in source:
-            # Today's date would make prompts other ones than those of training. It is the date of Llama 3.2's template.
+            # Fixed to the date in Llama 3.2's template: with today's date, prompts would differ from training.
             self.variables["strftime_now"] = date(2024, 7, 26).strftime
         self.marks_responses = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        self.unseen = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
+        self.to_escape = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
         example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a prompt and its response")
         with self.errors(example.name):
             self.template = compile_template(source)
         try:
             ((prompt_ids, response_ids),) = next(self.encode_exchanges([example]))
-        except RewrittenTurn:  # training will refuse it; prompts can be written all the same
+        except RewrittenTurn:  # raised again in training; prompts can be encoded all the same
             self.end_ids = tokenizer.end_ids
             return
         ends = [id for id in response_ids[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
-            warn(f"the template {self.kind} ends no response with a special token: the model will not learn to end")
+            warn(
+                f"the template {self.kind} does not end responses with a special token: the model cannot learn to stop"
+            )
         if prompt_ids != self.encode_prompt("Hi"):
-            warn(f"the template {self.kind} begins a response in generation otherwise than in training")
+            warn(f"the template {self.kind} begins a response differently in generation than in training")
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        hidden: list[str] = []
-        messages = self.messages([*history, Turn("user", user_text(instruction, input))], hidden)
+        escaped: list[str] = []
+        messages = self.messages([*history, Turn("user", user_text(instruction, input))], escaped)
         with self.errors("the prompt"):
             text = self.render(messages, begin_response=True)
             try:
                 parts = self.parts(text, messages)
-            except ValueError:  # earlier turns are written otherwise: prompt as the base expects it
+            except ValueError:  # the template rewrites earlier turns, which is a problem only in training
                 parts = [text]
-            return [id for ids in self.encode(parts, hidden) for id in ids]
+            return [id for ids in self.encode(parts, escaped) for id in ids]
 
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
-            hidden: list[str] = []
+            escaped: list[str] = []
             turns = conversation(example)
-            messages = self.messages(turns, hidden)
+            messages = self.messages(turns, escaped)
             with self.errors(example.name):
                 parts = self.parts(self.render(messages, begin_response=False), messages)
-                ids = self.encode(parts, hidden)
+                ids = self.encode(parts, escaped)
             pairs = list(zip(ids[::2], ids[1::2]))  # what follows the last response is omitted
-            learned = [turns[number].learned for number in responses(messages)]
+            learned = [turns[index].learned for index in response_indices(messages)]
             if len(pairs) != len(learned) or not all(response_ids for _, response_ids in pairs):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
             exchanges = []
@@ -201,28 +205,32 @@ class ChatTemplate(Template):
 
     @contextmanager
     def errors(self, name: str):
-        """Turn whatever a template raises into a ValueError that begins with the name of the example."""
+        """Convert any exception of a template to a ValueError whose message begins with the name of the example."""
         try:
             yield
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None
         except Exception as error:  # a template is a third-party program
-            what = "needs too much memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{name}: the template {self.kind} does not take it: {first_line(ValueError(what))}"
-            ) from None
+            what = "it needs too much memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{name}: the template {self.kind} failed: {first_line(ValueError(what))}") from None
 
-    def messages(self, turns: Sequence[Turn], hidden: list[str]) -> list[dict[str, str]]:
-        """Messages as templates take them. Text that spells a special token goes to `hidden`, its number is written."""
+    def messages(self, turns: Sequence[Turn], escaped: list[str]) -> list[dict[str, str]]:
+        """Return messages as templates expect them.
 
-        def hide(found: re.Match) -> str:
-            hidden.append(found[0])
-            return f"{OPEN}{len(hidden) - 1}{CLOSE}"
+        Text that spells a special token is appended to `escaped`, and its index is written in its place.
+        """
 
-        return [{"role": turn.role, "content": self.unseen.sub(hide, turn.content)} for turn in turns]
+        def escape(found: re.Match) -> str:
+            escaped.append(found[0])
+            return f"{OPEN}{len(escaped) - 1}{CLOSE}"
+
+        return [{"role": turn.role, "content": self.to_escape.sub(escape, turn.content)} for turn in turns]
 
     def render(self, messages: list[dict[str, str]], begin_response: bool) -> str:
-        """Render messages, with the beginning of a response if asked. Raises ValueError if that is too long."""
+        """Render messages, followed by the beginning of a response if `begin_response`.
+
+        Raises ValueError if the text is too long.
+        """
         pieces = []
         length = 0
         for piece in self.template.generate(self.variables, messages=messages, add_generation_prompt=begin_response):
@@ -233,45 +241,45 @@ class ChatTemplate(Template):
         return "".join(pieces)
 
     def text(self, messages: list[dict[str, str]], begin_response: bool) -> str:
-        """Render messages, special tokens spelled out. Raises ValueError."""
+        """Render messages, with special tokens spelled out, but without internal markers. Raises ValueError."""
         with self.errors("the conversation"):
             return re.sub(f"[{BEGIN}{END}]", "", self.render(messages, begin_response))
 
     def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
-        """Split a rendered conversation into parts that the loss alternately omits and covers. Raises ValueError."""
+        """Split a rendered conversation into parts that are alternately without and with loss. Raises ValueError."""
         if self.marks_responses:
             return re.split(f"[{BEGIN}{END}]", text)
         parts, position = [], 0
-        for number in responses(messages):
-            before = self.render(messages[:number], begin_response=True)
-            after = self.render(messages[: number + 1], begin_response=False)
+        for index in response_indices(messages):
+            before = self.render(messages[:index], begin_response=True)
+            after = self.render(messages[: index + 1], begin_response=False)
             if not (text.startswith(after) and after.startswith(before)) or len(before) < position:
                 first, second = (text, after) if after.startswith(before) else (after, before)
                 same = len(os.path.commonprefix([first, second]))
-                how = f"the template {self.kind} writes a turn otherwise when others follow, or in generation"
-                texts = f"{first[same : same + 30]!r} in place of {second[same : same + 30]!r}"
-                raise RewrittenTurn(f"{how} ({texts}); --template chatml, llama-2 or llama-3 does not")
+                how = f"the template {self.kind} writes a turn differently when others follow, or in generation"
+                difference = f"{first[same : same + 30]!r} in place of {second[same : same + 30]!r}"
+                raise RewrittenTurn(f"{how} ({difference}); --template chatml, llama-2 or llama-3 does not")
             response = after[len(before) :]
             ended = max((found.end() for found in self.special.finditer(response)), default=len(response))
             parts += [text[position : len(before)], response[:ended]]
             position = len(before) + ended
         return [*parts, text[position:]]
 
-    def encode(self, parts: Sequence[str], hidden: Sequence[str]) -> list[list[int]]:
-        """Return the ids of the parts of a text. Those of earlier parts do not depend on what follows.
+    def encode(self, parts: Sequence[str], escaped: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each part of a text. The ids of a part do not depend on later parts.
 
-        Between special tokens a part is encoded with the text before it. If that changes the ids of earlier text, it is
-        encoded alone, and so is what follows it up to the next special token. Raises ValueError if the template itself
-        writes one of the private markers.
+        Between two special tokens, a part is encoded together with the text before it. If this would change the ids of
+        the earlier text, the part is encoded alone, and so are the next parts up to the next special token. Raises
+        ValueError if the template writes an internal marker, or a special token without an embedding.
         """
 
-        def reveal(number: re.Match) -> str:
-            if int(number[1]) >= len(hidden):
+        def unescape(index: re.Match) -> str:
+            if int(index[1]) >= len(escaped):
                 raise ValueError(f"the template {self.kind} writes the noncharacters U+FDD2 and U+FDD3")
-            return hidden[int(number[1])]
+            return escaped[int(index[1])]
 
         found: list[list[int]] = []
-        special, before, known = "", "", []  # the newest special token, and text and ids since then
+        special, before, known = "", "", []  # the last special token, and the text and ids since then
         for part in parts:
             ids: list[int] = []
             for piece in filter(None, self.special.split(part)):
@@ -282,10 +290,10 @@ class ChatTemplate(Template):
                     ids.append(id)
                     special, before, known = piece, "", []
                     continue
-                piece = re.sub(f"{OPEN}([0-9]{{1,9}}){CLOSE}", reveal, piece)
+                piece = re.sub(f"{OPEN}([0-9]{{1,9}}){CLOSE}", unescape, piece)
                 together = self.tokenizer.encode(before + piece, preceding=special)
-                fits = together[: len(known)] == known
-                new = together[len(known) :] if fits else self.tokenizer.encode(piece)
+                is_prefix = together[: len(known)] == known
+                new = together[len(known) :] if is_prefix else self.tokenizer.encode(piece)
                 ids += new
                 before, known = before + piece, known + new
             found.append(ids)
@@ -293,11 +301,11 @@ class ChatTemplate(Template):
 
 
 def conversation(example: Example) -> Sequence[Turn]:
-    """The example's turns; those of an instruction are two."""
+    """Return the turns of an example; an instruction and its response are two turns."""
     prompt = Turn("user", user_text(example.instruction, example.input))
     return example.turns or (prompt, Turn("assistant", example.output))
 
 
-def responses(messages: Sequence[dict[str, str]]) -> list[int]:
-    """Which of the messages are the assistant's."""
-    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+def response_indices(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Return the indices of the assistant's messages."""
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]

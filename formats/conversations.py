@@ -1,4 +1,4 @@
-"""Records of conversations: `messages`, ShareGPT's `conversations`, `prompt` and `completion`."""
+"""Read records of conversations: `messages`, ShareGPT's `conversations`, or `prompt` and `completion`."""
 
 import re
 from collections.abc import Sequence
@@ -7,23 +7,22 @@ from pathlib import Path
 
 from data import MEDIA, Example, Turn, check_record, check_text
 
-# Who speaks, by what the records call them.
+# The role of a turn, by its name in a record.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-# Fields of a record that hold its turns, and of a turn: who speaks, and what.
+# The field of a record that contains its turns, and the fields of each turn for role and content.
 LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
-
-# What a record or a turn may say and this project cannot train on; empty values are ignored.
+# Fields of a record or a turn that are not supported; empty values are ignored.
 UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images", "videos", "audios")
-# LLaVA's and LLaMA-Factory's placeholders, which say where in a text the image stands.
+# Placeholders of LLaVA and LLaMA-Factory, which mark the position of an image in a text.
 PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
 PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER.pattern}\s*$")
 
 
 def read_conversation(record: object, path: str | Path, name: str) -> Example:
-    """Return an Example of a record of any kind: a conversation, prompt and completion, or Alpaca's fields.
+    """Convert a record to an Example: a conversation, prompt and completion, or Alpaca's fields.
 
-    Raises ValueError as data.check_record, naming record and turn.
+    Raises ValueError that names record and turn, as data.check_record does.
     """
     where = f"{path}: {name}"
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
@@ -54,11 +53,11 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
 
 
 def read_turns(record: object, path: str | Path, name: str, with_output: bool = True) -> list[Turn] | None:
-    """Check a record, and return its turns; None if it is no conversation, but one instruction.
+    """Check a record and return its turns, or None if it is a single instruction.
 
-    They are those of its `messages` or `conversations`, after its `system`; or those of Alpaca's fields, after
-    LLaMA-Factory's `system` and `history`, the last of them the `output` if asked. Raises ValueError at a field that
-    cannot be used, an unknown role, an empty content, or an order that cannot be.
+    The turns are those of `messages` or `conversations`, after an optional `system`. Alternatively they are Alpaca's
+    fields, after LLaMA-Factory's `system` and `history`; `with_output` then includes the `output`. Raises ValueError at
+    an unsupported field, an unknown role, an empty content, or a wrong order of turns.
     """
     if not isinstance(record, dict):
         return None
@@ -83,36 +82,36 @@ def read_turns(record: object, path: str | Path, name: str, with_output: bool = 
 
 
 def user_text(instruction: str, input: str) -> str:
-    """Alpaca's two fields as one turn."""
+    """Join Alpaca's instruction and input into the text of one turn."""
     return f"{instruction}\n\n{input}" if input else instruction
 
 
 def check_supported(values: dict, where: str) -> None:
-    """Raise ValueError if a record or a turn has a field that training would have to use, and cannot."""
+    """Raise ValueError if an unsupported field of a record or a turn is not empty."""
     for field in UNSUPPORTED:
         if values.get(field):
-            cure = f"; give one as {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
-            raise ValueError(f"{where}: field {field!r} is not supported{cure}")
+            hint = f"; give one as {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
+            raise ValueError(f"{where}: field {field!r} is not supported{hint}")
 
 
 def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
-    """Return the texts without the placeholder of an image, at the beginning or the end of one of them.
+    """Return the texts without the placeholder of an image, which may begin or end one of them.
 
-    In the model, an image is in the adaption prompts and not among the tokens. Raises ValueError at several
-    placeholders, or one within a text.
+    The model takes an image through the adaption prompts, not as a token. Raises ValueError if there are several
+    placeholders, or if one is within a text.
     """
     number = sum(len(PLACEHOLDER.findall(text)) for text in texts)
     texts = [PLACEHOLDER_AT_EDGE.sub("", text, count=1) for text in texts]
     if number > 1 or any(map(PLACEHOLDER.search, texts)):
         wanted = "only one, at the beginning or the end of a text, is supported"
-        raise ValueError(f"{where}: has {number} placeholders of an image or a sound; {wanted}")
+        raise ValueError(f"{where}: has {number} placeholders for an image or a sound; {wanted}")
     return texts
 
 
 def is_learned(value: dict, role: str, where: str) -> bool:
     """Return False for a message with OpenAI's `weight: 0` or axolotl's `train: false`.
 
-    Raises ValueError at other values, and if a message is to be learned that is not the assistant's.
+    Raises ValueError at other values, and if a message of another role than the assistant is marked as learned.
     """
     weight, train = value.get("weight"), value.get("train")
     if weight not in (None, 0, 1):
@@ -120,12 +119,12 @@ def is_learned(value: dict, role: str, where: str) -> bool:
     if train not in (None, False, True):
         raise ValueError(f"{where}: field 'train' is {train!r}, not true or false")
     if role != "assistant" and (weight or train):
-        raise ValueError(f"{where}: is to be learned, but only the assistant's turns are")
+        raise ValueError(f"{where}: is marked as learned, but only the assistant's turns can be")
     return not (weight == 0 or train is False)
 
 
 def check_turns(values: object, where: str, field: str, start: Sequence[Turn] = ()) -> list[Turn]:
-    """Check the value of a record's field, and return its turns after those of `start`. Raises as `read_turns`."""
+    """Check the turns in a field of a record; return them after those of `start`. Raises as `read_turns`."""
     if not isinstance(values, list):
         raise ValueError(f"{where}: field '{field}' is a {type(values).__name__}, not a list")
     role_name, content_name = LAYOUTS[field]
@@ -141,12 +140,12 @@ def check_turns(values: object, where: str, field: str, start: Sequence[Turn] = 
         check_supported(value, here)
         role, content = ROLES.get(value[role_name]), value[content_name]
         if role is None:
-            raise ValueError(f"{here}: {role_name} {value[role_name]!r} is none of {', '.join(ROLES)}")
+            raise ValueError(f"{here}: {role_name} {value[role_name]!r} is not one of {', '.join(ROLES)}")
         if not content.strip():
             raise ValueError(f"{here}: field '{content_name}' is empty")
         before = turns[-1].role if turns else None
         if before not in {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}[role]:
-            after = f"follows the {before}'s" if before else "is the first"
-            raise ValueError(f"{here}: the {role}'s {after}; the order is system (or none), user, assistant, user ...")
+            place = f"follows {before!r}" if before else "comes first"
+            raise ValueError(f"{here}: {role!r} {place}; the order is system (optional), user, assistant, user ...")
         turns.append(Turn(role, content, is_learned(value, role, here)))
     return turns

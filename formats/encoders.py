@@ -1,4 +1,4 @@
-"""Reading encoders in the layouts they come in, and writing those that are trained here."""
+"""Load encoders from third-party layouts, and save encoders in Hugging Face's layout."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from formats.tensors import (
     check_layers,
     copy,
     download_hint,
-    filled,
+    frozen_parameter,
     prefix_errors,
     open_shards,
     open_tensors,
@@ -28,13 +28,13 @@ from runtime.schema import require_number
 
 
 def columns(table: str) -> list[dict[str, str]]:
-    """For each column but the first, what it has for the names of the first; "-" is nothing."""
+    """Parse a table. Return a dict for each column but the first, keyed by the first column; "-" marks no entry."""
     rows = [line.split() for line in table.strip().splitlines()]
     return [{row[0]: row[i] for row in rows if row[i] != "-"} for i in range(1, len(rows[0]))]
 
 
-# Our names, part by part, and those of others: of CLIP at Hugging Face and at OpenAI, of timm, of vit-pytorch's first
-# versions; and of ViT and RoBERTa at Hugging Face.
+# Parts of parameter names in this project, and the corresponding parts in Hugging Face's CLIP, OpenAI's CLIP, timm, and
+# the first versions of vit-pytorch. The second table is for Hugging Face's ViT and RoBERTa.
 CLIP, OPENAI, TIMM, VIT_PYTORCH = columns("""
     class_embedding  embeddings.class_embedding           class_embedding        cls_token         cls_token
     patch_embedding. embeddings.patch_embedding.          conv1.                 patch_embed.proj. patch_to_embedding.
@@ -70,7 +70,7 @@ HUGGING_FACE_VIT, ROBERTA = columns("""
     w2.              output.dense.                           output.dense.
     norm.            layernorm.                              -
 """)
-# A configuration's fields, and config.json's names for them; what that leaves out has the same default here and there.
+# Fields of ViTConfig and RobertaConfig, and their names in config.json. The defaults are the same in both.
 CONFIG_NAMES = dict(
     pair.split("=")
     for pair in """
@@ -79,46 +79,49 @@ CONFIG_NAMES = dict(
         hidden_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act
     """.split()
 )
-HUGGING_FACE = {  # by config.json's model_type: the shape, the names, and what these begin with in a model with a head
+HUGGING_FACE = {  # by model_type: the configuration, the names, and their prefix in a model with a head
     "clip": (ViTConfig, CLIP, "vision_model."),
     "clip_vision_model": (ViTConfig, CLIP, "vision_model."),
     "vit": (ViTConfig, HUGGING_FACE_VIT, "vit."),
     "roberta": (RobertaConfig, ROBERTA, "roberta."),
 }
-HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels, where a file says nothing else
+HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
 NOT_CLIP = {"clip": False, "squeezed": True, "resample": "bilinear"}
 
-Tensors = dict[str, Callable[[], Tensor]]  # by their names in a file
+Tensors = dict[str, Callable[[], Tensor]]  # functions that read a tensor, by its name in a file
 
 
 @dataclass
 class Source:
-    """An encoder in a file: its shape, its tensors, and how others name them."""
+    """An encoder in a file: its configuration, and its tensors with their names in the file."""
 
     config: ViTConfig | RobertaConfig
     tensors: Tensors
-    names: dict[str, str]
-    prefix: str = ""
-    head: Sequence[str] = ()  # its linear layers
+    names: dict[str, str]  # from parts of names in this project to those in the file
+    prefix: str = ""  # of all names in the file
+    head: Sequence[str] = ()  # names of its linear layers
     head_activation: str = "tanh"
-    used: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)  # names of the tensors that were fetched
 
     def fetch(self, name: str) -> Tensor:
-        """By our name. Raises KeyError."""
+        """Return a tensor by its name in this project. Raises KeyError or ValueError."""
         packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
         theirs = self.prefix + renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
         self.used.add(theirs)
         tensor = require_dense(self.tensors[theirs]())
         if packed:
-            return tensor.tensor_split(3)["qkv".index(packed[0])]  # one matrix has all three
+            return tensor.tensor_split(3)["qkv".index(packed[0])]  # one matrix contains q, k and v
         if name in ("class_embedding", "positions") and tensor.dim() == 3:  # (1, 1, C) and (1, T, C)
             return tensor.reshape(tensor.shape[2 if name == "class_embedding" else 1 :])
         return tensor
 
 
 class VitPytorch(Source):
-    """Of vit-pytorch's first versions, which cut patches row by row, channels innermost, have no biases of q, k and v,
-    and score q k / sqrt(C), not / sqrt(D)."""
+    """An encoder of vit-pytorch's first versions.
+
+    It flattens patches row by row, channels innermost, has no biases of q, k and v, and divides scores by sqrt(C), not
+    sqrt(D).
+    """
 
     def fetch(self, name: str) -> Tensor:
         config = self.config
@@ -136,11 +139,11 @@ def load_encoder(
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
 ) -> tuple[ViT | Roberta, nn.Sequential | None]:
-    """An encoder, frozen, and the head that was trained on it, if it has one, not frozen and in float32.
+    """Load a frozen encoder, and the head in its file, if any, trainable and in float32.
 
-    A Hugging Face folder (config.json and weights) of CLIP, ViT or RoBERTa, a timm folder, or a state dict in a file,
-    with OpenAI's names of CLIP, timm's, or those of vit-pytorch's first versions. Raises FileNotFoundError or
-    ValueError, in one line that names the file and both numbers.
+    `path` is a Hugging Face folder (config.json and weights) of CLIP, ViT or RoBERTa, a timm folder, or the file of a
+    state dict from OpenAI's CLIP, open_clip, timm, or the first versions of vit-pytorch. Raises FileNotFoundError or
+    ValueError, with a message of one line that names the file and both numbers.
     """
     path = Path(path)
     if not path.exists():
@@ -150,30 +153,30 @@ def load_encoder(
     check_layers(path, source.tensors, layers, source.config.n_layers)
     with torch.device("meta"):
         model = (ViT if isinstance(source.config, ViTConfig) else Roberta)(source.config, attention)
-    fill(model, source.fetch, path, dtype, device)
-    left = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
-    if left:
-        raise ValueError(f"{path}: has {len(left)} weights that such an encoder has no place for: {left[0]} ...")
+    load_parameters(model, source.fetch, path, dtype, device)
+    unused = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
+    if unused:
+        raise ValueError(f"{path}: has {len(unused)} weights that such an encoder does not have: {unused[0]} ...")
     return model.requires_grad_(False), read_head(source, path, device) if source.head else None
 
 
 def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequential:
-    """In float32, not frozen. Raises ValueError."""
-    numbers = dict(zip(("0", "2"), source.head))  # of linear layers; there is an activation between
+    """Read the head, in float32 and trainable. Raises ValueError."""
+    names = dict(zip(("0", "2"), source.head))  # of the linear layers, by their index in the head
     with prefix_errors(path, "weight"):
         weights = [require_dense(source.tensors[f"{name}.weight"]()) for name in source.head]
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
-            raise ValueError(f"{source.head[0]} is {[tuple(weight.shape) for weight in weights]}, no head")
+            raise ValueError(f"{source.head[0]} has shapes {[tuple(weight.shape) for weight in weights]}, not a head's")
         widths = [source.config.dim, *map(len, weights)]
     head = make_mlp(widths, source.head_activation)
-    fill(head, lambda name: source.tensors[numbers[name[0]] + name[1:]](), path, torch.float32, device)
+    load_parameters(head, lambda name: source.tensors[names[name[0]] + name[1:]](), path, torch.float32, device)
     return head.requires_grad_(True)
 
 
 def head_labels(folder: Path) -> list[str]:
-    """What a Hugging Face folder calls the outputs of its head, in their order; none where it does not say.
+    """Return the labels of the head in a Hugging Face folder, in the order of its outputs, or [] if it has none.
 
-    Raises ValueError where config.json cannot be read.
+    Raises ValueError if config.json cannot be read.
     """
     file = folder / "config.json"
     labels = read_json_object(file).get("id2label") if file.is_file() else None
@@ -182,29 +185,31 @@ def head_labels(folder: Path) -> list[str]:
 
 
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
-    """CLIP's vision encoder, frozen. Raises as `load_encoder` does, and ValueError where it is another encoder."""
+    """Load CLIP's vision encoder, frozen. Raises as `load_encoder`, and ValueError if it is another encoder."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such vision encoder{download_hint(path)}")
     model, _ = load_encoder(path, dtype, device)
     if not isinstance(model, ViT) or not model.config.clip:
-        raise ValueError(f"{path}: is no vision encoder of CLIP's")
+        raise ValueError(f"{path}: is not a vision encoder of CLIP")
     return model
 
 
-def fill(
+def load_parameters(
     model: nn.Module, fetch: Callable[[str], Tensor], path: Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Give every parameter its value. Raises ValueError where it has none, or one of another shape."""
+    """Load every parameter of a model. Raises ValueError if a weight is missing or has another shape."""
     weights = {}
     with prefix_errors(path, "weight"):
         for name, parameter in model.named_parameters():
-            weights[name] = filled(parameter, lambda target, name=name: copy(fetch(name), target), name, dtype, device)
+            weights[name] = frozen_parameter(
+                parameter, lambda target, name=name: copy(fetch(name), target), name, dtype, device
+            )
     model.load_state_dict(weights, assign=True)
 
 
 def save_encoder(model: ViT | Roberta, folder: Path) -> None:
-    """Write CLIP's vision encoder as Hugging Face's CLIPVisionModel, RoBERTa as its RobertaModel."""
+    """Write a CLIP vision encoder as Hugging Face's CLIPVisionModel, or a RoBERTa as its RobertaModel."""
     names, values = ROBERTA, {"model_type": "roberta", "type_vocab_size": 1}
     if isinstance(model, ViT):
         names, values = CLIP, {"model_type": "clip_vision_model"}
@@ -218,18 +223,18 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> Source:
-    """Of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor..., RobertaFor..., or of timm's."""
+    """Read a folder of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor..., or of timm."""
     file = folder / "config.json"
     values = read_json_object(file)
-    if values.get("model_type") is None and "architecture" in values:  # timm's
-        said = [values.get(name) for name in ("pretrained_cfg", "model_args")]
-        return read_state_dict(open_shards(folder), file, *(each if isinstance(each, dict) else {} for each in said))
+    if values.get("model_type") is None and "architecture" in values:  # timm
+        found = [values.get(name) for name in ("pretrained_cfg", "model_args")]
+        return read_state_dict(open_shards(folder), file, *(each if isinstance(each, dict) else {} for each in found))
     with prefix_errors(file):
         kind = values.get("model_type")
         if str(kind) not in HUGGING_FACE:
             raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
         config_class, names, prefix = HUGGING_FACE[kind]
-        values = values.get("vision_config", values)  # of a whole CLIP
+        values = values.get("vision_config", values)  # a complete CLIP
         if not isinstance(values, dict):
             raise ValueError(f"vision_config is a {type(values).__name__}, not an object")
         dimensions = {
@@ -251,11 +256,11 @@ def read_folder(folder: Path) -> Source:
 
 
 def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
-    """Return the configuration with the preprocessing that a Hugging Face folder states, if it states one.
+    """Return the configuration with the preprocessing that a Hugging Face folder states, if any.
 
-    Raises ValueError if it is of a kind that is not supported.
+    Raises ValueError if the preprocessing is not supported.
     """
-    file = folder / "processor_config.json"  # since version 5 of transformers, for models of images and text
+    file = folder / "processor_config.json"  # written by transformers 5 for models of images and text
     values = read_json_object(file).get("image_processor") if file.exists() else None
     if values is None:
         file = folder / "preprocessor_config.json"
@@ -277,23 +282,26 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
 
         size = values.get("size", S)
         squeezed = "height" in size if isinstance(size, dict) else config.squeezed
-        resized = side("size", size, ("height", "width") if squeezed else ("shortest_edge",))
+        resized = side_length("size", size, ("height", "width") if squeezed else ("shortest_edge",))
         is_cropped = values.get("do_center_crop", config.clip)
-        if is_cropped and side("crop_size", values.get("crop_size", S), ("height", "width")) != S:
+        if is_cropped and side_length("crop_size", values.get("crop_size", S), ("height", "width")) != S:
             raise ValueError(f"crop_size is {values['crop_size']!r}, the encoder's image_size is {S}")
         if not is_cropped and not (squeezed and resized == S):
             raise ValueError(f"size is {size!r}, without do_center_crop, the encoder's image_size is {S}")
 
         mean, std = (0.0,) * channels, (1.0,) * channels
         if values.get("do_normalize", True):
-            mean = numbers(values.get("image_mean", config.mean), "mean")
-            std = numbers(values.get("image_std", config.std), "std")
+            mean = require_numbers(values.get("image_mean", config.mean), "mean")
+            std = require_numbers(values.get("image_std", config.std), "std")
         resized = None if resized == S else resized
         return replace(config, mean=mean, std=std, squeezed=squeezed, resized=resized, resample=resample)
 
 
-def side(name: str, size: object, keys: Sequence[str]) -> object:
-    """Return the length in pixels that a preprocessor's size states under all of the keys. Raises ValueError."""
+def side_length(name: str, size: object, keys: Sequence[str]) -> object:
+    """Return the side length in pixels of a preprocessor's size: a number, or a dict with one number for all `keys`.
+
+    Raises ValueError if it is another dict.
+    """
     if not isinstance(size, dict):
         return size
     if set(size) != set(keys) or len({repr(length) for length in size.values()}) != 1:
@@ -301,56 +309,59 @@ def side(name: str, size: object, keys: Sequence[str]) -> object:
     return size[keys[0]]
 
 
-def numbers(values: object, name: str) -> tuple[float, ...]:
+def require_numbers(values: object, name: str) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
         raise ValueError(f"the {name} of pixels is {values!r}, not a list of numbers")
     return tuple(values)
 
 
 def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, args: dict | None = None) -> Source:
-    """Told apart by its names. What the tensors do not say is as it is with all of its kind: the width of the heads.
+    """Read an encoder from a state dict, whose names identify the implementation that it is from.
 
-    `pixels` and `args` are a timm folder's `pretrained_cfg` and `model_args`, which may say otherwise; so may an
-    open_clip_config.json beside the file.
+    The tensors do not determine all of the configuration: for example, heads are assumed to be 64 wide. The
+    `pretrained_cfg` and `model_args` of a timm folder, `pixels` and `args`, override such defaults, and so does an
+    open_clip_config.json beside the file. Raises ValueError.
     """
     is_openai = {"input_resolution", "context_length"} <= set(tensors)  # open_clip has neither
-    whole = "visual." if "visual.conv1.weight" in tensors else ""  # of the whole CLIP, OpenAI's or open_clip's
-    tensors = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
-    kind, head, more = Source, (), {"activation": "gelu"} | NOT_CLIP
+    prefix = "visual." if "visual.conv1.weight" in tensors else ""  # in a complete CLIP of OpenAI or open_clip
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    kind, head, settings = Source, (), {"activation": "gelu"} | NOT_CLIP
     with prefix_errors(file):
         if "conv1.weight" in tensors:
-            names, more = OPENAI, {}
+            names, settings = OPENAI, {}
         elif "patch_embed.proj.weight" in tensors:
             names, head = TIMM, ["head"] if "head.weight" in tensors else ()
-            more |= {name: numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")}
-            more |= {"norm_eps": 1e-6} | model_args(args or {})
+            settings |= {name: require_numbers((pixels or {}).get(name, HALF), name) for name in ("mean", "std")}
+            settings |= {"norm_eps": 1e-6} | timm_settings(args or {})
         elif "patch_to_embedding.weight" in tensors:
             kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
-            more |= {"final_norm": False, "n_heads": 8}  # so many by default
+            settings |= {"final_norm": False, "n_heads": 8}  # the default of vit-pytorch
         else:
-            raise ValueError("is of none of the kinds that are known: CLIP's, timm's and vit-pytorch's weights")
+            raise ValueError("unknown weights, expected those of CLIP, timm or vit-pytorch")
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
         shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
         if len(shapes[0]) not in (2, 4) or len(shapes[1]) < 2 or len(shapes[2]) != 2:
-            raise ValueError(f"its patch embedding, positions and feed-forward are {shapes}, not those of an encoder")
+            raise ValueError(
+                f"its patch embedding, positions and feed-forward have shapes {shapes}, not those of an encoder"
+            )
         patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
             C, per_patch = patches
             channels = 1 if (per_patch**0.5).is_integer() else 3
             P = round((per_patch / channels) ** 0.5)
             if channels * P * P != per_patch:
-                raise ValueError(f"patches of {per_patch} numbers are no squares")
-            if channels == 1:  # MNIST's
-                more |= {"mean": (0.1307,), "std": (0.3081,)}
+                raise ValueError(f"patches of {per_patch} values are not square")
+            if channels == 1:  # statistics of MNIST
+                settings |= {"mean": (0.1307,), "std": (0.3081,)}
         else:
             C, channels, P, _ = patches
         if names is OPENAI and not is_openai:
-            more = open_clip_settings(file.parent / "open_clip_config.json", C)
+            settings = open_clip_settings(file.parent / "open_clip_config.json", C)
         layers = [re.match(rf"{re.escape(names['layers.'])}(\d+)\.", name) for name in tensors]
         dimensions = {"dim": C, "patch_size": P, "channels": channels, "hidden_dim": hidden_dim}
         dimensions |= {"image_size": round((T - 1) ** 0.5) * P, "n_heads": max(1, C // 64)}
-        config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **dimensions | more)
+        config = ViTConfig(n_layers=len({match[1] for match in layers if match}), **dimensions | settings)
     return kind(config, tensors, names, head=head, head_activation="gelu")
 
 
@@ -360,15 +371,15 @@ OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # of ViT-H/14, g/14 and bigG/14, whose he
 def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
     """Return the fields of ViTConfig that open_clip_config.json states for an encoder of width `dim`.
 
-    Without that file the encoder is taken for OpenAI's, with a warning. Raises ValueError if its width says otherwise,
-    or if the file states something that is not supported.
+    Without that file, the encoder is assumed to be OpenAI's, with a warning. Raises ValueError if only open_clip has
+    encoders of this width, or if the file states something that is not supported.
     """
     if not file.exists():
-        needed = f"an encoder of open_clip's needs its {file.name} beside it"
+        needed = f"an encoder of open_clip needs its {file.name} beside it"
         if dim in OPEN_CLIP_WIDTHS:
-            raise ValueError(f"is {dim} wide, as some of open_clip's are and none of OpenAI's: {needed}")
+            raise ValueError(f"is {dim} wide, which only encoders of open_clip are; {needed}")
         if rank() == 0:
-            warn(f"the vision encoder is taken for OpenAI's, with QuickGELU and heads 64 wide; {needed}")
+            warn(f"the vision encoder is assumed to be OpenAI's, with QuickGELU and heads 64 wide; {needed}")
         return {}
     values = read_json_object(file)
     with prefix_errors(file.name):
@@ -382,20 +393,20 @@ def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
         head_width = vision.get("head_width", 64)
         require_number("head_width", head_width, 1, dim, whole=True)
         if vision.get("width", dim) != dim or dim % head_width:
-            raise ValueError(f"is of width {vision.get('width')} and head_width {head_width}, the weights of {dim}")
+            raise ValueError(f"states width {vision.get('width')} and head_width {head_width}, the weights have {dim}")
         interpolation = pixels.get("interpolation", "bicubic")
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation is {interpolation!r}, only 'bilinear' and 'bicubic' are supported")
         mode = pixels.get("resize_mode", "shortest")
         if mode not in ("shortest", "squash"):
             raise ValueError(f"resize_mode is {mode!r}, only 'shortest' and 'squash' are supported")
-        settings = {name: numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
+        settings = {name: require_numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
         settings |= {"n_heads": dim // head_width, "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
         return settings | {"squeezed": mode == "squash", "resample": interpolation}
 
 
-def model_args(args: dict) -> dict[str, float]:
-    """Of those of timm's models that change what the tensors do not say, `num_heads` and `norm_eps`. ValueError."""
+def timm_settings(args: dict) -> dict[str, float]:
+    """Return the fields of ViTConfig that timm's `num_heads` and `norm_eps` state. Raises ValueError."""
     found = {}
     if "num_heads" in args:
         require_number("model_args' num_heads", args["num_heads"], 1, 2**16, whole=True)
@@ -407,7 +418,7 @@ def model_args(args: dict) -> dict[str, float]:
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """Part by part: "layers.3.w1.bias" has the parts "layers", "w1" and "bias"."""
+    """Translate a name part by part: "layers.3.w1.bias" has the parts "layers", "w1" and "bias"."""
     for ours, theirs in names.items():
         name = re.sub(rf"(?<![a-z_]){re.escape(ours)}", theirs, name)
     return name

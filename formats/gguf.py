@@ -1,7 +1,7 @@
-"""GGUF, the format of llama.cpp, Ollama and LM Studio: a base with its tokenizer in one file, or in several parts.
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: a base with its tokenizer, in one file or in several parts.
 
-The layout of the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized blocks are widened by
-ggml-org's own package, gguf.
+The layout of the header is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized blocks
+are dequantized by ggml-org's own package, gguf.
 """
 
 import re
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 MAGIC = b"GGUF"
+# Format characters of struct, by type of value.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9  # the other kinds of values
+STRING, ARRAY = 8, 9  # the other types of values
 
-# Meta's names of the modules with weights, and GGUF's; {} is the number of a layer.
+# GGUF's names of the modules with weights, and Meta's; {} is the index of a layer.
 TO_META = {
     "token_embd": "tok_embeddings",
     "blk.{}.attn_q": "layers.{}.attention.wq",
@@ -50,24 +51,24 @@ TO_META = {
 }
 
 
-class Place(NamedTuple):
-    """A tensor's place in a file."""
+class TensorInfo(NamedTuple):
+    """Location, shape and type of a tensor in a file."""
 
     file: Path
     offset: int  # bytes
     shape: tuple[int, ...]  # as in PyTorch: the last dimension is contiguous
-    kind: int  # of its blocks: a GGMLQuantizationType
+    block_type: int  # a GGMLQuantizationType
 
 
 class Header(NamedTuple):
-    """The header of a file: its values and the places of its tensors, by name."""
+    """The header of a file: its metadata values and tensor infos, by name."""
 
     values: dict[str, object]
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorInfo]
 
 
 class Cursor:
-    """Reads one value after the other from the bytes of a header. Raises ValueError where the file ends too early."""
+    """Reader of consecutive values in a header. Its methods raise ValueError if the file ends too early."""
 
     def __init__(self, content: np.ndarray):
         self.content = content
@@ -76,34 +77,36 @@ class Cursor:
     def bytes(self, number: int) -> bytes:
         end = self.position + number
         if end > len(self.content):
-            raise ValueError(f"ends within its header, of which {number:,} bytes at {self.position:,} are missing")
+            raise ValueError(f"ends within its header: expected {number:,} bytes at {self.position:,}")
         found = self.content[self.position : end].tobytes()
         self.position = end
         return found
 
-    def number(self, kind: str) -> int | float | bool:
-        return struct.unpack(f"<{kind}", self.bytes(struct.calcsize(kind)))[0]
+    def number(self, code: str) -> int | float | bool:  # a format character of struct
+        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(code)))[0]
 
     def string(self) -> str:
         return self.bytes(self.number("Q")).decode()
 
-    def value(self, kind: int) -> object:
-        if kind == STRING:
+    def value(self, value_type: int) -> object:
+        if value_type == STRING:
             return self.string()
-        if kind == ARRAY:
-            of, length = self.number("I"), self.number("Q")
-            if of == STRING:
+        if value_type == ARRAY:
+            item_type, length = self.number("I"), self.number("Q")
+            if item_type == STRING:
                 return [self.string() for _ in range(length)]
-            if of not in SCALARS:
-                raise ValueError(f"has an array of values of kind {of}")
-            return np.frombuffer(self.bytes(length * struct.calcsize(SCALARS[of])), f"<{SCALARS[of]}").tolist()
-        if kind not in SCALARS:
-            raise ValueError(f"has a value of the unknown kind {kind}")
-        return self.number(SCALARS[kind])
+            if item_type not in SCALARS:
+                raise ValueError(f"has an array of items of the unsupported type {item_type}")
+            return np.frombuffer(
+                self.bytes(length * struct.calcsize(SCALARS[item_type])), f"<{SCALARS[item_type]}"
+            ).tolist()
+        if value_type not in SCALARS:
+            raise ValueError(f"has a value of the unknown type {value_type}")
+        return self.number(SCALARS[value_type])
 
 
 def is_gguf(path: Path) -> bool:
-    """Return True for a file that begins as GGUF's do, whatever its name: Ollama's have none."""
+    """Return True if the file begins with GGUF's magic number. Its suffix does not matter: Ollama's files have none."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -111,22 +114,22 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_file(path: Path) -> Path | None:
-    """Return the GGUF file at `path`: itself, or the only one in a folder, or the first of its parts; None otherwise.
+    """Return the GGUF file at `path`: itself, or the only model in a folder, by the first of its parts; otherwise None.
 
-    Raises ValueError if the folder has several.
+    Raises ValueError if the folder contains several models.
     """
     if path.is_dir():
         files = [
             file for file in sorted(path.glob("*.gguf")) if not re.search(r"-(?!0*1-)\d+-of-\d+\.gguf$", file.name)
         ]
         if len(files) > 1:
-            raise ValueError(f"{path}: holds {len(files)} GGUF models ({files[0].name} ...); name one of the files")
+            raise ValueError(f"{path}: contains {len(files)} GGUF models ({files[0].name} ...); name one of the files")
         return files[0] if files else None
     return path if is_gguf(path) else None
 
 
 def read_header(file: Path) -> Header:
-    """Return the header of a file and of its other parts. Raises OSError, or ValueError at what is no such file."""
+    """Read the header of a file and of its other parts. Raises OSError, or ValueError if it is not a GGUF file."""
     header = read_part(file)
     number = header.values.get("split.count", 1)
     if number == 1:
@@ -134,110 +137,115 @@ def read_header(file: Path) -> Header:
     require_number(f"{file}: split.count", number, 2, 2**16, whole=True)
     stem = re.sub(r"-\d+-of-\d+\.gguf$", "", file.name)
     parts = [read_part(file.with_name(f"{stem}-{i:05}-of-{number:05}.gguf")) for i in range(1, number + 1)]
-    return Header(parts[0].values, {name: place for part in parts for name, place in part.tensors.items()})
+    return Header(parts[0].values, {name: info for part in parts for name, info in part.tensors.items()})
 
 
 def read_part(file: Path) -> Header:
-    """Return the header of one file. Raises OSError or ValueError."""
-    facts = require_file(file).stat()
-    return parse_part(file, facts.st_size, facts.st_mtime_ns)
+    """Read the header of one file. Raises OSError or ValueError."""
+    stat = require_file(file).stat()
+    return parse_part(file, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def parse_part(file: Path, size: int, changed: int) -> Header:
-    """Return the header of one file; of one that has not changed it is parsed once, for weights and for tokenizer."""
+def parse_part(file: Path, size: int, modified: int) -> Header:
+    """Parse the header of one file. It is cached until the file changes, for the weights and the tokenizer."""
     with prefix_errors(file):
         if size < 24:
-            raise ValueError(f"{size} bytes are no GGUF file")
+            raise ValueError(f"is not a GGUF file: it has only {size} bytes")
         cursor = Cursor(np.memmap(file, mode="r"))
         if cursor.bytes(4) != MAGIC:
-            raise ValueError("does not begin as a GGUF file does")
+            raise ValueError("is not a GGUF file: it does not begin with GGUF")
         if (version := cursor.number("I")) not in (2, 3):
-            raise ValueError(f"is of GGUF's version {version}; only 2 and 3, little-endian, are supported")
+            raise ValueError(f"has GGUF version {version}; only 2 and 3, little-endian, are supported")
         num_tensors, num_values = cursor.number("Q"), cursor.number("Q")
         values: dict[str, object] = {}
         for _ in range(num_values):
             name = cursor.string()
             values[name] = cursor.value(cursor.number("I"))
-        places = []
+        infos = []
         for _ in range(num_tensors):
             name = cursor.string()
             shape = tuple(cursor.number("Q") for _ in range(min(cursor.number("I"), 8)))[::-1]
-            places.append((name, shape, cursor.number("I"), cursor.number("Q")))
+            infos.append((name, shape, cursor.number("I"), cursor.number("Q")))
         alignment = values.get("general.alignment", 32)
         require_number("general.alignment", alignment, 1, 2**20, whole=True)
         start = cursor.position + -cursor.position % alignment
-        tensors = {name: Place(file, start + offset, shape, kind) for name, shape, kind, offset in places}
+        tensors = {
+            name: TensorInfo(file, start + offset, shape, block_type) for name, shape, block_type, offset in infos
+        }
         return Header(values, tensors)
 
 
-def read_blocks(place: Place) -> "tuple[GGMLQuantizationType, np.ndarray]":
-    """Return the kind of a tensor's blocks, and its bytes, mapped. Raises ValueError if the file does not have all."""
+def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
+    """Return the type of a tensor's blocks, and its memory-mapped bytes.
+
+    Raises ValueError if the type is unknown, or the file does not contain the whole tensor.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        kind = GGMLQuantizationType(place.kind)
-        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        block_type = GGMLQuantizationType(info.block_type)
+        per_block, block_bytes = GGML_QUANT_SIZES[block_type]
     except (ValueError, KeyError):
-        raise ValueError(f"is of the unknown kind {place.kind}") from None
-    if not place.shape or not all(place.shape) or place.shape[-1] % per_block:
-        raise ValueError(f"is {place.shape}, which are no rows of {kind.name} blocks of {per_block}")
-    number = prod(place.shape) // per_block * block_bytes
-    if place.offset + number > place.file.stat().st_size:
-        raise ValueError(f"goes beyond the end of the file: {number:,} bytes at {place.offset:,}")
-    shape = (*place.shape[:-1], number // prod(place.shape[:-1]))
-    return kind, np.memmap(place.file, np.uint8, "r", place.offset, shape)
+        raise ValueError(f"has the unknown type {info.block_type}") from None
+    if not info.shape or not all(info.shape) or info.shape[-1] % per_block:
+        raise ValueError(f"is {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block}")
+    number = prod(info.shape) // per_block * block_bytes
+    if info.offset + number > info.file.stat().st_size:
+        raise ValueError(f"extends beyond the end of the file: {number:,} bytes at {info.offset:,}")
+    shape = (*info.shape[:-1], number // prod(info.shape[:-1]))
+    return block_type, np.memmap(info.file, np.uint8, "r", info.offset, shape)
 
 
-def read_tensor(place: Place) -> Tensor:
-    """Return a tensor in float32, its blocks widened. Raises ValueError if the file does not have all of it."""
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read a tensor, dequantized to float32. Raises ValueError if the file does not contain the whole tensor."""
     from gguf import dequantize
 
-    kind, content = read_blocks(place)
+    block_type, content = read_blocks(info)
     try:
-        return torch.from_numpy(np.array(dequantize(content, kind), np.float32))
+        return torch.from_numpy(np.array(dequantize(content, block_type), np.float32))
     except NotImplementedError:
-        raise ValueError(f"is of {kind.name}, which the package gguf does not widen") from None
+        raise ValueError(f"has the type {block_type.name}, which the package gguf cannot dequantize") from None
 
 
 class StoredWeight(NamedTuple):
-    """A weight in a file. Called, it copies the weight, widened, into a tensor."""
+    """A weight in a file. Calling it copies the dequantized weight into a tensor."""
 
-    place: Place
-    halves_of: int | None  # the head dimension, if the rows are in Hugging Face's order, halves of each head
+    info: TensorInfo
+    halves_of: int | None  # the head dimension, if rows are in Hugging Face's order, halves of each head
 
     def __call__(self, target: Tensor, part: Part | None = None) -> None:
         if self.halves_of is None:
-            copy(read_tensor(self.place), target, part)
+            copy(read_tensor(self.info), target, part)
         else:
-            copy_in_pairs(read_tensor(self.place), target, self.halves_of, part)
+            copy_in_pairs(read_tensor(self.info), target, self.halves_of, part)
 
     def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
-        """Return a linear layer with the blocks of this weight as they are, or None if they are of another kind.
+        """Return a linear layer that uses the blocks of this weight unchanged, or None if their type does not allow it.
 
         Raises ValueError if the weight has another shape, or a scale or offset is not finite.
         """
         if len(shape) != 2:
             return None
-        kind, content = read_blocks(self.place)
-        if kind.name not in ("Q8_0", "Q4_0", "Q4_1"):
+        block_type, content = read_blocks(self.info)
+        if block_type.name not in ("Q8_0", "Q4_0", "Q4_1"):
             return None
-        if self.place.shape != tuple(shape):
-            raise ValueError(f"is {self.place.shape}, its configuration says {tuple(shape)}")
+        if self.info.shape != tuple(shape):
+            raise ValueError(f"is {self.info.shape}, its configuration says {tuple(shape)}")
         N, K = shape
-        # A block is a scale in float16, with Q4_1 also an offset, and the numbers.
+        # A block is a scale in float16, for Q4_1 also an offset, and the quantized numbers.
         blocks = torch.from_numpy(np.array(content)).view(N, K // GROUP, -1)
         if self.halves_of is not None:
             blocks = blocks.unflatten(0, (-1, 2, self.halves_of // 2)).transpose(1, 2).flatten(0, 2)
         scales = blocks[..., :2].contiguous().view(torch.float16).float()  # (N, K/32, 1)
         offsets, start = None, 2
-        if kind.name == "Q4_0":
+        if block_type.name == "Q4_0":
             offsets = -8 * scales
-        elif kind.name == "Q4_1":
+        elif block_type.name == "Q4_1":
             offsets, start = blocks[..., 2:4].contiguous().view(torch.float16).float(), 4
         q = blocks[..., start:].contiguous()
         if not all(each.isfinite().all() for each in (scales, offsets) if each is not None):
-            raise ValueError("holds values that are not finite")
+            raise ValueError("contains values that are not finite")
         return QuantizedLinear(q.view(torch.int8) if offsets is None else q, scales, offsets, K)
 
 
@@ -252,41 +260,39 @@ def read(path: Path) -> tuple[Config, Weights]:
     with prefix_errors(file):
         config = gguf_config(header)
 
-    as_hugging_face = header.values["general.architecture"] != "llama"  # whose q and k are in Meta's order
+    as_hugging_face = header.values["general.architecture"] != "llama"  # llama's q and k are in Meta's order
     weights: Weights = {}
-    for name, place in header.tensors.items():
+    for name, info in header.tensors.items():
         if name != "rope_freqs.weight":
-            ours = translated(name, TO_META)
-            halves_of = config.head_dim if as_hugging_face and ours.endswith(ROTATED) else None
-            weights[ours] = StoredWeight(place, halves_of)
+            meta_name = translated(name, TO_META)
+            halves_of = config.head_dim if as_hugging_face and meta_name.endswith(ROTATED) else None
+            weights[meta_name] = StoredWeight(info, halves_of)
     if "output.weight" not in weights and "tok_embeddings.weight" in weights:  # a tied head
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return config, weights
 
 
 def gguf_config(header: Header) -> Config:
-    """Return the dimensions. Raises KeyError, or ValueError at what a LLaMA does not have."""
+    """Convert the metadata to a Config. Raises KeyError, or ValueError if the model is not supported."""
     values = header.values
     if values.get("general.type", "model") != "model":
-        raise ValueError(f"is of the type {values['general.type']!r}, not a model")
+        raise ValueError(f"has the type {values['general.type']!r}, expected 'model'")
     architecture = values["general.architecture"]
     if architecture not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"is of the architecture {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
+        raise ValueError(f"has the architecture {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
 
     def get(name: str, *default: object) -> object:
         name = f"{architecture}.{name}"
         return values.get(name, *default) if default else values[name]
 
     if get("expert_count", 0):
-        raise ValueError("is a mixture of experts")
+        raise ValueError("is a mixture of experts, which is not supported")
     dim, n_heads = get("embedding_length"), get("attention.head_count")
     for name, value in (("embedding_length", dim), ("attention.head_count", n_heads)):
         require_number(name, value, 1, 2**24, whole=True)
     head_dim = get("attention.key_length", dim // n_heads)
     if get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(
-            f"rotates {get('rope.dimension_count')} of {head_dim} numbers of a head; only all is supported"
-        )
+        raise ValueError(f"rope.dimension_count is {get('rope.dimension_count')}; only all {head_dim} are supported")
     scaling = get("rope.scaling.type", "none")
     factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0))
     if scaling not in ("none", "linear"):

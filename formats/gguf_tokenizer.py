@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, put together with the library `tokenizers`.
+"""Build the tokenizer in a GGUF file with the library `tokenizers`.
 
-It is of one of two kinds: "llama", SentencePiece's pieces and scores, or "gpt2", a byte-level BPE; there
-`tokenizer.ggml.pre` names how text is split before bytes are merged.
+There are two kinds: "llama" has SentencePiece's pieces and scores, and "gpt2" is a byte-level BPE. For the latter,
+`tokenizer.ggml.pre` names the pre-tokenizer, which splits text before bytes are merged.
 """
 
 from pathlib import Path
@@ -12,19 +12,19 @@ from formats.gguf import find_file, read_header
 from formats.tensors import prefix_errors
 from formats.tokenizers import JsonTokenizer, TiktokenTokenizer, library_errors
 
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
 
-QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # Llama 3's, but digits stand alone
+QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # Llama 3's, but each digit is split off
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Split at a regular expression, then write bytes as the letters of GPT-2's alphabet."""
+    """Return a pre-tokenizer that splits by a regular expression, then maps bytes to GPT-2's alphabet."""
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), alphabet])
 
 
-# How text is split, by the names in `tokenizer.ggml.pre`.
+# The supported pre-tokenizers, by their names in `tokenizer.ggml.pre`.
 SPLITS = {
     "gpt-2": GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
@@ -34,7 +34,7 @@ SPLITS = {
 
 
 def find_gguf_tokenizer(base: Path) -> JsonTokenizer | None:
-    """Load the tokenizer of a GGUF file, or of the one in a folder of nothing else; return None if there is none."""
+    """Load the tokenizer of a GGUF file, or of a folder that contains no other model. Return None if there is none."""
     if base.is_dir() and any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "config.json")):
         return None
     file = find_file(base)
@@ -46,22 +46,22 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
     values = read_header(file).values
     with prefix_errors(file):
         model, pre = values["tokenizer.ggml.model"], values.get("tokenizer.ggml.pre")
-        tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+        tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
         if model == "gpt2" and pre not in SPLITS:
             raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {', '.join(map(repr, SPLITS))} are supported")
         if model not in ("llama", "gpt2"):
             raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'llama' and 'gpt2' are supported")
         rules = values["tokenizer.ggml.scores" if model == "llama" else "tokenizer.ggml.merges"]
-        if len(kinds) != len(tokens) or (model == "llama" and len(rules) != len(tokens)):
-            raise ValueError(f"has {len(tokens)} tokens, but other numbers of their kinds or scores")
+        if len(types) != len(tokens) or (model == "llama" and len(rules) != len(tokens)):
+            raise ValueError(f"has {len(tokens)} tokens, but another number of their types or scores")
         with library_errors("cannot be read as a tokenizer"):
             if model == "llama":
                 tokenizer = sentencepiece_model(values, tokens, rules)
             else:
                 tokenizer = byte_level_model(tokens, rules, pre)
             control, added = (
-                [AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == of]
-                for of in (CONTROL, USER_DEFINED)
+                [AddedToken(token, normalized=False) for token, found in zip(tokens, types) if found == token_type]
+                for token_type in (CONTROL, USER_DEFINED)
             )
             tokenizer.add_special_tokens(control)
             tokenizer.add_tokens(added)
@@ -86,7 +86,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
 
 
 def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer:
-    """Return GPT-2's kind; a rule is two tokens that are merged, with a space between them."""
+    """Build a byte-level BPE like GPT-2's. A rule is two tokens that are merged, separated by a space."""
     merges = [tuple(rule.split(" ", 1)) for rule in rules]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
@@ -98,7 +98,7 @@ def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer
 
 
 def sentencepiece_model(values: dict, tokens: list[str], scores: list[float]) -> Tokenizer:
-    """Return LLaMA 1 and 2's kind: of all pairs, the one is merged that makes the piece of the highest score."""
+    """Build a BPE like that of LLaMA 1 and 2, which always merges the pair whose result has the highest score."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
     merges = []
     for token, id in vocabulary.items():

@@ -18,7 +18,7 @@ from runtime.tensor_parallel import Part
 
 CONFIG = "config.json"
 
-# Meta's names of the modules with weights, and Hugging Face's; {} is the number of a layer.
+# Meta's names of the modules with weights, and Hugging Face's; {} is the index of a layer.
 TO_HUGGING_FACE = {
     "tok_embeddings": "model.embed_tokens",
     "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
@@ -36,47 +36,48 @@ TO_HUGGING_FACE = {
     "output": "lm_head",
 }
 TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
-# A rotated pair: rows i and i + D/2 of a head there, 2i and 2i + 1 at Meta's.
+# Weights whose rows are rotated in pairs: rows i and i + D/2 of a head in Hugging Face's order, 2i and 2i+1 in Meta's.
 ROTATED = (".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias", ".q_norm.weight", ".k_norm.weight")
 
-ARCHITECTURES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # of model_type
-# What others have that a LLaMA has not, by how their model_type begins.
-MISSING = {
+# Fields of Config by model_type.
+ARCHITECTURES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+# Reasons why other models are not supported, by the beginning of their model_type.
+UNSUPPORTED = {
     "gemma": "its embeddings are scaled, and its norms add one to their weights",
-    "phi": "its q, k, v lie in one matrix, and some of its heads are rotated by a part",
-    "gpt": "it has learned positions and layer norms",
+    "phi": "its q, k and v are in one matrix (Phi-3), or it rotates only a part of each head",
+    "gpt": "its layers differ from LLaMA's (GPT-2 has LayerNorm and learned positions)",
     "mixtral": "it is a mixture of experts",
     "qwen2_moe": "it is a mixture of experts",
     "qwen3_moe": "it is a mixture of experts",
-    "qwen2_vl": "it sees images by itself",
+    "qwen2_vl": "it is a vision-language model",
     "llama4": "it is a mixture of experts",
-    "olmo": "its norms come after what they are for",
-    "falcon": "its attention and feed-forward run side by side",
+    "olmo": "its norms have no weights (OLMo), or come after the attention and the feed-forward (OLMo 2)",
+    "falcon": "its attention and feed-forward run in parallel",
 }
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
-    """The name of a weight or bias in the other layout; one that is in neither stays as it is."""
+    """Return the name of a weight or bias in the other layout. An unknown name is returned unchanged."""
     numbers, (place, _, kind) = re.findall(r"(?:layers|blk)\.(\d+)\.", name), name.rpartition(".")
     module = modules.get(re.sub(r"(layers|blk)\.\d+\.", r"\1.{}.", place + ".").removesuffix("."))
     return f"{module.replace('{}', ''.join(numbers))}.{kind}" if module else name
 
 
-def half_by_half(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of wq or wk, (heads*D, C), or their bias, or a head's norm, in Hugging Face's order."""
+def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of wq or wk (heads*D, C), their bias, or a head's norm from Meta's order to Hugging Face's."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def copy_in_pairs(source: Tensor, target: Tensor, head_dim: int, part: Part | None = None) -> None:
-    """Copy rows of wq or wk in Hugging Face's order, halves of each head, to Meta's, pairs. Raises as `copy`."""
-    if source.shape == (part.whole_shape(target.shape) if part else target.shape):  # otherwise `copy` says so
-        source = source.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # a part is of whole heads
+    """Copy rows of wq or wk from Hugging Face's order, halves of each head, to Meta's, pairs. Raises as `copy`."""
+    if source.shape == (part.whole_shape(target.shape) if part else target.shape):  # otherwise `copy` raises
+        source = source.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # a part consists of whole heads
         target = target.unflatten(0, (-1, head_dim // 2, 2))
     copy(source, target, part)
 
 
 def config_values(config: Config) -> dict[str, int | float]:
-    """Return the sizes of a LLaMA, and its norm's epsilon, by the names that they have in config.json."""
+    """Return the dimensions of a LLaMA and the epsilon of its norms, by their names in config.json."""
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
@@ -90,16 +91,16 @@ def config_values(config: Config) -> dict[str, int | float]:
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The weights of a LLaMA as LlamaForCausalLM's."""
+    """Convert the weights of a LLaMA to those of LlamaForCausalLM."""
     weights = {}
     for name, weight in state_dict.items():
         if name.endswith(ROTATED):
-            weight = half_by_half(weight, config.head_dim)
+            weight = pairs_to_halves(weight, config.head_dim)
         weights[translated(name, TO_HUGGING_FACE)] = weight
     return weights
 
 
-# Endings of names, and what wrote them; a checkpoint may not say in config.json that it is quantized.
+# Suffixes of names, and the methods that write them. A quantized checkpoint may not say so in config.json.
 QUANTIZED = {
     (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
     (".absmax", ".quant_map", ".SCB"): "bitsandbytes",
@@ -107,18 +108,18 @@ QUANTIZED = {
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError if the weights are quantized, or have a prefix that a wrapper of the model left."""
+    """Raise ValueError if the weights are quantized, or their names have the prefix of a wrapper module."""
     for name in names:
-        for endings, what in QUANTIZED.items():
-            if name.endswith(endings):
-                raise ValueError(f"{folder}: is quantized by {what} ({name}); give the model that it was made of")
+        for suffixes, method in QUANTIZED.items():
+            if name.endswith(suffixes):
+                raise ValueError(f"{folder}: is quantized by {method} ({name}); give the original model")
         prefix, _, rest = name.partition("model.embed_tokens.weight")
         if prefix and not rest and "model.embed_tokens.weight" in name:
             raise ValueError(f"{folder}: its names begin with {prefix!r} ({name}); save the model without its wrapper")
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
-    """Raises OSError, or ValueError at what a LLaMA does not have."""
+    """Read config.json and the headers of the weights. Raises OSError, or ValueError if the model is not supported."""
     values = read_json_object(folder / CONFIG)
     with prefix_errors(folder / CONFIG):
         config = hugging_face_config(values)
@@ -135,18 +136,18 @@ def read(folder: Path) -> tuple[Config, Weights]:
     embeddings, head = tensors.get("tok_embeddings.weight"), tensors.get("output.weight")
     tied = bool(values.get("tie_word_embeddings"))
     if tied and embeddings and head and not torch.equal(require_dense(embeddings()), require_dense(head())):
-        warn(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: it is used")
+        warn(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings and is used")
         tied = False
     if embeddings is None and (head is None or not tied):
         raise ValueError(f"{folder}: has no weight model.embed_tokens.weight")
     if tied:
-        tensors["tok_embeddings.weight"] = embeddings or head  # a file may have either
+        tensors["tok_embeddings.weight"] = embeddings or head  # a file may contain either
     elif head is None:
         raise ValueError(f"{folder}: has no weight lm_head.weight, and {CONFIG} does not tie it to the embeddings")
 
     weights: Weights = {}
     for name, fetch in tensors.items():
-        if not name.endswith(".rotary_emb.inv_freq"):  # old files carry what rope_cos_sin computes
+        if not name.endswith(".rotary_emb.inv_freq"):  # in old files; rope_cos_sin computes it
             weights[name] = partial(fill, fetch, name.endswith(ROTATED))
     if tied:
         weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -154,12 +155,12 @@ def read(folder: Path) -> tuple[Config, Weights]:
 
 
 def hugging_face_config(values: dict) -> Config:
-    """Of config.json. Raises KeyError, or ValueError at an architecture other than LLaMA's."""
+    """Convert config.json to a Config. Raises KeyError, or ValueError if the architecture is not supported."""
     kind = values.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        known = next((missing for start, missing in MISSING.items() if str(kind).startswith(start)), None)
-        what = f"; {known}" if known else ""
-        raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{what}")
+        reason = next((reason for start, reason in UNSUPPORTED.items() if str(kind).startswith(start)), None)
+        hint = f"; {reason}" if reason else ""
+        raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{hint}")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for name, value in only.items():
         if values.get(name, value) != value:
@@ -181,19 +182,19 @@ def hugging_face_config(values: dict) -> Config:
         norm_eps=values["rms_norm_eps"],
         rope_theta=rope_theta,
         rope_factors=rope_factors,
-        max_seq_len=context(values),
+        max_seq_len=context_length(values),
         **ARCHITECTURES[kind],
     )
 
 
 def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, ...] | None]:
-    """Return rope_theta and the divisors of the frequencies. Raises KeyError, or ValueError at an unknown rope_type.
+    """Return rope_theta and the divisors of the frequencies. Raises KeyError, or ValueError if they are not supported.
 
-    As in transformers, `rope_scaling` wins over `rope_parameters`, which its version 5 writes.
+    As in transformers, `rope_scaling` takes precedence over `rope_parameters`, which version 5 writes.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}")
+        raise ValueError(f"rope_scaling is {rope!r}, not an object")
     for place in (rope, values):
         if place.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(f"partial_rotary_factor is {place['partial_rotary_factor']!r}; only 1 is supported")
@@ -209,8 +210,8 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
     raise ValueError(f"rope_type is {rope_type!r}; only 'default', 'linear' and 'llama3' are supported")
 
 
-def context(values: dict) -> int | None:
-    """How far the model sees: where each token looks back over a window alone, as far as that."""
+def context_length(values: dict) -> int | None:
+    """Return the context length in tokens. If attention uses a sliding window, it is at most the window."""
     length, window = values.get("max_position_embeddings"), values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):
         return length

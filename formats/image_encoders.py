@@ -1,4 +1,4 @@
-"""What makes features of images for an adapter: CLIP's vision encoder, or a function of the user's."""
+"""Encoders that compute the features of images for an adapter: CLIP's vision encoder, or a user-defined function."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from runtime.files import hash_tensors, resolved
 
 
 class VisionEncoder:
-    """A frozen vision encoder, read at M depths. `metadata` is what the file of an adapter says of it."""
+    """A frozen vision encoder whose features are taken at M depths. `metadata` is stored in the adapter file."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device, depths: int = DEPTHS):
         self.vit, self.depths = load_vit(path, dtype, device), depths
@@ -34,23 +34,23 @@ class VisionEncoder:
         }
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
-        """(F,) for each. Raises OSError or ValueError."""
+        """Return the features (F,) of each image or video. Raises OSError or ValueError."""
         return encode_images(paths, self.vit, self.depths, cache)
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
-        """What a run that is resumed must see images with, too."""
+        """Return the options of a run that must be the same when it is resumed."""
         return {"vision_encoder_fingerprint": self.metadata["vision_encoder_fingerprint"]}
 
 
 class FunctionEncoder:
-    """A function of the user's, FILE.py:NAME, whose features are not kept: nobody knows what it depends on."""
+    """A user-defined function, FILE.py:NAME. Its features are not cached, because what they depend on is unknown."""
 
     def __init__(self, where: str, num_features: int | None = None):
         self.where, self.function, self.num_features = where, load_function(where), num_features
         self.metadata = {"encoder": where}
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
-        """(F,) for each. Raises OSError, or ValueError where these are not as many as the adapter was made for."""
+        """Return the features (F,) of each file. Raises OSError, or ValueError if the adapter has another F."""
         features = encode_with_function(paths, self.function)
         if self.num_features not in (None, len(features[0])):
             made_for = f"the adapter was made for {self.num_features}"
@@ -58,7 +58,7 @@ class FunctionEncoder:
         return features
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
-        """What a run that is resumed must see images with, too: the features themselves."""
+        """Return the options of a run that must be the same when it is resumed: a hash of the features themselves."""
         return {"features_hash": hash_tensors(features)}
 
 
@@ -69,22 +69,21 @@ def load_image_encoder(
     device: torch.device,
     adapter: Adapter | None = None,
 ) -> VisionEncoder | FunctionEncoder:
-    """Load the vision encoder at a path, or a function FILE.py:NAME; by default the one that the adapter names.
+    """Load the vision encoder at a path, or the function FILE.py:NAME; by default the vision encoder of the adapter.
 
-    Raises OSError, or ValueError where the adapter cannot see what it makes. Warns where it is another than in
-    training.
+    Warns if the encoder differs from the one in training. Raises OSError, or ValueError if the adapter does not fit it.
     """
     if vision_encoder is not None and encoder is not None:
-        raise ValueError("--clip and --encoder: one of them makes the features of an image")
+        raise ValueError("--clip and --encoder: give only one of them")
     if adapter is None:
         return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):
         raise ValueError("an image needs an adapter with a projection, one that was trained on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
     if encoder is not None:
-        theirs = metadata.get("encoder", metadata.get("vision_encoder", encoder))
-        if Path(theirs).name != Path(encoder).name:
-            warn(f"the adapter was trained with {theirs}, not with {encoder}")
+        trained_with = metadata.get("encoder", metadata.get("vision_encoder", encoder))
+        if Path(trained_with).name != Path(encoder).name:
+            warn(f"the adapter was trained with {trained_with}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
     vision_encoder = vision_encoder or metadata.get("vision_encoder")
     if vision_encoder is None and "encoder" in metadata:
@@ -95,5 +94,5 @@ def load_image_encoder(
     if found.num_features != made_for:
         raise ValueError(f"{vision_encoder}: has {found.num_features} features, the adapter was made for {made_for}")
     if metadata.get("vision_encoder_fingerprint", "") not in ("", found.metadata["vision_encoder_fingerprint"]):
-        warn(f"the adapter was trained with other weights than those of {vision_encoder}")
+        warn(f"the adapter was trained with a vision encoder whose weights differ from those of {vision_encoder}")
     return found

@@ -1,4 +1,4 @@
-"""llama2.c's float32 .bin: a header of integers, then every tensor in a fixed order, each stacked over the layers."""
+"""llama2.c's float32 .bin: a header of integers, then the tensors in a fixed order, each stacked over the layers."""
 
 import struct
 from functools import partial
@@ -16,19 +16,19 @@ from runtime.files import require_file
 def read(path: Path) -> tuple[Config, Weights]:
     """Read the header of a file, or of the only .bin in a folder.
 
-    Raises ValueError if the header, or the size that follows from it, is not that of such a file.
+    Raises ValueError if the header is invalid, or the file does not have the size that follows from it.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if len(files) > 1:
-        raise ValueError(f"{path}: holds {len(files)} files of llama2.c ({files[0].name} ...); name one of them")
+        raise ValueError(f"{path}: contains {len(files)} llama2.c files ({files[0].name} ...); name one of them")
     file = require_file(files[0])
     size = file.stat().st_size
     with open(file, "rb") as opened:
         raw = opened.read(256)
     modern = raw[:4] == b"24ka"  # "ak42", little-endian
-    start = 256 if modern else 28  # where the tensors begin
+    start = 256 if modern else 28  # offset of the first tensor
     if size < start:
-        raise ValueError(f"{file}: {size} bytes are not a llama2.c checkpoint")
+        raise ValueError(f"{file}: {size} bytes, too few for a llama2.c checkpoint")
     version = struct.unpack("<i", raw[4:8])[0]
     if modern and version != 1:
         raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
@@ -38,7 +38,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     try:
         config = Config(C, N, H, Hkv, C // H, hidden, abs(V), max_seq_len=max_seq_len)
         if C % H:
-            raise ValueError(f"width {C}, {H} heads")
+            raise ValueError(f"width {C} is not a multiple of {H} heads")
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: not a llama2.c checkpoint (its header reads {header}: {error})") from None
     shapes = layout(config, modern, tied)
@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     if size != expected:
         raise ValueError(f"{file}: {size} bytes, but its header asks for {expected}")
 
-    floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write, and nothing is written
+    floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write; the file is not changed
     weights: Weights = {}
     for name, shape in shapes.items():
         values, floats = floats[: prod(shape)], floats[prod(shape) :]
@@ -62,7 +62,7 @@ def read(path: Path) -> tuple[Config, Weights]:
 
 
 def layout(config: Config, modern: bool, tied: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors, in the order of the file."""
+    """Return the shapes of the tensors, in the order of the file."""
     C, N, D, hidden, V = config.dim, config.n_layers, config.head_dim, config.hidden_dim, config.vocab_size
     kv = config.n_kv_heads * D
     attention_norm, ffn_norm = {"layers.attention_norm": (N, C)}, {"layers.ffn_norm": (N, C)}

@@ -1,4 +1,4 @@
-"""A base and the adapters over it, for commands that generate or score."""
+"""Load a base and adapters, for commands that generate or evaluate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +34,12 @@ def load_with_adapters(
     compiled: bool = False,
     decoding: bool = True,
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
-    """Load adapters, and the base, by default the one that the first adapter names; return the adapters by name.
+    """Load adapters and a base, by default the one that the first adapter names.
 
-    `bits` is the option --bits. With `decoding`, the base is prepared for decoding steps, `compiled` or not. With
-    several ranks, each loads its part of every layer. Warns if an adapter was trained over other weights, and
-    prints how third-party files were understood. Raises OSError, or ValueError if the files do not fit each other.
+    Returns the base, its tokenizer, and the adapters by name. `bits` is the value of --bits. With `decoding`, the base
+    is prepared for decoding steps, `compiled` or not. With several ranks, each loads its part of every layer. Warns if
+    an adapter was trained over other weights, and prints how third-party files were read. Raises OSError, or ValueError
+    if the files do not fit each other.
     """
     if compiled:
         prepare_to_compile(device)
@@ -78,14 +79,17 @@ def load_with_adapters(
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
-    """Adapter files by name, from NAME=FILE, or FILE, whose name is its own. Raises ValueError if a name is taken."""
+    """Return adapter files by name. Each path is NAME=FILE, or FILE, which is then named after the file.
+
+    Raises ValueError if a name is taken.
+    """
     files: dict[str, str] = {}
     for path in paths:
         name, _, file = path.partition("=")
         if not file or Path(path).exists():
             name, file = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem, path
         if name in files or name == "base":
-            raise ValueError(f"{file}: the name {name!r} is taken; give it another, --adapter NAME={file}")
+            raise ValueError(f"{file}: the name {name!r} is taken; give another one: --adapter NAME={file}")
         files[name] = file
     return files
 
@@ -93,7 +97,7 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
 def load_part_of_rank(
     folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args, **options
 ) -> LLaMA:
-    """`load_model` of this rank's part of every layer, for tensor parallelism. Raises OSError or ValueError."""
+    """Load this rank's part of every layer, for tensor parallelism; otherwise as `load_model`."""
     from runtime.tensor_parallel import base_of_rank, join_ranks
 
     model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args, **options)
@@ -105,8 +109,10 @@ def check_adapter(adapter: Adapter, path: str, base: str, config: Config, finger
     """Raise ValueError if the adapter does not fit the base; warn if it was trained over other weights."""
     metadata = adapter.metadata
     if isinstance(adapter, HeadAdapter):
-        task = metadata.get("task", "a task of an encoder")
-        raise ValueError(f"{path}: was trained for {task}, on an encoder: python -m encoder_tuning evaluate --adapter")
+        task = metadata.get("task", "an encoder task")
+        raise ValueError(
+            f"{path}: was trained for {task}, on an encoder; use python -m encoder_tuning evaluate --adapter"
+        )
     try:
         adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Meta's layout of a LLaMA: params.json, consolidated.00.pth and, of larger models, further ones."""
+"""Meta's layout of a LLaMA: params.json and consolidated.00.pth; larger models have further .pth files."""
 
 import math
 from functools import partial
@@ -18,7 +18,10 @@ PARAMS = "params.json"
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
-    """Each of n files has a part of every weight, as the model ran on n GPUs. Raises OSError or ValueError."""
+    """Read params.json and map the weights. Raises OSError or ValueError.
+
+    Each of n files contains a part of every weight, because Meta's code runs the model on n GPUs.
+    """
     params = read_json_object(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))
     names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]
@@ -28,13 +31,13 @@ def read(folder: Path) -> tuple[Config, Weights]:
     shards = [read_shard(file) for file in files]
     for file, shard in zip(files, shards):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
-            raise ValueError(f"{file}: {differing[0]} is in only one of it and {files[0].name}")
+            raise ValueError(f"{file}: {differing[0]} is missing from this file or from {files[0].name}")
 
     weights: Weights = {name: partial(join, [shard[name] for shard in shards]) for name in shards[0]}
     for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
         if name not in weights:
             raise ValueError(f"{folder}: has no weight {name}")
-    if "output.weight" in weights:  # always split by rows; params.json often says -1
+    if "output.weight" in weights:  # always split by rows; the size in params.json is often -1
         vocab_size = sum(len(shard["output.weight"]) for shard in shards)
     else:
         vocab_size = len(shards[0]["tok_embeddings.weight"])
@@ -46,19 +49,19 @@ def read(folder: Path) -> tuple[Config, Weights]:
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, mapped from the file and not yet read."""
+    """Return the tensors of a file by name, memory-mapped."""
     tensors = load_pth(file)
-    tensors.pop("rope.freqs", None)  # LLaMA 1 carries the table that rope_cos_sin computes
+    tensors.pop("rope.freqs", None)  # in LLaMA 1; rope_cos_sin computes it
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
-            raise ValueError(f"{file}: {name} is no vector or matrix")
+            raise ValueError(f"{file}: {name} is not a vector or matrix")
     return tensors
 
 
 def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None:
-    """Copy a weight's pieces, equal cuts along one dimension, to where they belong; a norm is whole in each file.
+    """Join the pieces of a weight along the dimension that is split, and copy the weight, or a part of it, to `target`.
 
-    Of a `part` of the weight. Raises ValueError where they do not make up the weight.
+    A norm is not split: each file contains the whole. Raises ValueError if the pieces do not make up the weight.
     """
     part = part or WHOLE
     n, shape, whole = len(pieces), tuple(pieces[0].shape), part.whole_shape(target.shape)
@@ -68,12 +71,12 @@ def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None
         raise ValueError(f"has different shapes in the {n} files")
     for dim in range(len(shape) if n > 1 else 0):
         if shape[:dim] + (n * shape[dim],) + shape[dim + 1 :] == whole:
-            ours, across = (part, WHOLE) if part.dim == dim else (WHOLE, part)
-            fine = math.lcm(n, ours.number)  # neither a piece nor a part ends within one of so many
-            of_pieces = [one for piece in pieces for one in piece.chunk(fine // n, dim)]
-            each = fine // ours.number
-            for one, place in zip(of_pieces[ours.index * each :], target.chunk(each, dim)):
-                copy(one, place, across)
+            along, across = (part, WHOLE) if part.dim == dim else (WHOLE, part)
+            num_chunks = math.lcm(n, along.number)  # so that pieces and parts consist of whole chunks
+            chunks = [chunk for piece in pieces for chunk in piece.chunk(num_chunks // n, dim)]
+            per_part = num_chunks // along.number
+            for chunk, destination in zip(chunks[along.index * per_part :], target.chunk(per_part, dim)):
+                copy(chunk, destination, across)
             return
     if n > 1 and len(shape) > 1:
         raise ValueError(f"is {shape} in each of {n} files, its configuration says {whole} in all")
@@ -83,17 +86,20 @@ def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None
 
 
 def meta_config(params: dict, vocab_size: int) -> Config:
-    """Of params.json, which leaves the feed-forward's width to a formula. Raises KeyError or ValueError."""
+    """Convert params.json to a Config. Raises KeyError or ValueError.
+
+    The width of the feed-forward network is not in the file; it follows from a formula of Meta's code.
+    """
     for name in ("dim", "n_heads", "multiple_of"):
         require_number(name, params[name], 1, 2**24, whole=True)
     dim, n_heads = params["dim"], params["n_heads"]
     multiplier = params.get("ffn_dim_multiplier") or 1
     require_number("ffn_dim_multiplier", multiplier, 1e-3, 1e3)
     hidden_dim = int(multiplier * int(2 * 4 * dim / 3))
-    hidden_dim += -hidden_dim % params["multiple_of"]  # up to the next multiple
+    hidden_dim += -hidden_dim % params["multiple_of"]  # round up to a multiple
     theta = params.get("rope_theta", 10000.0)
     factors = None
-    if params.get("use_scaled_rope"):  # params.json leaves the factor to Meta's code: 8 in 3.1, 32 in 3.2's 1B and 3B
+    if params.get("use_scaled_rope"):  # the factor is in Meta's code: 8 for Llama 3.1, 32 for 3.2 1B and 3B
         factors = llama3_rope_factors(dim // n_heads, theta, factor=32.0 if dim < 4096 else 8.0)
     return Config(
         dim=dim,

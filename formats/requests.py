@@ -1,4 +1,4 @@
-"""Files of requests and of responses: JSONL whose records say what is asked, of which adapter, about which image."""
+"""Read requests from a JSONL file, with an optional adapter and image each, and write the responses to another."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -14,10 +14,10 @@ from runtime.files import atomic_write, path_inside, require_file
 def read_requests(
     path: str, names: Collection[str], default: str, folder: str | None
 ) -> tuple[list[dict], list[Request], dict[int, Path]]:
-    """The records of a file, what each asks, and the images of those that have one, in the folder or beside the file.
+    """Read a file of requests; return its records, a Request for each, and the image paths by the record's index.
 
-    `names` are of the adapters that there are, `default` is asked where a record names none. Raises OSError or
-    ValueError, naming the record.
+    Images are in `folder`, by default the folder of the file. `names` are the loaded adapters, and `default` is the
+    adapter of records that name none. Raises OSError, or ValueError that names the record.
     """
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
@@ -29,7 +29,7 @@ def read_requests(
         name = record.get("adapter", default)
         name = "base" if name is None else name
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{where}: adapter {name!r} is none of {list(names)}")
+            raise ValueError(f"{where}: adapter {name!r} is not one of {list(names)}")
         *history, (_, instruction, _) = turns or [Turn("user", example.instruction)]
         input = "" if turns else example.input
         if example.image:
@@ -40,7 +40,7 @@ def read_requests(
         requests.append(Request(instruction, input, name, history=history))
         try:
             if example.image and name == "base":
-                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
+                raise ValueError("an image needs an adapter with a projection, which the base alone does not have")
             if example.image:
                 images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
         except (ValueError, FileNotFoundError) as error:
@@ -51,9 +51,9 @@ def read_requests(
 def attach_images(
     requests: Sequence[Request], images: dict[int, Path], responder, vision_encoder: str | None, encoder: str | None
 ) -> list[Request]:
-    """The requests, each with the features of its image, encoded as in the training of its adapter.
+    """Return the requests, each with the features of its image, encoded as in the training of its adapter.
 
-    `images` are paths by the index of the request, `responder` is a generate.Responder. Raises OSError, or ValueError
+    `images` are paths by the index of the request; `responder` is a generate.Responder. Raises OSError, or ValueError
     if an adapter has no projection.
     """
     requests = list(requests)
@@ -62,19 +62,19 @@ def attach_images(
         image_encoder = load_image_encoder(
             vision_encoder, encoder, model.dtype, model.device, responder.loaded[name].adapter
         )
-        ours = [i for i in images if requests[i].adapter == name]
-        for i, features in zip(ours, image_encoder.encode([images[i] for i in ours])):
+        indices = [i for i in images if requests[i].adapter == name]
+        for i, features in zip(indices, image_encoder.encode([images[i] for i in indices])):
             requests[i] = requests[i]._replace(features=features)
     return requests
 
 
 def write_responses(path: str, records: Sequence[dict], responses: Iterable[str]) -> None:
-    """Write the records again as JSONL, each with its output; all of them or none; the first rank. Raises OSError."""
+    """Write the records as JSONL, each with its response as `output`, atomically and on rank 0. Raises OSError."""
     if rank() > 0:
-        for _ in responses:  # it needs the others to make them
+        for _ in responses:  # generation needs all ranks
             pass
         return
-    # What UTF-8 cannot say (half a character) is written as its escape, which is what JSON reads.
+    # UTF-8 cannot encode an unpaired surrogate; it is written as an escape sequence, which is valid JSON.
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for record, output in zip(records, responses):
             file.write(json.dumps(record | {"output": output}, ensure_ascii=False) + "\n")

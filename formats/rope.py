@@ -1,4 +1,4 @@
-"""The rotary embedding of models that were trained further for longer contexts, as divisors of its frequencies."""
+"""Scaled rotary embeddings, for models with an extended context: divisors of the frequencies."""
 
 import math
 
@@ -16,13 +16,14 @@ def llama3_rope_factors(
 ) -> tuple[float, ...]:
     """Return the D/2 divisors of Llama 3.1.
 
-    Within the context of pretraining, in tokens, a pair that rotates more than `high` times is kept, one that rotates
-    less than `low` times is slowed by `factor`, and those between are interpolated. Raises ValueError.
+    `context` is the context length of pretraining in tokens. A pair of dimensions that rotates more than `high` times
+    within it keeps its frequency. One that rotates less than `low` times is slowed down by `factor`, and pairs in
+    between are interpolated. Raises ValueError.
     """
     for value in (theta, factor, low, high, context):
-        require_number("a number of the scaled rotary embedding", value, 1e-30, 1e12)
+        require_number("a parameter of the scaled rotary embedding", value, 1e-30, 1e12)
     if low >= high:
-        raise ValueError(f"low_freq_factor is {low}, and high_freq_factor is {high}: the latter must be the larger one")
+        raise ValueError(f"low_freq_factor is {low}, and high_freq_factor is {high}: the latter must be larger")
     factors = []
     for pair in range(0, head_dim, 2):
         rotations = context * theta ** (-pair / head_dim) / (2 * math.pi)

@@ -1,4 +1,4 @@
-"""Tokenizers in the files they come in: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), tokenizer.json (all else)."""
+"""Load tokenizers: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), and tokenizer.json (all others)."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from runtime.files import first_line, parse_json, read_bytes, read_json_object, 
 
 @contextmanager
 def library_errors(what: str):
-    """Convert whatever the library raises to ValueError; panics of Rust are not subclasses of Exception."""
+    """Convert exceptions of a tokenizer library to ValueError. Panics of Rust are not subclasses of Exception."""
     try:
         yield
     except BaseException as error:
@@ -28,13 +28,13 @@ def library_errors(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
-# Libraries put a space before the first character of a text. In front of this one, which no token contains, it can be
-# removed again.
+# Libraries insert a space before the first character of a text. If the text begins with this mark, which no token
+# contains, the ids of both the space and the mark can be removed.
 MARK = "\ufdd4"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """LLaMA 1 and 2's kind. Raises ValueError where the file is none."""
+    """The tokenizer of LLaMA 1 and 2. Raises ValueError if the file is not a SentencePiece model."""
 
     def __init__(self, path: str | Path):
         try:
@@ -51,7 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
             control = [id for id in range(self.num_pieces) if self.model.is_control(id)]
             self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id, *control)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
-        self.space_after_special = True  # as Meta's code encodes the text after <bos>
+        self.space_after_special = True  # as in Meta's code, which inserts a space after <bos>
         self.mark_ids = self.model.encode(MARK)
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
@@ -77,10 +77,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Llama 3's kind: lines of a token's bytes in base64 and its rank, and 256 special tokens behind them.
+    """The tokenizer of Llama 3. Each line of the file has a token's bytes in base64 and its rank.
 
-    Special tokens are known by id alone: text that spells one out is encoded as the text that it is. Raises
-    ValueError where the file is none.
+    The ids of 256 special tokens follow those of the file. Text that spells a special token is encoded as plain text.
+    Raises ValueError if the file is not a tiktoken file.
     """
 
     # How Llama 3 splits text before merging bytes.
@@ -88,7 +88,7 @@ class TiktokenTokenizer(Tokenizer):
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    # The library's stack overflows at longer runs. Meta's tokenizer cuts them at the same length.
+    # The library's stack overflows at longer runs. Meta's tokenizer splits them at the same length.
     LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
     SPECIAL = {
         0: "<|begin_of_text|>",
@@ -110,7 +110,7 @@ class TiktokenTokenizer(Tokenizer):
         count = len(ranks)
         if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError(
-                f"{path}: its {len(lines)} tokens do not have the ranks 0 to {len(lines) - 1}, all bytes among them"
+                f"{path}: expected ranks 0 to {len(lines) - 1} of its {len(lines)} tokens, and a token for every byte"
             )
         special = {self.SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): count + i for i in range(256)}
         self.model = tiktoken.Encoding(
@@ -118,7 +118,8 @@ class TiktokenTokenizer(Tokenizer):
         )
         self.eos_id, self.vocab_size = count + 1, count + 256
         self.start_ids = [count]
-        self.end_ids = [count + 1, count + 8, count + 9]  # of a text, and of a message to a tool or to the user
+        # The ends of a text, of a message to a tool, and of a message to the user.
+        self.end_ids = [count + 1, count + 8, count + 9]
         self.special_ids = special
         self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
 
@@ -131,20 +132,20 @@ class TiktokenTokenizer(Tokenizer):
         return [id for piece in (*pieces, text[start:]) for id in self.model.encode_ordinary(piece)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ordinary ids alone: special tokens have none."""
+        """Return the text of the ids without special tokens."""
         return self.model.decode([id for id in ids if id <= self.model.max_token_value - 256])
 
     def token_id(self, token: str) -> int | None:
         return self.special_ids.get(token)
 
     def token_text(self, id: int) -> str | None:
-        return None  # only special tokens have one, and `special_ids` has them all
+        return None  # only special tokens have one, and `special_ids` contains all of them
 
 
 class JsonTokenizer(Tokenizer):
-    """The tokenizer in a tokenizer.json, of any kind, run by the library that writes it; `path` is the file's.
+    """Any tokenizer of the library `tokenizers`, such as that of a tokenizer.json; `path` is its file.
 
-    Text that spells a special token is encoded as the text that it is. Raises ValueError if it encodes nothing.
+    Text that spells a special token is encoded as plain text. Raises ValueError if the tokenizer does not work.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, path: Path):
@@ -158,7 +159,7 @@ class JsonTokenizer(Tokenizer):
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
         if max(self.start_ids, default=0) >= self.vocab_size:
             raise ValueError(f"{path}: a text starts with token {max(self.start_ids)} of {self.vocab_size}")
-        self.end_ids = []  # the files beside it say which
+        self.end_ids = []  # set from the files beside it
         self.named_tokens = {}
         added = self.model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special and token.content}
@@ -169,8 +170,9 @@ class JsonTokenizer(Tokenizer):
         with library_errors(f"{self.path}: cannot encode the text"):
             if not preceding:
                 return self.encode_as_text(text)
-            # Some put a space before the first token of all, and none behind a special token, which the library finds
-            # only where it would find those that the text spells, too: they end what is encoded in this way.
+            # Some tokenizers insert a space at the beginning of a text, but not after a special token. The library
+            # recognizes `preceding` only in a mode in which it would also recognize special tokens that the text
+            # spells. Therefore the text is encoded in this mode only up to the first of them.
             end = min((text.index(token) for token in self.special_ids if token in text), default=len(text))
             self.model.encode_special_tokens = False
             first, *ids = self.model.encode(preceding + text[:end], add_special_tokens=False).ids
@@ -205,18 +207,18 @@ def read_tokenizer_json(path: Path) -> JsonTokenizer:
     values = parse_json(text, path)
     growth = max_growth(values.get("normalizer") if isinstance(values, dict) else None)
     if growth > MAX_GROWTH:
-        raise ValueError(f"{path}: its normalizers make a text up to {growth:.3g} times as long")
+        raise ValueError(f"{path}: its normalizers can make a text up to {growth:.3g} times as long")
     with library_errors(f"{path}: cannot be read as a tokenizer"):
         model = tokenizers.Tokenizer.from_str(text)
     return JsonTokenizer(model, path)
 
 
-MAX_GROWTH = 100
+MAX_GROWTH = 100  # of a text, by normalizers
 MAX_TOKENS = 2**24
 
 
 def max_growth(normalizer: object) -> float:
-    """Return how many times as long the replacements of a tokenizer.json's normalizer can make a text."""
+    """Return the largest factor by which the replacements of a tokenizer.json's normalizer can lengthen a text."""
     if not isinstance(normalizer, dict):
         return 1.0
     inner = normalizer.get("normalizers")
@@ -229,12 +231,12 @@ def max_growth(normalizer: object) -> float:
 
 
 def read_settings(path: Path) -> dict:
-    """Return the values of a JSON file beside a tokenizer; an empty dict if there is none."""
+    """Read a JSON file beside a tokenizer. Return an empty dict if it does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def apply_settings(tokenizer: Tokenizer, folder: Path) -> None:
-    """Apply what the JSON files beside a tokenizer say of special tokens, of <bos>, and of the ends of a response.
+    """Apply the settings in the JSON files beside a tokenizer: special tokens, <bos>, and the ends of a response.
 
     Raises ValueError if no token ends a text.
     """
@@ -250,14 +252,15 @@ def apply_settings(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.eos_id = tokenizer.end_ids[0]
     unnamed = set(tokenizer.end_ids) - set(tokenizer.special_ids.values())
     tokenizer.special_ids |= {tokenizer.token_text(id): id for id in unnamed}
-    if settings.get("add_bos_token") is False and not isinstance(tokenizer, JsonTokenizer):  # which has its own rule
+    # A tokenizer.json has its own rule for <bos>.
+    if settings.get("add_bos_token") is False and not isinstance(tokenizer, JsonTokenizer):
         tokenizer.start_ids = []
     if settings and isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.space_after_special = settings.get("legacy") is True  # as in transformers 5
 
 
 def token_content(token: object) -> str | None:
-    """Return the text of a token, which the files store as a string or as an object."""
+    """Return the text of a token, which is stored as a string or as an object; None if it is neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -268,7 +271,7 @@ def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dic
     decoder = settings.get("added_tokens_decoder")
     for id, token in decoder.items() if isinstance(decoder, dict) else ():
         text = token_content(token)
-        # A token that is not special is found in a text by the library, if it knows it.
+        # The library finds a token in texts by itself if it knows the token, and the token is not special.
         if text and id.isdecimal() and (token.get("special", True) or tokenizer.token_id(text) is None):
             added[text] = int(id)
     named = list(tokenizer.named_tokens.values())
@@ -282,7 +285,7 @@ def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dic
 def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int]:
     """Return the tokens that end a response: the first in training, any of them in generation.
 
-    They are those of tokenizer_config.json, generation_config.json, config.json, and the tokenizer's own, in this
+    They are taken from tokenizer_config.json, generation_config.json, config.json and the tokenizer itself, in this
     order, without the token that a text starts with. Raises ValueError if there are none.
     """
     bos = tokenizer.named_tokens.get("bos_token")
@@ -302,14 +305,17 @@ def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """That of chat_template.jinja, or of tokenizer_config.json, where one of several is named "default"; else None."""
+    """Return the template in chat_template.jinja or tokenizer_config.json, or None.
+
+    If tokenizer_config.json contains several templates, the one with the name "default" is returned.
+    """
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     path = folder / "tokenizer_config.json"
     found = read_json_object(path).get("chat_template") if path.is_file() else None
     if isinstance(found, list):
-        named = (one for one in found if isinstance(one, dict) and one.get("name") == "default")
-        found = next(named, {}).get("template")
+        defaults = (each for each in found if isinstance(each, dict) and each.get("name") == "default")
+        found = next(defaults, {}).get("template")
     return found if isinstance(found, str) else None
 
 
@@ -317,7 +323,7 @@ PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a hash of the special tokens and of the ids of a few texts."""
+    """Return a hash of the special tokens, and of the ids of sample texts."""
     ids = [tokenizer.encode(text) for text in PROBES]
     special = sorted(tokenizer.special_ids.items())
     content = repr((tokenizer.start_ids, tokenizer.end_ids, special, tokenizer.vocab_size, ids))
@@ -325,10 +331,10 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:
-    """Load the tokenizer in a base's folder, beside its file, or in it: tokenizer.json, tokenizer.model, or GGUF's.
+    """Load the tokenizer of a base: tokenizer.json or tokenizer.model beside it, or the one in a GGUF file.
 
-    If the first two are there, tokenizer.json is used, as in transformers. Raises FileNotFoundError, or ValueError,
-    also if the base has too few embeddings.
+    If both tokenizer.json and tokenizer.model exist, tokenizer.json is used, as in transformers. Raises
+    FileNotFoundError, or ValueError, also if the base has too few embeddings.
     """
     base = Path(base)
     tokenizer = None
@@ -344,7 +350,7 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
 
 
 def load_tokenizer_files(folder: Path) -> Tokenizer:
-    """Load tokenizer.json, or tokenizer.model of either kind, with what the files in `folder` say.
+    """Load tokenizer.json, or tokenizer.model of either kind, and apply the settings in the files beside it.
 
     For a folder in Meta's layout, tokenizer.model may also be in its parent. Raises FileNotFoundError or ValueError.
     """
@@ -365,7 +371,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
     if len(found) == 2:
         differing = next((text for text in PROBES if found[0].encode(text) != found[1].encode(text)), None)
         if differing is not None:
-            warn(f"{folder}: tokenizer.json and tokenizer.model make other ids of {differing!r}; the former is used")
+            warn(f"{folder}: tokenizer.json and tokenizer.model encode {differing!r} differently; the former is used")
     tokenizer.chat_template = read_chat_template(folder)
     apply_settings(tokenizer, folder)
     return tokenizer
@@ -374,7 +380,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
 def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) -> None:
     """Omit special tokens without an embedding, such as a <pad> that was added after pretraining.
 
-    Raises ValueError if any other token has no embedding, or <bos>, or the end of a text.
+    Raises ValueError if an ordinary token, <bos>, or the token that ends a text has no embedding.
     """
     if tokenizer.vocab_size <= num_embeddings:
         return

@@ -236,7 +236,7 @@ GOOD = {
 @pytest.mark.parametrize(
     "tensors, metadata, message",
     [
-        ({}, {"format": "other"}, "not of the format 'llama-adapter'"),
+        ({}, {"format": "other"}, "expected format 'llama-adapter'"),
         ({}, {"version": "7"}, "'version': '7'"),
         ({}, {"gate_activation": "relu"}, "'relu'"),
         ({}, {"base_dim": "5"}, "base_dim 5, the tensors say 4"),
@@ -246,7 +246,7 @@ GOOD = {
         ({"prompts": torch.zeros(1, 0, 4)}, {}, r"prompts \(1, 0, 4\)"),
         ({"prompts": torch.zeros(3, 4)}, {}, r"prompts \(3, 4\)"),
         ({"prompts": torch.zeros(2, 3, 4)}, {}, r"prompts \(2, 3, 4\) and gates \(1, 2\)"),
-        ({"gates": torch.full((1, 2), math.nan)}, {}, "gates holds values that are not finite"),
+        ({"gates": torch.full((1, 2), math.nan)}, {}, "gates contains values that are not finite"),
         ({"gates": torch.zeros(1, 2, dtype=torch.float16)}, {}, "expected float32, found torch.float16 in gates"),
         ({"more": torch.zeros(1)}, {}, "more"),
     ],
@@ -265,7 +265,7 @@ def test_truncated_file_is_refused(tmp_path):
     whole = path.read_bytes()
     for size in (0, 4, 100, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
             load_adapter(path)
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
         load_adapter(tmp_path / "absent")

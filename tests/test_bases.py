@@ -140,5 +140,5 @@ def test_weights_that_are_not_finite_are_named(tiny_base, tmp_path, value):
     weights = torch.load(file, weights_only=True)
     weights["layers.1.attention.wk.weight"][3, 2] = value
     torch.save(weights, file)
-    with pytest.raises(ValueError, match="layers.1.attention.wk.weight holds values that are not finite"):
+    with pytest.raises(ValueError, match="layers.1.attention.wk.weight contains values that are not finite"):
         load_llama(tmp_path / "base")

@@ -104,7 +104,7 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
     ((prompt, answer),) = next(template.encode_exchanges([Example(turns=turns[:2], name="record 0")]))
     assert tokenizer.decode(prompt) == "user\nHi\nassistant\n" and tokenizer.decode(answer) == "[no thoughts] Ho"
     assert answer[-1] == 2
-    with pytest.raises(ValueError, match="^record 1: the template auto writes a turn otherwise when others follow"):
+    with pytest.raises(ValueError, match="^record 1: the template auto writes a turn differently when others follow"):
         list(template.encode_exchanges([Example(turns=turns, name="record 1")]))
     asked = template.encode_prompt("Why?", history=turns[:2])
     assert tokenizer.decode(asked) == "user\nHi\nassistant\nHo\nuser\nWhy?\nassistant\n"
@@ -118,7 +118,7 @@ def test_a_prompt_that_begins_the_response_otherwise_than_training(tmp_path):
     template = load_template("auto", tokenizer)
     assert tokenizer.decode(template.encode_prompt("Hi")) == "user\nHi\nassistant\n<think>"
     turns = (Turn("user", "Hi"), Turn("assistant", "Ho"))
-    with pytest.raises(ValueError, match="record 0: the template auto writes a turn otherwise") as caught:
+    with pytest.raises(ValueError, match="record 0: the template auto writes a turn differently") as caught:
         list(template.encode_exchanges([Example(turns=turns, name="record 0")]))
     assert "in generation ('Ho<|im_end|>\\n' in place of '<think>')" in str(caught.value)
 
@@ -306,9 +306,7 @@ def test_where_a_base_has_its_template(tmp_path, capsys):
         assert load_template(name, load_tokenizer(tmp_path)).name == name
     assert capsys.readouterr().err == ""
     load_template("auto:01234567", load_tokenizer(tmp_path))
-    assert (
-        "the base's chat_template is another than the one that the adapter was trained with" in capsys.readouterr().err
-    )
+    assert "the base's chat_template differs from the one that the adapter was trained with" in capsys.readouterr().err
     (tmp_path / "chat_template.jinja").unlink()
     for found in (7, [{"name": "other", "template": "x"}], ["x"], [{"name": "default"}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": found}))
@@ -319,8 +317,8 @@ def test_where_a_base_has_its_template(tmp_path, capsys):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("{{ messages", "the template auto does not take it: TemplateSyntaxError: unexpected end of template"),
-        ("{{ raise_exception('No\nsuch thing') }}", "does not take it: TemplateError: No"),
+        ("{{ messages", "the template auto failed: TemplateSyntaxError: unexpected end of template"),
+        ("{{ raise_exception('No\nsuch thing') }}", "the template auto failed: TemplateError: No"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
@@ -350,7 +348,7 @@ def test_memory_that_runs_out_is_an_error_in_a_line(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(template, "render", fail)
-    with pytest.raises(ValueError, match="^the prompt: the template auto does not take it: needs too much memory$"):
+    with pytest.raises(ValueError, match="^the prompt: the template auto failed: it needs too much memory$"):
         template.encode_prompt("Hi")
 
 
@@ -358,11 +356,9 @@ def test_a_record_that_the_template_does_not_take_is_named(tmp_path):
     save_chatml(tmp_path, template=WITH_BOS.replace("offset = 1", "offset = raise_exception('No system turns')"))
     template = load_template("auto", load_tokenizer(tmp_path))
     assert len(list(template.encode_exchanges(examples()[:1]))) == 1
-    with pytest.raises(
-        ValueError, match="^record 1: the template auto does not take it: TemplateError: No system turn"
-    ):
+    with pytest.raises(ValueError, match="^record 1: the template auto failed: TemplateError: No system turn"):
         list(template.encode_exchanges(examples()))
-    with pytest.raises(ValueError, match="^the prompt: the template auto does not take it: TemplateError: No system"):
+    with pytest.raises(ValueError, match="^the prompt: the template auto failed: TemplateError: No system"):
         template.encode_prompt("Hi", history=[Turn("system", "Be kind.")])
 
 
@@ -371,7 +367,7 @@ def test_a_template_without_an_end_is_warned_of(tmp_path, capsys):
         tmp_path, template="{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
     )
     assert load_template("auto", load_tokenizer(tmp_path)).end_ids == [2, 0]
-    assert "the template auto ends no response with a special token" in capsys.readouterr().err
+    assert "the template auto does not end responses with a special token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", [CHATML, MARKERS.sub("", CHATML)])
@@ -405,7 +401,7 @@ def test_a_prompt_that_is_not_what_was_learnt_behind_is_warned_of(tmp_path, caps
     assert beginning in CHATML
     save_chatml(tmp_path, template=CHATML.replace(beginning, beginning.replace("' }}", "<think>' }}")))
     load_template("auto", load_tokenizer(tmp_path))
-    said = "the template auto begins a response in generation otherwise than in training"
+    said = "the template auto begins a response differently in generation than in training"
     assert said in capsys.readouterr().err
 
 
@@ -421,7 +417,7 @@ def test_names_of_tokens_in_an_older_file(tmp_path):
 def test_names_are_those_that_there_are(tmp_path):
     save_chatml(tmp_path)
     with pytest.raises(
-        ValueError, match="unknown prompt template 'strange'; there are alpaca, llama-2, llama-3, chatml"
+        ValueError, match="unknown prompt template 'strange'; expected one of alpaca, llama-2, llama-3, chatml"
     ):
         load_template("strange", load_tokenizer(tmp_path))
     assert chat_templates.NAMES == ("alpaca", "llama-2", "llama-3", "chatml", "auto")

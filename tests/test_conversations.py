@@ -59,13 +59,13 @@ def talk(*roles, content="a"):
         ({"conversations": [{"role": "user", "content": "a"}]}, "turn 0: has no field 'from'"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 0: field 'content' is a NoneType, not a string"),
         ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is a int, not a string"),
-        (talk("user", "tool"), "turn 1: role 'tool' is none of system, user, human, assistant, gpt"),
+        (talk("user", "tool"), "turn 1: role 'tool' is not one of system, user, human, assistant, gpt"),
         (talk("user", "assistant", content=" \n"), "turn 0: field 'content' is empty"),
-        (talk("assistant"), "turn 0: the assistant's is the first; the order is system"),
-        (talk("system", "assistant"), "turn 1: the assistant's follows the system's"),
-        (talk("user", "user"), "turn 1: the user's follows the user's"),
-        (talk("user", "assistant", "assistant"), "turn 2: the assistant's follows the assistant's"),
-        (talk("user", "assistant", "system"), "turn 2: the system's follows the assistant's"),
+        (talk("assistant"), "turn 0: 'assistant' comes first; the order is system"),
+        (talk("system", "assistant"), "turn 1: 'assistant' follows 'system'"),
+        (talk("user", "user"), "turn 1: 'user' follows 'user'"),
+        (talk("user", "assistant", "assistant"), "turn 2: 'assistant' follows 'assistant'"),
+        (talk("user", "assistant", "system"), "turn 2: 'system' follows 'assistant'"),
         (talk("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
         ({"messages": []}, "none of its 0 turns is the assistant's"),
         ({"prompt": "a", "completion": ["b"]}, "field 'completion' is a list, not a string"),
@@ -100,7 +100,7 @@ def test_system_and_history_beside_the_turns():
     assert with_input.turns[-2] == Turn("user", "Why?\n\n1 2")
     nothing = {"instruction": "Add.", "input": None, "output": "3", "system": "", "history": []}
     assert read_conversation(nothing, "a.json", "r") == Example("Add.", "", "3", name="r")
-    with pytest.raises(ValueError, match="turn 0: the system's follows the system's"):
+    with pytest.raises(ValueError, match="turn 0: 'system' follows 'system'"):
         read_conversation(SHAREGPT | {"system": "Be kind."}, "a.json", "r")
 
 
@@ -118,7 +118,7 @@ def test_system_and_history_beside_the_turns():
         (with_turn(reasoning_content="Hm."), "turn 2: field 'reasoning_content' is not supported"),
         (with_turn(weight=0.5), "turn 2: field 'weight' is 0.5, not 0 or 1"),
         (with_turn(train="no"), "turn 2: field 'train' is 'no', not true or false"),
-        (with_turn(role="user", weight=1), "turn 1: is to be learned, but only the assistant's turns are"),
+        (with_turn(role="user", weight=1), "turn 1: is marked as learned, but only the assistant's turns can be"),
     ],
 )
 def test_what_cannot_be_used_is_named(record, message):
@@ -286,7 +286,7 @@ def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chat
         (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes one instruction"),
         (
             ("--template", "chatml"),
-            "--template chatml is not for this base: its tokenizer has no special token '<|im_start|>'",
+            "--template chatml does not fit this base: its tokenizer has no special token '<|im_start|>'",
         ),
         (
             ("--template", "llama-3"),

@@ -239,7 +239,7 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
         max_seq_len=64,
     )
     (base / "shape.json").write_text(json.dumps(vars(model.config)))
-    with pytest.raises(ValueError, match="holds neither"):
+    with pytest.raises(ValueError, match="contains neither"):
         bases.load_llama(base)
     monkeypatch.setattr(bases, "FORMATS", {"numpy_folder": ("weights.npz",)} | bases.FORMATS)
     tokens, loaded = torch.tensor([[1, 5, 7]]), bases.load_llama(base)[0]

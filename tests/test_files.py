@@ -48,7 +48,7 @@ def test_tensors_have_bytes_of_their_own(tmp_path):
 
     bomb = {"adapter_query.weight": torch.zeros(1).expand(10**8, 4096), "layers.0.attention.gate": torch.ones(4)}
     torch.save(bomb, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"\(100000000, 4096\) numbers, but has bytes for fewer"):
+    with pytest.raises(ValueError, match=r"\(100000000, 4096\), but its storage is smaller"):
         load_adapter(tmp_path / "a.pth", length=10**8)
 
     import zipfile

@@ -354,7 +354,7 @@ def test_no_standard_input(tiny_adapter):
         (["--base", "absent"], "absent: no such base model"),
         (["--adapter", "absent.safetensors"], "absent.safetensors: no such adapter file"),
         (["--compare", "--base", "BASE"], "--compare needs --adapter"),
-        (["--base", "BASE", "--adapter", ""], "is no adapter of PEFT's"),
+        (["--base", "BASE", "--adapter", ""], "is not a PEFT adapter"),
         (["--base", "BASE", "--raw", "--input", "x"], "--input is a field of the template"),
         (["--adapter", "STRANGE"], "unknown prompt template 'strange'"),
         (["--adapter", "OTHER", "--base", "BASE"], "does not fit"),
@@ -454,7 +454,7 @@ def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
 @pytest.mark.parametrize(
     "records, message",
     [
-        ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is none of ['base', 'chef', 'poet']"),
+        ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is not one of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
         ("", "holds no examples"),
         ("7", "record 0: is a int, not an object with 'instruction'"),

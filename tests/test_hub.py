@@ -115,7 +115,7 @@ NEEDED = ["config.json", "generation_config.json", "model.safetensors", "tokeniz
 def test_what_is_needed_is_fetched_once(server, chat_base, tmp_path, capsys):
     folder = find_base("owner/model")
     assert sorted(file.name for file in folder.iterdir()) == server.fetched() == NEEDED
-    said = f"owner/model: fetching from {server.url} to {tmp_path / 'cache'}"
+    said = f"owner/model: downloading from {server.url} to {tmp_path / 'cache'}"
     assert folder.name == COMMIT and said in capsys.readouterr().err
     assert {token for *_, token in server.requests} <= {"Bearer hf_secret", None}
     assert ("GET", "/api/models/owner/model/revision/main", "Bearer hf_secret") in server.requests
@@ -163,7 +163,7 @@ def test_what_another_program_left_in_the_cache_is_made_whole(server):
     (folder / "generation_config.json").unlink()
     server.http.server_close()
     server.http.shutdown()
-    with pytest.raises(ValueError, match="neither here nor whole in the cache, .*generation_config.json"):
+    with pytest.raises(ValueError, match="not complete in the cache, .*generation_config.json"):
         find_base("owner/model")
 
 
@@ -210,13 +210,13 @@ def no_weights(server):
         (
             "owner/other",
             lambda _: None,
-            "owner/other: no such base model here, and none of that name at http://127.0.0.1",
+            "owner/other: no such file or folder, and no model of this name at http://127.0.0.1",
         ),
         ("owner/model", lambda server: setattr(server, "status", 403), "accept its terms at http://127.0.0.1:"),
-        ("owner/model", lambda server: setattr(server, "status", 500), "cannot be fetched from http://127.0.0.1:"),
-        ("owner/model", lambda server: server.http.server_close(), "cannot be fetched from http://127.0.0.1:"),
-        ("owner/model", no_weights, "there are no model*.safetensors, which is what is read"),
-        ("owner/model", broken_weights, "cannot be fetched from http://127.0.0.1:"),
+        ("owner/model", lambda server: setattr(server, "status", 500), "cannot be downloaded from http://127.0.0.1:"),
+        ("owner/model", lambda server: server.http.server_close(), "cannot be downloaded from http://127.0.0.1:"),
+        ("owner/model", no_weights, "there are no model*.safetensors, the only weights that are supported"),
+        ("owner/model", broken_weights, "cannot be downloaded from http://127.0.0.1:"),
     ],
 )
 def test_what_cannot_be_fetched_is_said_in_a_line(server, monkeypatch, name, spoil, message):
@@ -233,7 +233,7 @@ def test_what_cannot_be_fetched_is_said_in_a_line(server, monkeypatch, name, spo
 def test_offline_only_the_cache_is_asked(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     result = generated("--base", "owner/model")
-    assert result.exit_code == 2 and "owner/model: is neither here nor whole in the cache" in result.stderr
+    assert result.exit_code == 2 and "owner/model: no such file or folder, not complete in the cache" in result.stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert generated("--base", "owner/model").exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

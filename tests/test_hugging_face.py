@@ -112,7 +112,7 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
         (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
         (
             dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}),
-            "config.json: a number of the scaled rotary embedding is '8'",
+            "config.json: a parameter of the scaled rotary embedding is '8'",
         ),
         (
             dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}),
@@ -147,19 +147,19 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
     content = shard.read_bytes()
 
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name}: .* names it"):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name}: .* names this file"):
         load_llama(folder)
     for broken in (content[:-1], content[:20], b""):
         shard.write_bytes(broken)
-        with pytest.raises(ValueError, match=f"{shard.name}: not a whole safetensors file"):
+        with pytest.raises(ValueError, match=f"{shard.name}: not a complete safetensors file"):
             load_llama(folder)
     shard.write_bytes(content)
     for text, message in [
         ("{", "not JSON"),
         ("[]", "is a list, not an object"),
-        ("{}", "no weight_map"),
-        ('{"weight_map": {}}', "no weight_map"),
-        (good.replace(shard.name, "../" + shard.name), "names it"),
+        ("{}", "expected a weight_map"),
+        ('{"weight_map": {}}', "expected a weight_map"),
+        (good.replace(shard.name, "../" + shard.name), "names this file"),
         (good.replace("model.norm.weight", "model.norm.scale"), "says that model.norm.scale is in"),
     ]:
         index.write_text(text)
@@ -191,7 +191,7 @@ def test_pytorch_model_bin_is_read_as_well(tiny_base, tmp_path, shards):
     loaded, _ = load_llama(folder)
     assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in expected.state_dict().items())
     torch.save({"model.norm.weight": Malicious()}, next(folder.glob("pytorch_model*.bin")))
-    with pytest.raises(ValueError, match="not a file of tensors alone"):
+    with pytest.raises(ValueError, match="not a file of tensors: it is broken, or contains code"):
         load_llama(folder)
 
 
@@ -253,7 +253,7 @@ def test_tied_heads(tiny_base, tmp_path, capsys, head):
         del weights["model.embed_tokens.weight"]
     save_file(weights, file, {"format": "pt"})
     model, _ = load_llama(tmp_path / "l2")
-    warned = "lm_head.weight differs from the embeddings: it is used" in capsys.readouterr().err
+    warned = "lm_head.weight differs from the embeddings and is used" in capsys.readouterr().err
     assert warned == (head == "other") and (model.output.weight is model.tok_embeddings.weight) == (head != "other")
     if head == "other":
         torch.testing.assert_close(model.output.weight, embeddings.flip(0))

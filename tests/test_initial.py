@@ -157,7 +157,7 @@ def test_errors_are_lines(first, tmp_path):
     (tmp_path / "junk").write_bytes(b"junk")
     for more, message in (
         (["--init", tmp_path / "none"], "none: no such adapter file"),
-        (["--init", tmp_path / "junk"], "junk: not a whole safetensors file"),
+        (["--init", tmp_path / "junk"], "junk: not a complete safetensors file"),
         (["--init", tmp_path / "head.safetensors"], "head.safetensors: is for an encoder, not for a LLaMA"),
         (["--init", folder, "--layers", 1], "--layers 1: "),
         (["--init", folder, "--out", folder], "is in the folder that this run writes to: give another --out"),

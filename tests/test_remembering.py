@@ -148,7 +148,7 @@ def test_another_template_than_the_adapter_s(trained, tmp_path):
     by_template = {name: run(*trained, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
     assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*trained, *args).stdout
     result = run(*trained, "--template", "llama-3", *args)
-    assert result.exit_code == 2 and "--template llama-3 is not for this base" in result.stderr
+    assert result.exit_code == 2 and "--template llama-3 does not fit this base" in result.stderr
     result = run(*trained, "--template", "chatml", "--raw", *args)
     assert result.exit_code == 2 and "--template chatml and --raw: with or without a template" in result.stderr
 
@@ -168,7 +168,7 @@ ASKED = {"messages": [*TALK["messages"], {"role": "user", "content": "Why?"}]}
     [
         (TALK, [], "its last turn is not the user's: there is nothing to respond to"),
         ({"messages": []}, [], "its last turn is not the user's: there is nothing to respond to"),
-        ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is none of"),
+        ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is not one of"),
         (
             ASKED,
             ["--template", "alpaca"],

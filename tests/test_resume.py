@@ -136,7 +136,7 @@ def test_max_minutes_and_the_same_command_again(args, tmp_path):
     result = run(*args, "--resume", "auto", "--data", tmp_path / "other.json")
     assert result.exit_code == 2 and "was made with data_hash = " in result.stderr
     result = run(*args, "--resume", "auto", "--base", tmp_path)
-    assert result.exit_code == 2 and f"{tmp_path}: holds neither" in result.stderr
+    assert result.exit_code == 2 and f"{tmp_path}: contains neither" in result.stderr
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
     assert run(*args, "--max-minutes", 60).exit_code == 0  # without --resume the same command begins anew
 

@@ -119,7 +119,7 @@ def test_tokenizer_json_wins_over_tokenizer_model(data, tmp_path, capsys):
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is JsonTokenizer and tokenizer.special_ids["[INST]"] == 32000
-    said = "tokenizer.json and tokenizer.model make other ids of 'Below is an instruction.'; the former is used"
+    said = "tokenizer.json and tokenizer.model encode 'Below is an instruction.' differently; the former is used"
     assert said in capsys.readouterr().err
 
 

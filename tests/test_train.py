@@ -449,7 +449,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
 @pytest.mark.parametrize(
     "value, message",
     [
-        (math.nan, "nan: norm.weight holds values that are not finite"),
+        (math.nan, "nan: norm.weight contains values that are not finite"),
         (3e38, "after step 0: the validation loss is nan"),  # finite, but the logits are not
     ],
 )
@@ -494,7 +494,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "no such checkpoint to resume from"),
         (["--data", ""], "is a folder, not a file"),
-        (["--base", ""], "holds neither consolidated"),
+        (["--base", ""], "contains neither consolidated"),
         (["--lr", "nan"], "--lr"),
         (["--blr", "inf"], "--blr"),
         (["--warmup-epochs", "nan"], "--warmup-epochs"),
