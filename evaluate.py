@@ -108,12 +108,15 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
 # ---------------------------------------------------------------------------------------------------
 # The commands
 
-model_options = option_group(
-    "Model",
-    option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),
+base_options = [
     option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
     *device_options,
     *bits_options,
+]
+model_options = option_group(
+    "Model",
+    option("--adapter", "adapter_path", type=click.Path(), help="An adapter file.  [default: the base alone]"),
+    *base_options,
 )
 image_options = option_group(
     "Images",
@@ -181,7 +184,11 @@ def task_command(name: str, task: Task) -> click.Command:
 
 
 @main.command("toy")
-@model_options
+@option_group(
+    "Model",
+    option("--adapter", "adapter_path", type=click.Path(), required=True, help="An adapter file."),
+    *base_options,
+)
 @option_group(
     "Data",
     option("--with-images", is_flag=True, help="Ask about held-out images of digits, too."),
@@ -195,8 +202,6 @@ def evaluate_toy(adapter_path, with_images, base, device, dtype, bits):
     from toy import exam
 
     with one_line_errors(), inference_ranks():
-        if adapter_path is None:
-            raise ValueError("--adapter FILE is missing: the base alone is evaluated beside it")
         model, tokenizer, adapters = load_with_adapters([adapter_path], base, *select_device(device, dtype), bits=bits)
         (adapter,) = adapters.values()
         if with_images:

@@ -17,7 +17,7 @@ import cloup
 import torch
 from cloup import option, option_group
 
-from data import hold_out
+from data import MICRO_BATCH_TOKENS, hold_out
 from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labelled
 from encoder_tuning.labelled import Labelled, LabelledData
 from encoder_tuning.objective import LOSSES
@@ -45,6 +45,17 @@ class EncoderData(DataOptions):
     task: str | None = setting(None, "The task to train for.", click.Choice(HEAD_TASKS), required=True)
     limit: int | None = setting(None, "Use only this many examples, sampled at random.", Count())
     stride: int = setting(STRIDE, STRIDE_HELP, Count(0))
+
+
+MAX_SEQ_LEN_HELP = "Tokens per example, or per window of a context.  [default: 512, or the base's limit]"
+
+
+@dataclass(frozen=True)
+class EncoderConfig(TrainConfig):
+    """The hyper-parameters, with the help and defaults of options that work differently for encoders."""
+
+    max_seq_len: int | None = setting(None, MAX_SEQ_LEN_HELP, Count(2))
+    micro_batch_tokens: int = setting(MICRO_BATCH_TOKENS, "Positions per forward pass; affects memory only.", Count())
 
 
 def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
@@ -180,14 +191,14 @@ NO_ANSWER_HELP = (
     *device_options,
 )
 @options_of(
-    TrainConfig,
+    EncoderConfig,
     "Adapter and optimization",
-    only=[each.name for each in fields(TrainConfig) if each.name != "checkpoint_activations"],
+    only=[each.name for each in fields(EncoderConfig) if each.name != "checkpoint_activations"],
 )
 @options_of(RunOptions, "Run")
 def train_command(**options):
     """Train an adapter and a head."""
-    config, data, base = (from_options(record, options) for record in (TrainConfig, EncoderData, BaseOptions))
+    config, data, base = (from_options(record, options) for record in (EncoderConfig, EncoderData, BaseOptions))
     with one_line_errors(), process_group(), Run(from_options(RunOptions, options), LESS_MEMORY) as run:
         train_encoder(config, data, base, run)
         barrier()

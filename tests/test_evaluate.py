@@ -216,7 +216,7 @@ def test_a_task_has_a_command_where_it_has_scores():
 
 def test_the_toy_needs_an_adapter():
     result = run_evaluate("toy")
-    assert result.exit_code == 2 and "error: --adapter FILE is missing" in result.stderr
+    assert result.exit_code == 2 and "Missing option '--adapter'" in result.stderr
 
 
 @pytest.mark.parametrize("images", [[], ["--images"]])
