@@ -26,10 +26,11 @@ from runtime.cli import PATH, Count, device_options, one_line_errors
 
 
 class Part(NamedTuple):
-    """A part of the experiment: its function, and the number of seeds."""
+    """A part of the experiment: its function, the number of seeds, and the optional file that it reads."""
 
     do: Callable[[Runs, Sources], None]
     seeds: int
+    reads: str = ""
 
 
 PARTS = {
@@ -37,9 +38,9 @@ PARTS = {
     "methods": Part(compare_methods, 2),
     "layers": Part(compare_layers, 2),
     "samples": Part(compare_samples, 2),
-    "scienceqa": Part(compare_on_problems, 1),
-    "experts": Part(mix_experts, 1),
-    "alpaca": Part(train_on_alpaca, 1),
+    "scienceqa": Part(compare_on_problems, 1, "problems"),
+    "experts": Part(mix_experts, 1, "problems"),
+    "alpaca": Part(train_on_alpaca, 1, "alpaca"),
     "digits": Part(train_on_digits, 1),
     "price": Part(measure_price, 3),
 }
@@ -83,7 +84,8 @@ def real(parts, out, **options):
                 click.echo(f"{part}.json is in {out}: this part is skipped")
                 continue
             click.echo(f"{part}. {PARTS[part].do.__doc__.strip()}\n")
-            # The file of finished runs is named after these options. The others may change between two calls.
-            known = {name: value for name, value in options.items() if name not in ("problems", "alpaca", "at_a_time")}
-            with Runs(f"real-{part}", out, PARTS[part].seeds, known) as runs:
+            # Finished runs are kept by the options on which their values depend.
+            unused = {"problems", "alpaca", "at_a_time"} - {PARTS[part].reads}
+            relevant = {name: value for name, value in options.items() if name not in unused}
+            with Runs(f"real-{part}", out, PARTS[part].seeds, relevant) as runs:
                 PARTS[part].do(runs, sources)
