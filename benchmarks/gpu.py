@@ -146,7 +146,7 @@ class Bench:
 def gpu_tests(tests: str = "tests") -> dict:
     """Run the tests that need a GPU in a separate process. Return its exit code and last lines."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", tests]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     return {"exit_code": result.returncode, "said": (result.stdout or result.stderr).strip().splitlines()[-8:]}
 
 

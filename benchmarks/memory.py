@@ -62,13 +62,14 @@ def count_bytes(
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
+    logits = min(ROWS.get(device, ROWS["cpu"]), tokens) * config.vocab_size  # numbers
     rows = {
         "weights": num_parameters(config) * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
         # The gradients in the layer; with checkpointing also the activations that it recomputes.
         "one layer at work": whole * (2 if checkpoint_activations else 1),
-        "logits of a few rows": min(ROWS[device], tokens) * config.vocab_size * (itemsize + 4 + 4),  # log p twice
+        "logits of a few rows": logits * (itemsize + 4 + 4),  # log p twice
     }
     return rows | {"sum": sum(rows.values())}
 
