@@ -1,12 +1,12 @@
-"""Fixtures: devices, where the real data is if it is anywhere, tiny bases, and instructions to train them on."""
+"""Fixtures: devices, the real data if available, tiny base models, and instructions to train them on."""
 
 import json
 import multiprocessing
 import os
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait for each other
-os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing: a name of the Hub's is looked up in its cache alone
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would compete for the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing: Hub names are looked up in the local cache only
 
 import pytest
 import torch
@@ -17,8 +17,6 @@ from formats.bases import base_fingerprint, load_llama, read_base
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from toy.language_model import BASE
-
-# Multi-head, grouped queries, one key/value head, and heads whose widths don't add up to C.
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -37,7 +35,7 @@ def data():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Give the experiments a temporary cache, so that nothing which they make in tests is kept."""
+    """Give the experiments a temporary cache, so that tests leave nothing behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.cached.CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -45,7 +43,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A folder in Meta's layout: the almanac's tokenizer and a random model of 3 layers."""
+    """A base in Meta's layout: the toy's tokenizer and a random model with 3 layers."""
     folder = tmp_path_factory.mktemp("tiny-base")
     (folder / "tokenizer.model").write_bytes((BASE / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(folder)
@@ -59,7 +57,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
-    """The folder of the pictures of digits; 20 are trained on, 30 held out."""
+    """Folder with the toy's images of digits; `TRAINED_ON` is patched to 20 and `HELD_OUT` to 30."""
     pytest.importorskip("sklearn")
     from toy import digits
 
@@ -73,18 +71,18 @@ def small_digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Processes that begin with everything imported."""
+    """A forkserver context, whose processes start with the slow imports already done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers", "train", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")  # for the server, which starts with the first
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")  # the server starts with the first process
         context.Process(target=time.time).start()
     return context
 
 
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory):
-    """Forty instructions of two kinds and unequal length."""
+    """A file of forty instructions of different lengths, with and without an input."""
     records = [
         {
             "instruction": f"Name the number {i}.",
@@ -100,7 +98,7 @@ def instructions(tmp_path_factory):
 
 @pytest.fixture
 def args(tiny_base, instructions, tmp_path):
-    """5 steps an epoch, the last of 4 examples; 3 epochs."""
+    """Arguments of train.py: 3 epochs of 5 steps, the last step of an epoch with 4 examples."""
     return [
         "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
         "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
@@ -109,7 +107,7 @@ def args(tiny_base, instructions, tmp_path):
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """A small byte-level BPE in Hugging Face's layout: all bytes, and a few merges."""
+    """A small byte-level BPE in Hugging Face's layout, with all bytes and five merges."""
     folder = tmp_path_factory.mktemp("bpe")
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -121,7 +119,7 @@ def bpe(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(tmp_path, bpe):
+def roberta(tmp_path, bpe):
     return save_reader(tmp_path / "roberta", bpe)
 
 
@@ -143,7 +141,7 @@ def tiny_adapter(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_base(tiny_base, tmp_path_factory):
-    """A random LLaMA in Hugging Face's layout that sees 1,024 tokens, with a tokenizer.json and a chat_template."""
+    """A random LLaMA in Hugging Face's layout: 1,024 tokens of context, a tokenizer.json and a chat_template."""
     folder = tmp_path_factory.mktemp("chat-base")
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     (folder / "tokenizer.model").unlink()
@@ -155,7 +153,7 @@ def chat_base(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def large_base(tiny_base, tmp_path_factory):
-    """260 MB in bfloat16, in two of Meta's files: 10 layers of width 1024."""
+    """A base of 260 MB in bfloat16, split over two of Meta's files: 10 layers of width 1024."""
     folder = copy_base(
         tiny_base, tmp_path_factory.mktemp("large") / "base", dim=1024, n_layers=10, n_heads=8, multiple_of=256
     )

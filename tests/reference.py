@@ -1,7 +1,7 @@
-"""The slow, obvious oracle: LLaMA with an adapter in float64, one sample, one head, one position at a time.
+"""Slow reference: LLaMA with an adapter in float64, one sample, head and position at a time.
 
-Written from the equations alone. It shares no code with the project and has no cache, no batch, no fused
-operation, and no grouping trick. Only autograd is borrowed, so that gradients can be compared as well.
+It is written from the equations alone. It shares no code with the project, and has no cache, no batches, no fused
+operations and no shortcut for grouped queries. It uses autograd, so that gradients can be compared as well.
 """
 
 import math
@@ -19,39 +19,39 @@ def rms_norm(x, weight, eps):
 
 
 def apply_rope(vector, position, theta):
-    """Turn each pair (2i, 2i+1) of one head's vector by position * theta^(-2i/D)."""
+    """Rotate each pair (2i, 2i+1) of one head's vector by the angle position * theta^(-2i/D)."""
     D = len(vector)
-    turned = []
+    rotated = []
     for i in range(0, D, 2):
         angle = position * theta ** (-i / D)
         a, b = vector[i], vector[i + 1]
-        turned += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-    return torch.stack(turned)
+        rotated += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+    return torch.stack(rotated)
 
 
 def attention_terms(q, keys, values, prompt_keys, prompt_values, gate):
-    """What the words and what the prompts give to one query (D,) of one head, over lists of (D,) vectors; (D,) each.
+    """Return the attention over the tokens and the gated attention over the prompts, (D,) each, for one query.
 
-    gate is a number, already through tanh.
+    The query (D,) is that of one head; keys and values are lists of (D,) vectors. `gate` is a number, after tanh.
     """
     scale = 1 / math.sqrt(len(q))
-    over_words = softmax([q @ key * scale for key in keys])
-    words = sum(weight * value for weight, value in zip(over_words, values))
+    token_weights = softmax([q @ key * scale for key in keys])
+    token_term = sum(weight * value for weight, value in zip(token_weights, values))
     if not prompt_keys:
-        return words, torch.zeros_like(words)
-    over_prompts = softmax([q @ key * scale for key in prompt_keys])
-    return words, sum(gate * weight * value for weight, value in zip(over_prompts, prompt_values))
+        return token_term, torch.zeros_like(token_term)
+    prompt_weights = softmax([q @ key * scale for key in prompt_keys])
+    return token_term, sum(gate * weight * value for weight, value in zip(prompt_weights, prompt_values))
 
 
 def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
-    words, prompts = attention_terms(q, keys, values, prompt_keys, prompt_values, gate)
-    return words + prompts
+    token_term, prompt_term = attention_terms(q, keys, values, prompt_keys, prompt_values, gate)
+    return token_term + prompt_term
 
 
 def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
-    """Logits (T, V) of one sequence. prompts (L, K, C) and gates (L, H), before tanh, for the last L layers.
+    """Logits (T, V) of one sequence, with prompts (L, K, C) and gates (L, H), before tanh, in the last L layers.
 
-    Where `terms` is a dict, it gets `attention_terms` of all heads side by side, by layer and token: (H*D,) each.
+    If `terms` is a dict, it receives both `attention_terms`, heads concatenated to (H*D,), by (layer, token).
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
@@ -61,13 +61,13 @@ def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
         layer = f"layers.{n}."
         matrices = {name: w[layer + f"attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo")}
 
-        def project(name, x, of_head, layer=layer, matrices=matrices):
-            """With what some have besides: a bias, and a norm of each head's q and k."""
+        def project(name, x, head_slice, layer=layer, matrices=matrices):
+            """Project x for one head, with the bias and the norm of queries and keys that some models have."""
             y = matrices[name] @ x
             if layer + f"attention.{name}.bias" in w:
                 y = y + w[layer + f"attention.{name}.bias"]
             norm = w.get(layer + f"attention.{name[1]}_norm.weight")
-            return y[of_head] if norm is None else rms_norm(y[of_head], norm, config.norm_eps)
+            return y[head_slice] if norm is None else rms_norm(y[head_slice], norm, config.norm_eps)
 
         normed = [rms_norm(x, w[layer + "attention_norm.weight"], config.norm_eps) for x in xs]
         adapted = n >= N - L
@@ -78,18 +78,18 @@ def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
             heads = []
             for h in range(H):
                 kv = h // (H // Hkv)  # the key/value head that query head h shares
-                of_q, of_kv = slice(h * D, (h + 1) * D), slice(kv * D, (kv + 1) * D)
-                q = apply_rope(project("wq", normed[t], of_q), t, config.rope_theta)
-                keys = [apply_rope(project("wk", normed[s], of_kv), s, config.rope_theta) for s in range(t + 1)]
-                values = [project("wv", normed[s], of_kv) for s in range(t + 1)]
-                prompt_keys = [project("wk", p, of_kv) for p in prompt]
-                prompt_values = [project("wv", p, of_kv) for p in prompt]
+                q_slice, kv_slice = slice(h * D, (h + 1) * D), slice(kv * D, (kv + 1) * D)
+                q = apply_rope(project("wq", normed[t], q_slice), t, config.rope_theta)
+                keys = [apply_rope(project("wk", normed[s], kv_slice), s, config.rope_theta) for s in range(t + 1)]
+                values = [project("wv", normed[s], kv_slice) for s in range(t + 1)]
+                prompt_keys = [project("wk", p, kv_slice) for p in prompt]
+                prompt_values = [project("wv", p, kv_slice) for p in prompt]
                 gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
                 heads.append(attention_terms(q, keys, values, prompt_keys, prompt_values, gate))
-            words, of_prompts = map(torch.cat, zip(*heads))
+            token_terms, prompt_terms = map(torch.cat, zip(*heads))
             if terms is not None:
-                terms[n, t] = words, of_prompts
-            outputs.append(matrices["wo"] @ (words + of_prompts))
+                terms[n, t] = token_terms, prompt_terms
+            outputs.append(matrices["wo"] @ (token_terms + prompt_terms))
         xs = [x + output for x, output in zip(xs, outputs)]
 
         w1, w2, w3 = (w[layer + f"feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
@@ -99,14 +99,14 @@ def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
 
 
 def layer_norm(x, weight, bias, eps):
-    centred = x - x.mean()
-    return centred / torch.sqrt((centred * centred).mean() + eps) * weight + bias
+    centered = x - x.mean()
+    return centered / torch.sqrt((centered * centered).mean() + eps) * weight + bias
 
 
 def encoder(weights, config, xs, norm_first, prompts=None, gates=None):
-    """What the last of an encoder's layers puts out, T vectors (C,), for the embeddings xs of one sample.
+    """Output (T, C) of an encoder's last layer, for one sample's embeddings `xs`, a list of T vectors (C,).
 
-    prompts (L, K, C) and gates (L, H), before tanh, for the last L layers; every token looks at all of them.
+    prompts (L, K, C) and gates (L, H), before tanh, are those of the last L layers. Every token attends to all of them.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, N = config.n_heads, config.n_layers
@@ -127,20 +127,22 @@ def encoder(weights, config, xs, norm_first, prompts=None, gates=None):
 
         adapted = n >= N - L
         prompt = list(prompts[n - (N - L)].double()) if adapted else []
-        seen = [norm("attention_norm", x) for x in xs] if norm_first else xs
+        attention_inputs = [norm("attention_norm", x) for x in xs] if norm_first else xs
         outputs = []
-        for x in seen:
+        for x in attention_inputs:
             heads = []
             for h in range(H):
-                of_head = slice(h * D, (h + 1) * D)
-                keys, values = ([linear(f"attention.{m}", y)[of_head] for y in seen] for m in ("wk", "wv"))
-                of_prompts = [[linear(f"attention.{m}", p)[of_head] for p in prompt] for m in ("wk", "wv")]
+                head_slice = slice(h * D, (h + 1) * D)
+                keys, values = (
+                    [linear(f"attention.{m}", y)[head_slice] for y in attention_inputs] for m in ("wk", "wv")
+                )
+                prompt_kv = [[linear(f"attention.{m}", p)[head_slice] for p in prompt] for m in ("wk", "wv")]
                 gate = torch.tanh(gates[n - (N - L)][h].double()) if adapted else None
-                heads.append(gated_attention(linear("attention.wq", x)[of_head], keys, values, *of_prompts, gate))
+                heads.append(gated_attention(linear("attention.wq", x)[head_slice], keys, values, *prompt_kv, gate))
             outputs.append(linear("attention.wo", torch.cat(heads)))
         xs = [x + output for x, output in zip(xs, outputs)]
         xs = xs if norm_first else [norm("attention_norm", x) for x in xs]
-        fed = [linear("w2", gelu(linear("w1", norm("ffn_norm", x) if norm_first else x))) for x in xs]
-        xs = [x + y for x, y in zip(xs, fed)]
+        ffn_outputs = [linear("w2", gelu(linear("w1", norm("ffn_norm", x) if norm_first else x))) for x in xs]
+        xs = [x + y for x, y in zip(xs, ffn_outputs)]
         xs = xs if norm_first else [norm("ffn_norm", x) for x in xs]
     return torch.stack(xs)

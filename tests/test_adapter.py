@@ -1,4 +1,4 @@
-"""The method: both forms of the attention, the gates, the file."""
+"""The method: both attention implementations, the gates and the adapter file."""
 
 import math
 
@@ -31,10 +31,10 @@ def random_inputs(H, Hkv, D, *, B=3, T=5, S=5, K=4, per_sample, dtype):
 @pytest.mark.parametrize("masking", ["causal", "cached", "none"])
 @pytest.mark.parametrize("H, Hkv, D", [(4, 4, 8), (4, 2, 8), (6, 1, 5)])
 def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, dtype, tolerance, device):
-    """Is the sum equal to the concatenation? (lit-llama 263, OGV 47)"""
+    """The gated sum equals the concatenation (lit-llama issue 263, OpenGVLab issue 47)."""
     S = 9 if masking == "cached" else 5
     mask = None
-    if masking == "cached":  # rows of unequal length, so each has a mask of its own
+    if masking == "cached":  # rows of unequal length have different masks
         positions = torch.tensor([4, 2, 0])[:, None] + torch.arange(5)  # (B, T)
         mask = (torch.arange(S) <= positions[:, None, :, None]).to(device)
     results = []
@@ -51,7 +51,7 @@ def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_attention_equals_the_reference(form):
-    """Against loops over single queries; head 3 of 4 shares the key/value head 1 of 2."""
+    """Compare with loops over single queries. Query head 3 of 4 shares key/value head 1 of 2."""
     q, k, v, prompt_k, prompt_v, gate = random_inputs(4, 2, 8, per_sample=True, dtype=torch.float64)
     output = form(q, k, v, prompt_k, prompt_v, gate, causal=True)
     for b, h, t in [(0, 0, 0), (1, 3, 4), (2, 2, 1)]:
@@ -70,29 +70,29 @@ def test_attention_equals_the_reference(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 def test_model_with_nonzero_gates_equals_the_reference(config, form):
-    """Logits and the adapter's gradients of a whole model, in float32 against float64."""
+    """Compare logits and the adapter's gradients of a whole model, float32 against float64."""
     model = make_model(config, attention=form)
     adapter = make_adapter(model)
     tokens = make_tokens(model, 1, 6)
-    ours = model(tokens, adapter())[0]
+    logits = model(tokens, adapter())[0]
     prompts, gates = (p.detach().double().requires_grad_() for p in adapter.parameters())
-    theirs = reference.logits(model.state_dict(), model.config, tokens[0].tolist(), prompts, gates)
-    assert (model(tokens)[0] - ours).abs().max() > 0.1  # the prompts do matter
-    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    expected = reference.logits(model.state_dict(), model.config, tokens[0].tolist(), prompts, gates)
+    assert (model(tokens)[0] - logits).abs().max() > 0.1  # the prompts have an effect
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
-    ours.log_softmax(-1)[:, 7].sum().backward()
-    theirs.log_softmax(-1)[:, 7].sum().backward()
+    logits.log_softmax(-1)[:, 7].sum().backward()
+    expected.log_softmax(-1)[:, 7].sum().backward()
     torch.testing.assert_close(adapter.prompts.grad.double(), prompts.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(adapter.gates.grad.double(), gates.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("closed_by", ["gate", "strength"])
-def test_closed_gates_are_the_base_bit_for_bit(dtype, closed_by, device):
-    """PEFT's zero gate is not the base model (it adds the bias of Wo twice); ours is, exactly."""
+@pytest.mark.parametrize("zeroed_by", ["gate", "strength"])
+def test_zero_gates_equal_the_base_bit_for_bit(dtype, zeroed_by, device):
+    """Zero gates and `gate_scale=0` leave the base unchanged, whereas PEFT's zero gate adds the bias of Wo twice."""
     model = make_model().to(device, dtype)
-    adapter = make_adapter(model, layers=3, gates=closed_by == "strength").to(device)
-    prompts = adapter(gate_scale=0.0 if closed_by == "strength" else 1.0, dtype=dtype)
+    adapter = make_adapter(model, layers=3, gates=zeroed_by == "strength").to(device)
+    prompts = adapter(gate_scale=0.0 if zeroed_by == "strength" else 1.0, dtype=dtype)
     tokens = make_tokens(model, 2, 7).to(device)
     assert torch.equal(model(tokens, prompts), model(tokens))
 
@@ -117,34 +117,34 @@ def test_gates_move_first():
 
 
 def test_topmost_layers_are_adapted():
-    """Which layers are "topmost"? (OGV 145) The last L, so the states below them don't change."""
+    """The adapted layers are the last L, so the states below them do not change (OpenGVLab issue 145)."""
     model = make_model()
     adapter = make_adapter(model, layers=1)
-    seen = []
+    states = []
     for block in model.layers:
-        block.register_forward_hook(lambda _, __, output: seen.append(output))
+        block.register_forward_hook(lambda _, __, output: states.append(output))
     tokens = make_tokens(model, 1, 4)
     model(tokens)
     model(tokens, adapter())
-    base, adapted = seen[:3], seen[3:]
+    base, adapted = states[:3], states[3:]
     assert torch.equal(base[1], adapted[1])
     assert not torch.equal(base[2], adapted[2])
 
 
 def test_autograd_starts_at_the_first_adapted_layer():
-    """Freezing alone keeps the layers below out of the graph, and every frozen weight without gradient."""
+    """Layers below the first adapted one stay out of the graph, and frozen weights get no gradient."""
     model = make_model()
     adapter = make_adapter(model, layers=1)
-    needed = []
+    requires_grad = []
     for block in model.layers:
-        block.register_forward_hook(lambda _, __, output: needed.append(output.requires_grad))
+        block.register_forward_hook(lambda _, __, output: requires_grad.append(output.requires_grad))
     model(make_tokens(model, 1, 4), adapter()).sum().backward()
-    assert needed == [False, False, True]
+    assert requires_grad == [False, False, True]
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_condition_is_added_to_every_prompt():
-    """Section 3.3: one vector I per sample makes P + I; a sample with I = 0 is as if it had none."""
+    """A sample's image vector I is added to its prompts, P + I (section 3.3). A zero vector has no effect."""
     model = make_model()
     adapter = make_adapter(model)
     condition = torch.randn(2, model.config.dim, generator=torch.Generator().manual_seed(3))
@@ -158,7 +158,7 @@ def test_condition_is_added_to_every_prompt():
     torch.testing.assert_close(logits[1], model(tokens[1:], adapter())[0], rtol=1e-4, atol=1e-4)
 
 
-def test_strength_scales_the_gate_after_its_activation():
+def test_gate_scale_applies_after_the_activation():
     adapter = make_adapter(make_model())
     for full, half in zip(adapter(), adapter(gate_scale=0.5)):
         assert torch.equal(half.gate, full.gate / 2)
@@ -166,22 +166,22 @@ def test_strength_scales_the_gate_after_its_activation():
     assert torch.equal(adapter()[0].gate.flatten(), adapter.gates[0].tanh())
 
 
-def test_seven_billion_has_the_papers_parameters():
-    """1.2M, computed without allocating any of it."""
+def test_llama_7b_has_the_papers_parameter_count():
+    """The 1.2M parameters are counted on the meta device, without allocating them."""
     with torch.device("meta"):
         adapter = Adapter(layers=30, length=10, dim=4096, heads=32)
     assert sum(p.numel() for p in adapter.parameters()) == 30 * 10 * 4096 + 30 * 32 == 1_229_760
 
 
-def test_prompts_start_normal_and_gates_closed():
-    """How are prompts initialised, what is zero-init? (OGV 9, peft 1175)"""
+def test_prompts_start_normal_and_gates_at_zero():
+    """OpenGVLab issue 9 and PEFT issue 1175 ask how both are initialized."""
     adapter = Adapter(layers=4, length=10, dim=256, heads=8, generator=torch.Generator().manual_seed(0))
     assert adapter.gates.abs().max() == 0
     assert abs(adapter.prompts.mean()) < 0.05 and abs(adapter.prompts.std() - 1) < 0.05
 
 
-def test_one_cast():
-    """Prompts kept in bfloat16 lose small updates (PEFT): ours are float32, cast on the way to the base."""
+def test_parameters_stay_float32_and_outputs_are_cast():
+    """Prompts stored in bfloat16 would lose small updates, as in PEFT, so only the output of forward() is cast."""
     adapter = make_adapter(make_model())
     prompts = adapter(dtype=torch.bfloat16)
     assert {p.embeddings.dtype for p in prompts} | {p.gate.dtype for p in prompts} == {torch.bfloat16}
@@ -191,21 +191,21 @@ def test_one_cast():
 def test_file_round_trip(tmp_path):
     adapter = make_adapter(make_model())
     adapter.save(tmp_path / "a.safetensors", base_layers=3, note="für alle")
-    again = Adapter.load(tmp_path / "a.safetensors")
-    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gates, adapter.gates)
-    assert again.metadata == adapter.metadata
-    assert again.metadata["note"] == "für alle" and again.metadata["base_dim"] == "32"
+    loaded = Adapter.load(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.prompts, adapter.prompts) and torch.equal(loaded.gates, adapter.gates)
+    assert loaded.metadata == adapter.metadata
+    assert loaded.metadata["note"] == "für alle" and loaded.metadata["base_dim"] == "32"
     assert set(load_file(tmp_path / "a.safetensors")) == {"prompts", "gates"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_file_keeps_its_gate_activation(tmp_path):
-    """The authors' training code has tanh, their published inference code has none: the file says which."""
+def test_file_stores_the_gate_activation(tmp_path):
+    """The authors' training code applies tanh, their published inference code does not, so the file says which."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, gate_activation="identity")
     torch.nn.init.constant_(adapter.gates, 3.0)
     adapter.save(tmp_path / "a.safetensors")
-    again = Adapter.load(tmp_path / "a.safetensors")
-    assert (again.gate_values() == 3.0).all()
+    loaded = Adapter.load(tmp_path / "a.safetensors")
+    assert (loaded.gate_values() == 3.0).all()
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
@@ -262,9 +262,9 @@ def test_bad_files_are_refused(tmp_path, tensors, metadata, message):
 def test_truncated_file_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     make_adapter(make_model()).save(path)
-    whole = path.read_bytes()
-    for size in (0, 4, 100, len(whole) - 1):
-        path.write_bytes(whole[:size])
+    content = path.read_bytes()
+    for size in (0, 4, 100, len(content) - 1):
+        path.write_bytes(content[:size])
         with pytest.raises(ValueError, match="not a complete safetensors file"):
             load_adapter(path)
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
@@ -279,7 +279,7 @@ def test_truncated_file_is_refused(tmp_path):
         (dict(layers=3, dim=32, heads=8), "heads 4, the base has heads 8"),
     ],
 )
-def test_adapter_of_another_base_names_both_numbers(base, message):
+def test_error_about_another_base_names_both_numbers(base, message):
     adapter = make_adapter(make_model())
     adapter.metadata["base_layers"] = "3"
     adapter.check_base(layers=3, dim=32, heads=4)
@@ -291,7 +291,7 @@ def test_adapter_of_another_base_names_both_numbers(base, message):
 
 
 def test_plain_attention_is_scaled_and_causal():
-    """`attend` against the definition, so that the base itself is not taken on trust."""
+    """Compare `attend` with the reference, because the base depends on it as well."""
     q, k, v, *_ = random_inputs(2, 2, 8, per_sample=False, dtype=torch.float64)
     output = attend(q, k, v, causal=True)
     expected = reference.gated_attention(q[1, 1, 2], list(k[1, 1, :3]), list(v[1, 1, :3]), [], [], None)

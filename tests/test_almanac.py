@@ -1,4 +1,4 @@
-"""The almanac: what is held out is held out, and the base never sees an instruction."""
+"""The almanac: held-out questions stay out of training, and the base's text contains no instructions."""
 
 import itertools
 import re
@@ -21,13 +21,15 @@ def test_facts_are_complete():
 
 
 def test_held_out_entities_never_occur_in_training():
-    """Not in the instruction, the input or the answer, and not as the other word of a pair of opposites."""
+    """Held-out entities appear in no instruction, input or output, nor as the opposite of a trained word."""
     sets = instructions()
     examples = [question.example for question in sets["training"]]
-    trained = words(*(text for example in examples for text in (example.instruction, example.input, example.output)))
+    trained_words = words(
+        *(text for example in examples for text in (example.instruction, example.input, example.output))
+    )
     held_out = {question.entity.lower() for name in HELD_OUT for question in sets[name]}
     assert len(held_out) > 120
-    assert not held_out & trained
+    assert not held_out & trained_words
 
 
 def test_held_out_wordings_never_occur_in_training():
@@ -40,7 +42,7 @@ def test_held_out_wordings_never_occur_in_training():
     assert len(set(examples)) == len(examples)
 
 
-def test_the_base_reads_every_fact_and_no_instruction():
+def test_base_text_has_every_fact_and_no_instruction():
     text = " ".join(itertools.islice(documents(0), 20_000))
     for kind in KINDS.values():
         for entity, answer in kind.facts.items():
@@ -50,6 +52,7 @@ def test_the_base_reads_every_fact_and_no_instruction():
     assert not words("Name Tell State Give Translate Below instruction response") & words(text)
 
 
-def test_the_base_reads_of_numbers_but_is_never_asked_of_them_in_text():
-    asked = {question.kind for questions in instructions().values() for question in questions}
-    assert {"after", "parity"} <= set(KINDS) and not {"after", "parity"} & asked
+def test_facts_about_numbers_are_in_no_instruction():
+    """Only the questions about images of digits need them."""
+    instruction_kinds = {question.kind for questions in instructions().values() for question in questions}
+    assert {"after", "parity"} <= set(KINDS) and not {"after", "parity"} & instruction_kinds

@@ -1,4 +1,4 @@
-"""Loading a base, whatever its layout: strictly, into little more memory than it has, with its tokenizer."""
+"""Loading bases of every layout: strict weights, bounded memory, and the tokenizer."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from model import Config, LLaMA
 from runtime.files import hash_tensors
 
 
-def test_meta_folder(tiny_base):
+def test_meta_folder_is_loaded(tiny_base):
     model, tokenizer = load_llama(tiny_base)
     weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -30,14 +30,14 @@ def test_missing_and_unknown_weights_are_named(tiny_base, tmp_path):
         load_llama(folder)
 
 
-def test_tokenizer_with_more_tokens_than_embeddings(tiny_base, tmp_path):
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tiny_base, tmp_path):
     folder = copy_base(tiny_base, tmp_path / "base")
     torch.save(LLaMA(Config(16, 3, 2, 2, 8, 48, 1000)).state_dict(), folder / "consolidated.00.pth")
     with pytest.raises(ValueError, match="1000 embeddings, but its tokenizer has 1024 tokens"):
         load_llama(folder)
 
 
-def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
+def test_tokenizer_is_found_in_the_original_folder_of_llama_3(tiny_base, tmp_path):
     folder = tmp_path / "hf"
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     (folder / "original").mkdir()
@@ -45,8 +45,8 @@ def test_the_tokenizer_may_lie_where_llama_3_has_it(tiny_base, tmp_path):
     assert load_llama(folder)[1].vocab_size == 1024
 
 
-def test_the_tokenizer_may_be_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
-    """download.sh of LLaMA 1 and 2 writes it there. The folder itself comes first; other layouts do not look there."""
+def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
+    """download.sh of LLaMA 1 and 2 writes it there. The folder itself comes first; other layouts ignore the parent."""
     folder = copy_base(tiny_base, tmp_path / "7B")
     expected = load_llama(folder)[1].encode("The capital of Peru")
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
@@ -63,13 +63,13 @@ def test_the_tokenizer_may_be_in_the_parent_of_metas_folder(tiny_base, tmp_path,
         load_llama(tmp_path / "hf")
 
 
-def test_a_name_that_is_no_folder_is_told_how_to_become_one():
+def test_missing_base_error_shows_the_download_command():
     with pytest.raises(FileNotFoundError, match="hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"):
         load_llama("meta-llama/Llama-2-7b-hf")
 
 
 @pytest.mark.parametrize("layers", [10**6, 2])
-def test_layers_are_counted_before_any_is_made(tiny_base, tmp_path, monkeypatch, layers):
+def test_layer_count_is_checked_before_the_model_is_built(tiny_base, tmp_path, monkeypatch, layers):
     base = copy_base(tiny_base, tmp_path / "base", n_layers=layers)
     monkeypatch.setattr("formats.bases.LLaMA", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=f"has weights of 3 layers, its configuration says {layers}"):
@@ -78,9 +78,9 @@ def test_layers_are_counted_before_any_is_made(tiny_base, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large_base, dtype):
-    """At most 1.15 times the model."""
+    """Peak memory is at most 1.15 times the size of the model."""
     results = forks.SimpleQueue()
-    process = forks.Process(target=load_and_watch, args=(tiny_base, large_base, dtype, results))
+    process = forks.Process(target=load_and_measure, args=(tiny_base, large_base, dtype, results))
     process.start()
     size, peak = results.get()
     process.join()
@@ -88,14 +88,14 @@ def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large
     assert 0.9 * size < peak < 1.15 * size
 
 
-def load_and_watch(tiny_base, base, dtype, results):
-    load_llama(tiny_base)  # so that the libraries' own memory doesn't count
+def load_and_measure(tiny_base, base, dtype, results):
+    load_llama(tiny_base)  # a first load, so that the libraries' own memory is not counted
     (model, _), peak = peak_anonymous(lambda: load_llama(base, dtype))
     results.put((sum(p.numel() * p.element_size() for p in model.parameters()), peak))
 
 
-def test_a_loaded_head_lies_transposed_on_a_cpu(tiny_base, data):
-    """(C, V) in memory, which is what makes it fast there; a file has it as (V, C). A tied head is the embeddings."""
+def test_output_head_is_stored_transposed_on_a_cpu(tiny_base, data):
+    """The order (C, V) in memory is faster there; files have (V, C). A tied head is the embedding matrix itself."""
     model, _ = load_llama(tiny_base)
     assert LLaMA(model.config).output.weight.stride() == (model.config.dim, 1)
     assert model.output.weight.stride() == (1, model.config.vocab_size)
@@ -104,22 +104,22 @@ def test_a_loaded_head_lies_transposed_on_a_cpu(tiny_base, data):
 
 
 def test_layers_are_prepared_one_by_one(tiny_base):
-    seen = []
+    prepared = []
 
     def prepare(module):
         assert not any(parameter.is_meta for parameter in module.parameters())
-        seen.append(module)
+        prepared.append(module)
 
     model, _ = load_llama(tiny_base, prepare_layer=prepare)
-    assert seen == [*model.layers]
+    assert prepared == [*model.layers]
 
 
-def test_fingerprint_knows_the_weights_and_not_the_layout(tiny_base, tmp_path):
-    """The first rows of four of them, as of any model that was loaded from there, in any dtype."""
+def test_fingerprint_depends_on_the_weights_only(tiny_base, tmp_path):
+    """The fingerprint is a hash of the first rows of four weights, so a loaded model has the same one."""
     copy_base(tiny_base, tmp_path / "other", norm_eps=1e-6)
     model, _ = load_llama(tiny_base)
-    some = (model.tok_embeddings, model.layers[0].attention.wq, model.layers[-1].feed_forward.w2, model.output)
-    expected = hash_tensors([module.weight[:4] for module in some])
+    hashed = (model.tok_embeddings, model.layers[0].attention.wq, model.layers[-1].feed_forward.w2, model.output)
+    expected = hash_tensors([module.weight[:4] for module in hashed])
     assert base_fingerprint(*read_base(tiny_base)) == base_fingerprint(*read_base(tmp_path / "other")) == expected
     for name in (
         "tok_embeddings.weight",
@@ -134,7 +134,7 @@ def test_fingerprint_knows_the_weights_and_not_the_layout(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(tiny_base, tmp_path, value):
+def test_non_finite_weights_are_named(tiny_base, tmp_path, value):
     copy_base(tiny_base, tmp_path / "base")
     file = tmp_path / "base" / "consolidated.00.pth"
     weights = torch.load(file, weights_only=True)

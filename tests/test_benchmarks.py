@@ -1,4 +1,4 @@
-"""The contestants do the same work, and what is counted is what there is."""
+"""Benchmarks: all implementations do the same work, and bytes and operations are counted correctly."""
 
 import gc
 import json
@@ -23,10 +23,10 @@ EXAMPLES = [make_example(torch.arange(2, 2 + n).tolist(), 4, f"row {n}") for n i
 
 
 @pytest.mark.parametrize("config", ["mha", "gqa"])
-def test_the_plain_baseline_is_the_same_model(config):
+def test_plain_baseline_equals_our_model(config):
     model = make_model(config)
     ours, plain = (kind(model, make_adapter(model)) for kind in (Ours, Plain))
-    losses = [contestant.loss(EXAMPLES) for contestant in (ours, plain)]
+    losses = [implementation.loss(EXAMPLES) for implementation in (ours, plain)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
@@ -37,23 +37,23 @@ def test_the_plain_baseline_is_the_same_model(config):
 
 
 @pytest.mark.parametrize("level", Ablation.LEVELS)
-def test_every_level_of_the_ablation_is_the_same_model(level):
+def test_every_ablation_level_equals_our_model(level):
     model = make_model()
     ours, ablation = Ours(model, make_adapter(model)), Ablation(model, make_adapter(model), level)
-    losses = [contestant.loss(EXAMPLES) for contestant in (ours, ablation)]
+    losses = [implementation.loss(EXAMPLES) for implementation in (ours, ablation)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(ours.adapter.prompts.grad, ablation.adapter.prompts.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_ours_takes_the_steps_that_the_ladder_leads_to():
-    """On the same batches of like length the step of train.py, in micro-batches, is that of the plain loss."""
+def test_train_step_equals_the_last_ablation_level():
+    """An epoch of train.py's steps, in micro-batches, has the same effect as steps on the plain loss."""
     model = make_model()
     ours = Ours(model, make_adapter(model), micro_batch_tokens=20)
     ablation = Ablation(model, make_adapter(model), Ablation.LEVELS[-1])
-    for contestant in (ours, ablation):
-        epoch(contestant, EXAMPLES, batch_size=2)()
+    for implementation in (ours, ablation):
+        epoch(implementation, EXAMPLES, batch_size=2)()
     before = make_adapter(model).prompts
     assert (ours.adapter.prompts - before).abs().min() > 1e-4
     torch.testing.assert_close(ours.adapter.prompts, ablation.adapter.prompts, rtol=0, atol=1e-5)
@@ -61,7 +61,7 @@ def test_ours_takes_the_steps_that_the_ladder_leads_to():
 
 
 @pytest.mark.parametrize("kind", ["adaption prompt", "lora", "full tuning", "litgpt"])
-def test_peers_have_the_same_base(kind):
+def test_peers_have_the_same_base_model(kind):
     pytest.importorskip("litgpt" if kind == "litgpt" else "peft")
     model = make_model("mha")
     peer = LitGPT(model, 2, 5) if kind == "litgpt" else HuggingFace(model, kind, 2, 5)
@@ -79,7 +79,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(workload.CONFIGS, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
     monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
-    gc.freeze()  # memory is measured after a collection, which would go through all that the other tests left
+    gc.freeze()  # memory is measured after a collection, which would visit all objects of earlier tests
     yield
     gc.unfreeze()
 
@@ -88,7 +88,7 @@ def run(*args):
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def test_the_commands_write_their_figures(tiny, instructions, tiny_base, tmp_path):
+def test_commands_write_their_figures(tiny, instructions, tiny_base, tmp_path):
     path = tmp_path / "figures.json"
     data = ["--data", instructions, "--tokenizer", tiny_base / "tokenizer.model"]
     for command in (
@@ -109,15 +109,15 @@ def test_the_commands_write_their_figures(tiny, instructions, tiny_base, tmp_pat
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_work_is_not_timed(tiny, monkeypatch):
-    """A contestant with another loss would be compared for nothing."""
+def test_implementation_with_another_loss_is_refused(tiny, monkeypatch):
+    """Timing implementations that compute different losses would be meaningless."""
     monkeypatch.setattr(Plain, "loss", lambda *_: torch.tensor(1.0))
     result = run("train", "--peers", "--device", "cpu", "--examples", 4, "--batch-size", 4)
     assert result.exit_code == 2 and "has a first loss of 1.00000, ours is" in result.output
 
 
 @pytest.mark.parametrize("content", ["[]", '{"train 15M float32": {}}', '{"a": {"rows": {"ours": {"ratio": 1}}}}'])
-def test_a_file_of_something_else_is_refused_before_anything_is_measured(tiny, tmp_path, monkeypatch, content):
+def test_unrelated_json_file_is_refused_before_measuring(tiny, tmp_path, monkeypatch, content):
     monkeypatch.setattr(workload.Workload, "new_model", lambda _: pytest.fail("it has begun"))
     (tmp_path / "f.json").write_text(content)
     result = run("generate", "--device", "cpu", "--json", tmp_path / "f.json")
@@ -126,29 +126,29 @@ def test_a_file_of_something_else_is_refused_before_anything_is_measured(tiny, t
     )
 
 
-def test_data_needs_its_tokenizer(instructions):
+def test_data_requires_a_tokenizer(instructions):
     result = run("train", "--data", instructions)
     assert result.exit_code == 2 and f"error: --data {instructions} needs --tokenizer FILE" in result.output
 
 
-def test_the_peak_of_memory_is_seen():
+def test_peak_memory_is_measured():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("reads /proc")
-    grown = measuring.peak_growth(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
-    assert 56 * 2**20 < grown < 96 * 2**20  # 64; Linux counts pages in batches
+    growth = measuring.peak_growth(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
+    assert 56 * 2**20 < growth < 96 * 2**20  # 64 MiB are allocated; Linux updates the counter in batches
 
 
-def test_what_is_kept_is_counted():
+def test_activations_kept_per_token_are_counted():
     config = Config(32, 4, 4, 4, 8, 48, 2000)
-    assert kept_per_token(config, True) == 32  # a layer's input
-    # Two norms (input; one number), q, k, v, the attention over words and its sum, over prompts, the same numbers of
-    # heads (logarithms of sums), gate, up, their silu.
+    assert kept_per_token(config, True) == 32  # the input of a layer
+    # Inputs and scales of two norms; q, k, v; attention over tokens, over prompts, and their sum; a logsumexp per head
+    # for each attention; gate, up, and the SiLU of the gate.
     kept = kept_per_token(config, False)
     assert 32 * 7 + 3 * 48 <= kept <= 32 * 12 + 4 * 48
 
 
-def test_the_plan_counts_what_the_model_does():
-    """Bytes and operations of the formulas against those of a model: within the few things that they leave out."""
+def test_plan_matches_a_real_model():
+    """The formulas are within 1% for weights, 2% for activations and 10% for operations."""
     config = Config(256, 12, 4, 4, 64, 688, 500)
     plan = plan_run(config, 1, 80e9, 1e12)
     model = make_model(config)
@@ -163,7 +163,7 @@ def test_the_plan_counts_what_the_model_does():
     assert plan["operations"] == pytest.approx(counter.get_total_flops() / 4, rel=0.1)
 
 
-def test_a_plan_splits_what_does_not_fit():
+def test_plan_uses_fsdp_if_the_weights_do_not_fit():
     one, eight = (plan_run(SIZES["LLaMA-65B"], gpus, 80e9, 1e14) for gpus in (1, 8))
     assert not one["fits"] and eight["fits"] and eight["strategy"] == "fsdp"
     assert eight["weights"] < one["weights"] / 4 and eight["travels"] > 100e9

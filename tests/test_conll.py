@@ -1,4 +1,4 @@
-"""Token classification: CoNLL's columns, a label for each word, and entities."""
+"""Token classification: CoNLL columns, one label per word, and entity scores."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from encoders.heads import head_adapter
 from formats.encoders import head_labels, load_encoder
 from formats.roberta_tokenizer import RobertaTokenizer
 
-TAG_NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]  # in no alphabetical order
+TAG_NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]  # not in alphabetical order
 TEXT = """-DOCSTART- -X- -X- O
 
 the DT B-NP O
@@ -29,21 +29,21 @@ Anna\tNNP\tB-PER
 """
 
 
-def conll(folder, text=TEXT):
+def write_conll(folder, text=TEXT):
     (folder / "a.conll").write_text(text)
     return folder / "a.conll"
 
 
-def test_columns(tmp_path):
+def test_columns_are_read_as_sentences(tmp_path):
     expected = [
         TaggedSentence(["the", "river", "Km"], ["O", "B-LOC", "I-LOC"], "sentence 0"),
         TaggedSentence(["Anna", "went"], ["B-PER", "O"], "sentence 1"),
     ]
-    assert read_conll(conll(tmp_path)) == expected
-    assert read_conll(conll(tmp_path, TEXT.replace("\n", "\r\n"))) == expected
-    assert read_conll(conll(tmp_path, TEXT.rstrip())) == expected
-    # A space that is part of a word, and a character that Python takes for the end of a line.
-    odd = read_conll(conll(tmp_path, "10\u00a0km B-LOC\na\u2028b O\n"))
+    assert read_conll(write_conll(tmp_path)) == expected
+    assert read_conll(write_conll(tmp_path, TEXT.replace("\n", "\r\n"))) == expected
+    assert read_conll(write_conll(tmp_path, TEXT.rstrip())) == expected
+    # A no-break space belongs to its word, and so does U+2028, at which str.splitlines would split.
+    odd = read_conll(write_conll(tmp_path, "10\u00a0km B-LOC\na\u2028b O\n"))
     assert odd[0].words == ["10\u00a0km", "a\u2028b"]
     for text, message in (
         ("Anna B-PER\nwent\n", "a.conll: line 2: has 1 column"),
@@ -52,11 +52,11 @@ def test_columns(tmp_path):
         ("-DOCSTART- O\n\n", "a.conll: contains no sentences"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_conll(conll(tmp_path, text))
+            read_conll(write_conll(tmp_path, text))
 
 
-def test_iob1_becomes_bio():
-    """By hand; entities that follow each other are told apart in both."""
+def test_iob1_is_converted_to_bio():
+    """Expected tags are written by hand. Adjacent entities stay separate."""
     for tags, bio in (
         ("I-A I-A O I-A", "B-A I-A O B-A"),
         ("I-A B-A I-A", "B-A B-A I-A"),
@@ -69,8 +69,8 @@ def test_iob1_becomes_bio():
 
 
 @pytest.mark.parametrize("max_length", [100, 9, 8, 7, 3, 2])
-def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
-    """Tokens are those that transformers makes of words, the first of each those that it says."""
+def test_label_of_a_word_is_at_its_first_token(bpe, max_length):
+    """Tokens, and which of them begin a word, are compared with transformers."""
     transformers = pytest.importorskip("transformers")
     files = [str(bpe / name) for name in ("vocab.json", "merges.txt")]
     theirs = transformers.RobertaTokenizer(*files, add_prefix_space=True)
@@ -80,18 +80,18 @@ def test_the_label_of_a_word_is_at_its_first_token(bpe, max_length):
         assert (data.examples, data.dropped, data.num_truncated) == ([], 1, 1)
         return
     encoded = theirs(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    expected, before = [], None
+    expected, previous = [], None
     for word in encoded.word_ids():
-        expected.append(-100 if word is None or word == before else TAG_NAMES.index(tags[word]))
-        before = word
+        expected.append(-100 if word is None or word == previous else TAG_NAMES.index(tags[word]))
+        previous = word
     (example,) = data.examples
     assert example.inputs.tolist() == encoded.input_ids and list(example.labels) == expected
     assert (data.num_truncated, data.dropped) == (int(max_length < 100), 0)
     assert example.num_targets == sum(label != -100 for label in expected) > 0
 
 
-def test_classes():
-    """In the order of the base's head where it knows all, else sorted."""
+def test_classes_keep_the_order_of_the_head():
+    """Classes are sorted if the base's head does not know them all."""
     sentences = [TaggedSentence(["a", "b"], ["B-LOC", "O"], "sentence 0")]
     assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
     assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
@@ -99,8 +99,8 @@ def test_classes():
         labelled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
 
 
-def test_tags_are_in_the_order_of_the_examples():
-    """Each as alone, however they are put together; gates are nonzero."""
+def test_predicted_tags_keep_the_order_of_the_examples():
+    """Batches of any size give the same tags as single examples, with nonzero gates."""
     model = make_roberta()
     adapter, examples = make_head_adapter(model, 3), []
     for i, size in enumerate((9, 5, 12, 7, 5)):
@@ -109,19 +109,19 @@ def test_tags_are_in_the_order_of_the_examples():
     with torch.no_grad():
         scores = [adapter.head(model.encode(example.inputs[None], adapter())[0]) for example in examples]
         center = torch.cat(scores).mean(dim=0)
-        adapter.head[0].bias -= center  # so that not one tag is the most likely of all
+        adapter.head[0].bias -= center  # so that no tag is the most likely everywhere
     alone = [(score - center)[::3].argmax(dim=1).tolist() for score in scores]
     assert len(set(sum(alone, []))) == 3
     for max_tokens in (10, 1000):
         assert predict_tags(model, adapter, examples, max_tokens) == alone
 
 
-def test_entities():
-    """By hand: an entity is found where its type and both of its ends are."""
+def test_entities_match_by_type_and_both_ends():
+    """The expected scores are computed by hand."""
     pytest.importorskip("seqeval")
     expected = ["B-A I-A O B-B O".split(), "B-A B-A O".split(), "O O".split()]
     predicted = ["B-A I-A O B-A O".split(), "B-A I-A O".split(), "O B-B".split()]
-    # Expected 4: A 0-1, B 3, A 0, A 1. Predicted 4: A 0-1 (right), A 3 (type), A 0-1 (end), B 1 (nothing there).
+    # Expected: A 0-1, B 3, A 0, A 1. Predicted: A 0-1 (right), A 3 (wrong type), A 0-1 (wrong end), B 1 (no entity).
     scores = entity_scores(predicted, expected)
     assert scores == pytest.approx({"precision": 1 / 4, "recall": 1 / 4, "f1": 1 / 4, "entities": 4})
     scores = entity_scores([["O"] * len(tags) for tags in expected[:1]] + predicted[1:], expected)
@@ -131,14 +131,14 @@ def test_entities():
 
 
 def save_tagger(folder, bpe):
-    """transformers' RobertaForTokenClassification with a head that knows TAG_NAMES, and its tokenizer, in a folder."""
+    """Save a RobertaForTokenClassification of transformers for TAG_NAMES, and its tokenizer; return the model."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=48, id2label=dict(enumerate(TAG_NAMES)), layer_norm_eps=1e-5,
     )  # fmt: skip
     model = vary(transformers.RobertaForTokenClassification(config))
-    with torch.no_grad():  # so that not one tag is the most likely of all words
+    with torch.no_grad():  # so that no tag is the most likely for all words
         ids = torch.randint(3, 266, (20, 12), generator=torch.Generator().manual_seed(0))
         model.classifier.bias -= model(ids).logits.mean(dim=(0, 1))
     model.save_pretrained(folder)
@@ -147,7 +147,7 @@ def save_tagger(folder, bpe):
     return model
 
 
-SENTENCES = [  # the first tokens of words tell their tags
+SENTENCES = [  # a word's first token determines its tag
     "the DT B-LOC\nkm NN I-LOC\nand CC O\nto TO B-PER\n"
     if i % 2
     else "Anna NN O\nto TO B-PER\nthe DT B-LOC\nkm NN I-LOC\n"
@@ -155,14 +155,14 @@ SENTENCES = [  # the first tokens of words tell their tags
 ]
 
 
-def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
-    """Of a batch with padding; only labelled words have a loss. The head is the model's own."""
+def test_logits_and_loss_equal_transformers(bpe, tmp_path):
+    """Compare a padded batch, with the model's own head. Only labeled words have a loss."""
     theirs = save_tagger(tmp_path / "tagger", bpe)
     model, head = load_encoder(tmp_path / "tagger")
     assert head_fits_task(head, "token-classification") and not head_fits_task(head, "question-answering")
     assert not head_fits_task(head, "text-classification") and head_labels(tmp_path / "tagger") == TAG_NAMES
     adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
-    sentences = read_conll(conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
+    sentences = read_conll(write_conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
     examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
     ids, labels = collate_labelled(group_by_length(examples, 1000)[0])
     with torch.no_grad():
@@ -177,12 +177,12 @@ def test_logits_and_loss_are_those_of_transformers(bpe, tmp_path):
     )
 
 
-def test_a_head_that_a_base_came_with(bpe, tmp_path):
-    """Its tags are those of transformers; training begins from it; a head for something else is told from it."""
+def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
+    """The tags equal those of transformers, and training starts from the head. A head for another task is refused."""
     pytest.importorskip("seqeval")
     theirs = save_tagger(tmp_path / "tagger", bpe)
     args = ["--task", "token-classification", "--base", tmp_path / "tagger", "--device", "cpu"]
-    file = conll(tmp_path, "\n".join(SENTENCES))
+    file = write_conll(tmp_path, "\n".join(SENTENCES))
     result = ask(*args, "--data", file, "--out", tmp_path / "tags.json")
     assert result.exit_code == 0, result.output
     answers = json.loads((tmp_path / "tags.json").read_text())
@@ -196,12 +196,12 @@ def test_a_head_that_a_base_came_with(bpe, tmp_path):
         seen |= set(answers[sentence.name])
     assert len(seen) > 1, "one tag for all words tells nothing"
 
-    begun = train(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
-    assert begun.exit_code == 0, begun.output
+    trained = train(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
+    assert trained.exit_code == 0, trained.output
     tensors = load_file(tmp_path / "run" / "adapter.safetensors")
     assert torch.equal(tensors["head.0.weight"], theirs.classifier.weight)
-    wrong = ask("--base", tmp_path / "tagger", "--task", "question-answering", "--data", file)
-    assert wrong.exit_code == 2 and "has no head of its own for question-answering" in wrong.stderr
+    wrong_task = ask("--base", tmp_path / "tagger", "--task", "question-answering", "--data", file)
+    assert wrong_task.exit_code == 2 and "has no head of its own for question-answering" in wrong_task.stderr
     config = json.loads((tmp_path / "tagger" / "config.json").read_text())
     for labels, message in (
         (None, "names 0 classes, its head has 5 outputs"),
@@ -212,13 +212,13 @@ def test_a_head_that_a_base_came_with(bpe, tmp_path):
         assert unnamed.exit_code == 2 and message in unnamed.stderr, unnamed.output
 
 
-def test_a_run_on_tags(reader, tmp_path, monkeypatch):
-    """From columns to the scores of entities; words beyond --max-seq-len are outside of any."""
+def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
+    """Train on a CoNLL file and score the entities. Words beyond --max-seq-len are tagged O."""
     pytest.importorskip("seqeval")
-    file = conll(tmp_path, "\n".join(SENTENCES))
+    file = write_conll(tmp_path, "\n".join(SENTENCES))
     args = ["--data", file, "--device", "cpu"]
     options = ["--epochs", 30, "--warmup-epochs", 1, "--batch-size", 4, "--val-size", 0, "--lr", 0.03, "--layers", 2]
-    options += ["--task", "token-classification", "--base", reader]
+    options += ["--task", "token-classification", "--base", roberta]
     result = train(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
     assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 truncated" in result.stderr, result.output
     trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
@@ -229,22 +229,24 @@ def test_a_run_on_tags(reader, tmp_path, monkeypatch):
     expected = f"16 sentences (0 truncated), {entities} entities: F1 100.00%, precision 100.00%, recall 100.00%"
     assert scores.exit_code == 0 and expected in scores.stdout, scores.output
 
-    cut = train(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
-    assert cut.exit_code == 0 and ", 16 truncated" in cut.stderr, cut.output
-    short = ask("--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json")
-    answers = json.loads((tmp_path / "tags.json").read_text())
-    assert short.exit_code == 0 and "(16 truncated)" in short.stdout, short.output
-    assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
-    none = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
-    assert none.exit_code == 2 and "no example leaves room for a response" in none.stderr, none.output
-
-    new = ask(*trained, "--data", conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
-    assert (
-        new.exit_code == 2
-        and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of B-LOC, B-PER, I-LOC, O" in new.stderr
+    truncated = train(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
+    assert truncated.exit_code == 0 and ", 16 truncated" in truncated.stderr, truncated.output
+    truncated_scores = ask(
+        "--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json"
     )
-    alike = train("--data", conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
-    assert alike.exit_code == 2 and "a.conll: has only one class, 'O'" in alike.stderr, alike.output
+    answers = json.loads((tmp_path / "tags.json").read_text())
+    assert truncated_scores.exit_code == 0 and "(16 truncated)" in truncated_scores.stdout, truncated_scores.output
+    assert all(len(tags) == 4 and tags[3] == "O" for tags in answers.values())
+    empty = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
+    assert empty.exit_code == 2 and "no example leaves room for a response" in empty.stderr, empty.output
+
+    unknown_tag = ask(*trained, "--data", write_conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
+    assert (
+        unknown_tag.exit_code == 2
+        and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of B-LOC, B-PER, I-LOC, O" in unknown_tag.stderr
+    )
+    one_class = train("--data", write_conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
+    assert one_class.exit_code == 2 and "a.conll: has only one class, 'O'" in one_class.stderr, one_class.output
     monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
     missing = ask(*trained, *args)
     assert missing.exit_code == 2 and "not installed: pip install seqeval" in missing.stderr

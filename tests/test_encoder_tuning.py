@@ -1,4 +1,4 @@
-"""Encoders with heads: their data, what they learn, and how answers are marked."""
+"""Encoders with heads: data, losses, training runs and scores."""
 
 import json
 
@@ -20,7 +20,7 @@ from training.run_files import read_metrics
 # Data
 
 
-def test_pictures_by_folder_and_by_array(tmp_path):
+def test_labeled_images_are_read_from_folders_and_arrays(tmp_path):
     for label, number in (("cat", 2), ("dog", 1)):
         (tmp_path / "by-class" / label).mkdir(parents=True)
         for i in range(number):
@@ -53,7 +53,7 @@ def test_pictures_by_folder_and_by_array(tmp_path):
         read_labelled_images(tmp_path / "empty")
 
 
-def test_sentences(tmp_path):
+def test_labeled_sentences_are_read(tmp_path):
     (tmp_path / "a.tsv").write_text('sentence\tlabel\nit \'s "good"\t1\nbad\t0\n')
     assert read_labelled_texts(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
     (tmp_path / "a.csv").write_text('text,label\n"one, two",x\n')
@@ -71,70 +71,70 @@ def test_sentences(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is learned
+# Losses and predictions
 
 
-def examples_of(model, of=class_loss, sizes=(9, 5, 7, 12)):
+def make_examples(model, loss_fn=class_loss, sizes=(9, 5, 7, 12)):
     examples = []
     for i, size in enumerate(sizes):
         ids = make_tokens(model, size, seed=i).clamp(min=3)
-        labels = (i % 3, 4) if of is span_loss else (i % 3,)
-        if of is tag_loss:  # of every other token
+        labels = (i % 3, 4) if loss_fn is span_loss else (i % 3,)
+        if loss_fn is tag_loss:  # labels for every other token
             labels = tuple(-100 if t % 2 == 0 else (i + t) % 3 for t in range(size))
         examples.append(Labelled(ids, labels, f"example {i}", size))
     return examples
 
 
-@pytest.mark.parametrize("of", [class_loss, span_loss, tag_loss], ids=["class", "span", "tags"])
-def test_the_loss_is_that_of_every_example_alone(of):
-    """With padding and in parts of any size; in float64 by hand. A mean over what has a label, and nothing else."""
+@pytest.mark.parametrize("loss_fn", [class_loss, span_loss, tag_loss], ids=["class", "span", "tags"])
+def test_batched_loss_equals_single_examples(loss_fn):
+    """Compare padded micro-batches with a loss in float64. The mean is over labels only."""
     model = make_roberta()
-    adapter = make_head_adapter(model, 2 if of is span_loss else 3)
-    examples, expected = examples_of(model, of), []
+    adapter = make_head_adapter(model, 2 if loss_fn is span_loss else 3)
+    examples, expected = make_examples(model, loss_fn), []
     for example in examples:
         with torch.no_grad():
             states = model.encode(example.inputs[None], adapter())[0].double()
         scores = states @ adapter.head[0].weight.double().T + adapter.head[0].bias.double()  # (T, classes)
-        of_labels = scores.T if of is span_loss else scores
+        label_scores = scores.T if loss_fn is span_loss else scores
         labels = [(i, label) for i, label in enumerate(example.labels) if label != -100]
-        expected += [-of_labels[i].log_softmax(0)[label].item() for i, label in labels]
+        expected += [-label_scores[i].log_softmax(0)[label].item() for i, label in labels]
     for max_tokens in (12, 1000):
         config = TrainConfig(micro_batch_tokens=max_tokens)
-        loss = mean_loss(model, adapter, examples, config, of)
+        loss = mean_loss(model, adapter, examples, config, loss_fn)
         assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-        before_step = train_step(model, adapter, make_optimizer(adapter, 0.0), examples, 0.0, config, of)
-        assert before_step == pytest.approx(loss)
+        loss_before_step = train_step(model, adapter, make_optimizer(adapter, 0.0), examples, 0.0, config, loss_fn)
+        assert loss_before_step == pytest.approx(loss)
         assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("of", [class_loss, span_loss, tag_loss])
-def test_a_rank_out_of_work_has_a_gradient_of_zero(of):
+@pytest.mark.parametrize("loss_fn", [class_loss, span_loss, tag_loss])
+def test_rank_without_data_has_a_zero_gradient(loss_fn):
     model = make_roberta()
     adapter = make_head_adapter(model, 2)
-    loss = of(model, adapter, [])
+    loss = loss_fn(model, adapter, [])
     loss.backward()
     assert loss.item() == 0 and all(parameter.grad.abs().max() == 0 for parameter in adapter.parameters())
 
 
-def test_the_gates_of_encoders_open_first():
-    """At gate zero the prompts have no gradient, the gates and the head have one."""
+def test_gates_of_encoders_move_first():
+    """With zero gates the prompts' gradient is zero; those of the gates and of the head are not."""
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
     optimizer = make_optimizer(adapter, 0.0)
-    train_step(model, adapter, optimizer, examples_of(model), 0.0, TrainConfig(), class_loss)
+    train_step(model, adapter, optimizer, make_examples(model), 0.0, TrainConfig(), class_loss)
     assert adapter.prompts.grad.abs().max() == 0
     assert adapter.gates.grad.abs().min() > 0 and adapter.head[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("max_tokens", [10, 1000])
-def test_classes_are_in_the_order_of_the_examples(max_tokens):
-    """Each as alone, however they are put together."""
+def test_predicted_classes_keep_the_order_of_the_examples(max_tokens):
+    """Batches of any size give the same classes as single examples."""
     model = make_roberta()
-    adapter, examples = make_head_adapter(model, 3), examples_of(model, sizes=(9, 5, 12, 7, 5, 3, 11, 9))
+    adapter, examples = make_head_adapter(model, 3), make_examples(model, sizes=(9, 5, 12, 7, 5, 3, 11, 9))
     with torch.no_grad():
         scores = torch.stack([adapter.head(model.encode(e.inputs[None], adapter())[0, 0]) for e in examples])
-        adapter.head[0].bias -= scores.mean(dim=0)  # so that not one class is the most likely of all
+        adapter.head[0].bias -= scores.mean(dim=0)  # so that no class is the most likely everywhere
         alone = (scores - scores.mean(dim=0)).argmax(dim=1).tolist()
     assert len(set(alone)) == 3 and classify(model, adapter, examples, max_tokens) == alone
     assert accuracy(alone, [*alone[:6], -1, -1]) == 0.75
@@ -145,8 +145,8 @@ def test_classes_are_in_the_order_of_the_examples(max_tokens):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Bright and dark ones, in two folders, and a vision transformer in Hugging Face's layout without a head."""
+def image_data(tmp_path):
+    """A folder with dark and light images in two classes, and a ViT without a head in Hugging Face's layout."""
     for i in range(24):
         label = ("dark", "light")[i % 2]
         (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
@@ -161,65 +161,69 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def pictures_args(pictures):
+def image_args(image_data):
     return [
-        "--task", "image-classification", "--base", pictures / "vit", "--data", pictures / "data",
-        "--out", pictures / "run", "--epochs", 8, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 4, "--lr", 0.1,
-        "--device", "cpu",
+        "--task", "image-classification", "--base", image_data / "vit", "--data", image_data / "data",
+        "--out", image_data / "run", "--epochs", 8, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 4,
+        "--lr", 0.1, "--device", "cpu",
     ]  # fmt: skip
 
 
-def test_a_run_on_pictures(pictures):
-    args = pictures_args(pictures)
+def test_training_run_on_images(image_data):
+    args = image_args(image_data)
     result = train(*args)
     assert result.exit_code == 0, result.output
-    losses = [line["val_loss"] for line in read_metrics(pictures / "run" / "metrics.jsonl") if "val_loss" in line]
+    losses = [line["val_loss"] for line in read_metrics(image_data / "run" / "metrics.jsonl") if "val_loss" in line]
     assert losses[-1] < losses[0] / 2
-    assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (pictures / "run").iterdir()}
-    file = pictures / "run" / "adapter.safetensors"
-    asked = ["--adapter", file, "--data", pictures / "data", "--device", "cpu"]
-    scores = ask(*asked)
+    assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (image_data / "run").iterdir()}
+    file = image_data / "run" / "adapter.safetensors"
+    evaluate_args = ["--adapter", file, "--data", image_data / "data", "--device", "cpu"]
+    scores = ask(*evaluate_args)
     assert scores.exit_code == 0 and "24 examples: accuracy 100.00%" in scores.stdout, scores.output
-    few = ask(*asked, "--limit", 12)
+    limited = ask(*evaluate_args, "--limit", 12)
     assert (
-        few.exit_code == 0
-        and "12 examples: accuracy 100.00%" in few.stdout
-        and "majority class 'dark': 100" not in few.stdout
+        limited.exit_code == 0
+        and "12 examples: accuracy 100.00%" in limited.stdout
+        and "majority class 'dark': 100" not in limited.stdout
     )
-    other = ask(*asked, "--task", "question-answering")
-    assert other.exit_code == 2 and "is for image-classification, not for question-answering" in other.stderr
+    other_task = ask(*evaluate_args, "--task", "question-answering")
+    assert other_task.exit_code == 2 and "is for image-classification, not for question-answering" in other_task.stderr
     assert "No such option '--int8'" in train(*args, "--int8").stderr
-    wrong = train(*args, "--task", "text-classification", "--out", pictures / "other")
-    assert wrong.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong.stderr
-    deep = train(*args, "--layers", 4, "--out", pictures / "deep")
-    assert deep.exit_code == 2 and "--layers 4: " in deep.stderr and "has only 3" in deep.stderr
+    wrong_encoder = train(*args, "--task", "text-classification", "--out", image_data / "other")
+    assert wrong_encoder.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong_encoder.stderr
+    too_many_layers = train(*args, "--layers", 4, "--out", image_data / "deep")
+    assert (
+        too_many_layers.exit_code == 2
+        and "--layers 4: " in too_many_layers.stderr
+        and "has only 3" in too_many_layers.stderr
+    )
 
 
-def test_a_resumed_run_is_the_same(pictures):
-    args = pictures_args(pictures)
+def test_resuming_equals_an_uninterrupted_run(image_data):
+    args = image_args(image_data)
     assert train(*args).exit_code == 0
-    stopped = train(*args, "--out", pictures / "parts", "--max-minutes", 1e-9)
+    stopped = train(*args, "--out", image_data / "parts", "--max-minutes", 1e-9)
     assert stopped.exit_code == 0 and "stopped by --max-minutes after step 1" in stopped.stderr, stopped.output
-    assert train(*args, "--out", pictures / "parts", "--resume").exit_code == 0
-    one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "parts"))
+    assert train(*args, "--out", image_data / "parts", "--resume").exit_code == 0
+    one, other = (load_file(image_data / name / "adapter.safetensors") for name in ("run", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_ranks(forks, pictures):
-    args = [*pictures_args(pictures), "--batch-size", 3, "--epochs", 2]
+def test_two_ranks_train_like_a_single_process(forks, image_data):
+    args = [*image_args(image_data), "--batch-size", 3, "--epochs", 2]
     results = Ranks(forks, 2, train_encoder_rank, args).results()
     assert [code for code, _, _ in results] == [0, 0], results
-    assert train(*args, "--out", pictures / "alone").exit_code == 0
-    one, other = (load_file(pictures / name / "adapter.safetensors") for name in ("run", "alone"))
+    assert train(*args, "--out", image_data / "alone").exit_code == 0
+    one, other = (load_file(image_data / name / "adapter.safetensors") for name in ("run", "alone"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)
 
 
-def test_a_run_on_sentences(reader, tmp_path):
+def test_training_run_on_sentences(roberta, tmp_path):
     lines = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(32)]
     (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
     result = train(
-        "--task", "text-classification", "--base", reader, "--data", tmp_path / "a.tsv", "--out", tmp_path / "run",
+        "--task", "text-classification", "--base", roberta, "--data", tmp_path / "a.tsv", "--out", tmp_path / "run",
         "--epochs", 30, "--warmup-epochs", 1, "--batch-size", 8, "--val-size", 0, "--lr", 0.03, "--max-seq-len", 64,
         "--layers", 2, "--device", "cpu",
     )  # fmt: skip
@@ -231,11 +235,13 @@ def test_a_run_on_sentences(reader, tmp_path):
     right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
     assert right >= 28 and f"({right} correct)" in scores.stdout
     (tmp_path / "one.tsv").write_text("sentence\tlabel\na\tx\nb\tx\n")
-    alike = train(
-        "--task", "text-classification", "--base", reader, "--data", tmp_path / "one.tsv", "--out", tmp_path / "one",
+    one_class = train(
+        "--task", "text-classification", "--base", roberta, "--data", tmp_path / "one.tsv", "--out", tmp_path / "one",
         "--max-seq-len", 64, "--layers", 1, "--device", "cpu",
     )  # fmt: skip
-    assert alike.exit_code == 2 and "has only one class, 'x'" in alike.stderr
+    assert one_class.exit_code == 2 and "has only one class, 'x'" in one_class.stderr
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nfilm\tnew\n")
-    new = ask("--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
-    assert new.exit_code == 2 and "record 0: unknown class 'new'; expected one of 0, 1" in new.stderr
+    unknown_class = ask("--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
+    assert (
+        unknown_class.exit_code == 2 and "record 0: unknown class 'new'; expected one of 0, 1" in unknown_class.stderr
+    )

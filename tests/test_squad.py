@@ -241,9 +241,9 @@ def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
 OPTIONS = ["--task", "question-answering", "--warmup-epochs", 1, "--val-size", 0, "--lr", 0.1, "--layers", 2]
 
 
-def test_a_run_on_questions(reader, tmp_path):
+def test_a_run_on_questions(roberta, tmp_path):
     args = ["--data", squad(tmp_path), "--device", "cpu"]
-    result = train(*OPTIONS, *args, "--base", reader, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
+    result = train(*OPTIONS, *args, "--base", roberta, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
     assert result.exit_code == 0, result.output
     trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
     scores = ask(*trained, *args)
@@ -256,10 +256,10 @@ def test_a_run_on_questions(reader, tmp_path):
     assert "1 unanswerable: exact match 0.00%" in scores.stdout, "all questions that it has seen have an answer"
 
 
-def test_a_run_on_unanswerable_questions_in_windows(reader, tmp_path):
+def test_a_run_on_unanswerable_questions_in_windows(roberta, tmp_path):
     """An adapter says what it was trained on: that there may be no answer, and the stride."""
     args = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
-    options = [*OPTIONS, *args, "--base", reader, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
+    options = [*OPTIONS, *args, "--base", roberta, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
     result = train(*options, "--out", tmp_path / "run")
     said = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows, one example per window"
     assert result.exit_code == 0 and said in result.stderr and "6 examples to train on" in result.stderr, result.output
