@@ -1,4 +1,4 @@
-"""COCO's captions: their files, and their scores by definition."""
+"""COCO captions: reading the files, and scores compared with their definitions."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def scorers():
         pytest.skip(str(error))
 
 
-def test_pictures_and_their_captions(tmp_path):
+def test_images_are_read_with_their_captions(tmp_path):
     five, nine = read_pictures(save_coco(tmp_path))
     assert five.image == "5.jpg" and five.captions == ("A man rides a horse.",)
     assert nine.captions == ("Two dogs run over the green grass.", "Dogs are running in a field.")
@@ -58,25 +58,25 @@ def test_bad_annotations_are_named(tmp_path, change, message):
             reading(path)
 
 
-def grams(text, n):
+def ngrams(text, n):
     words = text.split()
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def test_scores_by_their_definitions(tmp_path, scorers):
-    """BLEU (Papineni et al., 2002) of a corpus, computed again; who says what people say gets the best scores."""
+def test_scores_match_their_definitions(tmp_path, scorers):
+    """Recompute the corpus BLEU (Papineni et al., 2002). Captions equal to a reference get the best scores."""
     pictures = read_pictures(save_coco(tmp_path))
     scores = score(pictures, ["A man rides a brown horse, quickly!", "Two dogs run in a field."])
 
-    cut = ["a man rides a brown horse quickly", "two dogs run in a field"]  # small letters, no punctuation
+    tokenized = ["a man rides a brown horse quickly", "two dogs run in a field"]  # lower case, no punctuation
     references = [["a man rides a horse"], ["two dogs run over the green grass", "dogs are running in a field"]]
-    logs, length = [], sum(len(text.split()) for text in cut)
-    closest = 5 + 6  # of the references, in words
+    logs, length = [], sum(len(text.split()) for text in tokenized)
+    closest = 5 + 6  # lengths in words of the closest references
     for n in (1, 2):
         found = total = 0
-        for text, theirs in zip(cut, references):
-            for gram, count in grams(text, n).items():
-                found += min(count, max(grams(reference, n)[gram] for reference in theirs))
+        for text, text_references in zip(tokenized, references):
+            for ngram, count in ngrams(text, n).items():
+                found += min(count, max(ngrams(reference, n)[ngram] for reference in text_references))
                 total += count
         logs.append(math.log(found / total))
         brevity = min(0, 1 - closest / length)
@@ -85,21 +85,21 @@ def test_scores_by_their_definitions(tmp_path, scorers):
     perfect = score(pictures, [picture.captions[0] for picture in pictures])
     assert perfect["BLEU-4"] == pytest.approx(1, abs=1e-6) and perfect["ROUGE-L"] == pytest.approx(1)
     assert perfect["CIDEr"] > scores["CIDEr"]
-    lines = ["A man\rrides a\u2028horse.", "Two dogs run\x0bover the green\ngrass."]  # one caption, whatever is in it
-    assert score(pictures, lines) == perfect
+    with_line_breaks = ["A man\rrides a\u2028horse.", "Two dogs run\x0bover the green\ngrass."]
+    assert score(pictures, with_line_breaks) == perfect
 
 
-def test_no_answer_scores_as_an_empty_one(tmp_path, scorers):
+def test_missing_caption_scores_as_an_empty_one(tmp_path, scorers):
     pictures = read_pictures(save_coco(tmp_path))
     scores = score(pictures, [None, "Two dogs run in a field."])
     assert scores == score(pictures, ["", "Two dogs run in a field."]) and 0 < scores["CIDEr"] < 10
 
 
-def test_what_captions_need_is_said(tmp_path, monkeypatch):
+def test_missing_requirements_are_reported(tmp_path, monkeypatch):
     path = save_coco(tmp_path)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
     with pytest.raises(ValueError, match="pip install pycocoevalcap"):
-        captions.read_for_scoring(path)  # before any model is asked
+        captions.read_for_scoring(path)  # before any caption is generated
     monkeypatch.undo()
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
@@ -107,7 +107,7 @@ def test_what_captions_need_is_said(tmp_path, monkeypatch):
         captions.coco_scorers()
 
 
-def test_captions_of_a_file(tmp_path):
+def test_captions_are_read_from_a_results_file(tmp_path):
     pictures, path = read_pictures(save_coco(tmp_path)), tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 9, "caption": "b"}, {"image_id": 5, "caption": "a"}]))
     assert read_responses(path, pictures) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Records of conversations: every layout, mixed in one file, and every way in which one can be wrong."""
+"""Conversation records: every layout, mixed in one file, and every error."""
 
 import json
 import shutil
@@ -14,28 +14,28 @@ from formats.conversations import read_conversation
 from tasks import load_task
 from training.run_files import read_metrics
 
-TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"), ("assistant", "Because.")]
-MESSAGES = {"messages": [{"role": role, "content": text} for role, text in TALK], "id": 7}
+TURNS = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"), ("assistant", "Because.")]
+MESSAGES = {"messages": [{"role": role, "content": text} for role, text in TURNS], "id": 7}
 SHARE = {"system": "system", "user": "human", "assistant": "gpt"}
-SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, text in TALK]}
+SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, text in TURNS]}
 
 
 def with_turn(role="assistant", **fields):
-    """A record whose turn of this role has these fields too."""
+    """Return a record in which the turns of one role have additional fields."""
     return {"messages": [turn | fields if turn["role"] == role else turn for turn in MESSAGES["messages"][:3]]}
 
 
-def test_records_are_told_apart_by_their_fields(tmp_path):
+def test_record_layouts_are_recognized_by_their_fields(tmp_path):
     records = [
         MESSAGES,
         SHAREGPT,
         {"prompt": "Say a.", "completion": "a"},
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"messages": MESSAGES["messages"][1:3], "image": "a.png"},
-        {"prompt": "Hi", "messages": MESSAGES["messages"]},  # as UltraChat has it: the first turn once more
+        {"prompt": "Hi", "messages": MESSAGES["messages"]},  # as in UltraChat, which repeats the first turn
     ]
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)))
-    turns = tuple(Turn(*turn) for turn in TALK)
+    turns = tuple(Turn(*turn) for turn in TURNS)
     assert load_task("instructions").read(tmp_path / "mixed.jsonl") == [
         Example(turns=turns, name="record 0"),
         Example(turns=turns, name="record 1"),
@@ -46,7 +46,7 @@ def test_records_are_told_apart_by_their_fields(tmp_path):
     ]
 
 
-def talk(*roles, content="a"):
+def make_record(*roles, content="a"):
     return {"messages": [{"role": role, "content": content} for role in roles]}
 
 
@@ -59,26 +59,26 @@ def talk(*roles, content="a"):
         ({"conversations": [{"role": "user", "content": "a"}]}, "turn 0: has no field 'from'"),
         ({"messages": [{"role": "user", "content": None}]}, "turn 0: field 'content' is a NoneType, not a string"),
         ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is a int, not a string"),
-        (talk("user", "tool"), "turn 1: role 'tool' is not one of system, user, human, assistant, gpt"),
-        (talk("user", "assistant", content=" \n"), "turn 0: field 'content' is empty"),
-        (talk("assistant"), "turn 0: 'assistant' comes first; the order is system"),
-        (talk("system", "assistant"), "turn 1: 'assistant' follows 'system'"),
-        (talk("user", "user"), "turn 1: 'user' follows 'user'"),
-        (talk("user", "assistant", "assistant"), "turn 2: 'assistant' follows 'assistant'"),
-        (talk("user", "assistant", "system"), "turn 2: 'system' follows 'assistant'"),
-        (talk("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
+        (make_record("user", "tool"), "turn 1: role 'tool' is not one of system, user, human, assistant, gpt"),
+        (make_record("user", "assistant", content=" \n"), "turn 0: field 'content' is empty"),
+        (make_record("assistant"), "turn 0: 'assistant' comes first; the order is system"),
+        (make_record("system", "assistant"), "turn 1: 'assistant' follows 'system'"),
+        (make_record("user", "user"), "turn 1: 'user' follows 'user'"),
+        (make_record("user", "assistant", "assistant"), "turn 2: 'assistant' follows 'assistant'"),
+        (make_record("user", "assistant", "system"), "turn 2: 'system' follows 'assistant'"),
+        (make_record("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
         ({"messages": []}, "none of its 0 turns is the assistant's"),
         ({"prompt": "a", "completion": ["b"]}, "field 'completion' is a list, not a string"),
         ({"prompt": "a"}, "has no field 'instruction'"),
         ([], "is a list, not an object"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(record, message):
+def test_bad_conversation_is_a_one_line_error(record, message):
     with pytest.raises(ValueError, match=f"^chats.json: record 3: {message}"):
         read_conversation(record, "chats.json", "record 3")
 
 
-def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_there():
+def test_conversation_may_end_with_the_user():
     record = {"messages": [*MESSAGES["messages"], {"role": "user", "content": "And?"}]}
     assert read_conversation(record, "a.json", "r").turns[-1] == Turn("user", "And?")
 
@@ -86,13 +86,13 @@ def test_a_conversation_that_ends_with_the_user_is_learnt_up_to_there():
 HISTORY = {"instruction": "Why?", "input": "", "output": "Because.", "system": "Be brief.", "history": [["Hi", "Ho"]]}
 
 
-def test_system_and_history_beside_the_turns():
-    """LLaMA-Factory's two fields, and ShareGPT's `system` beside the turns."""
-    expected = tuple(Turn(*turn) for turn in TALK)
-    beside = {"system": "Be brief.", "conversations": SHAREGPT["conversations"][1:]}
+def test_system_and_history_fields_become_turns():
+    """Read LLaMA-Factory's `system` and `history`, and ShareGPT's `system` outside its turns."""
+    expected = tuple(Turn(*turn) for turn in TURNS)
+    sharegpt_system = {"system": "Be brief.", "conversations": SHAREGPT["conversations"][1:]}
     for record in (
         HISTORY,
-        beside,
+        sharegpt_system,
         {"prompt": "Why?", "completion": "Because."} | {k: HISTORY[k] for k in ("system", "history")},
     ):
         assert read_conversation(record, "a.json", "r") == Example(turns=expected, name="r")
@@ -121,21 +121,21 @@ def test_system_and_history_beside_the_turns():
         (with_turn(role="user", weight=1), "turn 1: is marked as learned, but only the assistant's turns can be"),
     ],
 )
-def test_what_cannot_be_used_is_named(record, message):
+def test_unsupported_fields_are_named(record, message):
     with pytest.raises(ValueError, match=f"^chats.json: record 3: {message}"):
         read_conversation(record, "chats.json", "record 3")
 
 
-def test_fields_that_say_nothing_are_ignored():
+def test_empty_and_default_fields_are_ignored():
     record = with_turn(tool_calls=[], reasoning_content=None, weight=1, train=True) | {"tools": ""}
-    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TALK[:3])
+    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TURNS[:3])
 
 
 @pytest.mark.parametrize("text", ["<image>\nHi", "Hi <image>", "\n<video>Hi"])
-def test_the_placeholder_of_an_image_is_removed(text):
+def test_image_placeholder_is_removed(text):
     first = {"from": "human", "value": text}
     record = {"image": "a.jpg", "conversations": [first, *SHAREGPT["conversations"][2:]]}
-    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TALK[1:])
+    assert read_conversation(record, "a.json", "r").turns == tuple(Turn(*turn) for turn in TURNS[1:])
     record = {"image": "a.jpg", "instruction": text, "input": "x", "output": "Ho"}
     assert read_conversation(record, "a.json", "r").instruction == "Hi"
     assert read_conversation(record | {"image": ""}, "a.json", "r").instruction == text
@@ -143,7 +143,7 @@ def test_the_placeholder_of_an_image_is_removed(text):
 
 
 @pytest.mark.parametrize("text", ["<image> <image> Hi", "Of <image> here", "<image>a<image>"])
-def test_several_placeholders_and_one_within_a_text_are_refused(text):
+def test_several_placeholders_or_one_amid_text_are_refused(text):
     record = {"image": "a.jpg", "instruction": text, "output": "Ho"}
     both = record | {"instruction": "<image> Look.", "input": "Look. <image>"}
     with pytest.raises(ValueError, match="a.json: r: has 2 placeholders"):
@@ -152,8 +152,8 @@ def test_several_placeholders_and_one_within_a_text_are_refused(text):
         read_conversation(record, "a.json", "r")
 
 
-def test_turns_that_are_not_to_be_learned(chat_base, tmp_path, capsys):
-    """OpenAI's `weight` and axolotl's `train`: the tokens are the same, the loss covers the others."""
+def test_turns_can_be_excluded_from_the_loss(chat_base, tmp_path, capsys):
+    """OpenAI's `weight` and axolotl's `train` change the loss mask, but not the tokens."""
     _, tokenizer = load_llama(chat_base)
     template = load_template("auto", tokenizer)
     ids = {}
@@ -165,26 +165,26 @@ def test_turns_that_are_not_to_be_learned(chat_base, tmp_path, capsys):
         turns = [dict(turn) for turn in MESSAGES["messages"]]
         turns[2] |= flags[0]
         turns[4] |= flags[1]
-        (tokens,), cut = tokenize(template, [read_conversation({"messages": turns}, "a.json", "r")], 512)
-        assert [text for text, _ in learned(tokenizer, tokens)] == expected and cut == 0
+        (tokens,), num_truncated = tokenize(template, [read_conversation({"messages": turns}, "a.json", "r")], 512)
+        assert [text for text, _ in texts_with_loss(tokenizer, tokens)] == expected and num_truncated == 0
         ids[tuple(expected)] = tokens.ids
     assert ids["Ho", "Because."] == ids["Because.",]
     assert ids["Ho", "Because."][: len(ids["Ho",])] == ids["Ho",]
-    silent = {
+    without_loss = {
         "messages": [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in MESSAGES["messages"]]
     }
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [MESSAGES, silent])))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [MESSAGES, without_loss])))
     assert len(load_task("instructions").read(tmp_path / "a.jsonl")) == 1
     assert "a.jsonl: 1 of 2 records have no turn to learn" in capsys.readouterr().err
-    (tmp_path / "a.jsonl").write_text(json.dumps(silent))
+    (tmp_path / "a.jsonl").write_text(json.dumps(without_loss))
     with pytest.raises(ValueError, match="a.jsonl: none of the 1 records has a turn to learn"):
         load_task("instructions").read(tmp_path / "a.jsonl")
 
 
-def learned(tokenizer, tokens):
-    """The texts with a loss, one for each answer, and the special tokens that end them."""
+def texts_with_loss(tokenizer, tokens):
+    """Return the text of each response that has a loss, and the special token that ends it."""
     texts, ids = [], []
-    for id, mask in zip(tokens.ids, [*tokens.loss_mask[1:], False]):  # shifted: the token after it
+    for id, mask in zip(tokens.ids, [*tokens.loss_mask[1:], False]):  # shifted by one: the mask of the next token
         ids += [id] if ids else []
         if mask and not ids:
             ids = [None]
@@ -194,39 +194,39 @@ def learned(tokenizer, tokens):
     return texts
 
 
-def test_every_answer_is_learnt_and_nothing_else(chat_base):
+def test_loss_covers_every_response_and_nothing_else(chat_base):
     _, tokenizer = load_llama(chat_base)
     template = load_template("auto", tokenizer)
-    example = Example(turns=tuple(Turn(*turn) for turn in TALK) + (Turn("user", "And?"),), name="r")
-    (tokens,), cut = tokenize(template, [example], 512)
-    assert learned(tokenizer, tokens) == [("Ho", 2), ("Because.", 2)] and cut == 0
+    example = Example(turns=tuple(Turn(*turn) for turn in TURNS) + (Turn("user", "And?"),), name="r")
+    (tokens,), num_truncated = tokenize(template, [example], 512)
+    assert texts_with_loss(tokenizer, tokens) == [("Ho", 2), ("Because.", 2)] and num_truncated == 0
     assert tokenizer.decode(tokens.ids) == "system\nBe brief.\nuser\nHi\nassistant\nHo\nuser\nWhy?\nassistant\nBecause."
 
 
-def test_whole_rounds_are_cut_from_the_end(chat_base):
-    """The first answer itself is cut, as Alpaca's responses are; what comes after one that is left off goes, too."""
+def test_truncation_drops_whole_rounds_from_the_end(chat_base):
+    """Only the first response is truncated within its text, as with Alpaca. Later rounds are kept or dropped whole."""
     _, tokenizer = load_llama(chat_base)
     template = load_template("auto", tokenizer)
-    turns = (*TALK, ("user", "a" * 80), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    turns = (*TURNS, ("user", "a" * 80), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     example = Example(turns=tuple(Turn(*turn) for turn in turns), name="r")
     (whole,), _ = tokenize(template, [example], 4096)
     ends = [i + 1 for i, id in enumerate(whole.ids) if id == 2 and whole.loss_mask[i]]
     assert len(ends) == 4
     for length in range(len(whole.ids) + 2):
-        kept, cut = tokenize(template, [example], length)
+        kept, truncated = tokenize(template, [example], length)
         fitting = [end for end in ends if end <= length]
         if length > whole.loss_mask.index(True):
             end = max(fitting, default=length)
-            assert kept[0][:2] == (whole.ids[:end], whole.loss_mask[:end]) and cut == (length < len(whole.ids))
+            assert kept[0][:2] == (whole.ids[:end], whole.loss_mask[:end]) and truncated == (length < len(whole.ids))
         else:
-            assert (kept, cut) == ([], 0)
+            assert (kept, truncated) == ([], 0)
 
 
-def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
+def test_alpaca_template_takes_a_single_round(tiny_base):
     _, tokenizer = load_llama(tiny_base)
-    once = Example("Hi", "", "Ho", "", "record 0", (Turn("user", "Hi"), Turn("assistant", "Ho")))
+    one_round = Example("Hi", "", "Ho", "", "record 0", (Turn("user", "Hi"), Turn("assistant", "Ho")))
     template = AlpacaTemplate(tokenizer)
-    assert list(template.encode_exchanges([once])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
+    assert list(template.encode_exchanges([one_round])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
     with pytest.raises(
         ValueError, match="^record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
     ):
@@ -235,7 +235,7 @@ def test_alpaca_s_template_takes_one_question_and_its_answer(tiny_base):
 
 @pytest.fixture
 def chats(tmp_path):
-    """Three kinds of record, thirty of them."""
+    """A file of thirty records in three layouts."""
     kinds = (MESSAGES, SHAREGPT, {"instruction": "Add.", "input": "1 2", "output": "3"})
     (tmp_path / "chats.json").write_text(json.dumps([kinds[i % 3] for i in range(30)]))
     return tmp_path / "chats.json"
@@ -248,7 +248,7 @@ def train(base, chats, out, *args):
 
 @pytest.mark.parametrize("template", [None, "auto", "chatml", "llama-2"])
 def test_training_on_conversations(chat_base, chats, tmp_path, template):
-    """From the file to an adapter that says its template, by train.py; by default the base's own."""
+    """train.py writes the template's name to the adapter file. The default is the base's own template."""
     result = train(chat_base, chats, tmp_path / "run", *(("--template", template) if template else ()))
     assert result.exit_code == 0, result.stderr
     assert "26 examples to train on, 4 held out, 0 dropped" in result.stderr
@@ -258,7 +258,7 @@ def test_training_on_conversations(chat_base, chats, tmp_path, template):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
+def test_resuming_with_another_template_is_refused(chat_base, chats, tmp_path):
     args = (chat_base, chats, tmp_path / "run", "--template")
     assert train(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
     result = train(*args, "auto", "--resume")
@@ -266,7 +266,7 @@ def test_a_resumed_run_cannot_change_the_template(chat_base, chats, tmp_path):
     assert train(*args, "chatml", "--resume").exit_code == 0
 
 
-def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chats, tmp_path):
+def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chats, tmp_path):
     shutil.copytree(chat_base, tmp_path / "base")
     args = (tmp_path / "base", chats, tmp_path / "run")
     assert train(*args, "--max-minutes", 1e-6).exit_code == 0
@@ -294,7 +294,7 @@ def test_a_resumed_run_cannot_change_what_the_base_s_template_is(chat_base, chat
         ),
     ],
 )
-def test_what_a_base_cannot_be_trained_with(tiny_base, chats, tmp_path, args, message):
+def test_template_that_does_not_fit_the_base_is_refused(tiny_base, chats, tmp_path, args, message):
     result = train(tiny_base, chats, tmp_path / "run", *args)
     assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

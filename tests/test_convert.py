@@ -1,4 +1,4 @@
-"""The command that looks into adapters and exchanges them."""
+"""convert.py: show, import and export adapters."""
 
 import torch
 from click.testing import CliRunner
@@ -13,7 +13,7 @@ def run(*args):
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def test_show_tells_what_there_is(tmp_path):
+def test_show_prints_shapes_metadata_and_gates(tmp_path):
     adapter = Adapter(layers=2, length=3, dim=8, heads=3)
     with torch.no_grad():
         adapter.gates.copy_(torch.tensor([[0.0, 0.5, 1.0], [-1.0, 0.0, 0.0]]))
@@ -23,12 +23,12 @@ def test_show_tells_what_there_is(tmp_path):
     for part in ("2 x 3 x 8, 3 heads", "54", "alpaca.json", "steps:", "12", "    6 |@  |", "    5 | +@|"):
         assert part in result.stdout
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
-    assert "|   |" in adapter_summary(Adapter(layers=1, length=1, dim=2, heads=3))  # all closed
+    assert "|   |" in adapter_summary(Adapter(layers=1, length=1, dim=2, heads=3))  # all gates are zero
     result = run("show", tmp_path / "absent")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_import_writes_a_file_of_ours_and_says_how_it_read_theirs(tmp_path):
+def test_import_writes_our_format_and_reports_what_it_read(tmp_path):
     tensors = {"adapter_query.weight": torch.ones(10, 32)}
     tensors |= {f"layers.{i}.attention.gate": torch.full((1, 4, 1, 1), i / 4) for i in range(3)}
     torch.save(tensors, tmp_path / "theirs.pth")
@@ -40,17 +40,17 @@ def test_import_writes_a_file_of_ours_and_says_how_it_read_theirs(tmp_path):
     assert adapter.gate_values()[:, 0].tolist() == [0.25, 0.5]
 
 
-def test_export_writes_a_folder_of_pefts(tmp_path):
+def test_export_writes_a_peft_folder(tmp_path):
     adapter = make_adapter(make_model())
     with torch.no_grad():
         adapter.gates.copy_(torch.tensor([[0.5], [-1.0]]).expand(2, 4))
     adapter.save(tmp_path / "ours.safetensors", base_layers=3)
     assert run("export", tmp_path / "ours.safetensors", tmp_path / "theirs").exit_code == 0
-    again = load_adapter(tmp_path / "theirs", heads=4)
-    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gate_values(), adapter.gate_values())
+    loaded = load_adapter(tmp_path / "theirs", heads=4)
+    assert torch.equal(loaded.prompts, adapter.prompts) and torch.equal(loaded.gate_values(), adapter.gate_values())
 
 
-def test_export_of_gates_that_differ_is_refused_in_one_line(tmp_path):
+def test_export_of_unequal_gates_is_a_one_line_error(tmp_path):
     make_adapter(make_model()).save(tmp_path / "ours.safetensors", base_layers=3)
     result = run("export", tmp_path / "ours.safetensors", tmp_path / "theirs")
     assert result.exit_code == 2 and "PEFT has one gate for all heads" in result.stderr

@@ -40,7 +40,7 @@ def tokenizer():
 @pytest.mark.parametrize("opener", [open, gzip.open, lzma.open])
 @pytest.mark.parametrize("jsonl", [False, True])
 @pytest.mark.parametrize("bom", [False, True])
-def test_json_and_jsonl_plain_and_packed(tmp_path, opener, jsonl, bom):
+def test_json_and_jsonl_are_read_plain_and_compressed(tmp_path, opener, jsonl, bom):
     path = tmp_path / {open: "a.json", gzip.open: "a.json.gz", lzma.open: "a.json.xz"}[opener]
     text = "\n".join(map(json.dumps, RECORDS)) + "\n\n" if jsonl else "\n" + json.dumps(RECORDS, indent=2)
     with opener(path, "wt", encoding="utf-8-sig" if bom else "utf-8") as file:
@@ -100,47 +100,47 @@ def test_unreadable_files_are_named(tmp_path, name, content):
         read_examples(tmp_path / "absent.json")
 
 
-def test_prompts_are_the_papers():
+def test_prompts_have_the_papers_format():
     assert format_prompt("Add.", "1 2").endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:")
     assert format_prompt("Hi {input}").endswith("request.\n\n### Instruction:\nHi {input}\n\n### Response:")
 
 
-def test_an_example_is_bos_prompt_response_eos(tokenizer):
-    (tokens, *_), cut = tokenize(AlpacaTemplate(tokenizer), EXAMPLES, 512)
+def test_example_is_bos_prompt_response_eos(tokenizer):
+    (tokens, *_), num_truncated = tokenize(AlpacaTemplate(tokenizer), EXAMPLES, 512)
     assert tokens.ids[0] == tokenizer.start_ids[0] and tokens.ids[-1] == tokenizer.eos_id
     length = tokens.loss_mask.index(True)
     assert tokens.loss_mask == [False] * length + [True] * (len(tokens.ids) - length)
     assert tokenizer.decode(tokens.ids[1:length]) == format_prompt("Añade 1.", "2")
     assert tokenizer.decode(tokens.ids[length:-1]) == "3"
-    assert cut == 0
+    assert num_truncated == 0
 
 
-def test_an_example_whose_prompt_fills_the_length_is_dropped(tokenizer):
-    """It would have no label at all, and a mean over none is NaN (llama-cookbook 69, 133)."""
+def test_example_whose_prompt_fills_the_context_is_dropped(tokenizer):
+    """Without a target its mean loss would be NaN (llama-cookbook issues 69 and 133)."""
     length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     assert tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], length) == ([], 0)
-    kept, cut = tokenize(AlpacaTemplate(tokenizer), [Example("", "", "x"), EXAMPLES[0]], length + 1)
+    kept, num_truncated = tokenize(AlpacaTemplate(tokenizer), [Example("", "", "x"), EXAMPLES[0]], length + 1)
     tokens = kept[-1]
-    assert cut == 1
+    assert num_truncated == 1
     assert len(tokens.ids) == length + 1 and tokens.name == "record 0"
-    assert tokens.ids[-1] != tokenizer.eos_id  # cut: the answer doesn't end here
+    assert tokens.ids[-1] != tokenizer.eos_id  # truncated: the response does not end here
 
 
-def test_targets_are_the_next_tokens_of_the_response_alone():
-    """Validation on unshifted labels (litgpt 407), padding taken for a token: seen here position by position."""
+def test_targets_are_the_next_tokens_of_the_response_only():
+    """Unshifted labels (litgpt issue 407) and targets on padding would show here, position by position."""
     inputs, targets, *_ = collate([make_example([1, 10, 11, 20, 21, 2], 3, 0), make_example([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
 
 
-def test_id_zero_is_learnt_like_any_other():
-    """Padding, unknown and ignored must not share an id: 0 in a response is a real target."""
+def test_token_id_zero_is_a_target():
+    """Inputs are padded with 0, but padding is recognized by its target, so id 0 in a response counts."""
     _, targets, *_ = collate([make_example([1, 5, 0, 2], 2, 0)])
     assert targets.tolist() == [[IGNORE, 0, 2]]
 
 
 @pytest.mark.parametrize("count, batch_size", [(1000, 8), (5, 8), (64 * 4 + 3, 4)])
-def test_every_example_once_an_epoch(count, batch_size):
+def test_every_example_occurs_once_per_epoch(count, batch_size):
     lengths = torch.randint(1, 500, (count,), generator=torch.Generator().manual_seed(0)).tolist()
     for epoch in (0, 1):
         batches = epoch_batches(lengths, batch_size, 0, epoch)
@@ -148,14 +148,15 @@ def test_every_example_once_an_epoch(count, batch_size):
         assert len(batches) == -(-count // batch_size)
 
 
-def test_order_follows_from_seed_and_epoch_alone():
-    """Within one pool, too: other batches in every epoch, and not from short to long."""
+def test_order_depends_on_seed_and_epoch_only():
+    """Batches differ between epochs and seeds, even within one pool, and are not sorted by length."""
     lengths = torch.randint(1, 50, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     first = epoch_batches(lengths, 32, 0, 0)
     assert first == epoch_batches(lengths, 32, 0, 0)  # resuming depends on it
     for other in (epoch_batches(lengths, 32, 0, 1), epoch_batches(lengths, 32, 1, 0)):
         assert not {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in other}
-    longest = [lengths[batch[-1]] for batch in first[:60]]  # of the first pool, were it not shuffled
+    # Within the first pool, lengths would be in order if its batches were not shuffled.
+    longest = [lengths[batch[-1]] for batch in first[:60]]
     assert sum(a > b for a, b in zip(longest, longest[1:])) > 10
 
 
@@ -167,7 +168,7 @@ def test_batches_have_little_padding():
 
 
 @pytest.mark.parametrize("budget", [1, 100, 1000, 10**6])
-def test_micro_batches_keep_to_the_budget(budget):
+def test_micro_batches_stay_within_the_token_budget(budget):
     lengths = torch.randint(3, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [make_example([record] * length, 2, record) for record, length in enumerate(lengths)]
     parts = [collate(group) for group in group_by_length(examples, budget)]
@@ -189,7 +190,7 @@ def test_rows_with_and_without_an_image_share_a_batch():
 
 
 def test_features_stay_with_their_example(tokenizer):
-    """Whatever is dropped or cut on the way: they were paired by their order once."""
+    """Dropping or truncating other examples must not shift them, as when they were paired by order."""
     length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     examples = [
         Example("a " * 100, "", "dropped", features=torch.tensor([0.0])),
@@ -205,23 +206,23 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")
     assert len(examples) == 52_002
-    some = examples[::100]
-    tokens, _ = tokenize(AlpacaTemplate(tokenizer), some, 4096)
-    assert len(tokens) == len(some)
-    for example, (ids, loss_mask, *_) in zip(some, tokens):
+    sample = examples[::100]
+    tokens, _ = tokenize(AlpacaTemplate(tokenizer), sample, 4096)
+    assert len(tokens) == len(sample)
+    for example, (ids, loss_mask, *_) in zip(sample, tokens):
         prompt_length = loss_mask.index(True)
         assert tokenizer.decode(ids[1:prompt_length]) == format_prompt(example.instruction, example.input)
         assert tokenizer.decode(ids[prompt_length:-1]) == example.output
     merged = sum(
         tokenizer.encode(format_prompt(e.instruction, e.input) + e.output)[: t.loss_mask.index(True) - 1]
         != t.ids[1 : t.loss_mask.index(True)]
-        for e, t in zip(some, tokens)
+        for e, t in zip(sample, tokens)
     )
-    assert merged > 0  # in one go, the prompt's own ids change: why they are tokenized apart
+    assert merged > 0  # tokenized together, some prompts have other ids
 
 
-def test_real_lengths_need_no_padding(data):
-    """Padding every example to 512 makes 4.03 positions per real one; batches of like length 1.05 at most."""
+def test_real_lengths_need_little_padding(data):
+    """Padding every example to 512 gives 4.03 positions per token, batches of similar length at most 1.05."""
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
     lengths = [len(t.ids) for t in tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]]
@@ -233,7 +234,7 @@ def test_check_record_ignores_other_fields():
     assert check_record({"instruction": "a", "output": "b", "id": 3}, "f", "r") == Example("a", "", "b", name="r")
 
 
-def test_held_out_examples_are_the_others():
+def test_held_out_examples_are_not_trained_on():
     training, validation = hold_out(list(range(100)), 0.2, seed=0)
     assert len(validation) == 20 and sorted(training + validation) == list(range(100))
     assert hold_out(list(range(100)), 20, seed=0) == (training, validation) != hold_out(list(range(100)), 20, seed=1)
@@ -242,7 +243,7 @@ def test_held_out_examples_are_the_others():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_every_example_falls_to_one_rank(ranks):
+def test_every_example_goes_to_one_rank(ranks):
     examples = [make_example([i] * length, 1, i) for i, length in enumerate([3, 50, 7, 7, 20, 9, 30])]
     parts = split_over_ranks(examples, ranks)
     assert len(parts) == ranks and sorted(e.name for part in parts for e in part) == list(range(7))
@@ -262,19 +263,19 @@ THREE = [{"instruction": f"Say {i}.", "input": None, "output": str(i)} for i in 
         ('[{" instruction": "a", "output": "b"}]', "has no field 'instruction' .it has: ' instruction', 'output'"),
     ],
 )
-def test_other_layouts_of_records_are_named(tmp_path, text, message):
+def test_unsupported_record_layouts_are_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=f"a.json: .*{message}"):
         read_examples(tmp_path / "a.json")
 
 
-def test_an_input_of_null_is_none(tmp_path):
-    """And one object over several lines is one record."""
+def test_null_input_is_an_empty_input(tmp_path):
+    """A single object that spans several lines is one record."""
     (tmp_path / "a.json").write_text(json.dumps(THREE[1], indent=1))
     (example,) = read_examples(tmp_path / "a.json")
     assert (example.instruction, example.input, example.output) == ("Say 1.", "", "1")
 
 
-def test_no_example_fits():
+def test_error_if_no_example_fits():
     with pytest.raises(ValueError, match="no example leaves room for a response in --max-seq-len tokens"):
         hold_out([], 0, seed=0)

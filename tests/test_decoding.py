@@ -1,4 +1,4 @@
-"""Linear layers prepared for decoding, against a product in float64."""
+"""Linear layers prepared for decoding, compared with products in float64."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from runtime.quantization import QuantizedLinear, quantize, quantizer
 
 SHAPE = Config(64, 3, 4, 2, 16, 96, 50)
 
-# A kernel that is given a shape it was not written for may end the process.
+# Run in a subprocess, because a kernel may crash if it does not support a shape.
 PACKED = """
 import torch
 from runtime.decoding import PackedLinear
@@ -42,15 +42,15 @@ for N in (8, 24, 64, 172, 344, 576):
 
 
 @pytest.fixture(autouse=True)
-def all_products_count_as_faster(monkeypatch):
-    """Small ones may not be; those that PyTorch does not have stay out."""
+def let_fast_products_win(monkeypatch):
+    """Let the fast products win the speed test, which they may lose at these small sizes."""
     monkeypatch.setattr(decoding, "LARGE", 0)
     monkeypatch.setattr(
         decoding, "seconds_of", lambda layer, row: float(isinstance(layer, (QuantizedLinear, torch.nn.Linear)))
     )
 
 
-def test_packed_products_of_all_shapes():
+def test_packed_products_of_all_shapes_are_accurate():
     result = subprocess.run([sys.executable, "-c", PACKED], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     errors = [(float(line.split()[0]), line) for line in result.stdout.splitlines()]
@@ -67,8 +67,8 @@ def step_logits(model, rows, adaption_prompts):
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prepared_model_answers_as_the_quantized_one(bits, dtype):
-    """A batch of two and of more rows than the kernel is given; each row as alone, up to rounding."""
+def test_prepared_model_equals_the_quantized_one(bits, dtype):
+    """A batch has two rows, or more than the kernel takes at once. Each row equals the row alone, up to rounding."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     model = model.to(dtype)
@@ -88,13 +88,13 @@ def test_a_prepared_model_answers_as_the_quantized_one(bits, dtype):
     assert torch.equal(step_logits(prepared, [[5, 7]], zero), step_logits(prepared, [[5, 7]], ()))
 
 
-def test_packing_piece_by_piece_is_packing_the_whole():
+def test_packing_in_pieces_equals_packing_at_once():
     nibbles = torch.randint(0, 16, (2 * 1024 + 48, 64), dtype=torch.uint8)
     whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
     assert torch.equal(decoding.pack(nibbles), whole)
 
 
-def test_a_product_with_another_result_is_not_used(monkeypatch, capsys):
+def test_product_with_a_wrong_result_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(decoding, "packed_product", lambda rows, packed, factors: rows.new_zeros(1, factors.shape[1]))
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
@@ -103,8 +103,8 @@ def test_a_product_with_another_result_is_not_used(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("config", ["gqa", "qwen2"])
-def test_bfloat16_in_onednn_s_layout(config):
-    """The same numbers up to rounding, for one row and for several, biases included."""
+def test_bfloat16_in_onednns_layout_equals_the_plain_product(config):
+    """Results are equal up to rounding, for one row and for several, with biases."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
     model = make_model(config).bfloat16()
@@ -118,8 +118,8 @@ def test_bfloat16_in_onednn_s_layout(config):
         torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
 
 
-def test_what_is_not_faster_is_not_packed(monkeypatch, capsys):
-    """A warning for quantized weights; none for bfloat16, whose plain product is what everybody else has."""
+def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
+    """Quantized weights cause a warning. bfloat16 weights do not, because their plain product is the usual one."""
     monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 1.0)
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
@@ -130,19 +130,19 @@ def test_what_is_not_faster_is_not_packed(monkeypatch, capsys):
     assert capsys.readouterr().err.count("no fast product for weights of 4 bits here") == 1
 
 
-def test_a_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
-    def lacking(*_):
+def test_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
+    def not_implemented(*_):
         raise NotImplementedError("not for this device")
 
-    monkeypatch.setattr(decoding, "pack", lacking)
+    monkeypatch.setattr(decoding, "pack", not_implemented)
     model = make_model(SHAPE)
     quantizer("8")(model.layers)
     prepare_to_decode(model)
     assert type(model.layers[0].attention.wq) is QuantizedLinear and "no fast product" in capsys.readouterr().err
 
 
-def test_compiled_layers_are_one_graph_each_and_the_same_numbers():
-    """RowLinear multiplies and sums under torch.compile alone; packed layers go through it as they are."""
+def test_compiled_layers_are_single_graphs_with_equal_outputs():
+    """RowLinear multiplies and sums under torch.compile only. Packed layers are compiled unchanged."""
     torch.manual_seed(0)
     x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
     linear = torch.nn.Linear(64, 40).requires_grad_(False)
@@ -155,7 +155,7 @@ def test_compiled_layers_are_one_graph_each_and_the_same_numbers():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
+def test_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
     model, _, _ = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), dtype, compiled=compiled)
     expected = RowLinear if compiled else PackedBfloat16 if dtype == torch.bfloat16 else torch.nn.Linear
     assert type(model.layers[0].attention.wq) is type(model.output) is expected
@@ -164,22 +164,22 @@ def test_a_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
 
 
 def test_layers_are_packed_one_by_one():
-    """A 7B model in bfloat16 does not fit twice into the memory that it fits into once."""
-    model, living = make_model(SHAPE), []
+    """Replaced layers must be freed on the way: a 7B model in bfloat16 may fit into memory once, but not twice."""
+    model, alive = make_model(SHAPE), []
 
     def pack(layer):
-        living.append(weakref.ref(layer))
-        assert sum(reference() is not None for reference in living) <= 4  # those of one parent
+        alive.append(weakref.ref(layer))
+        assert sum(reference() is not None for reference in alive) <= 4  # the layers of one parent module
         return torch.nn.Identity()
 
     replace_linear(model.layers, torch.nn.Linear, pack)
-    assert len(living) == 3 * 7
+    assert len(alive) == 3 * 7
 
 
-def test_replacing_leaves_other_kinds_alone():
+def test_replacing_leaves_other_layer_types_alone():
     model = make_model(SHAPE)
     replace_linear(model, QuantizedLinear, PackedLinear)
     assert type(model.output) is torch.nn.Linear
-    text = generate(model, [[5, 7]], max_new_tokens=4)
+    expected = generate(model, [[5, 7]], max_new_tokens=4)
     replace_linear(model, torch.nn.Linear, RowLinear)
-    assert generate(model, [[5, 7]], max_new_tokens=4) == text
+    assert generate(model, [[5, 7]], max_new_tokens=4) == expected

@@ -1,4 +1,4 @@
-"""The digits: pictures, the vision encoder that learns them, and the questions about them."""
+"""The digits: images, the vision encoder trained on them, and the questions about them."""
 
 import sys
 from pathlib import Path
@@ -15,30 +15,30 @@ from formats.encoders import load_vit, save_encoder
 from toy import digits
 
 
-def test_pictures_are_scikit_learn_s(small_digits):
+def test_images_equal_those_of_scikit_learn(small_digits):
     from sklearn.datasets import load_digits
 
     files = sorted((small_digits / "pictures").iterdir(), key=lambda file: file.stem[2:])
     theirs = load_digits()
     assert len(files) == 1797 and [int(file.name[0]) for file in files] == theirs.target.tolist()
     with Image.open(files[5]) as image:
-        paper = np.asarray(image).astype(float)
-    assert np.abs(paper - (255 - theirs.images[5] * 255 / 16)).max() <= 0.5
+        pixels = np.asarray(image).astype(float)
+    assert np.abs(pixels - (255 - theirs.images[5] * 255 / 16)).max() <= 0.5
 
 
-def test_held_out_pictures_are_not_learnt_from(small_digits):
+def test_held_out_images_are_not_trained_on(small_digits):
     trained, held_out = digits.pictures(small_digits)
     assert len(held_out) == 30 and len(trained) == 1767 and not set(trained) & set(held_out)
 
 
-def test_questions_and_answers():
+def test_questions_have_the_expected_answers():
     zero, seven = (digits.questions([Path(f"{digit}-0001.png")]) for digit in (0, 7))
     assert [q.example.output for q in zero] == ["This is zero.", "Zero is even.", "The number after zero is one."]
     assert [q.example.output for q in seven] == ["This is seven.", "Seven is odd.", "The number after seven is eight."]
 
 
-def test_a_vision_encoder_is_the_same_when_read_again(small_digits, tmp_path):
-    """And transformers reads it, too."""
+def test_saved_vision_encoder_is_loaded_unchanged(small_digits, tmp_path):
+    """transformers loads the same files."""
     vision_encoder, image = make_vit(digits.CONFIG), torch.randn(2, 3, 16, 16)
     save_encoder(vision_encoder, tmp_path / "vision_encoder")
     loaded = load_vit(tmp_path / "vision_encoder")
@@ -48,8 +48,8 @@ def test_a_vision_encoder_is_the_same_when_read_again(small_digits, tmp_path):
     torch.testing.assert_close(theirs(image).last_hidden_state, vision_encoder(image)[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_vision_encoder_learns_digits(small_digits, monkeypatch):
-    """A few epochs of a smaller one: the mean pictures of its features tell most held-out digits apart."""
+def test_vision_encoder_learns_digits(small_digits, monkeypatch):
+    """After a few epochs of a smaller encoder, most held-out images are nearest to the mean features of their digit."""
     monkeypatch.setattr(digits, "EPOCHS", 8)
     monkeypatch.setattr(digits, "CONFIG", ViTConfig(16, 4, 32, 2, 2, 64))
     vision_encoder = digits.train_vision_encoder(small_digits).requires_grad_(False)
@@ -62,15 +62,15 @@ def test_a_vision_encoder_learns_digits(small_digits, monkeypatch):
     assert (torch.cdist(features[1], means).argmin(1) == labels[1]).float().mean() > 0.6
 
 
-def test_scikit_learn_missing_is_said(tmp_path, monkeypatch):
+def test_missing_scikit_learn_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match="pip install scikit-learn"):
         digits.write_pictures(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_encoder_of_the_repository_knows_digits(tmp_path):
-    """Held-out pictures are nearest to the mean features of their digit in at least 90 %."""
+def test_bundled_vision_encoder_recognizes_digits(tmp_path):
+    """At least 90% of the held-out images are nearest to the mean features of their digit."""
     pytest.importorskip("sklearn")
     digits.write_pictures(tmp_path)
     vision_encoder = load_vit(digits.ENCODER)
