@@ -1,10 +1,11 @@
-"""Broken files of every kind that is read: each is refused in one line, or read; never a traceback, a hang, a kill.
+"""Fuzzer for every kind of file that the project reads: a broken file is refused in one line, or read.
 
-python tests/fuzz.py --seed 1 --cases 3000 --cli 150
+    python tests/fuzz.py --seed 1 --cases 3000 --cli 150
 
-Files keep their structure: what changes is a value of JSON, a tensor, a line of text, or a few bytes. A case follows
-from seed and number alone: `--only 17` runs case 17 again. Cases run in a process apart, which may neither take more
-than MEMORY bytes nor SECONDS for one of them. Those of --cli are whole commands in processes of their own.
+A traceback, a hang and a killed process are failures. Mutations keep the structure of a file: they change a value in
+JSON, a tensor, a line of text, or a few bytes. A case depends only on the seed and its number, so `--only 17` repeats
+case 17. Cases run in a separate process, limited to MEMORY bytes and to SECONDS per case. With --cli, whole commands
+run, each in its own process.
 """
 
 import base64
@@ -37,7 +38,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 MEMORY, SECONDS = 8 * 2**30, 30
 
 # ---------------------------------------------------------------------------------------------------
-# Changes
+# Mutations
 
 STRANGE = [
     None,
@@ -59,8 +60,8 @@ STRANGE = [
 STRANGE += [[], {}, [1], [[]], "\ud800", "../../etc/passwd", 2**31, 2**63, -(2**63), [None] * 3, {"a": {"b": 1}}]
 
 
-def change_bytes(content: bytes, rng: random.Random) -> bytes:
-    """One to four, near the front as often as anywhere: headers are where the harm is."""
+def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Apply one to four changes, preferably near the front, because errors in headers do the most harm."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         size = max(1, len(content))
@@ -77,14 +78,14 @@ def change_bytes(content: bytes, rng: random.Random) -> bytes:
         elif change == 4:
             content[place:place] = rng.randbytes(rng.choice((1, 8, 50)))
         elif change == 5:
-            content[place:place] = content[place : place + rng.choice((8, 100))]  # something twice
+            content[place:place] = content[place : place + rng.choice((8, 100))]  # repeats some bytes
         else:
             content[place : place + 8] = struct.pack("<q", rng.choice((-1, 0, 1, 2**31, 2**62)))
     return bytes(content)
 
 
-def change_value(values, rng: random.Random):
-    """JSON in which a value is of another kind or size, or a field is missing, or there twice by another name."""
+def mutate_value(values, rng: random.Random):
+    """Change one value in JSON to another type or size, or delete or rename its field."""
     inside = values
     while True:
         keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
@@ -105,8 +106,8 @@ def change_value(values, rng: random.Random):
         return values
 
 
-def change_tensors(tensors: dict, rng: random.Random) -> dict:
-    """One of them of another shape, dtype or layout, of strange numbers, by another name, or gone."""
+def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
+    """Change one tensor's shape, dtype, layout, values or name, delete it, add another, or swap two."""
     name = rng.choice(sorted(tensors))
     t = tensors[name]
     if not isinstance(t, torch.Tensor):
@@ -142,10 +143,10 @@ def change_tensors(tensors: dict, rng: random.Random) -> dict:
     return tensors | {name: tensors[other], other: t}
 
 
-def change_pth(tensors: dict, rng: random.Random) -> dict:
-    """What a pickle can hold besides: views of one number, sparse and meta tensors, things that are none."""
+def mutate_pickled(tensors: dict, rng: random.Random) -> dict:
+    """Change one entry, perhaps to what only a pickle can contain, such as an expanded view or a sparse tensor."""
     if rng.random() < 0.7:
-        return change_tensors(tensors, rng)
+        return mutate_tensors(tensors, rng)
     name = rng.choice(sorted(tensors))
     strange = [
         torch.zeros(1).expand(rng.choice([10**9, 10**12]), 4),
@@ -160,8 +161,8 @@ def change_pth(tensors: dict, rng: random.Random) -> dict:
     return tensors | {name: rng.choice(strange)}
 
 
-def change_place(path: Path, rng: random.Random) -> None:
-    """In the file's place something else: nothing, a folder, a pipe, a device, a link to itself, a file without end."""
+def replace_file(path: Path, rng: random.Random) -> None:
+    """Replace the file by nothing, a folder, an empty file, a pipe, a device, a link to itself, or 4 GB of zeros."""
     path.unlink()
     ways = [lambda: None, path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
     ways += [lambda: path.symlink_to(path), lambda: (path.touch(), os.truncate(path, 2**32))]
@@ -169,31 +170,31 @@ def change_place(path: Path, rng: random.Random) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files: each kind is made whole in an empty folder, a file of it is changed, and it is read
+# Kinds of files: each is created in an empty folder, one of its files is mutated, and the result is read
 
 
-def text_json(path: Path, rng: random.Random) -> None:
+def mutate_json(path: Path, rng: random.Random) -> None:
     opener = {".gz": gzip, ".xz": lzma}.get(path.suffix)
     content = path.read_bytes() if opener is None else opener.decompress(path.read_bytes())
     if rng.random() < 0.75:
         if path.name.endswith(("jsonl", "jsonl.gz")):
             lines = [json.loads(line) for line in content.decode().splitlines()]
-            content = "\n".join(json.dumps(line) for line in change_list(lines, rng)).encode()
+            content = "\n".join(json.dumps(line) for line in mutate_records(lines, rng)).encode()
         else:
-            content = json.dumps(change_value(json.loads(content), rng)).encode()
+            content = json.dumps(mutate_value(json.loads(content), rng)).encode()
     else:
-        content = change_bytes(content, rng)
+        content = mutate_bytes(content, rng)
     path.write_bytes(content if opener is None else opener.compress(content))
 
 
-def change_list(lines, rng):
-    lines = change_value(lines, rng)
+def mutate_records(lines, rng):
+    lines = mutate_value(lines, rng)
     return lines if isinstance(lines, list) else [lines]
 
 
-def safetensors_file(path: Path, rng: random.Random) -> None:
+def mutate_safetensors(path: Path, rng: random.Random) -> None:
     if rng.random() < 0.25:
-        return path.write_bytes(change_bytes(path.read_bytes(), rng))
+        return path.write_bytes(mutate_bytes(path.read_bytes(), rng))
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -207,37 +208,39 @@ def safetensors_file(path: Path, rng: random.Random) -> None:
             )
         }
     else:
-        tensors = {name: tensor.clone().contiguous() for name, tensor in change_tensors(tensors, rng).items()}
+        tensors = {name: tensor.clone().contiguous() for name, tensor in mutate_tensors(tensors, rng).items()}
     save_file(tensors, path, metadata)
 
 
-def pth_file(path: Path, rng: random.Random) -> None:
+def mutate_pth(path: Path, rng: random.Random) -> None:
     if rng.random() < 0.25:
-        return path.write_bytes(change_bytes(path.read_bytes(), rng))
+        return path.write_bytes(mutate_bytes(path.read_bytes(), rng))
     values = torch.load(path, weights_only=True)
     values = (
-        change_pth(values, rng) if all(isinstance(v, torch.Tensor) for v in values.values()) else nested(values, rng)
+        mutate_pickled(values, rng)
+        if all(isinstance(v, torch.Tensor) for v in values.values())
+        else mutate_nested(values, rng)
     )
     torch.save(values, path, _use_new_zipfile_serialization=rng.random() < 0.9)
 
 
-def nested(values: dict, rng: random.Random) -> dict:
+def mutate_nested(values: dict, rng: random.Random) -> dict:
     key = rng.choice(sorted(values))
     if isinstance(values[key], dict) and values[key] and rng.random() < 0.9:
         inner = values[key]
-        of_tensors = all(isinstance(v, torch.Tensor) for v in inner.values())
-        strings = all(isinstance(k, str) for k in inner)
-        if of_tensors and strings:
-            return values | {key: change_pth(inner, rng)}
-        return values | {key: nested(inner, rng)} if strings or rng.random() < 0.9 else values | {key: {}}
+        all_tensors = all(isinstance(v, torch.Tensor) for v in inner.values())
+        string_keys = all(isinstance(k, str) for k in inner)
+        if all_tensors and string_keys:
+            return values | {key: mutate_pickled(inner, rng)}
+        return values | {key: mutate_nested(inner, rng)} if string_keys or rng.random() < 0.9 else values | {key: {}}
     return values | {key: rng.choice(STRANGE)}
 
 
-def plain_bytes(path: Path, rng: random.Random) -> None:
-    path.write_bytes(change_bytes(path.read_bytes(), rng))
+def mutate_file_bytes(path: Path, rng: random.Random) -> None:
+    path.write_bytes(mutate_bytes(path.read_bytes(), rng))
 
 
-def text_lines(path: Path, rng: random.Random) -> None:
+def mutate_lines(path: Path, rng: random.Random) -> None:
     lines = path.read_text().splitlines()
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(lines))
@@ -248,7 +251,7 @@ def text_lines(path: Path, rng: random.Random) -> None:
         rng.choice(ways)()
     path.write_text("\n".join(lines) + rng.choice(["\n", ""]))
     if rng.random() < 0.2:
-        plain_bytes(path, rng)
+        mutate_file_bytes(path, rng)
 
 
 def adapter(folder):
@@ -338,15 +341,15 @@ def tokenizer_model() -> bytes:
     return model.getvalue()
 
 
-KEPT: dict[str, bytes] = {}  # what takes long to make
+CACHE: dict[str, bytes] = {}  # files that are slow to create
 
 
 def meta(folder):
-    if not KEPT:
-        KEPT["tokenizer"] = tokenizer_model()
+    if not CACHE:
+        CACHE["tokenizer"] = tokenizer_model()
     from model import Config
 
-    (folder / "tokenizer.model").write_bytes(KEPT["tokenizer"])
+    (folder / "tokenizer.model").write_bytes(CACHE["tokenizer"])
     (folder / "params.json").write_text(json.dumps(PARAMS))
     weights = make_model(Config(16, 3, 2, 2, 8, 48, 300)).state_dict()
     for i, part in enumerate(split_for_parallel(weights, 2, False)):
@@ -378,7 +381,7 @@ def hugging_face(folder):
 
 
 def gguf_file(folder):
-    """A file whose header, of a tokenizer of bytes, is longer than its weights."""
+    """Create a file with a byte-level tokenizer, whose header is longer than its weights."""
     import gguf
     from tokenizers import pre_tokenizers
 
@@ -516,8 +519,8 @@ def read_data(path):
     with_images(load_task("instructions").read(path), path.parent, True, path)
 
 
-def a_run(folder):
-    """What a run left, unfinished: checkpoint and metrics; and a summary in a folder beside."""
+def run_files(folder):
+    """Create the checkpoint and metrics of an unfinished run, and the summary of a finished one in a subfolder."""
     from train import make_optimizer
     from training.run_files import Progress, save_checkpoint, write_metrics
 
@@ -535,7 +538,7 @@ def a_run(folder):
 
 
 def read_run(path):
-    """As --resume does."""
+    """Read the files as `--resume` does."""
     from runtime.files import read_json_object
     from train import make_optimizer
     from training.curves import draw_curves
@@ -563,7 +566,7 @@ def clip(folder):
 
 
 def open_clip(folder):
-    """Weights without OpenAI's own entries, and what says of which kind they are."""
+    """Create weights without OpenAI's own entries, and the configuration that describes them."""
     state = torch.load(clip(folder), weights_only=True)
     del state["input_resolution"], state["context_length"]
     torch.save(state, folder / "ViT.pt")
@@ -594,7 +597,7 @@ def clip_folder(folder):
 
 
 def vit_folder(folder):
-    """Hugging Face's ViT for classification."""
+    """Create a ViT for classification in Hugging Face's layout."""
     from encoders.models import make_mlp
     from encoders.models import ViTConfig
     from formats.encoders import HUGGING_FACE_VIT, renamed
@@ -634,7 +637,7 @@ def roberta(folder):
 
 
 def gpt2_tokenizer(folder):
-    """What RoBERTa's was made of: GPT-2's encoder.json and vocab.bpe, and fairseq's dict.txt."""
+    """Create the files that RoBERTa's vocab.json is made from: GPT-2's encoder.json and fairseq's dict.txt."""
     roberta(folder)
     ids = json.loads((folder / "vocab.json").read_text())
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(list(ids)[4:-1])}))
@@ -670,9 +673,9 @@ def npz(folder):
     return folder / "a.npz"
 
 
-def npz_arrays(path, rng):
+def mutate_npz(path, rng):
     if rng.random() < 0.4:
-        return plain_bytes(path, rng)
+        return mutate_file_bytes(path, rng)
     with np.load(path) as arrays:
         values = dict(arrays)
     name = rng.choice(sorted(values))
@@ -717,7 +720,7 @@ def squad(folder):
     return folder / "squad.json"
 
 
-def read_questions(path):
+def read_squad_file(path):
     from encoder_tuning.squad import read_squad
 
     read_squad(path)
@@ -728,7 +731,7 @@ def conll(folder):
     return folder / "a.conll"
 
 
-def read_columns(path):
+def read_conll_file(path):
     from encoder_tuning.conll import read_conll
 
     read_conll(path)
@@ -779,7 +782,7 @@ def image(folder, name="a.png", mode="RGB"):
     return folder / name
 
 
-def moving(folder, name):
+def animation(folder, name):
     frames = [picture(seed=seed, mode="RGBA") for seed in range(3)]
     frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=100)
     return folder / name
@@ -799,13 +802,13 @@ def video(folder):
 
 
 def figures(folder):
-    """What a benchmark adds its table to."""
+    """Create a file of measurements, to which a benchmark adds its table."""
     row = {"seconds": [1.0], "median": 1.0, "ratio": {"median": 1.0, "least": 1.0, "most": 1.0}}
     (folder / "f.json").write_text(json.dumps({"train 15M float32": {"size": "15M", "rows": {"ours": row}}}))
     return folder / "f.json"
 
 
-def read_a_table(path):
+def read_figures_file(path):
     from benchmarks.measuring import draw_ratios, read_figures
 
     draw_ratios(read_figures(path), path.with_suffix(".png"))
@@ -823,8 +826,8 @@ def read_features(path):
     assert found is None or found.shape == (8,) and found.dtype == torch.float32 and found.isfinite().all()
 
 
-def beside(make, name):
-    """Another file that `make` leaves."""
+def other_file(make, name):
+    """Return a function that calls `make` and returns the path of another of its files."""
 
     def made(folder):
         make(folder)
@@ -833,80 +836,81 @@ def beside(make, name):
     return made
 
 
+# kind: (create the files and return the path of one, mutate it, read it)
 KINDS = {
-    "adapter": (adapter, safetensors_file, read_adapter),
-    "image adapter": (image_adapter, safetensors_file, read_adapter),
-    "head adapter": (head_adapter, safetensors_file, read_head_adapter),
-    "authors": (authors, pth_file, read_adapter),
-    "lit": (lit, pth_file, read_adapter),
-    "peft": (peft, safetensors_file, read_peft),
-    "peft config": (beside(peft, "adapter_config.json"), text_json, read_peft),
-    "meta": (meta, pth_file, read_base),
-    "params.json": (beside(meta, "params.json"), text_json, read_base),
-    "tokenizer.model": (beside(meta, "tokenizer.model"), plain_bytes, read_base),
-    "tiktoken": (tiktoken_file, text_lines, read_base),
-    "hugging face": (hugging_face, safetensors_file, read_base),
-    "config.json": (beside(hugging_face, "config.json"), text_json, read_base),
-    "index": (beside(hugging_face, "model.safetensors.index.json"), text_json, read_base),
-    "tokenizer.json": (tokenizer_json, text_json, read_base),
-    "tokenizer_config.json": (beside(tokenizer_json, "tokenizer_config.json"), text_json, read_base),
-    "chat template": (beside(tokenizer_json, "tokenizer_config.json"), text_json, read_chat_template),
-    "chat_template.jinja": (chat_template, text_lines, read_chat_template),
-    "generation_config.json": (beside(tokenizer_json, "generation_config.json"), text_json, read_base),
-    "llama2c": (llama2c, plain_bytes, read_base),
-    "gguf": (gguf_file, plain_bytes, read_base),
-    "alpaca": (alpaca, text_json, read_data),
-    "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), text_json, read_data),
-    "alpaca xz": (lambda folder: alpaca(folder, "a.json.xz"), plain_bytes, read_data),
-    "conversations": (conversations, text_json, read_data),
-    "checkpoint": (a_run, pth_file, read_run),
-    "metrics": (beside(a_run, "metrics.jsonl"), text_json, read_run),
-    "summary": (beside(a_run, "done/summary.json"), text_json, read_run),
-    "clip": (clip, pth_file, read_encoder),
-    "open_clip": (open_clip, text_json, read_open_clip),
-    "clip folder": (clip_folder, text_json, read_encoder),
-    "clip weights": (beside(clip_folder, "model.safetensors"), safetensors_file, read_encoder),
-    "timm": (timm, text_json, read_encoder),
-    "timm weights": (beside(timm, "model.safetensors"), safetensors_file, read_encoder),
-    "vit": (vit_folder, text_json, read_encoder),
-    "vit weights": (beside(vit_folder, "model.safetensors"), safetensors_file, read_encoder),
-    "vit pixels": (beside(vit_folder, "preprocessor_config.json"), text_json, read_encoder),
-    "roberta": (roberta, text_json, read_encoder),
-    "roberta weights": (beside(roberta, "model.safetensors"), safetensors_file, read_encoder),
-    "vocab.json": (beside(roberta, "vocab.json"), text_json, read_encoder),
-    "merges.txt": (beside(roberta, "merges.txt"), text_lines, read_encoder),
-    "dict.txt": (gpt2_tokenizer, text_lines, read_encoder),
-    "encoder.json": (beside(gpt2_tokenizer, "encoder.json"), text_json, read_encoder),
-    "npz": (npz, npz_arrays, read_npz),
-    "tsv": (tsv, text_lines, read_tsv),
-    "squad": (squad, text_json, read_questions),
-    "conll": (conll, text_lines, read_columns),
-    "scienceqa": (scienceqa, text_json, read_scienceqa),
-    "splits": (beside(scienceqa, "pid_splits.json"), text_json, read_scienceqa),
-    "results": (beside(scienceqa, "results.json"), text_json, read_scienceqa),
-    "coco": (coco, text_json, read_coco),
-    "prompts": (prompts, text_json, read_prompts),
-    "png": (image, plain_bytes, read_image),
-    "jpg": (lambda folder: image(folder, "a.jpg"), plain_bytes, read_image),
-    "tif": (lambda folder: image(folder, "a.tif", "CMYK"), plain_bytes, read_image),
-    "gif": (lambda folder: image(folder, "a.gif", "P"), plain_bytes, read_image),
-    "webp": (lambda folder: image(folder, "a.webp"), plain_bytes, read_image),
-    "moving png": (lambda folder: moving(folder, "a.png"), plain_bytes, read_image),
-    "moving gif": (lambda folder: moving(folder, "a.gif"), plain_bytes, read_image),
-    "moving webp": (lambda folder: moving(folder, "a.webp"), plain_bytes, read_image),
-    "mp4": (video, plain_bytes, read_image),
-    "features": (features, plain_bytes, read_features),
-    "figures": (figures, text_json, read_a_table),
+    "adapter": (adapter, mutate_safetensors, read_adapter),
+    "image adapter": (image_adapter, mutate_safetensors, read_adapter),
+    "head adapter": (head_adapter, mutate_safetensors, read_head_adapter),
+    "authors": (authors, mutate_pth, read_adapter),
+    "lit": (lit, mutate_pth, read_adapter),
+    "peft": (peft, mutate_safetensors, read_peft),
+    "peft config": (other_file(peft, "adapter_config.json"), mutate_json, read_peft),
+    "meta": (meta, mutate_pth, read_base),
+    "params.json": (other_file(meta, "params.json"), mutate_json, read_base),
+    "tokenizer.model": (other_file(meta, "tokenizer.model"), mutate_file_bytes, read_base),
+    "tiktoken": (tiktoken_file, mutate_lines, read_base),
+    "hugging face": (hugging_face, mutate_safetensors, read_base),
+    "config.json": (other_file(hugging_face, "config.json"), mutate_json, read_base),
+    "index": (other_file(hugging_face, "model.safetensors.index.json"), mutate_json, read_base),
+    "tokenizer.json": (tokenizer_json, mutate_json, read_base),
+    "tokenizer_config.json": (other_file(tokenizer_json, "tokenizer_config.json"), mutate_json, read_base),
+    "chat template": (other_file(tokenizer_json, "tokenizer_config.json"), mutate_json, read_chat_template),
+    "chat_template.jinja": (chat_template, mutate_lines, read_chat_template),
+    "generation_config.json": (other_file(tokenizer_json, "generation_config.json"), mutate_json, read_base),
+    "llama2c": (llama2c, mutate_file_bytes, read_base),
+    "gguf": (gguf_file, mutate_file_bytes, read_base),
+    "alpaca": (alpaca, mutate_json, read_data),
+    "alpaca jsonl.gz": (lambda folder: alpaca(folder, "a.jsonl.gz"), mutate_json, read_data),
+    "alpaca xz": (lambda folder: alpaca(folder, "a.json.xz"), mutate_file_bytes, read_data),
+    "conversations": (conversations, mutate_json, read_data),
+    "checkpoint": (run_files, mutate_pth, read_run),
+    "metrics": (other_file(run_files, "metrics.jsonl"), mutate_json, read_run),
+    "summary": (other_file(run_files, "done/summary.json"), mutate_json, read_run),
+    "clip": (clip, mutate_pth, read_encoder),
+    "open_clip": (open_clip, mutate_json, read_open_clip),
+    "clip folder": (clip_folder, mutate_json, read_encoder),
+    "clip weights": (other_file(clip_folder, "model.safetensors"), mutate_safetensors, read_encoder),
+    "timm": (timm, mutate_json, read_encoder),
+    "timm weights": (other_file(timm, "model.safetensors"), mutate_safetensors, read_encoder),
+    "vit": (vit_folder, mutate_json, read_encoder),
+    "vit weights": (other_file(vit_folder, "model.safetensors"), mutate_safetensors, read_encoder),
+    "vit pixels": (other_file(vit_folder, "preprocessor_config.json"), mutate_json, read_encoder),
+    "roberta": (roberta, mutate_json, read_encoder),
+    "roberta weights": (other_file(roberta, "model.safetensors"), mutate_safetensors, read_encoder),
+    "vocab.json": (other_file(roberta, "vocab.json"), mutate_json, read_encoder),
+    "merges.txt": (other_file(roberta, "merges.txt"), mutate_lines, read_encoder),
+    "dict.txt": (gpt2_tokenizer, mutate_lines, read_encoder),
+    "encoder.json": (other_file(gpt2_tokenizer, "encoder.json"), mutate_json, read_encoder),
+    "npz": (npz, mutate_npz, read_npz),
+    "tsv": (tsv, mutate_lines, read_tsv),
+    "squad": (squad, mutate_json, read_squad_file),
+    "conll": (conll, mutate_lines, read_conll_file),
+    "scienceqa": (scienceqa, mutate_json, read_scienceqa),
+    "splits": (other_file(scienceqa, "pid_splits.json"), mutate_json, read_scienceqa),
+    "results": (other_file(scienceqa, "results.json"), mutate_json, read_scienceqa),
+    "coco": (coco, mutate_json, read_coco),
+    "prompts": (prompts, mutate_json, read_prompts),
+    "png": (image, mutate_file_bytes, read_image),
+    "jpg": (lambda folder: image(folder, "a.jpg"), mutate_file_bytes, read_image),
+    "tif": (lambda folder: image(folder, "a.tif", "CMYK"), mutate_file_bytes, read_image),
+    "gif": (lambda folder: image(folder, "a.gif", "P"), mutate_file_bytes, read_image),
+    "webp": (lambda folder: image(folder, "a.webp"), mutate_file_bytes, read_image),
+    "moving png": (lambda folder: animation(folder, "a.png"), mutate_file_bytes, read_image),
+    "moving gif": (lambda folder: animation(folder, "a.gif"), mutate_file_bytes, read_image),
+    "moving webp": (lambda folder: animation(folder, "a.webp"), mutate_file_bytes, read_image),
+    "mp4": (video, mutate_file_bytes, read_image),
+    "features": (features, mutate_file_bytes, read_features),
+    "figures": (figures, mutate_json, read_figures_file),
 }
 
 
 def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> str:
-    """ "read" or "refused", or what is wrong, in a line."""
+    """Return "read", "refused", or a one-line description of the failure."""
     kind = kind or list(KINDS)[number % len(KINDS)]
     rng = random.Random(f"{seed} {number} {kind}")
     make, change, read = KINDS[kind]
     path = make(folder)
-    (change_place if rng.random() < 0.05 else change)(path, rng)
+    (replace_file if rng.random() < 0.05 else change)(path, rng)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -914,33 +918,33 @@ def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> s
     except (ValueError, OSError) as error:
         from runtime.errors import error_line
 
-        said = error_line(error)
-        return "refused" if said and said.isprintable() else f"{kind}: says {said!r}"
+        message = error_line(error)
+        return "refused" if message and message.isprintable() else f"{kind}: says {message!r}"
     except torch.OutOfMemoryError as error:
         return f"{kind}: memory: {error}"
     except BaseException as error:
         import traceback
 
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = [
+        last_frame = traceback.extract_tb(error.__traceback__)[-1]
+        own_frames = [
             f
             for f in traceback.extract_tb(error.__traceback__)
             if str(ROOT) in f.filename and "tests" not in f.filename
         ]
-        where = ours[-1] if ours else last
-        return f"{kind}: {type(error).__name__}: {str(error)[:100]!r} at {Path(where.filename).name}:{where.lineno}"
+        frame = own_frames[-1] if own_frames else last_frame
+        return f"{kind}: {type(error).__name__}: {str(error)[:100]!r} at {Path(frame.filename).name}:{frame.lineno}"
     return "read"
 
 
-def work(seed: int, numbers: list[int], kind: str | None, queue) -> None:
-    """In a process of its own, whose memory is bounded."""
+def run_worker(seed: int, numbers: list[int], kind: str | None, queue) -> None:
+    """Run cases in this process, with limited memory, and report each to the queue."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries talk
-    with tempfile.TemporaryDirectory() as place:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide the output of libraries
+    with tempfile.TemporaryDirectory() as temporary:
         for number in numbers:
             queue.put((number, "begun"))
-            folder = Path(place) / str(number)
+            folder = Path(temporary) / str(number)
             folder.mkdir()
             queue.put((number, run_case(seed, number, folder, kind)))
             shutil.rmtree(folder)
@@ -948,21 +952,21 @@ def work(seed: int, numbers: list[int], kind: str | None, queue) -> None:
 
 
 def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[int, str]:
-    """What became of each; a hang or a kill ends the process, and the next goes on behind it."""
+    """Return the results by number. After a hang or a killed process, a new process continues with the next case."""
     results: dict[int, str] = {}
     context = multiprocessing.get_context("spawn")
     while numbers:
         queue = context.Queue()
-        process = context.Process(target=work, args=(seed, numbers, kind, queue))
+        process = context.Process(target=run_worker, args=(seed, numbers, kind, queue))
         process.start()
         current = None
         while True:
             try:
                 number, result = queue.get(timeout=SECONDS + (60 if current is None else 0))
             except Exception:
-                how = f"hangs for {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
+                failure = f"hangs for {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
                 name = "?" if current is None else kind or list(KINDS)[current % len(KINDS)]
-                results[current] = f"{name}: {how}"
+                results[current] = f"{name}: {failure}"
                 process.kill()
                 break
             if number is None:
@@ -1021,25 +1025,25 @@ VALUES = [
 
 
 def run_command(seed: int, number: int, base: Path) -> str:
-    """As `run_case`, with an option's value broken as often as a file."""
+    """Run a command with a mutated file or, as often, a bad value of an option; return a result as `run_case` does."""
     kind = list(COMMANDS)[number % len(COMMANDS)]
     rng = random.Random(f"{seed} {number} {kind} command")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         (folder / "in").mkdir()
         os.mkfifo(folder / "pipe")
         path = KINDS[kind][0](folder / "in")
-        places = {"path": path, "parent": path.parent, "base": base, "folder": folder, "pipe": folder / "pipe"}
+        substitutions = {"path": path, "parent": path.parent, "base": base, "folder": folder, "pipe": folder / "pipe"}
         args = COMMANDS[kind]
         if rng.random() < 0.5:
-            (change_place if rng.random() < 0.1 else KINDS[kind][1])(path, rng)
+            (replace_file if rng.random() < 0.1 else KINDS[kind][1])(path, rng)
         else:
             values = [
                 i for i, arg in enumerate(args) if i and args[i - 1].startswith("--") and not arg.startswith("--")
             ]
             args = list(args)
             args[rng.choice(values or [len(args) - 1])] = rng.choice(VALUES)
-        command = [sys.executable, *(arg.format(**places) for arg in args)]
+        command = [sys.executable, *(arg.format(**substitutions) for arg in args)]
         if command[1].endswith(".py"):
             command[1] = str(ROOT / command[1])
         try:
@@ -1049,7 +1053,7 @@ def run_command(seed: int, number: int, base: Path) -> str:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"{kind}: hangs: {command}"
-        except ValueError:  # an argument with a zero byte cannot be given
+        except ValueError:  # an argument cannot contain a zero byte
             return "refused"
         error = done.stderr.decode(errors="replace")
         if done.returncode == 0:
@@ -1066,7 +1070,7 @@ def run_command(seed: int, number: int, base: Path) -> str:
 @click.option("--only", type=int, help="This case alone.")
 @click.option("--kind", type=click.Choice(list(KINDS)), help="Of this kind alone.")
 def main(seed, cases, cli, only, kind):
-    """Change files of every kind that is read, and say what is wrong."""
+    """Mutate files of every kind that is read, and report the failures."""
     numbers = list(range(cases)) if only is None else [only]
     found = list(run_cases(seed, numbers, kind).items()) if cases or only is not None else []
     with tempfile.TemporaryDirectory() as base:

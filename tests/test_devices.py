@@ -1,6 +1,6 @@
-"""What a GPU computes, compared with the CPU: every test runs on each device of the fixture.
+"""Results on a GPU compared with the CPU: every test runs on each device of the fixture.
 
-On a CPU the two sides are computed in two ways, so that every test can fail there, too. Gates are nonzero.
+On a CPU the two sides are computed in different ways, so that every test can fail there as well. Gates are nonzero.
 """
 
 from copy import deepcopy
@@ -25,7 +25,7 @@ from toy.language_model import BASE
 from train import TrainConfig, make_optimizer, response_loss, train_step
 from training import loss
 
-SHAPE = Config(64, 3, 4, 2, 16, 96, 50)  # of models in few bits: two groups of columns in each row
+SHAPE = Config(64, 3, 4, 2, 16, 96, 50)  # for quantized models: each row has two groups of columns
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ DRAWS = 40_000
 
 
 def draw(device, temperature, top_p, seed=0):
-    """Draw tokens from the probabilities, in every other row from their reverse, and turn these draws back."""
+    """Sample tokens from the probabilities, in every other row from their reverse, and map the latter back."""
     logits = torch.stack([PROBABILITIES, PROBABILITIES.flip(0)]).log().repeat(DRAWS // 2, 1)  # (DRAWS, 4)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = sample(logits.to(device), temperature, top_p, generator).cpu()
@@ -54,15 +54,15 @@ def draw(device, temperature, top_p, seed=0):
         (2.0, 0.3, torch.tensor([0, 1.0, 0, 0])),  # the largest square root is 0.38 of their sum
     ],
 )
-def test_tokens_have_the_frequencies_of_the_nucleus(device, temperature, top_p, expected):
-    """Compare each share with its probability: it is off by at most five standard deviations."""
+def test_sampled_frequencies_match_the_nucleus(device, temperature, top_p, expected):
+    """Each frequency may differ from its probability by at most five standard deviations."""
     expected = expected / expected.sum()
     shares = draw(device, temperature, top_p).bincount(minlength=4) / DRAWS
     deviations = (expected * (1 - expected) / DRAWS).sqrt()
     assert ((shares - expected).abs() <= 5 * deviations).all(), shares
 
 
-def test_a_seed_determines_the_draws(device):
+def test_seed_determines_the_samples(device):
     first, again, other = (draw(device, 1.0, 0.9, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -73,8 +73,8 @@ def test_temperature_0_is_argmax(device):
     assert torch.equal(sample(logits.to(device), 0.0, 0.5, None).cpu(), logits.argmax(dim=1))
 
 
-def test_the_command_samples_the_same_text_with_the_same_seed(tiny_adapter, device):
-    """Run generate.py with the default dtype of the device: its generator must be there, too."""
+def test_generate_py_samples_the_same_text_with_the_same_seed(tiny_adapter, device):
+    """Run generate.py in the device's default dtype. Its random generator must be on the device as well."""
     args = ["--adapter", str(tiny_adapter), "--device", device, "--temperature", "1", "--max-new-tokens", "12", "Hello"]
     results = [CliRunner().invoke(main, [*args, "--seed", seed]) for seed in ("0", "0", "1")]
     assert [result.exit_code for result in results] == [0, 0, 0], results[0].output
@@ -86,15 +86,15 @@ def test_the_command_samples_the_same_text_with_the_same_seed(tiny_adapter, devi
 # Decoding
 
 
-def rescored(model, ids, adaption_prompts, number, penalty=1.0):
+def decode_without_cache(model, ids, adaption_prompts, num_tokens, penalty=1.0):
     """Decode greedily without a cache."""
     ids = list(ids)
-    for _ in range(number):
+    for _ in range(num_tokens):
         logits = model(torch.tensor([ids]), adaption_prompts)[:, -1]  # (1, V)
         seen = torch.zeros_like(logits, dtype=torch.bool)
         seen[0, ids] = True
         ids.append(penalize_repetition(logits, seen, penalty).argmax().item())
-    return ids[-number:]
+    return ids[-num_tokens:]
 
 
 def load_toy(device, *texts):
@@ -104,11 +104,11 @@ def load_toy(device, *texts):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_a_batch_is_decoded_as_each_row_on_the_cpu(device, penalty):
-    """Decode rows of unequal length, one of which ends early, for a number of steps that eight does not divide."""
+def test_batched_decoding_equals_single_rows_on_the_cpu(device, penalty):
+    """Rows have different lengths, one of them ends early, and the number of steps is not divisible by eight."""
     model, rows = load_toy("cpu", "The capital of Peru is", "The owl", "What is the opposite of hot?")
     adapter = make_adapter(model, layers=3)
-    expected = [rescored(model, row, adapter(), 20, penalty) for row in rows]
+    expected = [decode_without_cache(model, row, adapter(), 20, penalty) for row in rows]
     end = next(id for id in expected[1][3:] if id not in expected[0])
     expected = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
     assert len(expected[0]) == 20 > len(expected[1])
@@ -120,7 +120,7 @@ def test_a_batch_is_decoded_as_each_row_on_the_cpu(device, penalty):
 
 @pytest.fixture
 def compiling(device, monkeypatch):
-    """Let torch.compile use Inductor on a GPU only: on a CPU it takes half a minute, and other tests use it there."""
+    """Use Inductor on a GPU only. On a CPU it takes half a minute, and other tests cover it there."""
     with torch._dynamo.config.patch(cache_size_limit=torch._dynamo.config.cache_size_limit):
         try:
             prepare_to_compile(torch.device(device))
@@ -128,17 +128,17 @@ def compiling(device, monkeypatch):
             pytest.skip(str(error))
         if device == "cpu":
             original = torch.compile
-            monkeypatch.setattr(torch, "compile", lambda *args, **how: original(*args, **how, backend="eager"))
+            monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, **options, backend="eager"))
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         yield
         torch._dynamo.reset()
 
 
-def test_compiled_decoding_writes_the_eager_text(device, compiling):
-    """Change the prompt or the adaption prompts from one generation to the next, and nothing else.
+def test_compiled_decoding_equals_eager_decoding(device, compiling):
+    """Change only the prompt or only the adaption prompts between generations.
 
-    On a GPU a stale CUDA graph would continue the generation before.
+    On a GPU a stale CUDA graph would continue the previous generation.
     """
     texts = ("The capital of Peru is", "Anna likes the owl and")
     (model, rows), (prepared, _) = load_toy(device, *texts), load_toy(device)
@@ -148,23 +148,27 @@ def test_compiled_decoding_writes_the_eager_text(device, compiling):
     adaption_prompts = [make_adapter(model, seed=seed).to(device)() for seed in (1, 5)]
     found = []
     for row, own in [(0, 0), (0, 1), (1, 1), (0, 0)]:
-        how = {"adaption_prompts": adaption_prompts[own], "max_new_tokens": 12}
-        found += generate(prepared, [rows[row]], **how, decode_step=compiled)
-        assert found[-1:] == generate(model, [rows[row]], **how)
+        options = {"adaption_prompts": adaption_prompts[own], "max_new_tokens": 12}
+        found += generate(prepared, [rows[row]], **options, decode_step=compiled)
+        assert found[-1:] == generate(model, [rows[row]], **options)
     assert found[0] == found[3]
     assert found[0] != found[1] != found[2]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_compiled_decoding_goes_on_in_a_rewound_cache(device, compiling):
-    """Decode after the first tokens of an earlier generation, as a conversation does after its last prompt."""
+def test_compiled_decoding_continues_in_a_rewound_cache(device, compiling):
+    """Keep the first tokens of an earlier generation, as a conversation does after its last prompt."""
     model, (first, second) = load_toy(device, "The capital of Peru is Lima.", "Name the capital of")
     adaption_prompts = make_adapter(model).to(device)()
     cache = KVCache(model, batch=1, capacity=40)
-    how = {"sampling": Sampling(max_new_tokens=12), "decode_step": compile_decoding(decode_step, model), "cache": cache}
-    earlier = [ids[0] for ids in stream(model, [first], adaption_prompts, **how)]
+    options = {
+        "sampling": Sampling(max_new_tokens=12),
+        "decode_step": compile_decoding(decode_step, model),
+        "cache": cache,
+    }
+    earlier = [ids[0] for ids in stream(model, [first], adaption_prompts, **options)]
     cache.lengths.fill_(6)
-    found = [ids[0] for ids in stream(model, [second], adaption_prompts, **how)]
+    found = [ids[0] for ids in stream(model, [second], adaption_prompts, **options)]
     for ids, row in ((earlier, first), (found, first[:6] + second)):
         assert [ids] == generate(model, [row], adaption_prompts, max_new_tokens=12)
     assert [found] != generate(model, [second], adaption_prompts, max_new_tokens=12)
@@ -198,15 +202,15 @@ def train_adapter(device, make, steps=4, **config):
     adapter = make(model).to(device)
     optimizer = make_optimizer(adapter, weight_decay=0.02)
     examples = make_examples(model, images=make is make_image_adapter)
-    how = TrainConfig(**config)
-    losses = [train_step(model, adapter, optimizer, examples, 0.02, how) for _ in range(steps)]
+    train_config = TrainConfig(**config)
+    losses = [train_step(model, adapter, optimizer, examples, 0.02, train_config) for _ in range(steps)]
     return torch.cat([parameter.detach().flatten().cpu() for parameter in adapter.parameters()]), losses
 
 
 @pytest.mark.parametrize("make", [make_adapter, make_image_adapter])
 @pytest.mark.parametrize("tokens, checkpointed", [(10_000, False), (10_000, True), (40, False)])
-def test_training_steps_are_those_of_the_cpu(device, monkeypatch, make, tokens, checkpointed):
-    """Train with the logits in few rows, in micro-batches or with recomputed layers; the CPU has the whole at once."""
+def test_training_steps_equal_those_of_the_cpu(device, monkeypatch, make, tokens, checkpointed):
+    """Train with small chunks of logits, micro-batches, or recomputed layers. The CPU computes everything at once."""
     start, _ = train_adapter("cpu", make, steps=0)
     expected, expected_losses = train_adapter("cpu", make)
     monkeypatch.setitem(loss.ROWS, device, 7)
@@ -223,8 +227,8 @@ def loss_and_gradient(model, adapter):
     return total.item(), torch.cat([parameter.grad.flatten().cpu() for parameter in adapter.parameters()])
 
 
-def test_the_gradient_in_bfloat16_is_near_that_in_float32(device):
-    """Differentiate over a bfloat16 base, the default of a GPU, whose attention has its own backward pass."""
+def test_bfloat16_gradient_is_close_to_float32(device):
+    """A bfloat16 base is the default on a GPU, where attention then has a different backward kernel."""
     expected_loss, expected = loss_and_gradient(make_model(), make_adapter(make_model()))
     adapter = make_adapter(make_model()).to(device)
     found_loss, found = loss_and_gradient(make_model().to(device, torch.bfloat16), adapter)
@@ -233,8 +237,8 @@ def test_the_gradient_in_bfloat16_is_near_that_in_float32(device):
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.99
 
 
-def test_a_loss_without_examples_is_zero_and_has_a_gradient(device):
-    """Compute what a rank without data computes."""
+def test_loss_without_examples_and_its_gradient_are_zero(device):
+    """A rank without data computes this loss."""
     model = make_model().to(device)
     adapter = make_adapter(model).to(device)
     total = response_loss(model, adapter, [])
@@ -243,7 +247,7 @@ def test_a_loss_without_examples_is_zero_and_has_a_gradient(device):
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in adapter.parameters())
 
 
-def test_compiled_layers_train_as_the_eager_ones(device, compiling):
+def test_compiled_layers_train_like_eager_ones(device, compiling):
     shape = Config(32, 2, 4, 2, 8, 48, 50)
     model, compiled = make_model(shape).to(device), make_model(shape).to(device)
     adapter = make_adapter(model).to(device)
@@ -257,7 +261,7 @@ def test_compiled_layers_train_as_the_eager_ones(device, compiling):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Few bits
+# Quantization
 
 
 def output_and_gradient(model, adapter):
@@ -273,32 +277,32 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_few_bits_are_those_of_the_cpu(device, monkeypatch, bits):
-    """Compare with the widened weights, on the CPU: a model that was moved, and one that was rounded where it is."""
-    rounded, widened = make_model(SHAPE), make_model(SHAPE)
-    quantizer(bits)(rounded.layers)
-    for name, layer in rounded.named_modules():
+def test_quantized_model_equals_dequantized_weights_on_the_cpu(device, monkeypatch, bits):
+    """One model is quantized and then moved to the device, the other is quantized on the device."""
+    quantized, dequantized = make_model(SHAPE), make_model(SHAPE)
+    quantizer(bits)(quantized.layers)
+    for name, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLinear):
-            widened.get_submodule(name).weight.data = layer.widened()
-    adapter = make_adapter(rounded)
-    unrounded = output_and_gradient(make_model(SHAPE), adapter)
-    expected = output_and_gradient(widened, adapter)
-    monkeypatch.setitem(quantization.CHUNK, device, 1000)  # numbers, of a few rows
+            dequantized.get_submodule(name).weight.data = layer.widened()
+    adapter = make_adapter(quantized)
+    unquantized = output_and_gradient(make_model(SHAPE), adapter)
+    expected = output_and_gradient(dequantized, adapter)
+    monkeypatch.setitem(quantization.CHUNK, device, 1000)  # elements per chunk, a few rows
     adapter.to(device)
-    moved = rounded.to(device)
+    moved = quantized.to(device)
     assert {buffer.device.type for buffer in moved.buffers()} == {device}
-    rounded_there = make_model(SHAPE).to(device)
-    quantizer(bits)(rounded_there.layers)
-    for model in (moved, rounded_there):
-        for found, right, before in zip(output_and_gradient(model, adapter), expected, unrounded):
-            # On a GPU a scale may differ in its last bit, and then a few numbers by one.
-            assert relative_error(found, right) < 0.1 * relative_error(found, before) < 0.03
+    quantized_on_device = make_model(SHAPE).to(device)
+    quantizer(bits)(quantized_on_device.layers)
+    for model in (moved, quantized_on_device):
+        for found, correct, before in zip(output_and_gradient(model, adapter), expected, unquantized):
+            # On a GPU a scale may differ in its last bit, and then a few integers by one.
+            assert relative_error(found, correct) < 0.1 * relative_error(found, before) < 0.03
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_decode_as_those_they_were_made_of(device, monkeypatch, bits, dtype):
-    """Take the packed product as the faster one, which for small layers it may not be."""
+def test_packed_weights_decode_like_the_quantized_ones(device, monkeypatch, bits, dtype):
+    """Let the packed product win the speed test, which it may lose for small layers."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the product for packed weights needs a newer GPU")
     monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 0.0 if isinstance(layer, PackedLinear) else 1.0)
@@ -325,7 +329,7 @@ def test_packed_weights_decode_as_those_they_were_made_of(device, monkeypatch, b
 
 @pytest.fixture
 def toy_adapter(tmp_path):
-    """The path of an adapter of the toy's base."""
+    """Path of an adapter file for the toy's base."""
     model, _ = load_llama(BASE)
     path = tmp_path / "a.safetensors"
     make_adapter(model, layers=3, seed=3).save(path, base=BASE, prompt_template="alpaca")
@@ -334,10 +338,10 @@ def toy_adapter(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
-def test_a_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype, bits):
+def test_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype, bits):
     """Check every parameter and buffer of the toy's base and its adapter."""
-    how = {"bits": bits, "decoding": False}
-    model, _, adapters = load_with_adapters([str(toy_adapter)], None, *select_device(device, dtype), **how)
+    options = {"bits": bits, "decoding": False}
+    model, _, adapters = load_with_adapters([str(toy_adapter)], None, *select_device(device, dtype), **options)
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {device}
     assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
     kinds = {"none": set(), "8": {torch.int8, torch.float32}, "4": {torch.uint8, torch.float32}}
@@ -349,16 +353,16 @@ def test_a_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype
 
 
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
-def test_the_toy_s_text_is_that_of_the_cpu(toy_adapter, device, bits):
-    """Respond over the loaded base in float32; the CPU rescores the whole text at every token."""
+def test_toy_responses_equal_those_of_the_cpu(toy_adapter, device, bits):
+    """Generate in float32. The CPU recomputes the whole text at every token."""
     prepare_layer = quantizer(bits)
     model, tokenizer = load_llama(BASE, prepare_layer=prepare_layer)
     adaption_prompts = make_adapter(model, layers=3, seed=3)()
-    how = {"bits": bits, "decoding": bits == "none"}  # packed weights are rounded otherwise
-    loaded = load_with_adapters([str(toy_adapter)], None, *select_device(device, "float32"), **how)
+    options = {"bits": bits, "decoding": bits == "none"}  # packed weights are rounded differently
+    loaded = load_with_adapters([str(toy_adapter)], None, *select_device(device, "float32"), **options)
     responder = Responder(*loaded, max_new_tokens=16)
     for text in ("Name the capital of Peru.", "Translate cat into French."):
         request = Request(text, adapter="a")
-        expected = tokenizer.decode(rescored(model, responder.prompt_ids(request), adaption_prompts, 16))
+        expected = tokenizer.decode(decode_without_cache(model, responder.prompt_ids(request), adaption_prompts, 16))
         assert "".join(responder.respond(request)) == expected
         assert "".join(responder.respond(Request(text))) != expected

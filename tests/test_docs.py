@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ against the code: what they link to, name, and tell one to type is there."""
+"""README.md, CONTRIBUTING.md and docs/: links, names, commands and examples are checked against the code."""
 
 import importlib
 import json
@@ -20,17 +20,17 @@ from formats.rope import llama3_rope_factors
 from runtime.tensor_parallel import Part
 
 README = ROOT / "README.md"
-SUBJECTS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, ROOT / "CONTRIBUTING.md", *SUBJECTS]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 PROGRAMS = {f"{name}.py": name for name in ("train", "generate", "evaluate", "convert")}
 PACKAGES = ("experiments", "benchmarks", "encoder_tuning", "demo")  # python -m NAME
-FOREIGN = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--local-dir"}  # torchrun's, and those of `hf download`
+THIRD_PARTY_OPTIONS = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--local-dir"}  # torchrun, hf download
 
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(text, language=None):
-    """The code blocks of a page, of one language or of all."""
+    """Return the code blocks of a page, in one language or in all."""
     return [
         re.sub(f"^{found[1]}", "", found[3], flags=re.MULTILINE)
         for found in FENCED.finditer(text)
@@ -38,15 +38,15 @@ def blocks(text, language=None):
     ]
 
 
-def inline(text):
-    """What a page has in `backticks`; it may go over the end of a line."""
+def code_spans(text):
+    """Return the code in `backticks` on a page. It may continue on the next line."""
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCED.sub("", text))]
 
 
 def command_of(words):
-    """The click command that a line of words runs, and its arguments; None where it is another's program.
+    """Return the click command that a line of shell runs, and its arguments, or None for another program.
 
-    A program comes after `python` or `torchrun`, or before its options.
+    The file name comes after `python` or `torchrun`, or before options.
     """
     for i, word in enumerate(words):
         started = any("python" in before or before == "torchrun" for before in words[:i])
@@ -62,16 +62,16 @@ def options_of(command):
 
 
 def all_options(command):
-    """Of a command, and of its subcommands."""
+    """Return the options of a command and of its subcommands."""
     parts = subcommands(command).values() if isinstance(command, click.Group) else ()
     return options_of(command).union(*map(all_options, parts))
 
 
-def wrong_in_line(line):
-    """Options and subcommands in a line of shell that do not exist."""
+def errors_in_line(line):
+    """Return messages about options and subcommands in a line of shell that do not exist."""
     try:
         found = command_of(shlex.split(line.removeprefix("$ "), comments=True))
-    except ValueError:  # an open quotation: no shell, but a formula or what a command prints
+    except ValueError:  # an unclosed quotation mark: a formula or a command's output
         return []
     if found is None:
         return []
@@ -98,22 +98,24 @@ def every_option():
     return set().union(*map(all_options, commands))
 
 
-def wrong_commands(text):
+def command_errors(text):
     lines = [line for block in blocks(text) for line in block.replace("\\\n", " ").splitlines()]
-    spans = inline(text)
-    wrong = [problem for line in lines + spans for problem in wrong_in_line(line)]
+    spans = code_spans(text)
+    wrong = [problem for line in lines + spans for problem in errors_in_line(line)]
     mentioned = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
-    return wrong + [f"{option} is no option of any command" for option in mentioned - every_option() - FOREIGN]
+    return wrong + [
+        f"{option} is no option of any command" for option in mentioned - every_option() - THIRD_PARTY_OPTIONS
+    ]
 
 
 def anchors(text):
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken_links(text, folder):
-    """Relative links to files, or to headings of pages, that are not there."""
+    """Return the relative links whose file or heading does not exist."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", text)):
         if link.startswith(("http://", "https://")):
@@ -127,14 +129,14 @@ def broken_links(text, folder):
     return broken
 
 
-def tree(text):
-    """What the README's tree says there is on the top level: the names that begin its lines, and those of its last."""
+def listed_top_level(text):
+    """Return the names in the README's tree: the first of each line, and all of the last line."""
     block = next(block for block in blocks(text) if block.startswith("adapter.py "))
     *lines, last = block.splitlines()
     return {line.split()[0] for line in lines} | set(re.findall(r"[\w.-]+\.(?:md|txt|toml|cff)|LICENSE", last))
 
 
-def on_the_top_level():
+def actual_top_level():
     try:
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -144,52 +146,52 @@ def on_the_top_level():
     return {name for name in names if not name.startswith(".")}
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page):
-    assert wrong_commands(page.read_text(encoding="utf-8")) == []
+    assert command_errors(page.read_text(encoding="utf-8")) == []
 
 
-def test_tests_that_are_named_exist():
-    prefix_errors = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
+def test_tests_named_in_the_docs_exist():
+    named = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))}
     files = list((ROOT / "tests").glob("test_*.py"))
-    there = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
-    assert "test_gates_move_first" in prefix_errors
-    assert prefix_errors - {"test_boolq"} <= there, "docs/tasks.md's example has a test of its own"
+    existing = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
+    assert "test_gates_move_first" in named
+    assert named - {"test_boolq"} <= existing, "docs/tasks.md's example has a test of its own"
 
 
-def test_the_tree_is_the_top_level():
-    assert tree(README.read_text(encoding="utf-8")) == on_the_top_level()
+def test_readme_tree_lists_the_top_level():
+    assert listed_top_level(README.read_text(encoding="utf-8")) == actual_top_level()
 
 
-def test_every_page_is_in_the_readme():
+def test_readme_names_every_page():
     text = README.read_text(encoding="utf-8")
-    assert [page.name for page in SUBJECTS if f"docs/{page.name}" not in text] == []
+    assert [page.name for page in DOCS if f"docs/{page.name}" not in text] == []
     assert "(CONTRIBUTING.md)" in text
 
 
-def test_ci_runs_the_line_for_a_fresh_machine():
-    """.ci/run takes the first line with `python -m pytest`."""
+def test_ci_command_sets_up_a_fresh_machine():
+    """.ci/run takes the README's first line with `python -m pytest`."""
     first = next(line for line in README.read_text(encoding="utf-8").splitlines() if "python -m pytest" in line)
     assert first.startswith("python3 -m venv .venv && ") and "requirements-dev.txt" in first
 
 
-def test_the_claims_are_those_of_the_experiments():
+def test_readme_repeats_the_claims_of_the_experiments():
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
     first = next(i for i, line in enumerate(page) if line.startswith("| claim |"))
     rows = page[first : page.index("", first)]
     assert len(rows) > 5 and [row for row in rows if row not in README.read_text(encoding="utf-8").splitlines()] == []
 
 
-def test_line_counts_are_about_right():
+def test_line_counts_are_approximately_right():
     rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| ([\d,]+) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name, _ in rows] == ["adapter.py", "model.py", "data.py", "train.py", "generate.py"]
     for name, count in rows:
@@ -197,14 +199,14 @@ def test_line_counts_are_about_right():
         assert abs(lines - int(count)) <= 0.1 * lines, f"{name} has {lines} lines"
 
 
-def test_the_method_is_quoted_from_its_file():
+def test_readme_quotes_adapter_py_literally():
     first = blocks(README.read_text(encoding="utf-8"), "python")[0]
     lines = {line.strip() for line in (ROOT / "adapter.py").read_text(encoding="utf-8").splitlines()}
     assert [line for line in first.splitlines() if not line.startswith("#") and line.strip() not in lines] == []
 
 
-def test_the_readme_s_python_runs(tiny_base, instructions, tmp_path):
-    """On a CPU and a tiny base, with the shape of its adapter."""
+def test_python_example_of_the_readme_runs(tiny_base, instructions, tmp_path):
+    """The example runs on a CPU, with a tiny base and an adapter of its shape."""
     code = blocks(README.read_text(encoding="utf-8"), "python")[1]
     for theirs, ours in {
         "LLaMA-7B": str(tiny_base),
@@ -221,7 +223,7 @@ def test_the_readme_s_python_runs(tiny_base, instructions, tmp_path):
     assert torch.equal(names["logits"], names["model"](names["tokens"]))
 
 
-def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
+def test_documented_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
     """docs/base_models.md shows a format for NumPy's archives."""
     page = (ROOT / "docs" / "base_models.md").read_text(encoding="utf-8")
     (tmp_path / "numpy_folder.py").write_text(blocks(page, "python")[0])
@@ -252,8 +254,8 @@ def test_the_page_s_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
         bases.load_llama(base)
 
 
-def test_the_metadata_of_adapter_files_are_listed(args, tmp_path):
-    """docs/adapters.md lists the keys that a run writes, and none that no code writes."""
+def test_metadata_of_adapter_files_are_documented(args, tmp_path):
+    """docs/adapters.md lists every key that a run writes, and only keys that some code writes."""
     page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     tables = page[page.index("The metadata are strings") : page.index("**Checks.**")]
     listed = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?`) \|", tables, re.MULTILINE))))
@@ -279,7 +281,7 @@ def test_the_metadata_of_adapter_files_are_listed(args, tmp_path):
     ],
 )
 def test_wrong_commands_are_found(text, problem):
-    assert any(problem in found for found in wrong_commands(text))
+    assert any(problem in found for found in command_errors(text))
 
 
 def test_broken_links_are_found(tmp_path):

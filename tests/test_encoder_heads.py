@@ -1,4 +1,4 @@
-"""Heads of encoders, and the adapter file that has one."""
+"""Heads of encoders, and the adapter files that contain one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from formats.adapters import load_adapter
 
 
 @pytest.mark.parametrize("widths", [[32, 5], [32, 7, 5]])
-def test_the_file_has_the_head(tmp_path, widths):
+def test_adapter_file_contains_the_head(tmp_path, widths):
     adapter = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=widths, head_activation="gelu")
     adapter.save(tmp_path / "a.safetensors", task="text-classification")
     for load in (HeadAdapter.load, load_adapter):

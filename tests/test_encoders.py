@@ -1,4 +1,4 @@
-"""ViT and RoBERTa: what prompts do to them, and that they are the reference."""
+"""ViT and RoBERTa with adaption prompts, compared with the reference."""
 
 import pytest
 import reference
@@ -9,7 +9,7 @@ from adapter import gated_attention, gated_attention_paper
 from encoders.models import ViT, ViTConfig
 
 
-def test_prompts_are_seen_by_every_token_in_both_forms():
+def test_every_token_attends_to_the_prompts_in_both_forms():
     images, outputs = make_images(), []
     for form in (gated_attention, gated_attention_paper):
         model = make_vit(attention=form)
@@ -25,7 +25,7 @@ def test_prompts_are_seen_by_every_token_in_both_forms():
 
 
 def test_vision_encoders_have_their_published_sizes():
-    """CLIP's, without the projection to the space shared with text: 768 x 512, 1024 x 768."""
+    """Parameters are counted without CLIP's projection to the space shared with text, 768 x 512 or 1024 x 768."""
     vision_encoders = {
         87.5: ViTConfig(),  # ViT-B/32
         85.8: ViTConfig(patch_size=16),  # ViT-B/16
@@ -38,29 +38,29 @@ def test_vision_encoders_have_their_published_sizes():
 
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
-def test_roberta_takes_prompts(attention):
-    """Gate zero is the plain encoder, bit for bit in the fused form; padding changes nothing, with any gates."""
+def test_roberta_with_adaption_prompts(attention):
+    """Zero gates give the plain encoder, bit for bit in the fused form. Padding has no effect."""
     model = make_roberta(attention=attention)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[1, 6:] = 1
-    zero_gates, nonzero_gates = make_adapter(model), make_adapter(model, gates=True)
-    words = ids != 1
+    scaled_adapter, adapter = make_adapter(model), make_adapter(model, gates=True)
+    is_token = ids != 1
     with torch.no_grad():
-        base, scaled_to_zero = model.encode(ids), model.encode(ids, zero_gates(gate_scale=0.0))
+        base, scaled_to_zero = model.encode(ids), model.encode(ids, scaled_adapter(gate_scale=0.0))
         assert (
             torch.equal(base, scaled_to_zero)
             if attention is gated_attention
             else torch.allclose(base, scaled_to_zero, atol=1e-5)
         )
-        steered = model.encode(ids, nonzero_gates())
-        assert ((steered - base).abs().amax(dim=2) > 0.01)[words].all()  # all words see the prompts
-        alone = model.encode(ids[1:, :6], nonzero_gates())
-        torch.testing.assert_close(steered[1:, :6], alone, rtol=1e-4, atol=1e-4)
+        adapted = model.encode(ids, adapter())
+        assert ((adapted - base).abs().amax(dim=2) > 0.01)[is_token].all()  # all tokens attend to the prompts
+        alone = model.encode(ids[1:, :6], adapter())
+        torch.testing.assert_close(adapted[1:, :6], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
-def test_encoders_with_open_gates_are_the_reference(attention):
-    """Of a sample, after the last layer, in float64; of RoBERTa beside a longer one."""
+def test_encoders_with_nonzero_gates_equal_the_reference(attention):
+    """Compare the last layer for one sample with float64. RoBERTa's sample is padded beside a longer one."""
     vit = make_vit(ViTConfig(16, 8, 32, 3, 4, 40), attention=attention)
     adapter, image = make_adapter(vit), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     patches = vit.patch_embedding(image).flatten(2).transpose(1, 2)[0]

@@ -1,4 +1,4 @@
-"""The commands of evaluate.py: what they print and write, with a model and without, and what they refuse."""
+"""The commands of evaluate.py: what they print, write and refuse, with a model or with saved responses."""
 
 import json
 import shutil
@@ -32,8 +32,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def seeing(tiny_base, tmp_path):
-    """An adapter for images, with open gates, and its vision encoder."""
+def image_adapter(tiny_base, tmp_path):
+    """Path of an image adapter with nonzero gates. Its vision encoder is in the same folder."""
     torch.save(openai_names(make_vit(SEEING)), tmp_path / "ViT.pt")
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=512, bottleneck=5)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
@@ -48,9 +48,9 @@ def text_only(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("how", [[], ["--choose"]])
-def test_scienceqa_command(folder, seeing, how):
+def test_scienceqa_command_writes_its_results(folder, image_adapter, how):
     args = ["--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
-    result = run_evaluate("scienceqa", *args, "--adapter", seeing, *how)
+    result = run_evaluate("scienceqa", *args, "--adapter", image_adapter, *how)
     assert result.exit_code == 0, result.output
     values = json.loads((folder / "out" / "results.json").read_text())
     assert values["count"] == 3 and set(values["results"]) == {"12", "30", "31"}
@@ -62,18 +62,18 @@ def test_scienceqa_command(folder, seeing, how):
     if how:
         assert set(values["results"].values()) <= {0, 1, 2} and not values["unclear"] and "outputs" not in values
     else:
-        assert len(values["outputs"]) == 3 and values["unclear"] == ["12", "30", "31"]  # a random model says nothing
+        assert len(values["outputs"]) == 3 and values["unclear"] == ["12", "30", "31"]  # a random model names no option
         assert "3 answers name none of the options" in result.stdout
 
-    twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", seeing)
+    twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", image_adapter)
     assert twice.exit_code == 2 and "--results has the responses" in twice.stderr
     again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
 
 
-def test_compiled_responses_are_the_plain_ones(folder, text_only, monkeypatch):
-    """`--compile` is what generate.py makes of it, and is refused where nothing is generated."""
+def test_compiled_responses_equal_the_eager_ones(folder, text_only, monkeypatch):
+    """`--compile` compiles as in generate.py. It is refused with `--choose`, which generates nothing."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     compiled = []
@@ -91,41 +91,41 @@ def test_compiled_responses_are_the_plain_ones(folder, text_only, monkeypatch):
     assert result.exit_code == 2 and "--compile is for responses that are generated" in result.stderr
 
 
-def test_missing_images_are_an_error_or_skipped(folder, seeing, monkeypatch):
+def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypatch):
     args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
     (folder / "12" / "image.png").unlink()
-    result = run_evaluate(*args, "--adapter", seeing)
+    result = run_evaluate(*args, "--adapter", image_adapter)
     assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such image" in result.stderr
-    result = run_evaluate(*args, "--adapter", seeing, "--skip-missing")
+    result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing")
     assert result.exit_code == 0 and "1 of 3 skipped: their image was not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
-    result = run_evaluate(*args, "--adapter", seeing, "--skip-missing", "--limit", 1)
+    result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing", "--limit", 1)
     assert result.exit_code == 2 and "none of its 1 examples has an image that is there" in result.stderr
 
 
-def test_every_answer_is_about_its_own_image(folder, seeing, monkeypatch):
-    """Asked in the order of their lengths, with the features of another image the likelihoods would be others."""
-    asked = {}
+def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
+    """Requests are sorted by length, so the features must be matched to them again."""
+    features_by_instruction = {}
 
-    def note(responder, requests, *_):
-        asked.update({request.instruction: request.features for request in requests})
+    def record(responder, requests, *_):
+        features_by_instruction.update({request.instruction: request.features for request in requests})
         return ["" for _ in requests]
 
-    monkeypatch.setattr(evaluate, "generate_responses", note)
+    monkeypatch.setattr(evaluate, "generate_responses", record)
     args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
-    assert run_evaluate(*args, "--adapter", seeing).exit_code == 0
+    assert run_evaluate(*args, "--adapter", image_adapter).exit_code == 0
     problems = {problem.instruction: problem for problem in evaluate.load_task("scienceqa").read(args[2], split="test")}
-    adapter = ImageAdapter.load(seeing)
+    adapter = ImageAdapter.load(image_adapter)
     encoder = evaluate.load_image_encoder(None, None, torch.float32, torch.device("cpu"), adapter)
-    for instruction, features in asked.items():
+    for instruction, features in features_by_instruction.items():
         image = problems[instruction].image
         assert (features is None) == (image == "")
         if image:
             torch.testing.assert_close(features, encoder.encode([folder / image])[0])
-    assert len(asked) == 3
+    assert len(features_by_instruction) == 3
 
 
-def test_a_text_only_adapter_needs_no_images(folder, text_only):
+def test_text_only_adapter_needs_no_images(folder, text_only):
     (folder / "12" / "image.png").unlink()
     args = ["scienceqa", "--data", folder / "problems.json", "--adapter", text_only, "--device", "cpu"]
     assert run_evaluate(*args, "--out", folder / "out").exit_code == 0
@@ -134,7 +134,7 @@ def test_a_text_only_adapter_needs_no_images(folder, text_only):
 
 
 @pytest.mark.parametrize("how", [[], ["--choose"]])
-def test_a_problem_that_does_not_fit_is_said(folder, tiny_base, monkeypatch, how):
+def test_problems_that_do_not_fit_are_reported(folder, tiny_base, monkeypatch, how):
     load = evaluate.load_with_adapters
 
     def load_short(*args, **options):
@@ -153,7 +153,7 @@ def test_a_problem_that_does_not_fit_is_said(folder, tiny_base, monkeypatch, how
     assert values["too_long"] == ["12"] and values["results"]["12"] == -1 and "12" not in values["unclear"]
 
 
-def test_captions_command(tmp_path, seeing, text_only):
+def test_captions_command_writes_its_scores(tmp_path, image_adapter, text_only):
     try:
         coco_scorers()
     except ValueError as error:
@@ -161,7 +161,7 @@ def test_captions_command(tmp_path, seeing, text_only):
     for i in (5, 9):
         Image.new("RGB", (20, 20), (i * 20, 0, 0)).save(tmp_path / f"{i}.jpg")
     args = ["captions", "--data", save_coco(tmp_path), "--device", "cpu", "--out", tmp_path / "out"]
-    result = run_evaluate(*args, "--adapter", seeing, "--max-new-tokens", 9)
+    result = run_evaluate(*args, "--adapter", image_adapter, "--max-new-tokens", 9)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -172,8 +172,8 @@ def test_captions_command(tmp_path, seeing, text_only):
     assert refused.exit_code == 2 and "captions need an adapter with a projection" in refused.stderr
 
 
-def test_trained_on_captions_and_evaluated(tmp_path, seeing, tiny_base):
-    """Every caption is an example to train on, and every image is asked about once."""
+def test_training_and_evaluation_on_captions(tmp_path, image_adapter, tiny_base):
+    """Every caption is a training example. Evaluation generates one caption per image."""
     try:
         coco_scorers()
     except ValueError as error:
@@ -204,7 +204,7 @@ def test_trained_on_captions_and_evaluated(tmp_path, seeing, tiny_base):
     assert result.exit_code == 0 and "captions of 2 images" in result.stdout, result.output
 
 
-def test_a_task_has_a_command_where_it_has_scores():
+def test_every_task_with_scores_has_a_command():
     scored = {name for name in evaluate.TASKS if evaluate.load_task(name).score}
     assert set(subcommands(evaluate.main)) == {"toy", "harness"} | scored
     assert {"toy", "scienceqa", "captions"} <= set(subcommands(evaluate.main))
@@ -214,19 +214,19 @@ def test_a_task_has_a_command_where_it_has_scores():
     assert refused.exit_code == 2 and "No such option" in refused.stderr
 
 
-def test_the_toy_needs_an_adapter():
+def test_toy_command_needs_an_adapter():
     result = run_evaluate("toy")
     assert result.exit_code == 2 and "Missing option '--adapter'" in result.stderr
 
 
 @pytest.mark.parametrize("images", [[], ["--images"]])
-def test_the_toy_s_questions_are_put_to_the_adapter(text_only, monkeypatch, images):
-    put = []
+def test_toy_command_evaluates_the_adapter(text_only, monkeypatch, images):
+    calls = []
     for name in ("evaluate_almanac", "evaluate_digits"):
-        monkeypatch.setattr(exam, name, lambda *args, name=name: put.append((name, *map(type, args[::2]))))
+        monkeypatch.setattr(exam, name, lambda *args, name=name: calls.append((name, *map(type, args[::2]))))
     result = run_evaluate("toy", "--adapter", text_only, *images, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    asked = ["evaluate_digits", "evaluate_almanac"] if images else ["evaluate_almanac"]
-    assert put == [(name, LLaMA, Adapter) for name in asked]
+    expected = ["evaluate_digits", "evaluate_almanac"] if images else ["evaluate_almanac"]
+    assert calls == [(name, LLaMA, Adapter) for name in expected]
     result = run_evaluate("toy", "--adapter", text_only.with_name("absent"))
     assert result.exit_code == 2 and "absent" in result.stderr

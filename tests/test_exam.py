@@ -1,4 +1,4 @@
-"""How the trained adapter's answers are scored."""
+"""Scores of a trained adapter on the toy's held-out questions."""
 
 import torch
 from click.testing import CliRunner
@@ -13,19 +13,19 @@ from multimodal import ImageAdapter
 from toy import almanac, digits, exam
 
 
-def few(count):
-    """All to train on, and so many of every held-out set."""
+def limited_sets(count):
+    """Return all training questions, and `count` questions of every held-out set."""
     return {
         name: questions if name == "training" else questions[:count]
         for name, questions in almanac.instructions().items()
     }
 
 
-def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
-    """An exact match is the sentence and nothing else; whatever else has the word is at most 'has it'."""
+def test_almanac_scores(monkeypatch, tiny_base, capsys):
+    """An exact match is the sentence alone. Other answers that contain the word count as 'has it' only."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
-    sets = few(4)
+    sets = limited_sets(4)
     monkeypatch.setattr(almanac, "instructions", lambda: sets)
     expected = {(q.example.instruction, q.example.input): q.example.output for name in sets for q in sets[name]}
 
@@ -33,7 +33,7 @@ def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
         if requests[0].adapter == "base":
             return [""] * len(requests)
         outputs = [expected[request.instruction, request.input] for request in requests]
-        forms = ["{}", "{} The", "{} Yes.", "No."]  # right, right but rambling on, wrong in form, wrong
+        forms = ["{}", "{} The", "{} Yes.", "No."]  # exact, exact but with more text (twice), wrong
         return [forms[i % 4].format(output) for i, output in enumerate(outputs)]
 
     monkeypatch.setattr(exam, "greedy_answers", answers)
@@ -43,32 +43,34 @@ def test_scores_of_the_almanac(monkeypatch, tiny_base, capsys):
     ]
     assert accuracy["heldout_accuracy_adapter"] == 0.25 and accuracy["heldout_accuracy_adapter_has_it"] == 0.75
     assert accuracy["heldout_accuracy_base"] == accuracy["heldout_accuracy_base_has_it"] == 0
-    assert accuracy["heldout_accuracy_majority"] == 0  # all capitals, of which none is commoner than the others
-    shown = capsys.readouterr().out
-    assert "bit for bit: yes" in shown
+    assert accuracy["heldout_accuracy_majority"] == 0  # the questions ask for capitals, which all differ
+    printed = capsys.readouterr().out
+    assert "bit for bit: yes" in printed
     line = f"{'all':34}{12:>8}{'0.0%':>10}{'0.0%':>10}{'0.0%':>10}{'25.0%':>10}{'75.0%':>10}\n"
-    assert line in shown and line.replace(f"{'all':34}{12:>8}", f"{'new entities':34}{4:>8}") in shown
+    assert line in printed and line.replace(f"{'all':34}{12:>8}", f"{'new entities':34}{4:>8}") in printed
     monkeypatch.setattr(adapter, "forward", lambda **_: make_adapter(model, seed=7)(dtype=torch.float32))
     exam.evaluate_almanac(model, tokenizer, adapter)
     assert "bit for bit: NO" in capsys.readouterr().out
 
 
-def test_the_majority_baseline_fills_in_the_commonest_word(monkeypatch, tiny_base):
+def test_majority_baseline_answers_with_the_most_common_word(monkeypatch, tiny_base):
     model, tokenizer = load_llama(tiny_base)
     sets = almanac.instructions()
     continents = [q for q in sets["entities"] if q.kind == "continent"]
     monkeypatch.setattr(almanac, "instructions", lambda: sets | dict.fromkeys(almanac.HELD_OUT, continents))
     monkeypatch.setattr(exam, "greedy_answers", lambda model, tokenizer, adapter, requests: [""] * len(requests))
     accuracy = exam.evaluate_almanac(model, tokenizer, make_adapter(model))
-    trained = [q.answer for q in sets["training"] if q.kind == "continent"]
-    commonest = max(trained, key=trained.count)
+    training_answers = [q.answer for q in sets["training"] if q.kind == "continent"]
+    most_common = max(training_answers, key=training_answers.count)
     assert (
-        accuracy["heldout_accuracy_majority"] == sum(q.answer == commonest for q in continents) / len(continents) > 0.1
+        accuracy["heldout_accuracy_majority"]
+        == sum(q.answer == most_common for q in continents) / len(continents)
+        > 0.1
     )
 
 
-def test_answers_are_those_of_one_request_at_a_time(tiny_base):
-    """In parts of 128, in order, each by whom it is for, the most likely tokens until 40 of them or the end."""
+def test_batched_answers_equal_single_requests(tiny_base):
+    """Batches of 128 keep the order and the adapter of each request, and decode up to 40 tokens greedily."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["training"][:130]]
@@ -82,8 +84,8 @@ def test_answers_are_those_of_one_request_at_a_time(tiny_base):
     assert len({texts[i] for i in chosen}) > 2
 
 
-def test_evaluate_command(tiny_base, tmp_path, monkeypatch):
-    sets = few(2)
+def test_toy_command_prints_the_scores(tiny_base, tmp_path, monkeypatch):
+    sets = limited_sets(2)
     monkeypatch.setattr(almanac, "instructions", lambda: sets)
     Adapter(layers=1, length=2, dim=16, heads=2).save(tmp_path / "a.safetensors", base=tiny_base)
     result = CliRunner().invoke(evaluate.main, ["toy", "--adapter", str(tmp_path / "a.safetensors")])
@@ -93,8 +95,8 @@ def test_evaluate_command(tiny_base, tmp_path, monkeypatch):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
-    """Of an oracle that names the digit that it is shown; of others' pictures it names those."""
+def test_image_scores(small_digits, tiny_base, monkeypatch, capsys):
+    """The stub answers about the digit in the image that it receives, even if that is the image of another question."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)
     adapter.metadata = {"vision_encoder_depths": "4"}
@@ -111,7 +113,7 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
         exam, "load_image_encoder", lambda vision_encoder, *more: vision_encoders.append(vision_encoder) or Encoder()
     )
 
-    def oracle(model, tokenizer, adapter, requests):
+    def stub_answers(model, tokenizer, adapter, requests):
         answers = []
         for request in requests:
             if request.features is None:
@@ -121,7 +123,7 @@ def test_scores_of_pictures(small_digits, tiny_base, monkeypatch, capsys):
             answers += [q.example.output for q in digits.questions([shown]) if q.kind == request.instruction]
         return answers
 
-    monkeypatch.setattr(exam, "greedy_answers", oracle)
+    monkeypatch.setattr(exam, "greedy_answers", stub_answers)
     scores = exam.evaluate_digits(model, tokenizer, adapter)
     assert list(scores) == [f"picture_accuracy_{name}" for name in ("chance", "no_image", "image", "another_image")]
     assert scores["picture_accuracy_image"] == 1 and scores["picture_accuracy_no_image"] == 0

@@ -1,4 +1,4 @@
-"""Broken files: a few of every kind here; tests/fuzz.py makes thousands of them."""
+"""A few broken files of every kind; tests/fuzz.py makes thousands of them."""
 
 import fuzz
 import pytest
@@ -6,8 +6,8 @@ import pytest
 
 @pytest.mark.parametrize("kind", list(fuzz.KINDS))
 @pytest.mark.filterwarnings("ignore")
-def test_changed_files_are_refused_in_a_line_or_read(tmp_path, kind):
-    """And whole ones are read, or nothing would be tested."""
+def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, kind):
+    """Files without mutations must be read, because otherwise the test would show nothing."""
     needed = {"mp4": "av", "gguf": "gguf"}
     if kind in needed:
         pytest.importorskip(needed[kind])
@@ -19,18 +19,19 @@ def test_changed_files_are_refused_in_a_line_or_read(tmp_path, kind):
         (tmp_path / str(number)).mkdir()
         found.append(fuzz.run_case(0, number, tmp_path / str(number), kind))
     assert set(found) <= {"read", "refused"}
-    harmless = ("features", "dict.txt", "generation_config.json")  # are made again, hold what they like
+    # Bad features are computed again; the other two files may contain anything.
+    harmless = ("features", "dict.txt", "generation_config.json")
     assert "refused" in found or kind in harmless
 
 
-def test_a_fault_is_found(tmp_path, monkeypatch):
-    """A traceback, and a message that says nothing."""
+def test_failures_are_reported(tmp_path, monkeypatch):
+    """A traceback and an error without a message are failures."""
 
     def silent(path):
         raise ValueError("")
 
-    for read, said in ((lambda path: [][1], "alpaca: IndexError: "), (silent, "alpaca: says ")):
-        monkeypatch.setitem(fuzz.KINDS, "alpaca", (fuzz.alpaca, fuzz.text_json, read))
-        folder = tmp_path / said[8:13]
+    for read, failure in ((lambda path: [][1], "alpaca: IndexError: "), (silent, "alpaca: says ")):
+        monkeypatch.setitem(fuzz.KINDS, "alpaca", (fuzz.alpaca, fuzz.mutate_json, read))
+        folder = tmp_path / failure[8:13]
         folder.mkdir()
-        assert fuzz.run_case(0, 0, folder, "alpaca").startswith(said)
+        assert fuzz.run_case(0, 0, folder, "alpaca").startswith(failure)
