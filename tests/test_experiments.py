@@ -1,4 +1,4 @@
-"""The experiments, every command end to end."""
+"""The experiments: every command end to end."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def invoke(*args):
 
 
 @pytest.fixture
-def small(tiny_base, instructions, tmp_path):
+def small_args(tiny_base, instructions, tmp_path):
     return [
         "--base", tiny_base, "--data", instructions, "--epochs", 3, "--batch-size", 16, "--length", 3, "--lr", 0.05,
         "--seeds", 2, "--limit", 16, "--held-out", 3, "--out", tmp_path / "out", "--device", "cpu",
@@ -34,17 +34,21 @@ def every_row(out):
     return [row for name in ROWS for row in json.loads((out / f"{name}.json").read_text())["rows"].values()]
 
 
-def test_all_of_them(small, tmp_path, monkeypatch):
-    """From the command line to figures and pictures; a setting that several need is run once."""
+def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
+    """Run them from the command line. A setting that several experiments need is run once."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
-    began = []
+    started = []
     set_up = measures.set_up
-    monkeypatch.setattr(measures, "set_up", lambda *args: began.append(args[:2]) or set_up(*args))
+    monkeypatch.setattr(measures, "set_up", lambda *args: started.append(args[:2]) or set_up(*args))
     monkeypatch.setattr(ablations, "EPOCHS", (3, 4))
-    result = invoke("all", *small, "--text", text)
+    result = invoke("all", *small_args, "--text", text)
     assert result.exit_code == 0, result.output
-    assert len(began) == len(set(began)) == 2 * len({json.dumps(row["setting"]) for row in every_row(tmp_path / "out")})
+    assert (
+        len(started)
+        == len(set(started))
+        == 2 * len({json.dumps(row["setting"]) for row in every_row(tmp_path / "out")})
+    )
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {f"{name}.{kind}" for name in [*ROWS, "gates"] for kind in ("json", "png")} | {"all.json"}
     values = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ROWS}
@@ -65,7 +69,7 @@ def test_all_of_them(small, tmp_path, monkeypatch):
         "random-init attention: 40.77" in result.output
         and "10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03" in result.output
     )
-    # the same setting is the same row wherever it stands
+    # a setting has the same row in every experiment
     default = values["methods"]["rows"][ZERO_INIT]
     assert values["design"]["rows"]["as it is"] == default == values["zero_init"]["rows"][f"{ZERO_INIT}, 0.05"]
     assert values["layers"]["rows"]["K = 3"] == default and default["setting"]["lr"] == 0.05
@@ -73,40 +77,43 @@ def test_all_of_them(small, tmp_path, monkeypatch):
     assert len(means) == 2 and len(means[0]) == 3 and means[0][-1] == default["train_loss"][0]
 
 
-def test_finished_runs_are_skipped(small, tmp_path, monkeypatch):
-    """An interrupted command, started again, does what is missing; other options are other runs."""
-    out, began, set_up = tmp_path / "out", [], measures.set_up
+def test_finished_runs_are_skipped(small_args, tmp_path, monkeypatch):
+    """After an interruption, the same command does only the missing runs. Other options start new runs."""
+    out, started, set_up = tmp_path / "out", [], measures.set_up
 
-    def fails_at(number):
+    def interrupt_at(number):
         def interrupted(*args):
-            began.append(args[:2])
-            if len(began) == number:
+            started.append(args[:2])
+            if len(started) == number:
                 raise KeyboardInterrupt
             return set_up(*args)
 
-        began.clear()
+        started.clear()
         monkeypatch.setattr(measures, "set_up", interrupted)
 
-    fails_at(4)
-    assert invoke("methods", *small).exit_code != 0 and [path.suffixes for path in out.iterdir()] == [
+    interrupt_at(4)
+    assert invoke("methods", *small_args).exit_code != 0 and [path.suffixes for path in out.iterdir()] == [
         [".unfinished", ".json"]
     ]
-    fails_at(0)
-    result = invoke("methods", *small)
+    interrupt_at(0)
+    result = invoke("methods", *small_args)
     assert result.exit_code == 0 and "skipping 3 finished runs" in result.output
-    assert len(began) == 2 * len(RATES) - 3 and {path.name for path in out.iterdir()} == {"methods.json", "methods.png"}
+    assert len(started) == 2 * len(RATES) - 3 and {path.name for path in out.iterdir()} == {
+        "methods.json",
+        "methods.png",
+    }
     resumed = json.loads((out / "methods.json").read_text())
-    fails_at(0)
-    assert invoke("methods", *small).exit_code == 0 and len(began) == 2 * len(RATES)
-    whole = json.loads((out / "methods.json").read_text())
-    for values in (resumed, whole):
+    interrupt_at(0)
+    assert invoke("methods", *small_args).exit_code == 0 and len(started) == 2 * len(RATES)
+    uninterrupted = json.loads((out / "methods.json").read_text())
+    for values in (resumed, uninterrupted):
         for row in values["rows"].values():
             del row["seconds"]
-    assert resumed == whole
-    fails_at(2)
-    assert invoke("methods", *small).exit_code != 0
-    fails_at(0)
-    assert invoke("methods", *small, "--length", 2).exit_code == 0 and len(began) == 2 * len(RATES)
+    assert resumed == uninterrupted
+    interrupt_at(2)
+    assert invoke("methods", *small_args).exit_code != 0
+    interrupt_at(0)
+    assert invoke("methods", *small_args, "--length", 2).exit_code == 0 and len(started) == 2 * len(RATES)
     assert any(path.name.endswith(".unfinished.json") for path in out.iterdir())
 
 
@@ -114,7 +121,7 @@ def squared(setting, seed):
     return {"value": setting**2 + seed, "threads": torch.get_num_threads()}
 
 
-def test_runs_in_processes_are_the_same(tmp_path):
+def test_runs_in_processes_equal_sequential_runs(tmp_path):
     settings = {"two": 2, "three": 3, "again two": 2}
     columns = [Column("value", "value", ".1f", spread=True)]
     one = Runs("x", tmp_path, 2, {}).table(columns, settings, squared, once=["three"])
@@ -124,42 +131,44 @@ def test_runs_in_processes_are_the_same(tmp_path):
     assert many["two"]["threads"] == [1, 1]
 
 
-def test_the_same_numbers_again(small, tmp_path):
-    """A new process knows nothing of the first run, nor does this world; only the seconds differ."""
+def test_repeated_experiment_has_the_same_numbers(small_args, tmp_path):
+    """Only the seconds differ."""
     written = []
     for _ in range(2):
-        assert invoke("methods", *small).exit_code == 0
+        assert invoke("methods", *small_args).exit_code == 0
         rows = json.loads((tmp_path / "out" / "methods.json").read_text())["rows"]
         written.append({label: {k: v for k, v in row.items() if k != "seconds"} for label, row in rows.items()})
     assert written[0] == written[1] and list(written[0]) == list(RATES)
 
 
-def test_learning_rates_are_tried(small, tmp_path, monkeypatch):
-    """Five of each method, about its own in Table 3's command, on questions of the search's own."""
-    how = []
+def test_rate_search_tries_five_rates_per_method(small_args, tmp_path, monkeypatch):
+    """Rates are scaled with --lr, and compared on questions that only the search uses."""
+    searching_flags = []
     read = commands.read_testbed
     monkeypatch.setattr(
-        commands, "read_testbed", lambda options, searching: how.append(searching) or read(options, searching)
+        commands,
+        "read_testbed",
+        lambda options, searching: searching_flags.append(searching) or read(options, searching),
     )
-    assert invoke("gates", *small).exit_code == 0
+    assert invoke("gates", *small_args).exit_code == 0
     (tmp_path / "text.txt").write_text("The capital of Peru is Lima. " * 100)
-    assert invoke("rates", *small, "--seeds", 1, "--text", tmp_path / "text.txt").exit_code == 0
+    assert invoke("rates", *small_args, "--seeds", 1, "--text", tmp_path / "text.txt").exit_code == 0
     rows = json.loads((tmp_path / "out" / "rates.json").read_text())["rows"]
     assert len(rows) == 5 * len(RATES) and (tmp_path / "out" / "rates.png").exists()
-    assert how == [False, True]
+    assert searching_flags == [False, True]
     for method, rate in RATES.items():
         assert f"{method}, {rate / RATES[ZERO_INIT] * 0.05:.3g}" in rows
 
 
-def test_gates_open(small, tmp_path):
-    assert invoke("gates", *small, "--layers", 2).exit_code == 0
+def test_gate_values_are_recorded(small_args, tmp_path):
+    assert invoke("gates", *small_args, "--layers", 2).exit_code == 0
     values = json.loads((tmp_path / "out" / "gates.json").read_text())
-    openings = torch.tensor(values["gate_values"])
-    assert values["steps"][0] == 0 and values["steps"][-1] == 3 and openings.shape == (len(values["steps"]), 2, 2)
-    assert openings[0].abs().max() == 0 and openings[-1].abs().min() > 0
+    gate_values = torch.tensor(values["gate_values"])
+    assert values["steps"][0] == 0 and values["steps"][-1] == 3 and gate_values.shape == (len(values["steps"]), 2, 2)
+    assert gate_values[0].abs().max() == 0 and gate_values[-1].abs().min() > 0
 
 
-def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
+def test_scienceqa_experiment_end_to_end(small_args, tiny_base, tmp_path):
     problems = {}
     for i in range(12):
         problems[str(i)] = {
@@ -167,7 +176,7 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
             "image": None, "grade": "grade3", "subject": "natural science", "split": ["train", "val"][i % 3 == 2],
         }  # fmt: skip
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    options = small[:2] + ["--data", tmp_path / "problems.json"] + small[4:]
+    options = small_args[:2] + ["--data", tmp_path / "problems.json"] + small_args[4:]
     result = invoke("scienceqa", *options)
     assert result.exit_code == 0, result.output
     assert "8 problems to learn from, 3 to be asked" in result.output
@@ -181,29 +190,29 @@ def test_scienceqa_from_problems_to_the_table(small, tiny_base, tmp_path):
         assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["most_likely"][0]) and scores["SOC"] is None
 
 
-def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
-    """The base alone, then for each method the model with its attention and the adapter, gates nonzero or not there."""
-    asked = []
+def test_scienceqa_uses_the_right_adapter_and_attention(small_args, tmp_path, monkeypatch):
+    """The base comes first, then each method with its attention. The ungated method has zero gates."""
+    calls = []
 
-    def note(responder, requests, *_, **__):
+    def record(responder, requests, *_, **__):
         (name,) = {request.adapter for request in requests}
         adapter = responder.loaded[name].adapter
         gates = None if adapter is None else adapter.gates.abs().max().item() > 0
-        asked.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
+        calls.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
         return [None] * len(requests)
 
-    monkeypatch.setattr(scienceqa, "generate_responses", note)
-    monkeypatch.setattr(scienceqa, "most_likely_choices", note)
+    monkeypatch.setattr(scienceqa, "generate_responses", record)
+    monkeypatch.setattr(scienceqa, "most_likely_choices", record)
     problem = {
         "question": "Even?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None, "grade": "grade3",
         "subject": "natural science",
     }  # fmt: skip
     problems = {str(i): problem | {"split": ["train", "val"][i % 2]} for i in range(4)}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
-    options = small[:2] + ["--data", tmp_path / "problems.json"] + small[4:]
+    options = small_args[:2] + ["--data", tmp_path / "problems.json"] + small_args[4:]
     assert invoke("scienceqa", *options, "--seeds", 1).exit_code == 0
     expected = [("base", "gated_attention", None), ("adapter", "gated_attention", True)]
-    assert asked[::2] == asked[1::2] == [*expected, ("adapter", "ungated_attention", False)]
+    assert calls[::2] == calls[1::2] == [*expected, ("adapter", "ungated_attention", False)]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -217,19 +226,19 @@ def test_scienceqa_asks_whom_it_names(small, tmp_path, monkeypatch):
     (["gates", "--data", "ONE"], "1 examples are too few"),
     (["gates", "--toy-layers", 8], "--toy-layers is for the toy's base, not for --base"),
 ])  # fmt: skip
-def test_bad_options_are_said_in_one_line(small, tmp_path, args, message):
+def test_bad_options_are_one_line_errors(small_args, tmp_path, args, message):
     (tmp_path / "short.txt").write_text("A few words.")
     (tmp_path / "one.json").write_text('[{"instruction": "Say a.", "output": "a"}]')
     files = {"SHORT": tmp_path / "short.txt", "ONE": tmp_path / "one.json"}
-    args = args if args[0] != "gates" else ["gates", *small, *(files.get(arg, arg) for arg in args[1:])]
+    args = args if args[0] != "gates" else ["gates", *small_args, *(files.get(arg, arg) for arg in args[1:])]
     result = invoke(*args, "--out", tmp_path / "out")
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.output
     assert re.search("error: .*" + message, result.stderr), result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_the_rates_are_those_that_the_search_found():
-    """As kept in experiments/results/; zero-init has the toy's own, within what seeds differ by."""
+def test_default_rates_are_those_that_the_search_found():
+    """Compare with experiments/results/. Zero-init has the toy's own rate, within a standard deviation of the best."""
     rows = json.loads((RESULTS / "rates.json").read_text())["rows"].values()
     for method, rate in RATES.items():
         ours = [row for row in rows if row["setting"]["method"] == method]

@@ -1,4 +1,4 @@
-"""python -m experiments bits: perplexity by how the frozen layers are held."""
+"""python -m experiments bits: perplexity by the number of bits of the frozen layers."""
 
 import json
 
@@ -31,8 +31,8 @@ def test_perplexity_by_bits(tiny_base, tmp_path):
 
     linear = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     norms = sum(p.numel() for p in model.layers.parameters()) - linear
-    held = {name: values["layer_bytes"][0] for name, values in found.items()}
-    assert held["float32"] == 2 * held["bfloat16"] == 4 * (linear + norms)
-    assert 9 / 8 * linear == held["8 bits"] - 4 * norms
-    assert 3 / 4 * linear == held["4 bits"] - 4 * norms
+    layer_bytes = {name: values["layer_bytes"][0] for name, values in found.items()}
+    assert layer_bytes["float32"] == 2 * layer_bytes["bfloat16"] == 4 * (linear + norms)
+    assert 9 / 8 * linear == layer_bytes["8 bits"] - 4 * norms
+    assert 3 / 4 * linear == layer_bytes["4 bits"] - 4 * norms
     assert (tmp_path / "out" / "bits.png").stat().st_size > 1000

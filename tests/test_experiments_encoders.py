@@ -1,4 +1,4 @@
-"""The comparisons for encoders."""
+"""The experiments with encoders."""
 
 import json
 from dataclasses import replace
@@ -24,8 +24,8 @@ from train import TrainConfig, mean_loss
 
 
 @pytest.mark.parametrize("method", encoders.METHODS)
-def test_every_method_learns(tmp_path, method):
-    """And trains what it says, and nothing else."""
+def test_every_method_trains_its_own_parameters_only(tmp_path, method):
+    """The loss falls, and no other weight of the encoder changes."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_names(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
@@ -47,8 +47,8 @@ def test_every_method_learns(tmp_path, method):
         assert adapter.gates.abs().max() == 0
 
 
-class Recorded:
-    """What was trained on and scored on, in place of training."""
+class Recorder:
+    """Records what is trained on and scored on, in place of training."""
 
     def __init__(self, monkeypatch):
         self.trained, self.scored = [], []
@@ -64,28 +64,28 @@ class Recorded:
         return 0.5
 
 
-def test_the_tenth_for_learning_rates_is_drawn(monkeypatch, tmp_path):
-    """From a file that is sorted by class: both classes are asked about, the same examples at every rate."""
+def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
+    """Data are sorted by class, but the tenth has both classes, and the same examples at every rate."""
     examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
-    recorded = Recorded(monkeypatch)
+    recorder = Recorder(monkeypatch)
     trainable = Trainable(None, NoPrompts([]), None)
     monkeypatch.setattr(encoders, "set_up_encoder", lambda method, sets, seed: trainable)
     sets = encoders.LabelledSets(tmp_path, examples, [], 2, batch_size=4, length=1, rank=1)
     for _ in range(2):
         encoders.search_encoder_rates(Runs("search", tmp_path / "out", 3, {}), sets, 2)
-    asked = [example.name for example in recorded.scored[0]]
-    assert len(asked) == 10 and {example.labels for example in recorded.scored[0]} == {(0,), (1,)}
-    training = [example.name for example in recorded.trained[0][0]]
-    assert {example.labels for example in recorded.trained[0][0]} == {(0,), (1,)}
-    assert sorted(asked + training) == sorted(example.name for example in examples)
-    assert len(recorded.scored) == 2 * len(encoders.METHODS) * len(encoders.TRIED_RATES)
-    assert all([example.name for example in scored] == asked for scored in recorded.scored)
+    held_out = [example.name for example in recorder.scored[0]]
+    assert len(held_out) == 10 and {example.labels for example in recorder.scored[0]} == {(0,), (1,)}
+    training = [example.name for example in recorder.trained[0][0]]
+    assert {example.labels for example in recorder.trained[0][0]} == {(0,), (1,)}
+    assert sorted(held_out + training) == sorted(example.name for example in examples)
+    assert len(recorder.scored) == 2 * len(encoders.METHODS) * len(encoders.TRIED_RATES)
+    assert all([example.name for example in scored] == held_out for scored in recorder.scored)
     with pytest.raises(ValueError, match="9 training examples: at least 10 are needed"):
         encoders.search_encoder_rates(Runs("search", tmp_path, 3, {}), replace(sets, training=examples[:9]), 2)
 
 
-def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch):
-    """And is read again by our loader and by transformers."""
+def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
+    """Its files are read by our loader and by transformers."""
     monkeypatch.setattr(encoders, "MASK", 265)
     monkeypatch.setitem(encoders.SCHEDULE, "warmup", 5)
     tokenizer = RobertaTokenizer(bpe)
@@ -105,8 +105,8 @@ def test_a_small_roberta_learns_words_that_are_hidden(bpe, tmp_path, monkeypatch
     torch.testing.assert_close(theirs(ids).last_hidden_state, model.encode(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_the_vit_experiment(tmp_path, data):
-    """On a few real digits, from the command line to its file."""
+def test_vit_experiment(tmp_path, data):
+    """Run the command on a few real digits, and read its results."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 200), ("test", 100)):
         images = (
@@ -121,12 +121,12 @@ def test_the_vit_experiment(tmp_path, data):
     assert 0.5 < values["untrained"] < 0.9 and set(values["rows"]) == set(encoders.METHODS)
 
 
-def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
-    """From the command line to its file; a RoBERTa that has read the same texts is there the next time."""
-    made = []
+def test_roberta_experiment(bpe, tmp_path, monkeypatch):
+    """Run the command and read its results. A RoBERTa pretrained on the same texts is used again."""
+    pretrained = []
 
     def pretrain_roberta(rows):
-        made.append(rows)
+        pretrained.append(rows)
         torch.manual_seed(0)
         return Roberta(RobertaConfig(266, 130, 32, 2, 4, 48))
 
@@ -151,19 +151,19 @@ def test_the_roberta_experiment(bpe, tmp_path, monkeypatch):
     assert values["rows"]["head only"]["trained"] == [2 * (32 + 1)]
     assert result.output.count("full tuning") == len(encoders.TRIED_RATES)
     (folder,) = (tmp_path / "cache").iterdir()
-    assert len(made) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
+    assert len(pretrained) == 1 and (folder / "vocab.json").read_bytes() == (bpe / "vocab.json").read_bytes()
     (tmp_path / "text.txt").write_text("the river of the km " * 80)
     encoders.make_roberta([tmp_path / "text.txt"], bpe)
-    assert len(made) == 2
+    assert len(pretrained) == 2
 
 
-def test_few_examples(tmp_path, data, monkeypatch):
-    """Each number of real digits has rates, epochs and draws of its own; what is tried is not what it learns from."""
+def test_few_examples_experiment(tmp_path, data, monkeypatch):
+    """Each number of examples has its own rates, epochs and draws. Rates are scored on examples not trained on."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 60), ("test", 40)):
         images = np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).astype(np.uint8)
         np.savez(tmp_path / f"{name}.npz", images=images, labels=usps[f"{name}_y"][:number])
-    recorded = Recorded(monkeypatch)
+    recorder = Recorder(monkeypatch)
     monkeypatch.setattr(few_examples, "NUMBERS", (8, 500))
     monkeypatch.setattr(few_examples, "MIN_STEPS", 4)
     monkeypatch.setattr(encoders, "TRIED_RATES", (0.001, 0.01))
@@ -173,15 +173,15 @@ def test_few_examples(tmp_path, data, monkeypatch):
     args += ["--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, list(map(str, [*args, "--batch-size", 16])))
     assert result.exit_code == 0, result.output
-    numbers = [(len(examples), config.epochs, config.lr, config.seed) for examples, config in recorded.trained]
+    numbers = [(len(examples), config.epochs, config.lr, config.seed) for examples, config in recorder.trained]
     assert numbers == [
         (8, 4, 0.001, 0), (8, 4, 0.01, 0), (8, 4, 0.001, 0), (8, 4, 0.001, 1),
         (54, 2, 0.001, 0), (54, 2, 0.01, 0), (60, 2, 0.001, 0), (60, 2, 0.001, 1),
     ]  # fmt: skip
-    assert list(map(len, recorded.scored[1:])) == [6, 6, 40, 40] * 2  # before them, all 40 without training
-    names = [{example.name for example in examples} for examples, _ in recorded.trained]
+    assert list(map(len, recorder.scored[1:])) == [6, 6, 40, 40] * 2  # the first has all 40, without training
+    names = [{example.name for example in examples} for examples, _ in recorder.trained]
     for tried in (0, 1, 4, 5):
-        assert not names[tried] & {example.name for example in recorded.scored[1 + tried]}
+        assert not names[tried] & {example.name for example in recorder.scored[1 + tried]}
     assert names[2] != names[3] and names[6] == names[7]
     rows = json.loads((tmp_path / "out" / "few.json").read_text())["by_number"]
     assert set(rows) == {"8", "60"} and all(row["LoRA"]["accuracy"] == [0.5, 0.5] for row in rows.values())

@@ -1,4 +1,4 @@
-"""What is measured of a run, for every method."""
+"""Measurements of a run, for every method."""
 
 import math
 from dataclasses import replace
@@ -19,14 +19,14 @@ METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
 
 
 @pytest.fixture(scope="module")
-def bed(tiny_base, instructions, tmp_path_factory):
+def testbed(tiny_base, instructions, tmp_path_factory):
     return make_testbed(tiny_base, instructions, tmp_path_factory.mktemp("testbed"))
 
 
-def test_what_a_run_says_of_a_method(bed):
-    rows = {method: run_setting(bed, bed.default._replace(method=method, lr=0.01), 0) for method in METHODS}
+def test_measurements_of_every_method(testbed):
+    rows = {method: run_setting(testbed, testbed.default._replace(method=method, lr=0.01), 0) for method in METHODS}
     C, L, K, H = 16, 2, 3, 2
-    weights = sum(p.numel() for p in load_llama(bed.base)[0].parameters())
+    weights = sum(p.numel() for p in load_llama(testbed.base)[0].parameters())
     trained = {ZERO_INIT: L * K * C + L * H, ONE_SOFTMAX: L * K * C, GATES_AT_ONE: L * K * C, FULL: weights}
     trained[LORA] = 3 * 8 * (C + C) * 2  # N layers, rank 8, wq and wv
     assert {method: row["trained"] for method, row in rows.items()} == trained
@@ -34,38 +34,38 @@ def test_what_a_run_says_of_a_method(bed):
         assert row["bytes"] == 4 * trained[method]
         assert row["recovered"] == (method != FULL)
         assert row["recovered_after_merging"] == (False if method == LORA else None)
-        assert row["perplexity"] != base_measures(bed)[0]
+        assert row["perplexity"] != base_measures(testbed)[0]
         assert len(row["losses"]) == 12 and row["train_loss"] == sum(row["losses"][8:]) / 4
-        assert train_setting(bed, bed.default._replace(method=method, lr=0.01), 0)[1] == row["losses"]
+        assert train_setting(testbed, testbed.default._replace(method=method, lr=0.01), 0)[1] == row["losses"]
 
 
-def test_perplexity_of_the_base_s_own_text(bed):
-    model, adapter, *_ = set_up(bed.default, 0, bed.base, bed.dtype, bed.device)
+def test_perplexity_equals_its_definition(testbed):
+    model, adapter, *_ = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
-    rows = len(bed.text)
-    assert rows > 8 and rows % 8 and bed.text.shape[1] == 128  # more than go at once, and a rest
+    rows = len(testbed.text)
+    assert rows > 8 and rows % 8 and testbed.text.shape[1] == 128  # more than one batch, and a smaller last one
     found = []
     for prompts in ((), adapter()):
-        log_p = model(bed.text, prompts).double().log_softmax(dim=2)
-        total = sum(log_p[row, t, bed.text[row, t + 1]].item() for row in range(rows) for t in range(127))
+        log_p = model(testbed.text, prompts).double().log_softmax(dim=2)
+        total = sum(log_p[row, t, testbed.text[row, t + 1]].item() for row in range(rows) for t in range(127))
         found.append(math.exp(-total / (rows * 127)))
-        assert perplexity(bed, model, prompts) == pytest.approx(found[-1], rel=1e-5)
-    assert base_measures(bed)[0] == pytest.approx(found[0], rel=1e-5) and found[0] != found[1]
+        assert perplexity(testbed, model, prompts) == pytest.approx(found[-1], rel=1e-5)
+    assert base_measures(testbed)[0] == pytest.approx(found[0], rel=1e-5) and found[0] != found[1]
 
 
-def test_an_answer_is_exact_or_not(bed, monkeypatch):
-    """The very words, and then the end: room for one token more than the longest answer shows that."""
-    tokenizer, limits = bed.tokenizer, []
-    longest = max(len(tokenizer.encode(question.output)) for question in bed.questions)
+def test_only_exact_answers_count(testbed, monkeypatch):
+    """An answer must end after the expected text. The token limit leaves room to see more."""
+    tokenizer, limits = testbed.tokenizer, []
+    longest = max(len(tokenizer.encode(question.output)) for question in testbed.questions)
 
     def answer(responder, requests, batch_size, unit):
         limits.append(responder.sampling.max_new_tokens)
-        outputs = [question.output for question in bed.questions]
-        return [outputs[0] + " indeed", None, *outputs[2:]]  # in other words, and without room for an answer
+        outputs = [question.output for question in testbed.questions]
+        return [outputs[0] + " indeed", None, *outputs[2:]]  # with additional text, and without room for an answer
 
     monkeypatch.setattr(measures, "generate_responses", answer)
-    model, _ = load_llama(bed.base)
-    assert exact_accuracy(bed, model, NoPrompts([])) == (len(bed.questions) - 2) / len(bed.questions)
+    model, _ = load_llama(testbed.base)
+    assert exact_accuracy(testbed, model, NoPrompts([])) == (len(testbed.questions) - 2) / len(testbed.questions)
     assert limits == [longest + 2]
 
 
@@ -73,14 +73,17 @@ def test_an_answer_is_exact_or_not(bed, monkeypatch):
     {"method": ONE_SOFTMAX}, {"method": GATES_AT_ONE}, {"layers": 1}, {"where": "bottom"}, {"length": 7}, {"lr": 0.5},
     {"epochs": 4}, {"scale": 0.1}, {"activation": "identity"}, {"gate_per": "layer"}, {"gate_decay": 0.5},
 ], ids=str)  # fmt: skip
-def test_a_setting_changes_what_comes_of_it(bed, change):
-    ours, theirs = run_setting(bed, bed.default._replace(**change), 0), run_setting(bed, bed.default, 0)
-    assert ours["losses"] != theirs["losses"] and ours["val_loss"] != theirs["val_loss"]
-    assert (len(ours["losses"]) != len(theirs["losses"])) == ("epochs" in change)
+def test_every_setting_changes_the_losses(testbed, change):
+    changed, default = (
+        run_setting(testbed, testbed.default._replace(**change), 0),
+        run_setting(testbed, testbed.default, 0),
+    )
+    assert changed["losses"] != default["losses"] and changed["val_loss"] != default["val_loss"]
+    assert (len(changed["losses"]) != len(default["losses"])) == ("epochs" in change)
 
 
-def test_a_run_that_diverges_is_a_row_all_the_same(bed, monkeypatch):
-    """Ended with the parameters before that step; its losses from there on are no numbers."""
+def test_diverging_run_still_has_a_row(testbed, monkeypatch):
+    """The run ends with the parameters before the failed step, and its later losses are NaN."""
     train_step, calls = train.train_step, []
 
     def failing(*args):
@@ -90,19 +93,19 @@ def test_a_run_that_diverges_is_a_row_all_the_same(bed, monkeypatch):
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", failing)
-    found = run_setting(bed, bed.default._replace(lr=0.07), 0)
+    found = run_setting(testbed, testbed.default._replace(lr=0.07), 0)
     assert [math.isnan(loss) for loss in found["losses"]] == [False] * 4 + [True] * 8 and len(calls) == 5
     assert math.isnan(found["train_loss"]) and math.isfinite(found["val_loss"]) and found["recovered"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_base_in_bfloat16(bed, method):
-    """What learns is float32 all the same, and learns as on a base in float32."""
-    half = replace(bed, dtype=torch.bfloat16)
-    setting = bed.default._replace(method=method, lr=0.02)
-    model, adapter, _, _ = set_up(setting, 0, half.base, half.dtype, half.device)
+def test_bfloat16_base_trains_like_float32(testbed, method):
+    """The trained parameters are float32, and the loss is close to that on a float32 base."""
+    bfloat16_testbed = replace(testbed, dtype=torch.bfloat16)
+    setting = testbed.default._replace(method=method, lr=0.02)
+    model, adapter, _, _ = set_up(setting, 0, bfloat16_testbed.base, bfloat16_testbed.dtype, bfloat16_testbed.device)
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
     assert model.norm.weight.dtype == (torch.float32 if method == FULL else torch.bfloat16)
-    ours, theirs = run_setting(half, setting, 0), run_setting(bed, setting, 0)
-    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=0.02)
-    assert ours["recovered"] == (method != FULL)
+    found, expected = run_setting(bfloat16_testbed, setting, 0), run_setting(testbed, setting, 0)
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=0.02)
+    assert found["recovered"] == (method != FULL)

@@ -1,4 +1,4 @@
-"""What the method is compared with, each against an independent way to compute it."""
+"""The methods that are compared with LLaMA-Adapter, each checked against an independent computation."""
 
 import builtins
 import math
@@ -34,7 +34,7 @@ from training.run_files import read_metrics
 METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
 
 
-def test_attention_without_gates_is_one_softmax():
+def test_ungated_attention_is_one_softmax():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 5, 8)
     prompt_k, prompt_v = torch.randn(2, 1, 4, 3, 8)
@@ -52,7 +52,7 @@ def test_attention_without_gates_is_one_softmax():
 
 
 def test_lora_starts_as_the_base():
-    """Bit for bit, of a LLaMA and of an encoder; its first values follow from the seed alone, and no other does."""
+    """A LLaMA and an encoder are unchanged bit for bit. Initial values depend on the seed only, not on global state."""
     model = make_model()
     tokens = make_tokens(model, 1, 6)
     before, state = model(tokens), torch.get_rng_state()
@@ -70,7 +70,7 @@ def test_lora_starts_as_the_base():
 
 
 def test_lora_adds_a_product_to_wq_and_wv():
-    """B A x, of scale 1: the same as weights to which B A was added; disabled, the base is back bit for bit."""
+    """LoRA with scale 1 equals weights to which B A was added. Disabled, it gives the base bit for bit."""
     model, plain = make_model(), make_model()
     for n, p in enumerate(add_lora(model, 2, seed=0)):
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(n))
@@ -89,21 +89,21 @@ def test_lora_adds_a_product_to_wq_and_wv():
     assert torch.equal(model(tokens), before)
 
 
-def test_without_peft_there_is_one_line(monkeypatch):
-    real = builtins.__import__
+def test_missing_peft_is_a_one_line_error(monkeypatch):
+    original = builtins.__import__
 
-    def without(name, *args, **options):
+    def import_without_peft(name, *args, **options):
         if name == "peft":
             raise ImportError
-        return real(name, *args, **options)
+        return original(name, *args, **options)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(builtins, "__import__", import_without_peft)
     with pytest.raises(ValueError, match="^the comparison with LoRA .* pip install peft$"):
         add_lora(make_model(), 2, seed=0)
 
 
-def test_an_adapter_of_the_lowest_layers():
-    """Against the reference, with an adapter of all layers whose topmost gates are zero."""
+def test_adapter_of_the_lowest_layers_equals_the_reference():
+    """The reference has an adapter of all layers, with zero gates in the topmost one."""
     model = make_model()
     low = LowAdapter(above=1, layers=2, length=4, dim=32, heads=4, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(low.gates, generator=torch.Generator().manual_seed(2))
@@ -116,8 +116,8 @@ def test_an_adapter_of_the_lowest_layers():
     assert low.gates.grad.abs().min() > 0 and low.prompts.grad.abs().amax(dim=(1, 2)).min() > 0
 
 
-def test_full_tuning_has_the_whole_gradient():
-    """Of every weight, the output head's and the embeddings' included, as autograd has it of plain logits."""
+def test_full_tuning_has_the_gradient_of_every_weight():
+    """Compare with autograd on plain logits, for the output head and the embeddings as well."""
     examples = [make_example([1, 5, 9, 3, 8, 2], 3, "a"), make_example([1, 5, 7, 2], 2, "b")]
     model, other = make_model().requires_grad_(True), make_model().requires_grad_(True)
     loss = whole_model_loss(model, NoPrompts(model.parameters()), examples)
@@ -136,7 +136,7 @@ def test_full_tuning_has_the_whole_gradient():
     assert sum(example.num_targets for example in examples) == 5
 
 
-def test_what_has_no_prompts_holds_what_is_trained():
+def test_no_prompts_contains_the_trained_parameters():
     model = make_model()
     trained = add_lora(model, 2, seed=0)
     adapter = NoPrompts(trained)
@@ -148,8 +148,8 @@ def test_what_has_no_prompts_holds_what_is_trained():
     assert make_adapter(model)() != []
 
 
-def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
-    """The same losses, and the same adapter to the last bit."""
+def test_finite_steps_equal_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
+    """The losses are equal, and the adapter is equal bit for bit."""
     options = [*args, "--warmup-epochs", 1, "--seed", 3]
     assert run(*options).exit_code == 0
     theirs = load_file(tmp_path / "run" / "adapter.safetensors")
@@ -166,8 +166,8 @@ def test_it_is_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
     assert torch.equal(adapter.prompts, theirs["prompts"]) and torch.equal(adapter.gates, theirs["gates"])
 
 
-def test_steps_end_where_values_are_not_finite(tiny_base, instructions):
-    """With the parameters as before that step, which are finite."""
+def test_finite_steps_end_at_non_finite_values(tiny_base, instructions):
+    """The parameters are those before the failed step."""
     model, tokenizer = load_llama(tiny_base)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2)
@@ -185,30 +185,32 @@ def test_steps_end_where_values_are_not_finite(tiny_base, instructions):
 
 
 @pytest.fixture(scope="module")
-def bed(tiny_base, instructions, tmp_path_factory):
+def testbed(tiny_base, instructions, tmp_path_factory):
     return make_testbed(tiny_base, instructions, tmp_path_factory.mktemp("testbed"))
 
 
-def ready(bed, **changes):
-    return set_up(bed.default._replace(**changes), 0, bed.base, bed.dtype, bed.device)
+def set_up_method(testbed, **changes):
+    return set_up(testbed.default._replace(**changes), 0, testbed.base, testbed.dtype, testbed.device)
 
 
-def test_where_every_method_starts(bed):
-    """Zero-init, LoRA and full tuning at the base's own loss, bit for bit; random init elsewhere. Each learns."""
-    base, _ = load_llama(bed.base)
-    start = mean_loss(base, NoPrompts([torch.nn.Parameter(torch.zeros(1))]), bed.held_out, TrainConfig())
+def test_every_method_starts_and_trains_as_described(testbed):
+    """Zero-init, LoRA and full tuning start exactly at the base's loss, the others do not. Every loss falls."""
+    base, _ = load_llama(testbed.base)
+    start = mean_loss(base, NoPrompts([torch.nn.Parameter(torch.zeros(1))]), testbed.held_out, TrainConfig())
     for method in METHODS:
-        model, adapter, optimizer, _ = trainable = ready(bed, method=method, lr=0.02)
-        loss = mean_loss(model, adapter, bed.held_out, TrainConfig())
+        model, adapter, optimizer, _ = trainable = set_up_method(testbed, method=method, lr=0.02)
+        loss = mean_loss(model, adapter, testbed.held_out, TrainConfig())
         assert (loss == start) == (method in (ZERO_INIT, LORA, FULL)), method
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        assert {id(p) for p in adapter.parameters() if p.requires_grad} == held
-        # what a figure says is trained, is; what isn't, is as it was
-        frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in held}
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert {id(p) for p in adapter.parameters() if p.requires_grad} == optimized
+        # exactly the parameters in the optimizer are trained
+        frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in optimized}
         gates = adapter.gates.clone() if method in METHODS[:3] else None
-        before = mean_loss(model, adapter, bed.training, TrainConfig())
-        steps = list(finite_steps(trainable, bed.training, bed.train_config(bed.default._replace(lr=0.02), 0)))
-        assert len(steps) == 12 and mean_loss(model, adapter, bed.training, TrainConfig()) < before
+        before = mean_loss(model, adapter, testbed.training, TrainConfig())
+        steps = list(
+            finite_steps(trainable, testbed.training, testbed.train_config(testbed.default._replace(lr=0.02), 0))
+        )
+        assert len(steps) == 12 and mean_loss(model, adapter, testbed.training, TrainConfig()) < before
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], p) for name, p in frozen.items())
         if gates is not None:
@@ -219,9 +221,9 @@ def test_where_every_method_starts(bed):
     {"method": ONE_SOFTMAX}, {"method": GATES_AT_ONE}, {"layers": 1}, {"where": "bottom"}, {"length": 7},
     {"scale": 0.1}, {"activation": "identity"}, {"gate_per": "layer"}, {"gate_decay": 0.5},
 ], ids=str)  # fmt: skip
-def test_a_setting_is_set_up_as_it_says(bed, change):
+def test_every_setting_is_applied(testbed, change):
     ((name, value),) = change.items()
-    adapter, (model, changed, optimizer, _) = ready(bed).adapter, ready(bed, **change)
+    adapter, (model, changed, optimizer, _) = set_up_method(testbed).adapter, set_up_method(testbed, **change)
     used = model.layers[-1].attention.gated
     assert used is (ungated_attention if value == ONE_SOFTMAX else gated_attention)
     expected = {

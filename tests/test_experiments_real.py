@@ -1,4 +1,4 @@
-"""The experiment on a real LLaMA, here on a tiny one: its parts, what is skipped, and what continues."""
+"""The experiment on a real LLaMA, run here on a tiny one: its parts, what is skipped, and resuming."""
 
 import json
 
@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 @pytest.fixture
 def sources(tiny_base, tmp_path, monkeypatch):
-    """Files of a few sentences; the experiment with as few of everything."""
+    """Data files of a few sentences, with the experiment's sizes patched to match."""
     sentences = [f"a {word} film number {i}\t{i % 2}" for i, word in enumerate(["good", "bad", "long", "new"] * 4)]
     for name, rows in (("train", sentences), ("dev", sentences[:3])):
         (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows))
@@ -35,8 +35,8 @@ def sources(tiny_base, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_parts_follow_from_each_other(sources, tmp_path, monkeypatch):
-    """Every part writes its file, with rates from the first; what is there is not run again."""
+def test_later_parts_use_the_rates_of_the_first(sources, tmp_path, monkeypatch):
+    """Every part writes its file, and a part whose file exists is skipped."""
     monkeypatch.setattr(reviews, "in_new_process", lambda function, *args: function(*args))
     out = tmp_path / "results"
     args = ["real", "--base", sources.base, "--reviews", tmp_path, "--text", sources.text, "--device", "cpu"]
@@ -49,7 +49,8 @@ def test_the_parts_follow_from_each_other(sources, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in parts}
     assert set(found["rates"]["best"]) == set(reviews.TRIED)
-    assert len(found["rates"]["rows"]) == 2 * len(reviews.TRIED)  # a single rate is an edge of its grid: one more
+    # A single rate is at the edge of its grid, so another is tried.
+    assert len(found["rates"]["rows"]) == 2 * len(reviews.TRIED)
     assert found["methods"]["rows"][LORA]["setting"]["lr"] == found["rates"]["best"][LORA]
     assert len(found["methods"]["rows"][ZERO_INIT]["accuracy"]) == 2
     assert found["methods"]["rows"][ZERO_INIT]["recovered"] == [True, True]
@@ -59,40 +60,40 @@ def test_the_parts_follow_from_each_other(sources, tmp_path, monkeypatch):
     assert result.exit_code == 0 and result.stdout == f"rates.json is in {out}: this part is skipped\n"
 
 
-def test_the_best_rate_is_of_the_most_answers_and_then_of_the_lowest_loss():
+def test_best_rate_is_by_accuracy_and_then_by_loss():
     rows = {}
     for lr, accuracy, loss in ((0.1, 0.5, 0.3), (0.2, 0.6, 0.4), (0.3, 0.6, 0.2), (0.4, 0.5, 0.1)):
         rows[lr] = {"setting": {"method": LORA, "lr": lr}, "accuracy": [accuracy], "val_loss": [loss]}
     assert best_rate(rows, LORA) == 0.3
 
 
-def test_few_sentences_have_more_epochs():
+def test_small_training_sets_have_more_epochs():
     assert schedule(800) == {"epochs": 3, "warmup_epochs": 2}
     assert schedule(50) == {"epochs": 19, "warmup_epochs": pytest.approx(19 * 2 / 3)}
 
 
-def test_smaller_sets_are_part_of_larger_ones_and_nothing_is_asked_that_was_learned(sources):
+def test_training_sets_are_nested_and_exclude_held_out_data(sources):
     small, large = (review_testbed(sources, number, True) for number in (4, 12))
     assert [row.ids for row in small.training] == [row.ids for row in large.training[:4]]
-    learned = {tuple(row.ids) for row in large.training}
-    assert len(learned) == 12 and learned.isdisjoint(tuple(row.ids) for row in large.held_out)
+    trained = {tuple(row.ids) for row in large.training}
+    assert len(trained) == 12 and trained.isdisjoint(tuple(row.ids) for row in large.held_out)
     assert len(review_testbed(sources, 4, False).held_out) == 3
 
 
 @pytest.mark.parametrize("method", [ZERO_INIT, LORA, FULL])
-def test_an_interrupted_run_continues(sources, method, monkeypatch):
-    """Stopped amid the steps, and started again, it ends as one that was never stopped."""
+def test_resuming_equals_an_uninterrupted_run(sources, method, monkeypatch):
+    """The run is interrupted after the last step, and then after three steps."""
     testbed = review_testbed(sources, 8, False)
     run = ReviewRun(testbed.default._replace(method=method, lr=0.01), 8)
-    whole = reviews.run_review(sources, run, seed=0)
+    uninterrupted = reviews.run_review(sources, run, seed=0)
     monkeypatch.setattr(measures, "SAVE_EVERY", -1)
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "mean_loss", None)  # it fails after the last step was saved
+        patch.setattr(measures, "mean_loss", None)  # fails after the last step was saved
         with pytest.raises(TypeError):
             reviews.run_review(sources, run, seed=0)
     (checkpoint,) = reviews.CACHE.iterdir()
     state = torch.load(checkpoint, weights_only=True)
-    assert state["losses"] == whole["losses"]
+    assert state["losses"] == uninterrupted["losses"]
 
     steps = methods.training_steps
 
@@ -107,15 +108,15 @@ def test_an_interrupted_run_continues(sources, method, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             reviews.run_review(sources, run, seed=0)
     assert len(torch.load(checkpoint, weights_only=True)["losses"]) == 3
-    again = reviews.run_review(sources, run, seed=0)
-    assert {key: again[key] for key in again if key != "seconds"} == {
-        key: whole[key] for key in whole if key != "seconds"
+    resumed = reviews.run_review(sources, run, seed=0)
+    assert {key: resumed[key] for key in resumed if key != "seconds"} == {
+        key: uninterrupted[key] for key in uninterrupted if key != "seconds"
     }
     assert not list(reviews.CACHE.iterdir())
 
 
 def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
-    """Its gradient is close to that in float32, and not equal to it."""
+    """The gradient is close to the one in float32, but not equal to it."""
     testbed = review_testbed(sources, 8, False)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -129,8 +130,8 @@ def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_other_tasks(sources, chat_base, tmp_path, monkeypatch):
-    """ScienceQA, three adapters mixed in a batch, Alpaca and digits write their files; adapters come from the cache."""
+def test_parts_on_other_tasks_write_their_files(sources, chat_base, tmp_path, monkeypatch):
+    """Run ScienceQA, three adapters mixed in a batch, Alpaca, and digits. Adapters are kept in the cache."""
     problems = save_problems(tmp_path)
     splits = {"train": ["12", "30"], "val": ["31"], "test": ["12", "30", "31"]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
@@ -164,7 +165,7 @@ def test_the_other_tasks(sources, chat_base, tmp_path, monkeypatch):
     assert len(kept) == 5 and not list(reviews.CACHE.glob("*.pt"))  # three experts, two of Alpaca
 
 
-def test_what_a_part_needs_is_named(sources, tmp_path):
+def test_missing_option_of_a_part_is_named(sources, tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps({"best": dict.fromkeys(reviews.TRIED, 0.02)}))
     args = ["real", "--base", sources.base, "--reviews", tmp_path, "--text", sources.text, "--out", tmp_path]
     for part, option in (("scienceqa", "--problems"), ("alpaca", "--alpaca")):
@@ -172,9 +173,9 @@ def test_what_a_part_needs_is_named(sources, tmp_path):
         assert result.exit_code == 2 and f"{option} is missing" in result.stderr
 
 
-def test_capitals_are_asked_about_other_countries():
-    training, asked = capital_examples()
-    assert len(training) > 50 and len(asked) > 50
-    assert not {example.name for example in training} & {example.name for example in asked}
-    assert all(map(is_json, (example.output for example in training + asked)))
+def test_capitals_are_evaluated_on_other_countries():
+    training, evaluated = capital_examples()
+    assert len(training) > 50 and len(evaluated) > 50
+    assert not {example.name for example in training} & {example.name for example in evaluated}
+    assert all(map(is_json, (example.output for example in training + evaluated)))
     assert not any(map(is_json, ("Paris", '["Paris"]', '{"capital": "Paris"}', None)))

@@ -1,4 +1,4 @@
-"""python -m experiments sounds, and the Keyword Transformer of docs/examples that it hears through."""
+"""python -m experiments sounds, and the Keyword Transformer of docs/examples, which encodes the sounds."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def encoder(name):
 
 @pytest.fixture
 def keyword_transformer(data, monkeypatch):
-    """The folder of the model and its real clips; the variable names the model."""
+    """The folder of the model and its real clips. KWT_MODEL is set to the model's path."""
     pytest.importorskip("av")
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
     folder = data / "models" / "kwt1"
@@ -35,7 +35,7 @@ def keyword_transformer(data, monkeypatch):
 
 
 def save_tone(path, rate, seconds, pitch=440, before=0.0):
-    """16-bit sound that begins after so many seconds of silence."""
+    """Write a 16-bit tone that begins after `before` seconds of silence."""
     sound = 0.5 * np.sin(2 * np.pi * pitch * np.arange(round(rate * seconds)) / rate)
     sound = np.concatenate([np.zeros(round(rate * before)), sound])
     with wave.open(str(path), "wb") as file:
@@ -48,16 +48,16 @@ def save_tone(path, rate, seconds, pitch=440, before=0.0):
 # The encoder
 
 
-def test_ten_of_ten_real_clips(keyword_transformer, tmp_path):
-    """By its own labels, in the order that the experiment has them: also four words that are none of them."""
+def test_all_ten_real_clips_are_recognized(keyword_transformer, tmp_path):
+    """The labels are in the experiment's order. Four of the words have the label "unknown"."""
     files = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     features = encode_with_function(files, encoder("label_scores"))
     examples = [Example("", "", "", str(file), file.name, features=one) for file, one in zip(files, features)]
     assert len(files) == 10 and sounds.label_matches(examples) == [True] * 10
 
 
-def test_the_scores_are_made_of_the_last_class_token(keyword_transformer, tmp_path):
-    """A layer that was fused away would hold something else."""
+def test_scores_are_computed_from_the_last_class_token(keyword_transformer, tmp_path):
+    """If a layer were fused away, its tensor would contain other values."""
     (file, *_) = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     tokens, scores = encoder("class_tokens")(file), encoder("label_scores")(file)
     assert tokens.shape == (4, 64) and scores.shape == (1, 12)
@@ -69,7 +69,7 @@ def test_the_scores_are_made_of_the_last_class_token(keyword_transformer, tmp_pa
 
 
 @pytest.mark.parametrize("rate", [16000, 22050, 44100])
-def test_a_sound_of_any_rate_is_one_at_16_kHz(tmp_path, rate):
+def test_sounds_of_any_rate_are_resampled_to_16_khz(tmp_path, rate):
     pytest.importorskip("av")
     samples = encoder("read_sound")(save_tone(tmp_path / "x.wav", rate, 0.5, pitch=440))
     assert abs(len(samples) - 8000) <= 2, "nothing is left in the resampler"
@@ -78,7 +78,7 @@ def test_a_sound_of_any_rate_is_one_at_16_kHz(tmp_path, rate):
 
 
 @pytest.mark.parametrize("seconds, before", [(0.2, 0), (0.2, 0.7), (0.2, 3.0), (1.6, 0)])
-def test_the_second_around_the_sound(tmp_path, seconds, before):
+def test_one_second_is_centered_on_the_sound(tmp_path, seconds, before):
     pytest.importorskip("av")
     path = save_tone(tmp_path / "x.wav", 16000, seconds, before=before)
     samples = encoder("one_second")(encoder("read_sound")(path))
@@ -87,11 +87,11 @@ def test_the_second_around_the_sound(tmp_path, seconds, before):
     assert abs(loud[0] + loud[-1] - 16000) < 40 and abs(len(loud) - 16000 * min(seconds, 1)) < 800
 
 
-def test_silence_is_heard_too():
+def test_silence_gives_one_second_of_zeros():
     assert np.array_equal(encoder("one_second")(np.zeros(400, np.float32)), np.zeros(16000))
 
 
-def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
+def test_missing_package_or_model_is_a_one_line_error(tmp_path, monkeypatch):
     file = save_tone(tmp_path / "x.wav", 16000, 0.5)
     monkeypatch.setitem(__import__("sys").modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(ValueError, match="x.wav: the encoder failed: .*: pip install ai-edge-litert"):
@@ -119,7 +119,7 @@ def test_no_held_out_voice_is_trained_on():
     assert spoken == {(part, word) for part in sounds.VOICES for word in sounds.WORDS}
 
 
-def test_another_sound_is_of_another_word():
+def test_swapped_sounds_are_of_another_word():
     words = ["stop", "stop", "stop", "go"]
     examples = [
         Example("", "", "", word, f"{word}-{i}.wav", features=torch.tensor([float(i)])) for i, word in enumerate(words)
@@ -127,8 +127,8 @@ def test_another_sound_is_of_another_word():
     assert [words[int(one)] for one in sounds.other_sounds(examples)] == ["go", "go", "go", "stop"]
 
 
-def test_espeak_ng_speaks(tmp_path, monkeypatch):
-    """A few words; the records beside are a data file of train.py's, whose sounds are there."""
+def test_espeak_ng_makes_the_sounds_and_records(tmp_path, monkeypatch):
+    """The records are a data file for train.py, and the sounds that they name exist."""
     if shutil.which("espeak-ng") is None:
         pytest.skip("needs espeak-ng")
     monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
@@ -138,8 +138,8 @@ def test_espeak_ng_speaks(tmp_path, monkeypatch):
     assert [len(sounds.wav_files(folder / part)) for part in sounds.VOICES] == [4, 2]
     examples = instructions.read(folder / "sounds.json")
     assert all((folder / example.image).is_file() for example in examples)
-    said = {(sounds.spoken_word(Path(e.image)), e.instruction, e.output) for e in examples}
-    assert said == {
+    records = {(sounds.spoken_word(Path(e.image)), e.instruction, e.output) for e in examples}
+    assert records == {
         ("eight", "Which word do you hear?", "I hear the word eight."),
         ("eight", "Is it a number?", "Eight is a number."),
         ("stop", "Which word do you hear?", "I hear the word stop."),
@@ -149,7 +149,7 @@ def test_espeak_ng_speaks(tmp_path, monkeypatch):
         assert file.getnframes() > 2000
 
 
-def test_without_espeak_ng(tmp_path, monkeypatch):
+def test_missing_espeak_ng_or_sounds_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setenv("PATH", "")
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite"])
@@ -159,25 +159,25 @@ def test_without_espeak_ng(tmp_path, monkeypatch):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_command(tiny_base, tmp_path, monkeypatch):
-    """On any folder of sounds, each given to the exam as it should be; answers that are known make the table."""
+def test_sounds_command(tiny_base, tmp_path, monkeypatch):
+    """Run it on generated tones, with stubbed answers that determine the table."""
     (tmp_path / "ear.py").write_text("import numpy as np\ndef rows(path): return np.arange(12.0)[None] ** 0.5\n")
     monkeypatch.setattr(sounds, "EXAMPLES", tmp_path)
     monkeypatch.setattr(sounds, "ENCODERS", {"an ear": "ear.py:rows", sounds.SCORES: "ear.py:rows"})
     for part in ("tuned", "held-out"):
         (tmp_path / part).mkdir()
-        for word in ("go", "stop"):  # `go` is the last of the labels, and the largest of the features
+        for word in ("go", "stop"):  # `go` is the last label, where the features are largest
             save_tone(tmp_path / part / f"{word}-a.wav", 16000, 0.1)
     np.savez(tmp_path / "clips.npz", waves=np.zeros((1, 16000), np.float32), words=["go"])
     monkeypatch.setattr(sounds, "other_sounds", lambda examples: [torch.zeros(12) for _ in examples])
 
-    def answers(model, tokenizer, adapter, requests):
-        """Right about "go" when it is heard, and about nothing else."""
+    def stub_answers(model, tokenizer, adapter, requests):
+        """Answer correctly about "go" if the request has a sound, and about nothing else."""
         heard = [request.features is not None and bool(request.features.any()) for request in requests]
-        said = {"Which word do you hear?": "I hear the word go.", "Is it a number?": "Go is no number."}
-        return [said[request.instruction] if ear else "?" for request, ear in zip(requests, heard)]
+        responses = {"Which word do you hear?": "I hear the word go.", "Is it a number?": "Go is no number."}
+        return [responses[request.instruction] if has_sound else "?" for request, has_sound in zip(requests, heard)]
 
-    monkeypatch.setattr(sounds, "greedy_answers", answers)
+    monkeypatch.setattr(sounds, "greedy_answers", stub_answers)
     monkeypatch.setenv("KWT_MODEL", "")
     command = ["sounds", "--model", "x", "--speech", tmp_path, "--clips", tmp_path / "clips.npz", "--base", tiny_base]
     command += ["--epochs", 2, "--lr", 0.01, "--seeds", 2, "--device", "cpu", "--out", tmp_path / "out"]
@@ -186,13 +186,13 @@ def test_the_command(tiny_base, tmp_path, monkeypatch):
     assert "sounds: tuned 2, held-out 2, real clips 1; two questions about each" in result.stdout
     assert "accuracy of its own labels: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
     found = json.loads((tmp_path / "out" / "sounds.json").read_text())
-    of = found["rows"]["an ear"]
-    assert [of[f"held-out: {name}"] for name in ("heard", "withheld", "another")] == [[0.5, 0.5], [0, 0], [0, 0]]
-    assert of["held-out: words"] == [{"go": 1, "stop": 0}] * 2
-    assert of["real clips: heard"] == [1, 1] and (tmp_path / "out" / "sounds.png").stat().st_size > 1000
+    row = found["rows"]["an ear"]
+    assert [row[f"held-out: {name}"] for name in ("heard", "withheld", "another")] == [[0.5, 0.5], [0, 0], [0, 0]]
+    assert row["held-out: words"] == [{"go": 1, "stop": 0}] * 2
+    assert row["real clips: heard"] == [1, 1] and (tmp_path / "out" / "sounds.png").stat().st_size > 1000
 
 
-def test_an_archive_of_something_else(tmp_path):
+def test_archive_of_other_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match="x.npz: is not an .npz archive with arrays `waves` and `words`"):
         sounds.write_clips(tmp_path / "x.npz", tmp_path)

@@ -1,4 +1,4 @@
-"""python -m experiments stages: captions, then questions."""
+"""python -m experiments stages: training on captions, then on questions."""
 
 import json
 
@@ -11,47 +11,47 @@ from experiments.__main__ import main
 
 
 @pytest.fixture
-def small(small_digits, tiny_base, monkeypatch):
+def small_toy(small_digits, tiny_base, monkeypatch):
     monkeypatch.setattr("experiments.stages.toy_base", lambda: tiny_base)
 
 
-def run(tmp_path, *args):
+def run_stages(tmp_path, *args):
     args = ["stages", "--pictures", 4, "--epochs", 2, "--device", "cpu", "--out", tmp_path, *args]
     result = CliRunner().invoke(main, list(map(str, args)))
     assert result.exit_code == 0, result.output
     return result.stdout, json.loads((tmp_path / "stages.json").read_text())
 
 
-def test_what_each_run_learns_from(small, tmp_path, monkeypatch):
-    """The same captions and questions, in one stage or in two, of which the second may leave the projection alone."""
-    seen = []
+def test_training_data_of_every_stage(small_toy, tmp_path, monkeypatch):
+    """Runs of one stage and of two use the same captions and questions. The second stage may freeze the projection."""
+    adapters = []
 
     def evaluate(model, tokenizer, adapter):
-        seen.append({name: tensor.clone() for name, tensor in adapter.state_dict().items()})
-        return {f"picture_accuracy_{name}": len(seen) / 10 for name in ("image", "no_image", "another_image")}
+        adapters.append({name: tensor.clone() for name, tensor in adapter.state_dict().items()})
+        return {f"picture_accuracy_{name}": len(adapters) / 10 for name in ("image", "no_image", "another_image")}
 
-    steps, given = stages.finite_steps, []
+    steps, stages_run = stages.finite_steps, []
 
     def recorded(trainable, examples, config):
-        given.append((len(examples), sum(parameter.requires_grad for parameter in trainable.adapter.parameters())))
+        stages_run.append((len(examples), sum(parameter.requires_grad for parameter in trainable.adapter.parameters())))
         return steps(trainable, examples, config)
 
     monkeypatch.setattr(stages, "evaluate_digits", evaluate)
     monkeypatch.setattr(stages, "finite_steps", recorded)
-    stdout, found = run(tmp_path, "--seeds", 1)
+    stdout, found = run_stages(tmp_path, "--seeds", 1)
     assert "20 captions, 12 questions about 4 images" in stdout
-    assert given == [(12, 6), (32, 6), (20, 6), (12, 6), (20, 6), (12, 2)]  # the projection has four tensors
+    assert stages_run == [(12, 6), (32, 6), (20, 6), (12, 6), (20, 6), (12, 2)]  # the projection has four tensors
     assert [row["accuracy"] for row in found["rows"].values()] == [[0.1], [0.2], [0.3], [0.4]]
     monkeypatch.setattr(stages, "STAGES", {"captions alone": [(("captions",), ())]})
-    run(tmp_path, "--seeds", 1)
-    (_, _, together, frozen, captions) = seen
+    run_stages(tmp_path, "--seeds", 1)
+    (_, _, together, frozen, captions) = adapters
     assert torch.equal(frozen["projection.0.weight"], captions["projection.0.weight"])
     assert not torch.equal(frozen["prompts"], captions["prompts"])
     assert not torch.equal(together["projection.0.weight"], captions["projection.0.weight"])
 
 
-def test_the_command(small, tmp_path, monkeypatch):
+def test_stages_command(small_toy, tmp_path, monkeypatch):
     monkeypatch.setattr("toy.exam.greedy_answers", lambda model, tokenizer, adapter, requests: ["?"] * len(requests))
-    stdout, found = run(tmp_path, "--seeds", 2)
+    stdout, found = run_stages(tmp_path, "--seeds", 2)
     assert stdout.count("0.0%") >= 4 and (tmp_path / "stages.png").stat().st_size > 1000
     assert all(len(row["accuracy"]) == 2 for row in found["rows"].values())

@@ -1,4 +1,4 @@
-"""python -m experiments stories: instructions made of stories, and which of them are followed."""
+"""python -m experiments stories: instructions made from stories, and whether they are followed."""
 
 import itertools
 import json
@@ -16,8 +16,8 @@ from experiments.runs import RESULTS
 LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
 
 
-def made_up(number):
-    """Stories with kinds, names and things of their own: one in four, and else common ones."""
+def make_stories(number):
+    """Return stories, of which one in four has its own kind, name and things, and the others have common ones."""
     texts = []
     for i in range(number):
         own = i % 4 == 0
@@ -32,27 +32,27 @@ def made_up(number):
     return texts
 
 
-def test_sentences():
+def test_text_is_split_into_sentences():
     text = 'Tom ran. "Stop!" she said. It was 3.5 miles? And th'
     assert sentences(text) == ["Tom ran.", '"Stop!"', "she said.", "It was 3.5 miles?"]
     assert stories.whole_sentences(text) == text[:-7]
     assert stories.whole_sentences("no end") == ""
 
 
-def test_what_is_a_story():
-    story = made_up(1)[0]
+def test_stories_are_recognized():
+    story = make_stories(1)[0]
     assert is_story(story) and is_prose(story)
-    assert not is_story("Tom ran. He saw a dog. It was big.")  # short
+    assert not is_story("Tom ran. He saw a dog. It was big.")  # too short
     last = sentences(story)[-1]
-    assert not is_story(f"{story} {last}")  # said twice
+    assert not is_story(f"{story} {last}")  # a sentence is repeated
     assert not is_story(story.replace("a little", "### a little"))
     for beginning in ("He had a cat. ", '"Hello!" said Tom. ', "It is so. "):
         assert is_prose(beginning + story) and not is_story(beginning + story)
     assert is_story("It was a hot day. " + story) and is_story("Helen had a cat. " + story)
 
 
-def test_what_is_followed():
-    """Word for word, whole words; any of a thing's forms in s."""
+def test_followed_instructions_are_recognized():
+    """Whole words must match. A plural in -s counts as its singular."""
     thing = StoryInstruction("a thing", ("cat",))
     assert follows(thing, "A Cat ran.") and follows(thing, "Two cats ran.")
     assert not follows(thing, "A caterpillar ran.")
@@ -64,26 +64,26 @@ def test_what_is_followed():
     assert (begin.example().input, begin.example().output) == ("Tom ran.", "Tom ran. He fell.")
 
 
-def test_held_out_is_what_training_never_had():
-    sets = make_instructions(made_up(400), per_kind=8, tested=4)
+def test_held_out_words_never_occur_in_training():
+    sets = make_instructions(make_stories(400), per_kind=8, tested=4)
     assert [len(part) for part in sets[:3]] == [40, 10, 20]
     for part, number in ((sets.training, 8), (sets.validation, 2), (sets.testing, 4)):
-        assert all(sum(told.kind == kind for told in part) == number for kind in KINDS)
-    assert all(follows(told, told.story) for told in sets.training)
-    used = [told.story for told in sets.training]
+        assert all(sum(item.kind == kind for item in part) == number for kind in KINDS)
+    assert all(follows(item, item.story) for item in sets.training)
+    used = [item.story for item in sets.training]
     assert len(set(used)) == 40 and not set(used) & set(sets.others)
     known = {word for story in used for word in re.findall(r"\w+", story)}
-    for told in sets.testing + sets.validation:
-        if told.kind == "first sentence":
-            assert not any(story.startswith(told.required[0]) for story in used)
+    for item in sets.testing + sets.validation:
+        if item.kind == "first sentence":
+            assert not any(story.startswith(item.required[0]) for story in used)
         else:
-            assert not known & set(told.required)
-    assert not {told.required for told in sets.testing} & {told.required for told in sets.validation}
-    assert make_instructions(made_up(400), per_kind=8, tested=4) == sets
+            assert not known & set(item.required)
+    assert not {item.required for item in sets.testing} & {item.required for item in sets.validation}
+    assert make_instructions(make_stories(400), per_kind=8, tested=4) == sets
     with pytest.raises(ValueError, match="rare names or words, 600 are needed"):
-        make_instructions(made_up(400), per_kind=8, tested=400)
+        make_instructions(make_stories(400), per_kind=8, tested=400)
     with pytest.raises(ValueError, match="stories are left for .*, 300 are needed: lower --per-kind"):
-        make_instructions(made_up(400), per_kind=300, tested=4)
+        make_instructions(make_stories(400), per_kind=300, tested=4)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def command(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(instructions, "TESTED", 2)
     monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, FULL: 0.001})
     monkeypatch.setattr(instructions, "TRIED", {ONE_SOFTMAX: (0.1, 0.2)})
-    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(made_up(200) + ["cut o"]))
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(make_stories(200) + ["cut o"]))
 
     def run(*more):
         args = ["stories", "--base", tiny_base, "--data", tmp_path / "stories.txt", "--per-kind", 3, "--epochs", 3]
@@ -101,21 +101,21 @@ def command(tiny_base, tmp_path, monkeypatch):
     return run
 
 
-def test_the_command(command, tmp_path, monkeypatch):
-    """From the command line to its files; what is told is given, for random weights tell nothing."""
-    asked = []
+def test_stories_command(command, tmp_path, monkeypatch):
+    """Generated stories are stubbed, because a base with random weights follows no instruction."""
+    calls = []
 
-    def generate_stories(testbed, model, given, adapter=None, raw=False):
-        asked.append((len(given), 0 if adapter is None else len(adapter()), raw))
-        story = made_up(1)[0]
-        return [f"{' '.join(each.required)} {story}" if each.kind == "a thing" else "He ran." for each in given]
+    def generate_stories(testbed, model, requests, adapter=None, raw=False):
+        calls.append((len(requests), 0 if adapter is None else len(adapter()), raw))
+        story = make_stories(1)[0]
+        return [f"{' '.join(each.required)} {story}" if each.kind == "a thing" else "He ran." for each in requests]
 
     with monkeypatch.context() as patch:
         patch.setattr(instructions, "generate_stories", generate_stories)
         result = command("--seeds", 2)
     assert result.exit_code == 0, result.output
     assert "15 training instructions, 10 held-out instructions" in result.output
-    assert asked == [(10, 0, True), (10, 0, False), (10, 3, False), (10, 3, False), (10, 0, False), (10, 0, False)]
+    assert calls == [(10, 0, True), (10, 0, False), (10, 3, False), (10, 3, False), (10, 0, False), (10, 0, False)]
     found = json.loads((tmp_path / "out" / "stories.json").read_text())
     assert list(found["rows"]) == ["the base as it is", "the base in the template", ZERO_INIT, FULL]
     assert found["rows"][ZERO_INIT]["a thing"] == [1.0, 1.0] and found["rows"][ZERO_INIT]["accuracy"] == [0.2, 0.2]
@@ -123,37 +123,37 @@ def test_the_command(command, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "stories.png").stat().st_size > 1000
 
 
-def test_rates_and_shares(command, tmp_path, monkeypatch):
-    """What is learned from, and for how many steps; and that answers are decoded."""
-    given, steps = [], instructions.finite_steps
+def test_rate_search_and_shares_of_the_data(command, tmp_path, monkeypatch):
+    """Check the number of examples and of epochs of every run, and that stories are generated."""
+    runs, steps = [], instructions.finite_steps
     monkeypatch.setattr(
-        instructions, "finite_steps", lambda t, e, c: given.append((len(e), c.epochs, c.lr)) or steps(t, e, c)
+        instructions, "finite_steps", lambda t, e, c: runs.append((len(e), c.epochs, c.lr)) or steps(t, e, c)
     )
     result = command("--search", "--length", 2, "--layers", 1, "--batch-size", 5)
     assert result.exit_code == 0, result.output
-    assert given == [(15, 10, 0.1), (15, 10, 0.2)] and "5 held-out instructions" in result.output
+    assert runs == [(15, 10, 0.1), (15, 10, 0.2)] and "5 held-out instructions" in result.output
     assert not (tmp_path / "out" / "stories_rates.png").exists()
     found = json.loads((tmp_path / "out" / "stories_rates.json").read_text())
     assert all(row["lr"] and "answers" not in row for row in found["rows"].values())
-    assert [example["kind"] for example in found["examples"]] == list(KINDS)  # there is one of each
+    assert [example["kind"] for example in found["examples"]] == list(KINDS)  # one of each kind
     assert all(set(example["told"]) == set(found["rows"]) for example in found["examples"])
-    given.clear()
+    runs.clear()
     monkeypatch.setattr(instructions, "SHARES", (0.2, 1.0))
     monkeypatch.setattr(instructions, "BEST", {ZERO_INIT: 0.1, ONE_SOFTMAX: 0.1, instructions.LORA: 0.01})
     monkeypatch.setattr(instructions, "MIN_STEPS", 4)
     assert command("--curve", "--seeds", 1).exit_code == 0
-    assert [each[:2] for each in given] == [(3, 4)] * 3 + [(15, 4)] * 3
+    assert [each[:2] for each in runs] == [(3, 4)] * 3 + [(15, 4)] * 3
     assert (tmp_path / "out" / "stories_curve.png").stat().st_size > 1000
 
 
-def test_errors_are_lines(command, tmp_path):
-    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(made_up(5)))
+def test_too_few_stories_are_a_one_line_error(command, tmp_path):
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(make_stories(5)))
     result = command()
     assert result.exit_code == 2 and "stories.txt: has 4 stories" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_the_best_rates_are_those_that_the_search_found():
-    """As kept in experiments/results/."""
+def test_best_rates_are_those_that_the_search_found():
+    """Compare with experiments/results/."""
     rows = json.loads((RESULTS / "stories_rates.json").read_text())["rows"]
     for method, lr in instructions.BEST.items():
         ours = {row["lr"][0]: row["accuracy"][0] for label, row in rows.items() if label.startswith(f"{method}, ")}

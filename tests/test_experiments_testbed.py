@@ -1,4 +1,4 @@
-"""What settings are compared on."""
+"""The testbed: the data and defaults with which settings are compared."""
 
 from itertools import islice
 
@@ -9,8 +9,8 @@ from toy import almanac
 from toy.language_model import ROW
 
 
-def test_the_toy_is_the_default(tiny_base, monkeypatch):
-    """With train.py's options for it, and text that its base has not seen."""
+def test_toy_is_the_default(tiny_base, monkeypatch):
+    """Its options are those of train.py, and its base was not trained on the text."""
     monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
     assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"]) and bed.batch_size == toy.TRAINING["batch_size"]
@@ -26,21 +26,21 @@ def test_the_toy_is_the_default(tiny_base, monkeypatch):
 
 
 def test_learning_rates_are_searched_without_held_out_questions():
-    sets, (training, asked) = almanac.instructions(), testbed.toy_examples(searching=True)
+    sets, (training, evaluated) = almanac.instructions(), testbed.toy_examples(searching=True)
     questions = {question.example: question.entity for question in sets["training"]}
-    assert len(training) + len(asked) == len(questions) == len(testbed.toy_examples(searching=False)[0])
-    assert set(training) | set(asked) == set(questions)
-    assert not {questions[example] for example in training} & {questions[example] for example in asked}
-    assert not {example.output for example in training} & {example.output for example in asked}
+    assert len(training) + len(evaluated) == len(questions) == len(testbed.toy_examples(searching=False)[0])
+    assert set(training) | set(evaluated) == set(questions)
+    assert not {questions[example] for example in training} & {questions[example] for example in evaluated}
+    assert not {example.output for example in training} & {example.output for example in evaluated}
     opposites = almanac.KINDS["opposite"].facts
-    answers = {opposites.get(questions[example]) for example in asked if "opposite" in example.output}
+    answers = {opposites.get(questions[example]) for example in evaluated if "opposite" in example.output}
     assert answers and not answers & {questions[example] for example in training if "opposite" in example.output}
     held_out = {question.example for name in almanac.HELD_OUT for question in sets[name]}
     assert set(testbed.toy_examples(searching=False)[1]) == held_out and not held_out & set(questions)
 
 
-def test_of_data_a_tenth_is_held_out(tiny_base, instructions):
-    """A search holds out a tenth of the rest, and asks only that."""
+def test_a_tenth_of_the_data_is_held_out(tiny_base, instructions):
+    """A search holds out a tenth of the rest instead, and evaluates on that only."""
     options = testbed.TestbedOptions(tiny_base, instructions, device="cpu")
     bed, searching = testbed.read_testbed(options), testbed.read_testbed(options, searching=True)
     assert (len(bed.training), len(bed.questions), bed.batch_size) == (36, 4, 64)
