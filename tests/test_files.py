@@ -1,4 +1,4 @@
-"""Reading with a bound, writing wholly or not at all, and names that a terminal would obey."""
+"""Reading with a limit, atomic writes, locks, and messages that are safe to print."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ from training.run_files import save_checkpoint
 
 
 @pytest.mark.parametrize("name, opener", [("a.json", open), ("a.json.gz", gzip.open), ("a.json.xz", lzma.open)])
-def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch, name, opener):
+def test_files_above_the_limit_are_refused(tmp_path, monkeypatch, name, opener):
     monkeypatch.setattr("runtime.files.MAX_BYTES", 1000)
     with opener(tmp_path / name, "wb") as file:
         file.write(b" " * 1000)
@@ -30,11 +30,11 @@ def test_no_more_is_read_than_the_bound(tmp_path, monkeypatch, name, opener):
         read_text(tmp_path / name)
 
 
-def test_the_bound_is_a_gigabyte():
+def test_default_limit_is_one_gibibyte():
     assert MAX_BYTES == 2**30
 
 
-def test_what_never_ends_is_not_read(tmp_path):
+def test_devices_and_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path / "pipe.json", "/dev/zero"):
         for read in (read_text, load_pth):
@@ -42,8 +42,8 @@ def test_what_never_ends_is_not_read(tmp_path):
                 read(path)
 
 
-def test_tensors_have_bytes_of_their_own(tmp_path):
-    """A file of a kilobyte that would be 400 GB of numbers; and one that is packed."""
+def test_expanded_and_compressed_tensors_are_refused(tmp_path):
+    """One file is small but declares 4e11 numbers, the other is a compressed zip file."""
     from formats.adapters import load_adapter
 
     bomb = {"adapter_query.weight": torch.zeros(1).expand(10**8, 4096), "layers.0.attention.gate": torch.ones(4)}
@@ -54,15 +54,15 @@ def test_tensors_have_bytes_of_their_own(tmp_path):
     import zipfile
 
     torch.save({"a": torch.zeros(10**6)}, tmp_path / "b.pth")
-    with zipfile.ZipFile(tmp_path / "b.pth") as plain, zipfile.ZipFile(tmp_path / "c.pth", "w", 8) as packed:
+    with zipfile.ZipFile(tmp_path / "b.pth") as plain, zipfile.ZipFile(tmp_path / "c.pth", "w", 8) as compressed:
         for entry in plain.infolist():
-            packed.writestr(entry.filename, plain.read(entry))
+            compressed.writestr(entry.filename, plain.read(entry))
     assert load_pth(tmp_path / "b.pth")["a"].sum() == 0
     with pytest.raises(ValueError, match="c.pth: .*is compressed"):
         load_pth(tmp_path / "c.pth")
 
 
-def test_writers_of_one_file_do_not_meet(tmp_path):
+def test_concurrent_writers_do_not_mix(tmp_path):
     path, started = tmp_path / "a.txt", threading.Barrier(2)
 
     def write(letter):
@@ -100,14 +100,14 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_symbolic_link_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a.txt")
     with atomic_write(tmp_path / "link") as temporary:
         temporary.write_text("a")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "a.txt").read_text() == "a"
 
 
-def test_the_same_adapter_makes_the_same_bytes(tmp_path):
+def test_equal_adapters_are_written_as_equal_bytes(tmp_path):
     contents = set()
     for _ in range(5):
         adapter = make_adapter(make_model())
@@ -117,7 +117,8 @@ def test_the_same_adapter_makes_the_same_bytes(tmp_path):
     assert torch.equal(load_file(tmp_path / "a")["prompts"], adapter.prompts)
 
 
-def test_the_header_is_padded_as_the_library_pads_it(tmp_path):
+def test_header_is_padded_to_eight_bytes(tmp_path):
+    """The safetensors library pads it in the same way."""
     for length in range(9):
         write_tensors(
             tmp_path / "a", {"x": torch.arange(3.0), "y": torch.ones(2, dtype=torch.int8)}, {"a": "x" * length}
@@ -128,47 +129,47 @@ def test_the_header_is_padded_as_the_library_pads_it(tmp_path):
         assert load_file(tmp_path / "a")["x"].tolist() == [0, 1, 2]
 
 
-def test_names_cannot_command_a_terminal():
+def test_messages_escape_control_characters():
     assert error_line(ValueError("\x1b[31mred\x07 é 漢 \u202e")) == "\\x1b[31mred\\x07 é 漢 \\u202e"
 
 
 @pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "b/../../a.png"])
-def test_names_do_not_lead_out_of_their_folder(tmp_path, name):
+def test_paths_cannot_leave_their_folder(tmp_path, name):
     assert path_inside(tmp_path, "b/../a.png") == tmp_path / "b/../a.png"
     with pytest.raises(ValueError, match="leads out of"):
         path_inside(tmp_path, name)
     assert path_inside("/", str(tmp_path / "a.png")) == tmp_path / "a.png"
 
 
-def test_a_small_archive_of_much_is_not_unpacked(tmp_path):
+def test_small_archive_with_large_content_is_refused(tmp_path):
     with gzip.open(tmp_path / "a.json.gz", "wb") as file:
         file.write(b" " * (2**26 + 2))
     with pytest.raises(ValueError, match="a.json.gz: .* bytes hold more than 67,108,864; unpack it first"):
         read_text(tmp_path / "a.json.gz")
 
 
-def test_long_messages_are_cut():
+def test_long_messages_are_shortened():
     line = error_line(ValueError(f"a.json: the value {'x' * 10**6} is no number"))
     assert line.startswith("a.json: the value xxx") and len(line) < 1000 and " ... " in line
 
 
-def no_room(*args, **options):
+def disk_full(*args, **options):
     raise OSError(28, "No space left on device")
 
 
-def test_a_folder_on_a_full_disk_is_named(tmp_path, monkeypatch):
-    """Python's errors while a file is written, rather than opened, name none."""
-    monkeypatch.setattr(Path, "write_text", no_room)
+def test_disk_full_error_names_the_file(tmp_path, monkeypatch):
+    """Python's own errors name the file if opening it fails, but not if writing to it fails."""
+    monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(OSError, match="No space left on device: '.*/.lock-holder'"), locked(tmp_path):
         pass
     (tmp_path / "metrics.jsonl").touch()
-    monkeypatch.setattr(os, "fsync", no_room)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left on device: '.*/metrics.jsonl'"):
         save_checkpoint(tmp_path / "checkpoint.pt", None, None, None, {})
 
 
-def test_a_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
-    """The error is about the file that could not be written, and not about the lock, which is free all the same."""
+def test_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
+    """The error inside the lock is raised, not the one from deleting the lock file. The lock is released."""
 
     def refuse(*args, **options):
         raise PermissionError(1, "Operation not permitted", "out/.lock-holder")
@@ -176,14 +177,15 @@ def test_a_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
         with pytest.raises(OSError, match="No space left"), locked(tmp_path):
-            no_room()
+            disk_full()
     assert (tmp_path / ".lock-holder").exists()
     with locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_the_holder_of_a_lock_may_end_while_it_is_asked_for(tmp_path, monkeypatch):
+def test_locked_folder_without_its_holder_file_is_refused(tmp_path, monkeypatch):
+    """The holder may delete the file just before another process reads it."""
     with locked(tmp_path):
         (tmp_path / ".lock-holder").unlink()
         with pytest.raises(ValueError, match="another process is at work there"), locked(tmp_path):

@@ -1,4 +1,4 @@
-"""Adapters of others: their files, their attention, and the way back."""
+"""Third-party adapters: import, equal outputs, and export."""
 
 import json
 import sys
@@ -21,17 +21,17 @@ def random_values(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Files as the others write them, of L = 2 adapted layers of N = 3, K = 5, C = 32, H = 4.
+# Third-party files with L = 2 adapted layers of N = 3, K = 5, C = 32, H = 4.
 
 
-def authors_file(path, **changes):
+def save_authors_file(path, **changes):
     tensors = {"adapter_query.weight": random_values(10, 32).half()}
     tensors |= {f"layers.{i}.attention.gate": random_values(1, 4, 1, 1, seed=i).half() for i in range(3)}
     torch.save(tensors | changes, path)
     return tensors
 
 
-def lit_file(path, heads=4, **changes):
+def save_lit_file(path, heads=4, **changes):
     tensors = {}
     for i in (1, 2):
         tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = random_values(5, 32, seed=i)
@@ -40,8 +40,11 @@ def lit_file(path, heads=4, **changes):
     return tensors
 
 
-def logits_by_reference(prompts, gates):
-    """gates (L, H), no activation any more: the reference puts tanh around what it is given."""
+def reference_logits(prompts, gates):
+    """Return a model, tokens, and the reference's logits for gates (L, H) after their activation.
+
+    The reference applies tanh to its gates, so they are passed through atanh.
+    """
     model = make_model()
     tokens = make_tokens(model, 1, 6)
     expected = reference.logits(model.state_dict(), model.config, tokens[0].tolist(), prompts, gates.double().atanh())
@@ -49,33 +52,33 @@ def logits_by_reference(prompts, gates):
 
 
 @pytest.mark.parametrize("gate", ["tanh", "identity"])
-def test_authors_file(tmp_path, gate):
-    """adapter_query (L*K, C), lowest layer first; gates in all layers, of which the topmost L count."""
-    tensors = authors_file(tmp_path / "theirs.pth")
+def test_authors_file_equals_the_reference(tmp_path, gate):
+    """adapter_query is (L*K, C), the lowest layer first. All layers have gates; only those of the topmost L count."""
+    tensors = save_authors_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth", gate=gate, length=5).save(tmp_path / "ours.safetensors")
     adapter = load_adapter(tmp_path / "ours.safetensors")
     assert adapter.gate_activation == adapter.metadata["gate_activation"] == gate
     assert torch.equal(adapter.prompts[1, 2], tensors["adapter_query.weight"][7].float())
     gates = torch.stack([tensors[f"layers.{i}.attention.gate"].flatten().float() for i in (1, 2)])
-    values = gates.tanh() if gate == "tanh" else gates / 4  # within atanh's reach
+    values = gates.tanh() if gate == "tanh" else gates / 4  # within the domain of atanh
     if gate == "identity":
         with torch.no_grad():
             adapter.gates /= 4
-    model, tokens, expected = logits_by_reference(adapter.prompts, values)
+    model, tokens, expected = reference_logits(adapter.prompts, values)
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_files_of_old_pytorch(tmp_path):
-    """What torch.save wrote before 1.6 was no zip file."""
-    tensors = authors_file(tmp_path / "new.pth")
+def test_files_of_old_pytorch_are_read(tmp_path):
+    """Before version 1.6, torch.save did not write zip files."""
+    tensors = save_authors_file(tmp_path / "new.pth")
     torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     new, old = (load_adapter(tmp_path / name, length=5) for name in ("new.pth", "old.pth"))
     assert torch.equal(new.prompts, old.prompts) and torch.equal(new.gates, old.gates)
 
 
 @pytest.mark.parametrize("heads", [4, 1])  # older files have one gate for all heads
-def test_lit_file(tmp_path, heads):
-    tensors = lit_file(tmp_path / "theirs.pth", heads)
+def test_lit_file_equals_the_reference(tmp_path, heads):
+    tensors = save_lit_file(tmp_path / "theirs.pth", heads)
     adapter = load_adapter(tmp_path / "theirs.pth", heads=4)
     assert adapter.gate_activation == "identity" and adapter.metadata["base_layers"] == "3"
     gates = torch.stack([tensors[f"transformer.h.{i}.attn.gating_factor"].flatten().expand(4) for i in (1, 2)])
@@ -83,15 +86,15 @@ def test_lit_file(tmp_path, heads):
     assert torch.equal(adapter.prompts[0], tensors["transformer.h.1.attn.adapter_wte.weight"])
     with torch.no_grad():
         adapter.gates /= 4
-    model, tokens, expected = logits_by_reference(adapter.prompts, gates / 4)
+    model, tokens, expected = reference_logits(adapter.prompts, gates / 4)
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
     if heads == 1:
         with pytest.raises(ValueError, match="one gate for all heads; give the base.s number of heads"):
             load_adapter(tmp_path / "theirs.pth")
 
 
-def peft_model(config, layers=2, length=5):
-    """Our random base as transformers has it, and PEFT's AdaptionPrompt on it, zero gates."""
+def make_peft_model(config, layers=2, length=5):
+    """Return a random base, the same base in transformers, PEFT's AdaptionPromptConfig, and the module `peft`."""
     peft = pytest.importorskip("peft")
     from benchmarks.peers import as_transformers
 
@@ -103,8 +106,8 @@ def peft_model(config, layers=2, length=5):
 
 @pytest.mark.parametrize("config", ["mha", "gqa"])  # with other head widths PEFT fails
 @pytest.mark.filterwarnings("ignore")
-def test_pefts_forward_is_ours(tmp_path, config):
-    model, theirs, options, peft = peft_model(config)
+def test_imported_peft_adapter_equals_peft(tmp_path, config):
+    model, theirs, options, peft = make_peft_model(config)
     theirs = peft.get_peft_model(theirs, options)
     for seed, (name, parameter) in enumerate(theirs.named_parameters()):
         if "adaption_gate" in name:
@@ -122,8 +125,8 @@ def test_pefts_forward_is_ours(tmp_path, config):
 
 @pytest.mark.parametrize("config", ["mha", "gqa"])
 @pytest.mark.filterwarnings("ignore")
-def test_exported_to_peft_it_computes_the_same(tmp_path, config):
-    model, theirs, _, peft = peft_model(config)
+def test_exported_adapter_computes_the_same_in_peft(tmp_path, config):
+    model, theirs, _, peft = make_peft_model(config)
     adapter = make_adapter(model)
     with torch.no_grad():
         adapter.gates.copy_(random_values(2, 1).expand(2, 4))
@@ -133,12 +136,12 @@ def test_exported_to_peft_it_computes_the_same(tmp_path, config):
     tokens = make_tokens(model, 2, 9)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, adapter()), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    again = load_adapter(tmp_path / "theirs", heads=4)
-    assert torch.equal(again.prompts, adapter.prompts) and torch.equal(again.gate_values(), adapter.gate_values())
+    imported = load_adapter(tmp_path / "theirs", heads=4)
+    assert torch.equal(imported.prompts, adapter.prompts) and torch.equal(imported.gate_values(), adapter.gate_values())
 
 
-def test_an_export_that_is_killed_halfway_is_not_mixed_with_an_earlier_one(tmp_path, monkeypatch):
-    """Tensors of two layers beside the configuration of one would be read without a word."""
+def test_interrupted_export_is_not_mixed_with_an_earlier_one(tmp_path, monkeypatch):
+    """Tensors of two layers with the configuration of one would be read without an error."""
     adapters = [make_adapter(make_model("gqa"), layers=layers, gates=False) for layers in (1, 2)]
     for adapter in adapters:
         adapter.metadata["base_layers"] = "3"
@@ -150,7 +153,7 @@ def test_an_export_that_is_killed_halfway_is_not_mixed_with_an_earlier_one(tmp_p
         load_adapter(tmp_path, heads=4)
 
 
-def test_what_peft_cannot_hold_is_refused(tmp_path):
+def test_adapters_that_peft_cannot_represent_are_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT has one gate for all heads"):
         write_peft(make_adapter(make_model()), tmp_path / "theirs")
     with pytest.raises(ValueError, match="does not say how many layers"):
@@ -158,66 +161,66 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
-def test_generate_takes_whosever_adapter(tiny_base, tmp_path):
-    """generate.py --adapter theirs, its one gate spread over the base's heads."""
+def test_generate_py_accepts_third_party_adapters(tiny_base, tmp_path):
+    """The file has one gate per layer, which is expanded to all heads of the base."""
     tensors = {}
     for i in (1, 2):
         tensors[f"transformer.h.{i}.attn.adapter_wte.weight"] = random_values(5, 16, seed=i)
         tensors[f"transformer.h.{i}.attn.gating_factor"] = torch.full((1,), 2.0)
     torch.save(tensors, tmp_path / "lit.pth")
     args = ["--base", str(tiny_base), "--greedy", "--max-new-tokens", "8", "hello"]
-    alone, adapted = (
+    plain, adapted = (
         CliRunner().invoke(generate_main, [*more, *args]) for more in ([], ["--adapter", str(tmp_path / "lit.pth")])
     )
-    assert alone.exit_code == adapted.exit_code == 0, adapted.output
-    assert alone.stdout != adapted.stdout
+    assert plain.exit_code == adapted.exit_code == 0, adapted.output
+    assert plain.stdout != adapted.stdout
 
 
-def test_broken_files_of_others_are_named(tmp_path, capsys):
+def test_broken_third_party_files_are_named(tmp_path, capsys):
     path = tmp_path / "theirs.pth"
 
-    def refused(message, **options):
+    def check_refused(message, **options):
         with pytest.raises(ValueError, match=f"theirs.pth: .*{message}") as caught:
             load_adapter(path, **options)
         assert "\n" not in str(caught.value)
 
-    authors_file(path)
-    refused("expected a multiple of 10000 rows", length=10000)
-    refused("2 prompts for each of 5 layers, but gates for only 3", length=2)
-    authors_file(path, **{"layers.2.attention.gate": random_values(1, 3, 1, 1)})
-    refused(r"layers have \[3, 4\] gates", length=5)
+    save_authors_file(path)
+    check_refused("expected a multiple of 10000 rows", length=10000)
+    check_refused("2 prompts for each of 5 layers, but gates for only 3", length=2)
+    save_authors_file(path, **{"layers.2.attention.gate": random_values(1, 3, 1, 1)})
+    check_refused(r"layers have \[3, 4\] gates", length=5)
     for gate in (
         random_values(1, 4, 1, 1).to_sparse(),
         torch.ones(4, dtype=torch.long),
         torch.ones(4).to(torch.float8_e4m3fn),
     ):
-        authors_file(path, **{"layers.2.attention.gate": gate})
-        refused("layer 2: is (not a dense tensor|torch.*, not floating-point)", length=5)
-    authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
-    refused("layer 2: contains values that are not finite", length=5)
-    authors_file(path, **{"adapter_query.weight": random_values(10, 32).to_sparse()})
-    refused("adapter_query.weight", length=5)
-    authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
-    refused("layer 1: contains values that are not finite", length=5)
-    lit_file(path)
-    refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
-    lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
-    refused(r"prompts are \(4, 32\) in layer 2, \(5, 32\) in layer 1")
-    lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": random_values(5, 32)})
-    refused(r"prompts for layers \[1, 2, 7\] and gates for layers \[1, 2\]")
+        save_authors_file(path, **{"layers.2.attention.gate": gate})
+        check_refused("layer 2: is (not a dense tensor|torch.*, not floating-point)", length=5)
+    save_authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
+    check_refused("layer 2: contains values that are not finite", length=5)
+    save_authors_file(path, **{"adapter_query.weight": random_values(10, 32).to_sparse()})
+    check_refused("adapter_query.weight", length=5)
+    save_authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
+    check_refused("layer 1: contains values that are not finite", length=5)
+    save_lit_file(path)
+    check_refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
+    save_lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
+    check_refused(r"prompts are \(4, 32\) in layer 2, \(5, 32\) in layer 1")
+    save_lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": random_values(5, 32)})
+    check_refused(r"prompts for layers \[1, 2, 7\] and gates for layers \[1, 2\]")
     torch.save({"something": random_values(2)}, path)
-    refused("unknown adapter format; it contains something")
+    check_refused("unknown adapter format; it contains something")
     torch.save({"adapter_query.weight": Malicious()}, path)
-    refused("not a file of tensors")
+    check_refused("not a file of tensors")
     assert "ran code" not in capsys.readouterr().out
     torch.save([1], path)
-    refused("not a file of tensors")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    refused("not a file of tensors")
+    check_refused("not a file of tensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    check_refused("not a file of tensors")
 
 
-def test_broken_folders_of_peft_are_named(tmp_path):
+def test_broken_peft_folders_are_named(tmp_path):
     config = tmp_path / "adapter_config.json"
     for text, message in [
         (None, "adapter_config.json: no such file"),
@@ -230,19 +233,21 @@ def test_broken_folders_of_peft_are_named(tmp_path):
             config.write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_adapter(tmp_path, heads=4)
-    place = "base_model.model.model.layers.2.self_attn.adaption_"
+    prefix = "base_model.model.model.layers.2.self_attn.adaption_"
     for prompt in (torch.ones(5, 32), torch.ones(2, 5, 32), torch.ones(1, 1, 5, 32)):
-        torch.save({place + "prompt": prompt, place + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
+        torch.save({prefix + "prompt": prompt, prefix + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
         with pytest.raises(ValueError, match=r"adapter_model.bin: the prompt of layer 2 is \(.*\), not \(1, K, C\)"):
             load_adapter(tmp_path, heads=4)
-    torch.save({place + "prompt": torch.ones(1, 5, 32), place + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    torch.save(
+        {prefix + "prompt": torch.ones(1, 5, 32), prefix + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin"
+    )
     assert load_adapter(tmp_path, heads=4).prompts.shape == (1, 5, 32)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="adapter_model.safetensors: not a complete"):
         load_adapter(tmp_path, heads=4)
 
 
-def test_a_file_of_ours_tells_its_class(tmp_path):
+def test_our_file_determines_the_class(tmp_path):
     shape = dict(layers=2, length=3, dim=8, heads=2)
     for adapter in (
         Adapter(**shape),
@@ -261,8 +266,8 @@ def test_a_file_of_ours_tells_its_class(tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"\x80\x02", b"PK"], ids=["pickle", "zip"])
-def test_a_file_of_ours_is_known_though_its_length_looks_like_another_kind(start, tmp_path):
-    """safetensors begins with the length of its header, in eight bytes, the lowest first."""
+def test_our_file_may_begin_like_a_pickle_or_zip(start, tmp_path):
+    """A safetensors file begins with the length of its header (8 bytes, little-endian), which can be any number."""
     adapter, path = Adapter(layers=2, length=3, dim=8, heads=2), tmp_path / "a.safetensors"
     adapter.save(path, data="")
     length = int.from_bytes(path.read_bytes()[:8], "little")
@@ -271,14 +276,14 @@ def test_a_file_of_ours_is_known_though_its_length_looks_like_another_kind(start
     assert torch.equal(load_adapter(path).prompts, adapter.prompts)
 
 
-def test_how_a_file_was_read_is_one_line(tmp_path):
-    authors_file(tmp_path / "theirs.pth")
+def test_description_of_an_import_is_one_line(tmp_path):
+    save_authors_file(tmp_path / "theirs.pth")
     line = describe_reading(load_adapter(tmp_path / "theirs.pth", length=5))
     assert line == "the authors' release: theirs.pth: read as 2 layers of 5 prompts of width 32, gates with tanh"
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    "name, message",
     [
         ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which trains"),
         ("layers.1.feed_forward.w1_scale", "w1_scale.*LLaMA-Adapter V2"),
@@ -289,41 +294,41 @@ def test_how_a_file_was_read_is_one_line(tmp_path):
         ("anything", r"1 of its tensors do not belong to an adapter: anything \.\.\.$"),
     ],
 )
-def test_what_the_authors_files_have_besides_is_not_lost(tmp_path, more, said):
-    authors_file(tmp_path / "theirs.pth", **{more: torch.ones(2)})
-    with pytest.raises(ValueError, match=said):
+def test_additional_tensors_in_authors_files_are_refused(tmp_path, name, message):
+    save_authors_file(tmp_path / "theirs.pth", **{name: torch.ones(2)})
+    with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path / "theirs.pth", length=5)
 
 
-@pytest.mark.parametrize("more", ["attn.attn.adapter_bias", "attn.attn.adapter_scale", "norm_1.weight"])
-def test_what_litgpts_files_have_besides_is_not_lost(tmp_path, more):
-    lit_file(tmp_path / "theirs.pth", **{f"transformer.h.0.{more}": torch.ones(2)})
-    with pytest.raises(ValueError, match=f"transformer.h.0.{more} .*LLaMA-Adapter V2"):
+@pytest.mark.parametrize("name", ["attn.attn.adapter_bias", "attn.attn.adapter_scale", "norm_1.weight"])
+def test_additional_tensors_in_litgpt_files_are_refused(tmp_path, name):
+    save_lit_file(tmp_path / "theirs.pth", **{f"transformer.h.0.{name}": torch.ones(2)})
+    with pytest.raises(ValueError, match=f"transformer.h.0.{name} .*LLaMA-Adapter V2"):
         load_adapter(tmp_path / "theirs.pth", heads=4)
 
 
-def test_files_of_other_methods_alone_are_named(tmp_path):
+def test_files_of_other_methods_are_named(tmp_path):
     torch.save({"image_bind.a": torch.ones(1), "llama.b": torch.ones(1)}, tmp_path / "theirs.pth")
     with pytest.raises(ValueError, match="unknown adapter format; .* This looks like ImageBind-LLM"):
         load_adapter(tmp_path / "theirs.pth")
 
 
-def test_the_authors_first_files_have_one_gate_a_layer(tmp_path):
-    """For all heads, and without tanh, unless something else is asked for."""
+def test_first_authors_files_have_one_gate_per_layer(tmp_path):
+    """The gate is for all heads, and is used without tanh unless `gate` says otherwise."""
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.25 * i) for i in range(3)}
-    authors_file(tmp_path / "theirs.pth", **gates)
+    save_authors_file(tmp_path / "theirs.pth", **gates)
     with pytest.raises(ValueError, match="one gate for all heads"):
         load_adapter(tmp_path / "theirs.pth", length=5)
     adapter = load_adapter(tmp_path / "theirs.pth", length=5, heads=4)
     assert adapter.gate_activation == "identity"
     assert torch.equal(adapter.gate_values(), torch.tensor([[0.25], [0.5]]).expand(2, 4))
     assert load_adapter(tmp_path / "theirs.pth", length=5, heads=4, gate="tanh").gate_activation == "tanh"
-    authors_file(tmp_path / "theirs.pth")
+    save_authors_file(tmp_path / "theirs.pth")
     assert load_adapter(tmp_path / "theirs.pth", length=5).gate_activation == "tanh"
 
 
 @pytest.mark.parametrize("kind", ["projection", "head"])
-def test_peft_has_no_place_for_half_an_adapter(tmp_path, kind):
+def test_export_of_a_projection_or_head_to_peft_is_refused(tmp_path, kind):
     shape = {"layers": 2, "length": 5, "dim": 32, "heads": 4}
     adapter = ImageAdapter(features=8, **shape) if kind == "projection" else HeadAdapter(widths=[32, 3], **shape)
     adapter.metadata["base_layers"] = "3"
@@ -332,15 +337,15 @@ def test_peft_has_no_place_for_half_an_adapter(tmp_path, kind):
     assert not (tmp_path / "peft").exists()
 
 
-def test_litgpts_newer_files_are_warned_of(tmp_path, capsys):
-    """They look like the older ones, and their prompts are projected by other rows."""
-    lit_file(tmp_path / "theirs.pth")
+def test_newer_litgpt_files_cause_a_warning(tmp_path, capsys):
+    """They look like older files, but their prompts are projected by other rows of the weights."""
+    save_lit_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth")
     assert "theirs.pth: if litgpt v0.5.5 or later wrote this file, it does not work here" in capsys.readouterr().err
 
 
-def test_an_adapter_of_too_many_prompts_is_not_read(tmp_path):
-    """A sparse file: its header is small, its zeros are nowhere."""
+def test_adapter_with_too_many_prompts_is_refused(tmp_path):
+    """The file is sparse: its tensors take no space on the disk."""
     shape = [1, 3_000_000, 512]
     size = 4 * 3_000_000 * 512
     header = {"prompts": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}

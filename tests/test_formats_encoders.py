@@ -1,4 +1,4 @@
-"""Encoders of every layout: read as transformers reads them, or refused in one line."""
+"""Encoders of every layout: outputs equal those of transformers, and bad files are refused in one line."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from encoders.models import ViTConfig
 from formats.encoders import NOT_CLIP, load_encoder, load_vit
 
 
-def hugging_face(vision_only):
+def make_hugging_face_clip(vision_only):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
@@ -34,8 +34,8 @@ def hugging_face(vision_only):
 
 
 @pytest.mark.parametrize("vision_only", [True, False])
-def test_every_layer_is_that_of_transformers(tmp_path, vision_only):
-    theirs = hugging_face(vision_only)
+def test_every_clip_layer_equals_transformers(tmp_path, vision_only):
+    theirs = make_hugging_face_clip(vision_only)
     theirs.save_pretrained(tmp_path)
     ours, images = load_vit(tmp_path), make_images()
     vision = theirs if vision_only else theirs.vision_model
@@ -48,7 +48,7 @@ def test_every_layer_is_that_of_transformers(tmp_path, vision_only):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_openais_files(tmp_path, whole):
+def test_openai_files_are_read(tmp_path, whole):
     model = make_vit()
     state = openai_names(model)
     if not whole:
@@ -60,7 +60,7 @@ def test_openais_files(tmp_path, whole):
 
 
 def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision):
-    """A CLIP with four heads 20 wide, in open_clip's layout; returns transformers' model of the same weights."""
+    """Save a CLIP with four heads of width 20 in open_clip's layout; return the same model in transformers."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shape = {"image_size": 24, "patch_size": 8, "hidden_size": 80, "num_hidden_layers": 3, "intermediate_size": 96}
@@ -76,8 +76,8 @@ def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision)
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_open_clip_s_files(tmp_path, capsys, quick):
-    """Heads that are not 64 wide, and mostly GELU: neither is in the weights."""
+def test_open_clip_files_equal_transformers(tmp_path, capsys, quick):
+    """The head width is not 64, and the activation is GELU by default. Neither can be read from the weights."""
     theirs = save_open_clip(tmp_path, "quick_gelu" if quick else "gelu", {"quick_gelu": True} if quick else None)
     ours, images = load_vit(tmp_path / "open_clip_pytorch_model.bin"), make_images()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_open_clip_s_files(tmp_path, capsys, quick):
     assert ours.config.n_heads == 4 and ours.config.mean == ViTConfig.mean and "warning" not in capsys.readouterr().err
 
 
-def test_open_clip_s_preprocessing(tmp_path):
+def test_open_clip_preprocessing_is_read(tmp_path):
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
     save_open_clip(tmp_path, pixels=pixels)
     config = load_vit(tmp_path / "open_clip_pytorch_model.bin").config
@@ -110,14 +110,14 @@ def test_open_clip_s_preprocessing(tmp_path):
         ({"act_kwargs": {"approximate": "tanh"}}, "vision_cfg has act_kwargs, which is not supported"),
     ],
 )
-def test_of_open_clip_s_what_is_not_supported_is_refused(tmp_path, changes, message):
+def test_unsupported_open_clip_settings_are_refused(tmp_path, changes, message):
     save_open_clip(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"open_clip_pytorch_model.bin: .*{message}"):
         load_vit(tmp_path / "open_clip_pytorch_model.bin")
 
 
-def test_openai_s_own_state_dict_is_told_by_its_entries(tmp_path, capsys):
-    """Another CLIP without open_clip_config.json may be open_clip's; some widths are only open_clip's."""
+def test_openai_state_dict_is_recognized_by_its_entries(tmp_path, capsys):
+    """Other CLIP files without open_clip_config.json cause a warning, or an error if only open_clip has their width."""
     state = openai_names(make_vit())
     torch.save(state, tmp_path / "ViT.pt")
     load_vit(tmp_path / "ViT.pt")
@@ -133,7 +133,7 @@ def test_openai_s_own_state_dict_is_told_by_its_entries(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_program_is_told_how_to_become_weights(tmp_path):
+def test_torchscript_error_shows_how_to_extract_the_weights(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT.pt")
     with pytest.raises(
         ValueError, match=r"ViT.pt: is a TorchScript program.*torch.jit.load\('ViT.pt', 'cpu'\).state_dict"
@@ -141,7 +141,7 @@ def test_a_program_is_told_how_to_become_weights(tmp_path):
         load_vit(tmp_path / "ViT.pt")
 
 
-def broken(tmp_path, change):
+def save_broken_clip(tmp_path, change):
     state = openai_names(make_vit())
     change(state)
     torch.save(state, tmp_path / "ViT.pt")
@@ -167,10 +167,10 @@ def broken(tmp_path, change):
 )
 def test_broken_vision_encoders_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        load_vit(broken(tmp_path, change))
+        load_vit(save_broken_clip(tmp_path, change))
 
 
-def test_what_is_no_vision_encoder(tmp_path, tiny_base):
+def test_files_without_a_vision_encoder_are_refused(tmp_path, tiny_base):
     with pytest.raises(FileNotFoundError, match="nowhere: no such vision encoder"):
         load_vit("nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -198,11 +198,11 @@ PROCESSORS = {
 }
 
 
-def save_pixels(folder, kind, **changes):
-    """An encoder of 24 x 24 pixels in Hugging Face's layout; returns its processor, which Pillow runs."""
+def save_encoder_with_processor(folder, kind, **changes):
+    """Save an encoder of 24 x 24 pixels in Hugging Face's layout; return its processor, which uses Pillow."""
     transformers = pytest.importorskip("transformers")
     if kind == "CLIP":
-        hugging_face(vision_only=True).save_pretrained(folder)
+        make_hugging_face_clip(vision_only=True).save_pretrained(folder)
     else:
         config = transformers.ViTConfig(image_size=24, patch_size=8, **SHAPE)
         transformers.ViTModel(config).save_pretrained(folder)
@@ -217,8 +217,8 @@ def save_pixels(folder, kind, **changes):
 
 
 @pytest.mark.parametrize("kind, changes", [(kind, changes) for kind, all in PROCESSORS.items() for changes in all])
-def test_pictures_are_prepared_as_the_folder_says(tmp_path, kind, changes):
-    processor = save_pixels(tmp_path, kind, **changes)
+def test_preprocessing_follows_preprocessor_config_json(tmp_path, kind, changes):
+    processor = save_encoder_with_processor(tmp_path, kind, **changes)
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "preprocessor_config.json").exists()
     config = load_encoder(tmp_path)[0].config
@@ -229,9 +229,9 @@ def test_pictures_are_prepared_as_the_folder_says(tmp_path, kind, changes):
         assert ((preprocess(image, config) - theirs).abs() <= 1.01 * grey_level).all()
 
 
-def test_the_processor_of_images_and_text(tmp_path):
+def test_processor_config_json_takes_precedence(tmp_path):
     """transformers 5 writes processor_config.json, and reads it before preprocessor_config.json."""
-    save_pixels(tmp_path, "CLIP", resample=2).save_pretrained(tmp_path)
+    save_encoder_with_processor(tmp_path, "CLIP", resample=2).save_pretrained(tmp_path)
     assert load_vit(tmp_path).config.resample == "bilinear"
     nested = {"image_processor": {"resample": 3, "size": 31}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
@@ -261,8 +261,8 @@ def test_the_processor_of_images_and_text(tmp_path):
         ("ViT", {"image_mean": [0.5]}, "3 channels, 1 means and 3 standard deviations"),
     ],
 )
-def test_preprocessing_that_is_not_supported_is_refused(tmp_path, kind, changes, message):
-    save_pixels(tmp_path, kind).save_pretrained(tmp_path)
+def test_unsupported_preprocessing_is_refused(tmp_path, kind, changes, message):
+    save_encoder_with_processor(tmp_path, kind).save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{message}"):
@@ -276,7 +276,7 @@ def test_preprocessing_that_is_not_supported_is_refused(tmp_path, kind, changes,
 SHAPE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 
 
-def test_a_vision_transformer_is_that_of_transformers(tmp_path):
+def test_vit_equals_transformers(tmp_path):
     from transformers import ViTConfig as Config
     from transformers import ViTForImageClassification
 
@@ -294,7 +294,7 @@ def test_a_vision_transformer_is_that_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_timm_s_names(tmp_path, folder):
+def test_timm_files_are_read(tmp_path, folder):
     half = (0.5, 0.5, 0.5)
     config = ViTConfig(24, 8, 128, 2, 2, 96, 1e-6, "gelu", mean=half, std=half, **NOT_CLIP)
     model, head = make_vit(config), make_mlp([128, 7], "tanh")
@@ -312,22 +312,22 @@ def test_timm_s_names(tmp_path, folder):
                 load_encoder(tmp_path)
         (tmp_path / "config.json").write_text(json.dumps(values))
         config = replace(config, mean=(0.1, 0.2, 0.3))
-        loaded, its_head = load_encoder(tmp_path)
+        loaded, loaded_head = load_encoder(tmp_path)
     else:
         torch.save(timm_names(model, head), tmp_path / "vit.pth")
-        loaded, its_head = load_encoder(tmp_path / "vit.pth")
-    extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # DINOv2's, which scales a layer
+        loaded, loaded_head = load_encoder(tmp_path / "vit.pth")
+    extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # as in DINOv2, with a scale per layer
     torch.save(extra, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder does not have: blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")
     images = make_images()
     assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))
-    assert torch.equal(its_head(torch.ones(128)), head(torch.ones(128)))
+    assert torch.equal(loaded_head(torch.ones(128)), head(torch.ones(128)))
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token", "question"])
-def test_roberta_is_that_of_transformers(tmp_path, kind):
-    """Rows of unequal length, padded to the right."""
+def test_roberta_equals_transformers(tmp_path, kind):
+    """Rows have different lengths and are padded on the right."""
     import transformers
 
     config = transformers.RobertaConfig(
@@ -341,23 +341,23 @@ def test_roberta_is_that_of_transformers(tmp_path, kind):
     ours, head = load_encoder(tmp_path)
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[:, 0], ids[1, 7:], ids[2, 4:] = 0, 1, 1
-    words = ids != 1
+    is_token = ids != 1
     with torch.no_grad():
-        expected = theirs(ids, attention_mask=words.long(), output_hidden_states=True)
+        expected = theirs(ids, attention_mask=is_token.long(), output_hidden_states=True)
         for state, hidden in zip(ours(ids), expected.hidden_states[1:], strict=True):
-            torch.testing.assert_close(state[words], hidden[words], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(state[is_token], hidden[is_token], rtol=1e-4, atol=1e-4)
         states = ours.encode(ids)
         if kind == "sequence":
             torch.testing.assert_close(head(states[:, 0]), expected.logits, rtol=1e-4, atol=1e-4)
         elif kind == "token":
-            torch.testing.assert_close(head(states)[words], expected.logits[words], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head(states)[is_token], expected.logits[is_token], rtol=1e-4, atol=1e-4)
         else:
             both = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
-            torch.testing.assert_close(head(states)[words], both[words], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head(states)[is_token], both[is_token], rtol=1e-4, atol=1e-4)
 
 
-def test_the_real_vit_of_mnist(data):
-    """97.94 % on the MNIST test set: the figure that its file has by the definitions it was trained with."""
+def test_real_mnist_vit_has_its_known_accuracy(data):
+    """The accuracy on the MNIST test set is 97.94%, as with the code that the file was trained with."""
     import gzip
 
     model, head = load_encoder(data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth")
@@ -367,15 +367,16 @@ def test_the_real_vit_of_mnist(data):
     labels = torch.from_numpy(np.frombuffer(labels, np.uint8, offset=8).copy())
     images = (images - model.config.mean[0]) / model.config.std[0]
     with torch.no_grad():
-        right = [head(model.encode(part)[:, 0]).argmax(1) for part in images.split(1000)]
-    assert (torch.cat(right) == labels).float().mean().item() == pytest.approx(0.9794, abs=1e-6)
+        predictions = [head(model.encode(part)[:, 0]).argmax(1) for part in images.split(1000)]
+    assert (torch.cat(predictions) == labels).float().mean().item() == pytest.approx(0.9794, abs=1e-6)
     parameters = [*model.named_parameters(), *head.named_parameters()]
-    biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))  # it has none
+    # The file has no biases of queries, keys and values.
+    biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))
     assert sum(p.numel() for _, p in parameters) - biases == 213_642
 
 
-def test_the_real_vit_of_cifar10(tmp_path, data):
-    """17 of 25 pictures, as by its own code; its heads and the eps of its norms, which no tensor says, are said."""
+def test_real_cifar10_vit_has_its_known_accuracy(tmp_path, data):
+    """17 of 25 images are right, as with its own code. The number of heads and the norm's eps come from config.json."""
     folder = data / "models" / "vit_cifar10"
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}
