@@ -162,7 +162,10 @@ def mutate_pickled(tensors: dict, rng: random.Random) -> dict:
 
 
 def replace_file(path: Path, rng: random.Random) -> None:
-    """Replace the file by nothing, a folder, an empty file, a pipe, a device, a link to itself, or 4 GB of zeros."""
+    """Delete the file, and perhaps put something else in its place.
+
+    That is a folder, an empty file, a pipe, a device, a link to itself, or 4 GB of zeros.
+    """
     path.unlink()
     ways = [lambda: None, path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
     ways += [lambda: path.symlink_to(path), lambda: (path.touch(), os.truncate(path, 2**32))]
@@ -1070,7 +1073,7 @@ def run_command(seed: int, number: int, base: Path) -> str:
 @click.option("--only", type=int, help="This case alone.")
 @click.option("--kind", type=click.Choice(list(KINDS)), help="Of this kind alone.")
 def main(seed, cases, cli, only, kind):
-    """Mutate files of every kind that is read, and report the failures."""
+    """Mutate files of every kind, read them, and report the failures."""
     numbers = list(range(cases)) if only is None else [only]
     found = list(run_cases(seed, numbers, kind).items()) if cases or only is not None else []
     with tempfile.TemporaryDirectory() as base:

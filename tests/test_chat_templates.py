@@ -77,7 +77,7 @@ def test_ids_and_loss_mask_equal_transformers(tmp_path, source):
 
 
 def test_unmarked_template_gives_the_same_responses(tmp_path):
-    """Without markers, a response is the text that its turn adds, up to the special token that ends it."""
+    """A response without markers is the text that its turn adds, up to the special token that ends it."""
     (tmp_path / "plain").mkdir()
     save_chatml(tmp_path, SAMPLES, template=CHATML)
     save_chatml(tmp_path / "plain", SAMPLES, template=MARKERS.sub("", CHATML))
@@ -391,7 +391,7 @@ def test_long_conversations_are_encoded(tmp_path, source):
 
 
 def test_templates_have_the_variables_of_transformers(tmp_path):
-    """Without tools and documents, these variables are None, not undefined."""
+    """The variables `tools` and `documents` are None if there are none, not undefined."""
     save_chatml(tmp_path, template="{{ 'T' if tools is not none }}{{ 'D' if documents is not none }}" + CHATML)
     template = load_template("auto", load_tokenizer(tmp_path))
     assert template.tokenizer.decode(template.encode_prompt("Hi")).startswith("system\nBe kind.")

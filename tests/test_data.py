@@ -116,7 +116,7 @@ def test_example_is_bos_prompt_response_eos(tokenizer):
 
 
 def test_example_whose_prompt_fills_the_context_is_dropped(tokenizer):
-    """Without a target its mean loss would be NaN (llama-cookbook issues 69 and 133)."""
+    """The mean loss over no targets would be NaN (llama-cookbook issues 69 and 133)."""
     length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     assert tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], length) == ([], 0)
     kept, num_truncated = tokenize(AlpacaTemplate(tokenizer), [Example("", "", "x"), EXAMPLES[0]], length + 1)

@@ -161,8 +161,11 @@ def test_upload_is_used_and_deleted(demonstration, image_adapter, tmp_path):
 
 
 def test_broken_upload_is_reported_and_deleted(demonstration, tmp_path):
-    whole = save_upload(tmp_path).read_bytes()
-    for content, message in ((whole[:100], "x.png: is a broken image"), (b"%!PS-Adobe-3.0 EPSF", "x.png: is not an")):
+    image_bytes = save_upload(tmp_path).read_bytes()
+    for content, message in (
+        (image_bytes[:100], "x.png: is a broken image"),
+        (b"%!PS-Adobe-3.0 EPSF", "x.png: is not an"),
+    ):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(ValueError, match=f"^{message}"):
             demonstration.encode_upload(tmp_path / "x.png")
@@ -220,8 +223,8 @@ def test_every_option_has_an_effect(image_adapter, tiny_base, tmp_path, monkeypa
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
     (tmp_path / "eye.py").write_text("import torch\ndef rows(path): return torch.arange(512.0).view(4, 128)\n")
-    made, served = [], []
-    monkeypatch.setattr("demo.page.make_page", lambda demonstration: made.append(demonstration))
+    demonstrations, served = [], []
+    monkeypatch.setattr("demo.page.make_page", lambda demonstration: demonstrations.append(demonstration))
     monkeypatch.setattr("demo.page.serve", lambda page, host, port: served.append((host, port)))
     every = f"--adapter {image_adapter} --base {tiny_base} --device cpu --dtype bfloat16 --template llama-2"
     for more in (
@@ -231,8 +234,11 @@ def test_every_option_has_an_effect(image_adapter, tiny_base, tmp_path, monkeypa
         result = CliRunner().invoke(main, [*every.split(), *more.split(), "--port", "7777"])
         assert result.exit_code == 0, result.output
     assert served == [("0.0.0.0", 7777), ("127.0.0.1", 7777)]
-    assert [each.encoders["seeing"].metadata.get("encoder") for each in made] == [None, f"{tmp_path}/eye.py:rows"]
-    for demonstration in made:
+    assert [each.encoders["seeing"].metadata.get("encoder") for each in demonstrations] == [
+        None,
+        f"{tmp_path}/eye.py:rows",
+    ]
+    for demonstration in demonstrations:
         layer = demonstration.model.layers[0].attention.wq
         assert demonstration.model.dtype == torch.bfloat16 and layer.bits == 8
         assert demonstration.template == "llama-2"

@@ -118,7 +118,7 @@ def test_rank_without_data_has_a_zero_gradient(loss_fn):
 
 
 def test_gates_of_encoders_move_first():
-    """With zero gates the prompts' gradient is zero; those of the gates and of the head are not."""
+    """The prompts' gradient is zero at zero gates; those of the gates and of the head are not."""
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
     optimizer = make_optimizer(adapter, 0.0)

@@ -104,7 +104,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
-    """Requests are sorted by length, so the features must be matched to them again."""
+    """Requests are reordered by length, which must not separate them from their features."""
     features_by_instruction = {}
 
     def record(responder, requests, *_):

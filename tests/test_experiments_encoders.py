@@ -85,7 +85,7 @@ def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
 
 
 def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
-    """Its files are read by our loader and by transformers."""
+    """The saved files are read by our loader and by transformers."""
     monkeypatch.setattr(encoders, "MASK", 265)
     monkeypatch.setitem(encoders.SCHEDULE, "warmup", 5)
     tokenizer = RobertaTokenizer(bpe)

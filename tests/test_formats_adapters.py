@@ -338,7 +338,7 @@ def test_export_of_a_projection_or_head_to_peft_is_refused(tmp_path, kind):
 
 
 def test_newer_litgpt_files_cause_a_warning(tmp_path, capsys):
-    """They look like older files, but their prompts are projected by other rows of the weights."""
+    """Newer files look like older ones, but their prompts are projected by other rows of the weights."""
     save_lit_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth")
     assert "theirs.pth: if litgpt v0.5.5 or later wrote this file, it does not work here" in capsys.readouterr().err
