@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests download nothing: Hub names are look
 import pytest
 import torch
 from helpers import CHATML, DATA, KINDS, ROOT, copy_base, make_adapter, save_chatml, save_hugging_face
-from helpers import save_reader, split_for_parallel
+from helpers import save_roberta, split_for_parallel
 
 from formats.bases import base_fingerprint, load_llama, read_base
 from formats.tokenizers import load_tokenizer
@@ -120,7 +120,7 @@ def bpe(tmp_path_factory):
 
 @pytest.fixture
 def roberta(tmp_path, bpe):
-    return save_reader(tmp_path / "roberta", bpe)
+    return save_roberta(tmp_path / "roberta", bpe)
 
 
 @pytest.fixture(scope="session")

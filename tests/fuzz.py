@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from helpers import make_adapter, make_model, make_roberta, make_vit, openai_names, save_coco, save_problems  # noqa: E402
-from helpers import film, picture, split_for_parallel, timm_names  # noqa: E402
+from helpers import make_adapter, make_model, make_roberta, make_vit, openai_state_dict, save_coco, save_problems  # noqa: E402
+from helpers import save_video, make_picture, split_for_parallel, timm_state_dict  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 MEMORY, SECONDS = 8 * 2**30, 30
@@ -564,7 +564,7 @@ def read_run(path):
 
 
 def clip(folder):
-    torch.save({name: t.contiguous() for name, t in openai_names(make_vit()).items()}, folder / "ViT.pt")
+    torch.save({name: t.contiguous() for name, t in openai_state_dict(make_vit()).items()}, folder / "ViT.pt")
     return folder / "ViT.pt"
 
 
@@ -584,7 +584,7 @@ def timm(folder):
     from encoders.models import ViTConfig
 
     config = ViTConfig(24, 8, 128, 3, 2, 96, clip=False)
-    save_file(timm_names(make_vit(config), make_mlp([128, 3], "tanh")), folder / "model.safetensors")
+    save_file(timm_state_dict(make_vit(config), make_mlp([128, 3], "tanh")), folder / "model.safetensors")
     pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": pixels}))
     return folder / "config.json"
@@ -665,7 +665,7 @@ def read_encoder(path):
         ids = roberta_tokenizer(model, path.parent).encode("the km")[: model.config.max_length]
         model(torch.tensor([ids]))
     else:
-        states = model.encode(preprocess(picture(), model.config)[None])
+        states = model.encode(preprocess(make_picture(), model.config)[None])
         if head is not None:
             head(states[:, 0])
 
@@ -770,7 +770,7 @@ def prompts(folder):
     records = [{"instruction": "Hello", "input": "", "adapter": None}, {"instruction": "a", "image": ""}]
     records.append({"messages": [{"role": "user", "content": "a"}]})
     (folder / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
-    picture().save(folder / "a.png")
+    make_picture().save(folder / "a.png")
     return folder / "in.jsonl"
 
 
@@ -781,12 +781,12 @@ def read_prompts(path):
 
 
 def image(folder, name="a.png", mode="RGB"):
-    picture(mode=mode).save(folder / name)
+    make_picture(mode=mode).save(folder / name)
     return folder / name
 
 
 def animation(folder, name):
-    frames = [picture(seed=seed, mode="RGBA") for seed in range(3)]
+    frames = [make_picture(seed=seed, mode="RGBA") for seed in range(3)]
     frames[0].save(folder / name, save_all=True, append_images=frames[1:], duration=100)
     return folder / name
 
@@ -800,7 +800,7 @@ def read_image(path):
 
 
 def video(folder):
-    film(folder / "a.mp4", ["red", "blue"])
+    save_video(folder / "a.mp4", ["red", "blue"])
     return folder / "a.mp4"
 
 

@@ -1,4 +1,4 @@
-"""Small models with open gates, names of others' weights, runs of train.py in processes, and where the real data is."""
+"""Helpers shared by the tests: small random models and adapters, sample files, and ways to run the commands."""
 
 import io
 import json
@@ -47,7 +47,7 @@ QWEN = {
 
 
 def make_model(config="gqa", seed=0, **options):
-    """A frozen random LLaMA whose layers all matter: untrained weights of order one."""
+    """Return a frozen LLaMA with random weights, large enough that every layer affects the logits."""
     torch.manual_seed(seed)
     model = LLaMA((CONFIGS | QWEN).get(config, config), **options)
     for parameter in model.parameters():
@@ -69,7 +69,7 @@ SAMPLES = [
     "I'LL we've THEY'RE don't 'tis",
 ]
 
-CHATML = (  # with a system turn of its own where there is none, as Qwen2.5's and SmolLM2's
+CHATML = (  # adds a system turn if there is none, as the templates of Qwen2.5 and SmolLM2 do
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
@@ -79,7 +79,7 @@ CHATML = (  # with a system turn of its own where there is none, as Qwen2.5's an
 
 
 def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
-    """A byte-level BPE, as SmolLM2's and Qwen's: no token begins a text, and two end one."""
+    """Save a byte-level BPE like those of SmolLM2 and Qwen: no <bos>, and two tokens that end a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
@@ -97,15 +97,15 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
 
 
 def sentencepiece_by_other_means(path):
-    """Hugging Face's BPE in Rust, its merges put together from the pieces and their scores."""
+    """Return the same tokenizer as a BPE of `tokenizers`, with merges derived from the pieces and their scores."""
     from tokenizers import Tokenizer, models, normalizers
 
     model = SentencePieceProcessor(model_file=str(path))
     vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     merges = []
     for piece, i in vocabulary.items():
-        for cut in range(1, len(piece)):
-            parts = piece[:cut], piece[cut:]
+        for split in range(1, len(piece)):
+            parts = piece[:split], piece[split:]
             if all(part in vocabulary for part in parts):
                 merges.append((-model.get_score(i), *(vocabulary[part] for part in parts), parts))
     merges = [merge[-1] for merge in sorted(merges)]
@@ -115,7 +115,7 @@ def sentencepiece_by_other_means(path):
 
 
 def save_llama2_json(data, folder):
-    """LLaMA 2's tokenizer as a tokenizer.json, made here of its tokenizer.model."""
+    """Convert LLaMA 2's tokenizer.model to a tokenizer.json."""
     from tokenizers import AddedToken, decoders, processors
 
     model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
@@ -129,12 +129,12 @@ def save_llama2_json(data, folder):
 
 
 def make_example(ids, prompt_length, name="", features=None):
-    """Of a prompt of so many tokens, and a response."""
+    """Return an example of which the first `prompt_length` ids are the prompt, and the rest the response."""
     return TokenizedExample(ids, [i >= prompt_length for i in range(len(ids))], name, features)
 
 
 def make_adapter(model, layers=2, length=5, seed=1, gates=True):
-    """An adapter with nonzero gates, half of them negative: gate zero hides every bug."""
+    """Return an adapter, by default with nonzero gates of both signs, because zero gates would hide bugs."""
     config = model.config
     adapter = Adapter(
         layers=layers,
@@ -153,7 +153,7 @@ def make_tokens(model, *shape, seed=2):
 
 
 def copy_base(source, target, **changes):
-    """The same base in another folder, params.json changed; None takes a field away."""
+    """Copy a base and change fields of its params.json; None removes a field."""
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -163,20 +163,20 @@ def copy_base(source, target, **changes):
 
 
 def run(*args):
-    """train.py, in this process."""
+    """Run train.py in this process."""
     import train
 
     return CliRunner().invoke(train.main, [str(arg) for arg in args])
 
 
 def subcommands(group):
-    """The commands of a click group, by name."""
+    """Return the commands of a click group by name."""
     context = click.Context(group)
     return {name: group.get_command(context, name) for name in group.list_commands(context)}
 
 
-def command(args, spoil=None):
-    """train.py, where `spoil` has been given the rank: exit code, standard output, standard error."""
+def run_spoiled(args, spoil=None):
+    """Call `spoil(rank)`, then run train.py; return its exit code, standard output and standard error."""
     torch.set_num_threads(1)
     if spoil is not None:
         spoil(int(os.environ.get("RANK", 0)))
@@ -187,22 +187,22 @@ def command(args, spoil=None):
 
 
 def before_step(n, act):
-    """train.train_step, which calls act() before the n-th step from now."""
+    """Return a train_step that calls act() before the n-th step from now."""
     import train
 
-    step, calls = train.train_step, []
+    train_step, calls = train.train_step, []
 
-    def acting(*arguments):
+    def counting_step(*arguments):
         calls.append(1)
         if len(calls) == n:
             act()
-        return step(*arguments)
+        return train_step(*arguments)
 
-    return acting
+    return counting_step
 
 
 def tensors_and_metrics(out):
-    """What a run left, all but the clock."""
+    """Return the adapter's tensors and the metrics of a run, without the tokens per second."""
     lines = [
         {name: value for name, value in line.items() if name != "tokens_per_second"}
         for line in read_metrics(out / "metrics.jsonl")
@@ -212,7 +212,7 @@ def tensors_and_metrics(out):
 
 
 def split_for_parallel(weights, n, vocabulary_first):
-    """Weights of n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns, norms whole on each."""
+    """Split weights for n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns; norms are replicated."""
     shards = [{} for _ in range(n)]
     for name, tensor in weights.items():
         by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
@@ -223,7 +223,7 @@ def split_for_parallel(weights, n, vocabulary_first):
 
 
 def peak_anonymous(act):
-    """What act() returns, and by how many bytes the process grew meanwhile, at most: without pages of mapped files."""
+    """Return the result of act() and the peak growth of the process in bytes, without pages of mapped files."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads /proc")
 
@@ -232,11 +232,11 @@ def peak_anonymous(act):
     return result, peak - before
 
 
-SMALL = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
+SMALL_VIT = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=2, hidden_dim=96)
 
 
-def make_vit(config=SMALL, seed=0, **options):
-    """Frozen, random, with norms and biases that matter."""
+def make_vit(config=SMALL_VIT, seed=0, **options):
+    """Return a frozen vision encoder with random weights, norms and biases."""
     torch.manual_seed(seed)
     model = ViT(config, **options)
     for parameter in model.parameters():
@@ -249,43 +249,43 @@ def make_images(number=2, size=24):
     return torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def openai_names(model):
-    """OpenAI's state dict of a vision encoder of ours, and a tensor of the text encoder."""
+def openai_state_dict(model):
+    """Return the weights of a vision encoder under OpenAI's names, plus one tensor of the text encoder."""
     weights = dict(model.named_parameters())
-    named = {
+    tensors = {
         "class_embedding": weights["class_embedding"],
         "positional_embedding": weights["positions"],
         "conv1.weight": weights["patch_embedding.weight"],
         "proj": torch.zeros(model.config.dim, 5),
     }
     for kind in ("weight", "bias"):
-        named |= {
+        tensors |= {
             f"ln_pre.{kind}": weights[f"embedding_norm.{kind}"],
             f"ln_post.{kind}": weights[f"norm.{kind}"],
         }
         for i in range(model.config.n_layers):
             ours, theirs = f"layers.{i}", f"transformer.resblocks.{i}"
-            three = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]
-            named[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(three)
+            qkv = [weights[f"{ours}.attention.{name}.{kind}"] for name in ("wq", "wk", "wv")]
+            tensors[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(qkv)
             for a, b in (
                 ("attention.wo", "attn.out_proj"), ("attention_norm", "ln_1"), ("ffn_norm", "ln_2"),
                 ("w1", "mlp.c_fc"), ("w2", "mlp.c_proj"),
             ):  # fmt: skip
-                named[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
-    named = {f"visual.{name}": tensor for name, tensor in named.items()} | {"ln_final.weight": torch.ones(4)}
-    return named | {"input_resolution": torch.tensor(model.config.image_size), "context_length": torch.tensor(77)}
+                tensors[f"{theirs}.{b}.{kind}"] = weights[f"{ours}.{a}.{kind}"]
+    tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()} | {"ln_final.weight": torch.ones(4)}
+    return tensors | {"input_resolution": torch.tensor(model.config.image_size), "context_length": torch.tensor(77)}
 
 
-def vary(model):
-    """Weights of order one, norms and biases that matter."""
+def randomize(model):
+    """Set all parameters of a module to random values, including norms and biases; return it in eval mode."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0, 0.2)
     return model.eval()
 
 
-def timm_names(model, head):
-    """timm's state dict of a vision transformer of ours; its heads are 64 wide."""
+def timm_state_dict(model, head):
+    """Return the weights of a vision transformer under timm's names; its attention heads must be 64 wide."""
     weights = dict(model.named_parameters())
     tensors = {
         "cls_token": weights["class_embedding"][None, None],
@@ -316,38 +316,38 @@ def make_roberta(seed=0, **options):
     return model.requires_grad_(False)
 
 
-def save_reader(folder, bpe):
-    """A RoBERTa in Hugging Face's layout, and its tokenizer."""
+def save_roberta(folder, bpe):
+    """Save a random RoBERTa in Hugging Face's layout, with its tokenizer."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=48,
     )  # fmt: skip
-    vary(transformers.RobertaModel(config)).save_pretrained(folder)
+    randomize(transformers.RobertaModel(config)).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_text((bpe / name).read_text())
     return folder
 
 
-def make_head_adapter(model, classes, gates=True, **more):
+def make_head_adapter(model, classes, gates=True, **options):
     config = model.config
     adapter = HeadAdapter(
         layers=2, length=4, dim=config.dim, heads=config.n_heads, widths=[config.dim, classes],
-        generator=torch.Generator().manual_seed(1), **more,
+        generator=torch.Generator().manual_seed(1), **options,
     )  # fmt: skip
     if gates:
         torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
     return adapter
 
 
-SEEING = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
+FOUR_LAYER_VIT = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=4, n_heads=2, hidden_dim=96)
 
 
 HALF = (0.5, 0.5, 0.5)
 
 
 def launch(main, args, spoil=None, stdin=""):
-    """A command in a process of its own, which exits as the program does; `spoil` is called with the rank before."""
+    """Call `spoil(rank)`, then run a command, which exits the process. Only rank 0 gets `stdin`."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     if spoil is not None:
@@ -357,14 +357,14 @@ def launch(main, args, spoil=None, stdin=""):
 
 
 def train_command(args, spoil=None):
-    """train.py as `launch` runs it."""
+    """Run train.py as one of several ranks."""
     import train
 
     launch(train.main, args, spoil)
 
 
-def begin(rank, world, port, folder, results, target, args):
-    """Run target(*args) as one of several ranks; what it prints goes to files."""
+def run_rank(rank, world, port, folder, results, target, args):
+    """Run target(*args) as one of several ranks, with its output in files."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -392,19 +392,19 @@ class Ranks:
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.queue = forks.Queue()
         shared = (self.store.port, self.folder, self.queue, target, args)
-        self.processes = [forks.Process(target=begin, args=(rank, world, *shared)) for rank in range(world)]
+        self.processes = [forks.Process(target=run_rank, args=(rank, world, *shared)) for rank in range(world)]
         for process in self.processes:
             process.start()
 
     def results(self, timeout=60):
-        """Return, by rank, what the target returned, or else exit code, standard output and standard error."""
+        """Return, by rank, the target's result, or else its exit code, standard output and standard error."""
         returned, failed, deadline = {}, False, time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
             assert time.monotonic() < deadline, f"a rank hangs: {[p.exitcode for p in self.processes]}"
             with suppress(queue.Empty):
                 returned |= [self.queue.get(timeout=0.1)]
             if not failed and any(process.exitcode for process in self.processes):
-                failed, deadline = True, time.monotonic() + 30  # then torchrun kills
+                failed, deadline = True, time.monotonic() + 30  # after which torchrun sends SIGKILL
                 for process in self.processes:
                     process.terminate()
         with suppress(queue.Empty):
@@ -418,13 +418,13 @@ class Ranks:
         return (self.folder / f"{name}-{rank}").read_text()
 
 
-def said_by(results):
-    """The error lines of all ranks."""
+def error_lines(results):
+    """Return the error lines of all ranks."""
     return [line for _, _, stderr in results for line in stderr.splitlines() if line.startswith("error: ")]
 
 
 class Malicious:
-    """In a pickle: runs code when it is read."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self):
         return (print, ("a pickle ran code",))
@@ -456,11 +456,11 @@ KINDS = {
 
 
 def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama", **kind):
-    """A random LlamaForCausalLM, or another, of logits of order 10, written by save_pretrained."""
+    """Save a random model of transformers, by default a LLaMA, with logits of order 10, and return it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=1056,  # more than the tokenizer has, as in many published models
+        vocab_size=1056,  # larger than the tokenizer's, as in many published models
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -481,7 +481,7 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
 
 
 def save_harness_task(folder):
-    """Three questions of multiple choice, as a file of lm-evaluation-harness's own form."""
+    """Save three multiple-choice questions as a task of lm-evaluation-harness."""
     question = {"question": "Name the capital of Peru.", "right": 1}
     question["options"] = [" Lima", " The capital of Peru is Lima.", " owl"]
     (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
@@ -496,7 +496,7 @@ def save_harness_task(folder):
 
 
 def chat_on_terminal(lines, *args):
-    """What a real pseudo-terminal is answered: stdout and stderr, ended by Ctrl-D."""
+    """Run a conversation of generate.py on a pseudo-terminal, ended by Ctrl-D; return stdout and stderr."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
@@ -517,7 +517,7 @@ class Terminal(io.StringIO):
 
 
 def chat_in_process(lines, *args):
-    """As `chat_on_terminal`, with something that says it is a terminal, in this process."""
+    """Run a conversation of generate.py in this process, with a standard input that claims to be a terminal."""
     import generate
 
     args = [*map(str, args), "--greedy", "--max-new-tokens", "5"]
@@ -540,7 +540,7 @@ SCIENCEQA = {
 
 
 def save_problems(folder, **changes):
-    """problems.json with fields of problem 12 changed, or, where ... is the value, taken away; returns its path."""
+    """Save problems.json with fields of problem 12 changed, or removed if the value is `...`; return its path."""
     fields = ("question", "choices", "answer", "hint", "image", "grade", "subject", "split")
     values = {id: dict(zip(fields, row)) for id, row in SCIENCEQA.items()}
     values["12"] |= changes
@@ -551,7 +551,7 @@ def save_problems(folder, **changes):
 
 
 def save_problem_images(folder):
-    """An image for each of the problems that have one."""
+    """Save the images of the problems that have one."""
     for id in ("12", "31"):
         (folder / id).mkdir()
         Image.new("RGB", (20, 20), (int(id) * 8, 0, 0)).save(folder / id / "image.png")
@@ -568,14 +568,14 @@ COCO = {
 
 
 def save_coco(folder, **changes):
-    """captions.json, with other lists if so said; returns its path."""
+    """Save captions.json, with `changes` to its lists, and return its path."""
     path = folder / "captions.json"
     path.write_text(json.dumps(COCO | changes))
     return path
 
 
 def make_testbed(base, instructions, folder):
-    """Of experiments: thirty instructions to train on, ten to be asked, a text; three epochs of two layers."""
+    """Return a testbed of the experiments: 30 instructions to train on, 10 held out, a text, L = 2, three epochs."""
     from data import read_examples
     from experiments import testbed
 
@@ -589,43 +589,43 @@ def make_testbed(base, instructions, folder):
     return testbed.read_testbed(options, asked=read_examples(instructions)[30:])
 
 
-def picture(width=60, height=40, mode="RGB", seed=0):
-    """Smooth in places, sharp in others."""
+def make_picture(width=60, height=40, mode="RGB", seed=0):
+    """Return an image with a smooth upper and a noisy lower half."""
     random = np.random.default_rng(seed)
-    rough = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    rough[: height // 2] = np.linspace(0, 255, width)[None, :, None].astype(np.uint8)
-    return Image.fromarray(rough).convert(mode)
+    pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels[: height // 2] = np.linspace(0, 255, width)[None, :, None].astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
 
 
-def film(path, colours, **options):
-    """A second for every colour. The options are those of FFmpeg's format."""
+def save_video(path, colors, **options):
+    """Save a video with one second of each color. The options are those of FFmpeg's muxer."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options=options) as file:
         stream = file.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for colour in colours:
+        for color in colors:
             for _ in range(5):
-                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), colour))
+                frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), color))
                 file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
 def train(*args):
-    """python -m encoder_tuning train, in this process."""
+    """Run `python -m encoder_tuning train` in this process."""
     from encoder_tuning.__main__ import main
 
     return CliRunner().invoke(main, ["train", *map(str, args)])
 
 
-def ask(*args):
-    """python -m encoder_tuning evaluate, in this process."""
+def evaluate(*args):
+    """Run `python -m encoder_tuning evaluate` in this process."""
     from encoder_tuning.__main__ import main
 
     return CliRunner().invoke(main, ["evaluate", *map(str, args)])
 
 
 def train_encoder_rank(args):
-    """python -m encoder_tuning train, as one of several ranks."""
+    """Run `python -m encoder_tuning train` as one of several ranks."""
     from encoder_tuning.__main__ import main
 
     launch(main, ["train", *args])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ask, make_head_adapter, make_roberta, make_tokens, train, vary
+from helpers import evaluate, make_head_adapter, make_roberta, make_tokens, train, randomize
 from safetensors.torch import load_file
 
 from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
@@ -137,7 +137,7 @@ def save_tagger(folder, bpe):
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=48, id2label=dict(enumerate(TAG_NAMES)), layer_norm_eps=1e-5,
     )  # fmt: skip
-    model = vary(transformers.RobertaForTokenClassification(config))
+    model = randomize(transformers.RobertaForTokenClassification(config))
     with torch.no_grad():  # so that no tag is the most likely for all words
         ids = torch.randint(3, 266, (20, 12), generator=torch.Generator().manual_seed(0))
         model.classifier.bias -= model(ids).logits.mean(dim=(0, 1))
@@ -183,7 +183,7 @@ def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
     theirs = save_tagger(tmp_path / "tagger", bpe)
     args = ["--task", "token-classification", "--base", tmp_path / "tagger", "--device", "cpu"]
     file = write_conll(tmp_path, "\n".join(SENTENCES))
-    result = ask(*args, "--data", file, "--out", tmp_path / "tags.json")
+    result = evaluate(*args, "--data", file, "--out", tmp_path / "tags.json")
     assert result.exit_code == 0, result.output
     answers = json.loads((tmp_path / "tags.json").read_text())
     tokenizer, seen = RobertaTokenizer(bpe), set()
@@ -200,7 +200,7 @@ def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
     assert trained.exit_code == 0, trained.output
     tensors = load_file(tmp_path / "run" / "adapter.safetensors")
     assert torch.equal(tensors["head.0.weight"], theirs.classifier.weight)
-    wrong_task = ask("--base", tmp_path / "tagger", "--task", "question-answering", "--data", file)
+    wrong_task = evaluate("--base", tmp_path / "tagger", "--task", "question-answering", "--data", file)
     assert wrong_task.exit_code == 2 and "has no head of its own for question-answering" in wrong_task.stderr
     config = json.loads((tmp_path / "tagger" / "config.json").read_text())
     for labels, message in (
@@ -208,7 +208,7 @@ def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
         ({str(i): f"LABEL_{i}" for i in range(5)}, "its classes: the tag 'LABEL_0' is neither O nor"),
     ):
         (tmp_path / "tagger" / "config.json").write_text(json.dumps(config | {"id2label": labels}))
-        unnamed = ask(*args, "--data", file)
+        unnamed = evaluate(*args, "--data", file)
         assert unnamed.exit_code == 2 and message in unnamed.stderr, unnamed.output
 
 
@@ -222,7 +222,7 @@ def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
     result = train(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
     assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 truncated" in result.stderr, result.output
     trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
-    scores = ask(*trained, *args, "--out", tmp_path / "tags.json")
+    scores = evaluate(*trained, *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
     assert answers == {sentence.name: sentence.tags for sentence in read_conll(file)}
     entities = sum(tag[0] == "B" for tags in answers.values() for tag in tags)
@@ -231,7 +231,7 @@ def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
 
     truncated = train(*args, *options, "--max-seq-len", 8, "--out", tmp_path / "cut", "--epochs", 2)
     assert truncated.exit_code == 0 and ", 16 truncated" in truncated.stderr, truncated.output
-    truncated_scores = ask(
+    truncated_scores = evaluate(
         "--adapter", tmp_path / "cut" / "adapter.safetensors", *args, "--out", tmp_path / "tags.json"
     )
     answers = json.loads((tmp_path / "tags.json").read_text())
@@ -240,7 +240,7 @@ def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
     empty = train(*args, *options, "--max-seq-len", 2, "--out", tmp_path / "none")
     assert empty.exit_code == 2 and "no example leaves room for a response" in empty.stderr, empty.output
 
-    unknown_tag = ask(*trained, "--data", write_conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
+    unknown_tag = evaluate(*trained, "--data", write_conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
     assert (
         unknown_tag.exit_code == 2
         and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of B-LOC, B-PER, I-LOC, O" in unknown_tag.stderr
@@ -248,6 +248,6 @@ def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
     one_class = train("--data", write_conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
     assert one_class.exit_code == 2 and "a.conll: has only one class, 'O'" in one_class.stderr, one_class.output
     monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
-    missing = ask(*trained, *args)
+    missing = evaluate(*trained, *args)
     assert missing.exit_code == 2 and "not installed: pip install seqeval" in missing.stderr
     assert len(missing.stderr.strip().splitlines()) == 1

@@ -16,7 +16,16 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, SEEING, make_adapter, make_model, make_tokens, make_vit, openai_names, picture
+from helpers import (
+    ROOT,
+    FOUR_LAYER_VIT,
+    make_adapter,
+    make_model,
+    make_tokens,
+    make_vit,
+    openai_state_dict,
+    make_picture,
+)
 
 import generate
 from demo.__main__ import main
@@ -34,7 +43,7 @@ QUESTION = "Name the number 7."
 def image_adapter(tiny_base, tmp_path_factory):
     """Path of an image adapter with nonzero gates and a strong projection. Its vision encoder is in the same folder."""
     folder = tmp_path_factory.mktemp("seeing")
-    torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
+    torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), folder / "ViT.pt")
     generator = torch.Generator().manual_seed(3)
     adapter = ImageAdapter(features=512, layers=3, length=2, dim=16, heads=2, generator=generator)
     torch.nn.init.constant_(adapter.gates, 2.0)
@@ -50,7 +59,7 @@ def demonstration(tiny_adapter, image_adapter):
 
 
 def save_upload(folder, name="cat.png", seed=0):
-    picture(seed=seed).save(folder / name)
+    make_picture(seed=seed).save(folder / name)
     return folder / name
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import Ranks, ask, make_head_adapter, make_roberta, make_tokens, train, train_encoder_rank
+from helpers import Ranks, evaluate, make_head_adapter, make_roberta, make_tokens, train, train_encoder_rank
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -178,15 +178,15 @@ def test_training_run_on_images(image_data):
     assert {"curves.png", "summary.json", "adapter.safetensors"} <= {f.name for f in (image_data / "run").iterdir()}
     file = image_data / "run" / "adapter.safetensors"
     evaluate_args = ["--adapter", file, "--data", image_data / "data", "--device", "cpu"]
-    scores = ask(*evaluate_args)
+    scores = evaluate(*evaluate_args)
     assert scores.exit_code == 0 and "24 examples: accuracy 100.00%" in scores.stdout, scores.output
-    limited = ask(*evaluate_args, "--limit", 12)
+    limited = evaluate(*evaluate_args, "--limit", 12)
     assert (
         limited.exit_code == 0
         and "12 examples: accuracy 100.00%" in limited.stdout
         and "majority class 'dark': 100" not in limited.stdout
     )
-    other_task = ask(*evaluate_args, "--task", "question-answering")
+    other_task = evaluate(*evaluate_args, "--task", "question-answering")
     assert other_task.exit_code == 2 and "is for image-classification, not for question-answering" in other_task.stderr
     assert "No such option '--int8'" in train(*args, "--int8").stderr
     wrong_encoder = train(*args, "--task", "text-classification", "--out", image_data / "other")
@@ -229,7 +229,7 @@ def test_training_run_on_sentences(roberta, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     file = tmp_path / "run" / "adapter.safetensors"
-    scores = ask("--adapter", file, "--data", tmp_path / "a.tsv", "--device", "cpu", "--out", tmp_path / "x.json")
+    scores = evaluate("--adapter", file, "--data", tmp_path / "a.tsv", "--device", "cpu", "--out", tmp_path / "x.json")
     assert scores.exit_code == 0 and "32 examples: accuracy " in scores.stdout, scores.output
     answers = json.loads((tmp_path / "x.json").read_text())
     right = sum(answers[f"record {i}"] == str(i % 2) for i in range(32))
@@ -241,7 +241,7 @@ def test_training_run_on_sentences(roberta, tmp_path):
     )  # fmt: skip
     assert one_class.exit_code == 2 and "has only one class, 'x'" in one_class.stderr
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nfilm\tnew\n")
-    unknown_class = ask("--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
+    unknown_class = evaluate("--adapter", file, "--data", tmp_path / "b.tsv", "--device", "cpu")
     assert (
         unknown_class.exit_code == 2 and "record 0: unknown class 'new'; expected one of 0, 1" in unknown_class.stderr
     )

@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import SEEING, make_vit, openai_names, run, save_coco, save_problem_images, save_problems, subcommands
+from helpers import (
+    FOUR_LAYER_VIT,
+    make_vit,
+    openai_state_dict,
+    run,
+    save_coco,
+    save_problem_images,
+    save_problems,
+    subcommands,
+)
 from PIL import Image
 
 import evaluate
@@ -34,7 +43,7 @@ def folder(tmp_path):
 @pytest.fixture
 def image_adapter(tiny_base, tmp_path):
     """Path of an image adapter with nonzero gates. Its vision encoder is in the same folder."""
-    torch.save(openai_names(make_vit(SEEING)), tmp_path / "ViT.pt")
+    torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), tmp_path / "ViT.pt")
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=512, bottleneck=5)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
     adapter.save(tmp_path / "a.safetensors", base=str(tiny_base), vision_encoder=str(tmp_path / "ViT.pt"))

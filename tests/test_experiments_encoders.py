@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import HALF, make_vit, timm_names
+from helpers import HALF, make_vit, timm_state_dict
 from torch.nn.functional import cross_entropy
 
 from encoder_tuning.labelled import Labelled
@@ -27,7 +27,7 @@ from train import TrainConfig, mean_loss
 def test_every_method_trains_its_own_parameters_only(tmp_path, method):
     """The loss falls, and no other weight of the encoder changes."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
-    torch.save(timm_names(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
+    torch.save(timm_state_dict(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
     trainable = encoders.set_up_encoder(method, sets, seed=0)
     model, adapter = trainable.model, trainable.adapter

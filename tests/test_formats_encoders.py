@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, make_images, make_vit, openai_names, picture, timm_names, vary
+from helpers import SMALL_VIT, make_images, make_vit, openai_state_dict, make_picture, timm_state_dict, randomize
 from PIL import Image
 
 from encoder_tuning.data import read_labelled
@@ -50,12 +50,12 @@ def test_every_clip_layer_equals_transformers(tmp_path, vision_only):
 @pytest.mark.parametrize("whole", [True, False])
 def test_openai_files_are_read(tmp_path, whole):
     model = make_vit()
-    state = openai_names(model)
+    state = openai_state_dict(model)
     if not whole:
         state = {name.removeprefix("visual."): tensor for name, tensor in state.items() if "visual" in name}
     torch.save(state, tmp_path / "ViT.pt")
     loaded = load_vit(tmp_path / "ViT.pt")
-    assert loaded.config == SMALL
+    assert loaded.config == SMALL_VIT
     assert all(torch.equal(a, b) for a, b in zip(model(make_images()), loaded(make_images()), strict=True))
 
 
@@ -64,9 +64,9 @@ def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision)
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shape = {"image_size": 24, "patch_size": 8, "hidden_size": 80, "num_hidden_layers": 3, "intermediate_size": 96}
-    theirs = vary(CLIPVisionModel(CLIPVisionConfig(**shape, num_attention_heads=4, hidden_act=hidden_act)))
+    theirs = randomize(CLIPVisionModel(CLIPVisionConfig(**shape, num_attention_heads=4, hidden_act=hidden_act)))
     theirs.save_pretrained(folder / "transformers")
-    state = openai_names(load_vit(folder / "transformers"))
+    state = openai_state_dict(load_vit(folder / "transformers"))
     state = {name: t for name, t in state.items() if name not in ("input_resolution", "context_length")}
     torch.save(state | {"logit_scale": torch.tensor(1.0)}, folder / "open_clip_pytorch_model.bin")
     config = {"model_cfg": {"vision_cfg": {"width": 80, "head_width": 20, **vision}, **(model or {})}}
@@ -91,7 +91,7 @@ def test_open_clip_preprocessing_is_read(tmp_path):
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
     save_open_clip(tmp_path, pixels=pixels)
     config = load_vit(tmp_path / "open_clip_pytorch_model.bin").config
-    image = picture(60, 40)
+    image = make_picture(60, 40)
     squeezed = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR), dtype=np.float64) / 255
     expected = (squeezed - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
     np.testing.assert_allclose(preprocess(image, config).permute(1, 2, 0), expected, rtol=1e-4, atol=1e-4)
@@ -118,13 +118,13 @@ def test_unsupported_open_clip_settings_are_refused(tmp_path, changes, message):
 
 def test_openai_state_dict_is_recognized_by_its_entries(tmp_path, capsys):
     """Other CLIP files without open_clip_config.json cause a warning, or an error if only open_clip has their width."""
-    state = openai_names(make_vit())
+    state = openai_state_dict(make_vit())
     torch.save(state, tmp_path / "ViT.pt")
     load_vit(tmp_path / "ViT.pt")
     assert "warning" not in capsys.readouterr().err
     del state["context_length"]
     torch.save(state, tmp_path / "ViT.pt")
-    assert load_vit(tmp_path / "ViT.pt").config == SMALL
+    assert load_vit(tmp_path / "ViT.pt").config == SMALL_VIT
     assert "assumed to be OpenAI's, with QuickGELU and heads 64 wide" in capsys.readouterr().err
     for width in (1280, 1408, 1664):
         torch.save(state | {"visual.conv1.weight": torch.ones(width, 3, 8, 8)}, tmp_path / "ViT.pt")
@@ -142,7 +142,7 @@ def test_torchscript_error_shows_how_to_extract_the_weights(tmp_path):
 
 
 def save_broken_clip(tmp_path, change):
-    state = openai_names(make_vit())
+    state = openai_state_dict(make_vit())
     change(state)
     torch.save(state, tmp_path / "ViT.pt")
     return tmp_path / "ViT.pt"
@@ -223,7 +223,7 @@ def test_preprocessing_follows_preprocessor_config_json(tmp_path, kind, changes)
     assert (tmp_path / "preprocessor_config.json").exists()
     config = load_encoder(tmp_path)[0].config
     for size in ((60, 40), (25, 90)):
-        image = picture(*size)
+        image = make_picture(*size)
         theirs = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
         grey_level = 1 / 255 / torch.tensor(config.std)[:, None, None]
         assert ((preprocess(image, config) - theirs).abs() <= 1.01 * grey_level).all()
@@ -280,7 +280,7 @@ def test_vit_equals_transformers(tmp_path):
     from transformers import ViTConfig as Config
     from transformers import ViTForImageClassification
 
-    theirs = vary(ViTForImageClassification(Config(image_size=24, patch_size=8, num_labels=5, **SHAPE)))
+    theirs = randomize(ViTForImageClassification(Config(image_size=24, patch_size=8, num_labels=5, **SHAPE)))
     theirs.save_pretrained(tmp_path)
     ours, head = load_encoder(tmp_path)
     images = make_images()
@@ -301,7 +301,7 @@ def test_timm_files_are_read(tmp_path, folder):
     if folder:
         from safetensors.torch import save_file
 
-        save_file(timm_names(model, head), tmp_path / "model.safetensors")
+        save_file(timm_state_dict(model, head), tmp_path / "model.safetensors")
         values = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": half}}
         (tmp_path / "config.json").write_text(json.dumps(values | {"model_args": {"num_heads": 4, "norm_eps": 1e-5}}))
         other, _ = load_encoder(tmp_path)
@@ -314,9 +314,11 @@ def test_timm_files_are_read(tmp_path, folder):
         config = replace(config, mean=(0.1, 0.2, 0.3))
         loaded, loaded_head = load_encoder(tmp_path)
     else:
-        torch.save(timm_names(model, head), tmp_path / "vit.pth")
+        torch.save(timm_state_dict(model, head), tmp_path / "vit.pth")
         loaded, loaded_head = load_encoder(tmp_path / "vit.pth")
-    extra = timm_names(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # as in DINOv2, with a scale per layer
+    extra = timm_state_dict(model, head) | {
+        "blocks.0.ls1.gamma": torch.ones(128)
+    }  # as in DINOv2, with a scale per layer
     torch.save(extra, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="more.pth: has 1 weights that such an encoder does not have: blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")
@@ -336,7 +338,7 @@ def test_roberta_equals_transformers(tmp_path, kind):
     name = {"sequence": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering"}[kind]
     if kind == "question":
         config.num_labels = 2
-    theirs = vary(getattr(transformers, f"RobertaFor{name}")(config))
+    theirs = randomize(getattr(transformers, f"RobertaFor{name}")(config))
     theirs.save_pretrained(tmp_path)
     ours, head = load_encoder(tmp_path)
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))

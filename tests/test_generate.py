@@ -1,4 +1,4 @@
-"""Sampling, batches, and the command."""
+"""Sampling, batched decoding, and the command generate.py."""
 
 import json
 import os
@@ -26,66 +26,68 @@ from runtime.decoding import prepare_to_decode
 
 
 def run(*args, input=None):
-    """The command, with an empty pipe for standard input unless told otherwise."""
+    """Run generate.py in this process; standard input is an empty pipe by default."""
     return CliRunner().invoke(main, [str(arg) for arg in args], input=input)
 
 
-def rescored(model, tokens, prompts, steps):
-    """Greedy decoding without a cache."""
+def greedy_without_cache(model, tokens, adaption_prompts, steps):
+    """Return the new tokens of greedy decoding that recomputes everything at each step."""
     tokens = list(tokens)
     for _ in range(steps):
-        tokens.append(model(torch.tensor([tokens]), prompts)[0, -1].argmax().item())
+        tokens.append(model(torch.tensor([tokens]), adaption_prompts)[0, -1].argmax().item())
     return tokens[-steps:]
 
 
-def test_a_batch_of_unequal_prompts_is_answered_as_each_alone():
+def test_batched_generation_equals_one_prompt_at_a_time():
     model = make_model()
-    prompts = make_adapter(model)()
+    adaption_prompts = make_adapter(model)()
     rows = [make_tokens(model, n, seed=n).tolist() for n in (9, 1, 4)]
-    answers = generate(model, rows, prompts, max_new_tokens=8)
-    assert answers == [rescored(model, row, prompts, 8) for row in rows]
-    assert answers != generate(model, rows, max_new_tokens=8)
+    responses = generate(model, rows, adaption_prompts, max_new_tokens=8)
+    assert responses == [greedy_without_cache(model, row, adaption_prompts, 8) for row in rows]
+    assert responses != generate(model, rows, max_new_tokens=8)
 
 
-def test_compiled_decoding_is_the_plain_one():
-    """Another length of prompt, or of answer, needs no compilation for each token."""
+def test_compiled_decoding_equals_eager_decoding():
+    """Prompts and responses of other lengths need no recompilation."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     model = make_model()
-    prompts = make_adapter(model)()
+    adaption_prompts = make_adapter(model)()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    other = deepcopy(model)  # its linear layers are replaced
-    prepare_to_decode(other, compiled=True)
-    compiled = compile_decoding(decode_step, other)
+    prepared = deepcopy(model)  # prepare_to_decode replaces its linear layers
+    prepare_to_decode(prepared, compiled=True)
+    compiled = compile_decoding(decode_step, prepared)
     for length in (5, 9, 14):
         row = [make_tokens(model, length, seed=length).tolist()]
-        plain = generate(model, row, prompts, max_new_tokens=12)
-        assert generate(other, row, prompts, max_new_tokens=12, decode_step=compiled) == plain
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one capacity, and then any
+        expected = generate(model, row, adaption_prompts, max_new_tokens=12)
+        assert generate(prepared, row, adaption_prompts, max_new_tokens=12, decode_step=compiled) == expected
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    )  # one for the first cache size, one for all others
 
 
-def test_no_compiler_is_a_line(tiny_adapter, monkeypatch):
+def test_missing_compiler_is_a_one_line_error(tiny_adapter, monkeypatch):
     monkeypatch.setattr("runtime.compilation.shutil.which", lambda name: None)
     result = run("--adapter", tiny_adapter, "--device", "cpu", "--compile", "Hello.")
     assert result.exit_code == 2 and "needs a C++ compiler" in result.output
 
 
-def test_each_row_stops_at_its_own_end():
+def test_each_row_stops_at_its_own_eos():
     """The authors' inference code doesn't stop at EOS."""
     model = make_model()
     rows = [make_tokens(model, 5, seed=n).tolist() for n in range(3)]
-    whole = generate(model, rows, max_new_tokens=12)
-    eos = whole[1][3]
+    full = generate(model, rows, max_new_tokens=12)
+    eos = full[1][3]
     stopped = generate(model, rows, max_new_tokens=12, end_ids=[eos])
-    for long, short in zip(whole, stopped):
-        assert short == (long[: long.index(eos)] if eos in long else long)
+    for expected, found in zip(full, stopped):
+        assert found == (expected[: expected.index(eos)] if eos in expected else expected)
     assert len(stopped[1]) < 12
     assert len(list(stream(model, rows[1:2], sampling=Sampling(12, end_ids=[eos])))) == len(stopped[1])
 
 
-def test_the_repetition_penalty_is_that_of_transformers(tiny_base, tmp_path):
-    """It concerns tokens of the prompt and new ones, also in a batch of unequal rows and after a cache."""
+def test_repetition_penalty_equals_that_of_transformers(tiny_base, tmp_path):
+    """The penalty covers prompt and new tokens, also in a batch of unequal rows and with cached tokens."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
@@ -93,19 +95,19 @@ def test_the_repetition_penalty_is_that_of_transformers(tiny_base, tmp_path):
     rows = [make_tokens(model, n, seed=n).tolist() for n in (9, 1, 4)]
     plain = generate(model, rows, max_new_tokens=20)
     for penalty in (1.3, 0.8):
-        how = {"max_new_tokens": 20, "repetition_penalty": penalty}
+        options = {"max_new_tokens": 20, "repetition_penalty": penalty}
         expected = [
-            theirs.generate(torch.tensor([row]), do_sample=False, **how)[0, len(row) :].tolist() for row in rows
+            theirs.generate(torch.tensor([row]), do_sample=False, **options)[0, len(row) :].tolist() for row in rows
         ]
-        assert generate(model, rows, **how) == expected != plain
+        assert generate(model, rows, **options) == expected != plain
         cache = KVCache(model, 1, 40)
         with torch.no_grad():
             prefill(model, [rows[0][:5]], (), cache)
-        steps = stream(model, [rows[0][5:]], (), Sampling(**how), cache=cache, cached=[rows[0][:5]])
+        steps = stream(model, [rows[0][5:]], (), Sampling(**options), cache=cache, cached=[rows[0][:5]])
         assert [ids[0] for ids in steps] == expected[0]
 
 
-class Letters:
+class ByteTokenizer:
     """A tokenizer whose ids are bytes."""
 
     def decode(self, ids):
@@ -123,11 +125,11 @@ class Letters:
         (("ce!", "twice more"), "one two 🦙 twice"),
     ],
 )
-def test_pieces_end_before_a_stop_string(stop, expected):
-    """No character of it is shown before the whole is there; what only began like one comes later."""
+def test_text_pieces_end_before_a_stop_string(stop, expected):
+    """No part of a stop string is emitted; text that only begins like one is emitted later."""
     content = "one two 🦙 twice".encode()
     ids = []
-    pieces = list(text_pieces(iter([[byte] for byte in content]), Letters(), ids, stop))
+    pieces = list(text_pieces(iter([[byte] for byte in content]), ByteTokenizer(), ids, stop))
     assert "".join(pieces) == expected
     assert len(ids) == min(
         (len(content[: content.index(s.encode())] + s.encode()) for s in stop if s.encode() in content),
@@ -140,24 +142,24 @@ def test_pieces_end_before_a_stop_string(stop, expected):
 
 
 def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
-    """Every row has the response that it has alone, and the batch ends with the last of them."""
+    """Every row has the same response as alone, and decoding ends with the last row."""
     _, _, adapters = loaded = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), torch.float32)
-    whole = Responder(*loaded, max_new_tokens=30)
+    unlimited = Responder(*loaded, max_new_tokens=30)
     requests = [Request(text, adapter=name) for text in ("Hi", "the cat sat", "Who?") for name in ("base", *adapters)]
-    texts = whole.respond_batch(requests)
+    texts = unlimited.respond_batch(requests)
     stop = [texts[0][4:7], texts[2][9:11], "absent"]
     steps = []
 
-    def counted(*args):
+    def counting_step(*args):
         steps.append(1)
         return decode_step(*args)
 
     responder = Responder(*loaded, max_new_tokens=30, stop=stop)
-    responder.decode_step = counted
-    ended = responder.respond_batch(requests)
-    assert ended == ["".join(responder.respond(request)) for request in requests] != texts
-    for text, short in zip(texts, ended):
-        assert short == text[: min((text.index(each) for each in stop if each in text), default=len(text))]
+    responder.decode_step = counting_step
+    truncated = responder.respond_batch(requests)
+    assert truncated == ["".join(responder.respond(request)) for request in requests] != texts
+    for text, response in zip(texts, truncated):
+        assert response == text[: min((text.index(each) for each in stop if each in text), default=len(text))]
     steps.clear()
     responder.respond_batch(requests[:1])
     assert len(steps) < 20
@@ -166,14 +168,14 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
 
 
 @pytest.mark.parametrize("prompt", ["-5 + 3?", "- one", "--- title"])
-def test_a_prompt_that_begins_with_a_dash(tiny_adapter, prompt):
+def test_prompt_with_a_leading_dash_needs_a_double_dash(tiny_adapter, prompt):
     args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "--max-new-tokens", 3)
     result = run(*args, prompt)
     assert result.exit_code == 2 and result.stderr.endswith("; a prompt that begins with a dash goes after --.\n")
     assert run(*args, "--", prompt).exit_code == 0
 
 
-def test_stop_strings_of_the_command(tiny_adapter):
+def test_stop_and_repetition_penalty_options_change_the_text(tiny_adapter):
     args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "Hello")
     text = run(*args).stdout
     assert len(text) > 8
@@ -183,8 +185,8 @@ def test_stop_strings_of_the_command(tiny_adapter):
     assert "--stop: the text is empty" in run(*args, "--stop", "").stderr
 
 
-def test_an_update_is_seen_by_the_next_generation():
-    """lit-llama's prompt cache on the module goes stale; ours goes with the generation."""
+def test_next_generation_uses_updated_prompts():
+    """lit-llama caches projected prompts in the module, where they go stale; here they belong to one generation."""
     model = make_model()
     adapter = make_adapter(model)
     row = [make_tokens(model, 5).tolist()]
@@ -192,19 +194,19 @@ def test_an_update_is_seen_by_the_next_generation():
     with torch.no_grad():
         adapter.prompts.mul_(-2)
     after = generate(model, row, adapter(), max_new_tokens=8)
-    assert after[0] == rescored(model, row[0], adapter(), 8) != before[0]
-    model(torch.tensor(row), adapter()).sum().backward()  # and gradients still flow
+    assert after[0] == greedy_without_cache(model, row[0], adapter(), 8) != before[0]
+    model(torch.tensor(row), adapter()).sum().backward()  # the cache does not break autograd
     assert adapter.prompts.grad.abs().sum() > 0
 
 
-def test_several_adapters_in_one_batch():
-    """A batch may mix adapters: their prompts are concatenated along B."""
+def test_one_batch_can_mix_adapters():
+    """Adaption prompts of several adapters are concatenated along B."""
     model = make_model()
-    sets = [make_adapter(model, seed=seed)() for seed in (1, 5)]
-    mixed = [AdaptionPrompt(*(torch.cat(parts) for parts in zip(*layer))) for layer in zip(*sets)]
+    prompts_by_adapter = [make_adapter(model, seed=seed)() for seed in (1, 5)]
+    mixed = [AdaptionPrompt(*(torch.cat(parts) for parts in zip(*layer))) for layer in zip(*prompts_by_adapter)]
     rows = [make_tokens(model, n, seed=n).tolist() for n in (6, 3)]
-    answers = generate(model, rows, mixed, max_new_tokens=6)
-    assert answers == [generate(model, [r], p, max_new_tokens=6)[0] for r, p in zip(rows, sets)]
+    responses = generate(model, rows, mixed, max_new_tokens=6)
+    assert responses == [generate(model, [r], p, max_new_tokens=6)[0] for r, p in zip(rows, prompts_by_adapter)]
 
 
 def test_sampling_is_nucleus_sampling():
@@ -218,11 +220,11 @@ def test_sampling_is_nucleus_sampling():
     assert shares(1.0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     assert shares(1.0, 0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)  # 0.5 < 0.7 <= 0.5 + 0.3
     assert shares(1.0, 0.01) == [1, 0, 0, 0]
-    assert shares(0.5, 1.0) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)  # squares, normalised
+    assert shares(0.5, 1.0) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.03)  # squared and normalized
     assert shares(0.0, 1.0) == [1, 0, 0, 0]
 
 
-def test_sampling_depends_on_its_generator_alone():
+def test_sampling_depends_only_on_its_generator():
     model = make_model()
     row = [make_tokens(model, 5).tolist()]
     options = dict(max_new_tokens=10, temperature=1.0)
@@ -233,7 +235,7 @@ def test_sampling_depends_on_its_generator_alone():
 
 
 def test_text_streams_whole_characters(tiny_base):
-    """A character of four byte tokens comes out once, whole; the pieces add up to the text."""
+    """A character of four byte tokens is emitted once, as a whole."""
     _, tokenizer = load_llama(tiny_base)
     text = "Ein 🦙 in Lima"
     ids = tokenizer.encode(text)
@@ -243,8 +245,8 @@ def test_text_streams_whole_characters(tiny_base):
     assert list(text_pieces(iter([]), tokenizer, [])) == [""]
 
 
-def test_stories260k_greedy_text_byte_for_byte(data):
-    """The text that llama2.c's author publishes for this checkpoint."""
+def test_stories260k_writes_the_published_text(data):
+    """The author of llama2.c publishes this text for this checkpoint."""
     expected = json.loads((data / "stories260K" / "expected_greedy.json").read_text())
     result = run("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 256, "")
     assert result.exit_code == 0
@@ -253,7 +255,7 @@ def test_stories260k_greedy_text_byte_for_byte(data):
     assert generate(model, [[1]], max_new_tokens=256)[0] == expected["ids_bos_plus_256"][1:]
 
 
-def test_answer_alone_on_stdout(tiny_adapter):
+def test_stdout_contains_only_the_response(tiny_adapter):
     result = run("--adapter", tiny_adapter, "--greedy", "--max-new-tokens", 8, "Name the capital of Peru.")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout.endswith("\n") and len(result.stdout) > 1
@@ -265,11 +267,11 @@ def test_answer_alone_on_stdout(tiny_adapter):
     assert both.stdout == f"base: {alone.stdout}a: {result.stdout}"
 
 
-def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
-    """The template with and without the input field, or the bare text, after <bos>; the sampling as asked for."""
+def test_prompt_and_sampling_options_reach_the_model(tiny_adapter, tiny_base, monkeypatch):
+    """The prompt is the template with or without an input, or the raw text, after <bos>."""
     seen = []
 
-    def stream(model, tokens, prompts, sampling, decode_step):
+    def stream(model, tokens, adaption_prompts, sampling, decode_step):
         seen.append((*tokens, sampling, decode_step))
         return iter([])
 
@@ -282,10 +284,10 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
         (["--raw", ""], ""),
     ]:
         assert run("--adapter", tiny_adapter, *args).exit_code == 0
-        tokens, sampling, decoding = seen.pop()
+        tokens, sampling, used_step = seen.pop()
         assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
-        assert sampling.generator.initial_seed() == 0 and decoding is decode_step
-        # The paper's sampling, not another (OGV 133).
+        assert sampling.generator.initial_seed() == 0 and used_step is decode_step
+        # The defaults are the paper's (OGV 133).
         assert sampling[:4] == (256, 0.1, 0.75, set(tokenizer.end_ids))
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
@@ -295,32 +297,34 @@ def test_what_the_model_is_given(tiny_adapter, tiny_base, monkeypatch):
     assert seen.pop()[1].temperature == 0
 
 
-def test_the_answer_appears_as_it_is_made(tiny_adapter, monkeypatch):
+def test_response_is_printed_while_it_is_generated(tiny_adapter, monkeypatch):
     import click
 
     events = []
     echo = click.echo
     monkeypatch.setattr("generate.text_pieces", lambda *_: (events.append(p) or p for p in ("The ", "cat")))
-    monkeypatch.setattr("click.echo", lambda text="", **more: events.append(("shown", text)) or echo(text, **more))
+    monkeypatch.setattr(
+        "click.echo", lambda text="", **options: events.append(("shown", text)) or echo(text, **options)
+    )
     run("--adapter", tiny_adapter, "hello")
     shown = [event for event in events if event not in (("shown", ""), ("shown", "\n"))]
     assert shown == ["The ", ("shown", "The "), "cat", ("shown", "cat")]
 
 
-def test_base_option_goes_before_the_one_in_the_file(tiny_base, tmp_path):
+def test_base_option_overrides_the_adapter_file(tiny_base, tmp_path):
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "a.safetensors", base="/gone")
     args = ("--adapter", tmp_path / "a.safetensors", "--max-new-tokens", 1)
     assert "/gone: no such base model" in run(*args, "hello").stderr
     result = run(*args, "--base", tiny_base, "hello")
-    assert result.exit_code == 0 and result.stderr == ""  # an adapter without a fingerprint is no cause for alarm
+    assert result.exit_code == 0 and result.stderr == ""  # an adapter without a fingerprint causes no warning
 
 
-def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
-    def answers(ids, tokenizer, so_far, stop):
+def test_each_piped_line_gets_one_output_line(tiny_adapter, monkeypatch):
+    def two_lines(ids, tokenizer, so_far, stop):
         yield "one\n"
         yield "two"
 
-    monkeypatch.setattr("generate.text_pieces", answers)
+    monkeypatch.setattr("generate.text_pieces", two_lines)
     args = ("--adapter", tiny_adapter)
     result = run(*args, input="Name the capital of Peru.\r\n\nTranslate cat into French.")
     assert result.stdout == "one\\ntwo\n" * 3 and result.stderr == ""
@@ -329,15 +333,15 @@ def test_piped_lines_are_answered_line_by_line(tiny_adapter, monkeypatch):
     assert run(*args, "Hello").stdout == "one\ntwo\n"
 
 
-def test_piped_lines_get_the_answers_that_they_get_alone(tiny_adapter):
+def test_piped_lines_get_the_same_responses_as_single_prompts(tiny_adapter):
     args = ("--adapter", tiny_adapter, "--greedy", "--max-new-tokens", 9)
     lines = ["Name the capital of Peru.", "Translate cat into French."]
-    singles = [run(*args, line).stdout for line in lines]
-    assert run(*args, input="\n".join(lines)).stdout == "".join(singles)
+    expected = [run(*args, line).stdout for line in lines]
+    assert run(*args, input="\n".join(lines)).stdout == "".join(expected)
 
 
-def test_no_standard_input(tiny_adapter):
-    """As from cron: a prompt needs none, and a conversation says that it does."""
+def test_closed_standard_input_is_an_error_only_without_a_prompt(tiny_adapter):
+    """Standard input is closed under cron, for example."""
     command = f"{sys.executable} generate.py --adapter {tiny_adapter} --max-new-tokens 2"
     for more, code in ((" hello", 0), ("", 2)):
         result = subprocess.run(
@@ -362,7 +366,7 @@ def test_no_standard_input(tiny_adapter):
         (["--adapter", "ADAPTER", "--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tiny_base, tiny_adapter, tmp_path, args, message):
+def test_bad_input_is_a_one_line_error(tiny_base, tiny_adapter, tmp_path, args, message):
     Adapter(layers=2, length=3, dim=64, heads=2).save(tmp_path / "other.safetensors", base=tiny_base)
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "orphan.safetensors")
     Adapter(layers=2, length=3, dim=16, heads=2).save(
@@ -382,13 +386,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_base, tiny_adapter, tmp_path
 
 @pytest.mark.parametrize("option", ["--temperature", "--top-p", "--strength"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
-def test_numbers_that_are_none(option, value):
+def test_non_finite_and_negative_options_are_refused(option, value):
     result = run("--base", "any", option, value, "hello")
     assert result.exit_code == 2 and option in result.stderr
 
 
 @pytest.mark.parametrize("sampling", [dict(temperature=1e-40), dict(temperature=1.0, top_p=1e-300)])
-def test_sampling_at_the_edge_is_greedy(sampling):
+def test_extreme_sampling_options_are_greedy(sampling):
     model = make_model()
     row = [make_tokens(model, 5).tolist()]
     assert generate(model, row, max_new_tokens=5, **sampling) == generate(model, row, max_new_tokens=5)
@@ -396,7 +400,7 @@ def test_sampling_at_the_edge_is_greedy(sampling):
 
 @pytest.fixture(scope="module")
 def chef_and_poet(tiny_base, tmp_path_factory):
-    """Two adapters of one base, of different depth."""
+    """Two adapters for one base, with different numbers of layers."""
     model, _ = load_llama(tiny_base)
     paths = []
     for name, layers, seed in (("chef", 3, 1), ("poet", 1, 5)):
@@ -407,8 +411,8 @@ def chef_and_poet(tiny_base, tmp_path_factory):
     return paths
 
 
-def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet, tiny_base, tmp_path, monkeypatch):
-    """Adapters of different depth and the base itself share a batch; every answer is that of a run of its own."""
+def test_prompts_file_can_mix_adapters_in_one_batch(chef_and_poet, tiny_base, tmp_path, monkeypatch):
+    """Adapters of different depths and the base share a batch; every output equals that of a run of its own."""
     import generate as module
 
     chef, poet = chef_and_poet
@@ -416,7 +420,7 @@ def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet,
         {"instruction": "Name the capital of Peru.", "adapter": "chef", "id": 7},
         {"instruction": "Translate this word into French.", "input": "cat", "adapter": "poet"},
         {"instruction": "Name the capital of Peru.", "adapter": None},
-        {"instruction": "Name the capital of Peru."},  # the first adapter's
+        {"instruction": "Name the capital of Peru."},  # runs on the first adapter
         {"instruction": "Hello", "adapter": "poet"},
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -424,31 +428,33 @@ def test_a_file_of_prompts_is_answered_in_one_batch_as_each_alone(chef_and_poet,
     monkeypatch.setattr(
         module, "stream", lambda model, tokens, *a, **o: batches.append(len(tokens)) or stream(model, tokens, *a, **o)
     )
-    both = ["--adapter", chef, "--adapter", poet, "--greedy", "--max-new-tokens", 9]
-    result = run(*both, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    adapters = ["--adapter", chef, "--adapter", poet, "--greedy", "--max-new-tokens", 9]
+    result = run(*adapters, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 0, result.output
     assert batches == [5] and "5/5" in result.stderr
-    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    for record, answer, adapter in zip(records, answers, (chef, poet, None, chef, poet)):
-        of = ["--adapter", adapter] if adapter else ["--base", tiny_base]
-        alone = run(*of, "--greedy", "--max-new-tokens", 9, "--input", record.get("input", ""), record["instruction"])
-        assert answer == record | {"output": alone.stdout[:-1]}
-    assert len({answer["output"] for answer in answers}) > 2
-    result = run(*both, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "two.jsonl", "--batch-size", 2)
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record, output, adapter in zip(records, written, (chef, poet, None, chef, poet)):
+        source = ["--adapter", adapter] if adapter else ["--base", tiny_base]
+        alone = run(
+            *source, "--greedy", "--max-new-tokens", 9, "--input", record.get("input", ""), record["instruction"]
+        )
+        assert output == record | {"output": alone.stdout[:-1]}
+    assert len({output["output"] for output in written}) > 2
+    result = run(*adapters, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "two.jsonl", "--batch-size", 2)
     assert batches[-3:] == [2, 2, 1]
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
-def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
-    """A row of 400 of 512 tokens has room for fewer than its neighbour has."""
+def test_each_row_of_a_batch_ends_with_the_context(data, tmp_path):
+    """A row with 400 tokens of 512 has room for fewer new tokens than the other row."""
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 130)
     records = [{"instruction": "Once upon a time " * 80}, {"instruction": "Once"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     result = run(*args, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 0, result.output
-    answers = [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    alone = [run(*args, record["instruction"]).stdout[:-1] for record in records]
-    assert answers == alone
+    outputs = [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = [run(*args, record["instruction"]).stdout[:-1] for record in records]
+    assert outputs == expected
 
 
 @pytest.mark.parametrize(
@@ -463,7 +469,7 @@ def test_answers_of_a_batch_end_with_the_context_as_each_alone(data, tmp_path):
         ('{"instruction": "a", "adapter": ["chef"]}', "record 0: adapter"),
     ],
 )
-def test_bad_files_of_prompts_are_named(chef_and_poet, tmp_path, records, message):
+def test_bad_prompts_files_are_reported(chef_and_poet, tmp_path, records, message):
     chef, poet = chef_and_poet
     (tmp_path / "in.jsonl").write_text(records)
     files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
@@ -472,8 +478,8 @@ def test_bad_files_of_prompts_are_named(chef_and_poet, tmp_path, records, messag
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_requests_of_conversations_and_of_images(tmp_path):
-    """An output, which the file of an earlier call has, is not part of the prompt; nor is an image's placeholder."""
+def test_requests_can_contain_conversations_and_images(tmp_path):
+    """The output of an earlier run and the placeholder <image> are not part of the prompt."""
     (tmp_path / "a.png").touch()
     turns = [
         {"from": "human", "value": "<image>\nHi"},
@@ -487,10 +493,10 @@ def test_requests_of_conversations_and_of_images(tmp_path):
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     _, requests, images = read_requests(str(tmp_path / "in.jsonl"), ["base", "chef"], "base", None)
-    talk = [Turn("user", "Hi"), Turn("assistant", "Ho")]
+    history = [Turn("user", "Hi"), Turn("assistant", "Ho")]
     assert requests == [
-        Request("Why?\n\n1", history=[Turn("system", "Be kind."), *talk]),
-        Request("Why?", adapter="chef", history=talk),
+        Request("Why?\n\n1", history=[Turn("system", "Be kind."), *history]),
+        Request("Why?", adapter="chef", history=history),
         Request("Look.", "1", "chef", history=[]),
     ]
     assert images.keys() == {1, 2}
@@ -499,7 +505,7 @@ def test_requests_of_conversations_and_of_images(tmp_path):
         read_requests(str(tmp_path / "in.jsonl"), ["base"], "base", None)
 
 
-def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
+def test_adapters_that_cannot_be_combined_are_refused(chef_and_poet, tiny_base, tmp_path):
     chef, poet = chef_and_poet
     assert "the name 'chef' is taken" in run("--adapter", chef, "--adapter", chef, "hi").stderr
     result = run("--adapter", chef, "--adapter", f"cook={chef}", "--compare", "--max-new-tokens", 1, "hi")
@@ -508,7 +514,7 @@ def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"instruction": "a"}')
     files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
     both = ["--adapter", chef, "--adapter", tmp_path / "long.safetensors"]
-    assert run(*both, *files, "--max-new-tokens", 1).exit_code == 0  # only the first is asked
+    assert run(*both, *files, "--max-new-tokens", 1).exit_code == 0  # only the first adapter is used
     (tmp_path / "in.jsonl").write_text('{"instruction": "a", "adapter": "long"}\n{"instruction": "a"}')
     result = run(*both, *files)
     assert result.exit_code == 2 and "different lengths cannot share a batch" in result.stderr
@@ -520,24 +526,24 @@ def test_adapters_that_cannot_be_together(chef_and_poet, tiny_base, tmp_path):
         assert result.exit_code == 2 and str(out) in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_records_keep_what_they_have(chef_and_poet, tmp_path):
-    """Other fields, half characters in them included; an old output makes room for the new."""
+def test_output_records_keep_their_other_fields(chef_and_poet, tmp_path):
+    """Unpaired surrogates in other fields are kept, and an earlier output is replaced."""
     line = '{"instruction": "Hi", "id": "\\ud800", "name": "für", "output": null}'
     (tmp_path / "in.jsonl").write_text(line, encoding="utf-8")
     files = ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]
     assert run("--adapter", chef_and_poet[0], *files, "--max-new-tokens", 3).exit_code == 0
-    answer = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
-    assert answer | {"output": None} == json.loads(line) and answer["output"]
+    written = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert written | {"output": None} == json.loads(line) and written["output"]
 
 
-def test_compare_answers_with_every_adapter(chef_and_poet):
+def test_compare_prints_the_base_and_every_adapter(chef_and_poet):
     chef, poet = chef_and_poet
     result = run("--adapter", chef, "--adapter", poet, "--compare", "--max-new-tokens", 3, "hi")
     assert [line.split(":")[0] for line in result.stdout.splitlines() if ": " in line] == ["base", "chef", "poet"]
 
 
-def test_twenty_adapters_cost_their_own_memory_and_nothing_else(tmp_path):
-    """Of LLaMA-7B's shape, 4.9 MB each, loaded and ready as prompts in bfloat16."""
+def test_twenty_adapters_need_only_their_own_memory(tmp_path):
+    """The adapters have LLaMA-7B's shape, 4.9 MB each, and their prompts are ready in bfloat16."""
     if not os.path.exists("/proc/self/status"):
         pytest.skip("reads /proc")
     Adapter(layers=30, length=10, dim=4096, heads=32).save(tmp_path / "a.safetensors")
@@ -549,47 +555,47 @@ def test_twenty_adapters_cost_their_own_memory_and_nothing_else(tmp_path):
         "with torch.no_grad(): first = ready(); before = anonymous(); twenty = [ready() for _ in range(20)]\n"
         "print(anonymous() - before)"
     )
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps nothing of what is freed
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns freed memory at once
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
-    own = 20 * 1_229_760 * (4 + 2)  # bytes in float32, and cast to bfloat16
-    assert 0.95 * own < int(result.stdout) < 1.05 * own
+    expected = 20 * 1_229_760 * (4 + 2)  # bytes in float32, and cast to bfloat16
+    assert 0.95 * expected < int(result.stdout) < 1.05 * expected
 
 
-def test_a_row_of_nothing_is_refused():
+def test_empty_row_is_refused():
     with pytest.raises(ValueError, match="a row without a token"):
         generate(make_model(), [[1], []], max_new_tokens=2)
 
 
-def test_other_weights_are_warned_of(tiny_base, tmp_path):
+def test_base_with_other_weights_is_a_warning(tiny_base, tmp_path):
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "a.safetensors", base=tiny_base, base_fingerprint="x")
     result = run("--adapter", tmp_path / "a.safetensors", "--max-new-tokens", 1, "hello")
     assert result.exit_code == 0
     assert "warning" in result.stderr and "other weights" in result.stderr
 
 
-def test_a_prompt_beyond_the_context_is_refused_and_answers_end_with_it(data):
+def test_context_length_limits_prompts_and_responses(data):
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 2)
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
     assert "the base sees only 512" in result.stderr
-    run_out = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
-    assert run_out.exit_code == 0 and 50 < len(run_out.stdout) < 1000
+    truncated = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
+    assert truncated.exit_code == 0 and 50 < len(truncated.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
     assert mixed.exit_code == 0 and "sees only 512" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2
 
 
-def test_a_terminal_becomes_a_conversation(tiny_adapter):
+def test_terminal_starts_a_conversation(tiny_adapter):
     stdout, stderr = chat_on_terminal(
         "Name the capital of Peru.\n\nTranslate cat into French.\n", "--adapter", tiny_adapter
     )
     assert len(stdout.splitlines()) >= 2
-    assert stderr.count("> ") == 4  # the empty line in between is not an instruction
+    assert stderr.count("> ") == 4  # the empty line in between is skipped
 
 
-def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
+def test_conversation_can_switch_adapters(chef_and_poet, tiny_base):
     chef, poet = chef_and_poet
     lines = "Hello\n/adapter poet\nHello\n/none\nHello\n/adapter cook\nHello\n/adapter chef\nHello\n"
     stdout, stderr = chat_in_process(lines, "--adapter", chef, "--adapter", poet)
@@ -601,26 +607,26 @@ def test_a_conversation_switches_adapters(chef_and_poet, tiny_base):
     assert len({by_chef, by_poet, by_base}) == 3
 
 
-def test_a_conversation_says_how_it_is_led_and_ends(tiny_adapter):
+def test_conversation_has_help_and_exit_commands(tiny_adapter):
     for word in ("exit", "/quit"):
         stdout, stderr = chat_in_process(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
         assert stdout == "" and stderr.count("Every line is an instruction of its own. /adapter NAME") == 2
 
 
-def test_an_empty_pipe_is_an_error_not_silence(tiny_adapter):
+def test_empty_pipe_is_an_error(tiny_adapter):
     result = run("--adapter", tiny_adapter, input="")
     assert result.exit_code == 2 and result.stderr == "error: no PROMPT, and nothing on standard input\n"
     assert run("--adapter", tiny_adapter, "--max-new-tokens", 1, input="\n").exit_code == 0
 
 
-def test_the_folder_of_a_run_is_an_adapter(tiny_adapter, tmp_path):
+def test_adapter_option_accepts_the_folder_of_a_run(tiny_adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter.safetensors").write_bytes(tiny_adapter.read_bytes())
     args = ("--greedy", "--max-new-tokens", 3, "Hello")
     assert run("--adapter", tmp_path / "out", *args).stdout == run("--adapter", tiny_adapter, *args).stdout
 
 
-def test_an_adapter_of_an_encoder_says_what_it_is(tiny_base, tmp_path):
+def test_encoder_adapter_is_refused_with_its_task(tiny_base, tmp_path):
     adapter = HeadAdapter(widths=[16, 3], layers=2, length=3, dim=16, heads=2)
     adapter.save(tmp_path / "a.safetensors", task="image-classification")
     result = run("--base", tiny_base, "--adapter", tmp_path / "a.safetensors", "Hello")
@@ -629,26 +635,26 @@ def test_an_adapter_of_an_encoder_says_what_it_is(tiny_base, tmp_path):
     )
 
 
-def test_a_bad_out_is_found_before_the_base_is_read(tmp_path, monkeypatch):
+def test_bad_out_is_reported_before_the_base_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text('{"instruction": "Hello"}')
     monkeypatch.setattr("generate.load_with_adapters", lambda *_: 1 / 0)
     result = run("--base", "x", "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no" / "out.jsonl")
     assert result.exit_code == 2 and "no is no folder" in result.stderr
 
 
-def test_a_line_that_is_not_utf_8_costs_no_other(tiny_adapter):
-    """Nor does the byte order mark at the beginning reach the model."""
+def test_line_that_is_not_utf_8_affects_no_other_line(tiny_adapter):
+    """A byte order mark at the beginning does not reach the model."""
     args = [sys.executable, "generate.py", "--adapter", tiny_adapter, "--greedy", "--max-new-tokens", "3"]
     result = subprocess.run(
         list(map(str, args)), input=b"\xef\xbb\xbfHello\n\xff\nHello\n", capture_output=True, cwd=ROOT
     )
-    first, between, last, *_ = result.stdout.decode().split("\n")
-    assert first == last != "" and between == ""
+    first, middle, last, *_ = result.stdout.decode().split("\n")
+    assert first == last != "" and middle == ""
     message = "error: standard input: line 2: the text has an unpaired surrogate, or bytes that are not UTF-8"
     assert result.stderr.decode().strip() == message
 
 
-def test_a_base_without_a_context_length_has_a_bound(tiny_adapter, monkeypatch):
+def test_cache_is_bounded_if_the_base_has_no_context_length(tiny_adapter, monkeypatch):
     sizes = []
 
     class Cache(KVCache):
@@ -662,7 +668,7 @@ def test_a_base_without_a_context_length_has_a_bound(tiny_adapter, monkeypatch):
     assert max(sizes) == 200
 
 
-def test_file_names_cannot_command_a_terminal(tiny_adapter, tmp_path):
+def test_control_characters_in_file_names_are_escaped(tiny_adapter, tmp_path):
     name = tmp_path / "a\x1b[31m.safetensors"
     shutil.copy(tiny_adapter, name)
     args = ("--adapter", name, "--compare", "--max-new-tokens", 1)

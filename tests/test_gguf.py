@@ -1,4 +1,4 @@
-"""GGUF: weights against transformers, tokenizers against the files that they were made of, and broken files."""
+"""GGUF: weights compared with transformers, tokenizers with the files they were converted from, and broken files."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ gguf = pytest.importorskip("gguf")
 F32, F16, BF16, Q8_0, Q4_0, Q4_1 = (
     getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 )
-MODULES = {  # Hugging Face's names, and GGUF's
+MODULES = {  # Hugging Face's names to GGUF's
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -34,12 +34,12 @@ MODULES = {  # Hugging Face's names, and GGUF's
 
 
 def interleaved(weight, heads):
-    """Rows of q or k as llama.cpp wants them for LLaMA: the halves of each head in turns."""
+    """Reorder the rows of wq or wk as llama.cpp does for LLaMA: the two halves of each head alternate."""
     return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, change=lambda writer: None, **options):
-    """Write a model of transformers with ggml-org's writer, and a tokenizer, by default a byte-level one."""
+    """Write a model of transformers and a tokenizer, by default a byte-level one, with ggml-org's GGUF writer."""
     config = theirs.config
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(config.num_hidden_layers)
@@ -54,7 +54,7 @@ def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, chan
         writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    (tokenizer or add_bytes)(writer)
+    (tokenizer or add_byte_tokenizer)(writer)
     change(writer)
     for name, weight in theirs.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -63,11 +63,11 @@ def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, chan
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads and architecture == "llama":
             weight = interleaved(weight, heads)
-        for module, ours in MODULES.items():
-            name = name.replace(module, ours)
+        for module, gguf_name in MODULES.items():
+            name = name.replace(module, gguf_name)
         name = name.replace("model.layers.", "blk.")
-        of = F32 if weight.ndim == 1 else kind
-        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(weight), of), raw_dtype=of)
+        tensor_kind = F32 if weight.ndim == 1 else kind
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(weight), tensor_kind), raw_dtype=tensor_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -75,8 +75,8 @@ def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, chan
     return path
 
 
-def add_bytes(writer):
-    """A tokenizer of bytes and three special tokens."""
+def add_byte_tokenizer(writer):
+    """Add a tokenizer of all bytes, three special tokens and one merge."""
     tokens = ["<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     add_byte_level(writer, tokens, ["t h"], [3, 3, 3, *[1] * 257], "gpt-2")
 
@@ -100,33 +100,33 @@ CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3"
 
 
 @pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_0), ("gqa", Q4_1)])
-def test_weights_and_logits_are_those_of_transformers(tiny_base, tmp_path, name, kind):
-    """transformers reads the same file, and widens its blocks by itself; in full precision it is the model written."""
+def test_logits_equal_transformers(tiny_base, tmp_path, name, kind):
+    """transformers dequantizes the same file; for float32, the logits are also those of the original model."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS[name])
     architecture = name if name.startswith("qwen") else "llama"
     path = save_gguf(tmp_path / "model.gguf", theirs, architecture, kind)
     model, tokenizer = load_llama(path)
     assert model.config.max_seq_len == 256 and tokenizer.vocab_size == 260
-    if name in ("wide heads", "qwen3"):  # whose width of a head transformers' reading ignores
+    if name in ("wide heads", "qwen3"):  # transformers ignores the head dimension of a GGUF file
         for weight in theirs.parameters():
             if weight.dim() == 2:
                 weight.data = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.data.numpy(), kind), kind))
     elif kind != F32:
-        how = {"gguf_file": "model.gguf", "quantization_config": transformers.GgufConfig(dequantize=True)}
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **how)
-    kept, _ = load_llama(path, keep_blocks=True)
-    in_blocks = [type(layer) is QuantizedLinear for layer in kept.layers[1].feed_forward.children()]
-    assert in_blocks == 3 * [kind in (Q8_0, Q4_0, Q4_1)] and type(kept.output) is torch.nn.Linear
+        options = {"gguf_file": "model.gguf", "quantization_config": transformers.GgufConfig(dequantize=True)}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options)
+    with_blocks, _ = load_llama(path, keep_blocks=True)
+    in_blocks = [type(layer) is QuantizedLinear for layer in with_blocks.layers[1].feed_forward.children()]
+    assert in_blocks == 3 * [kind in (Q8_0, Q4_0, Q4_1)] and type(with_blocks.output) is torch.nn.Linear
     with torch.no_grad():
-        for each in (model, kept):
-            torch.testing.assert_close(each(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+        for loaded in (model, with_blocks):
+            torch.testing.assert_close(loaded(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
     assert (model.output.weight is model.tok_embeddings.weight) == KINDS[name].get("tie_word_embeddings", False)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q6_K", "IQ4_NL"])
-def test_blocks_that_only_llama_cpp_writes(tiny_base, tmp_path, kind):
-    """Random blocks: each row of the file is a row of the weight."""
+def test_block_formats_of_llama_cpp_are_dequantized(tiny_base, tmp_path, kind):
+    """The blocks are random; each row of the file is a row of the weight."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     kind = gguf.GGMLQuantizationType[kind]
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -140,7 +140,7 @@ def test_blocks_that_only_llama_cpp_writes(tiny_base, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["llama3 rope", "linear rope"])
-def test_scaled_rotary_embeddings(tiny_base, tmp_path, name):
+def test_scaled_rotary_embeddings_equal_transformers(tiny_base, tmp_path, name):
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS[name])
 
     def scale(writer):
@@ -157,8 +157,8 @@ def test_scaled_rotary_embeddings(tiny_base, tmp_path, name):
         torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_in_several_files(tiny_base, tmp_path):
-    """Named by its first part, by another, or by the folder."""
+def test_split_model_is_read_from_any_part(tiny_base, tmp_path):
+    """The model is named by its first part, by another part, or by the folder."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     (tmp_path / "parts").mkdir()
     save_gguf(tmp_path / "parts" / "model.gguf", theirs, split_max_tensors=10)
@@ -172,8 +172,8 @@ def test_a_model_in_several_files(tiny_base, tmp_path):
         load_llama(files[0])
 
 
-def test_a_file_without_a_name_and_a_folder_of_several(tiny_base, tmp_path):
-    """Ollama's files are named by a hash."""
+def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, tmp_path):
+    """Ollama names its files by a hash, without a suffix."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     (tmp_path / "blobs").mkdir()
     path = save_gguf(tmp_path / "blobs" / "sha256-0123", theirs)
@@ -204,22 +204,22 @@ def test_a_file_without_a_name_and_a_folder_of_several(tiny_base, tmp_path):
         ),
     ],
 )
-def test_what_is_not_supported_is_named(tiny_base, tmp_path, change, message):
+def test_unsupported_fields_are_named(tiny_base, tmp_path, change, message):
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "model.gguf", theirs, **change)
     with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
         load_llama(path)
 
 
-def test_a_missing_package_is_a_line(tiny_base, tmp_path, monkeypatch):
+def test_missing_gguf_package_is_a_one_line_error(tiny_base, tmp_path, monkeypatch):
     path = save_gguf(tmp_path / "m.gguf", save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"]))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ValueError, match="m.gguf: reading GGUF needs one more package: pip install gguf"):
         read_base(path)
 
 
-def test_truncated_and_hostile_files(tiny_base, tmp_path):
-    """Each byte of a length is spoilt: it ends at once, in a line, and nothing of such a size is allocated."""
+def test_truncated_and_malicious_files_are_refused(tiny_base, tmp_path):
+    """A huge number anywhere in the header causes at most a one-line error, and no huge allocation."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "model.gguf", theirs)
     content = path.read_bytes()
@@ -271,14 +271,14 @@ def texts(data):
     return [*SAMPLES, "\n\n1", "12345\r\n\r\n 6 ", *(example.output for example in examples if example.output)]
 
 
-def tokenizer_alone(tmp_path, tiny_base, tokenizer):
-    theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
-    return load_tokenizer(save_gguf(tmp_path / "model.gguf", theirs, tokenizer=tokenizer))
+def tokenizer_from_gguf(tmp_path, tiny_base, tokenizer):
+    model = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    return load_tokenizer(save_gguf(tmp_path / "model.gguf", model, tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_a_byte_level_tokenizer_goes_there_and_back(data, tiny_base, tmp_path, pre):
-    """Trained here with the split of this name, written to GGUF, and read."""
+def test_byte_level_tokenizer_survives_a_round_trip(data, tiny_base, tmp_path, pre):
+    """The tokenizer is trained here with this pre-tokenizer, written to GGUF, and read."""
     original = Tokenizer(models.BPE())
     original.pre_tokenizer = SPLITS[pre]
     original.decoder = decoders.ByteLevel()
@@ -292,7 +292,7 @@ def test_a_byte_level_tokenizer_goes_there_and_back(data, tiny_base, tmp_path, p
     tokens = sorted(values["vocab"], key=values["vocab"].get)
     kinds = [3, 3, *[1] * (len(tokens) - 2)]
     merges = [" ".join(merge) for merge in values["merges"]]
-    loaded = tokenizer_alone(tmp_path, tiny_base, lambda w: add_byte_level(w, tokens, merges, kinds, pre))
+    loaded = tokenizer_from_gguf(tmp_path, tiny_base, lambda w: add_byte_level(w, tokens, merges, kinds, pre))
     assert (loaded.start_ids, loaded.eos_id, loaded.special_ids) == ([], 1, {"<|begin|>": 0, "<|end|>": 1})
     for text in texts(data):
         ids = loaded.encode(text)
@@ -301,10 +301,10 @@ def test_a_byte_level_tokenizer_goes_there_and_back(data, tiny_base, tmp_path, p
     assert not {0, 1} & set(loaded.encode("<|end|> of <|begin|>"))
 
 
-def test_llama_3s_tokenizer(data, tiny_base, tmp_path):
-    """Meta's own file, with merges that transformers makes of it; a token that is a whole piece needs none."""
+def test_llama3_tokenizer_equals_tiktoken(data, tiny_base, tmp_path):
+    """transformers derives the merges from Meta's file; a piece that is itself a token needs none."""
     converter = pytest.importorskip("transformers.convert_slow_tokenizer")
-    original = tmp_path / "tokenizer.model"  # the first of its ranks
+    original = tmp_path / "tokenizer.model"  # with its first 12,000 tokens only
     with open(data / "tokenizers" / "llama3_tokenizer.model", "rb") as file:
         original.write_bytes(b"".join(islice(file, 12000)))
     converted = converter.TikTokenConverter(str(original), pattern=TiktokenTokenizer.PATTERN, extra_special_tokens=[])
@@ -318,7 +318,7 @@ def test_llama_3s_tokenizer(data, tiny_base, tmp_path):
         add_byte_level(writer, tokens, merges, kinds, "llama-bpe", 12000, 12001)
         writer.add_eot_token_id(12002)
 
-    loaded = tokenizer_alone(tmp_path, tiny_base, add)
+    loaded = tokenizer_from_gguf(tmp_path, tiny_base, add)
     assert (loaded.start_ids, loaded.end_ids) == ([12000], [12001, 12002])
     expected = TiktokenTokenizer(original)
     for text in texts(data):
@@ -326,7 +326,7 @@ def test_llama_3s_tokenizer(data, tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama2", "stories"])
-def test_sentencepiece_inside_gguf(data, tiny_base, tmp_path, name):
+def test_sentencepiece_tokenizer_in_gguf_equals_the_original(data, tiny_base, tmp_path, name):
     path = {
         "llama2": data / "tokenizers" / "llama2_tokenizer.model",
         "stories": data / "stories260K" / "tokenizer.model",
@@ -345,7 +345,7 @@ def test_sentencepiece_inside_gguf(data, tiny_base, tmp_path, name):
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
 
-    loaded = tokenizer_alone(tmp_path, tiny_base, add)
+    loaded = tokenizer_from_gguf(tmp_path, tiny_base, add)
     assert (loaded.start_ids, loaded.end_ids, loaded.vocab_size) == ([1], [2], original.vocab_size())
     expected = SentencePieceTokenizer(path[name])
     for text in texts(data):
@@ -366,8 +366,8 @@ def smollm(data):
     return path
 
 
-def test_smollm_answers_as_in_transformers(smollm):
-    """Greedy decoding in float32 in the model's own chat template, up to 16 tokens."""
+def test_smollm_responses_equal_transformers(smollm):
+    """Greedy decoding in float32 with the model's own chat template writes the same first 16 tokens."""
     model, tokenizer = load_llama(smollm)
     template = load_template("auto", tokenizer)
     assert (tokenizer.start_ids, template.end_ids, len(model.layers)) == ([], [2], 30)
@@ -381,8 +381,8 @@ def test_smollm_answers_as_in_transformers(smollm):
         assert logits[int(id)].item() == pytest.approx(value, abs=1e-3)
 
 
-def test_from_gguf_to_an_answer(tiny_base, instructions, tmp_path):
-    """train.py and generate.py on a file, with the template inside."""
+def test_train_and_generate_accept_a_gguf_file(tiny_base, instructions, tmp_path):
+    """train.py and generate.py use the file and the chat template in it."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
     path = save_gguf(tmp_path / "m.gguf", theirs, kind=Q8_0, change=lambda writer: writer.add_chat_template(source))
@@ -394,8 +394,8 @@ def test_from_gguf_to_an_answer(tiny_base, instructions, tmp_path):
     assert result.exit_code == 0 and "warning" not in result.stderr, result.output
 
 
-def test_norms_in_blocks_and_dimensions_of_zero(tiny_base, tmp_path):
-    """Norms are widened, whatever they are stored in; a tensor without numbers is an error in one line."""
+def test_norms_are_dequantized_and_empty_tensors_refused(tiny_base, tmp_path):
+    """Norms are dequantized whatever they are stored in; a tensor without elements is a one-line error."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "a.gguf", theirs, kind=Q8_0)
     place = read_header(path).tensors["blk.0.ffn_gate.weight"]

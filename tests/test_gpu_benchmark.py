@@ -1,4 +1,4 @@
-"""python -m benchmarks gpu, every part of it, on a tiny shape: on a GPU only the speed is unknown."""
+"""All parts of `python -m benchmarks gpu` on a tiny model and a CPU, so that on a GPU only the speed is unknown."""
 
 import json
 import time
@@ -26,8 +26,10 @@ def tiny(monkeypatch):
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
     monkeypatch.setattr(gpu.Bench, "SECONDS", 0.01)
     monkeypatch.setattr(gpu.Bench, "BATCH", 2)
-    eager = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **more: eager(*args, **more | {"backend": "eager"}))
+    compile_model = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compile_model(*args, **options | {"backend": "eager"})
+    )
 
 
 def run(tmp_path, *args):
@@ -40,7 +42,7 @@ def run(tmp_path, *args):
 def test_every_part_runs(tiny, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "said": ["1 passed"]})
-    found, said = run(tmp_path)
+    found, printed = run(tmp_path)
     measures = found["measures"]
     assert list(measures) == list(gpu.ORDER) and len(measures) == 1 + len(gpu.TRAINED) + len(gpu.DECODED) + 2
     assert not [row for row in measures.values() if "error" in row], measures
@@ -49,12 +51,14 @@ def test_every_part_runs(tiny, tmp_path, monkeypatch):
             assert row["peak_bytes"] > 0 and row["matmul_share"] > 0 and row["alpaca_minutes"] > 0
         if name.startswith("decode"):
             assert row["tokens_per_second"] > 0 and row["copy_share"] > 0
-    wide, narrow = (measures[f"decode: {how}, batch 1"]["bytes_per_step"] for how in ("eager", "4 bits, graph"))
-    assert narrow < wide and "train: eager: " in said and "adapter_share_of_decoding" in found
+    float_bytes, int4_bytes = (
+        measures[f"decode: {variant}, batch 1"]["bytes_per_step"] for variant in ("eager", "4 bits, graph")
+    )
+    assert int4_bytes < float_bytes and "train: eager: " in printed and "adapter_share_of_decoding" in found
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
-def test_what_fails_or_comes_too_late_is_noted_and_the_rest_kept(tiny, tmp_path, monkeypatch):
+def test_failed_and_skipped_parts_are_recorded(tiny, tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("no memory\nat all")
 
@@ -68,8 +72,8 @@ def test_what_fails_or_comes_too_late_is_noted_and_the_rest_kept(tiny, tmp_path,
     assert measures["peer: lora"] == {"error": "no time was left"}
 
 
-def test_the_end_is_in_time():
-    """A clock on which every part takes as long as is expected: none goes on after the deadline, later ones fit."""
+def test_parts_end_before_the_deadline():
+    """Each part takes its expected time on a fake clock: long parts are left out, shorter ones still fit."""
     now, ran = [0.0], []
 
     def part(name):
@@ -84,8 +88,8 @@ def test_the_end_is_in_time():
     assert {"peer: adaption prompt", "peer: lora", "train: compiled"} <= set(ran) < set(gpu.ORDER)
 
 
-def test_batches_are_of_like_length():
-    """Padding would count as time without work; as in training, there is next to none."""
+def test_batches_have_examples_of_similar_length():
+    """Padding would count as time without work; as in training, there is almost none."""
     lengths = [example.num_tokens for batch in gpu.alpaca_batches(SHAPE, 64, 4) for example in batch]
     assert len(lengths) == 256 and 120 < sum(lengths) / 256 < 134
     positions = 0
@@ -95,26 +99,26 @@ def test_batches_are_of_like_length():
     assert positions < 1.02 * sum(lengths)
 
 
-def test_the_suite_s_gpu_cases_are_found():
-    """They are skipped here, one by one: the command finds them, and pytest is content."""
+def test_gpu_test_cases_are_found():
+    """Without a GPU the cases are skipped one by one, and pytest exits with 0."""
     found = gpu.gpu_tests("tests/test_model.py")
     assert found["exit_code"] == 0 and "14 " in found["said"][-1], found
 
 
-def test_other_models_share_the_weights_and_the_rounded_have_their_own():
+def test_only_quantized_variants_copy_the_weights():
     model = workload.random_model(SHAPE, torch.device("cpu"), torch.float32)
     variants = Variant(attention=gated_attention_paper), Variant(bits="4"), Variant(decoding=True, compiled=True)
-    same, rounded, compiled = (Ours(model, None, variant).model for variant in variants)
-    for other in (same, compiled):
+    shared, quantized, compiled = (Ours(model, None, variant).model for variant in variants)
+    for other in (shared, compiled):
         assert other.layers[0].attention.wq.weight.data_ptr() == model.layers[0].attention.wq.weight.data_ptr()
-    assert same.layers[0].attention.gated is gated_attention_paper and type(model.output) is torch.nn.Linear
+    assert shared.layers[0].attention.gated is gated_attention_paper and type(model.output) is torch.nn.Linear
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert torch.equal(same(tokens), model(tokens)) and not torch.equal(rounded(tokens), same(tokens))
+        assert torch.equal(shared(tokens), model(tokens)) and not torch.equal(quantized(tokens), shared(tokens))
 
 
-def test_operations_are_those_that_pytorch_counts():
-    """Of a step, nothing recomputed: forward, backwards through adapted layers, and the head where there is a loss."""
+def test_step_operations_equal_those_counted_by_pytorch():
+    """One step without recomputation: forward, backward through adapted layers, and the head at response tokens."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from train import TrainConfig, make_optimizer, train_step
@@ -126,6 +130,6 @@ def test_operations_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         train_step(model, adapter, make_optimizer(adapter, 0.02), [example], 1e-3, TrainConfig())
     counted = sum(
-        n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
+        flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
     )
     assert counted == pytest.approx(step_operations(config, 99, 50, False), rel=0.15)

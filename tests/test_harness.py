@@ -1,4 +1,4 @@
-"""evaluate.py harness: lm_eval's own model `hf`, over transformers and PEFT, is the oracle."""
+"""evaluate.py harness, compared with lm_eval's own model `hf` on transformers and PEFT."""
 
 import json
 import os
@@ -35,18 +35,18 @@ def harness():
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base):
-    """A base of 48 tokens, so that texts are longer."""
+    """A base with a context of 48 tokens, so that some texts are longer."""
     model, tokenizer = load_llama(tiny_base)
     model.config = replace(model.config, max_seq_len=48)
     with torch.no_grad():
         model.output.weight *= 8
-        model.output.weight[3:259] = 0  # no bytes: tokenizers differ in how they show halves of characters
+        model.output.weight[3:259] = 0  # no byte tokens: tokenizers decode incomplete characters differently
     return model.requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="module")
 def adapter(loaded):
-    """Its gates are nonzero, and equal in a layer: PEFT has one for all heads."""
+    """An adapter whose gates are nonzero and equal within a layer, because PEFT has one gate for all heads."""
     adapter = make_adapter(loaded[0], length=4)
     torch.nn.init.normal_(adapter.gates[:, :1], generator=torch.Generator().manual_seed(5))
     adapter.gates.data[:, 1:] = adapter.gates.data[:, :1]
@@ -54,8 +54,8 @@ def adapter(loaded):
     return adapter
 
 
-def hf(model, folder, theirs=None):
-    """lm_eval's model of transformers' of the same weights and tokenizer."""
+def hf_model(model, folder, theirs=None):
+    """Return lm_eval's `hf` model with the same weights and tokenizer."""
     transformers, peers = pytest.importorskip("transformers"), pytest.importorskip("benchmarks.peers")
     from lm_eval.models.huggingface import HFLM
 
@@ -64,7 +64,7 @@ def hf(model, folder, theirs=None):
     return HFLM(theirs, tokenizer=tokenizer, batch_size=4, device="cpu", max_length=model.config.max_seq_len)
 
 
-def ours(harness, loaded, adapter=None, **options):
+def our_model(harness, loaded, adapter=None, **options):
     responder = Responder(*loaded, {} if adapter is None else {"ours": adapter}, **options)
     return harness.HarnessModel(responder, "base" if adapter is None else "ours", batch_size=4)
 
@@ -86,44 +86,44 @@ def tokenizer_folder(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["base", "adapter"])
 def both(request, harness, loaded, adapter, tokenizer_folder, tmp_path_factory):
-    """Ours and theirs, of the base, and with the adapter as PEFT has it."""
+    """The project's model and `hf`, for the base and with the adapter in PEFT."""
     if request.param == "base":
-        return ours(harness, loaded), hf(loaded[0], tokenizer_folder)
+        return our_model(harness, loaded), hf_model(loaded[0], tokenizer_folder)
     peft, peers = pytest.importorskip("peft"), pytest.importorskip("benchmarks.peers")
     folder = tmp_path_factory.mktemp("peft") / "exported"
     write_peft(adapter, folder)
     theirs = peft.PeftModel.from_pretrained(peers.as_transformers(loaded[0]), folder)
-    return ours(harness, loaded, adapter), hf(loaded[0], tokenizer_folder, theirs)
+    return our_model(harness, loaded, adapter), hf_model(loaded[0], tokenizer_folder, theirs)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_likelihoods_are_those_of_hf(both):
-    """Of one token or many, several of one context, of none at all, and where both are longer than the base sees."""
-    rows = [(context, continuation) for context, several in QUESTIONS for continuation in several]
+def test_log_likelihoods_equal_those_of_hf(both):
+    """Contexts may be empty, shared or too long for the base; continuations have one token or several."""
+    rows = [(context, continuation) for context, continuations in QUESTIONS for continuation in continuations]
     rows += [("", "Lima is a capital"), (WORDS * 4, " Lima, the capital"), (WORDS * 4, " owl"), ("What ", "is")]
     found, expected = (model.loglikelihood(requests("loglikelihood", rows), disable_tqdm=True) for model in both)
     assert len({round(log_p, 3) for log_p, _ in expected}) == len(rows)
     torch.testing.assert_close(
-        *(torch.tensor([log_p for log_p, _ in those]) for those in (found, expected)), rtol=1e-5, atol=1e-5
+        *(torch.tensor([log_p for log_p, _ in results]) for results in (found, expected)), rtol=1e-5, atol=1e-5
     )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_greedy_decoding_says_counts_as_greedy(both):
-    """The three most likely tokens, and the same but for the last."""
+def test_greedy_continuations_are_recognized(both):
+    """The continuations are the three most likely tokens, and the same with another last token."""
     model, _ = both
     context = model.tok_encode(WORDS[:30])
     ids = []
     for _ in range(3):
         ids.append(int(model.model(torch.tensor([context + ids]), model.adaption_prompts)[0, -1].argmax()))
     rows = [(None, context, ids), (None, context, [*ids[:2], (ids[2] + 1) % 300])]
-    (found, expected) = (those._loglikelihood_tokens(rows, disable_tqdm=True) for those in both)
+    (found, expected) = (each._loglikelihood_tokens(rows, disable_tqdm=True) for each in both)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] == [True, False]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_texts_longer_than_the_base_sees_are_as_likely_as_to_hf(both):
+def test_rolling_log_likelihoods_of_long_texts_equal_hf(both):
     rows = [(WORDS * n,) for n in (1, 3, 7)]
     found, expected = (model.loglikelihood_rolling(requests("rolling", rows), disable_tqdm=True) for model in both)
     assert len(both[0].tok_encode(WORDS * 7)) > 3 * 48
@@ -131,8 +131,8 @@ def test_texts_longer_than_the_base_sees_are_as_likely_as_to_hf(both):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_texts_go_on_as_with_hf(both):
-    """Up to a text that ends them, which differs, or for as many tokens as are asked for."""
+def test_generated_texts_equal_those_of_hf(both):
+    """Generation ends at a stop string or at the maximum number of tokens."""
     plain = [(WORDS[:n], {"until": [], "max_gen_toks": 12}) for n in (5, 20, 40)] + [(WORDS * 4, {"max_gen_toks": 12})]
     theirs = both[1].generate_until(requests("generate_until", plain), disable_tqdm=True)
     assert (
@@ -148,8 +148,8 @@ def test_texts_go_on_as_with_hf(both):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_others_trained_scores_as_with_hf(harness, data, tmp_path):
-    """tinystories3.8M: which sentence goes on a story, how likely stories are, and how the model goes on itself."""
+def test_third_party_model_scores_as_with_hf(harness, data, tmp_path):
+    """tinystories3.8M scores which sentence continues a story, scores whole stories, and continues them."""
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
@@ -161,20 +161,20 @@ def test_a_model_that_others_trained_scores_as_with_hf(harness, data, tmp_path):
     text = (data / "text" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
     stories = [" ".join(story.split()) for story in text.split("<|endoftext|>")[1:7]]
     sentences = [story.split(". ") for story in stories]
-    rows = [(f"{those[0]}.", f" {other[1]}.") for those in sentences for other in sentences]
-    for kind, asked in {"loglikelihood": rows, "loglikelihood_rolling": [(story,) for story in stories]}.items():
-        found, expected = (getattr(each, kind)(requests(kind, asked), disable_tqdm=True) for each in both)
+    rows = [(f"{first[0]}.", f" {second[1]}.") for first in sentences for second in sentences]
+    for kind, prompts in {"loglikelihood": rows, "loglikelihood_rolling": [(story,) for story in stories]}.items():
+        found, expected = (getattr(each, kind)(requests(kind, prompts), disable_tqdm=True) for each in both)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
     scores = torch.tensor(both[0].loglikelihood(requests("loglikelihood", rows), disable_tqdm=True))[:, 0].view(6, 6)
     assert (scores.argmax(dim=1) == torch.arange(6)).sum() > 3, "what is asked is what the model knows"
-    asked = [(story[:60], {"until": ["."], "max_gen_toks": 30}) for story in stories]
-    found, expected = (each.generate_until(requests("generate_until", asked), disable_tqdm=True) for each in both)
+    prompts = [(story[:60], {"until": ["."], "max_gen_toks": 30}) for story in stories]
+    found, expected = (each.generate_until(requests("generate_until", prompts), disable_tqdm=True) for each in both)
     assert found == expected and len(set(found)) > 3
 
 
-def test_a_context_is_read_once(harness, loaded, monkeypatch):
-    """Three continuations of one context: as many positions as of the context and, but for their last, of them."""
-    model, positions = ours(harness, loaded), []
+def test_shared_context_is_processed_once(harness, loaded, monkeypatch):
+    """Three continuations share one context; the last token of a continuation is not processed."""
+    model, positions = our_model(harness, loaded), []
     forward = type(model.model).hidden_states
     monkeypatch.setattr(
         type(model.model), "hidden_states",
@@ -182,36 +182,36 @@ def test_a_context_is_read_once(harness, loaded, monkeypatch):
     )  # fmt: skip
     rows = [(None, list(range(5, 25)), [7, 8]), (None, list(range(5, 25)), [9, 8]), (None, list(range(5, 25)), [3])]
     model._loglikelihood_tokens(rows, disable_tqdm=True)
-    assert positions == [20, 3]  # the one of a single token is padded
+    assert positions == [20, 3]  # the continuation of one token is padded
 
 
-def test_alpaca_s_prompts_and_responses_are_those_of_training(harness, loaded, adapter):
-    model = ours(harness, loaded, adapter)
+def test_alpaca_token_ids_equal_those_of_training(harness, loaded, adapter):
+    model = our_model(harness, loaded, adapter)
     text = model.apply_chat_template([{"role": "user", "content": "Name it."}])
     assert model.tok_encode(text) == model.template.encode_prompt("Name it.")
     for continuation in ("Lima", " Lima", "The capital"):
         example = Example("Name it.", output=continuation.lstrip())
-        ((prompt, answer),) = next(model.template.encode_exchanges([example]))
-        assert model._encode_pair(text, continuation) == (prompt, answer[:-1])  # <eos> is not asked for
-    described = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
-    assert model.tok_encode(model.apply_chat_template(described)) == model.template.encode_prompt(
+        ((prompt, response),) = next(model.template.encode_exchanges([example]))
+        assert model._encode_pair(text, continuation) == (prompt, response[:-1])  # the harness does not score <eos>
+    with_system = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
+    assert model.tok_encode(model.apply_chat_template(with_system)) == model.template.encode_prompt(
         "Be kind.\n\nName it."
     )
     with pytest.raises(ValueError, match="alpaca takes one prompt, not messages of user, assistant, user"):
         model.apply_chat_template([{"role": role, "content": "?"} for role in ("user", "assistant", "user")])
 
 
-def test_a_template_of_chats_writes_bos_once_and_ends_no_answer_that_a_task_began(harness, loaded, adapter):
-    model = ours(harness, loaded, adapter, template="llama-2")
+def test_chat_template_writes_one_bos_and_leaves_prefixes_open(harness, loaded, adapter):
+    model = our_model(harness, loaded, adapter, template="llama-2")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name it."}]
     ids = model.tok_encode(model.apply_chat_template(messages))
     assert ids[0] == loaded[1].start_ids[0] and ids[1] != ids[0]
-    begun = [*messages, {"role": "assistant", "content": " The capital is"}]
-    text = model.apply_chat_template(begun, add_generation_prompt=False)
+    with_prefix = [*messages, {"role": "assistant", "content": " The capital is"}]
+    text = model.apply_chat_template(with_prefix, add_generation_prompt=False)
     assert text.endswith("[/INST] The capital is") and loaded[1].eos_id not in model.tok_encode(text)
     for content in ("The capital is", "The capital is "):  # the template writes a space before a response
-        begun[-1] = {"role": "assistant", "content": content}
-        text = model.apply_chat_template(begun, add_generation_prompt=False)
+        with_prefix[-1] = {"role": "assistant", "content": content}
+        text = model.apply_chat_template(with_prefix, add_generation_prompt=False)
         assert text.endswith(f"[/INST] {content}")
 
 
@@ -225,14 +225,14 @@ def test_a_template_of_chats_writes_bos_once_and_ends_no_answer_that_a_task_bega
         (lambda model: model._loglikelihood_tokens([(None, [1], [])]), "has 0 tokens"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_computed_is_said(harness, loaded, call, message):
+def test_unsupported_requests_are_refused(harness, loaded, call, message):
     with pytest.raises(ValueError, match=message):
-        call(ours(harness, loaded))
+        call(our_model(harness, loaded))
 
 
 def test_sampling_is_seeded_by_the_harness(harness, loaded):
-    """Once: the batches of one run draw otherwise."""
-    model = ours(harness, loaded)
+    """Only the start of a run is seeded, so its batches draw different numbers."""
+    model = our_model(harness, loaded)
     rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})] * 12
     texts = []
     for seed in (0, 0, 1):
@@ -242,10 +242,10 @@ def test_sampling_is_seeded_by_the_harness(harness, loaded):
 
 
 @pytest.mark.parametrize("names, strengths", [(["../x"], [1]), ([".."], [1]), (["a", "a x 0.5"], [1, 0.5])])
-def test_columns_have_names_of_their_own_that_are_folders(harness, loaded, adapter, names, strengths):
-    both = *loaded, dict.fromkeys(names, adapter)
+def test_column_names_must_be_unique_folder_names(harness, loaded, adapter, names, strengths):
+    with_adapters = *loaded, dict.fromkeys(names, adapter)
     with pytest.raises(ValueError, match="is taken, or no name of a folder"):
-        harness.make_columns(both, strengths, False, None, 4, {})
+        harness.make_columns(with_adapters, strengths, False, None, 4, {})
 
 
 def test_equal_strengths_are_one_column(harness, loaded, adapter):
@@ -256,7 +256,7 @@ def test_equal_strengths_are_one_column(harness, loaded, adapter):
 
 @pytest.fixture
 def task(tmp_path):
-    """One whose own code imports Hugging Face's `evaluate`."""
+    """A task with Python code that imports Hugging Face's `evaluate`."""
     path = save_harness_task(tmp_path)
     (tmp_path / "code.py").write_text(
         "import evaluate\n\ndef question(doc):\n    return evaluate.load.__name__ and doc['question']\n"
@@ -266,8 +266,8 @@ def task(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch, capsys):
-    """And a task's own code gets Hugging Face's `evaluate`, not this project's evaluate.py, which stands first."""
+def test_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch, capsys):
+    """A task's own code imports Hugging Face's `evaluate`, although this project's evaluate.py is first in sys.path."""
     pytest.importorskip("evaluate")
     monkeypatch.setattr(sys, "path", [str(ROOT), *(folder for folder in sys.path if folder != str(ROOT))])
     monkeypatch.delitem(sys.modules, "evaluate")
@@ -287,16 +287,16 @@ def test_the_command_compares_strengths(harness, tiny_base, adapter, task, tmp_p
     assert found["base"]["results"] == found["ours x 0"]["results"]
     assert {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config"} <= set(found["ours"])
     assert found["ours"]["config"]["strength"] == 1 and found["base"]["config"]["base"] == str(tiny_base)
-    said = {}
+    responses = {}
     for name in found:
         lines = (tmp_path / "out" / name / "samples_capitals.jsonl").read_text().splitlines()
-        said[name] = [json.loads(line)["filtered_resps"] for line in lines]
-    assert said["base"] == said["ours x 0"] != said["ours"] and len(said["ours"]) == 3
+        responses[name] = [json.loads(line)["filtered_resps"] for line in lines]
+    assert responses["base"] == responses["ours x 0"] != responses["ours"] and len(responses["ours"]) == 3
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_rank_that_is_not_the_first_writes_nothing(harness, tiny_base, tmp_path, monkeypatch):
-    """Though it may be the first of its machine."""
+def test_only_the_first_rank_writes(harness, tiny_base, tmp_path, monkeypatch):
+    """This also holds for the first rank of another machine."""
     monkeypatch.setattr(harness, "rank", lambda: 1)
     args = ["harness", "--base", tiny_base, "--tasks", save_harness_task(tmp_path), "--out", tmp_path / "out"]
     result = CliRunner().invoke(evaluate.main, [*map(str, args)])
@@ -310,7 +310,7 @@ def test_a_rank_that_is_not_the_first_writes_nothing(harness, tiny_base, tmp_pat
         (["--tasks", "{empty}"], "error: --tasks: "),
     ],
 )
-def test_tasks_that_are_none_are_named(harness, tiny_base, tmp_path, monkeypatch, args, message):
+def test_missing_and_empty_tasks_are_named(harness, tiny_base, tmp_path, monkeypatch, args, message):
     (tmp_path / "empty.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     args = [arg.format(empty=tmp_path / "empty.yaml") for arg in args]
@@ -318,7 +318,7 @@ def test_tasks_that_are_none_are_named(harness, tiny_base, tmp_path, monkeypatch
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(message), result.stderr
 
 
-def test_without_the_harness_one_line_says_how_to_get_it(tiny_base, monkeypatch, tmp_path):
+def test_missing_harness_is_a_one_line_error(tiny_base, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "tasks.harness", raising=False)
     monkeypatch.delattr("tasks.harness", raising=False)
@@ -328,7 +328,7 @@ def test_without_the_harness_one_line_says_how_to_get_it(tiny_base, monkeypatch,
     assert result.exit_code == 2 and "pip install lm_eval" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_task_that_the_harness_cannot_evaluate_is_one_line(tiny_base, tmp_path):
+def test_invalid_task_is_a_one_line_error(tiny_base, tmp_path):
     path = save_harness_task(tmp_path)
     path.write_text(path.read_text().replace("output_type: multiple_choice\n", ""))
     args = ["harness", "--base", tiny_base, "--tasks", path, "--out", tmp_path / "out", "--device", "cpu"]
@@ -337,7 +337,7 @@ def test_a_task_that_the_harness_cannot_evaluate_is_one_line(tiny_base, tmp_path
     assert result.exit_code == 2 and message.startswith(f"error: --tasks {path}: the harness cannot evaluate it: ")
 
 
-def test_a_pipe_among_the_tasks_is_not_waited_for(tiny_base, tmp_path):
+def test_pipe_among_the_tasks_is_refused(tiny_base, tmp_path):
     os.mkfifo(tmp_path / "capitals.yaml")
     args = ["harness", "--base", tiny_base, "--tasks", "capitals", "--include-path", tmp_path, "--device", "cpu"]
     result = CliRunner().invoke(evaluate.main, list(map(str, [*args, "--out", tmp_path / "out"])))

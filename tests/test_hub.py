@@ -1,4 +1,4 @@
-"""Bases by their name, from a small server in the Hub's place: nothing of these tests leaves the machine."""
+"""Bases that are named as on the Hugging Face Hub, served by a small local server in its place."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ OTHER_COMMIT = "c0ffee" + "1" * 34
 
 
 class Server:
-    """One model, of the files of a folder; `requests` are (method, path, token) of all that was asked."""
+    """A Hub with one model, the files of a folder. `requests` records (method, path, token) of each request."""
 
     def __init__(self, folder):
         self.folder, self.requests, self.status, self.broken = folder, [], 200, None
@@ -86,8 +86,8 @@ class Server:
         )
 
 
-def use(url, cache, patch=setattr):
-    """This process takes the server for the Hub; what these are by $HF_ENDPOINT and $HF_HOME was read at import."""
+def set_hub(url, cache, patch=setattr):
+    """Make the server the Hub of this process, which read $HF_ENDPOINT and $HF_HOME at import."""
     patch(constants, "ENDPOINT", url)
     patch(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch(constants, "HF_HUB_CACHE", str(cache))
@@ -103,7 +103,7 @@ def server(chat_base, tmp_path, monkeypatch):
     for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "model.onnx"):
         (folder / name).write_bytes(b"not needed")
     server = Server(folder)
-    use(server.url, tmp_path / "cache", monkeypatch.setattr)
+    set_hub(server.url, tmp_path / "cache", monkeypatch.setattr)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
     server.http.shutdown()
@@ -112,11 +112,11 @@ def server(chat_base, tmp_path, monkeypatch):
 NEEDED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_what_is_needed_is_fetched_once(server, chat_base, tmp_path, capsys):
+def test_needed_files_are_downloaded_once(server, chat_base, tmp_path, capsys):
     folder = find_base("owner/model")
     assert sorted(file.name for file in folder.iterdir()) == server.fetched() == NEEDED
-    said = f"owner/model: downloading from {server.url} to {tmp_path / 'cache'}"
-    assert folder.name == COMMIT and said in capsys.readouterr().err
+    message = f"owner/model: downloading from {server.url} to {tmp_path / 'cache'}"
+    assert folder.name == COMMIT and message in capsys.readouterr().err
     assert {token for *_, token in server.requests} <= {"Bearer hf_secret", None}
     assert ("GET", "/api/models/owner/model/revision/main", "Bearer hf_secret") in server.requests
     ours, theirs = (load_llama(path)[0].state_dict() for path in (folder, chat_base))
@@ -126,7 +126,7 @@ def test_what_is_needed_is_fetched_once(server, chat_base, tmp_path, capsys):
     assert find_base("owner/model") == folder and server.requests == [] and capsys.readouterr().err == ""
 
 
-def test_a_path_goes_before_a_name(server, tmp_path, monkeypatch):
+def test_existing_path_overrides_a_hub_name(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
     assert str(find_base("owner/model")) == "owner/model"
@@ -135,8 +135,8 @@ def test_a_path_goes_before_a_name(server, tmp_path, monkeypatch):
     assert server.requests == []
 
 
-def test_shards_that_are_missing_are_fetched(server, tmp_path):
-    """An interrupted download: the shards that are there stay, and the cache is not taken for the whole."""
+def test_missing_shards_are_downloaded(server, tmp_path):
+    """After an interrupted download, existing shards are kept and only the missing one is downloaded."""
     weights = (server.folder / "model.safetensors").read_bytes()
     (server.folder / "model.safetensors").unlink()
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -152,8 +152,8 @@ def test_shards_that_are_missing_are_fetched(server, tmp_path):
     assert server.fetched() == [names[1]]
 
 
-def test_what_another_program_left_in_the_cache_is_made_whole(server):
-    """One that needed no tokenizer; and if the rest cannot be fetched, an error names it."""
+def test_incomplete_cache_is_completed(server):
+    """Another program may have cached no tokenizer; if the rest cannot be downloaded, the error names it."""
     folder = find_base("owner/model")
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).resolve().unlink()
@@ -167,22 +167,22 @@ def test_what_another_program_left_in_the_cache_is_made_whole(server):
         find_base("owner/model")
 
 
-def test_weights_alone_are_fetched_that_are_read(server):
+def test_only_weights_that_are_loaded_are_downloaded(server):
     for name in ("model.fp16.safetensors", "model_old.safetensors"):
         (server.folder / name).write_bytes(b"not needed")
     find_base("owner/model")
     assert server.fetched() == NEEDED
 
 
-def test_bad_data_is_said_before_anything_is_fetched(server, tmp_path):
+def test_missing_files_are_reported_before_any_download(server, tmp_path):
     result = run("--base", "owner/model", "--data", tmp_path / "absent.json", "--out", tmp_path / "run")
     assert result.exit_code == 2 and "absent.json: no such data file" in result.stderr and server.requests == []
-    result = generated("--base", "owner/model", "--adapter", tmp_path / "absent.safetensors")
+    result = run_generate("--base", "owner/model", "--adapter", tmp_path / "absent.safetensors")
     assert result.exit_code == 2 and "absent.safetensors: no such adapter file" in result.stderr
     assert server.requests == []
 
 
-def test_the_environment_says_where_the_hub_and_its_cache_are(server, tmp_path):
+def test_environment_variables_set_hub_and_cache(server, tmp_path):
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     code = "from formats.hub import find_base; print(find_base('owner/model'))"
     result = subprocess.run(
@@ -192,7 +192,7 @@ def test_the_environment_says_where_the_hub_and_its_cache_are(server, tmp_path):
     assert server.fetched() == NEEDED
 
 
-def generated(*args):
+def run_generate(*args):
     return CliRunner().invoke(generate.main, [*map(str, args), "--greedy", "--max-new-tokens", "5", "Hello"])
 
 
@@ -219,36 +219,36 @@ def no_weights(server):
         ("owner/model", broken_weights, "cannot be downloaded from http://127.0.0.1:"),
     ],
 )
-def test_what_cannot_be_fetched_is_said_in_a_line(server, monkeypatch, name, spoil, message):
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's tries
+def test_failed_download_is_a_one_line_error(server, monkeypatch, name, spoil, message):
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the pauses between the library's attempts
     spoil(server)
-    result = generated("--base", name)
+    result = run_generate("--base", name)
     lines = [line for line in re.split("[\r\n]+", result.stderr) if "error" in line.lower()]
     assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {name}: ") and message in lines[0]
     server.broken = None
-    if spoil is broken_weights:  # what came is not taken for the whole
-        assert generated("--base", name).exit_code == 0
+    if spoil is broken_weights:  # a partial download is not used
+        assert run_generate("--base", name).exit_code == 0
 
 
-def test_offline_only_the_cache_is_asked(server, monkeypatch):
+def test_offline_mode_uses_only_the_cache(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    result = generated("--base", "owner/model")
+    result = run_generate("--base", "owner/model")
     assert result.exit_code == 2 and "owner/model: no such file or folder, not complete in the cache" in result.stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert generated("--base", "owner/model").exit_code == 0
+    assert run_generate("--base", "owner/model").exit_code == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert generated("--base", "owner/model").exit_code == 0
+    assert run_generate("--base", "owner/model").exit_code == 0
 
 
-def test_without_the_library_the_line_says_how_to_fetch(monkeypatch):
+def test_missing_library_error_shows_the_download_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    result = generated("--base", "owner/model")
-    cure = "owner/model: no such base model; if Hugging Face has it: `hf download owner/model --local-dir model`"
-    assert result.exit_code == 2 and cure in result.stderr
+    result = run_generate("--base", "owner/model")
+    message = "owner/model: no such base model; if Hugging Face has it: `hf download owner/model --local-dir model`"
+    assert result.exit_code == 2 and message in result.stderr
 
 
-def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base):
-    """Trained by its name; and asked by the adapter alone, from the cache."""
+def test_adapter_remembers_the_name_of_its_base(server, args, tmp_path, chat_base):
+    """Training with a name stores it; generation then needs only the adapter and the cache."""
     args = [*args, "--base", "owner/model"]
     result = run(*args)
     assert result.exit_code == 0, result.stderr
@@ -257,31 +257,31 @@ def test_an_adapter_says_the_name_of_its_base(server, args, tmp_path, chat_base)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["options"]["base"] == "owner/model"
     assert "nothing is left to do" in run(*args, "--resume", "auto").stderr
-    asked = generated("--adapter", tmp_path / "run" / "adapter.safetensors")
-    assert asked.exit_code == 0 and server.fetched() == NEEDED
+    generated = run_generate("--adapter", tmp_path / "run" / "adapter.safetensors")
+    assert generated.exit_code == 0 and server.fetched() == NEEDED
     make_adapter(load_llama(chat_base)[0]).save(tmp_path / "b.safetensors", base="owner/model")
-    assert generated("--adapter", tmp_path / "b.safetensors").exit_code == 0
+    assert run_generate("--adapter", tmp_path / "b.safetensors").exit_code == 0
 
 
-def test_an_adapter_is_asked_over_the_commit_that_it_was_trained_over(server, tmp_path, chat_base):
-    """Also if the name has come to mean other weights; --base NAME is whichever is in the cache, or the newest."""
+def test_adapter_uses_the_commit_it_was_trained_on(server, tmp_path, chat_base):
+    """The name may refer to other weights by now; `--base NAME` uses what is cached, or else the newest commit."""
     adapter = make_adapter(load_llama(chat_base)[0])
     adapter.save(tmp_path / "a.safetensors", base="owner/model", base_commit=OTHER_COMMIT)
     assert find_base("owner/model").name == COMMIT
-    assert generated("--adapter", tmp_path / "a.safetensors").exit_code == 0
+    assert run_generate("--adapter", tmp_path / "a.safetensors").exit_code == 0
     assert any(OTHER_COMMIT in path for _, path, _ in server.requests)
     server.requests.clear()
-    assert generated("--adapter", tmp_path / "a.safetensors").exit_code == 0 and not server.requests
-    assert generated("--base", "owner/model").exit_code == 0 and not server.requests
+    assert run_generate("--adapter", tmp_path / "a.safetensors").exit_code == 0 and not server.requests
+    assert run_generate("--base", "owner/model").exit_code == 0 and not server.requests
 
 
-def take_for_the_hub(rank, url, cache):
-    use(url, cache)
+def set_hub_of_rank(rank, url, cache):
+    set_hub(url, cache)
 
 
-def test_one_rank_of_a_machine_fetches_for_all(server, args, tmp_path, forks):
+def test_one_rank_of_a_machine_downloads_for_all(server, args, tmp_path, forks):
     args = [*args, "--base", "owner/model"]
-    spoil = partial(take_for_the_hub, url=server.url, cache=tmp_path / "cache")
+    spoil = partial(set_hub_of_rank, url=server.url, cache=tmp_path / "cache")
     for code, _, stderr in Ranks(forks, 2, train_command, args, spoil).results():
         assert code == 0, stderr
     assert server.fetched() == NEEDED

@@ -1,4 +1,4 @@
-"""Hugging Face's layout of a base, against transformers itself, and every way in which its files can be wrong."""
+"""Bases in Hugging Face's layout: the model compared with transformers, and invalid files of every kind."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from formats.hugging_face import to_hugging_face
 
 @pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hugging_face_folder_gives_transformers_logits(tiny_base, tmp_path, kind, shard_size):
+def test_logits_equal_transformers(tiny_base, tmp_path, kind, shard_size):
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, shard_size, **KINDS[kind])
     assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 2) == (shard_size == "100KB")
     model, _ = load_llama(tmp_path / "hf")
@@ -37,16 +37,16 @@ def test_hugging_face_folder_gives_transformers_logits(tiny_base, tmp_path, kind
         (dict(sliding_window=100, use_sliding_window=True), 100),
     ],
 )
-def test_a_window_is_as_far_as_a_base_sees(tiny_base, tmp_path, changes, sees):
-    """Up to there the model is the same with and without; beyond, a prompt is refused as one beyond the context."""
+def test_sliding_window_limits_the_context_length(tiny_base, tmp_path, changes, sees):
+    """Within the window the model is the same with and without it; longer prompts are refused."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert load_llama(tmp_path / "hf")[0].config.max_seq_len == sees
 
 
-def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
-    """Before transformers 5 rope_theta stood by itself, and rope_scaling beside it."""
+def test_config_json_of_earlier_versions_is_read(tiny_base, tmp_path):
+    """Before transformers 5, rope_theta and rope_scaling were separate fields."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["llama3 rope"])
     new, _ = load_llama(tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
@@ -59,8 +59,8 @@ def test_old_config_json_is_read_as_well(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "llama3"])
-def test_rope_scaling_wins_over_rope_parameters(tiny_base, tmp_path, rope_type):
-    """Somebody adds it to a file that transformers 5 wrote; transformers then takes it, too."""
+def test_rope_scaling_overrides_rope_parameters(tiny_base, tmp_path, rope_type):
+    """Users add rope_scaling to a file that transformers 5 wrote; transformers then uses it as well."""
     transformers = pytest.importorskip("transformers")
     before = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
@@ -75,16 +75,16 @@ def test_rope_scaling_wins_over_rope_parameters(tiny_base, tmp_path, rope_type):
         torch.testing.assert_close(load_llama(tmp_path / "hf")[0](tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_base, tmp_path):
+def test_meta_and_hugging_face_layouts_give_the_same_model(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
-    first, _ = load_llama(tmp_path / "hf")
+    from_hugging_face, _ = load_llama(tmp_path / "hf")
     params = dict(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, norm_eps=1e-6, ffn_dim_multiplier=0.5)
     folder = copy_base(tiny_base, tmp_path / "meta", **params)
-    for i, shard in enumerate(split_for_parallel(first.state_dict(), 2, False)):
+    for i, shard in enumerate(split_for_parallel(from_hugging_face.state_dict(), 2, False)):
         torch.save(shard, folder / f"consolidated.{i:02}.pth")
-    second, _ = load_llama(folder)
+    from_meta, _ = load_llama(folder)
     tokens = torch.arange(50)[None]
-    assert torch.equal(first(tokens), second(tokens))
+    assert torch.equal(from_hugging_face(tokens), from_meta(tokens))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_meta_and_hugging_face_layouts_of_the_same_weights_are_one_model(tiny_ba
         (dict(hidden_size=2**23, head_dim=16, vocab_size=2**23), "tok_embeddings.weight"),
     ],
 )
-def test_config_json_that_does_not_fit(tiny_base, tmp_path, changes, message):
+def test_invalid_config_json_is_refused(tiny_base, tmp_path, changes, message):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
     values = json.loads(file.read_text()) | changes
@@ -173,8 +173,8 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_pytorch_model_bin_is_read_as_well(tiny_base, tmp_path, shards):
-    """Older repositories, many of Vicuna's among them, have pickles alone: tensors are read, code is not run."""
+def test_pytorch_model_bin_is_read_without_running_code(tiny_base, tmp_path, shards):
+    """Older repositories, many of Vicuna's among them, contain only pickles: tensors are loaded, code is not run."""
     folder = tmp_path / "hf"
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     expected, _ = load_llama(folder)
@@ -195,7 +195,7 @@ def test_pytorch_model_bin_is_read_as_well(tiny_base, tmp_path, shards):
         load_llama(folder)
 
 
-def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):
+def test_unexpected_bias_is_named(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
@@ -203,7 +203,7 @@ def test_a_bias_that_a_llama_does_not_have_is_named(tiny_base, tmp_path):
         load_llama(tmp_path / "hf")
 
 
-def test_written_by_their_names_it_is_read_as_the_same_model(tiny_base, tmp_path):
+def test_to_hugging_face_restores_names_and_weights(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     model, _ = load_llama(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
@@ -217,8 +217,8 @@ def logits_of(model):
         return model(torch.arange(3, 11)[None])
 
 
-def test_stale_weights_beside_new_ones(tiny_base, tmp_path, capsys):
-    """transformers' order: what save_pretrained or a merge wrote last is loaded, and the rest is named."""
+def test_weight_files_have_the_same_priority_as_in_transformers(tiny_base, tmp_path, capsys):
+    """The files that save_pretrained or a merge wrote last are loaded; a warning names the others."""
     transformers = pytest.importorskip("transformers")
     save_hugging_face(tmp_path / "old", tiny_base, shard_size="30KB", **KINDS["gqa"])
     save_hugging_face(tmp_path / "new", tiny_base, **KINDS["gqa"])
@@ -235,13 +235,13 @@ def test_stale_weights_beside_new_ones(tiny_base, tmp_path, capsys):
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
     other = "model.safetensors.index.json, pytorch_model.bin.index.json"
     assert f"loading model.safetensors; not loaded: {other}" in capsys.readouterr().err
-    for file in (tmp_path / "new").glob("model-*"):  # the index then names missing files
+    for file in (tmp_path / "new").glob("model-*"):  # the index then refers to missing files
         file.unlink()
     torch.testing.assert_close(logits_of(load_llama(tmp_path / "new")[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["equal", "other", "absent", "alone"])
-def test_tied_heads(tiny_base, tmp_path, capsys, head):
+def test_tied_output_heads_are_read(tiny_base, tmp_path, capsys, head):
     transformers = pytest.importorskip("transformers")
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["tied"])
     file = tmp_path / "l2" / "model.safetensors"
@@ -263,7 +263,7 @@ def test_tied_heads(tiny_base, tmp_path, capsys, head):
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_missing_head_has_its_name_of_the_layout(tiny_base, tmp_path):
+def test_missing_output_head_is_named_as_in_the_file(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
     weights = load_file(tmp_path / "l2" / "model.safetensors")
     del weights["lm_head.weight"]
@@ -272,8 +272,8 @@ def test_a_missing_head_has_its_name_of_the_layout(tiny_base, tmp_path):
         load_llama(tmp_path / "l2")
 
 
-def test_a_mistral_folder_as_cloned(tiny_base, tmp_path):
-    """params.json and consolidated.safetensors are of another layout, which is not read; config.json is."""
+def test_cloned_mistral_folder_is_read(tiny_base, tmp_path):
+    """params.json and consolidated.safetensors belong to another layout, which is ignored beside config.json."""
     save_hugging_face(tmp_path / "m", tiny_base, **KINDS["gqa"])
     expected = logits_of(load_llama(tmp_path / "m")[0])
     (tmp_path / "m" / "params.json").write_text('{"dim": 64}')
@@ -290,7 +290,7 @@ def test_a_mistral_folder_as_cloned(tiny_base, tmp_path):
         (lambda name: name.replace("q_proj.weight", "q_proj.weight.absmax"), "is quantized by bitsandbytes"),
     ],
 )
-def test_names_that_say_what_a_checkpoint_is(tiny_base, tmp_path, rename, message):
+def test_wrapped_and_quantized_checkpoints_are_recognized_by_names(tiny_base, tmp_path, rename, message):
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
     weights = load_file(tmp_path / "l2" / "model.safetensors")
     save_file({rename(name): weight for name, weight in weights.items()}, tmp_path / "l2" / "model.safetensors")
@@ -298,14 +298,14 @@ def test_names_that_say_what_a_checkpoint_is(tiny_base, tmp_path, rename, messag
         load_llama(tmp_path / "l2")
 
 
-def test_an_adapter_is_no_base(tmp_path):
+def test_adapter_is_refused_as_a_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match=f"{tmp_path}: is an adapter .LORA., not a base"):
         load_llama(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model"])
-def test_pointers_of_git_lfs(tiny_base, tmp_path, name):
+def test_git_lfs_pointers_are_refused(tiny_base, tmp_path, name):
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
     (tmp_path / "l2" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
     with pytest.raises(ValueError, match=f"{name}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`"):
@@ -313,7 +313,7 @@ def test_pointers_of_git_lfs(tiny_base, tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
-def test_missing_embeddings_have_their_name_of_the_layout(tiny_base, tmp_path, kind):
+def test_missing_embeddings_are_named_as_in_the_file(tiny_base, tmp_path, kind):
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS[kind])
     weights = load_file(tmp_path / "l2" / "model.safetensors")
     del weights["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""The adapter that a run keeps, when it is validated, and the same numbers for TensorBoard."""
+"""The options --keep best, --eval-every and --tensorboard."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from training.run_files import read_metrics
 BEST = ("--eval-every", 2, "--keep", "best")
 
 
-def validations(out):
+def validation_losses(out):
     return {line["step"]: line["val_loss"] for line in read_metrics(out / "metrics.jsonl") if "val_loss" in line}
 
 
-def loss_that_rises(model, adapter, *rest, mean_loss=train.mean_loss):
-    """The validation loss, and a part that is smallest where the gates are half open."""
+def loss_with_minimum(model, adapter, *rest, mean_loss=train.mean_loss):
+    """Return the validation loss plus a term with its minimum at a mean absolute gate of 0.2."""
     return mean_loss(model, adapter, *rest) + 100 * abs(adapter.gates.abs().mean().item() - 0.2)
 
 
@@ -38,20 +38,18 @@ def stop_before(patch, step):
 
 @pytest.fixture
 def best(args, tmp_path, monkeypatch):
-    """A run of 15 steps whose last adapter isn't the best: so small a base does not overfit by itself."""
-    monkeypatch.setattr(train, "mean_loss", loss_that_rises)
+    """A finished run of 15 steps whose last adapter is not the best; such a small base does not overfit by itself."""
+    monkeypatch.setattr(train, "mean_loss", loss_with_minimum)
     result = run(*args, *BEST)
     assert result.exit_code == 0, result.output
-    losses = validations(tmp_path / "run")
+    losses = validation_losses(tmp_path / "run")
     assert list(losses) == [0, 2, 4, 6, 8, 10, 12, 14, 15]  # every other step, and the last one
     step = min(losses, key=losses.get)
     assert 0 < step < 15
     return step, losses
 
 
-def test_the_adapter_with_the_lowest_validation_loss_is_kept(
-    args, best, tiny_base, instructions, tmp_path, monkeypatch
-):
+def test_adapter_with_the_lowest_validation_loss_is_kept(args, best, tiny_base, instructions, tmp_path, monkeypatch):
     step, losses = best
     out = tmp_path / "run"
     summary = json.loads((out / "summary.json").read_text())
@@ -59,31 +57,31 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept(
     assert summary["val_loss_before"] == losses[0]
     adapter = Adapter.load(out / "adapter.safetensors")
     assert adapter.metadata["steps"] == str(step) and adapter.metadata["val_loss_after"] == str(losses[step])
-    # The last adapter of a run that is stopped there.
+    # The kept adapter equals the last one of a run that is stopped at this step.
     with monkeypatch.context() as patch:
         stop_before(patch, step)
         assert run(*args, *BEST[:-1], "last", "--out", tmp_path / "stopped").exit_code == 0
     stopped = load_file(tmp_path / "stopped" / "adapter.safetensors")
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in load_file(out / "adapter.safetensors").items())
-    # And it has the loss that was found.
+    # The kept adapter has the recorded loss.
     model, tokenizer = load_llama(tiny_base)
     template = load_template("alpaca", tokenizer)
-    tokenized, _ = tokenize(template, load_task("instructions").read(instructions), 512)
-    _, validation = train.hold_out(tokenized, 4, 0)
-    assert loss_that_rises(model, adapter, validation, train.TrainConfig()) == pytest.approx(losses[step], rel=1e-6)
+    examples, _ = tokenize(template, load_task("instructions").read(instructions), 512)
+    _, validation = train.hold_out(examples, 4, 0)
+    assert loss_with_minimum(model, adapter, validation, train.TrainConfig()) == pytest.approx(losses[step], rel=1e-6)
 
 
-def test_the_toy_asks_the_adapter_that_is_kept(tmp_path, monkeypatch):
+def test_toy_evaluates_the_kept_adapter(tmp_path, monkeypatch):
     toy, gates = train.load_toy("text"), []
 
-    def ask(model, tokenizer, adapter):
+    def record_gates(model, tokenizer, adapter):
         gates.append(adapter.gates.detach().clone())
         return {"questions": 0.0}
 
     monkeypatch.setattr(
-        train, "load_toy", lambda _: SimpleNamespace(examples=toy.examples, base=toy.base, evaluate=ask)
+        train, "load_toy", lambda _: SimpleNamespace(examples=toy.examples, base=toy.base, evaluate=record_gates)
     )
-    monkeypatch.setattr(train, "mean_loss", loss_that_rises)
+    monkeypatch.setattr(train, "mean_loss", loss_with_minimum)
     options = ("--limit", 40, "--batch-size", 8, "--val-size", 4, "--epochs", 3)
     assert run(*options, *BEST, "--lr", 0.05, "--warmup-epochs", 0.5, "--out", tmp_path / "run").exit_code == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["kept_step"] < 14
@@ -91,7 +89,7 @@ def test_the_toy_asks_the_adapter_that_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [1, 6, 9, 14, 15])
-def test_a_run_that_keeps_the_best_goes_on_exactly(args, best, tmp_path, monkeypatch, at):
+def test_resuming_with_keep_best_is_exact(args, best, tmp_path, monkeypatch, at):
     resumed = (*args, *BEST, "--out", tmp_path / "resumed")
     with monkeypatch.context() as patch:
         stop_before(patch, at)
@@ -104,7 +102,7 @@ def test_a_run_that_keeps_the_best_goes_on_exactly(args, best, tmp_path, monkeyp
     assert all((tmp_path / "resumed" / name).read_bytes() == (tmp_path / "run" / name).read_bytes() for name in names)
 
 
-def test_a_checkpoint_of_a_broken_best_is_refused(args, tmp_path, monkeypatch):
+def test_checkpoint_with_an_invalid_best_adapter_is_refused(args, tmp_path, monkeypatch):
     stop_before(monkeypatch, 4)
     assert run(*args, *BEST).exit_code == 0
     path = tmp_path / "run" / "checkpoint.pt"
@@ -115,15 +113,15 @@ def test_a_checkpoint_of_a_broken_best_is_refused(args, tmp_path, monkeypatch):
         assert result.exit_code == 2 and "checkpoint.pt: not a checkpoint of train.py" in result.stderr
 
 
-def test_without_a_lower_loss_the_adapter_before_training_is_kept(args, tmp_path, monkeypatch):
-    """Strictly lower: of equal ones the first counts."""
+def test_initial_adapter_is_kept_if_no_loss_is_lower(args, tmp_path, monkeypatch):
+    """The loss must be strictly lower; of equal losses the first counts."""
     monkeypatch.setattr(train, "mean_loss", lambda *_: 3.0)
     result = run(*args, "--keep", "best", "--epochs", 1)
     assert result.exit_code == 0 and "no step has a lower validation loss" in result.stderr
     assert not load_file(tmp_path / "run" / "adapter.safetensors")["gates"].any()
 
 
-def test_the_best_of_no_validation_is_refused(args, tmp_path):
+def test_keep_best_needs_validation_examples(args, tmp_path):
     result = run(*args, "--keep", "best", "--val-size", 0)
     assert (
         result.exit_code == 2
@@ -132,7 +130,7 @@ def test_the_best_of_no_validation_is_refused(args, tmp_path):
     assert not list((tmp_path / "run").glob("*"))
 
 
-def logged(folder):
+def read_scalars(folder):
     """Return the values that TensorBoard shows, by name and step."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -144,40 +142,40 @@ def logged(folder):
     }
 
 
-def events(folder):
+def read_events(folder):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
         yield from EventFileLoader(str(file)).Load()
 
 
-def test_tensorboard_has_the_numbers_of_metrics_jsonl(args, tmp_path, monkeypatch):
-    """A kill between two checkpoints changes nothing; later steps are repeated with other values of the clock."""
+def test_tensorboard_equals_metrics_jsonl(args, tmp_path, monkeypatch):
+    """A kill between two checkpoints changes nothing but the speed of the repeated steps."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0
-    finished = logged(out / "tensorboard")
-    kept = (*args, "--tensorboard", "--save-every", 4)
+    finished = read_scalars(out / "tensorboard")
+    options = (*args, "--tensorboard", "--save-every", 4)
     with monkeypatch.context() as patch:
         stop_before(patch, 4)
-        assert run(*kept).exit_code == 0
+        assert run(*options).exit_code == 0
     shutil.copy(out / "checkpoint.pt", tmp_path)
     with monkeypatch.context() as patch:
         stop_before(patch, 3)
-        assert run(*kept, "--resume").exit_code == 0
-    shutil.copy(tmp_path / "checkpoint.pt", out)  # as if the steps 5 to 7 had not been saved
-    assert run(*kept, "--resume").exit_code == 0
+        assert run(*options, "--resume").exit_code == 0
+    shutil.copy(tmp_path / "checkpoint.pt", out)  # as if steps 5 to 7 had not been saved
+    assert run(*options, "--resume").exit_code == 0
     expected = {}
     for line in read_metrics(out / "metrics.jsonl"):
         for name in line.keys() - {"step"}:
             expected.setdefault(name, {})[line["step"]] = pytest.approx(line[name], rel=1e-6)
-    assert logged(out / "tensorboard") == expected
-    assert logged(out / "run-1" / "tensorboard") == finished
-    restarts = [event.step for event in events(out / "tensorboard") if event.HasField("session_log")]
-    assert restarts == [5, 5]  # older values from there on are hidden
+    assert read_scalars(out / "tensorboard") == expected
+    assert read_scalars(out / "run-1" / "tensorboard") == finished
+    restarts = [event.step for event in read_events(out / "tensorboard") if event.HasField("session_log")]
+    assert restarts == [5, 5]  # TensorBoard hides earlier values from these steps on
 
 
-def test_tensorboard_that_is_not_installed(args, tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported(args, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = run(*args, "--tensorboard")
     assert result.exit_code == 2 and "--tensorboard needs one more package: pip install tensorboard" in result.stderr

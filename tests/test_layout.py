@@ -1,4 +1,4 @@
-"""Tests of the layout: places of files, directions of imports, and what is imported at the start."""
+"""The layout: places of files, directions of imports, and what the commands import."""
 
 import ast
 import json
@@ -34,13 +34,13 @@ PATTERNS = ("*.py", "*/*.py", "docs/examples/*.py")
 FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern) if path.parent.name != "tests")
 
 
-def room(path):
-    """The key of a file in RANKS."""
+def component(path):
+    """Return the key of a file in RANKS."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports(path):
-    """The first part of the name of every imported module, at the top or within a function."""
+    """Yield the first part of the name of every imported module, at the top level or in a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -49,7 +49,7 @@ def imports(path):
 
 
 def loaded_by(module):
-    """The names of the modules, and the project's files, that importing it loads."""
+    """Return the names of the modules that are loaded by importing `module`, and the project's files among them."""
     code = f"import {module}, json, sys; modules = list(sys.modules.items()); "
     code += "print(json.dumps([[name, getattr(module, '__file__', None)] for name, module in modules]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -58,22 +58,24 @@ def loaded_by(module):
     return set(loaded), files
 
 
-def test_eight_files_on_top_and_every_folder_has_its_rank():
+def test_top_level_is_as_listed_and_every_component_has_a_rank():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == TOP
-    assert {room(path) for path in FILES} - {"docs"} == set(RANKS)
+    assert {component(path) for path in FILES} - {"docs"} == set(RANKS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    if room(path) != "docs":  # an example of a user's own file
-        rank = RANKS[room(path)]
-        backwards = [name for name in imports(path) if name in RANKS and name != room(path) and RANKS[name] >= rank]
+    if component(path) != "docs":  # the examples there are files of a user
+        rank = RANKS[component(path)]
+        backwards = [
+            name for name in imports(path) if name in RANKS and name != component(path) and RANKS[name] >= rank
+        ]
         assert not backwards
 
 
 @pytest.mark.parametrize("module", ["train", "generate"])
-def test_importing_a_program_loads_nothing_heavy(module):
-    """No toy, no task, no plots, and nothing of other programs."""
+def test_importing_a_command_loads_nothing_heavy(module):
+    """No toy, task, plotting library or code of other commands is imported."""
     names, files = loaded_by(module)
     heavy = {"matplotlib", "sklearn", "transformers", "lm_eval", "gradio", "av"}
     heavy |= {"toy.almanac", "toy.toys", "tasks.scienceqa", "tasks.captions", "tasks.responses", "experiments"}
@@ -83,16 +85,16 @@ def test_importing_a_program_loads_nothing_heavy(module):
     assert module != "train" or len(files) <= 30, files
 
 
-def test_nothing_is_unpickled_unchecked():
+def test_torch_load_always_uses_weights_only():
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 
 
-def test_the_reference_shares_no_code_with_the_project():
+def test_reference_shares_no_code_with_the_project():
     assert not set(imports(ROOT / "tests" / "reference.py")) & set(RANKS)
 
 
-def test_no_test_imports_another():
+def test_no_test_file_imports_another():
     for path in (ROOT / "tests").glob("*.py"):
         assert not [name for name in imports(path) if name == "conftest" or name.startswith("test_")], path

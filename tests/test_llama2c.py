@@ -1,4 +1,4 @@
-"""Both layouts of llama2.c's .bin."""
+"""Both layouts of llama2.c checkpoints."""
 
 import struct
 
@@ -13,8 +13,8 @@ from model import Config
 
 @pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_llama2c_layouts(tiny_base, tmp_path, modern, tied):
-    """Both of llama2.c's layouts, written here tensor by tensor as its run.c reads them."""
+def test_both_layouts_are_read(tiny_base, tmp_path, modern, tied):
+    """The file is written here tensor by tensor, as llama2.c's run.c reads it."""
     config = Config(16, 3, 4, 2, 4, 24, 1024, max_seq_len=32)
     model = make_model(config)
     w = model.state_dict()
@@ -38,8 +38,8 @@ def test_llama2c_layouts(tiny_base, tmp_path, modern, tied):
     path.write_bytes(header + b"".join(t.numpy().astype("<f4").tobytes() for t in tensors))
     (tmp_path / "tokenizer.model").write_bytes((tiny_base / "tokenizer.model").read_bytes())
 
-    for where in (path, tmp_path):
-        loaded, _ = load_llama(where)
+    for source in (path, tmp_path):
+        loaded, _ = load_llama(source)
         expected = w | ({"output.weight": emb} if tied else {})
         assert loaded.config == config
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
@@ -47,7 +47,7 @@ def test_llama2c_layouts(tiny_base, tmp_path, modern, tied):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"model.bin: \d+ bytes, but its header asks for \d+"):
         load_llama(path)
-    path.write_bytes(np.random.default_rng(0).bytes(300))  # no magic, so a header of random numbers
+    path.write_bytes(np.random.default_rng(0).bytes(300))  # no magic number, so the header is random
     with pytest.raises(ValueError, match="model.bin: not a llama2.c checkpoint"):
         load_llama(path)
     for size in (0, 4, 27, 30, 37, 200):
@@ -56,9 +56,9 @@ def test_llama2c_layouts(tiny_base, tmp_path, modern, tied):
             load_llama(path)
 
 
-def test_stories260k_both_layouts_are_the_same_model(data):
+def test_both_layouts_of_stories260k_give_the_same_model(data):
     legacy, _ = load_llama(data / "stories260K")
     modern, _ = load_llama(data / "stories260K_v1" / "checkpoint_v1.bin")
-    assert sum(p.numel() for p in legacy.parameters()) == 260_032  # the tied head counts once
+    assert sum(p.numel() for p in legacy.parameters()) == 260_032  # the tied head is counted once
     for (name, a), (_, b) in zip(legacy.named_parameters(), modern.named_parameters()):
         assert torch.equal(a, b), name

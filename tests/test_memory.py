@@ -1,4 +1,4 @@
-"""How many positions a forward pass may have is counted, the same on every rank, and kept for resuming."""
+"""The number of positions per forward pass: limited by memory, equal on all ranks, and kept on resuming."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,16 +21,16 @@ def model():
         return LLaMA(SIZES["LLaMA-7B"]).to(torch.bfloat16)
 
 
-def test_the_formula_is_what_autograd_keeps(model):
-    """The formula for 7B against the tensors that autograd saves in layers of the same proportions."""
+def test_activation_bytes_equal_what_autograd_saves(model):
+    """The formula is compared with what autograd saves in small layers with the proportions of LLaMA-7B."""
     small = replace(SIZES["LLaMA-7B"], dim=256, n_heads=2, n_kv_heads=2, hidden_dim=688)
-    for again in (False, True):
-        per_layer = activation_bytes(small, 11, 4, again) - activation_bytes(small, 10, 4, again)
-        assert per_layer == pytest.approx(4 * kept_per_token(small, again), rel=0.02)
+    for checkpointed in (False, True):
+        per_layer = activation_bytes(small, 11, 4, checkpointed) - activation_bytes(small, 10, 4, checkpointed)
+        assert per_layer == pytest.approx(4 * kept_per_token(small, checkpointed), rel=0.02)
 
 
 @pytest.mark.parametrize("gigabytes, again, expected", [(80, False, 8192), (24, False, 1792), (24, True, 8192)])
-def test_positions_go_by_the_memory_that_is_left(model, gigabytes, again, expected):
+def test_positions_depend_on_the_remaining_memory(model, gigabytes, again, expected):
     weights = 2 * num_parameters(model.config)
     positions = positions_that_fit(model, 30, again, gigabytes * 10**9, weights)
     assert positions == expected
@@ -38,8 +38,8 @@ def test_positions_go_by_the_memory_that_is_left(model, gigabytes, again, expect
     assert positions_that_fit(model, 30, again, weights, weights) == 256
 
 
-def test_ranks_agree_on_the_smallest(model, monkeypatch, capsys):
-    """A rank with 80 GB takes the number of one with 24 GB."""
+def test_ranks_agree_on_the_smallest_number_of_positions(model, monkeypatch, capsys):
+    """A rank with 80 GB uses the number of a rank with 24 GB."""
     assert choose_micro_batch_tokens(SimpleNamespace(device=torch.device("cpu")), 30, False) == 8192
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * num_parameters(model.config))
@@ -49,7 +49,7 @@ def test_ranks_agree_on_the_smallest(model, monkeypatch, capsys):
     assert "1,792 positions per forward pass" in capsys.readouterr().err
 
 
-def test_a_resumed_run_keeps_its_micro_batches(args, tmp_path, monkeypatch):
+def test_resumed_run_keeps_its_micro_batches(args, tmp_path, monkeypatch):
     """Sums in another order would differ in the last bits."""
     assert run(*args, "--out", tmp_path / "whole", "--micro-batch-tokens", 60).exit_code == 0
     with monkeypatch.context() as patch:

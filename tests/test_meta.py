@@ -1,4 +1,4 @@
-"""Meta's layout of a base, and every way in which its files can be wrong."""
+"""Bases in Meta's layout, and invalid files of every kind."""
 
 from dataclasses import replace
 
@@ -55,16 +55,16 @@ LLAMA_31_8B = dict(
         (dict(multiple_of=64), r"w\d.weight is \(\d+, \d+\), its configuration says"),
     ],
 )
-def test_params_that_disagree_with_the_weights(tiny_base, tmp_path, changes, message):
+def test_invalid_params_json_is_refused(tiny_base, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_llama(copy_base(tiny_base, tmp_path / "base", **changes))
 
 
-def test_broken_checkpoints(tiny_base, tmp_path, capsys):
+def test_broken_checkpoints_are_refused(tiny_base, tmp_path, capsys):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = folder / "consolidated.00.pth"
-    whole = weights.read_bytes()
-    for content in (b"", whole[:1000], b"not a checkpoint"):
+    valid = weights.read_bytes()
+    for content in (b"", valid[:1000], b"not a checkpoint"):
         weights.write_bytes(content)
         with pytest.raises(ValueError, match="consolidated.00.pth: not a "):
             load_llama(folder)
@@ -76,7 +76,7 @@ def test_broken_checkpoints(tiny_base, tmp_path, capsys):
     with pytest.raises(ValueError, match="consolidated.00.pth: not a "):
         load_llama(folder)
     torch.save({"tok_embeddings.weight": torch.zeros(2)}, weights)
-    (folder / "consolidated.01.pth").write_bytes(whole)
+    (folder / "consolidated.01.pth").write_bytes(valid)
     with pytest.raises(ValueError, match="consolidated.01.pth: .* is missing from this file or from consolidated.00"):
         load_llama(folder)
     with pytest.raises(FileNotFoundError, match="absent: no such base"):
@@ -90,8 +90,8 @@ def test_broken_checkpoints(tiny_base, tmp_path, capsys):
         load_llama(folder)
 
 
-def test_every_field_of_params_json_counts(tiny_base, tmp_path):
-    """Grouped queries, another theta, epsilon and feed-forward width, and LLaMA 1's own table of frequencies."""
+def test_every_field_of_params_json_is_used(tiny_base, tmp_path):
+    """The checkpoint also contains LLaMA 1's own table of RoPE frequencies."""
     folder = copy_base(
         tiny_base, tmp_path / "base", n_heads=4, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, ffn_dim_multiplier=1.3
     )
@@ -101,24 +101,24 @@ def test_every_field_of_params_json_counts(tiny_base, tmp_path):
     assert load_llama(folder)[0].config == config
 
 
-def test_llama_31s_scaled_rope_in_metas_layout(tiny_base, tmp_path):
-    """params.json says only that it is scaled: by 8 in 3.1, by 32 in the small models of 3.2."""
+def test_scaled_rope_of_llama_31_is_read(tiny_base, tmp_path):
+    """params.json says only that RoPE is scaled: by 8 in Llama 3.1, by 32 in the small models of 3.2."""
     folder = copy_base(tiny_base, tmp_path / "base", use_scaled_rope=True, rope_theta=5e5)
     assert load_llama(folder)[0].config.rope_factors == llama3_rope_factors(8, 5e5, 32.0)
     assert meta_config(LLAMA_31_8B, 128256) == replace(SIZES["Llama-3.1-8B"], max_seq_len=None)
 
 
-def test_sizes_are_those_of_params_json():
-    """The files that Meta ships with the weights, against the table."""
+def test_sizes_equal_those_of_params_json():
+    """The table of sizes is compared with the params.json files that Meta ships with the weights."""
     assert meta_config(LLAMA_2_70B, 32000) == replace(SIZES["Llama-2-70B"], max_seq_len=None)
     assert meta_config(LLAMA_13B, 32000) == replace(SIZES["LLaMA-13B"], max_seq_len=None)
-    numbers = {
+    num_parameters = {
         "LLaMA-7B": 6738415616,
         "Llama-2-70B": 68976648192,
         "Llama-3-8B": 8030261248,
         "TinyLlama-1.1B": 1100048384,
     }
-    for name, number in numbers.items():
+    for name, number in num_parameters.items():
         with torch.device("meta"):
             assert sum(p.numel() for p in LLaMA(SIZES[name]).parameters()) == number
 
@@ -126,7 +126,7 @@ def test_sizes_are_those_of_params_json():
 @pytest.mark.parametrize(
     "weight", [7, torch.zeros(7, 7, 7), torch.zeros(1024, 16, dtype=torch.long), torch.zeros(1024, 16).to_sparse()]
 )
-def test_weights_that_are_none(tiny_base, tmp_path, weight):
+def test_invalid_weights_are_refused(tiny_base, tmp_path, weight):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True) | {"output.weight": weight}
     torch.save(weights, folder / "consolidated.00.pth")
@@ -136,8 +136,8 @@ def test_weights_that_are_none(tiny_base, tmp_path, weight):
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("vocabulary_first", [False, True])  # LLaMA 1 and 2 split embeddings by width, Llama 3 by token
-def test_model_parallel_shards_join_to_the_same_model(tiny_base, tmp_path, n, vocabulary_first):
-    """13B comes in 2 files, 33B in 4, 65B and 70B in 8 (OGV 86, 134, 131; lit-llama 405)."""
+def test_model_parallel_shards_are_joined(tiny_base, tmp_path, n, vocabulary_first):
+    """LLaMA-13B has 2 files, 33B has 4, 65B and 70B have 8 (OGV 86, 134, 131; lit-llama 405)."""
     config = Config(64, 2, 8, 8, 8, 176, 1024)
     model = make_model(config)
     folder = copy_base(tiny_base, tmp_path / "base", dim=64, n_layers=2, n_heads=8, multiple_of=16)
@@ -148,8 +148,8 @@ def test_model_parallel_shards_join_to_the_same_model(tiny_base, tmp_path, n, vo
     assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
 
 
-def test_shards_that_do_not_make_a_whole_are_refused(tiny_base, tmp_path):
-    """A file twice, parts that are too many or too few for the width, norms that differ."""
+def test_inconsistent_shards_are_refused(tiny_base, tmp_path):
+    """A file may be repeated, the parts may not add up to the width, or the norms may differ."""
     model = make_model(Config(64, 2, 8, 8, 8, 176, 1024))
     params = dict(dim=64, n_layers=2, n_heads=8, multiple_of=16)
     whole = model.state_dict()
@@ -165,8 +165,8 @@ def test_shards_that_do_not_make_a_whole_are_refused(tiny_base, tmp_path):
         ),
         "shapes": ([*parts[:3], parts[3] | {"norm.weight": torch.ones(99)}], params, "different shapes in the 4 files"),
     }
-    for case, (shards, numbers, message) in cases.items():
-        folder = copy_base(tiny_base, tmp_path / case, **numbers)
+    for case, (shards, fields, message) in cases.items():
+        folder = copy_base(tiny_base, tmp_path / case, **fields)
         for i, shard in enumerate(shards):
             torch.save(shard, folder / f"consolidated.{i:02}.pth")
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""docs/method.md's program, on an untrained base of the toy's shape: what the page asserts is most of the test."""
+"""The program in docs/method.md, on an untrained base; most checks are the page's own assertions."""
 
 import re
 import traceback
@@ -17,7 +17,7 @@ from toy import almanac
 from toy.language_model import BASE
 
 PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-SHOWN = re.compile(r"^```python\n.*?^```\n(?:\n```\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)  # and what it printed
+SHOWN = re.compile(r"^```python\n.*?^```\n(?:\n```\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)  # a block and its output
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def runner(monkeypatch):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A folder like the toy's base, except for the weights."""
+    """A copy of the toy's base with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
     for name in ("tokenizer.model", "config.json"):
         (folder / name).write_bytes((BASE / name).read_bytes())
@@ -43,28 +43,28 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture
 def page(untrained, tmp_path, monkeypatch):
-    """Its text on that base, with few examples, epochs and new tokens; pictures go to a temporary folder."""
-    sets = almanac.instructions()
-    few = {"training": sets["training"][:32], "wordings": sets["wordings"][:2]}
+    """The text of the page with the untrained base and fewer examples, epochs and tokens; pictures go to tmp_path."""
+    questions = almanac.instructions()
+    few = {"training": questions["training"][:32], "wordings": questions["wordings"][:2]}
     monkeypatch.setattr(almanac, "instructions", lambda: few)
     monkeypatch.chdir(tmp_path)
     text = PAGE
     faster = {"BASE  #": f"{str(untrained)!r}  #", "epochs=12": "epochs=2", "max_new_tokens=40": "max_new_tokens=4"}
-    for theirs, ours in faster.items():
-        assert text.count(theirs) == 1
-        text = text.replace(theirs, ours)
+    for original, replacement in faster.items():
+        assert text.count(original) == 1
+        text = text.replace(original, replacement)
     return text
 
 
-def test_the_page_runs_and_shows_what_it_prints(page, runner, tmp_path):
-    """Shapes are compared with those on the page; figures are the trained base's."""
+def test_page_runs_and_shows_its_output(page, runner, tmp_path):
+    """Printed shapes equal those on the page; other figures are those of the trained base."""
     shown = [found[1] or "" for found in SHOWN.finditer(PAGE)]
     printed = list(runner.run_blocks(page, "method.md"))
     assert [bool(text) for text in printed] == [bool(text) for text in shown]
     shapes = [i for i, text in enumerate(shown) if text.startswith(("T ", "q, k, v ", "P "))]
     assert len(shapes) == 3 and [printed[i] for i in shapes] == [shown[i] for i in shapes]
-    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert drawn == sorted(re.findall(r"\(pictures/(.+?)\)", page))
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == sorted(re.findall(r"\(pictures/(.+?)\)", page))
 
 
 @pytest.mark.parametrize(
@@ -80,24 +80,24 @@ def test_the_page_runs_and_shows_what_it_prints(page, runner, tmp_path):
         ("adapted(torch.zeros(H))", "adapted(torch.ones(H))"),
     ],
 )  # fmt: skip
-def test_a_wrong_line_is_found(page, runner, right, wrong):
+def test_page_detects_a_wrong_line(page, runner, right, wrong):
     assert page.count(right) == 1
     with pytest.raises(AssertionError):
         list(runner.run_blocks(page.replace(right, wrong), "method.md"))
 
 
-def test_a_wrong_adapter_is_found(page, runner, monkeypatch):
+def test_page_detects_a_wrong_adapter(page, runner, monkeypatch):
     monkeypatch.setitem(Adapter.ACTIVATIONS, "tanh", lambda g: g)
     with pytest.raises(AssertionError):
         list(runner.run_blocks(page, "method.md"))
 
 
-def test_pictures_are_small():
+def test_pictures_are_small_files():
     sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pictures").iterdir()}
     assert sizes and max(sizes.values()) < 100_000, sizes
 
 
-def test_blocks_share_names_and_errors_have_the_page_s_line(runner, tmp_path):
+def test_blocks_share_names_and_errors_show_page_lines(runner, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n```python\nx = 1\n```\n\n```\nno program\n```\n\n```python\nprint(x)\n```\n")
     result = CliRunner().invoke(runner.main, [str(page)])

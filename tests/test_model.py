@@ -1,4 +1,4 @@
-"""LLaMA itself: against transformers and llama2.c, the cache, the checkpoints."""
+"""The LLaMA model: logits, decoding with a cache, RoPE, norms, and its configuration."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from model import Config, KVCache, apply_rope, rope_cos_sin
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_base_equals_transformers(config):
+def test_logits_equal_transformers(config):
     pytest.importorskip("transformers")
     model = make_model(config)
     theirs = as_transformers(model)
@@ -21,45 +21,45 @@ def test_base_equals_transformers(config):
 
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
-def test_decoding_equals_rescoring(config, form, device):
-    """Cached output must equal uncached output (nanoGPT 613), rows of unequal length and nonzero gates included."""
+def test_cached_decoding_equals_uncached(config, form, device):
+    """Rows have unequal lengths, and the gates are nonzero (nanoGPT 613)."""
     model = make_model(config, **form).to(device)
-    prompts = make_adapter(model).to(device)()
+    adaption_prompts = make_adapter(model).to(device)()
     tokens = make_tokens(model, 3, 12).to(device)
     lengths = torch.tensor([7, 4, 1], device=device)
-    whole = model(tokens, prompts)
+    uncached = model(tokens, adaption_prompts)
 
     cache = KVCache(model, batch=3, capacity=16)
     padded = tokens[:, :7].clone()
-    padded[1, 4:], padded[2, 1:] = 0, 0  # what follows a row's own tokens is of no account
-    logits = model(padded, prompts, cache)
+    padded[1, 4:], padded[2, 1:] = 0, 0  # padding must not matter
+    logits = model(padded, adaption_prompts, cache)
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(logits[row, :length], whole[row, :length], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[row, :length], uncached[row, :length], rtol=1e-4, atol=1e-5)
     cache.lengths += lengths
     for _ in range(5):
         step = tokens.gather(1, cache.lengths[:, None])
-        logits = model(step, prompts, cache)[:, 0]
-        expected = whole[torch.arange(3, device=device), cache.lengths]
+        logits = model(step, adaption_prompts, cache)[:, 0]
+        expected = uncached[torch.arange(3, device=device), cache.lengths]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         cache.lengths += 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_closed_gates_are_the_base_in_cached_decoding_too(dtype, device):
+def test_zero_gates_equal_the_base_in_cached_decoding(dtype, device):
     model = make_model().to(device, dtype)
     tokens = make_tokens(model, 2, 9).to(device)
-    runs = []
-    for prompts in ((), make_adapter(model).to(device)(gate_scale=0.0, dtype=dtype)):
+    results = []
+    for adaption_prompts in ((), make_adapter(model).to(device)(gate_scale=0.0, dtype=dtype)):
         cache, logits = KVCache(model, batch=2, capacity=9), []
         for chunk in tokens.split([5, 1, 1, 1, 1], dim=1):
-            logits.append(model(chunk, prompts, cache))
+            logits.append(model(chunk, adaption_prompts, cache))
             cache.lengths += chunk.shape[1]
-        runs.append(torch.cat(logits, dim=1))
-    assert torch.equal(*runs)
+        results.append(torch.cat(logits, dim=1))
+    assert torch.equal(*results)
 
 
-def test_prompts_are_projected_once_per_generation():
-    """The authors' code projects them anew at every token."""
+def test_adaption_prompts_are_projected_once_per_generation():
+    """The authors' code projects them again at every token."""
     model = make_model()
     adapter = make_adapter(model, layers=1)
     projected = []
@@ -68,17 +68,17 @@ def test_prompts_are_projected_once_per_generation():
     for token in make_tokens(model, 1, 3).split(1, dim=1):
         model(token, adapter(), cache)
         cache.lengths += 1
-    assert projected == [1, 5, 1, 1]  # a prompt of 5, among three single tokens
+    assert projected == [1, 5, 1, 1]  # five adaption prompts, and three single tokens
 
 
-def test_too_many_prompts_are_refused():
+def test_adaption_prompts_for_too_many_layers_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="prompts for 4 layers, but the model has 3 layers"):
         model(make_tokens(model, 1, 2), make_adapter(model, layers=3)() + make_adapter(model, layers=1)())
 
 
-def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
-    """A table kept in the model would be rounded with it, and mix up positions beyond 256."""
+def test_rope_angles_are_float32_in_a_bfloat16_model(monkeypatch):
+    """A table stored in the model would be rounded with it, which confuses positions beyond 256."""
     model = make_model().bfloat16()
     seen = []
     monkeypatch.setattr("model.apply_rope", lambda x, cos, sin: seen.append((cos, sin)) or apply_rope(x, cos, sin))
@@ -91,7 +91,7 @@ def test_angles_are_float32_in_a_bfloat16_model(monkeypatch):
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=1e-4)
 
 
-def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+def test_rope_keeps_norms_and_depends_only_on_distance():
     x, y = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def at(vector, position):
@@ -102,8 +102,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
 
 
-def test_norms_of_large_values_survive_bfloat16_and_float16():
-    """Values over 65504 at the first position (OGV 124): their squares must not be taken in 16 bits."""
+def test_rms_norm_of_large_values_does_not_overflow():
+    """Squares of activations can exceed 65504 (OGV 124), so they must not be computed in float16."""
     norm = make_model().norm.half()
     x = torch.full((1, 32), 3000.0, dtype=torch.float16)
     torch.testing.assert_close(norm(x), norm.weight.detach()[None], rtol=1e-3, atol=1e-3)
@@ -124,6 +124,6 @@ def test_norms_of_large_values_survive_bfloat16_and_float16():
         (dict(head_dim=127), "head_dim is 127"),
     ],
 )
-def test_numbers_that_make_no_model(numbers, message):
+def test_invalid_config_is_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         Config(**numbers)

@@ -1,4 +1,4 @@
-"""Pictures as CLIP sees them, their features, and what they do to prompts."""
+"""Image adapters: features of the vision encoder, their projection to adaption prompts, and the commands."""
 
 import json
 import shutil
@@ -13,15 +13,15 @@ import torch
 from click.testing import CliRunner
 from helpers import (
     ROOT,
-    SEEING,
+    FOUR_LAYER_VIT,
     Ranks,
-    film,
+    save_video,
     make_images,
     make_model,
     make_tokens,
     make_vit,
-    openai_names,
-    picture,
+    openai_state_dict,
+    make_picture,
     train_command,
 )
 from PIL import Image
@@ -49,7 +49,7 @@ from tasks import images
 from training.run_files import read_metrics
 
 
-def test_features_are_the_class_tokens_at_even_depths():
+def test_features_are_class_tokens_at_evenly_spaced_depths():
     assert layers_at_depths(24, 4) == [5, 11, 17, 23] and layers_at_depths(3, 2) == [0, 2]
     assert layers_at_depths(5, 5) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="4 depths, of a vision encoder of 3 layers"):
@@ -57,22 +57,22 @@ def test_features_are_the_class_tokens_at_even_depths():
     vision_encoder, images = make_vit(), make_images(3)
     features = global_features(vision_encoder, images, 2)
     states = [vision_encoder(images)[i][:, 0].double() for i in (0, 2)]
-    normed = [(x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in states]
-    torch.testing.assert_close(features.double(), torch.cat(normed, dim=1), rtol=1e-5, atol=1e-5)
+    normalized = [(x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for x in states]
+    torch.testing.assert_close(features.double(), torch.cat(normalized, dim=1), rtol=1e-5, atol=1e-5)
     assert features.shape == (3, 256) and not features.requires_grad
 
 
-def make_image_adapter(model, features=256, **more):
+def make_image_adapter(model, features=256, **options):
     config = model.config
     adapter = ImageAdapter(
         layers=2, length=5, dim=config.dim, heads=config.n_heads, features=features, bottleneck=7,
-        generator=torch.Generator().manual_seed(1), **more,
+        generator=torch.Generator().manual_seed(1), **options,
     )  # fmt: skip
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(2))
     return adapter
 
 
-def test_the_paper_s_number_of_parameters():
+def test_number_of_parameters_equals_the_paper():
     with torch.device("meta"):
         adapter = ImageAdapter(layers=30, length=10, dim=4096, heads=32, features=4 * 1024)
     assert sum(p.numel() for p in adapter.projection.parameters()) == 593_992
@@ -80,25 +80,27 @@ def test_the_paper_s_number_of_parameters():
 
 
 @pytest.mark.parametrize("config", ["gqa", "mha"])
-def test_every_sample_sees_its_own_image_or_none(config):
-    """Side by side as alone; without an image, the text-only adapter, in the same batch."""
+def test_each_sample_uses_its_own_image_or_none(config):
+    """A sample has the same logits in a batch as alone; without an image, the adapter is the text-only one."""
     model = make_model(config)
     adapter = make_image_adapter(model)
     features = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
     tokens = make_tokens(model, 3, 6)
-    seen = torch.tensor([True, False, True])
+    has_image = torch.tensor([True, False, True])
     with torch.no_grad():
-        logits = model(tokens, adapter(features, seen))
+        logits = model(tokens, adapter(features, has_image))
         for i in range(3):
-            prompts = adapter(features[i : i + 1]) if seen[i] else adapter()
-            torch.testing.assert_close(logits[i : i + 1], model(tokens[i : i + 1], prompts), rtol=1e-4, atol=1e-4)
-        others = model(tokens, adapter(features.flip(0), seen))
+            adaption_prompts = adapter(features[i : i + 1]) if has_image[i] else adapter()
+            torch.testing.assert_close(
+                logits[i : i + 1], model(tokens[i : i + 1], adaption_prompts), rtol=1e-4, atol=1e-4
+            )
+        others = model(tokens, adapter(features.flip(0), has_image))
         changed = (logits - others).abs().amax(dim=(1, 2))
         assert changed[0] > 0.01 and changed[1] == 0 and changed[2] > 0.01
         assert torch.equal(model(tokens, adapter(features, gate_scale=0.0)), model(tokens))
 
 
-def test_projection_and_prompts_learn_and_the_vision_encoder_does_not():
+def test_gradients_reach_the_adapter_but_not_the_vision_encoder():
     model, vision_encoder = make_model(), make_vit()
     adapter = make_image_adapter(model)
     features = global_features(vision_encoder, make_images(2), 2)
@@ -107,13 +109,13 @@ def test_projection_and_prompts_learn_and_the_vision_encoder_does_not():
     assert all(p.grad is None for module in (model, vision_encoder) for p in module.parameters())
 
 
-def test_the_same_generator_makes_the_same_adapter():
+def test_same_generator_gives_the_same_adapter():
     one, other = (make_image_adapter(make_model()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
 
 
-def test_the_file(tmp_path):
-    """It has the projection; text-only adapters and those for images are not taken for each other."""
+def test_adapter_file_contains_the_projection(tmp_path):
+    """Text-only adapters and image adapters cannot be loaded as each other."""
     model = make_model()
     adapter = make_image_adapter(model)
     adapter.save(tmp_path / "a.safetensors", encoder="ViT-L/14")
@@ -122,12 +124,12 @@ def test_the_file(tmp_path):
     features = torch.randn(2, 256)
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(features), adapter(features)))
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(loaded(), adapter()))
-    adapter.save(tmp_path / "old.safetensors", tower="ViT-L/14", tower_depths=2)  # as earlier versions name them
+    adapter.save(tmp_path / "old.safetensors", tower="ViT-L/14", tower_depths=2)  # the names of earlier versions
     for load in (ImageAdapter.load, load_adapter):
         metadata = load(tmp_path / "old.safetensors").metadata
         assert metadata["vision_encoder"] == "ViT-L/14" and metadata["vision_encoder_depths"] == "2"
         assert not any("tower" in name for name in metadata)
-    with pytest.raises(RuntimeError, match="projection"):  # a text adapter has no place for it
+    with pytest.raises(RuntimeError, match="projection"):  # a text-only adapter has none
         Adapter.load(tmp_path / "a.safetensors")
 
     shape = dict(layers=2, length=5, dim=32, heads=4)
@@ -146,17 +148,17 @@ def test_the_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """A vision encoder, and a data file: what colour a picture has, and questions without a picture."""
+    """A folder with a vision encoder and a data file: 48 questions about the color of an image, 12 without an image."""
     folder = tmp_path_factory.mktemp("album")
-    torch.save(openai_names(make_vit(SEEING)), folder / "ViT.pt")
+    torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), folder / "ViT.pt")
     (folder / "pictures").mkdir()
     records = []
     for i in range(48):
-        colour = ("red", "blue", "green")[i % 3]
+        color = ("red", "blue", "green")[i % 3]
         pixels = np.random.default_rng(i).integers(0, 80, (30, 36, 3), dtype=np.uint8)
-        pixels[..., {"red": 0, "green": 1, "blue": 2}[colour]] += 150
+        pixels[..., {"red": 0, "green": 1, "blue": 2}[color]] += 150
         Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
-        records.append({"instruction": "Name the colour.", "output": f"{colour}.", "image": f"pictures/{i}.png"})
+        records.append({"instruction": "Name the colour.", "output": f"{color}.", "image": f"pictures/{i}.png"})
         if i % 4 == 0:
             records.append({"instruction": "Name the capital of Peru.", "output": "Lima."})
     (folder / "data.json").write_text(json.dumps(records))
@@ -176,8 +178,8 @@ def run(command, *args):
     return CliRunner().invoke(command.main, [str(arg) for arg in args])
 
 
-def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
-    """The colours are learned from the pictures, the rest without; then asked, one by one, as a batch, and withheld."""
+def test_colors_of_images_are_learned(train_args, album, tmp_path, monkeypatch):
+    """The trained adapter prefers the right color of three images, and a second run uses cached features."""
     result = run(train, *train_args)
     assert result.exit_code == 0, result.output
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
@@ -193,46 +195,46 @@ def test_a_run_on_pictures(train_args, album, tmp_path, monkeypatch):
     for features in rows:
         with torch.no_grad():
             logits = model(torch.tensor([prompt]), adapter(features[None]))[0, -1]
-        words = [tokenizer.encode(f"{colour}.")[0] for colour in ("red", "blue", "green")]
-        most_likely.append(logits[words].argmax().item())
+        color_ids = [tokenizer.encode(f"{color}.")[0] for color in ("red", "blue", "green")]
+        most_likely.append(logits[color_ids].argmax().item())
     assert most_likely == [0, 1, 2]
 
-    monkeypatch.setattr("multimodal.global_features", lambda *_: 1 / 0)  # the second run finds them in the cache
+    monkeypatch.setattr("multimodal.global_features", lambda *_: 1 / 0)  # the second run uses the cache
     assert run(train, *train_args, "--epochs", 2, "--out", tmp_path / "again").exit_code == 0
     assert read_metrics(tmp_path / "again" / "metrics.jsonl")[0]["loss"] == losses[0]
 
 
-def test_asking_about_pictures(train_args, album, tmp_path):
+def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tmp_path):
     assert run(train, *train_args, "--epochs", 2).exit_code == 0
-    ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--greedy", "--max-new-tokens", 4, "--device", "cpu"]
-    one = run(generate, *ask, "--image", album / "pictures" / "1.png", "Name the colour.")
-    assert one.exit_code == 0, one.output
-    many = run(generate, *ask, "--image", album / "pictures", "--batch-size", 20, "Name the colour.")
-    lines = many.stdout.splitlines()
-    assert many.exit_code == 0
-    answer = one.stdout.removesuffix("\n")
-    expected = f"{album / 'pictures' / '1.png'}: " + answer.replace("\n", "\\n")
+    args = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--greedy", "--max-new-tokens", 4, "--device", "cpu"]
+    single = run(generate, *args, "--image", album / "pictures" / "1.png", "Name the colour.")
+    assert single.exit_code == 0, single.output
+    batch = run(generate, *args, "--image", album / "pictures", "--batch-size", 20, "Name the colour.")
+    lines = batch.stdout.splitlines()
+    assert batch.exit_code == 0
+    response = single.stdout.removesuffix("\n")
+    expected = f"{album / 'pictures' / '1.png'}: " + response.replace("\n", "\\n")
     assert expected.strip() in [line.strip() for line in lines]
-    asked = [{"instruction": "Name the colour.", "image": "pictures/1.png"}, {"instruction": "Name the colour."}]
-    (album / "asked.json").write_text(json.dumps(asked))
-    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
-    assert file.exit_code == 0, file.output
-    answers = [json.loads(line)["output"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert answers[0] == answer
-    assert answers[1] == run(generate, *ask, "Name the colour.").stdout.removesuffix("\n")
-    (album / "asked.json").write_text(json.dumps([asked[1], asked[0] | {"image": "none.png"}]))
-    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
-    assert file.exit_code == 2 and "record 1: " in file.stderr and "none.png: no such image" in file.stderr
-    (tmp_path / "asked.json").write_text(json.dumps([asked[0] | {"image": str(album / "pictures/1.png")}]))
+    records = [{"instruction": "Name the colour.", "image": "pictures/1.png"}, {"instruction": "Name the colour."}]
+    (album / "asked.json").write_text(json.dumps(records))
+    result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert result.exit_code == 0, result.output
+    outputs = [json.loads(line)["output"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert outputs[0] == response
+    assert outputs[1] == run(generate, *args, "Name the colour.").stdout.removesuffix("\n")
+    (album / "asked.json").write_text(json.dumps([records[1], records[0] | {"image": "none.png"}]))
+    result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert result.exit_code == 2 and "record 1: " in result.stderr and "none.png: no such image" in result.stderr
+    (tmp_path / "asked.json").write_text(json.dumps([records[0] | {"image": str(album / "pictures/1.png")}]))
     elsewhere = ["--prompts", tmp_path / "asked.json", "--out", tmp_path / "answers.jsonl"]
-    file = run(generate, *ask, *elsewhere)
-    assert file.exit_code == 2 and "record 0: " in file.stderr and "leads out of" in file.stderr
-    assert run(generate, *ask, *elsewhere, "--images", album).exit_code == 0
-    (album / "asked.json").write_text(json.dumps([asked[0] | {"adapter": None}]))
-    file = run(generate, *ask, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
-    assert file.exit_code == 2 and "record 0: an image needs an adapter with a projection" in file.stderr
+    result = run(generate, *args, *elsewhere)
+    assert result.exit_code == 2 and "record 0: " in result.stderr and "leads out of" in result.stderr
+    assert run(generate, *args, *elsewhere, "--images", album).exit_code == 0
+    (album / "asked.json").write_text(json.dumps([records[0] | {"adapter": None}]))
+    result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
+    assert result.exit_code == 2 and "record 0: an image needs an adapter with a projection" in result.stderr
     assert sum(line.startswith(str(album)) for line in lines) == 48
-    assert run(generate, *ask, "Name the colour.").exit_code == 0  # without a picture
+    assert run(generate, *args, "Name the colour.").exit_code == 0  # without an image
 
     Adapter(layers=3, length=5, dim=16, heads=2).save(tmp_path / "text.safetensors")
     base = ["--base", train_args[1]]
@@ -241,15 +243,15 @@ def test_asking_about_pictures(train_args, album, tmp_path):
     )
     assert text_only.exit_code == 2 and "needs an adapter with a projection" in text_only.stderr
     four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
-    torch.save(openai_names(make_vit(four)), tmp_path / "narrow.pt")
-    narrow = run(generate, *ask, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
+    torch.save(openai_state_dict(make_vit(four)), tmp_path / "narrow.pt")
+    narrow = run(generate, *args, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
     assert narrow.exit_code == 2 and "has 256 features, the adapter was made for 512" in narrow.stderr
-    missing = run(generate, *ask, "--image", tmp_path / "nowhere.png", "Hello.")
+    missing = run(generate, *args, "--image", tmp_path / "nowhere.png", "Hello.")
     assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
 
 
 @pytest.mark.parametrize("name", ["../data.json", "/etc/passwd"])
-def test_data_does_not_lead_out_of_the_folder_of_images(train_args, album, tmp_path, name):
+def test_image_paths_cannot_leave_the_image_folder(train_args, album, tmp_path, name):
     records = [{"instruction": "Name the colour.", "output": "red.", "image": name}]
     (tmp_path / "data.json").write_text(json.dumps(records))
     args = [*train_args, "--data", tmp_path / "data.json", "--images", album / "pictures"]
@@ -259,8 +261,8 @@ def test_data_does_not_lead_out_of_the_folder_of_images(train_args, album, tmp_p
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_resumed_run_sees_the_same_images(train_args, album, tmp_path, finished):
-    """Their content counts: another picture of the same name is refused, the same one in another folder is not."""
+def test_resumed_run_needs_the_same_images(train_args, album, tmp_path, finished):
+    """Contents count: another image of the same name is refused, the same image in another folder is not."""
     shutil.copytree(album / "pictures", tmp_path / "album" / "pictures")
     args = [*train_args, "--epochs", 2, "--images", tmp_path / "album"]
     assert run(train, *args, *([] if finished else ["--max-minutes", 1e-9])).exit_code == 0
@@ -272,12 +274,12 @@ def test_a_resumed_run_sees_the_same_images(train_args, album, tmp_path, finishe
     args += ["--images", album]
     assert run(train, *args, "--resume").exit_code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    del summary["options"]["images_hash"]  # as earlier versions wrote it
+    del summary["options"]["images_hash"]  # as in earlier versions
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert "is finished" in run(train, *args, "--resume").stderr
 
 
-def test_missing_pictures(train_args, album, tmp_path):
+def test_missing_images_are_refused_or_skipped(train_args, album, tmp_path):
     records = json.loads((album / "data.json").read_text())
     records[3]["image"] = "pictures/none.png"
     (tmp_path / "data.json").write_text(json.dumps(records))
@@ -289,15 +291,15 @@ def test_missing_pictures(train_args, album, tmp_path):
     assert f"1 of {len(records)} skipped: their image was not found" in result.stderr
 
 
-def test_without_a_vision_encoder_the_pictures_are_left_out(train_args, tmp_path):
-    """The text-only adapter on the same questions."""
+def test_images_are_ignored_without_a_vision_encoder(train_args, tmp_path):
+    """The adapter is then text-only."""
     i = train_args.index("--clip")
     assert run(train, *train_args[:i], *train_args[i + 2 :], "--epochs", 2).exit_code == 0
     assert type(Adapter.load(tmp_path / "run" / "adapter.safetensors")) is Adapter
 
 
-def test_an_image_that_is_held_out_alone(train_args, album, tmp_path):
-    """The adapter has a projection even if no example to train on has an image."""
+def test_held_out_image_alone_gives_a_projection(train_args, album, tmp_path):
+    """The adapter has a projection even if no training example has an image."""
     records = json.loads((album / "data.json").read_text())
     images = [record for record in records if record.get("image")][:1]
     records = images + [{"instruction": f"Say {i}.", "output": "no"} for i in range(9)]
@@ -313,31 +315,31 @@ def test_an_image_that_is_held_out_alone(train_args, album, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_on_pictures(forks, train_args, tmp_path, strategy):
-    """Batches of 3: a rank often has no picture at all, and the projection's gradient travels all the same."""
+def test_ranks_with_images_equal_a_single_process(forks, train_args, tmp_path, strategy):
+    """With batches of 3, a rank often has no image, but the projection's gradient is reduced over all ranks."""
     args = [*train_args, "--epochs", 2, "--batch-size", 3]
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy]).results()
     assert [code for code, _, _ in results] == [0, 0], results
     assert run(train, *args, "--out", tmp_path / "alone").exit_code == 0
     one, other = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "alone"))
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)  # AdamW makes steps of tiny gradients
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)  # AdamW normalizes tiny gradients
 
 
 def slow_features(path, rank):
-    """The first rank takes its time to encode the images; the second one finds them in the cache."""
-    attach = images.attach_features
+    """Delay the first rank's encoding; the second rank fails if it does not wait for the cached features."""
+    attach_features = images.attach_features
 
-    def attaching(*args, **options):
+    def slow_attach(*args, **options):
         if rank == 0:
             time.sleep(0.5)
         elif not path.exists():
             raise ValueError("the features are not there yet")
-        result = attach(*args, **options)
+        result = attach_features(*args, **options)
         path.touch()
         return result
 
-    images.attach_features = attaching
+    images.attach_features = slow_attach
 
 
 def test_images_are_encoded_by_one_rank(forks, train_args, tmp_path):
@@ -350,10 +352,10 @@ def test_images_are_encoded_by_one_rank(forks, train_args, tmp_path):
 # Videos and sounds
 
 
-def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
-    film(tmp_path / "x.mp4", ["red", "lime", "blue"])
-    vision_encoder = make_vit(SEEING)
-    picture().save(tmp_path / "y.png")
+def test_video_features_are_the_mean_over_frames(tmp_path):
+    save_video(tmp_path / "x.mp4", ["red", "lime", "blue"])
+    vision_encoder = make_vit(FOUR_LAYER_VIT)
+    make_picture().save(tmp_path / "y.png")
     (alone,) = encode_images([tmp_path / "x.mp4"], vision_encoder)
     still, moving, again = encode_images(
         [tmp_path / "y.png", tmp_path / "x.mp4", tmp_path / "y.png"], vision_encoder, cache=tmp_path
@@ -362,7 +364,7 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     assert torch.equal(still, again) and not torch.allclose(still, moving)
     frames = torch.stack([preprocess(frame, vision_encoder.config) for frame in open_video(tmp_path / "x.mp4")])
     torch.testing.assert_close(moving, global_features(vision_encoder, frames).mean(0), rtol=1e-4, atol=1e-4)
-    assert torch.equal(encode_images([tmp_path / "x.mp4"], vision_encoder, cache=tmp_path)[0], moving)  # of the cache
+    assert torch.equal(encode_images([tmp_path / "x.mp4"], vision_encoder, cache=tmp_path)[0], moving)  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -378,13 +380,13 @@ def test_a_video_s_features_are_the_mean_of_its_frames(tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_features_are_kept_by_all_that_they_depend_on(tmp_path, monkeypatch, change):
-    """The same weights, other pixels or heads: features in the cache are those of the encoder that is asked."""
-    picture().save(tmp_path / "y.png")
-    one, other = make_vit(SEEING), make_vit(replace(SEEING, **change))
-    kept = [encode_images([tmp_path / "y.png"], each, cache=tmp_path / "cache")[0] for each in (one, other, one)]
+def test_feature_cache_depends_on_preprocessing_and_configuration(tmp_path, monkeypatch, change):
+    """Encoders with equal weights but other preprocessing or heads do not share cached features."""
+    make_picture().save(tmp_path / "y.png")
+    one, other = make_vit(FOUR_LAYER_VIT), make_vit(replace(FOUR_LAYER_VIT, **change))
+    cached = [encode_images([tmp_path / "y.png"], each, cache=tmp_path / "cache")[0] for each in (one, other, one)]
     fresh = [encode_images([tmp_path / "y.png"], each)[0] for each in (one, other)]
-    assert torch.equal(kept[0], fresh[0]) and torch.equal(kept[1], fresh[1]) and torch.equal(kept[2], kept[0])
+    assert torch.equal(cached[0], fresh[0]) and torch.equal(cached[1], fresh[1]) and torch.equal(cached[2], cached[0])
     assert not torch.equal(*fresh)
     monkeypatch.setattr("multimodal.PREPROCESSING_VERSION", 10**6)
     encode_images([tmp_path / "y.png"], one, cache=tmp_path / "cache")
@@ -402,15 +404,15 @@ def test_features_are_kept_by_all_that_they_depend_on(tmp_path, monkeypatch, cha
         np.ones((2, 256), "f4"),
     ],
 )
-def test_kept_features_that_do_not_fit_are_made_again(tmp_path, content):
-    vision_encoder = make_vit(SEEING)
-    picture().save(tmp_path / "y.png")
+def test_invalid_cached_features_are_recomputed(tmp_path, content):
+    vision_encoder = make_vit(FOUR_LAYER_VIT)
+    make_picture().save(tmp_path / "y.png")
     (features,) = encode_images([tmp_path / "y.png"], vision_encoder, cache=tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob("*/*.npy")
-    whole = file.read_bytes()
+    valid = file.read_bytes()
     file.write_bytes(content) if isinstance(content, bytes) else np.save(file, content)
-    (again,) = encode_images([tmp_path / "y.png"], vision_encoder, cache=tmp_path / "cache")
-    assert torch.equal(again, features) and file.read_bytes() == whole
+    (recomputed,) = encode_images([tmp_path / "y.png"], vision_encoder, cache=tmp_path / "cache")
+    assert torch.equal(recomputed, features) and file.read_bytes() == valid
 
 
 ENCODERS = """
@@ -427,14 +429,14 @@ number = 3
 """
 
 
-def test_an_encoder_of_the_user_s(tmp_path):
+def test_user_defined_encoder_and_its_errors(tmp_path):
     (tmp_path / "ear.py").write_text(ENCODERS)
     files = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
     for file, content in zip(files, (b"abcdefgh", b"hgfedcba", b"abcd")):
         file.write_bytes(content)
     one, other, same = encode_with_function([*files[:2], files[0]], load_function(f"{tmp_path / 'ear.py'}:rows"))
     assert one.shape == (16,) and torch.equal(one, same) and not torch.equal(one, other)
-    torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normed
+    torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normalized
     for name, message in (
         ("rows", r"c.wav: the encoder makes 8 features of it, 16 of others"),
         ("flat", r"a.wav: the encoder makes \[8\] numbers of it, not \(M, Cv\)"),
@@ -453,7 +455,7 @@ def test_an_encoder_of_the_user_s(tmp_path):
 
 
 def tone(path, pitch, seed):
-    """A second of 16-bit sound in a WAV file."""
+    """Save one second of a noisy tone as a WAV file."""
     time, random = np.arange(16000) / 16000, np.random.default_rng(seed)
     sound = np.sin(2 * np.pi * pitch * time) + random.normal(0, 0.1, 16000)
     with wave.open(str(path), "wb") as file:
@@ -461,8 +463,8 @@ def tone(path, pitch, seed):
         file.writeframes((8000 * sound).astype(np.int16).tobytes())
 
 
-def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
-    """Two pitches are learned; the file says which encoder it needs, and no code runs but what the user names."""
+def test_sounds_are_learned_with_the_example_encoder(tiny_base, tmp_path, monkeypatch):
+    """Two pitches are learned. The adapter file names its encoder, but only code that the user names is run."""
     pytest.importorskip("av")
     shutil.copy(ROOT / "docs" / "examples" / "spectrum.py", tmp_path / "spectrum.py")
     records = []
@@ -470,9 +472,9 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
         tone(tmp_path / f"{i}.wav", (500, 3000)[i % 2], i)
         records.append({"instruction": "High?", "output": ("no", "yes")[i % 2], "audio": f"{i}.wav"})
     (tmp_path / "data.json").write_text(json.dumps(records))
-    where = f"{tmp_path / 'spectrum.py'}:rows"
+    encoder = f"{tmp_path / 'spectrum.py'}:rows"
     args = [
-        train, "--data", tmp_path / "data.json", "--base", tiny_base, "--encoder", where, "--out", tmp_path / "run",
+        train, "--data", tmp_path / "data.json", "--base", tiny_base, "--encoder", encoder, "--out", tmp_path / "run",
         "--epochs", 40, "--batch-size", 8, "--val-size", 0, "--lr", 0.1, "--layers", 3, "--device", "cpu",
     ]  # fmt: skip
     result = run(*args)
@@ -484,29 +486,31 @@ def test_sounds_by_the_encoder_in_docs(tiny_base, tmp_path, monkeypatch):
             refused = run(*args, "--out", tmp_path / "new", *more)
             assert refused.exit_code == 2 and f"{more[1]}" in refused.stderr
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
-    assert adapter.metadata["encoder"] == where and adapter.projection[0].in_features == 4 * 128
+    assert adapter.metadata["encoder"] == encoder and adapter.projection[0].in_features == 4 * 128
     model, tokenizer = load_llama(tiny_base)
     yes, no = (tokenizer.encode(word)[0] for word in ("yes", "no"))
     for i, pitch in enumerate((400, 3100)):
         tone(tmp_path / "new.wav", pitch, 99)
-        (features,) = encode_with_function([tmp_path / "new.wav"], load_function(where))
+        (features,) = encode_with_function([tmp_path / "new.wav"], load_function(encoder))
         with torch.no_grad():
-            prompts = adapter(features[None])
-            logits = model(torch.tensor([AlpacaTemplate(tokenizer).encode_prompt("High?")]), prompts)[0, -1]
+            adaption_prompts = adapter(features[None])
+            logits = model(torch.tensor([AlpacaTemplate(tokenizer).encode_prompt("High?")]), adaption_prompts)[0, -1]
         assert (logits[yes] > logits[no]) == bool(i)
 
-    ask = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]
-    asked = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", where, "High?")
-    assert asked.exit_code == 0, asked.output
+    options = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--device", "cpu", "--max-new-tokens", 2]
+    generated = run(generate, *options, "--audio", tmp_path / "new.wav", "--encoder", encoder, "High?")
+    assert generated.exit_code == 0, generated.output
     (tmp_path / "other.py").write_text((tmp_path / "spectrum.py").read_text())
     other = f"{tmp_path / 'other.py'}:rows"
-    warned = run(generate, *ask, "--audio", tmp_path / "new.wav", "--encoder", other, "High?")
-    assert warned.exit_code == 0 and f"warning: the adapter was trained with {where}, not with {other}" in warned.stderr
-    unsaid = run(generate, *ask, "--audio", tmp_path / "new.wav", "High?")
-    assert unsaid.exit_code == 2 and f"trained with {where}; to run that code, give --encoder" in unsaid.stderr
+    warned = run(generate, *options, "--audio", tmp_path / "new.wav", "--encoder", other, "High?")
+    assert (
+        warned.exit_code == 0 and f"warning: the adapter was trained with {encoder}, not with {other}" in warned.stderr
+    )
+    missing = run(generate, *options, "--audio", tmp_path / "new.wav", "High?")
+    assert missing.exit_code == 2 and f"trained with {encoder}; to run that code, give --encoder" in missing.stderr
 
 
-def test_a_record_is_about_one_file(tmp_path):
+def test_record_can_have_only_one_media_file(tmp_path):
     with pytest.raises(ValueError, match="here: record 0: has more than one of the fields 'image', 'video', 'audio'"):
         check_record({"instruction": "", "output": "", "image": "a", "audio": "b"}, "here", "record 0")
     assert check_record({"instruction": "", "output": "", "image": "", "video": "b"}, "here", "record 0").image == "b"

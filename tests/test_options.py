@@ -1,6 +1,6 @@
-"""Every option of every command is run, from the command line to exit code 0, at least once, here.
+"""Run every option of every command at least once, from the command line to exit code 0.
 
-What there is to run the commands say themselves: an option that is added without a line here is found.
+The options are read from the commands themselves, so that a new option without a line here is detected.
 """
 
 import json
@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import SEEING, make_vit, openai_names, save_coco, save_harness_task, save_problem_images, save_problems
-from helpers import save_reader, subcommands, vary
+from helpers import (
+    FOUR_LAYER_VIT,
+    make_vit,
+    openai_state_dict,
+    save_coco,
+    save_harness_task,
+    save_problem_images,
+    save_problems,
+)
+from helpers import save_roberta, subcommands, randomize
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,7 +52,7 @@ TESTBED = (
     "--base {base} --data {forty} --task instructions --text {text} --limit 16 --held-out 3 --max-seq-len 300 "
     "--batch-size 16 --lr 0.05 --layers 2 --length 3 --epochs 3 --device cpu --dtype float32 --seeds 1 --out {new}"
 )
-# Of each command what is run; each of its options occurs in a line of it.
+# The lines to run of each command; every option occurs in one of them.
 LINES = {
     "train": [
         f"--base {{base}} --data {{forty}} --task instructions --limit 30 --out {{new}} {ADAPTER} {RUN} --lr 0.05 "
@@ -158,10 +166,10 @@ LINES = {
         "--base {vit} --train {digits}.npz --test {digits}.npz --epochs 2 --search --out {new}",
     ],
 }  # fmt: skip
-# The same options, run elsewhere: tests/test_experiments.py and test_experiments_encoders.py.
-LIKE = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
+# Commands with the options of another one; test_experiments.py and test_experiments_encoders.py run them.
+SAME_AS = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
 
-ELSEWHERE = {  # run by tests of their own
+ELSEWHERE = {  # run by their own tests
     "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --host --port",
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
@@ -172,7 +180,7 @@ ELSEWHERE = {  # run by tests of their own
 
 
 def commands(program, name):
-    """Every command, by the program and its own name."""
+    """Yield the full name of each command, and the command."""
     if isinstance(program, click.Group):
         for child, command in subcommands(program).items():
             yield f"{name} {child}", command
@@ -184,19 +192,19 @@ COMMANDS = {name: command for program, main in PROGRAMS.items() for name, comman
 
 
 def options_of(command):
-    """The options in the command's help; hidden ones are names of earlier versions."""
+    """Return the options in the command's help; hidden ones are names of earlier versions."""
     shown = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     return {option for param in shown for option in param.opts} - {"--help"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_explained_and_has_a_line_here(name):
+def test_every_option_has_a_help_text_and_a_line(name):
     command = COMMANDS[name]
-    like = name.split()[-1] if name.startswith("experiments") else ""
+    subcommand = name.split()[-1] if name.startswith("experiments") else ""
     if " " in name:
         assert "..." not in command.get_short_help_str(limit=60), "its first sentence is cut in the list of commands"
-    if like in LIKE:
-        assert options_of(command) == options_of(COMMANDS[f"experiments {LIKE[like]}"])
+    if subcommand in SAME_AS:
+        assert options_of(command) == options_of(COMMANDS[f"experiments {SAME_AS[subcommand]}"])
         return
     if name in ELSEWHERE:
         assert options_of(command) == set(ELSEWHERE[name].split())
@@ -208,8 +216,8 @@ def test_every_option_is_explained_and_has_a_line_here(name):
         assert options_of(command) - options_of(COMMANDS["experiments vit"]) == {"--text", "--tokenizer"}
         return
     used = {word for line in LINES[name] for word in line.split() if word.startswith("--")}
-    same = {"--image", "--video", "--audio"}  # three names of one option
-    assert options_of(command) - used <= same and used - {"--int8"} <= options_of(command)
+    aliases = {"--image", "--video", "--audio"}  # three names of one option
+    assert options_of(command) - used <= aliases and used - {"--int8"} <= options_of(command)
     for param in command.params:
         if isinstance(param, click.Option) and not param.hidden:
             assert param.help, f"{name} {param.opts[0]}"
@@ -218,12 +226,12 @@ def test_every_option_is_explained_and_has_a_line_here(name):
 
 @pytest.fixture(scope="module")
 def places(tiny_base, instructions, bpe, tmp_path_factory):
-    """Files that the lines name."""
+    """Paths of the files and folders that the lines refer to."""
     folder = tmp_path_factory.mktemp("options")
     for name in ("album", "science", "coco", "vit", "grouped", "tasks"):
         (folder / name).mkdir()
     album = folder / "album"
-    torch.save(openai_names(make_vit(SEEING)), album / "ViT.pt")
+    torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), album / "ViT.pt")
     (album / "eye.py").write_text("import torch\ndef rows(path): return torch.arange(1.0, 65).view(2, 32)\n")
     records = []
     for i in range(4):
@@ -243,10 +251,10 @@ def places(tiny_base, instructions, bpe, tmp_path_factory):
     from multimodal import ImageAdapter
 
     shape = {"layers": 3, "length": 2, "dim": 16, "heads": 2}
-    about = {"base": str(tiny_base), "base_layers": 3}
-    train.Adapter(**shape).save(folder / "text_only", **about)
-    ImageAdapter(features=512, **shape).save(folder / "seeing", vision_encoder=album / "ViT.pt", **about)
-    ImageAdapter(features=64, **shape).save(folder / "heard", encoder="eye.py:rows", **about)
+    metadata = {"base": str(tiny_base), "base_layers": 3}
+    train.Adapter(**shape).save(folder / "text_only", **metadata)
+    ImageAdapter(features=512, **shape).save(folder / "seeing", vision_encoder=album / "ViT.pt", **metadata)
+    ImageAdapter(features=64, **shape).save(folder / "heard", encoder="eye.py:rows", **metadata)
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.5) for i in range(3)}
     torch.save({"adapter_query.weight": torch.ones(6, 16)} | gates, folder / "theirs")
     shutil.copy(folder / "theirs", folder / "one_gate")
@@ -263,13 +271,13 @@ def places(tiny_base, instructions, bpe, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     shape = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = transformers.ViTConfig(**shape, intermediate_size=48, num_channels=3, num_labels=2)
-    vary(transformers.ViTForImageClassification(config)).save_pretrained(folder / "vit")
+    randomize(transformers.ViTForImageClassification(config)).save_pretrained(folder / "vit")
     images = np.random.default_rng(0).integers(0, 255, (40, 16, 16), dtype=np.uint8)
     np.savez(folder / "digits.npz", images=images, labels=np.arange(40) % 2)
     head = HeadAdapter(layers=2, length=3, dim=32, heads=4, widths=[32, 2])
     head.save(folder / "head", base=folder / "vit", base_layers=3, task="image-classification", classes='["0", "1"]')
-    about = {"base": save_reader(folder / "reader", bpe), "base_layers": 2, "task": "question-answering"}
-    HeadAdapter(layers=1, length=3, dim=32, heads=4, widths=[32, 2]).save(folder / "asked", **about)
+    metadata = {"base": save_roberta(folder / "reader", bpe), "base_layers": 2, "task": "question-answering"}
+    HeadAdapter(layers=1, length=3, dim=32, heads=4, widths=[32, 2]).save(folder / "asked", **metadata)
     questions = [{"id": str(i), "question": "Where?", "answers": [], "is_impossible": True} for i in range(8)]
     paragraph = {"context": "Anna went home by the river.", "qas": questions}
     (folder / "squad").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
@@ -289,7 +297,7 @@ def test_each_line_runs(places, tmp_path, monkeypatch, small_digits, name, line)
             pytest.skip("needs java")
     if "harness" in name or "benchmarks score" in name:
         pytest.importorskip("lm_eval")
-    # With the real compiler these take a minute: test_train.py and test_generate.py have it.
+    # The real compiler would take a minute; test_train.py and test_generate.py use it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     if program == "benchmarks":
         monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", Config(32, 3, 4, 2, 8, 48, 1100))

@@ -1,4 +1,4 @@
-"""pyproject.toml, the requirements and CITATION.cff: what is said in two places is the same."""
+"""pyproject.toml, the requirements and CITATION.cff agree with each other and with the documentation."""
 
 import re
 import tomllib
@@ -8,11 +8,11 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-NO_EXTRA = {"litgpt", "llama-cpp-python"}  # peers that are measured where they are installed; the tests need neither
+NO_EXTRA = {"litgpt", "llama-cpp-python"}  # benchmarked only if they are installed
 
 
 def pins(name):
-    """Every `package==version` of a file of requirements, without its comments and the file that it includes."""
+    """Return every `package==version` of a requirements file, without comments and included files."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("-r ")]
 
@@ -24,41 +24,41 @@ def test_every_version_is_pinned_once():
     assert len(packages) == len(set(packages)) > 20
 
 
-def test_extras_are_what_requirements_dev_has():
-    """Name and version. Those of requirements.txt are read from there when the package is built."""
-    everything, *developing = EXTRAS["dev"]
+def test_extras_equal_requirements_dev():
+    """Names and versions are equal; the build reads requirements.txt itself."""
+    all_extras, *dev_tools = EXTRAS["dev"]
     others = [name for name in EXTRAS if name != "dev"]
-    assert everything == f"llama-adapter[{','.join(others)}]"
-    assert {pin for name in others for pin in EXTRAS[name]}.union(developing) == set(pins("requirements-dev.txt"))
+    assert all_extras == f"llama-adapter[{','.join(others)}]"
+    assert {pin for name in others for pin in EXTRAS[name]}.union(dev_tools) == set(pins("requirements-dev.txt"))
     assert PROJECT["project"]["dynamic"] == ["dependencies"]
     assert PROJECT["tool"]["setuptools"]["dynamic"] == {"dependencies": {"file": ["requirements.txt"]}}
 
 
-def test_what_messages_and_pages_say_to_install_has_an_extra():
-    """In a virtual environment of the user's, so with a version that was tried."""
+def test_packages_to_install_are_in_an_extra():
+    """Each `pip install` in a message or on a page names packages for which an extra has a tested version."""
     known = {requirement.split("==")[0] for extra in EXTRAS.values() for requirement in extra} | NO_EXTRA
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("docs/examples/*.py")]
-    said = {}
+    named = {}
     for path in files:
-        for words in re.findall(r"pip install ([a-z][\w -]*)", path.read_text(encoding="utf-8")):
-            said |= dict.fromkeys(words.split(), path)
-    assert {"peft", "ai-edge-litert", "pycocoevalcap"} <= set(said)
-    assert {word: path for word, path in said.items() if word not in known} == {}
+        for packages in re.findall(r"pip install ([a-z][\w -]*)", path.read_text(encoding="utf-8")):
+            named |= dict.fromkeys(packages.split(), path)
+    assert {"peft", "ai-edge-litert", "pycocoevalcap"} <= set(named)
+    assert {package: path for package, path in named.items() if package not in known} == {}
 
 
 def test_no_module_is_installed():
-    """Ours are named evaluate, data, train: in site-packages they would hide those of others."""
+    """Modules named evaluate, data or train would hide third-party ones in site-packages."""
     assert PROJECT["tool"]["setuptools"]["packages"] == PROJECT["tool"]["setuptools"]["py-modules"] == []
 
 
-def test_one_oldest_python():
+def test_minimum_python_version_is_consistent():
     oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert f"Python {oldest} or later" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert PROJECT["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
 
 
-def test_citation():
-    """The keys that the format requires, this version, and the same paper as in CONTRIBUTING.md."""
+def test_citation_file_is_consistent():
+    """CITATION.cff has the required keys, the project's version, and the paper of CONTRIBUTING.md."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation["cff-version"] == "1.2.0"
     assert citation["version"] == PROJECT["project"]["version"]

@@ -1,4 +1,4 @@
-"""Several ranks at one training run equal a process alone, and end together."""
+"""Training on several ranks gives the results of a single process, and all ranks end together."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, Ranks, before_step, make_adapter, make_example, make_model, make_tokens
-from helpers import peak_anonymous, run, said_by, train_command
+from helpers import peak_anonymous, run, error_lines, train_command
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -35,26 +35,26 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def args(args):
-    """With a rate that makes errors show."""
+    """Options with a learning rate that is high enough to reveal errors."""
     return [*args, "--layers", 2, "--lr", 0.5]
 
 
 def outcome(out):
-    """Losses by step, validation losses by step, and the adapter."""
+    """Return the losses by step, the validation losses by step, and the adapter's tensors."""
     lines = read_metrics(out / "metrics.jsonl")
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     return losses, validation, load_file(out / "adapter.safetensors")
 
 
-def same_run(one, other):
-    (losses, validation, adapter), (losses_too, validation_too, adapter_too) = outcome(one), outcome(other)
-    assert [step for step, _ in losses] == [step for step, _ in losses_too]
-    assert dict(losses) == pytest.approx(dict(losses_too), rel=1e-5)
-    assert [step for step, _ in validation] == [step for step, _ in validation_too]
-    assert dict(validation) == pytest.approx(dict(validation_too), rel=1e-5)
+def assert_same_run(one, other):
+    (losses, validation, adapter), (other_losses, other_validation, other_adapter) = outcome(one), outcome(other)
+    assert [step for step, _ in losses] == [step for step, _ in other_losses]
+    assert dict(losses) == pytest.approx(dict(other_losses), rel=1e-5)
+    assert [step for step, _ in validation] == [step for step, _ in other_validation]
+    assert dict(validation) == pytest.approx(dict(other_validation), rel=1e-5)
     for name in adapter:
-        torch.testing.assert_close(adapter[name], adapter_too[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter[name], other_adapter[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -68,16 +68,16 @@ def same_run(one, other):
     ],
     ids=lambda how: " ".join(map(str, how)) if isinstance(how, list) else str(how),
 )
-def test_ranks_do_what_a_process_alone_does(forks, args, tmp_path, world, how):
-    """Unequal shares, parts of shares, and with batches of 2 a rank out of work."""
+def test_ranks_equal_a_single_process(forks, args, tmp_path, world, how):
+    """Shares are unequal or split into micro-batches, and with batches of 2 a rank has no data."""
     results = Ranks(forks, world, train_command, [*args, *how]).results()
     assert [code for code, _, _ in results] == [0] * world, results
     assert f"over {world} ranks" in results[0][2] and "validation loss" in results[0][2]
     assert all(stdout == stderr == "" for _, stdout, stderr in results[1:])
     assert run(*args, *how[2:], "--out", tmp_path / "alone").exit_code == 0
-    same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
     losses, _, adapter = outcome(tmp_path / "run")
-    assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # something was learned
+    assert adapter["gates"].abs().min() > 0.1 and losses[-1][1] < losses[0][1]  # training had an effect
 
 
 def make_examples(number=23):
@@ -87,17 +87,17 @@ def make_examples(number=23):
 
 @pytest.mark.parametrize("number", [1, 2, 7, 64])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_example_falls_to_one_rank(number, world):
+def test_every_example_goes_to_one_rank(number, world):
     examples = make_examples(number)
     parts = split_over_ranks(examples, world)
     assert sorted(e.name for mine in parts for e in mine) == list(range(number))
     tokens = [sum(len(e.ids) for e in mine) for mine in parts]
     longest = max(len(e.ids) for e in examples)
-    assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples can be
+    assert max(tokens) <= sum(tokens) / world + longest  # as even as whole examples allow
     assert sum(len(group_by_length(mine, 10_000)) for mine in parts) == sum(map(bool, parts))
 
 
-def validate(lengths):
+def validation_loss(lengths):
     torch.set_num_threads(1)
     init_distributed()
     model = make_model("gqa")
@@ -105,9 +105,9 @@ def validate(lengths):
     return train.mean_loss(model, make_adapter(model), examples, train.TrainConfig(micro_batch_tokens=30))
 
 
-def test_validation_is_the_same_to_the_last_bit(forks):
+def test_validation_loss_is_bit_identical_for_any_world_size(forks):
     lengths = list(range(5, 22))
-    losses = {loss for world in (2, 3) for loss in Ranks(forks, world, validate, lengths).results()}
+    losses = {loss for world in (2, 3) for loss in Ranks(forks, world, validation_loss, lengths).results()}
     model = make_model("gqa")
     examples = [make_example(make_tokens(model, n, seed=n).tolist(), 2, n) for n in lengths]
     threads = torch.get_num_threads()
@@ -118,7 +118,7 @@ def test_validation_is_the_same_to_the_last_bit(forks):
 
 
 def one_step(strategy):
-    """What a step leaves behind, and the numbers that travelled in it, by kind."""
+    """Run one step; return the number of elements by collective operation, and sizes of what a rank keeps."""
     from torch.profiler import profile
 
     torch.set_num_threads(1)
@@ -126,10 +126,10 @@ def one_step(strategy):
     model, numbers = make_model("wide"), {}
     layer = sum(weight.numel() for weight in model.layers[0].parameters())
     if strategy == "fsdp":
-        split = fsdp_sharder(CPU)
+        shard = fsdp_sharder(CPU)
         for block in model.layers:
-            split(block)
-        split(model)
+            shard(block)
+        shard(model)
     adapter = make_adapter(model)
     optimizer = train.make_optimizer(adapter, 0.0)
     examples = [make_example(make_tokens(model, n, seed=n).tolist(), 2, n) for n in (9, 11, 14, 20)]
@@ -150,14 +150,14 @@ def one_step(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_what_travels_and_what_stays(forks, strategy):
-    """The adapter's gradient, the loss, and whether all are there; with fsdp also a part of every layer, twice."""
+def test_communication_and_memory_of_one_step(forks, strategy):
+    """A step reduces the adapter's gradient, the loss and a check for lost ranks; FSDP also gathers layers."""
     for result in Ranks(forks, 2, one_step, strategy).results():
         assert result["gradients"] == [] and result["state"] == 0
         expected = {"gloo:all_reduce": result["adapter"] + 2}
         if strategy == "fsdp":
             assert result["here"] == 3 * result["layer"] / 2
-            # 3 layers forward; backward, the 2 that are adapted, and 1 fetched ahead of its turn, in vain
+            # 3 layers forward, the 2 adapted ones backward, and 1 that FSDP prefetches in vain
             expected["gloo:all_gather"] = 6 * result["layer"] / 2
         assert result["numbers"] == expected
 
@@ -207,10 +207,10 @@ def no_room_for_the_folder(rank):
         (None, ["--int8", "--strategy", "fsdp"], "rank 0: --bits and --compile need the whole base"),
     ],
 )
-def test_what_one_rank_cannot_do_at_the_start_is_said_once(forks, args, spoil, more, message, strategy):
-    """The cause, and no other line, with nothing left behind; and the other ranks end."""
+def test_startup_error_of_one_rank_is_reported_once(forks, args, spoil, more, message, strategy):
+    """Only the cause is printed, no file is left behind, and the other ranks end."""
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy, *more], spoil).results()
-    (line,) = said_by(results)
+    (line,) = error_lines(results)
     assert line.startswith(f"error: {message.format(data=args[3])}")
     assert all(code in (2, 0, -signal.SIGTERM) for code, _, _ in results) and any(code == 2 for code, _, _ in results)
     assert "Traceback" not in results[0][2] + results[1][2]
@@ -246,7 +246,7 @@ def interrupted(rank):
 
 
 def full_disk(rank):
-    """The first rank cannot write its metrics any more."""
+    """Make the first rank fail to write metrics from step 8 on."""
 
     def fill_up():
         def fail(path, line):
@@ -258,18 +258,18 @@ def full_disk(rank):
 
 
 def not_a_number(rank):
-    """On rank 1 alone, a part of the gradient."""
+    """Multiply the loss of one micro-batch on rank 1 by NaN."""
     cross_entropy, calls = train.chunked_cross_entropy, []
 
-    def spoilt(*arguments):
+    def nan_once(*arguments):
         calls.append(1)
         return cross_entropy(*arguments) * (float("nan") if rank == 1 and len(calls) == 9 else 1)
 
-    train.chunked_cross_entropy = spoilt
+    train.chunked_cross_entropy = nan_once
 
 
-def spoil_step(rank, spoilt, act, step=8):
-    if rank == spoilt:
+def spoil_step(rank, failing_rank, act, step=8):
+    if rank == failing_rank:
         train.train_step = before_step(step, act)
 
 
@@ -285,30 +285,30 @@ def spoil_step(rank, spoilt, act, step=8):
         ("fsdp", killed_0, None, "rank 1: another rank has ended"),
     ],
 )
-def test_a_rank_that_fails_in_training_ends_all(forks, args, tmp_path, strategy, spoil, cause, further):
-    """The cause once, and one line of the lowest rank that lives; a checkpoint is intact, and the run continues."""
+def test_failing_rank_ends_training_on_all_ranks(forks, args, tmp_path, strategy, spoil, cause, further):
+    """One line reports the cause, and one comes from the lowest remaining rank. The run can be resumed."""
     start = time.time()
     args = [*args, "--save-every", 5]
     results = Ranks(forks, 3, train_command, [*args, "--strategy", strategy], spoil).results()
     assert time.time() - start < 30
-    lines = said_by(results)
+    lines = error_lines(results)
     if cause is not None:
-        (said,) = [line for line in lines if line.startswith(f"error: {cause.format(out=args[5])}")]
-        lines.remove(said)
+        (reported,) = [line for line in lines if line.startswith(f"error: {cause.format(out=args[5])}")]
+        lines.remove(reported)
     (line,) = lines
     assert line.startswith(f"error: {further} (") and "; to continue, add --resume" in line
-    if "rank 1" in further:  # which cannot know whether the first rank has saved anything
+    if "rank 1" in further:  # it cannot know whether the first rank has saved anything
         assert line.endswith(" auto")
     assert "Traceback" not in "".join(stderr for _, _, stderr in results)
     saved = 5 if spoil in (killed_0, full_disk) else 7
     assert torch.load(args[5] / "checkpoint.pt", weights_only=True)["progress"]["step"] == saved
     assert run(*args, "--resume").exit_code == 0
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0
-    same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
-def in_turns(path):
-    """Return, on the second rank, whether the first one has finished its block."""
+def first_rank_finished(path):
+    """Return whether the first rank has finished its block when this rank enters its own."""
     with process_group():
         with local_rank0_first():
             there = path.exists()
@@ -318,52 +318,52 @@ def in_turns(path):
         return there
 
 
-def test_the_first_rank_of_a_machine_goes_first(forks, tmp_path):
-    assert Ranks(forks, 2, in_turns, tmp_path / "made").results() == [False, True]
+def test_local_rank_0_goes_first(forks, tmp_path):
+    assert Ranks(forks, 2, first_rank_finished, tmp_path / "made").results() == [False, True]
 
 
 def slow_base(path, rank):
-    """The first rank takes its time to find the base, as if it were downloaded; the second one counts on it."""
-    find = train.find_base
+    """Delay the first rank's search for the base, like a download; the second rank fails if it does not wait."""
+    find_base = train.find_base
 
-    def finding(base):
+    def slow_find(base):
         if rank == 0:
             time.sleep(0.5)
             path.touch()
         elif not path.exists():
             raise ValueError("the base is not there yet")
-        return find(base)
+        return find_base(base)
 
-    train.find_base = finding
+    train.find_base = slow_find
 
 
-def test_a_base_is_downloaded_by_one_rank(forks, args, tmp_path):
+def test_base_is_downloaded_by_one_rank(forks, args, tmp_path):
     results = Ranks(forks, 2, train_command, args, partial(slow_base, tmp_path / "downloaded")).results()
     assert [code for code, _, _ in results] == [0, 0], results
 
 
 def slow_to_finish(path, rank):
-    """The first rank takes its time to write the summary; torchrun would end it if the second one left before."""
+    """Delay the first rank's summary; the second rank fails if it exits before."""
     if rank == 0:
         finish = training.run.Run.finish
 
-        def finishing(run, scores):
+        def slow_finish(run, scores):
             time.sleep(0.5)
             finish(run, scores)
             path.touch()
 
-        training.run.Run.finish = finishing
+        training.run.Run.finish = slow_finish
     else:
-        leave = train.Run.__exit__
+        exit_run = train.Run.__exit__
 
-        def leaving(*args):
+        def checked_exit(*args):
             assert path.exists(), "left before the first rank had finished"
-            return leave(*args)
+            return exit_run(*args)
 
-        train.Run.__exit__ = leaving
+        train.Run.__exit__ = checked_exit
 
 
-def test_no_rank_leaves_before_the_first_has_finished(forks, args, tmp_path):
+def test_no_rank_exits_before_the_first_has_finished(forks, args, tmp_path):
     results = Ranks(forks, 2, train_command, args, partial(slow_to_finish, tmp_path / "finished")).results()
     assert [code for code, _, _ in results] == [0, 0], results
 
@@ -373,10 +373,10 @@ def killed_while_loading(rank):
         train.load_model = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_rank_that_is_killed_before_the_first_step(forks, args):
-    """torchrun says that it was; the other ends without a word."""
+def test_rank_killed_before_the_first_step_ends_all_ranks(forks, args):
+    """torchrun reports the kill; the other rank ends without a message."""
     results = Ranks(forks, 2, train_command, args, killed_while_loading).results()
-    assert results[1][0] == -signal.SIGKILL and said_by(results) == [] and "Traceback" not in results[0][2]
+    assert results[1][0] == -signal.SIGKILL and error_lines(results) == [] and "Traceback" not in results[0][2]
 
 
 def other_data(rank):
@@ -392,13 +392,13 @@ def other_micro_batches(rank):
 
 
 @pytest.mark.parametrize("spoil, name", [(other_data, "data_hash"), (other_micro_batches, "micro_batch_tokens")])
-def test_ranks_with_other_data_or_options_end_all(forks, args, spoil, name):
-    """Validation adds up a loss for each micro-batch, so that these have to be the same."""
-    (line,) = said_by(Ranks(forks, 2, train_command, args, spoil).results())
+def test_ranks_with_different_data_or_options_are_refused(forks, args, spoil, name):
+    """Validation sums one loss per micro-batch, so that ranks must agree on the micro-batches."""
+    (line,) = error_lines(Ranks(forks, 2, train_command, args, spoil).results())
     assert line.startswith(f"error: rank 1: {name} is ") and "on the first rank" in line
 
 
-def quick_examination(rank):
+def fake_evaluation(rank):
     def evaluate(model, tokenizer, adapter):
         print("examined")
         with torch.no_grad():
@@ -409,21 +409,21 @@ def quick_examination(rank):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_embedded_default_is_examined(forks, tiny_base, tmp_path, strategy):
-    """A split model needs all ranks for it; the first alone says what comes out."""
+def test_toy_is_evaluated_on_all_ranks(forks, tiny_base, tmp_path, strategy):
+    """A sharded model needs all ranks for the evaluation; only the first rank prints the result."""
     args = ["--base", tiny_base, "--toy", "text", "--layers", 2, "--out", tmp_path, "--epochs", 3, "--limit", 40]
     results = Ranks(
-        forks, 2, train_command, [*args, "--device", "cpu", "--strategy", strategy], quick_examination
+        forks, 2, train_command, [*args, "--device", "cpu", "--strategy", strategy], fake_evaluation
     ).results()
     assert [(code, stdout) for code, stdout, _ in results] == [(0, "examined\n"), (0, "")]
     assert json.loads((tmp_path / "summary.json").read_text())["examined"] == 0
 
 
-def test_which_strategy_and_which_device(monkeypatch):
-    """By the memory of a GPU; each rank its own."""
+def test_strategy_and_device_are_selected_per_rank(monkeypatch):
+    """The strategy depends on the memory of a GPU, and each rank uses its own device."""
     gpu = torch.device("cuda")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=100))
-    assert choose_strategy("auto", 71, gpu) == "ddp"  # nothing to split it over
+    assert choose_strategy("auto", 71, gpu) == "ddp"  # a single rank
     monkeypatch.setattr("training.sharding.world_size", lambda: 2)
     monkeypatch.setattr("training.sharding.all_reduce_max", lambda number: number)
     assert [choose_strategy("auto", size, gpu) for size in (70, 71)] == ["ddp", "fsdp"]
@@ -445,9 +445,9 @@ def test_which_strategy_and_which_device(monkeypatch):
     assert select_device("auto")[0] == torch.device("cuda:3")
 
 
-def test_what_is_not_finite_is_said_once(forks, args):
+def test_non_finite_loss_is_reported_by_one_rank(forks, args):
     results = Ranks(forks, 2, train_command, args, not_a_number).results()
-    (line,) = said_by(results)
+    (line,) = error_lines(results)
     assert line.startswith("error: rank 0: after step 6: a loss of nan led to values that are not finite, from record ")
     assert "as of step 6;" in line and results[0][0] == 2
 
@@ -455,57 +455,57 @@ def test_what_is_not_finite_is_said_once(forks, args):
 @pytest.mark.parametrize(
     "spoil, code, said", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
 )
-def test_a_signal_stops_all_and_another_number_of_ranks_goes_on(forks, args, tmp_path, spoil, code, said):
-    """A signal to one of them; and Ctrl-C twice, as it comes through torchrun."""
+def test_signal_stops_all_ranks_and_another_world_size_can_resume(forks, args, tmp_path, spoil, code, said):
+    """The signals are SIGTERM to one rank, and Ctrl-C twice to all ranks, as through torchrun."""
     results = Ranks(forks, 2, train_command, args, spoil).results()
     assert [result[0] for result in results] == [code, code]
     assert results[0][2].splitlines()[-1] == f"{said} after step 8: to continue, add --resume" and results[1][2] == ""
     results = Ranks(forks, 3, train_command, [*args, "--resume", "--strategy", "fsdp"]).results()
     assert [result[0] for result in results] == [0, 0, 0]
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0
-    same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
-def test_a_resumed_run_cannot_change_its_options_on_any_rank(forks, args):
+def test_changed_options_on_resume_are_reported_once(forks, args):
     assert Ranks(forks, 2, train_command, args, terminated).results()[0][0] == 0
     results = Ranks(forks, 2, train_command, [*args, "--resume", "--length", 4]).results()
-    (line,) = said_by(results)
+    (line,) = error_lines(results)
     assert line.startswith("error: rank 0: ") and "length = 3, not 4" in line
 
 
-def load_split(base):
+def load_sharded(base):
     torch.set_num_threads(1)
     init_distributed()
     shard = fsdp_sharder(CPU)
     model, _ = load_llama(base, prepare_layer=shard)
     shard(model)
-    whole, _ = load_llama(base)
-    rows = make_tokens(whole, 2, 9)
-    adapter = make_adapter(whole)
+    unsharded, _ = load_llama(base)
+    rows = make_tokens(unsharded, 2, 9)
+    adapter = make_adapter(unsharded)
     with torch.no_grad():
-        return torch.equal(model(rows, adapter()), whole(rows, adapter()))
+        return torch.equal(model(rows, adapter()), unsharded(rows, adapter()))
 
 
-def test_a_split_base_is_the_same_model(forks, tiny_base):
-    assert Ranks(forks, 2, load_split, tiny_base).results() == [True, True]
+def test_sharded_base_gives_the_same_logits(forks, tiny_base):
+    assert Ranks(forks, 2, load_sharded, tiny_base).results() == [True, True]
 
 
-def load_and_watch(tiny_base, base):
+def measure_loading(tiny_base, base):
     init_distributed()
-    load_llama(tiny_base, prepare_layer=fsdp_sharder(CPU))  # so that the libraries' own memory doesn't count
+    load_llama(tiny_base, prepare_layer=fsdp_sharder(CPU))  # so that the libraries' own memory is not counted
     (model, _), peak = peak_anonymous(lambda: load_llama(base, prepare_layer=fsdp_sharder(CPU)))
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak
 
 
-def test_loading_a_split_base_needs_a_part_and_a_layer(forks, tiny_base, large_base):
-    """Of 10 layers, a rank of two never holds more than 5, the one being read, and what malloc keeps."""
-    for size, peak in Ranks(forks, 2, load_and_watch, tiny_base, large_base).results():
+def test_loading_a_sharded_base_holds_one_whole_layer_at_a_time(forks, tiny_base, large_base):
+    """One of two ranks holds at most its half of the 10 layers, the layer being read, and what malloc keeps."""
+    for size, peak in Ranks(forks, 2, measure_loading, tiny_base, large_base).results():
         assert 0.5 * size < peak < 0.85 * size
 
 
 @pytest.mark.parametrize("ranks, printed", [("1", "done, cleared up"), ("2", "done, ")])
-def test_a_rank_ends_at_once(ranks, printed):
-    """With what it has printed, and its exit code; a process alone ends as any other."""
+def test_rank_exits_without_cleanup(ranks, printed):
+    """A rank flushes its output and keeps its exit code; a single process exits normally."""
     code = "import atexit, sys; from runtime.distributed import run_command; "
     code += "atexit.register(print, 'cleared up', end=''); print('done, ', end=''); run_command(lambda: sys.exit(3))"
     result = subprocess.run(
@@ -515,14 +515,14 @@ def test_a_rank_ends_at_once(ranks, printed):
     assert (result.returncode, result.stdout) == (3, printed), result.stderr
 
 
-def test_torchrun(args, tmp_path):
-    """The real thing, once; and no --strategy fsdp without it."""
+def test_torchrun_equals_a_single_process(args, tmp_path):
+    """The other tests imitate torchrun; without it, --strategy fsdp is refused."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
     result = subprocess.run([*torchrun, "--strategy", "fsdp"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("wrote adapter.safetensors") == 1 and "fsdp over 2 ranks" in result.stderr
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0
-    same_run(tmp_path / "run", tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
     result = run(*args, "--out", tmp_path / "other", "--strategy", "fsdp")
     assert result.exit_code == 2 and "torchrun" in result.stderr
     Adapter.load(tmp_path / "run" / "adapter.safetensors")

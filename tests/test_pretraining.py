@@ -1,4 +1,4 @@
-"""The one loop that pretrains, beside the same steps written out."""
+"""The pretraining loop of the toy."""
 
 import math
 
@@ -18,25 +18,25 @@ def make_layer():
 BATCHES = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(5)]
 
 
-def test_each_loss_is_followed_by_an_adamw_step_of_the_rate_of_its_number():
-    layer, again = make_layer(), make_layer()
+def test_pretraining_equals_adamw_steps_written_out():
+    layer, expected = make_layer(), make_layer()
     learning_rate = [0.0, 0.1, 0.05, 0.02, 0.01].__getitem__
     options = {"betas": (0.8, 0.9), "weight_decay": 0.1}
     loss_of = lambda step: 100 * layer(BATCHES[step]).square().mean()  # noqa: E731
     pretrain(layer.parameters(), loss_of, learning_rate, steps=5, clip=1.0, desc="a layer", **options)
-    optimizer = torch.optim.AdamW(again.parameters(), **options)
+    optimizer = torch.optim.AdamW(expected.parameters(), **options)
     for step, batch in enumerate(BATCHES):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
-        (100 * again(batch).square().mean()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(again.parameters(), 1.0)
-        assert norm > 1  # or nothing would be clipped
+        (100 * expected(batch).square().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        assert norm > 1  # so that clipping has an effect
         optimizer.step()
         optimizer.zero_grad()
-    torch.testing.assert_close(layer.weight, again.weight)
+    torch.testing.assert_close(layer.weight, expected.weight)
     assert not torch.equal(layer.weight, make_layer().weight)
 
 
-def test_without_clip_gradients_stay_as_they_are():
+def test_gradients_are_clipped_only_if_asked():
     seen = []
     for clip in (None, 1e-3):
         layer = make_layer()
@@ -46,8 +46,8 @@ def test_without_clip_gradients_stay_as_they_are():
     assert seen[0].norm() > 0.1 and seen[1].norm() <= 1e-3
 
 
-def test_the_toys_models_are_the_same_on_any_number_of_threads(tiny_base):
-    """To the last bit; and the number of threads stays what it was."""
+def test_pretrained_base_is_the_same_on_any_number_of_threads(tiny_base):
+    """The weights are equal bit for bit, and the number of threads is left unchanged."""
     tokenizer, models = load_tokenizer(tiny_base), []
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -58,7 +58,7 @@ def test_the_toys_models_are_the_same_on_any_number_of_threads(tiny_base):
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_warmup_and_cosine():
+def test_learning_rate_has_warmup_and_cosine_decay():
     rates = [warmup_cosine(step, peak=2.0, warmup=4, total=100, floor=0.1) for step in range(101)]
     assert rates[:4] == [0, 0.5, 1.0, 1.5]
     assert rates[50] == pytest.approx(2 * 0.55) and rates[100] == pytest.approx(0.2)

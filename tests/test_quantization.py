@@ -1,4 +1,4 @@
-"""Weights of the base in 8 and 4 bits: rounding, widening, gradients, and whole commands."""
+"""Bases quantized to 8 or 4 bits: rounding, products, gradients, and the commands."""
 
 import json
 
@@ -26,8 +26,8 @@ def linear(N, K, bias=False):
     return layer
 
 
-def widened_by_hand(layer):
-    """The weight in float64, number by number as the docstring of `chunks` describes them."""
+def dequantized(layer):
+    """Return the weight in float64, computed from the format that the docstring of `chunks` describes."""
     q, scales = layer.q.numpy().astype(int), layer.scales.double()
     if layer.offsets is None:
         return (torch.from_numpy(q) * scales).flatten(1)[:, : layer.in_features]
@@ -38,19 +38,19 @@ def widened_by_hand(layer):
 @pytest.mark.parametrize("bits, values", [(8, 255), (4, 16)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_weights_are_rounded_to_the_nearest_value(bits, values, N, K):
-    """No number is off by more than half the distance of two values, which is what the range of its group allows."""
+    """The error is at most half the distance between two values, which follows from the range of the group."""
     layer = linear(N, K)
-    rounded = quantize(layer, bits)
-    found = widened_by_hand(rounded)
+    quantized = quantize(layer, bits)
+    found = dequantized(quantized)
     padded = torch.nn.functional.pad(layer.weight, (0, -K % 32)).unflatten(1, (-1, 32)).double()
     extent = padded.amax(2) - padded.amin(2) if bits == 4 else 2 * padded.abs().amax(2)  # (N, K/32)
     step = (extent / (values - 1)).repeat_interleave(32, dim=1)[:, :K]
     assert ((found - layer.weight).abs() <= 0.501 * step + 1e-9).all()
     assert not torch.equal(found.float(), layer.weight)
-    torch.testing.assert_close(rounded.widened(), found.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(quantized.widened(), found.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_8_bits_are_the_blocks_of_gguf():
+def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
     gguf = pytest.importorskip("gguf")
     layer = linear(24, 64)
     kind = gguf.GGMLQuantizationType.Q8_0  # with scales in float16
@@ -61,47 +61,47 @@ def test_8_bits_are_the_blocks_of_gguf():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("N, K", SHAPES)
-def test_products_are_those_of_the_widened_weight(monkeypatch, bits, dtype, tolerance, N, K):
-    """Test one row and several, in many pieces, with a bias; and the gradient by the input."""
+def test_products_and_gradients_equal_the_dequantized_weight(monkeypatch, bits, dtype, tolerance, N, K):
+    """Inputs have one row or several, the weight is processed in many chunks, and there is a bias."""
     monkeypatch.setitem(__import__("runtime.quantization").quantization.CHUNK, "cpu", 1000)
     layer = linear(N, K, bias=True).to(dtype)
-    rounded = quantize(layer, bits)
-    weight = widened_by_hand(rounded)
+    quantized = quantize(layer, bits)
+    weight = dequantized(quantized)
     for shape in [(1, K), (5, K), (2, 3, K)]:
         x = torch.randn(shape, dtype=dtype).requires_grad_()
-        y = rounded(x)
+        y = quantized(x)
         assert y.dtype == dtype and y.shape == (*shape[:-1], N)
         exact = x.detach().double().requires_grad_()
         expected = exact @ weight.T + layer.bias.double()
-        toward = torch.randn_like(y)
-        y.backward(toward)
-        expected.backward(toward.double())
-        for found, right in ((y, expected), (x.grad, exact.grad)):
-            assert (found - right).norm() < tolerance * right.norm()
+        grad_output = torch.randn_like(y)
+        y.backward(grad_output)
+        expected.backward(grad_output.double())
+        for found, expected_value in ((y, expected), (x.grad, exact.grad)):
+            assert (found - expected_value).norm() < tolerance * expected_value.norm()
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_nothing_wide_is_kept_for_the_backward_pass(bits):
+def test_no_dequantized_weight_is_saved_for_backward(bits):
     layer = quantize(linear(96, 64), int(bits))
-    kept = []
+    saved = []
     x = torch.randn(2, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         layer(x)
-    assert kept and sum(tensor.nbytes for tensor in kept) <= held_bytes(layer) < 1.2 * 96 * 64 * int(bits) / 8 * 1.5
+    assert saved and sum(tensor.nbytes for tensor in saved) <= held_bytes(layer) < 1.2 * 96 * 64 * int(bits) / 8 * 1.5
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("checkpoint_activations", [True, False])
-def test_gradients_are_those_over_the_widened_weights(bits, checkpoint_activations):
-    """The gradients of prompts and nonzero gates are exact, and near those over the weights before rounding."""
-    model, rounded, widened = make_model(SHAPE), make_model(SHAPE), make_model(SHAPE)
-    quantizer(bits)(rounded.layers)
-    for name, layer in rounded.named_modules():
+def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activations):
+    """Gradients of prompts and nonzero gates are exact, and close to those of the unquantized model."""
+    model, quantized, dequantized_model = make_model(SHAPE), make_model(SHAPE), make_model(SHAPE)
+    quantizer(bits)(quantized.layers)
+    for name, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLinear):
-            widened.get_submodule(name).weight.data = widened_by_hand(layer).float()
+            dequantized_model.get_submodule(name).weight.data = dequantized(layer).float()
     examples = [make_example(make_tokens(model, n).tolist(), 4, f"row {n}") for n in (9, 6, 21)]
     losses, gradients = [], []
-    for base in (model, rounded, widened):
+    for base in (model, quantized, dequantized_model):
         adapter, config = make_adapter(model), TrainConfig(checkpoint_activations=checkpoint_activations)
         assert adapter.gates.all()
         losses.append(train_step(base, adapter, make_optimizer(adapter, 0.02), examples, 1e-3, config))
@@ -112,8 +112,8 @@ def test_gradients_are_those_over_the_widened_weights(bits, checkpoint_activatio
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_responses_are_those_of_scoring(bits):
-    """Token by token over the cache, as in one pass; zero gates give the base's logits, bit for bit."""
+def test_decoding_equals_scoring(bits):
+    """Decoding with the cache agrees with one pass; zero gates give the base's logits bit for bit."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     adapter, tokens = make_adapter(model), make_tokens(model, 12)
@@ -124,28 +124,28 @@ def test_responses_are_those_of_scoring(bits):
     assert not torch.equal(model(whole, adapter()), model(whole))
 
 
-def test_weights_are_counted_in_full_and_bytes_as_they_are_stored():
+def test_weights_and_bytes_are_counted():
     model = make_model(SHAPE)
-    number, wide = num_weights(model), held_bytes(model.layers)
+    count, float_bytes = num_weights(model), held_bytes(model.layers)
     quantizer("4")(model.layers)
-    assert num_weights(model) == number == sum(p.numel() for p in make_model(SHAPE).parameters())
-    assert 4.9 < wide / held_bytes(model.layers) < 5.4  # 32 bits to 4, and two scales of 32 bits for 32 numbers
+    assert num_weights(model) == count == sum(p.numel() for p in make_model(SHAPE).parameters())
+    assert 4.9 < float_bytes / held_bytes(model.layers) < 5.4  # 32 bits to 4, plus scale and offset of 32 weights
 
 
-def test_the_wide_model_is_never_whole(tiny_base, tmp_path, monkeypatch):
-    """Each layer is rounded before the next is read."""
+def test_unquantized_model_is_never_held_as_a_whole(tiny_base, tmp_path, monkeypatch):
+    """Each layer is quantized before the next one is read."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
-    wide, seen = [], []
+    num_float_weights, models = [], []
     quantize_layer = quantizer("4")
 
-    def watch(block):
+    def quantize_and_count(block):
         quantize_layer(block)
-        parameters = [p for layer in seen[0].layers for name, p in layer.named_parameters() if "norm" not in name]
-        wide.append(sum(not p.is_meta for p in parameters))
+        parameters = [p for layer in models[0].layers for name, p in layer.named_parameters() if "norm" not in name]
+        num_float_weights.append(sum(not p.is_meta for p in parameters))
 
-    monkeypatch.setattr(bases, "LLaMA", lambda *args: seen.append(LLaMA(*args)) or seen[0])
-    bases.load_llama(tmp_path / "hf", prepare_layer=watch)
-    assert wide == [0, 0, 0]
+    monkeypatch.setattr(bases, "LLaMA", lambda *args: models.append(LLaMA(*args)) or models[0])
+    bases.load_llama(tmp_path / "hf", prepare_layer=quantize_and_count)
+    assert num_float_weights == [0, 0, 0]
 
 
 @pytest.fixture
@@ -155,27 +155,27 @@ def hf_args(args, tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("how", [["--int8"], ["--bits", "8"], ["--bits", "4", "--checkpoint-activations"]])
-def test_a_run_over_rounded_weights(hf_args, tmp_path, how):
-    """From the command line; the fingerprint is that of the weights before they are rounded."""
-    results = [run(*hf_args, "--out", tmp_path / name, *more) for name, more in (("wide", []), ("few", how))]
+def test_training_on_a_quantized_base(hf_args, tmp_path, how):
+    """The base's fingerprint is that of the unquantized weights."""
+    results = [run(*hf_args, "--out", tmp_path / name, *extra) for name, extra in (("wide", []), ("few", how))]
     assert [result.exit_code for result in results] == [0, 0], results[1].output
     frozen = [next(line for line in result.stderr.splitlines() if "frozen" in line) for result in results]
     assert frozen[0] == frozen[1]
-    wide, rounded = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("wide", "few"))
+    unquantized, quantized = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("wide", "few"))
     bits = "4" if "4" in how else "8"
-    assert wide["options"] == rounded["options"] | {"bits": None}
-    assert rounded["val_loss_after"] == pytest.approx(wide["val_loss_after"], rel=0.2)
-    assert rounded["val_loss_after"] != wide["val_loss_after"]
+    assert unquantized["options"] == quantized["options"] | {"bits": None}
+    assert quantized["val_loss_after"] == pytest.approx(unquantized["val_loss_after"], rel=0.2)
+    assert quantized["val_loss_after"] != unquantized["val_loss_after"]
     adapters = [Adapter.load(tmp_path / name / "adapter.safetensors") for name in ("wide", "few")]
     assert [adapter.metadata.get("bits") for adapter in adapters] == [None, bits]
     for name in ("wide", "few"):
-        for more in ([], ["--bits", bits]):
-            asked = [str(arg) for arg in ("--adapter", tmp_path / name, *more, "--greedy", "--max-new-tokens", 9, "Hi")]
-            result = CliRunner().invoke(generate_command, asked)
+        for extra in ([], ["--bits", bits]):
+            args = [str(arg) for arg in ("--adapter", tmp_path / name, *extra, "--greedy", "--max-new-tokens", 9, "Hi")]
+            result = CliRunner().invoke(generate_command, args)
             assert result.exit_code == 0 and result.stderr == "" and result.stdout  # the same weights: no warning
 
 
-def test_a_resumed_run_keeps_its_bits(hf_args, tmp_path):
+def test_resumed_run_needs_the_same_bits(hf_args, tmp_path):
     assert run(*hf_args, "--bits", 4, "--out", tmp_path / "whole").exit_code == 0
     hf_args += ["--out", tmp_path / "stopped"]
     assert run(*hf_args, "--bits", 4, "--max-minutes", 1e-6).exit_code == 0
@@ -186,6 +186,6 @@ def test_a_resumed_run_keeps_its_bits(hf_args, tmp_path):
     assert torch.equal(stopped.prompts, whole.prompts) and torch.equal(stopped.gates, whole.gates)
 
 
-def test_other_numbers_of_bits_are_refused(hf_args):
+def test_unsupported_numbers_of_bits_are_refused(hf_args):
     result = run(*hf_args, "--bits", 3)
     assert result.exit_code == 2 and "'3' is not one of 'auto', 'none', '8', '4'" in result.stderr

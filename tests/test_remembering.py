@@ -1,4 +1,4 @@
-"""A conversation of generate.py: what is remembered, what of it is read again, and that answers are a fresh run's."""
+"""Conversations of generate.py: their history and cache, and responses equal to those of a fresh run."""
 
 import json
 
@@ -13,7 +13,7 @@ from generate import Conversation, Responder
 
 
 def run(*args, input=None):
-    """generate.py, in this process."""
+    """Run generate.py in this process."""
     return CliRunner().invoke(generate.main, [str(arg) for arg in args], input=input)
 
 
@@ -22,163 +22,164 @@ QUESTIONS = ["Hi", "Why is the cat on the mat?", "naïve 🦙", "And then?"]
 
 @pytest.fixture
 def responder(chat_base, device):
-    """A Responder on each device: a GPU computes eight tokens at a time, and its cache is ahead of the text."""
+    """A Responder on each device. On a GPU, tokens are read eight at a time, so the cache may be ahead of the text."""
     model, tokenizer = load_llama(chat_base, device=device)
     adapters = {"a": make_adapter(model).to(device), "b": make_adapter(model, seed=7).to(device)}
     return Responder(model, tokenizer, adapters, template="auto", max_new_tokens=12)
 
 
-def fresh(responder, question, **options):
+def rerun(responder, question, **options):
+    """Return the response of a run that processes the whole history."""
     return next(responder.respond_all([Request(question, **options)], 1, "request"))
 
 
 @pytest.mark.parametrize("adapter", ["a", "base"])
 @pytest.mark.parametrize("template", ["auto", "chatml", "llama-2"])
-def test_an_answer_is_that_of_a_fresh_run_over_the_whole_history(chat_base, monkeypatch, adapter, template):
-    """Token for token in float32, nonzero gates; and only the new turn is read, not the whole once more."""
+def test_response_equals_a_fresh_run_with_the_whole_history(chat_base, monkeypatch, adapter, template):
+    """Responses are equal token for token with nonzero gates, and only tokens of the new turn are processed."""
     model, tokenizer = load_llama(chat_base)
     responder = Responder(model, tokenizer, {"a": make_adapter(model)}, template=template, max_new_tokens=12)
-    read, prefill = [], generate.prefill
+    processed, prefill = [], generate.prefill
     monkeypatch.setattr(
-        generate, "prefill", lambda model, tokens, *rest: read.append(tokens) or prefill(model, tokens, *rest)
+        generate, "prefill", lambda model, tokens, *rest: processed.append(tokens) or prefill(model, tokens, *rest)
     )
-    conversation, history, whole = Conversation(responder, adapter), [], []
+    conversation, history, prompt_lengths = Conversation(responder, adapter), [], []
     for question in QUESTIONS:
-        answer = "".join(conversation.respond(question))
-        whole.append(len(responder.prompt_ids(Request(question, adapter=adapter, history=history))))
-        assert answer == fresh(responder, question, adapter=adapter, history=history)
-        history += [Turn("user", question), Turn("assistant", answer)]
+        response = "".join(conversation.respond(question))
+        prompt_lengths.append(len(responder.prompt_ids(Request(question, adapter=adapter, history=history))))
+        assert response == rerun(responder, question, adapter=adapter, history=history)
+        history += [Turn("user", question), Turn("assistant", response)]
         assert conversation.turns == history
-    new = [len(rows[0]) for rows in read[::2]]  # every other is the fresh run's
-    assert new[0] == whole[0] and [len(rows[0]) for rows in read[1::2]] == whole
-    # Of what was read before only that is read again which text of the answer makes other ids of.
-    assert sum(new) < whole[-1] + 4 * 12 < sum(whole)
-    without = fresh(responder, QUESTIONS[-1], adapter=adapter)
-    assert without != answer
+    new_lengths = [len(rows[0]) for rows in processed[::2]]  # every other call is that of the fresh run
+    assert new_lengths[0] == prompt_lengths[0] and [len(rows[0]) for rows in processed[1::2]] == prompt_lengths
+    # Earlier tokens are processed again only if the text of the response is tokenized differently.
+    assert sum(new_lengths) < prompt_lengths[-1] + 4 * 12 < sum(prompt_lengths)
+    without_history = rerun(responder, QUESTIONS[-1], adapter=adapter)
+    assert without_history != response
 
 
-def test_the_system_turn_and_a_fresh_start(responder):
+def test_system_turn_can_change_and_history_can_be_cleared(responder):
     conversation = Conversation(responder, "a")
     first = "".join(conversation.respond("Hi"))
     conversation.system = "Be brief."
     second = "".join(conversation.respond("Why?"))
     history = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", first)]
-    assert second == fresh(responder, "Why?", adapter="a", history=history)
+    assert second == rerun(responder, "Why?", adapter="a", history=history)
     conversation.turns = []
-    assert "".join(conversation.respond("Hi")) == fresh(responder, "Hi", adapter="a", history=history[:1])
+    assert "".join(conversation.respond("Hi")) == rerun(responder, "Hi", adapter="a", history=history[:1])
     conversation.system = ""
     conversation.turns = []
     assert "".join(conversation.respond("Hi")) == first
 
 
-def test_an_answer_without_end_is_taken_as_it_stands(responder):
-    """One that was cut by its length: its text is a turn like any other. A long question makes the cache grow."""
+def test_truncated_response_stays_in_the_history(responder):
+    """A truncated response is a turn like any other. A long prompt enlarges the cache."""
     responder.sampling = responder.sampling._replace(end_ids=())
     conversation = Conversation(responder, "a")
     first = "".join(conversation.respond("Hi"))
     capacity = conversation.cache.capacity
     second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
-    assert second == fresh(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
+    assert second == rerun(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
     with pytest.raises(ValueError, match="the prompt has .* tokens, the base sees only 1024"):
         "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
 
-def test_a_turn_ends_before_a_stop_string_and_tokens_are_penalized_as_in_a_fresh_run(responder):
-    """The turn is truncated, not the cache; the penalty concerns cached tokens as well."""
+def test_stop_string_and_penalty_equal_a_fresh_run(responder):
+    """The turn is truncated but the cache is not, and the penalty covers cached tokens."""
     responder.sampling = responder.sampling._replace(end_ids=(), repetition_penalty=1.4)
-    whole = "".join(Conversation(responder, "a").respond("Hi"))
-    responder.stop = [whole[3:6]]
+    full = "".join(Conversation(responder, "a").respond("Hi"))
+    responder.stop = [full[3:6]]
     conversation = Conversation(responder, "a")
     history = []
     for question in QUESTIONS:
-        answer = "".join(conversation.respond(question))
-        assert answer == fresh(responder, question, adapter="a", history=history)
-        assert responder.stop[0] not in answer and (history or answer == whole[: whole.index(responder.stop[0])])
-        history += [Turn("user", question), Turn("assistant", answer)]
+        response = "".join(conversation.respond(question))
+        assert response == rerun(responder, question, adapter="a", history=history)
+        assert responder.stop[0] not in response and (history or response == full[: full.index(responder.stop[0])])
+        history += [Turn("user", question), Turn("assistant", response)]
         assert conversation.turns == history
 
 
 @pytest.fixture
-def trained(chat_base, tmp_path):
+def adapters(chat_base, tmp_path):
     model, _ = load_llama(chat_base)
     for name, seed in (("a", 1), ("b", 7)):
         make_adapter(model, seed=seed).save(tmp_path / f"{name}.safetensors", base=chat_base, prompt_template="chatml")
     return ["--adapter", tmp_path / "a.safetensors", "--adapter", tmp_path / "b.safetensors", "--device", "cpu"]
 
 
-def test_on_a_terminal_a_conversation_goes_on(trained, tmp_path):
-    """Who answers changes, and each has its own; /reset forgets. The same conversations as a file give the same."""
+def test_terminal_conversation_equals_the_same_prompts_file(adapters, tmp_path):
+    """Each adapter has its own history, which /reset deletes. The same conversations in a file give equal responses."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
-    stdout, stderr = chat_in_process(lines, *trained)
+    stdout, stderr = chat_in_process(lines, *adapters)
     assert stderr.count("Every line is a turn of one conversation. /reset: forget it. /system TEXT") == 1
     turns, records = {"a": [], "b": []}, []
-    answers = stdout.split("\n")
-    assert len(answers) == 7 and answers.pop() == ""
-    asked = [("a", "Hi"), ("a", "Why?"), ("b", "Why?"), ("a", "And?"), ("a", "Why?"), ("a", "So?")]
-    for (name, question), answer in zip(asked, answers):
+    responses = stdout.split("\n")
+    assert len(responses) == 7 and responses.pop() == ""
+    prompts = [("a", "Hi"), ("a", "Why?"), ("b", "Why?"), ("a", "And?"), ("a", "Why?"), ("a", "So?")]
+    for (name, question), response in zip(prompts, responses):
         if records and len(records) == 4:
             turns["a"] = []
         turns[name].append({"role": "user", "content": question})
         system = [{"role": "system", "content": "Be brief."}] if question == "So?" else []
         records.append({"messages": system + turns[name], "adapter": name})
-        turns[name] = [*turns[name], {"role": "assistant", "content": answer}]
+        turns[name] = [*turns[name], {"role": "assistant", "content": response}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     args = ("--greedy", "--max-new-tokens", 5, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
-    assert run(*trained, *args).exit_code == 0
-    assert [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").open()] == answers
-    assert answers[1] != answers[4]
+    assert run(*adapters, *args).exit_code == 0
+    assert [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").open()] == responses
+    assert responses[1] != responses[4]
 
 
-def test_piped_lines_stay_by_themselves(trained):
+def test_piped_lines_have_no_history(adapters):
     args = ("--greedy", "--max-new-tokens", 5)
-    alone = run(*trained, *args, "Why?").stdout
-    assert run(*trained, *args, input="Hi\nWhy?\n/reset\n").stdout.splitlines()[1] == alone.rstrip("\n")
+    alone = run(*adapters, *args, "Why?").stdout
+    assert run(*adapters, *args, input="Hi\nWhy?\n/reset\n").stdout.splitlines()[1] == alone.rstrip("\n")
 
 
-def test_templates_without_turns_say_so(tiny_adapter):
+def test_turn_commands_need_a_template_with_turns(tiny_adapter):
     stdout, stderr = chat_in_process("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
     for command in ("/system", "/reset"):
         assert f"error: {command} is for templates with turns; here every line is an instruction" in stderr
 
 
-def test_another_template_than_the_adapter_s(trained, tmp_path):
+def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
     args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
-    by_template = {name: run(*trained, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
-    assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*trained, *args).stdout
-    result = run(*trained, "--template", "llama-3", *args)
+    by_template = {name: run(*adapters, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
+    assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*adapters, *args).stdout
+    result = run(*adapters, "--template", "llama-3", *args)
     assert result.exit_code == 2 and "--template llama-3 does not fit this base" in result.stderr
-    result = run(*trained, "--template", "chatml", "--raw", *args)
+    result = run(*adapters, "--template", "chatml", "--raw", *args)
     assert result.exit_code == 2 and "--template chatml and --raw: with or without a template" in result.stderr
 
 
-def test_the_base_has_the_template_of_the_first_adapter(trained):
+def test_base_uses_the_template_of_the_first_adapter(adapters):
     args = ("--greedy", "--max-new-tokens", 9, "Why is it so?")
-    base, *_ = run(*trained, "--compare", *args).stdout.split("\na: ")
-    assert base == "base: " + run(*trained, "--strength", 0, *args).stdout.rstrip("\n")
+    base, *_ = run(*adapters, "--compare", *args).stdout.split("\na: ")
+    assert base == "base: " + run(*adapters, "--strength", 0, *args).stdout.rstrip("\n")
 
 
-TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-ASKED = {"messages": [*TALK["messages"], {"role": "user", "content": "Why?"}]}
+ANSWERED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+UNANSWERED = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "Why?"}]}
 
 
 @pytest.mark.parametrize(
     "record, more, message",
     [
-        (TALK, [], "its last turn is not the user's: there is nothing to respond to"),
+        (ANSWERED, [], "its last turn is not the user's: there is nothing to respond to"),
         ({"messages": []}, [], "its last turn is not the user's: there is nothing to respond to"),
         ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is not one of"),
         (
-            ASKED,
+            UNANSWERED,
             ["--template", "alpaca"],
             "the template alpaca has no turns: --template auto, llama-2, llama-3 or chatml",
         ),
-        (ASKED, ["--raw"], "without a template has no turns"),
+        (UNANSWERED, ["--raw"], "without a template has no turns"),
     ],
 )
-def test_what_cannot_be_answered_in_a_file(trained, tmp_path, record, more, message):
+def test_invalid_conversations_in_a_file_are_reported(adapters, tmp_path, record, more, message):
     (tmp_path / "in.jsonl").write_text(json.dumps({"instruction": "Hi"}) + "\n" + json.dumps(record))
-    result = run(*trained, *more, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    result = run(*adapters, *more, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 2 and f"in.jsonl: record 1: {message}" in result.stderr
     assert not (tmp_path / "out.jsonl").exists()

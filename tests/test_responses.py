@@ -1,4 +1,4 @@
-"""Many questions at once: the same answers and likelihoods as one by one, and what leaves no room is left out."""
+"""Batches of requests: responses and likelihoods equal to those of single requests, and requests that do not fit."""
 
 from dataclasses import replace
 
@@ -20,17 +20,17 @@ def responder(tiny_base):
     return Responder(model, tokenizer, {"a": make_adapter(model)}, max_new_tokens=9)
 
 
-def one_by_one(responder, request, answer):
-    """log p of an answer and its end, by the softmax of the whole model's logits, in float64."""
+def log_likelihood(responder, request, response):
+    """Return the log-likelihood of a response and its <eos>, from one forward pass, in float64."""
     prompt = responder.prompt_ids(request)
-    ids = prompt + responder.tokenizer.encode(answer) + [responder.tokenizer.eos_id]
+    ids = prompt + responder.tokenizer.encode(response) + [responder.tokenizer.eos_id]
     with torch.no_grad():
         log_p = responder.model(torch.tensor([ids]), responder.adaption_prompts(request))[0].double().log_softmax(-1)
     return sum(log_p[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
 
 
-def test_likelihoods_are_those_of_the_tokens_one_by_one(responder):
-    """Requests with an adapter and without share batches; so do continuations of contexts of any length."""
+def test_batched_likelihoods_equal_single_ones(responder):
+    """Requests with and without an adapter share batches, and so do contexts of any length."""
     rows = [
         (Request("Hi", "", "a"), ["Yes, no.", "", "Yes"]),
         (Request("Hello you", "", "base"), ["No", "No, it is not so at all"]),
@@ -39,22 +39,24 @@ def test_likelihoods_are_those_of_the_tokens_one_by_one(responder):
     ]
     for batch_size in (1, 2, 64):
         found = choice_log_likelihoods(responder, *map(list, zip(*rows)), batch_size)
-        for (request, ours), likelihoods in zip(rows, found):
-            expected = [one_by_one(responder, request, answer) for answer in ours]
+        for (request, texts), likelihoods in zip(rows, found):
+            expected = [log_likelihood(responder, request, choice) for choice in texts]
             assert likelihoods == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_context_is_processed_once(responder, monkeypatch):
-    """However many choices it has; and images of their own make contexts of their own."""
-    read, prefill = [], scoring.prefill
-    monkeypatch.setattr(scoring, "prefill", lambda model, rows, *more: read.extend(rows) or prefill(model, rows, *more))
+def test_shared_context_is_processed_once(responder, monkeypatch):
+    """Requests with the same text and adapter share one context, whatever the number of choices."""
+    processed, prefill = [], scoring.prefill
+    monkeypatch.setattr(
+        scoring, "prefill", lambda model, rows, *args: processed.extend(rows) or prefill(model, rows, *args)
+    )
     requests = [Request("Hi", "", "a"), Request("Hi", "", "base"), Request("Hi", "", "a")]
     choice_log_likelihoods(responder, requests, [["Yes", "No", "Perhaps"]] * 3)
-    assert len(read) == 2  # with the adapter, and without
+    assert len(processed) == 2  # one with the adapter, one without
 
 
-def test_choices_about_images_of_their_own(tiny_base):
-    """Each row keeps the prompts of its image, when contexts are repeated for their choices."""
+def test_choices_about_different_images_can_share_a_batch(tiny_base):
+    """Each row keeps the adaption prompts of its image when its context is repeated for its choices."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=3, dim=16, heads=2, features=4, bottleneck=3)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
@@ -63,23 +65,23 @@ def test_choices_about_images_of_their_own(tiny_base):
     requests = [Request("Hi", "", "a", features=row) for row in features]
     choices = [["Yes", "No, never"], ["a b c"], ["No", "Yes", ""]]
     found = choice_log_likelihoods(responder, requests, choices)
-    for request, ours, likelihoods in zip(requests, choices, found):
-        expected = [one_by_one(responder, request, answer) for answer in ours]
+    for request, texts, likelihoods in zip(requests, choices, found):
+        expected = [log_likelihood(responder, request, choice) for choice in texts]
         assert likelihoods == pytest.approx(expected, abs=1e-4)
     assert len({likelihoods[0] for likelihoods in found}) == 3
 
 
-def test_the_most_likely_is_the_most_likely_one_by_one(responder):
-    """In the order of the requests, which is not that of their lengths, however many are asked at once."""
+def test_most_likely_choices_equal_single_requests(responder):
+    """Results are in the order of the requests, which differ in length, for any batch size."""
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
     choices = [["Yes", "No"], ["a b", "c", "d"], ["No", "Yes"], ["", "x"], ["z", "y"], ["y", "z"]]
-    expected = [max(ours, key=lambda text: one_by_one(responder, r, text)) for r, ours in zip(requests, choices)]
-    assert len({ours.index(text) for ours, text in zip(choices, expected)}) > 1
+    expected = [max(texts, key=lambda text: log_likelihood(responder, r, text)) for r, texts in zip(requests, choices)]
+    assert len({texts.index(text) for texts, text in zip(choices, expected)}) > 1
     for size in (1, 4, 64):
         assert most_likely_choices(responder, requests, choices, size) == expected
 
 
-def test_written_answers_are_those_of_one_by_one(responder):
+def test_generated_responses_equal_single_requests(responder):
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
     expected = [next(responder.respond_all([request], 1, "request")) for request in requests]
     assert len(set(expected)) > 1
@@ -87,19 +89,19 @@ def test_written_answers_are_those_of_one_by_one(responder):
         assert generate_responses(responder, requests, size) == expected
 
 
-def test_answers_must_fit_too(responder):
-    """At the last of the base's positions an answer's last word is read, and its end foretold."""
-    request, answer = Request("Hi"), "Yes, yes."
-    needed = len(responder.prompt_ids(request)) + len(responder.tokenizer.encode(answer))
-    for spare, best in ((-1, [None]), (0, [answer])):
+def test_choices_must_fit_into_the_context(responder):
+    """The base's last position may hold the last token of a choice, because it predicts <eos>."""
+    request, choice = Request("Hi"), "Yes, yes."
+    needed = len(responder.prompt_ids(request)) + len(responder.tokenizer.encode(choice))
+    for spare, expected in ((-1, [None]), (0, [choice])):
         responder.model.config = replace(responder.model.config, max_seq_len=needed + spare)
-        assert most_likely_choices(responder, [request], [[answer]], 4) == best
+        assert most_likely_choices(responder, [request], [[choice]], 4) == expected
 
 
-def test_written_answers_need_room_for_one_token(responder):
+def test_generated_responses_need_room_for_one_token(responder):
     short, long = Request("Hi"), Request("word " * 30)
-    for room, answered in ((0, False), (1, True)):
+    for room, fits in ((0, False), (1, True)):
         context = len(responder.prompt_ids(long)) + room
         responder.model.config = replace(responder.model.config, max_seq_len=context)
         first, second = generate_responses(responder, [long, short])
-        assert (first is not None) == answered and second is not None
+        assert (first is not None) == fits and second is not None

@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever it is, goes on as if it had not been."""
+"""Runs that are interrupted in any way, and resumed: the result equals that of an uninterrupted run."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import before_step, command, run, tensors_and_metrics
+from helpers import before_step, run_spoiled, run, tensors_and_metrics
 
 import train
 from adapter import Adapter
@@ -26,25 +26,25 @@ from training.run_files import WRITTEN, check_options
 
 
 class Child:
-    """train.py in a process of its own; `there` is set when it begins its n-th step."""
+    """train.py in a process of its own. The event `at_step` is set when its n-th step begins."""
 
     def __init__(self, forks, args, spoil=None, n=1):
-        self.there = forks.Event()
-        self.process = forks.Process(target=self.run, args=(args, spoil, n, self.there))
+        self.at_step = forks.Event()
+        self.process = forks.Process(target=self.run, args=(args, spoil, n, self.at_step))
         self.process.start()
 
     @staticmethod
-    def run(args, spoil, n, there):
-        train.train_step = before_step(n, there.set)
-        raise SystemExit(command(args, spoil)[0])
+    def run(args, spoil, n, at_step):
+        train.train_step = before_step(n, at_step.set)
+        raise SystemExit(run_spoiled(args, spoil)[0])
 
     def exit_code(self):
         self.process.join(60)
         return self.process.exitcode
 
 
-class AtAWrite:
-    """Kills the process at the n-th file it makes sure of: written by half, not yet renamed, or just renamed."""
+class KillAtWrite:
+    """Kill the process from the n-th fsync on, when a file is half written, not yet renamed, or just renamed."""
 
     def __init__(self, n, how):
         self.n, self.how = n, how
@@ -69,23 +69,23 @@ class AtAWrite:
         os.fsync, Path.replace = fatal_fsync, fatal_replace
 
 
-def test_twenty_kills(forks, args, tmp_path):
-    """kill -9, ten times at random and ten times at a write; each time the files left behind are whole."""
+def test_run_survives_twenty_kills(forks, args, tmp_path):
+    """The process gets SIGKILL ten times at random and ten times during a write; files are whole each time."""
     args += ["--epochs", 40, "--save-every", 1]
     assert Child(forks, [*args, "--out", tmp_path / "whole"]).exit_code() == 0
 
-    chance, left_over, last = random.Random(0), 0, 0
+    rng, num_unfinished, last = random.Random(0), 0, 0
     for number in range(20):
-        hows = ["half", "written", "renamed"]
-        spoil = AtAWrite(chance.randint(1, 15), hows[number // 2 % 3]) if number % 2 else None
-        child = Child(forks, [*args, "--resume", "auto"], spoil, n=chance.randint(1, 6))
+        moments = ["half", "written", "renamed"]
+        spoil = KillAtWrite(rng.randint(1, 15), moments[number // 2 % 3]) if number % 2 else None
+        child = Child(forks, [*args, "--resume", "auto"], spoil, n=rng.randint(1, 6))
         if spoil is None:
-            assert child.there.wait(60)
-            time.sleep(chance.uniform(0, 0.02))
+            assert child.at_step.wait(60)
+            time.sleep(rng.uniform(0, 0.02))
             child.process.kill()
         assert child.exit_code() == -signal.SIGKILL
         out = tmp_path / "run"
-        left_over += any(path.suffix == ".unfinished" for path in out.iterdir())
+        num_unfinished += any(path.suffix == ".unfinished" for path in out.iterdir())
         for path in out.iterdir():
             if path.name == "adapter.safetensors":
                 Adapter.load(path)
@@ -93,14 +93,14 @@ def test_twenty_kills(forks, args, tmp_path):
                 step = torch.load(path, weights_only=True)["progress"]["step"]
                 assert step >= last
                 last = step
-    assert left_over >= 3 and 20 < last < 200  # there were kills amid writing, and all of them amid the run
+    assert num_unfinished >= 3 and 20 < last < 200  # some kills hit a write, and all hit the run before its end
 
     assert Child(forks, [*args, "--resume", "auto"]).exit_code() == 0
     assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
     assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
 
-def test_sigterm_saves_and_is_no_failure(args, tmp_path, monkeypatch):
+def test_sigterm_saves_and_exits_with_0(args, tmp_path, monkeypatch):
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -111,8 +111,8 @@ def test_sigterm_saves_and_is_no_failure(args, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_max_minutes_and_the_same_command_again(args, tmp_path):
-    """A run of as many pieces as steps is that of one piece; then there is nothing left to do."""
+def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
+    """A run in as many pieces as steps equals a single run, and a finished run is not changed."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     for step in range(1, 16):
         result = run(*args, "--resume", "auto", "--max-minutes", 1e-9)
@@ -127,9 +127,9 @@ def test_max_minutes_and_the_same_command_again(args, tmp_path):
     assert result.exit_code == 0 and "this run is finished" in result.stderr
     result = run(*args, "--resume", "auto", "--epochs", 4)
     assert result.exit_code == 2 and "summary.json: was made with epochs = 3, not 4" in result.stderr
-    further = f"--init {tmp_path / 'run' / 'adapter.safetensors'}"
-    assert f"to train its adapter further: {further}, and another --out" in result.stderr
-    assert run(*args, *further.split(), "--epochs", 4, "--out", tmp_path / "further").exit_code == 0
+    init = f"--init {tmp_path / 'run' / 'adapter.safetensors'}"
+    assert f"to train its adapter further: {init}, and another --out" in result.stderr
+    assert run(*args, *init.split(), "--epochs", 4, "--out", tmp_path / "further").exit_code == 0
     result = run(*args, "--resume", "auto", "--limit", 30)
     assert result.exit_code == 2 and "limit = None, not 30" in result.stderr
     (tmp_path / "other.json").write_text(args[3].read_text().replace("animals", "minerals"))
@@ -138,24 +138,24 @@ def test_max_minutes_and_the_same_command_again(args, tmp_path):
     result = run(*args, "--resume", "auto", "--base", tmp_path)
     assert result.exit_code == 2 and f"{tmp_path}: contains neither" in result.stderr
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
-    assert run(*args, "--max-minutes", 60).exit_code == 0  # without --resume the same command begins anew
+    assert run(*args, "--max-minutes", 60).exit_code == 0  # without --resume, the same command starts a new run
 
 
-def test_signals_outside_of_the_steps(args, monkeypatch):
-    """While the base is read there is nothing to save; while the curves are drawn, all is there."""
+def test_signals_outside_of_training_steps_are_handled(args, monkeypatch):
+    """While the base is loaded, nothing is saved yet; while the curves are drawn, everything is."""
 
-    def signalled(*_, **__):
+    def send_sigterm(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    for where, said in (
+    for function, message in (
         ("train.load_model", "nothing was saved yet"),
         ("training.curves.draw_curves", "to continue, add --resume"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(where, signalled)
+            patch.setattr(function, send_sigterm)
             result = run(*args)
-        assert result.exit_code == 0 and result.stderr.splitlines()[-1] == f"stopped by SIGTERM: {said}"
+        assert result.exit_code == 0 and result.stderr.splitlines()[-1] == f"stopped by SIGTERM: {message}"
     assert run(*args, "--resume").exit_code == 0
 
 
@@ -166,7 +166,7 @@ OPERATIONS = ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink
 
 
 def tiny_run(out, resume, seed):
-    """A run of four steps of which every file operation is real, and nothing else: no base, no data, no picture."""
+    """Run four steps with the file operations of a real run, but without a base, data or a plot."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, generator=torch.Generator().manual_seed(seed))
     optimizer = train.make_optimizer(adapter, 0.0)
     with run_module.Run(RunOptions(out, resume, save_every=2)) as run:
@@ -194,7 +194,7 @@ def tiny_run(out, resume, seed):
 
 
 def crashing_run(out, seed, kill_at, after):
-    """`tiny_run`, killed before or after its file operation number `kill_at`; exits with 0 if there are fewer."""
+    """Run `tiny_run`, killed before or after its file operation number `kill_at`; exit with 0 if there are fewer."""
     calls = []
 
     def counted(operation):
@@ -223,15 +223,15 @@ def contents(out):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("occupied", [False, True], ids=["new folder", "finished run there"])
-def test_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
-    """SIGKILL at each file operation: the same command again, or --resume auto, ends as if there had been no kill.
+def test_run_survives_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
+    """After SIGKILL at any file operation, --resume auto or the same command gives the result of an undisturbed run.
 
-    No file of a finished run, of another process or of the user is lost, and nothing temporary stays.
+    No file of a finished run, of another process or of the user is lost, and no temporary file remains.
     """
     monkeypatch.setattr(curves, "draw_curves", lambda metrics, adapter, path: path.write_bytes(b"a picture"))
     tiny_run(tmp_path / "whole", None, seed=2)
-    whole = contents(tmp_path / "whole")
-    others = {"answers.jsonl.123-0123abcd.unfinished": b"another process", "mine.unfinished": b"the user's"}
+    clean = contents(tmp_path / "whole")
+    unrelated = {"answers.jsonl.123-0123abcd.unfinished": b"another process", "mine.unfinished": b"the user's"}
     for kill_at in range(1, 200):
         out = tmp_path / str(kill_at)
         before = {}
@@ -239,7 +239,7 @@ def test_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
             tiny_run(out, None, seed=1)
             before = contents(out)
         out.mkdir(exist_ok=True)
-        for name, content in others.items():
+        for name, content in unrelated.items():
             (out / name).write_bytes(content)
         process = forks.Process(target=crashing_run, args=(out, 2, kill_at, after))
         process.start()
@@ -249,14 +249,14 @@ def test_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
         assert process.exitcode == -signal.SIGKILL
         try:
             tiny_run(out, "auto", seed=2)
-        except ValueError as error:  # nothing has happened yet: the folder is the finished run's
+        except ValueError as error:  # killed before the finished run was moved
             assert occupied and "was made with seed = 1" in str(error)
             tiny_run(out, None, seed=2)
         now = contents(out)
         assert now.pop("answers.jsonl.123-0123abcd.unfinished") == b"another process"
         assert now.pop("mine.unfinished") == b"the user's"
-        assert now.keys() == whole.keys(), kill_at
-        assert all(now[name] == whole[name] for name in ("adapter.safetensors", "metrics.jsonl", "curves.png")), kill_at
+        assert now.keys() == clean.keys(), kill_at
+        assert all(now[name] == clean[name] for name in ("adapter.safetensors", "metrics.jsonl", "curves.png")), kill_at
         folders = sorted(path.name for path in out.iterdir() if path.is_dir())
         if occupied:
             assert folders[0] == "run-1" and contents(out / "run-1") == before, kill_at
@@ -265,8 +265,8 @@ def test_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
     assert kill_at > 20 and process.exitcode == 0
 
 
-def test_the_state_is_told_by_files(args, tmp_path, monkeypatch):
-    """An adapter alone is not a finished run; one whose move was interrupted is not lost."""
+def test_files_show_the_state_of_a_run(args, tmp_path, monkeypatch):
+    """An adapter alone is not a finished run, and an interrupted move of a run is completed."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "adapter.safetensors").write_bytes(b"of a run that was killed before its first checkpoint")
@@ -281,8 +281,8 @@ def test_the_state_is_told_by_files(args, tmp_path, monkeypatch):
     assert contents(out / "run-2") == before and contents(out).keys() == before.keys()
 
 
-def test_a_run_resumed_at_its_last_step_writes_the_same_file(args, tmp_path, monkeypatch):
-    """Metadata included."""
+def test_resuming_at_the_last_step_writes_the_same_file(args, tmp_path, monkeypatch):
+    """The files are equal including their metadata."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", before_step(15, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -293,7 +293,7 @@ def test_a_run_resumed_at_its_last_step_writes_the_same_file(args, tmp_path, mon
 
 
 @pytest.mark.parametrize("options", ["tensor", "nested"])
-def test_strange_options_of_a_checkpoint_are_one_line(args, tmp_path, options):
+def test_malformed_options_in_a_checkpoint_are_a_one_line_error(args, tmp_path, options):
     assert run(*args, "--max-minutes", 1e-9).exit_code == 0
     path = tmp_path / "run" / "checkpoint.pt"
     checkpoint, nested = torch.load(path, weights_only=True), []
@@ -308,8 +308,8 @@ def test_strange_options_of_a_checkpoint_are_one_line(args, tmp_path, options):
     assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith(f"error: {path}: "), result.stderr
 
 
-def run_out(machine):
-    """A GPU says it with an error of its own, a CPU with RuntimeError."""
+def run_out_of_memory(machine):
+    """Run out of memory as a GPU does, with OutOfMemoryError, or as a CPU does, with RuntimeError."""
     if machine == "gpu":
         raise torch.OutOfMemoryError("no memory left")
     torch.empty(2**50)
@@ -317,21 +317,21 @@ def run_out(machine):
 
 @pytest.mark.parametrize("machine", ["gpu", "cpu"])
 @pytest.mark.parametrize("where, kept", [("train.chunked_cross_entropy", 6), ("torch.optim.AdamW.step", 4)])
-def test_memory_that_runs_out(args, tmp_path, monkeypatch, where, kept, machine):
-    """In a forward pass nothing is lost; amid the optimizer's step, which may be half done, the last checkpoint is."""
+def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, where, kept, machine):
+    """In the forward pass no step is lost. The optimizer's step may be half done, so the last checkpoint is kept."""
     args += ["--val-size", 0]
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     function, calls = train.chunked_cross_entropy if kept == 6 else torch.optim.AdamW.step, []
 
-    def halfway(*more):
+    def failing(*more):
         calls.append(1)
         result = function(*more)
         if len(calls) == 7:
-            run_out(machine)
+            run_out_of_memory(machine)
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, halfway)
+        patch.setattr(where, failing)
         result = run(*args, "--save-every", 4)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
@@ -342,33 +342,33 @@ def test_memory_that_runs_out(args, tmp_path, monkeypatch, where, kept, machine)
     assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
 
 
-def test_memory_that_runs_out_at_once(args, monkeypatch):
-    """There is no checkpoint, so that the advice is not to resume."""
-    monkeypatch.setattr(train, "chunked_cross_entropy", lambda *more: run_out("gpu"))
+def test_running_out_of_memory_in_the_first_step_is_reported(args, monkeypatch):
+    """Without a checkpoint, the message does not advise to resume."""
+    monkeypatch.setattr(train, "chunked_cross_entropy", lambda *more: run_out_of_memory("gpu"))
     result = run(*args, "--val-size", 0)
     last = result.stderr.splitlines()[-1]
     assert result.exit_code == 2 and "; nothing was saved yet; a smaller --micro" in last and "--resume" not in last
 
 
-def test_the_files_of_the_base_are_closed_before_the_loop(args, monkeypatch):
-    """Older .pth files cannot be mapped: their tensors would stay in memory beside the model."""
-    read, tensors = train.read_base, []
+def test_base_weights_are_released_before_the_loop(args, monkeypatch):
+    """Older .pth files cannot be memory-mapped, so their tensors would stay in memory beside the model."""
+    read_base, references = train.read_base, []
 
-    def reading(path):
-        shape, weights = read(path)
-        return shape, Noted(weights)
+    def tracked_read(path):
+        shape, weights = read_base(path)
+        return shape, TrackedWeights(weights)
 
-    class Noted(dict):
+    class TrackedWeights(dict):
         def __init__(self, weights):
             super().__init__(weights)
-            tensors.append(weakref.ref(self))
+            references.append(weakref.ref(self))
 
     def step(*more):
         gc.collect()
-        assert [each() for each in tensors] == [None]
+        assert [each() for each in references] == [None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "read_base", reading)
+    monkeypatch.setattr(train, "read_base", tracked_read)
     monkeypatch.setattr(train, "train_step", step)
     assert run(*args).exit_code == 130
 
@@ -381,8 +381,8 @@ def test_metrics_with_a_gap_are_refused(args, tmp_path):
 
 
 @pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
-    """RLIMIT_FSIZE stands for the full disk: from step 8 on no file grows beyond what it has."""
+def test_full_disk_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
+    """RLIMIT_FSIZE imitates a full disk: from step 8 on, no file can grow."""
     resource = pytest.importorskip("resource")
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -404,8 +404,8 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(args, tmp_path, monkeyp
     assert tensors_and_metrics(out) == tensors_and_metrics(tmp_path / "whole")
 
 
-def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
-    """A checkpoint takes the place of the one before when it, the adapter and the metrics are there for good."""
+def test_files_are_synced_before_they_are_renamed(args, tmp_path, monkeypatch):
+    """Checkpoint, adapter and metrics are synced to disk before the checkpoint replaces the previous one."""
     events, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).suffix)) or fsync(file))
     monkeypatch.setattr(
@@ -421,20 +421,20 @@ def test_what_is_renamed_is_on_the_disk(args, tmp_path, monkeypatch):
     ]
 
 
-def test_options_of_earlier_versions_have_other_names(tmp_path):
+def test_option_names_of_earlier_versions_are_accepted(tmp_path):
     check_options({"tower_fingerprint": "a"}, {"vision_encoder_fingerprint": "a"}, tmp_path)
     with pytest.raises(ValueError, match="was made with vision_encoder_fingerprint = a, not b"):
         check_options({"tower_fingerprint": "a"}, {"vision_encoder_fingerprint": "b"}, tmp_path)
 
 
-def test_the_summary_tells_the_options(args, tmp_path):
+def test_summary_contains_the_options(args, tmp_path):
     assert run(*args).exit_code == 0
     options = json.loads((tmp_path / "run" / "summary.json").read_text())["options"]
     assert options["epochs"] == 3 and options["layers"] == 1 and "base_fingerprint" in options
 
 
-def test_another_tokenizer_is_not_resumed_with(args, chat_base, tmp_path, monkeypatch):
-    """Steps before and after would learn other tokens as the end of a response."""
+def test_resuming_with_another_tokenizer_is_refused(args, chat_base, tmp_path, monkeypatch):
+    """Later steps would train other tokens as the end of a response."""
     base = tmp_path / "base"
     shutil.copytree(args[1], base)
     args[1] = base
@@ -448,10 +448,10 @@ def test_another_tokenizer_is_not_resumed_with(args, chat_base, tmp_path, monkey
     assert run(*args, "--resume").exit_code == 0
 
 
-def test_two_runs_in_one_folder(forks, args, tmp_path):
-    """The second says whose the folder is, and leaves the first alone."""
+def test_second_run_in_a_locked_folder_is_refused(forks, args, tmp_path):
+    """The error names the process that holds the lock, and the first run is not disturbed."""
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0
-    with locked_by_another(forks, tmp_path / "run") as process:
+    with locked_by_another_process(forks, tmp_path / "run") as process:
         result = run(*args)
         assert result.exit_code == 2 and f"process {process.pid} on " in result.stderr, result.stderr
         assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".lock-holder"}
@@ -460,24 +460,24 @@ def test_two_runs_in_one_folder(forks, args, tmp_path):
 
 
 @contextmanager
-def locked_by_another(forks, folder):
+def locked_by_another_process(forks, folder):
     folder.mkdir()
-    at_work = forks.Event()
-    process = forks.Process(target=hold_lock, args=(folder, at_work))
+    is_locked = forks.Event()
+    process = forks.Process(target=hold_lock, args=(folder, is_locked))
     process.start()
-    assert at_work.wait(60)
+    assert is_locked.wait(60)
     yield process
     process.kill()
     process.join()
 
 
-def hold_lock(folder, at_work):
+def hold_lock(folder, is_locked):
     with locked(folder):
-        at_work.set()
+        is_locked.set()
         time.sleep(60)
 
 
-def test_a_finished_run_is_moved_aside_not_overwritten(args, tmp_path):
+def test_finished_run_is_moved_not_overwritten(args, tmp_path):
     out = tmp_path / "run"
     for number in range(3):
         result = run(*args, "--seed", number)
@@ -487,6 +487,6 @@ def test_a_finished_run_is_moved_aside_not_overwritten(args, tmp_path):
     assert {path.name for path in (out / "run-1").iterdir()} == set(WRITTEN) - {"tensorboard"}
 
 
-def test_a_run_that_fails_early_leaves_no_folder(args, tmp_path):
+def test_early_failure_leaves_no_folder(args, tmp_path):
     assert run(*args, "--base", tmp_path / "absent").exit_code == 2
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""RoBERTa's tokenizer: ids and places of tokens, in both layouts."""
+"""RoBERTa's tokenizer: ids and offsets of tokens, in both layouts."""
 
 import json
 
@@ -7,32 +7,32 @@ import pytest
 from formats.roberta_tokenizer import RobertaTokenizer
 
 
-def test_the_tokenizer_merges_and_keeps_its_place(bpe):
+def test_tokens_are_merged_and_have_character_offsets(bpe):
     tokenizer = RobertaTokenizer(bpe)
     assert tokenizer.encode(" the km")[:1] == [6] and tokenizer.encode(" km") == [8]
     ids, offsets = tokenizer.encode_with_offsets("Añil the km")
     assert len(ids) == len(offsets) and offsets[-2:] == [(4, 8), (8, 11)]
-    assert offsets[:4] == [(0, 1), (1, 2), (1, 2), (2, 3)]  # ñ is two bytes, and a token for each
+    assert offsets[:4] == [(0, 1), (1, 2), (1, 2), (2, 3)]  # ñ is two bytes, each of which is a token
     with pytest.raises(FileNotFoundError, match="has neither merges.txt nor vocab.bpe"):
         RobertaTokenizer(bpe.parent)
 
 
-def test_the_tokenizer_is_that_of_transformers(bpe):
+def test_ids_equal_those_of_transformers(bpe):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.RobertaTokenizer(str(bpe / "vocab.json"), str(bpe / "merges.txt"))
     for text in ("the the km", " a the\n\n  thé 12kms 🙂", "don't he'll THE"):
         assert RobertaTokenizer(bpe).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_real_tokenizer(data):
-    """RoBERTa's ids of words whose ids are known."""
+def test_real_tokenizer_gives_known_ids(data):
+    """The expected ids are those that RoBERTa is known to have for these words."""
     tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
     assert tokenizer.encode("Hello world") == [31414, 232]
     assert tokenizer.encode(".") == [4] and tokenizer.encode(" the,") == [5, 6]
 
 
 def fairseq_layout(bpe, folder, order):
-    """The same merges with GPT-2's ids in encoder.json, which dict.txt puts into another order."""
+    """Save the same merges with GPT-2's ids in encoder.json, and fairseq's order of the ids in dict.txt."""
     folder.mkdir()
     tokens = [token for token in json.loads((bpe / "vocab.json").read_text()) if not token.startswith("<")] + ["<"]
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -42,19 +42,19 @@ def fairseq_layout(bpe, folder, order):
     return {token: i for i, token in enumerate(tokens)}
 
 
-def test_fairseq_s_ids(bpe, tmp_path):
-    """An id is 4 and the place in dict.txt of GPT-2's; what is not there is unknown, each in its place."""
+def test_fairseq_layout_is_read(bpe, tmp_path):
+    """An id is 4 plus the position in dict.txt of GPT-2's id; ids that are missing there become <unk>."""
     text = "the km, Añil"
     numbers = fairseq_layout(bpe, tmp_path / "backwards", lambda numbers: reversed(numbers))
     ids, offsets = RobertaTokenizer(tmp_path / "backwards").encode_with_offsets(text)
     last = 4 + len(numbers) - 1
     assert ids[:2] == [last - numbers["t"], last - numbers["he"]] and last - numbers["Ġkm"] in ids
-    theirs, same = RobertaTokenizer(bpe).encode_with_offsets(text)
-    assert same == offsets and len(theirs) == len(ids)
+    original, same_offsets = RobertaTokenizer(bpe).encode_with_offsets(text)
+    assert same_offsets == offsets and len(original) == len(ids)
 
-    fairseq_layout(bpe, tmp_path / "few", lambda numbers: numbers[:5])  # the merges alone
-    few, same = RobertaTokenizer(tmp_path / "few").encode_with_offsets(text)
-    assert same == offsets and few[1:3] == [4 + numbers["he"], 4 + numbers["Ġkm"]]
+    fairseq_layout(bpe, tmp_path / "few", lambda numbers: numbers[:5])  # only the tokens that merges make
+    few, same_offsets = RobertaTokenizer(tmp_path / "few").encode_with_offsets(text)
+    assert same_offsets == offsets and few[1:3] == [4 + numbers["he"], 4 + numbers["Ġkm"]]
     assert few.count(3) == len(few) - 2
 
 
@@ -68,7 +68,7 @@ def test_fairseq_s_ids(bpe, tmp_path):
         ("vocab.json", None, "the id of '!' is '3'"),
     ],
 )
-def test_broken_files_are_one_line(bpe, tmp_path, name, text, message):
+def test_broken_files_are_one_line_errors(bpe, tmp_path, name, text, message):
     for file in ("merges.txt", "vocab.json"):
         (tmp_path / file).write_text((bpe / file).read_text())
     if text is None:
@@ -85,8 +85,8 @@ def test_missing_files_are_named(bpe, tmp_path):
         RobertaTokenizer(tmp_path)
 
 
-def test_tokens_stand_where_they_say(data):
-    """Side by side over the whole text; RoBERTa's bytes of one character share its place."""
+def test_offsets_cover_the_text(data):
+    """Offsets cover the whole text; the byte tokens of one character share its offsets."""
     tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
     for text in ("Añil's 12 km 🙂\n\n  the\u00a0end", "字 e\u0301 \u2028x", ""):
         ids, offsets = tokenizer.encode_with_offsets(text)

@@ -1,4 +1,4 @@
-"""Devices, files, compilation and quantisation."""
+"""Devices, compilation, the distributed backend, and running out of memory."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from runtime.device import select_device
 from runtime.errors import is_out_of_memory
 
 
-def test_select_device():
+def test_select_device_and_dtype():
     assert select_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
     assert select_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
     assert select_device("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -30,11 +30,11 @@ def test_select_device():
     [
         (2, 1.2, {}, True),
         (2, 0.1, {}, False),  # idle
-        (1, 1.2, {}, False),  # a thread that waits for nobody
+        (1, 1.2, {}, False),  # a single thread never waits
         (2, 1.2, {"OMP_WAIT_POLICY": "passive"}, False),
     ],
 )
-def test_a_shared_cpu_is_said(monkeypatch, capsys, threads, busy, environment, advised):
+def test_shared_cpu_gets_a_hint_about_omp_wait_policy(monkeypatch, capsys, threads, busy, environment, advised):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -45,15 +45,15 @@ def test_a_shared_cpu_is_said(monkeypatch, capsys, threads, busy, environment, a
     assert ("OMP_WAIT_POLICY=passive" in capsys.readouterr().err) == advised
 
 
-def test_other_processes_are_counted(monkeypatch):
+def test_busy_cores_are_counted(monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (5.0, 0.0, 0.0))
     assert 0 <= device.busy_cores() <= 5
     monkeypatch.delattr(os, "getloadavg")  # as on Windows
     assert device.busy_cores() == 0
 
 
-def test_a_device_is_set_up_alike_everywhere():
-    """No plan for every shape of attention, and float32 is float32: harmless on a CPU."""
+def test_select_device_disables_cudnn_attention_and_tf32():
+    """cuDNN attention builds a plan for every shape, and TF32 rounds float32. On a CPU the settings have no effect."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.cudnn.allow_tf32 = True
     select_device("cpu")
@@ -67,8 +67,8 @@ def test_compiling_needs_a_compiler(monkeypatch, kind, compiler):
         compilation.prepare_to_compile(torch.device(kind))
 
 
-def test_a_graph_is_recorded_anew_for_another_cache_and_for_other_prompts(monkeypatch):
-    """It reads the memory of both, wherever they lay when it was recorded."""
+def test_cuda_graph_is_recorded_again_for_another_cache_or_prompts(monkeypatch):
+    """A graph refers to the memory of the cache and the prompts with which it was recorded."""
     recorded = []
 
     class Graph:
@@ -92,7 +92,7 @@ def test_a_graph_is_recorded_anew_for_another_cache_and_for_other_prompts(monkey
 
 
 @pytest.mark.parametrize("has_nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_without_nccl_ranks_connect_over_gloo(monkeypatch, has_nccl, backend):
+def test_backend_is_gloo_without_nccl(monkeypatch, has_nccl, backend):
     """PyTorch for Windows has CUDA but no NCCL."""
     used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -103,8 +103,8 @@ def test_without_nccl_ranks_connect_over_gloo(monkeypatch, has_nccl, backend):
 
 
 def test_compiled_layers_need_few_graphs():
-    """25 batches of varying shape, with gradients; then decoding with caches of varying size: no graph breaks."""
-    model, numbers = make_model("gqa"), random.Random(0)
+    """Training on 25 batch shapes and decoding with five cache sizes need few graphs, and no graph breaks."""
+    model, rng = make_model("gqa"), random.Random(0)
     adapter = make_adapter(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -112,7 +112,7 @@ def test_compiled_layers_need_few_graphs():
     for layer in model.layers:
         layer.compile(dynamic=True, backend="eager")
     for _ in range(25):
-        rows, length = numbers.randint(1, 8), numbers.randint(2, 40)
+        rows, length = rng.randint(1, 8), rng.randint(2, 40)
         model(torch.randint(0, 50, (rows, length)), adapter()).sum().backward()
     assert counters["stats"]["unique_graphs"] <= 8
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""ScienceQA: its files, the text that is asked, what an answer chooses, and the nine columns."""
+"""ScienceQA: its files, prompts, the choice in a response, and the nine columns of scores."""
 
 import json
 
@@ -13,7 +13,7 @@ def path(tmp_path):
     return save_problems(tmp_path)
 
 
-def test_problems_of_a_split(path, tmp_path):
+def test_problems_of_a_split_are_read(path, tmp_path):
     first, second, third = read(path, tmp_path, "test")
     assert (first.id, first.image, first.grade, first.name) == ("12", "12/image.png", 7, "problem 12")
     assert first.instruction == "Which is north?\nLook at the map.\n(A) A (B) B (C) C"
@@ -22,10 +22,10 @@ def test_problems_of_a_split(path, tmp_path):
     assert first.answers() == ["The answer is (A)", "The answer is (B)", "The answer is (C)"]
     (tmp_path / "test").mkdir()
     assert read(path, tmp_path, "test")[0].image == "test/12/image.png"
-    assert [problem.id for problem in read(path)] == ["7"]  # to train on
+    assert [problem.id for problem in read(path)] == ["7"]  # the training split
 
 
-def test_pid_splits_decide_where_they_are(path, tmp_path):
+def test_pid_splits_file_overrides_the_splits(path, tmp_path):
     (tmp_path / "pid_splits.json").write_text(json.dumps({"mini": ["30", "7"], "test": ["99"]}))
     assert [problem.id for problem in read(path, tmp_path, "mini")] == ["30", "7"]
     with pytest.raises(ValueError, match="pid_splits.json: has no list of ids for the split 'val'.*mini, test"):
@@ -49,12 +49,12 @@ def test_pid_splits_decide_where_they_are(path, tmp_path):
         ({"grade": "first"}, "problem 12: grade 'first' is not"),
     ],
 )
-def test_bad_problems_are_named(tmp_path, change, message):
+def test_invalid_problems_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         read(save_problems(tmp_path, **change), tmp_path, "test")
 
 
-def test_other_files_are_refused(tmp_path):
+def test_files_without_problems_are_refused(tmp_path):
     path = tmp_path / "problems.json"
     for text, message in (("[1]", "is not an object"), ("{\n", "line 2, column 1: not JSON"), ("{}", "no problems in")):
         path.write_text(text)
@@ -67,18 +67,18 @@ def test_other_files_are_refused(tmp_path):
     [
         ("The answer is (B)", 1),
         ("So the answer is C. Really.", 2),
-        ("The answer is (D)", None),  # there are three
+        ("The answer is (D)", None),  # there are only three choices
         ("(B)", None),
         ("The answer is Berlin", None),
         ("", None),
-        (None, None),  # there was no room for one
+        (None, None),  # the prompt did not fit into the context
     ],
 )
 def test_answers_are_parsed(path, text, index):
     assert read(path, split="test")[0].chosen(text) == index
 
 
-def test_the_nine_columns(path):
+def test_scores_have_nine_columns(path):
     problems = read(path, split="test")
     assert score(problems, ["The answer is (C)", None, "The answer is (A)"]) == {
         "NAT": 0, "SOC": 100, "LAN": 0, "TXT": 100, "IMG": 50, "NO": 0, "G1-6": 0, "G7-12": 50, "Avg": 100 / 3,
@@ -86,30 +86,30 @@ def test_the_nine_columns(path):
     assert score(problems[:1], ["The answer is (C)"])["NAT"] is None
 
 
-def test_published_rows_are_whole_numbers_of_right_answers(data):
-    """Of the official test split, in the columns as they are counted here: so these are the official columns."""
+def test_published_scores_are_whole_numbers_of_correct_answers(data):
+    """This shows that COLUMNS are the official ones: other columns would need fractions of an answer."""
     problems = read(data / "scienceqa" / "problems.json", split="test")
     sizes = [sum(map(counts, problems)) for counts in COLUMNS.values()]
     assert sizes == [2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241]
     for name, (_, row) in PUBLISHED.items():
-        if name in ("random choice", "human"):  # expectations
+        if name in ("random choice", "human"):  # expected values
             continue
-        right = [round(share * size / 100) for share, size in zip(row, sizes)]
-        whole = [abs(100 * n / size - share) < 0.0051 for n, size, share in zip(right, sizes, row)]
+        correct = [round(value * size / 100) for value, size in zip(row, sizes)]
+        fits = [abs(100 * count / size - value) < 0.0051 for count, size, value in zip(correct, sizes, row)]
         if name in ("ChatGPT (CoT)", "GPT-4 (CoT)"):  # as published elsewhere
-            assert [column for column, yes in zip(COLUMNS, whole) if not yes] == ["G1-6"]
+            assert [column for column, fit in zip(COLUMNS, fits) if not fit] == ["G1-6"]
             continue
-        assert all(whole), name
-        assert right[0] + right[1] + right[2] == right[6] + right[7] == right[8], name
+        assert all(fits), name
+        assert correct[0] + correct[1] + correct[2] == correct[6] + correct[7] == correct[8], name
 
 
-def test_results_in_the_official_format(path, tmp_path):
+def test_official_results_are_read(path, tmp_path):
     problems = read(path, split="test")
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"acc": 1, "results": {"12": 2, "30": -1, "31": 5, "7": 0}, "outputs": {}}))
     texts = read_responses(results, problems)
     assert [problem.chosen(text) for problem, text in zip(problems, texts)] == [2, None, None]
-    assert None not in texts  # which would mean too long
+    assert None not in texts  # None would mean a prompt that was too long
     for values, message in (
         ({"results": {"12": 2}}, "answers 1 of 3 problems, not 30"),
         ({"results": {"12": "B", "30": 0, "31": 0}}, "problem 12: 'B' is not the index"),

@@ -1,11 +1,11 @@
-"""SQuAD: its file, windows of a long context, answers, "no answer", and their scores."""
+"""SQuAD: its files, windows over long contexts, answers, unanswerable questions, and scores."""
 
 import json
 import random
 
 import pytest
 import torch
-from helpers import ask, train
+from helpers import evaluate, train
 from safetensors import safe_open
 
 from encoder_tuning import objective
@@ -30,18 +30,18 @@ QUESTIONS = [
 IMPOSSIBLE = {"id": "c", "question": "How deep?", "answers": [], "is_impossible": True}
 
 
-def squad(folder, questions=QUESTIONS, context=CONTEXT, **first):
-    """A file of questions, the first of them changed."""
+def save_squad(folder, questions=QUESTIONS, context=CONTEXT, **first):
+    """Save a file of questions with changes to the first one, and return its path."""
     questions = [questions[0] | first, *questions[1:]]
     values = {"data": [{"paragraphs": [{"context": context, "qas": questions}]}]}
     (folder / "squad.json").write_text(json.dumps(values))
     return folder / "squad.json"
 
 
-def test_squad_s_format(tmp_path):
-    first, second = read_squad(squad(tmp_path))
+def test_squad_files_are_read_and_checked(tmp_path):
+    first, second = read_squad(save_squad(tmp_path))
     assert (first.id, first.answers, first.starts) == ("a", ["12 km"], [38]) and second.question == "Where to?"
-    first, second = read_squad(squad(tmp_path, [QUESTIONS[0] | {"is_impossible": False}, IMPOSSIBLE]))
+    first, second = read_squad(save_squad(tmp_path, [QUESTIONS[0] | {"is_impossible": False}, IMPOSSIBLE]))
     assert first.answers == ["12 km"] and (second.id, second.answers, second.starts) == ("c", [], [])
     for changes, message in (
         ({"answers": [{"text": "12 km", "answer_start": 37}]}, "the answer '12 km' is not at character 37"),
@@ -51,7 +51,7 @@ def test_squad_s_format(tmp_path):
         ({"is_impossible": "no"}, "field 'is_impossible' is a str, not true or false"),
     ):
         with pytest.raises(ValueError, match=f"squad.json: question a: {message}"):
-            read_squad(squad(tmp_path, **changes))
+            read_squad(save_squad(tmp_path, **changes))
     for text, message in (
         ('{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "KeyError: 'id'"),
         ('{"data": [{"paragraphs": [{"context": "", "qas": [3]}]}]}', "TypeError"),
@@ -65,16 +65,16 @@ def test_squad_s_format(tmp_path):
 # Windows
 
 
-def test_a_window_has_its_answer(bpe, tmp_path):
-    """Tokens of every answer, and its text again; a window has those only that are whole in it."""
+def test_windows_locate_whole_answers(bpe, tmp_path):
+    """Token positions give the text of an answer again; a window has no positions for an incomplete answer."""
     tokenizer = RobertaTokenizer(bpe)
-    for question in read_squad(squad(tmp_path)):
+    for question in read_squad(save_squad(tmp_path)):
         (window,) = context_windows(question, tokenizer, 200, 128)
         start, answer = question.starts[0], question.answers[0]
         first, last = window.positions(start, start + len(answer))
         assert window.text(question.context, first, last) == answer
         assert window.ids[0] == 0 and window.ids[-1] == 2 and window.ids[window.first - 2 : window.first] == [2, 2]
-    long, _ = read_squad(squad(tmp_path))
+    long, _ = read_squad(save_squad(tmp_path))
     whole = len(context_windows(long, tokenizer, 200, 128)[0].ids)
     first, second = context_windows(long, tokenizer, whole - 12, 5)
     assert len(first.ids) == whole - 12
@@ -82,10 +82,10 @@ def test_a_window_has_its_answer(bpe, tmp_path):
     assert second.positions(38, 43) is not None and second.positions(4, 9) is None
 
 
-def transformers_s_labels(encoded, row, start, end):
-    """The span of an answer in a window, by the loop of transformers' example script for questions.
+def transformers_labels(encoded, row, start, end):
+    """Return the span of an answer in a window, by the loop of transformers' question-answering example.
 
-    But for its one slip: where the answer begins at the window's last token of the context, it goes on to </s>.
+    One bug is fixed: if the answer begins at the last context token of the window, the example's loop runs into </s>.
     """
     offsets, sequences = encoded.offset_mapping[row], encoded.sequence_ids(row)
     first, last = sequences.index(1), len(sequences) - 1 - sequences[::-1].index(1)
@@ -100,26 +100,26 @@ def transformers_s_labels(encoded, row, start, end):
 
 
 @pytest.mark.parametrize("max_length, stride", [(24, 0), (24, 5), (30, 13), (24, 14), (400, 128)])
-def test_windows_are_those_of_transformers(bpe, max_length, stride):
-    """Ids and labels of every window, for answers everywhere in a context, over many borders."""
+def test_windows_and_labels_equal_transformers(bpe, max_length, stride):
+    """Answers are everywhere in the context, so that many of them cross the border of a window."""
     transformers = pytest.importorskip("transformers")
     tokenizer = RobertaTokenizer(bpe)
     theirs = transformers.RobertaTokenizer(*(str(bpe / name) for name in ("vocab.json", "merges.txt")))
-    lots, words = random.Random(0), "the km river, of 12 sea (Anna) don't Añil".split()
-    context = " ".join(lots.choices(words, k=40))
+    rng, words = random.Random(0), "the km river, of 12 sea (Anna) don't Añil".split()
+    context = " ".join(rng.choices(words, k=40))
     encoded = theirs(
         "Where?", context, truncation="only_second", max_length=max_length, stride=stride,
         return_overflowing_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
-    spans = []  # of one to three words
+    spans = []  # each of one to three words
     for i, character in enumerate(context):
         if character == " " or i == 0:
             ends = [j for j in range(i + 1, len(context) + 1) if j == len(context) or context[j] == " "]
             spans += [(i + bool(i), end) for end in ends[:3]]
-    without, several = 0, 0
+    num_without, num_repeated = 0, 0
     for start, end in spans:
         question = SquadQuestion("a", "Where?", context, [context[start:end]], [start])
-        expected = [transformers_s_labels(encoded, row, start, end) for row in range(len(encoded.input_ids))]
+        expected = [transformers_labels(encoded, row, start, end) for row in range(len(encoded.input_ids))]
         windows = context_windows(question, tokenizer, max_length, stride)
         assert [window.ids for window in windows] == encoded.input_ids
         data = labelled_questions([question], tokenizer, max_length, stride)
@@ -129,26 +129,26 @@ def test_windows_are_those_of_transformers(bpe, max_length, stride):
         assert [example.inputs.tolist() for example in data.examples] == encoded.input_ids
         assert [example.labels for example in data.examples] == expected
         assert (data.questions, data.windowed, data.dropped) == (1, int(len(expected) > 1), 0)
-        without += (0, 0) in expected
-        several += sum(labels != (0, 0) for labels in expected) > 1
-    assert (without > 50) == (max_length < 400) and (several > 50) == (stride > 5 and max_length < 400)
+        num_without += (0, 0) in expected
+        num_repeated += sum(labels != (0, 0) for labels in expected) > 1
+    assert (num_without > 50) == (max_length < 400) and (num_repeated > 50) == (stride > 5 and max_length < 400)
 
 
-def test_unanswerable_questions_point_at_the_start(bpe, tmp_path):
-    """In every window; and windows that would not get on are a line with both numbers."""
-    tokenizer, questions = RobertaTokenizer(bpe), read_squad(squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]))
+def test_unanswerable_questions_are_labeled_at_the_start(bpe, tmp_path):
+    """Every window has the label (0, 0). A stride that makes no progress is an error with both numbers."""
+    tokenizer, questions = RobertaTokenizer(bpe), read_squad(save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]))
     data = labelled_questions(questions, tokenizer, 200, 128)
     assert [example.labels == (0, 0) for example in data.examples] == [False, False, True]
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (3, 0, 1, 0)
     data = labelled_questions(questions[2:], tokenizer, 30, 4)
     assert len(data.examples) > 2 and {example.labels for example in data.examples} == {(0, 0)}
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
-    asked = len(tokenizer.encode("How deep?"))
-    for max_length, room in ((30, 30 - asked - 4), (10, 0)):
+    question_length = len(tokenizer.encode("How deep?"))
+    for max_length, room in ((30, 30 - question_length - 4), (10, 0)):
         message = f"question c: {room} of {max_length} tokens are left for the context; --stride {room} must be smaller"
         with pytest.raises(ValueError, match=message):
             labelled_questions(questions[2:], tokenizer, max_length, room)
-    labelled_questions(questions[2:], tokenizer, 30, 30 - asked - 4 - 1)
+    labelled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
 
 
 def test_windows_of_a_question_are_held_out_together():
@@ -163,8 +163,8 @@ def test_windows_of_a_question_are_held_out_together():
 # Answers and scores
 
 
-def test_squad_s_scores():
-    """By hand, after the definitions: case, articles and punctuation are of no account; F1 is of words, at its best."""
+def test_scores_follow_the_official_definition():
+    """Case, articles and punctuation are ignored. F1 is over words, against the best reference answer."""
     for text, answers, exact, f1 in (
         ("The  Panthers!", ["panthers"], 1, 1),
         ("Panther", ["panthers"], 0, 0),
@@ -174,8 +174,8 @@ def test_squad_s_scores():
         ("dog dog", ["dog"], 0, 2 * 1 / (2 + 1)),
         ("red red dog", ["cat", "the red"], 0, 2 * 1 / (3 + 1)),
         ("in 1976, twice", ["twice in 1976"], 0, 1),
-        ("", [], 1, 1),  # unanswerable: right if it is empty
-        ("The.", [], 1, 1),  # as it is for the official script
+        ("", [], 1, 1),  # unanswerable: correct if it is empty
+        ("The.", [], 1, 1),  # as in the official script
         ("x", [], 0, 0),
     ):
         questions = [SquadQuestion("id", "?", "", answers, [0])]
@@ -185,15 +185,15 @@ def test_squad_s_scores():
     assert scores == pytest.approx({"exact_match": 1 / 3, "f1": (1 + 2 / 3) / 3})
 
 
-def test_scores_of_answers_are_those_of_torchmetrics():
+def test_scores_equal_torchmetrics():
     text_metrics = pytest.importorskip("torchmetrics.functional.text")
-    lots, words = random.Random(0), ["the", "The", "red", "Dog!", "a", "dog", "(12)", "km,", "don't", "An"]
+    rng, words = random.Random(0), ["the", "The", "red", "Dog!", "a", "dog", "(12)", "km,", "don't", "An"]
     questions, texts = [], []
     for i in range(300):
-        answers = [" ".join(lots.choices(words, k=lots.randint(1, 4))) for _ in range(lots.randint(1, 3))]
+        answers = [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
         answers = [answer for answer in answers if answer_words(answer)] or ["red"]
         questions.append(SquadQuestion(str(i), "?", "", answers, [0]))
-        texts.append(" ".join(lots.choices(words, k=lots.randint(0, 4))))
+        texts.append(" ".join(rng.choices(words, k=rng.randint(0, 4))))
     expected = text_metrics.squad(
         [{"id": str(i), "prediction_text": text} for i, text in enumerate(texts)],
         [{"id": question.id, "answers": {"text": question.answers}} for question in questions],
@@ -204,20 +204,20 @@ def test_scores_of_answers_are_those_of_torchmetrics():
 
 
 @pytest.mark.parametrize("max_length, stride", [(200, 0), (30, 7)])
-def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
-    """The best of all spans of all windows, by trying each: not of the question, back to front, or too long.
+def test_best_span_equals_exhaustive_search(bpe, tmp_path, monkeypatch, max_length, stride):
+    """Spans that are in the question, end before their start, or are too long do not count.
 
-    None, where <s> is better by more than the threshold, by what it has in the window where it is worst.
+    The answer is empty if the lowest score of <s> over all windows exceeds that of the span by more than the threshold.
     """
-    random_numbers, context = torch.Generator().manual_seed(0), CONTEXT
-    first, _ = read_squad(squad(tmp_path))
+    generator, context = torch.Generator().manual_seed(0), CONTEXT
+    first, _ = read_squad(save_squad(tmp_path))
     windows = context_windows(first, RobertaTokenizer(bpe), max_length, stride)
     assert len(windows) == (1 if max_length == 200 else 4)
-    chosen = set()
+    chosen_windows = set()
     for _ in range(20):
-        found = {tuple(window.ids): torch.randn(len(window.ids), 2, generator=random_numbers) for window in windows}
+        found = {tuple(window.ids): torch.randn(len(window.ids), 2, generator=generator) for window in windows}
         for scores in found.values():
-            scores[1] = 50  # in the question
+            scores[1] = 50  # a token of the question
         monkeypatch.setattr(objective, "span_scores", lambda model, adapter, ids: found[tuple(ids[0].tolist())][None])
         best = (-1e9, None)
         for number, window in enumerate(windows):
@@ -227,12 +227,12 @@ def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
                     score = (scores[window.first + a, 0] + scores[window.first + b, 1]).item()
                     best = max(best, (score, (number, context[begin : window.offsets[b][1]].strip())))
         score, (number, text) = best
-        chosen.add(number)
+        chosen_windows.add(number)
         assert answer_squad(None, None, windows, context, max_answer_length=6) == text != ""
         margin = min(scores[0].sum().item() for scores in found.values()) - score
         assert answer_squad(None, None, windows, context, margin + 1e-4, max_answer_length=6) == text
         assert answer_squad(None, None, windows, context, margin - 1e-4, max_answer_length=6) == ""
-    assert chosen == set(range(len(windows)))
+    assert chosen_windows == set(range(len(windows)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -241,41 +241,41 @@ def test_most_likely_answers(bpe, tmp_path, monkeypatch, max_length, stride):
 OPTIONS = ["--task", "question-answering", "--warmup-epochs", 1, "--val-size", 0, "--lr", 0.1, "--layers", 2]
 
 
-def test_a_run_on_questions(roberta, tmp_path):
-    args = ["--data", squad(tmp_path), "--device", "cpu"]
+def test_training_on_questions(roberta, tmp_path):
+    args = ["--data", save_squad(tmp_path), "--device", "cpu"]
     result = train(*OPTIONS, *args, "--base", roberta, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
     assert result.exit_code == 0, result.output
     trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
-    scores = ask(*trained, *args)
+    scores = evaluate(*trained, *args)
     assert scores.exit_code == 0 and "2 questions: exact match 100.00%, F1 100.00%" in scores.stdout, scores.output
     assert "answerable" not in scores.stdout
-    never = ask(*trained, *args, "--no-answer-threshold", -1e6)
+    never = evaluate(*trained, *args, "--no-answer-threshold", -1e6)
     assert "2 questions: exact match 0.00%, F1 0.00%" in never.stdout, never.output
-    more = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
-    scores = ask(*trained, *more)
+    more = ["--data", save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
+    scores = evaluate(*trained, *more)
     assert "1 unanswerable: exact match 0.00%" in scores.stdout, "all questions that it has seen have an answer"
 
 
-def test_a_run_on_unanswerable_questions_in_windows(roberta, tmp_path):
-    """An adapter says what it was trained on: that there may be no answer, and the stride."""
-    args = ["--data", squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
+def test_training_on_windows_and_unanswerable_questions(roberta, tmp_path):
+    """The adapter file contains the stride and the number of unanswerable questions."""
+    args = ["--data", save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", roberta, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
     result = train(*options, "--out", tmp_path / "run")
-    said = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows, one example per window"
-    assert result.exit_code == 0 and said in result.stderr and "6 examples to train on" in result.stderr, result.output
+    line = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows, one example per window"
+    assert result.exit_code == 0 and line in result.stderr and "6 examples to train on" in result.stderr, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [summary[name] for name in ("questions", "windowed", "unanswerable", "dropped")] == [3, 3, 1, 0]
     file = tmp_path / "run" / "adapter.safetensors"
     with safe_open(file, "pt") as tensors:
         assert (tensors.metadata()["stride"], tensors.metadata()["unanswerable"]) == ("12", "1")
-    scores = ask("--adapter", file, *args, "--out", tmp_path / "answers.json")
+    scores = evaluate("--adapter", file, *args, "--out", tmp_path / "answers.json")
     assert scores.exit_code == 0, scores.output
     assert json.loads((tmp_path / "answers.json").read_text()) == {"a": "12 km", "b": "the sea", "c": ""}
     for kind in ("3 questions", "2 answerable", "1 unanswerable"):
         assert f"{kind}: exact match 100.00%, F1 100.00%" in scores.stdout, scores.output
-    always = ask("--adapter", file, *args, "--no-answer-threshold", 1e6)
+    always = evaluate("--adapter", file, *args, "--no-answer-threshold", 1e6)
     assert "1 unanswerable: exact match 0.00%" in always.stdout and "2 answerable: exact match 100.00%" in always.stdout
-    wide = ask("--adapter", file, *args, "--stride", 40)
+    wide = evaluate("--adapter", file, *args, "--stride", 40)
     assert wide.exit_code == 2 and "squad.json: question a: 32 of 45 tokens are left for the context" in wide.stderr
     assert "--stride 40" in wide.stderr and len(wide.stderr.strip().splitlines()) == 1
     short = train(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)

@@ -1,4 +1,4 @@
-"""The table of tasks: images of examples, training on a task's examples, and adding a task as docs/tasks.md says."""
+"""Tasks: images of examples, training on ScienceQA, files of results, and adding a task as in docs/tasks.md."""
 
 import json
 import re
@@ -38,40 +38,40 @@ def test_missing_images_are_named_or_skipped(problems, tmp_path):
 
 
 class NameEncoder:
-    """Makes a file's name its feature."""
+    """An encoder whose single feature is the number in the file name; it records its calls."""
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def encode(self, paths, cache=None):
-        self.asked.append((list(paths), cache))
+        self.calls.append((list(paths), cache))
         return [torch.tensor([float(path.stem)]) for path in paths]
 
 
-def test_features_belong_to_their_examples():
-    """In whatever order, of whatever class; one image of several examples is encoded once."""
+def test_features_are_attached_to_their_examples():
+    """Order and other fields are kept, and an image of several examples is encoded once."""
     encoder = NameEncoder()
     examples = [Example(f"about {image}", image=image) for image in ("3.jpg", "", "1.jpg", "3.jpg", "2.jpg")]
-    seen = attach_features(examples, "folder", encoder, cache=Path("kept"))
-    assert [None if e.features is None else e.features.item() for e in seen] == [3, None, 1, 3, 2]
-    assert [(e.instruction, e.image) for e in seen] == [(e.instruction, e.image) for e in examples]
-    assert encoder.asked == [([Path("folder/3.jpg"), Path("folder/1.jpg"), Path("folder/2.jpg")], Path("kept"))]
+    attached = attach_features(examples, "folder", encoder, cache=Path("kept"))
+    assert [None if e.features is None else e.features.item() for e in attached] == [3, None, 1, 3, 2]
+    assert [(e.instruction, e.image) for e in attached] == [(e.instruction, e.image) for e in examples]
+    assert encoder.calls == [([Path("folder/3.jpg"), Path("folder/1.jpg"), Path("folder/2.jpg")], Path("kept"))]
     assert all(example.features is None for example in examples)
 
 
-def test_features_of_a_task_s_own_examples(problems, tmp_path):
+def test_features_are_attached_to_examples_of_a_task(problems, tmp_path):
     class Encoder:
         def encode(self, paths, cache=None):
             return [torch.tensor([float(path.parent.name)]) for path in paths]
 
-    seen = attach_features(problems, tmp_path, Encoder())
-    assert [None if problem.features is None else problem.features.item() for problem in seen] == [12, None, 31]
-    assert [problem.choices for problem in seen] == [problem.choices for problem in problems]
+    attached = attach_features(problems, tmp_path, Encoder())
+    assert [None if problem.features is None else problem.features.item() for problem in attached] == [12, None, 31]
+    assert [problem.choices for problem in attached] == [problem.choices for problem in problems]
     assert attach_features(problems[1:2], tmp_path, None) == problems[1:2]  # no image, no encoder
 
 
 def test_training_on_scienceqa(tiny_base, tmp_path):
-    """The right answer's likelihood rises, by the same road as any instruction's."""
+    """Training increases the likelihood of the right answer."""
     path = save_problems(tmp_path)
     args = [
         "--data", path, "--task", "scienceqa", "--base", tiny_base, "--out", tmp_path / "run",
@@ -88,12 +88,12 @@ def test_training_on_scienceqa(tiny_base, tmp_path):
     assert after[1] > before[1] + 1 and after[1] > after[0]
 
 
-def test_results_that_no_task_has_a_say_in(tmp_path, capsys):
+def test_scores_and_results_of_any_task_are_written(tmp_path, capsys):
     examples = [Example("a", name="record 0"), Example("b", name="record 1")]
-    answers = Responses("quiz", None, examples, ["half \ud800", None], "generated", True, "base", 0)
-    write_scores(answers, {"accuracy": 12.5, "of none": None}, tmp_path / "new")
-    shown = capsys.readouterr().out
-    assert "quiz, 2 examples" in shown and re.search(r"accuracy +12\.5000\nof none +-\n", shown)
+    responses = Responses("quiz", None, examples, ["half \ud800", None], "generated", True, "base", 0)
+    write_scores(responses, {"accuracy": 12.5, "of none": None}, tmp_path / "new")
+    printed = capsys.readouterr().out
+    assert "quiz, 2 examples" in printed and re.search(r"accuracy +12\.5000\nof none +-\n", printed)
     assert json.loads((tmp_path / "new" / "scores.json").read_text()) == {
         "accuracy": 12.5, "of none": None, "examples": 2,
     }  # fmt: skip
@@ -107,8 +107,8 @@ def test_results_that_no_task_has_a_say_in(tmp_path, capsys):
             read_responses(results, examples)
 
 
-def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
-    """The file and the line of docs/tasks.md, and both commands have it."""
+def test_task_is_added_by_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
+    """train.py and evaluate.py accept the task after the file and the line of docs/tasks.md are added."""
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     file, line = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "boolq.py").write_text(file)
@@ -116,10 +116,10 @@ def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "boolq", raising=False)
     for name, module in eval(f"{{{line}}}").items():
         monkeypatch.setitem(TASKS, name, module.removeprefix("tasks."))
-    monkeypatch.delitem(sys.modules, "training.options")  # which has read the table
+    monkeypatch.delitem(sys.modules, "training.options")  # it has read the table of tasks
 
     def program(*args):
-        main = runpy.run_path(str(ROOT / args[0]), run_name="fresh")["main"]  # which reads the table anew
+        main = runpy.run_path(str(ROOT / args[0]), run_name="fresh")["main"]  # reads the table again
         return CliRunner().invoke(main, [str(arg) for arg in args[1:]])
 
     data, out = tmp_path / "train.jsonl", tmp_path / "out"
@@ -148,14 +148,14 @@ def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         answers = json.loads((tmp_path / "eval" / "results.json").read_text())
         assert list(answers) == [f"record {i}" for i in range(4)]
-        right = [answers[f"record {i}"].strip().startswith("No" if i % 2 else "Yes") for i in range(4)]
+        correct = [answers[f"record {i}"].strip().startswith("No" if i % 2 else "Yes") for i in range(4)]
         assert json.loads((tmp_path / "eval" / "scores.json").read_text()) == {
-            "accuracy": 25 * sum(right),
+            "accuracy": 25 * sum(correct),
             "examples": 4,
         }
         again = program(*evaluation, "--results", tmp_path / "eval" / "results.json")
         assert again.exit_code == 0 and again.stdout.splitlines()[2:] == result.stdout.splitlines()[2:]
-    assert set(answers.values()) <= {"Yes", "No"}  # chosen
+    assert set(answers.values()) <= {"Yes", "No"}  # with --choose
     assert "Accuracy on BoolQ" in program("evaluate.py", "boolq", "--help").stdout
 
     data.write_text('{"question": "is it", "passage": "It is.", "answer": "yes"}')
@@ -164,5 +164,5 @@ def test_a_task_is_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
         assert result.exit_code == 2 and "train.jsonl: record 0: has no field 'answer'" in result.stderr
 
 
-def test_tasks_without_scores_are_only_trained_on():
+def test_only_instructions_have_no_score():
     assert [name for name in TASKS if load_task(name).score is None] == ["instructions"]

@@ -1,4 +1,4 @@
-"""Several ranks that answer together, each with its part of every layer, say what a process alone says."""
+"""Tensor parallelism: several ranks, each with a part of every layer, give the output of a single process."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import KINDS, Ranks, copy_base, launch, make_adapter, peak_anonymous, said_by, save_hugging_face
+from helpers import KINDS, Ranks, copy_base, launch, make_adapter, peak_anonymous, error_lines, save_hugging_face
 from helpers import save_problems, split_for_parallel
 
 import benchmarks.__main__ as benchmarks
@@ -32,7 +32,7 @@ QUESTIONS = ["Name the number 3.", "Say what is red", "", "Who is it, and since 
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("cut, dim", [(0, 0), (1, 1), (0, 1), (1, 0)], ids=["rows", "columns", "across", "down"])
-def test_a_rank_copies_its_part_of_however_many_files(pieces, ranks, cut, dim):
+def test_rank_copies_its_part_from_any_number_of_files(pieces, ranks, cut, dim):
     whole = torch.arange(24 * 48.0).view(24, 48)
     files = list(whole.chunk(pieces, cut))
     for i, expected in enumerate(whole.chunk(ranks, dim)):
@@ -41,8 +41,8 @@ def test_a_rank_copies_its_part_of_however_many_files(pieces, ranks, cut, dim):
         assert torch.equal(target, expected)
 
 
-def base_of(kind, folder, tiny_base):
-    """Heads, biases, norms of heads as Hugging Face's models have them; or a folder of Meta's in two files."""
+def save_base(kind, folder, tiny_base):
+    """Save a base of this kind in Hugging Face's layout, or one in Meta's layout with two files."""
     if kind != "two files":
         save_hugging_face(folder, tiny_base, **KINDS[kind])
         return folder
@@ -56,36 +56,41 @@ def base_of(kind, folder, tiny_base):
 
 
 def save_adapters(base, folder):
-    """Two of other depths, with open gates, one of them able to see."""
+    """Save a text-only and an image adapter of different depths, with nonzero gates; return their paths."""
     model, _ = load_llama(base)
     config = model.config
     shape = dict(length=5, dim=config.dim, heads=config.n_heads)
-    seeing = ImageAdapter(layers=3, features=6, bottleneck=4, generator=torch.Generator().manual_seed(3), **shape)
-    torch.nn.init.normal_(seeing.gates, generator=torch.Generator().manual_seed(4))
-    for name, adapter in {"plain": make_adapter(model), "seeing": seeing}.items():
+    image_adapter = ImageAdapter(
+        layers=3, features=6, bottleneck=4, generator=torch.Generator().manual_seed(3), **shape
+    )
+    torch.nn.init.normal_(image_adapter.gates, generator=torch.Generator().manual_seed(4))
+    for name, adapter in {"plain": make_adapter(model), "seeing": image_adapter}.items():
         adapter.save(folder / f"{name}.safetensors", base=base, base_layers=config.n_layers)
     return [str(folder / f"{name}.safetensors") for name in ("plain", "seeing")]
 
 
-def asked():
-    """Of both adapters and the base, one of them about an image."""
+def make_requests():
+    """Return requests for both adapters and the base, one of them with an image."""
     names = ["plain", "base", "seeing", "seeing"]
     features = [None, None, None, torch.linspace(-1, 1, 6)]
     return [Request(text, "", *about) for text, *about in zip(QUESTIONS, names, features)]
 
 
 @torch.no_grad()
-def answers_of(base, adapters, bits=None):
-    """Logits after the questions, what is written then, and how many bytes the layers take here."""
+def respond(base, adapters, bits=None):
+    """Return the logits after the prompts, the responses, the shapes of the weights, and the bytes of the layers."""
     torch.set_num_threads(1)
     with inference_ranks():
-        how = {"bits": bits, "decoding": bits is None}  # whether tiny layers are packed would depend on the moment
-        model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, **how)
+        # With bits, whether tiny layers are packed would depend on a measurement, and vary from run to run.
+        options = {"bits": bits, "decoding": bits is None}
+        model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, **options)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
-        tokens, prompts = map(list, zip(*((responder.prompt_ids(r), responder.adaption_prompts(r)) for r in asked())))
+        tokens, adaption_prompts = map(
+            list, zip(*((responder.prompt_ids(r), responder.adaption_prompts(r)) for r in make_requests()))
+        )
         cache = KVCache(model, batch=len(tokens), capacity=100)
-        logits = prefill(model, tokens, concat_adaption_prompts(prompts), cache)
-        texts = responder.respond_batch(asked())
+        logits = prefill(model, tokens, concat_adaption_prompts(adaption_prompts), cache)
+        texts = responder.respond_batch(make_requests())
     shapes = {name: list(weight.shape) for name, weight in model.named_parameters()}
     return logits.tolist(), texts, shapes, held_bytes(model.layers)
 
@@ -93,12 +98,12 @@ def answers_of(base, adapters, bits=None):
 @pytest.mark.parametrize(
     "kind, world", [("mha", 2), ("mha", 4), ("gqa", 2), ("qwen2", 2), ("qwen3", 2), ("two files", 2)]
 )
-def test_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_path):
-    """Adapters of other depths, the base and an image in one batch; on every rank to the last bit."""
-    base = base_of(kind, tmp_path / "base", tiny_base)
+def test_ranks_give_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_path):
+    """Adapters of different depths, the base and an image share a batch; all ranks agree bit for bit."""
+    base = save_base(kind, tmp_path / "base", tiny_base)
     adapters = save_adapters(base, tmp_path)
-    logits, texts, shapes, _ = answers_of(base, adapters)
-    results = Ranks(forks, world, answers_of, base, adapters).results()
+    logits, texts, shapes, _ = respond(base, adapters)
+    results = Ranks(forks, world, respond, base, adapters).results()
     assert all(result[:2] == results[0][:2] for result in results)
     torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(logits), rtol=1e-4, atol=1e-4)
     assert results[0][1] == texts and len(set(texts)) > 1
@@ -110,15 +115,15 @@ def test_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
-    """A part is rounded by itself, so the numbers are near those of the whole, rounded; and take half as much."""
-    base = base_of("mha", tmp_path / "base", tiny_base)
+def test_quantized_parts_are_close_and_small(forks, bits, tiny_base, tmp_path):
+    """Each rank quantizes its part by itself: logits are close to those of the whole, in half the memory."""
+    base = save_base("mha", tmp_path / "base", tiny_base)
     adapters = save_adapters(base, tmp_path)
-    results = Ranks(forks, 2, answers_of, base, adapters, bits).results()
-    logits, held = (torch.tensor(answers_of(base, adapters, bits)[0]), answers_of(base, adapters, bits)[3])
-    exact = torch.tensor(answers_of(base, adapters)[0])
-    ours = torch.tensor(results[0][0])
-    assert results[1][0] == results[0][0] and (ours - exact).norm() < 1.5 * (logits - exact).norm() + 1e-3
+    results = Ranks(forks, 2, respond, base, adapters, bits).results()
+    logits, held = (torch.tensor(respond(base, adapters, bits)[0]), respond(base, adapters, bits)[3])
+    exact = torch.tensor(respond(base, adapters)[0])
+    found = torch.tensor(results[0][0])
+    assert results[1][0] == results[0][0] and (found - exact).norm() < 1.5 * (logits - exact).norm() + 1e-3
     for result in results:
         assert result[3] < 0.6 * held
 
@@ -126,48 +131,48 @@ def test_parts_in_fewer_bits(forks, bits, tiny_base, tmp_path):
 PROGRAMS = {"generate": generate, "evaluate": evaluate, "benchmarks": benchmarks}
 
 
-def say(program, stdin, *args):
-    """A command: its exit code, standard output, standard error."""
+def run_alone(program, stdin, *args):
+    """Run a command in this process; return its exit code, standard output and standard error."""
     result = CliRunner().invoke(PROGRAMS[program].main, list(map(str, args)), input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
-def say_as_rank(program, stdin, args, spoil=None):
-    """The first rank alone is typed to, and has a folder for the answers."""
+def run_as_rank(program, stdin, args, spoil=None):
+    """Run a command as one of several ranks; only the first has standard input and an existing output folder."""
     if os.environ["RANK"] != "0":
         args = [str(arg).replace("two", "nowhere/two") for arg in args]
     launch(PROGRAMS[program].main, args, spoil, stdin or "")
 
 
-def together(forks, world, program, stdin, *args):
-    """The same command on several ranks, of which the others must be silent; what the first said."""
-    first, *others = Ranks(forks, world, say_as_rank, program, stdin, args).results()
+def run_together(forks, world, program, stdin, *args):
+    """Run a command on several ranks, check that only the first prints, and return its exit code and output."""
+    first, *others = Ranks(forks, world, run_as_rank, program, stdin, args).results()
     assert all(code == first[0] and stdout == stderr == "" for code, stdout, stderr in others), others
     return first
 
 
-def test_commands(forks, tiny_base, tiny_adapter, tmp_path):
-    """PROMPT, lines from a pipe that the first rank alone is given, and a file: sampled, and each in one voice."""
+def test_generate_on_ranks_equals_a_single_process(forks, tiny_base, tiny_adapter, tmp_path):
+    """A prompt, piped lines and a file are sampled; only the first rank reads standard input."""
     options = ["--adapter", tiny_adapter, "--device", "cpu", "--max-new-tokens", 6, "--temperature", 1]
     for more, stdin in ((["What?", "--compare"], None), ([], "What?\n\nWho is it?\n")):
-        alone = say("generate", stdin, *options, *more)
-        assert alone[0] == 0 and together(forks, 2, "generate", stdin, *options, *more)[:2] == alone[:2]
+        alone = run_alone("generate", stdin, *options, *more)
+        assert alone[0] == 0 and run_together(forks, 2, "generate", stdin, *options, *more)[:2] == alone[:2]
     file = tmp_path / "asked.jsonl"
     names = ["a", None, "a"]
     file.write_text("".join(json.dumps({"instruction": q, "adapter": a}) + "\n" for q, a in zip(QUESTIONS, names)))
-    say("generate", None, *options, "--prompts", file, "--out", tmp_path / "alone.jsonl")
-    code, _, _ = together(forks, 2, "generate", None, *options, "--prompts", file, "--out", tmp_path / "two.jsonl")
+    run_alone("generate", None, *options, "--prompts", file, "--out", tmp_path / "alone.jsonl")
+    code, _, _ = run_together(forks, 2, "generate", None, *options, "--prompts", file, "--out", tmp_path / "two.jsonl")
     assert code == 0 and read_records(tmp_path / "two.jsonl") == read_records(tmp_path / "alone.jsonl")
 
 
-def test_evaluation(forks, tiny_adapter, tmp_path):
+def test_evaluate_on_ranks_equals_a_single_process(forks, tiny_adapter, tmp_path):
     path = save_problems(tmp_path, image=None)
     args = ["scienceqa", "--data", path, "--adapter", tiny_adapter, "--device", "cpu", "--choose"]
     args += ["--max-new-tokens", 3]
-    alone = say("evaluate", None, *args, "--out", tmp_path / "alone")
-    assert alone[0] == 0 and together(forks, 2, "evaluate", None, *args, "--out", tmp_path / "two")[:2] == alone[:2]
+    alone = run_alone("evaluate", None, *args, "--out", tmp_path / "alone")
+    assert alone[0] == 0 and run_together(forks, 2, "evaluate", None, *args, "--out", tmp_path / "two")[:2] == alone[:2]
     written = {file.name: file.read_text() for file in (tmp_path / "alone").iterdir()}
     assert written and written == {file.name: file.read_text() for file in (tmp_path / "two").iterdir()}
     assert not (tmp_path / "nowhere").exists()
@@ -183,37 +188,37 @@ def test_evaluation(forks, tiny_adapter, tmp_path):
         (["hi", "--adapter", "none.safetensors"], "none.safetensors: no such adapter file"),
     ],
 )
-def test_what_is_wrong_is_said_once(forks, tiny_base, tmp_path, more, message):
+def test_bad_input_is_reported_once(forks, tiny_base, tmp_path, more, message):
     more = [tmp_path / word if word == "out.jsonl" else word for word in more]
-    results = Ranks(forks, 3, say_as_rank, "generate", None, ["--base", tiny_base, *more]).results()
-    (line,) = said_by(results)
+    results = Ranks(forks, 3, run_as_rank, "generate", None, ["--base", tiny_base, *more]).results()
+    (line,) = error_lines(results)
     assert line.startswith(f"error: rank 0: {message}")
     assert results[0][0] == 2 and all(stdout == "" for _, stdout, _ in results)
 
 
-def killed_at_the_fourth_token(_):
-    """Of the second rank."""
-    decode, calls = generate.decode_step, []
+def kill_at_fourth_token(_):
+    """Kill the second rank at its fourth token."""
+    decode_step, calls = generate.decode_step, []
 
-    def dying(*args):
+    def killing_step(*args):
         calls.append(1)
         if len(calls) == 4 and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(*args)
+        return decode_step(*args)
 
-    generate.decode_step = dying
+    generate.decode_step = killing_step
 
 
-def test_a_lost_rank_ends_all(forks, tiny_base):
+def test_lost_rank_ends_all_ranks(forks, tiny_base):
     start = time.monotonic()
     args = ["--base", tiny_base, "--device", "cpu", "--raw", "--max-new-tokens", 500, "hi"]
-    results = Ranks(forks, 2, say_as_rank, "generate", None, args, killed_at_the_fourth_token).results()
-    assert [code for code, _, _ in results] == [-signal.SIGTERM, -signal.SIGKILL]  # torchrun says that it was killed
+    results = Ranks(forks, 2, run_as_rank, "generate", None, args, kill_at_fourth_token).results()
+    assert [code for code, _, _ in results] == [-signal.SIGTERM, -signal.SIGKILL]  # torchrun reports the kill
     assert "Traceback" not in results[0][2] and time.monotonic() - start < 30
 
 
-def without_its_gpu(rank):
-    """There are more ranks than GPUs."""
+def hide_gpu_of_rank_1(rank):
+    """Make the GPU of rank 1 unavailable, as with more ranks than GPUs."""
 
     def fail(*_):
         raise ValueError("device 'cuda:1' is not available")
@@ -222,23 +227,22 @@ def without_its_gpu(rank):
         generate.select_device = fail
 
 
-def test_what_one_rank_alone_cannot_do_is_said(forks, tiny_base):
+def test_error_of_one_rank_is_reported(forks, tiny_base):
     args = ["--base", tiny_base, "--raw", "hi"]
-    results = Ranks(forks, 2, say_as_rank, "generate", None, args, without_its_gpu).results()
-    (line,) = said_by(results)
+    results = Ranks(forks, 2, run_as_rank, "generate", None, args, hide_gpu_of_rank_1).results()
+    (line,) = error_lines(results)
     assert line.startswith("error: rank 1: device 'cuda:1' is not available") and results[1][0] == 2
 
 
-def test_a_weight_of_another_model_is_a_line(tiny_base, tmp_path):
-    """Whatever its name looks like."""
+def test_unexpected_weight_is_a_one_line_error(tiny_base, tmp_path):
     base = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(base / "consolidated.00.pth", weights_only=True) | {"logit_scale": torch.ones(1)}
     torch.save(weights, base / "consolidated.00.pth")
-    code, _, stderr = say("generate", None, "--base", base, "--raw", "hi")
+    code, _, stderr = run_alone("generate", None, "--base", base, "--raw", "hi")
     assert code == 2 and "has a weight logit_scale that a LLaMA does not have" in stderr
 
 
-def load_and_watch(tiny_base, base):
+def measure_loading(tiny_base, base):
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         init_distributed()
@@ -246,29 +250,29 @@ def load_and_watch(tiny_base, base):
     def load(path):
         return load_part_of_rank(path, *read_base(path), torch.float32, CPU)
 
-    load(tiny_base)  # so that the libraries' own memory doesn't count
+    load(tiny_base)  # so that the libraries' own memory is not counted
     model, peak = peak_anonymous(lambda: load(base))
     return held_bytes(model), peak
 
 
-def test_a_rank_needs_memory_for_its_part_alone(forks, tiny_base, large_base):
-    (whole, _), ranks = load_and_watch(tiny_base, large_base), Ranks(forks, 2, load_and_watch, tiny_base, large_base)
+def test_rank_needs_memory_only_for_its_part(forks, tiny_base, large_base):
+    (whole, _), ranks = measure_loading(tiny_base, large_base), Ranks(forks, 2, measure_loading, tiny_base, large_base)
     for size, peak in ranks.results():
         assert size < 0.55 * whole and peak < 1.15 * size
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_models_that_others_trained(forks, data, world):
-    """Of 4 and of 8 key/value heads: the same text, word for word."""
+def test_third_party_models_write_the_same_text(forks, data, world):
+    """The models have 4 and 8 key/value heads."""
     for base in (data / "stories260K", data / "models" / "tinystories3.8M"):
         args = ["--base", base, "--device", "cpu", "--raw", "--greedy", "--max-new-tokens", 16, "Once upon a time"]
-        alone = say("generate", None, *args)
-        assert alone[0] == 0 and together(forks, world, "generate", None, *args)[:2] == alone[:2]
+        alone = run_alone("generate", None, *args)
+        assert alone[0] == 0 and run_together(forks, world, "generate", None, *args)[:2] == alone[:2]
 
 
-def test_what_a_part_takes_is_measured(forks, tiny_base, tmp_path):
+def test_load_benchmark_measures_the_part_of_a_rank(forks, tiny_base, tmp_path):
     args = ["load", "--base", tiny_base, "--device", "cpu", "--new", 3]
-    assert together(forks, 2, "benchmarks", None, *args, "--json", tmp_path / "two.json")[0] == 0
+    assert run_together(forks, 2, "benchmarks", None, *args, "--json", tmp_path / "two.json")[0] == 0
     (found,) = json.loads((tmp_path / "two.json").read_text()).values()
     row = found["rows"][tiny_base.name]
     assert found["ranks"] == 2 and "step_seconds" not in row and row["weights_bytes"] < row["load_bytes"]

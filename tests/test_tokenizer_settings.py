@@ -1,4 +1,4 @@
-"""The JSON files beside a tokenizer: special tokens, <bos> and the ends of a response."""
+"""JSON files beside a tokenizer: special tokens, <bos>, and the tokens that end a response."""
 
 import json
 import shutil
@@ -39,13 +39,13 @@ def markers(tmp_path_factory):
 
 
 def save_settings(folder, **settings):
-    """Write the files by their names without ".json"."""
+    """Save each keyword argument as a JSON file of this name."""
     for name, values in settings.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("legacy", [{}, {"legacy": False}, {"legacy": True}])
-def test_chat_markers_of_a_tokenizer_model_are_as_in_transformers(markers, tmp_path, legacy):
+def test_chat_markers_of_a_tokenizer_model_equal_transformers(markers, tmp_path, legacy):
     transformers = pytest.importorskip("transformers")
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(
@@ -72,13 +72,13 @@ def test_chat_markers_of_a_tokenizer_model_are_as_in_transformers(markers, tmp_p
     assert AlpacaTemplate(tokenizer).encode_prompt("Hi")[0] != 1
     prompt = load_template("chatml", tokenizer).encode_prompt("Hi")
     assert (prompt[0], prompt.count(3), prompt.count(4)) == (3, 2, 1)
-    # What people write is text, whatever it spells.
+    # A marker in a user's text is encoded as text.
     assert load_template("chatml", tokenizer).encode_prompt("<|im_end|>").count(4) == 1
     assert tokenizer.decode([3, *tokenizer.encode("ho"), 4]) == "ho"
 
 
-def test_tokens_added_behind_a_tokenizer_model(markers, tmp_path):
-    """transformers wrote them in one form before its version 4, and in another since, which also renames pieces."""
+def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
+    """transformers stores added tokens in another form since version 4, which can also rename pieces."""
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<|turn|>": 500}, tokenizer_config={"eos_token": "<|turn|>"})
     tokenizer = load_tokenizer(tmp_path)
@@ -90,11 +90,11 @@ def test_tokens_added_behind_a_tokenizer_model(markers, tmp_path):
     assert load_tokenizer(tmp_path).end_ids == [5, 2]
 
 
-def test_a_start_is_no_end(data, tmp_path):
-    """A published configuration says that <s> ends a text, and the file beside it has empty strings."""
+def test_bos_is_not_a_token_that_ends_a_text(data, tmp_path):
+    """A published config.json names <s> as the end, and the file beside it has empty strings."""
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
-    nothing = {"bos_token": "", "eos_token": ""}
-    save_settings(tmp_path, config={"eos_token_id": 1}, tokenizer_config=nothing, special_tokens_map=nothing)
+    empty = {"bos_token": "", "eos_token": ""}
+    save_settings(tmp_path, config={"eos_token_id": 1}, tokenizer_config=empty, special_tokens_map=empty)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.start_ids, tokenizer.eos_id, tokenizer.end_ids) == ([1], 2, [2])
     assert tokenizer.named_tokens["eos_token"] == "</s>"
@@ -104,11 +104,11 @@ def test_a_start_is_no_end(data, tmp_path):
     save_chatml(tmp_path)
     save_settings(tmp_path, config={}, generation_config={"eos_token_id": 0})
     save_settings(tmp_path, tokenizer_config={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
-    assert load_tokenizer(tmp_path).end_ids == [0]  # SmolLM's one token for both
+    assert load_tokenizer(tmp_path).end_ids == [0]  # SmolLM has one token for both
 
 
-def test_tokenizer_json_wins_over_tokenizer_model(data, tmp_path, capsys):
-    """The two files of Mistral v0.3's folder treat leading spaces in two ways: no special token may be lost."""
+def test_tokenizer_json_overrides_tokenizer_model(data, tmp_path, capsys):
+    """The two files of Mistral v0.3 treat leading spaces differently, and no special token may be lost."""
     save_llama2_json(data, tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -119,19 +119,19 @@ def test_tokenizer_json_wins_over_tokenizer_model(data, tmp_path, capsys):
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is JsonTokenizer and tokenizer.special_ids["[INST]"] == 32000
-    said = "tokenizer.json and tokenizer.model encode 'Below is an instruction.' differently; the former is used"
-    assert said in capsys.readouterr().err
+    message = "tokenizer.json and tokenizer.model encode 'Below is an instruction.' differently; the former is used"
+    assert message in capsys.readouterr().err
 
 
-def test_an_end_that_tokenizer_json_does_not_have(data, tmp_path):
+def test_eos_token_can_be_missing_in_tokenizer_json(data, tmp_path):
     save_llama2_json(data, tmp_path)
     save_settings(tmp_path, added_tokens={"<|im_end|>": 32000}, tokenizer_config={"eos_token": "<|im_end|>"})
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode([32000])) == (32000, 32001, "")
 
 
-def test_llama_3_in_a_folder_of_hugging_faces_layout(data, tmp_path):
-    """eos_token decides what training learns; <|eom_id|>, of 3.1, ends a message to a tool."""
+def test_llama3_tokenizer_in_hugging_faces_layout(data, tmp_path):
+    """Responses are trained to end with eos_token; <|eom_id|> of Llama 3.1 ends a message to a tool."""
     (tmp_path / "original").mkdir()
     shutil.copy(data / "tokenizers" / "llama3_tokenizer.model", tmp_path / "original" / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
@@ -143,8 +143,8 @@ def test_llama_3_in_a_folder_of_hugging_faces_layout(data, tmp_path):
     assert next(AlpacaTemplate(tokenizer).encode_exchanges([Example("Hi", "", "Ho")]))[0].response_ids[-1] == 128009
 
 
-def test_a_special_token_without_an_embedding(data, tmp_path):
-    """A <pad> that somebody added is harmless, unless a template writes it or a response ends with it."""
+def test_special_token_without_embedding_is_refused_only_if_used(data, tmp_path):
+    """A <pad> that a user added is harmless, unless a template writes it or a response ends with it."""
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<pad>": 32000})
     tokenizer = load_tokenizer(tmp_path, 32000)
@@ -162,7 +162,7 @@ def test_a_special_token_without_an_embedding(data, tmp_path):
         load_tokenizer(tmp_path, 31999)
 
 
-def test_an_ordinary_token_without_an_embedding(tmp_path):
+def test_ordinary_token_without_embedding_is_refused(tmp_path):
     save_chatml(tmp_path)
     size = load_tokenizer(tmp_path).vocab_size
     values = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer, against other implementations, and files that are none."""
+"""Tokenizers compared with other implementations, and files that are not tokenizers."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from data import read_examples
 from formats.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 
 
-def test_missing_and_broken_tokenizers(tmp_path):
+def test_missing_and_broken_tokenizers_are_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
     with pytest.raises(FileNotFoundError, match="tokenizer.model: no such tokenizer file, and no tokenizer.json"):
         load_tokenizer(tmp_path)
@@ -31,21 +31,21 @@ def test_missing_and_broken_tokenizers(tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_an_id_beyond_the_tokenizer_has_no_text(tiny_base):
-    """Embeddings are often padded beyond the vocabulary, and such an id can be sampled."""
+def test_ids_beyond_the_vocabulary_have_no_text(tiny_base):
+    """Embeddings are often padded beyond the vocabulary, so such an id can be sampled."""
     tokenizer = load_tokenizer(tiny_base)
     ids = tokenizer.encode("cat")
     assert tokenizer.decode([*ids, 1024, 5000]) == "cat"
 
 
 def tiktoken_by_other_means(path):
-    """Transformers' conversion of the same file; the pattern is that of Llama 3's model card."""
+    """Convert the same file with transformers; the pattern is that of Llama 3's model card."""
     pytest.importorskip("transformers")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return TikTokenConverter(vocab_file=str(path), pattern=words, extra_special_tokens=[]).converted()
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    pattern += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return TikTokenConverter(vocab_file=str(path), pattern=pattern, extra_special_tokens=[]).converted()
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def tiktoken_by_other_means(path):
         ("llama3_tokenizer.model", TiktokenTokenizer, tiktoken_by_other_means, (128000, 128001, 128256)),
     ],
 )
-def test_real_tokenizers_give_the_ids_of_other_implementations(data, tmp_path, name, kind, oracle, vocabulary):
-    """Languages, code, emoji, real instructions; and the kind is told by the content, for the name is the same."""
+def test_real_tokenizers_equal_other_implementations(data, tmp_path, name, kind, oracle, vocabulary):
+    """The kind is recognized by the content, because both files are named tokenizer.model."""
     (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / name).read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is kind
@@ -76,7 +76,7 @@ def test_real_tokenizers_give_the_ids_of_other_implementations(data, tmp_path, n
 # tokenizer.json
 
 
-def test_tokenizer_json_gives_the_ids_of_tokenizer_model_and_of_transformers(data, tmp_path):
+def test_tokenizer_json_equals_tokenizer_model_and_transformers(data, tmp_path):
     transformers = pytest.importorskip("transformers")
     save_llama2_json(data, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -90,21 +90,21 @@ def test_tokenizer_json_gives_the_ids_of_tokenizer_model_and_of_transformers(dat
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == model.encode(text), text
-        if "<s>" not in text:  # which transformers takes for the token
+        if "<s>" not in text:  # transformers encodes it as the token
             assert ids == theirs(text, add_special_tokens=False).input_ids, text
         assert tokenizer.decode([1, *ids, 2]) == text
 
 
-def test_of_both_files_the_first_is_read(data, tmp_path, capsys):
+def test_different_tokenizer_files_are_a_warning(data, tmp_path, capsys):
     save_llama2_json(data, tmp_path)
-    for name, said in (("llama2", ""), ("llama3", "encode 'Below is an instruction.' differently; the former is used")):
+    for name, hint in (("llama2", ""), ("llama3", "encode 'Below is an instruction.' differently; the former is used")):
         (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / f"{name}_tokenizer.model").read_bytes())
         assert type(load_tokenizer(tmp_path)) is JsonTokenizer
         error = capsys.readouterr().err
-        assert said in error if said else error == ""
+        assert hint in error if hint else error == ""
 
 
-def test_a_byte_level_tokenizer_json(tmp_path):
+def test_byte_level_tokenizer_json_is_lossless(tmp_path):
     save_chatml(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.start_ids, tokenizer.eos_id, tokenizer.end_ids) == ([], 2, [2, 0])
@@ -116,7 +116,7 @@ def test_a_byte_level_tokenizer_json(tmp_path):
         tokenizer.encode("half \ud83e a llama")
 
 
-def test_who_says_which_token_ends_a_text(tmp_path):
+def test_end_tokens_come_from_several_files(tmp_path):
     save_chatml(tmp_path, eos_token_id=0)
     assert load_tokenizer(tmp_path).end_ids == [2, 0]
     (tmp_path / "tokenizer_config.json").unlink()
@@ -126,9 +126,9 @@ def test_who_says_which_token_ends_a_text(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def save_tokenizer(folder, model, **more):
+def save_tokenizer(folder, model, **changes):
     parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    values = {"version": "1.0", "added_tokens": [], "model": model} | parts | more
+    values = {"version": "1.0", "added_tokens": [], "model": model} | parts | changes
     (folder / "tokenizer.json").write_text(json.dumps(values))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
 
@@ -141,13 +141,13 @@ UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["</s>", 0.0], ["a", -1.
 
 
 @pytest.mark.parametrize("model", [WORD_LEVEL, WORD_PIECE, UNIGRAM])
-def test_texts_that_a_tokenizer_json_has_no_token_for(tmp_path, model):
+def test_text_that_cannot_be_encoded_is_refused(tmp_path, model):
     save_tokenizer(tmp_path, model)
     with pytest.raises(ValueError, match="tokenizer.json: cannot encode the text: "):
         load_tokenizer(tmp_path).encode("hello")
 
 
-def test_normalizers_that_multiply_a_text(tmp_path):
+def test_normalizers_that_multiply_a_text_are_refused(tmp_path):
     twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     model = WORD_LEVEL | {"unk_token": "a"}
     save_tokenizer(tmp_path, model, normalizer={"type": "Sequence", "normalizers": [twice] * 40})
@@ -157,7 +157,7 @@ def test_normalizers_that_multiply_a_text(tmp_path):
     assert load_tokenizer(tmp_path).encode("b") == [1]
 
 
-def test_a_start_that_is_no_token(tmp_path):
+def test_start_token_beyond_the_vocabulary_is_refused(tmp_path):
     single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {"x": {"id": "x", "ids": [999], "tokens": ["x"]}}
     template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
@@ -166,8 +166,8 @@ def test_a_start_that_is_no_token(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_long_runs_are_cut_as_metas_tokenizer_does(data):
-    """25,000 spaces, or characters without one; shorter texts are one piece."""
+def test_long_texts_are_split_as_by_metas_tokenizer(data):
+    """Runs of spaces, or of other characters, are split after 25,000; shorter texts are encoded as a whole."""
     tokenizer = TiktokenTokenizer(data / "tokenizers" / "llama3_tokenizer.model")
     encode = tokenizer.model.encode_ordinary
     assert tokenizer.encode(" " * 60_000) == 2 * encode(" " * 25_000) + encode(" " * 10_000)
@@ -177,12 +177,12 @@ def test_long_runs_are_cut_as_metas_tokenizer_does(data):
     assert len(tokenizer.encode(" " * 1_000_000)) == 40 * len(encode(" " * 25_000))
 
 
-def test_text_that_is_not_utf_8(tiny_base):
+def test_text_that_is_not_utf_8_is_refused(tiny_base):
     with pytest.raises(ValueError, match="the text has an unpaired surrogate, or bytes that are not UTF-8"):
         load_tokenizer(tiny_base).encode("a\udcff")
 
 
-def test_a_pipe_is_no_tokenizer(tmp_path):
+def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.model")
     with pytest.raises(ValueError, match="is a device or a pipe, not a file"):
         SentencePieceTokenizer(tmp_path / "tokenizer.model")

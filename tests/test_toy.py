@@ -1,4 +1,4 @@
-"""The table of what train.py trains on where it is given nothing, and its commands from the options to the tables."""
+"""The toys that train.py uses without --data: their examples, and their commands from the options to the tables."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,18 @@ class Options:
     features: Path | None = None
 
 
-def test_examples_of_each(small_digits, tmp_path):
-    """By their numbers; of pictures those to train on, and for the blind toy the same, without a vision encoder."""
+def test_each_toy_has_its_examples(small_digits, tmp_path):
+    """Examples are numbered. The blind toy has those of the image toy, but no vision encoder."""
     text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
     assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["training"]]
-    seen, options = toys.TOYS["images"].examples(Options(features=tmp_path))
+    with_images, options = toys.TOYS["images"].examples(Options(features=tmp_path))
     folder = Path(options.images)
     assert options == Options(str(tmp_path / "digits"), str(digits.ENCODER), tmp_path)
-    assert [e.name for e in seen] == [f"toy question {i}" for i in range(3 * 20 + len(text))]
-    named = {example.image for example in seen} - {""}
-    assert len(named) == 20 and all((folder / image).is_file() for image in named)
-    assert toys.TOYS["blind"].examples(Options(features=tmp_path)) == (seen, Options(features=tmp_path))
+    assert [e.name for e in with_images] == [f"toy question {i}" for i in range(3 * 20 + len(text))]
+    images = {example.image for example in with_images} - {""}
+    assert len(images) == 20 and all((folder / image).is_file() for image in images)
+    assert toys.TOYS["blind"].examples(Options(features=tmp_path)) == (with_images, Options(features=tmp_path))
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def args(tiny_base, tmp_path):
     ]  # fmt: skip
 
 
-def test_the_commands(args, small_digits, tmp_path, monkeypatch):
-    """train.py --toy images and blind, and evaluate.py toy --with-images, from the options to the tables."""
+def test_image_toys_are_trained_and_evaluated(args, small_digits, tmp_path, monkeypatch):
+    """train.py --toy images, train.py --toy blind and evaluate.py toy --with-images print their tables."""
     held_out = {name: questions[:2] for name, questions in almanac.instructions().items()}
     monkeypatch.setattr(almanac, "instructions", lambda: held_out)
     result = run(*args, "--toy", "images")
@@ -53,7 +53,7 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     assert adapter.metadata["data"] == "toy images" and adapter.metadata["vision_encoder"] == str(digits.ENCODER)
     for column in ("chance", "no image", "image", "another image", "new entities in new wordings", "bit for bit: yes"):
         assert column in result.stdout
-    for option in ("--with-images", "--images"):  # the latter in earlier versions
+    for option in ("--with-images", "--images"):  # --images is the name of earlier versions
         again = CliRunner().invoke(evaluate.main, ["toy", option, "--adapter", str(path), "--device", "cpu"])
         assert again.exit_code == 0 and again.stdout == result.stdout, again.output
 
@@ -63,5 +63,5 @@ def test_the_commands(args, small_digits, tmp_path, monkeypatch):
     both = run(*args, "--toy", "images", "--data", tmp_path / "x.json", "--out", tmp_path / "both")
     assert both.exit_code == 2 and "--toy images brings its own data" in both.stderr
     for option, value in (("--clip", "x"), ("--encoder", "x.py:y"), ("--images", "x"), ("--task", "scienceqa")):
-        needy = run(*args, "--toy", "blind", option, value, "--out", tmp_path / "needy")
-        assert needy.exit_code == 2 and f"{option} needs --data FILE" in needy.stderr
+        refused = run(*args, "--toy", "blind", option, value, "--out", tmp_path / "needy")
+        assert refused.exit_code == 2 and f"{option} needs --data FILE" in refused.stderr

@@ -1,4 +1,4 @@
-"""Gradients, schedule, the run's files, resuming, and what happens to bad input."""
+"""Training: loss and gradients, schedule, the files of a run, resuming, and bad input."""
 
 import inspect
 import json
@@ -30,7 +30,7 @@ from training.run_files import read_metrics
 
 
 def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)), seed=0):
-    """Of unequal lengths, as are their prompts."""
+    """Return examples in which both prompts and responses have unequal lengths."""
     random = torch.Generator().manual_seed(seed)
     examples = []
     for record, (prompt_length, length) in enumerate(lengths):
@@ -40,14 +40,14 @@ def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)
 
 
 def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activations=False):
-    """train_step's loss, with a rate of zero: the gradient is left in the adapter, which stays as it is."""
+    """Return train_step's loss at a learning rate of zero; the gradient stays in the unchanged adapter."""
     optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
     config = TrainConfig(micro_batch_tokens=max_tokens, checkpoint_activations=checkpoint_activations)
     return train_step(model, adapter, optimizer, examples, 0.0, config)
 
 
 def naive_loss(model, adapter, examples):
-    """Mean over all response tokens, one example and one position at a time."""
+    """Return the mean loss of all response tokens, computed one example and one position at a time."""
     losses = []
     for ids, loss_mask, *_ in examples:
         log_probabilities = model(torch.tensor([ids]), adapter())[0].log_softmax(-1)
@@ -59,8 +59,8 @@ def naive_loss(model, adapter, examples):
 @pytest.mark.parametrize("form", [gated_attention, gated_attention_paper])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("max_tokens, checkpointed", [(1, False), (40, True), (10_000, False), (10_000, True)])
-def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, checkpointed, monkeypatch):
-    """Logits in few rows at the response alone, checkpointing, unequal micro-batches: one loss, one gradient."""
+def test_train_step_equals_the_naive_loss_and_gradient(config, form, layers, max_tokens, checkpointed, monkeypatch):
+    """The step uses chunked logits at response tokens, activation checkpointing and unequal micro-batches."""
     monkeypatch.setitem(ROWS, "cpu", 7)
     model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
@@ -78,7 +78,7 @@ def test_fast_step_is_the_plain_one(config, form, layers, max_tokens, checkpoint
 
 
 @pytest.mark.parametrize("ids, number", [([5, 6, 7, 8], 2), ([5, 6], 3), ([5, 6, 7], 1)])
-def test_rows_that_are_all_alike(ids, number):
+def test_equal_rows_give_the_naive_loss_and_gradient(ids, number):
     model = make_model()
     examples = [make_example(ids, 1, 0)] * number
     plain, fast = make_adapter(model), make_adapter(model)
@@ -88,26 +88,26 @@ def test_rows_that_are_all_alike(ids, number):
     torch.testing.assert_close(fast.prompts.grad, plain.prompts.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled_layers_are_the_plain_ones():
-    """And lengths and numbers of rows need no compilation of their own."""
+def test_compiled_layers_equal_eager_layers():
+    """Other lengths and numbers of rows need no recompilation."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
-    plain, compiled = make_model(), make_model()
+    eager, compiled = make_model(), make_model()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_layers(compiled.layers)
     for seed, lengths in enumerate([((3, 9), (4, 12)) * 3, ((6, 31), (3, 9)) * 5]):
-        examples = make_examples(plain.config.vocab_size, lengths, seed)
-        a, b = make_adapter(plain, layers=1), make_adapter(plain, layers=1)
-        loss = loss_and_gradient(plain, a, examples, 10_000)
+        examples = make_examples(eager.config.vocab_size, lengths, seed)
+        a, b = make_adapter(eager, layers=1), make_adapter(eager, layers=1)
+        loss = loss_and_gradient(eager, a, examples, 10_000)
         assert loss_and_gradient(compiled, b, examples, 10_000) == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(b.prompts.grad, a.prompts.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(b.gates.grad, a.gates.grad, rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # below the adapted layer, and it
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one without and one with prompts
 
 
 def test_schedule_reaches_its_rate_and_ends_near_zero():
-    """litgpt 132: warm-up that counts the wrong steps never reaches the rate."""
+    """A warm-up that counts the wrong steps never reaches the peak (litgpt 132)."""
     rates = [learning_rate(step, peak=2.0, warmup=4, total=12) for step in range(12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4:] == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(8)])
@@ -116,7 +116,7 @@ def test_schedule_reaches_its_rate_and_ends_near_zero():
     assert learning_rate(4, peak=1.0, warmup=10, total=5) == 0.5  # a warm-up longer than the run
 
 
-def test_the_gradient_is_clipped_where_that_is_asked_for():
+def test_gradient_is_clipped_only_if_asked():
     model, norms = make_model(), []
     for clip in (None, 0.01, 1e6):
         adapter = make_adapter(model)
@@ -126,7 +126,7 @@ def test_the_gradient_is_clipped_where_that_is_asked_for():
     assert norms[0] == norms[2] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gates_are_not_decayed():
+def test_gates_have_no_weight_decay():
     adapter = make_adapter(make_model())
     optimizer = make_optimizer(adapter, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
@@ -143,7 +143,7 @@ def test_gates_are_not_decayed():
 # The command
 
 
-def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
+def test_run_writes_its_files(args, tiny_base, tmp_path):
     weights = (tiny_base / "consolidated.00.pth").read_bytes()
     result = run(*args)
     assert result.exit_code == 0, result.output
@@ -172,13 +172,13 @@ def test_a_run_leaves_its_files(args, tiny_base, tmp_path):
     adapter = Adapter.load(out / "adapter.safetensors")
     assert adapter.gates.abs().min() > 0
     assert steps[-1]["gate_mean_abs"] == pytest.approx(adapter.gates.tanh().abs().mean().item(), rel=1e-5)
-    known = {"base": str(tiny_base), "base_layers": "3", "data": "forty.json", "examples": "36", "steps": "15"}
-    assert known.items() <= adapter.metadata.items()
+    expected = {"base": str(tiny_base), "base_layers": "3", "data": "forty.json", "examples": "36", "steps": "15"}
+    assert expected.items() <= adapter.metadata.items()
     assert float(adapter.metadata["val_loss_after"]) == summary["val_loss_after"]
 
 
-def test_a_run_uses_the_device_in_its_default_dtype(args, tmp_path, device):
-    """Train on the device: the overview has its index and dtype, and the summary its memory."""
+def test_run_uses_the_device_and_its_default_dtype(args, tmp_path, device):
+    """The device's index and dtype are printed, and the summary has its peak memory."""
     result = run(*args, "--device", device)
     assert result.exit_code == 0, result.output
     where = {"cpu": "cpu in torch.float32", "cuda": "cuda:0 in torch.bfloat16"}[device]
@@ -187,11 +187,11 @@ def test_a_run_uses_the_device_in_its_default_dtype(args, tmp_path, device):
     assert summary["val_loss_after"] < summary["val_loss_before"]
     assert summary["peak_memory_bytes"] > 0
     if device == "cuda":
-        assert summary["peak_memory_bytes"] < 10**9  # of tensors, without the process
+        assert summary["peak_memory_bytes"] < 10**9  # of tensors only, without the process
 
 
-def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
-    """The saved adapter on the base gives the reported validation loss; strength 0 gives the loss before."""
+def test_reported_losses_are_those_of_the_saved_adapter(args, tmp_path, tiny_base):
+    """The saved adapter has the reported loss after training, and with zero gates the loss before training."""
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
@@ -202,7 +202,7 @@ def test_what_is_reported_is_what_the_adapter_does(args, tmp_path, tiny_base):
     assert mean_loss(model, adapter, held_out, TrainConfig()) == pytest.approx(summary["val_loss_before"], rel=1e-5)
 
 
-def test_base_is_untouched_and_only_the_adapter_trains(tiny_base, tmp_path):
+def test_only_the_adapter_is_trained(tiny_base, tmp_path):
     model, _ = load_llama(tiny_base)
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapter = make_adapter(model, layers=1, gates=False)
@@ -216,7 +216,7 @@ def test_base_is_untouched_and_only_the_adapter_trains(tiny_base, tmp_path):
 
 
 def test_no_example_is_both_trained_on_and_held_out():
-    """The authors validate on the first 200 rows that they train on."""
+    """The authors validate on the first 200 examples, on which they also train."""
     examples = make_examples(50, lengths=[(2, 5)] * 30)
     for size, number in ((0, 0), (0.1, 3), (7, 7)):
         training, held_out = hold_out(examples, size, seed=0)
@@ -225,7 +225,7 @@ def test_no_example_is_both_trained_on_and_held_out():
     assert hold_out(examples, 7, seed=0) != hold_out(examples, 7, seed=1)
 
 
-def test_the_schedule_reaches_the_optimizer(args, tmp_path, monkeypatch):
+def test_optimizer_uses_the_scheduled_learning_rate(args, tmp_path, monkeypatch):
     used = []
     step = torch.optim.AdamW.step
 
@@ -242,7 +242,7 @@ def test_the_schedule_reaches_the_optimizer(args, tmp_path, monkeypatch):
     assert logged[:3] == pytest.approx([0.025, 0.05, 0.05])  # half an epoch of 5 steps, rounded to 2
 
 
-def test_every_epoch_has_an_order_of_its_own_and_all_of_the_examples(args, monkeypatch):
+def test_every_epoch_has_all_examples_in_another_order(args, monkeypatch):
     import train
 
     seen = []
@@ -254,17 +254,17 @@ def test_every_epoch_has_an_order_of_its_own_and_all_of_the_examples(args, monke
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_seed_is_that_of_prompts_and_split_too(args, tmp_path):
-    """A rate of zero leaves the prompts as they were drawn."""
-    drawn, first = [], []
+def test_seed_determines_prompts_and_split(args, tmp_path):
+    """At a learning rate of zero, the prompts stay as they were initialized."""
+    prompts, first_losses = [], []
     for seed in (0, 1):
         assert run(*args, "--lr", 0, "--out", tmp_path / str(seed), "--seed", seed).exit_code == 0
-        drawn.append(Adapter.load(tmp_path / str(seed) / "adapter.safetensors").prompts)
-        first.append(read_metrics(tmp_path / str(seed) / "metrics.jsonl")[0]["val_loss"])
-    assert not torch.equal(*drawn) and first[0] != first[1]
+        prompts.append(Adapter.load(tmp_path / str(seed) / "adapter.safetensors").prompts)
+        first_losses.append(read_metrics(tmp_path / str(seed) / "metrics.jsonl")[0]["val_loss"])
+    assert not torch.equal(*prompts) and first_losses[0] != first_losses[1]
 
 
-def test_same_seed_same_adapter(args, tmp_path):
+def test_same_seed_gives_the_same_adapter(args, tmp_path):
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run(*args, "--out", tmp_path / name, "--seed", seed).exit_code == 0
@@ -272,8 +272,8 @@ def test_same_seed_same_adapter(args, tmp_path):
     assert torch.equal(files[0], files[1]) and not torch.equal(files[0], files[2])
 
 
-def same_runs(one, other):
-    """The same adapter, bit for bit, and the same metrics but for the clock."""
+def is_same_run(one, other):
+    """Return whether two runs have equal adapters, bit for bit, and equal metrics except for the speed."""
     summaries = [json.loads((out / "summary.json").read_text()) for out in (one, other)]
     return tensors_and_metrics(one) == tensors_and_metrics(other) and all(
         summaries[0][name] == summaries[1][name] for name in ("tokens", "val_loss_before", "val_loss_after")
@@ -282,7 +282,7 @@ def same_runs(one, other):
 
 @pytest.mark.parametrize("stop_at", [3, 5, 15])
 def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, stop_at):
-    """Data order must not repeat after a resume (nanoGPT 467), the optimizer's state be there (litgpt 1354)."""
+    """Data order must not repeat (nanoGPT 467), and the optimizer's state must be restored (litgpt 1354)."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         stop_after(patch, stop_at)  # within an epoch, at the end of one, at the end of all
@@ -295,11 +295,11 @@ def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, st
     again = run(*args)
     assert again.exit_code == 2 and "unfinished run" in again.stderr
     assert run(*args, "--resume").exit_code == 0
-    assert same_runs(tmp_path / "whole", tmp_path / "run")
+    assert is_same_run(tmp_path / "whole", tmp_path / "run")
     assert "this run is finished" in run(*args, "--resume").stderr
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_second_ctrl_c_stops_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as end, Run(RunOptions(tmp_path / "run")) as run:
         run.in_loop = True
@@ -312,7 +312,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
-    """Let the process be signalled in so many steps from now."""
+    """Send this process a signal during the given step, counted from now."""
     monkeypatch.setattr("train.train_step", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
 
 
@@ -330,7 +330,7 @@ def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
         (["--base", "OTHER"], "base_fingerprint = "),
     ],
 )
-def test_a_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monkeypatch, changes, message):
+def test_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monkeypatch, changes, message):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         assert run(*args).exit_code == 130
@@ -349,8 +349,8 @@ def test_a_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monk
 
 
 @pytest.mark.parametrize("every, last", [(2, 4), (5, 5)])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path, every, last):
-    """kill -9 after a checkpoint, of the end of an epoch, too: what metrics.jsonl has beyond it is made again."""
+def test_killed_run_resumes_from_its_last_checkpoint(args, tmp_path, every, last):
+    """The checkpoint may be at the end of an epoch; later lines of metrics.jsonl are replaced."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     code = (
         "import sys; sys.path.insert(0, 'tests'); import os, train; step, calls = train.train_step, []\n"
@@ -369,7 +369,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(args, tmp_path, every, la
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == last
     assert run(*args, "--save-every", every, "--resume").exit_code == 0
-    assert same_runs(tmp_path / "whole", tmp_path / "run")
+    assert is_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("broken", ["cut", "list", "options", "progress", "shape", "metrics"])
@@ -378,7 +378,7 @@ def test_broken_files_of_a_run_are_named(args, tmp_path, monkeypatch, broken):
         stop_after(patch, 2)
         run(*args)
     path = tmp_path / "run" / "checkpoint.pt"
-    good = torch.load(path, weights_only=True)
+    valid = torch.load(path, weights_only=True)
     if broken == "cut":
         path.write_bytes(path.read_bytes()[:500])
     elif broken == "metrics":
@@ -387,9 +387,9 @@ def test_broken_files_of_a_run_are_named(args, tmp_path, monkeypatch, broken):
     else:
         bad = {
             "list": [1, 2],
-            "options": good | {"options": 7},
-            "progress": good | {"progress": {"step": "2"}},
-            "shape": good | {"adapter": {"prompts": torch.zeros(1), "gates": torch.zeros(1)}},
+            "options": valid | {"options": 7},
+            "progress": valid | {"progress": {"step": "2"}},
+            "shape": valid | {"adapter": {"prompts": torch.zeros(1), "gates": torch.zeros(1)}},
         }
         torch.save(bad[broken], path)
     result = run(*args, "--resume")
@@ -398,8 +398,8 @@ def test_broken_files_of_a_run_are_named(args, tmp_path, monkeypatch, broken):
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_a_real_ctrl_c(args, tmp_path):
-    """The whole process, with a signal from outside."""
+def test_ctrl_c_saves_a_checkpoint(args, tmp_path):
+    """The signal is sent to a separate process."""
     command = [sys.executable, "train.py", *map(str, args), "--epochs", "5000"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -415,12 +415,12 @@ def test_a_real_ctrl_c(args, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args, tmp_path, monkeypatch, broken):
-    """ "Loss is nan, stopping" (OGV 144, 67, 59): ours names the records and keeps what was good."""
+def test_non_finite_values_stop_the_run_and_keep_the_last_adapter(args, tmp_path, monkeypatch, broken):
+    """The authors' code stops with "Loss is nan, stopping" (OGV 144, 67, 59); this error names the records."""
     clip, calls, adapters = torch.nn.utils.clip_grad_norm_, [], []
 
     def spoil(parameters, *more):
-        """What the step looks at before it is taken."""
+        """Record the adapter before every optimizer step, and break the fourth gradient."""
         calls.append(1)
         adapters.append([p.detach().clone() for p in parameters])
         if len(calls) == 4 and broken == "gradient":
@@ -442,7 +442,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
     )
     assert "checkpoint.pt and adapter.safetensors are as of step 3;" in last
     kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
-    assert all(torch.equal(p, good) for p, good in zip(kept.parameters(), adapters[3]))
+    assert all(torch.equal(p, expected) for p, expected in zip(kept.parameters(), adapters[3]))
     assert run(*args, "--resume").exit_code == 0
 
 
@@ -453,7 +453,7 @@ def test_values_that_are_not_finite_stop_the_run_with_the_last_good_adapter(args
         (3e38, "after step 0: the validation loss is nan"),  # finite, but the logits are not
     ],
 )
-def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path, value, message):
+def test_base_with_non_finite_values_stops_the_run(args, tiny_base, tmp_path, value, message):
     folder = copy_base(tiny_base, tmp_path / "nan")
     weights = torch.load(tiny_base / "consolidated.00.pth", weights_only=True)
     weights["norm.weight"][0] = value
@@ -463,15 +463,15 @@ def test_a_base_that_is_broken_stops_the_run(args, tiny_base, tmp_path, value, m
 
 
 @pytest.mark.parametrize("blocked", ["metrics.jsonl", "adapter.safetensors", "curves.png", "summary.json"])
-def test_what_cannot_be_written_is_named(args, tmp_path, blocked):
+def test_file_that_cannot_be_written_is_named(args, tmp_path, blocked):
     (tmp_path / "run" / blocked).mkdir(parents=True)
     result = run(*args)
     assert result.exit_code == 2
     assert blocked in result.stderr.splitlines()[-1] and "Traceback" not in result.output
 
 
-def test_a_full_disk_is_one_line(args, tmp_path):
-    """RLIMIT_FSIZE stands for the full disk: no file may grow over 1 KiB."""
+def test_full_disk_is_a_one_line_error(args, tmp_path):
+    """RLIMIT_FSIZE imitates a full disk: no file may grow beyond 1 KiB."""
     resource = pytest.importorskip("resource")
     del resource
     limited = f"ulimit -f 1; exec {sys.executable} train.py {' '.join(map(str, args))}"
@@ -512,7 +512,7 @@ def test_a_full_disk_is_one_line(args, tmp_path):
         (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(args, tmp_path, more, message):
+def test_bad_input_is_a_one_line_error(args, tmp_path, more, message):
     (tmp_path / "file").write_text("")
     result = run(*args, *(str(arg).replace("FILE", str(tmp_path / "file")) for arg in more))
     assert result.exit_code == 2
@@ -522,7 +522,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, tmp_path, more, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base):
+def test_dropped_and_truncated_examples_are_reported(args, tmp_path, tiny_base):
     records = [{"instruction": "a", "output": "b " * n} for n in (1, 2, 500)]
     records.append({"instruction": "a " * 500, "output": "b"})
     (tmp_path / "mixed.json").write_text(json.dumps(records))
@@ -538,8 +538,8 @@ def test_dropped_and_cut_examples_are_counted_and_said(args, tmp_path, tiny_base
     assert summary["val_loss_after"] is None
 
 
-def test_default_rate_is_the_papers(args, tmp_path):
-    """9e-3 is a base rate, and the rate used is 9e-3 * batch / 256 (OGV 90)."""
+def test_default_learning_rate_is_the_papers(args, tmp_path):
+    """The paper's 9e-3 is a base rate; the learning rate is 9e-3 * batch / 256 (OGV 90)."""
     position = args.index("--lr")
     without = [*args[:position], *args[position + 2 :], "--epochs", 1, "--warmup-epochs", 0]
     for more, blr in (([], 9e-3), (["--blr", 1e-3], 1e-3)):
@@ -547,25 +547,25 @@ def test_default_rate_is_the_papers(args, tmp_path):
         assert read_metrics(tmp_path / "run" / "metrics.jsonl")[1]["lr"] == pytest.approx(blr * 8 / 256)
 
 
-def test_the_embedded_default(tmp_path, monkeypatch, tiny_base):
-    """toy.py's own options, unless others are given, and the examination at the end, on the tiny base."""
+def test_toy_is_trained_and_evaluated_by_default(tmp_path, monkeypatch, tiny_base):
+    """The toy's own options apply unless others are given, and the toy is evaluated at the end."""
     training = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
     monkeypatch.setattr("train.TRAINING", training)
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
-    seen = {}
+    peak_rates = {}
     for name, more in (("own", []), ("given", ["--blr", 1e-3, "--batch-size", 64])):
         result = run("--out", tmp_path / name, "--limit", 64, "--device", "cpu", *more)
         assert result.exit_code == 0, result.output
         assert "new entities in new wordings" in result.stdout
-        seen[name] = max(line["lr"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "lr" in line)
+        peak_rates[name] = max(line["lr"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "lr" in line)
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["trainable_parameters"] == 3 * 10 * 16 + 3 * 2
         assert 0 == summary["heldout_accuracy_base"] <= summary["heldout_accuracy_adapter"] < 1
-    assert seen["own"] == pytest.approx(0.05) and seen["given"] == pytest.approx(1e-3 * 64 / 256)
+    assert peak_rates["own"] == pytest.approx(0.05) and peak_rates["given"] == pytest.approx(1e-3 * 64 / 256)
 
 
-def test_data_without_a_base_says_over_what_it_trains(args, tmp_path, monkeypatch, tiny_base):
-    """The toy's LLaMA learns nothing useful from Alpaca, and people forget --base."""
+def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_base):
+    """Users forget --base, but the toy's LLaMA learns nothing useful from Alpaca."""
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     i = args.index("--base")
     result = run(*args[:i], *args[i + 2 :])
@@ -573,21 +573,21 @@ def test_data_without_a_base_says_over_what_it_trains(args, tmp_path, monkeypatc
     assert "no --base" not in run(*args).stderr
 
 
-def test_the_loop_is_in_sight(args, monkeypatch):
-    """Between the command and the first backward pass are four functions, which train.py shows."""
+def test_four_functions_lead_from_the_command_to_backward(args, monkeypatch):
+    """The functions between the command and the first backward pass are all in train.py."""
     frames = []
 
-    def look(self):
+    def record_frames(self):
         frames.extend(f"{Path(frame.filename).name} {frame.function}" for frame in inspect.stack()[1:])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.Tensor, "backward", look)
+    monkeypatch.setattr(torch.Tensor, "backward", record_frames)
     assert run(*args).exit_code == 130
     ours = [frame for frame in frames if frame.startswith(("train.py", "run.py", "options.py", "cli.py"))]
     assert ours == ["train.py train_step", "train.py training_steps", "train.py train", "train.py main"]
 
 
-def test_real_alpaca_on_a_real_model(data, tmp_path):
+def test_real_model_learns_from_real_alpaca_data(data, tmp_path):
     """stories260K learns the form of real instructions within a few steps."""
     result = run(
         "--base", data / "stories260K", "--data", data / "instructions" / "alpaca_data.json.xz", "--limit", 200,
@@ -600,14 +600,14 @@ def test_real_alpaca_on_a_real_model(data, tmp_path):
     assert summary["val_loss_after"] < summary["val_loss_before"] - 0.1
 
 
-def test_a_base_without_data_is_asked_for_it(args, tiny_base):
+def test_base_without_data_is_an_error(args, tiny_base):
     i = args.index("--data")
     result = run(*args[:i], *args[i + 2 :])
     assert result.exit_code == 2 and "needs --data FILE, or --toy text for the toy's questions" in result.stderr
 
 
-def test_by_default_examples_are_as_long_as_the_base_sees(instructions, tmp_path, data):
-    """And that is said; asking for more is an error."""
+def test_context_length_limits_max_seq_len(instructions, tmp_path, data):
+    """The default is the context length, at most 512 tokens; more than the context is an error."""
     args = ["--base", data / "stories260K", "--data", instructions, "--out", tmp_path / "run", "--epochs", 3]
     result = run(*args, "--limit", 20, "--max-seq-len", 513)
     assert (
@@ -620,7 +620,7 @@ def test_by_default_examples_are_as_long_as_the_base_sees(instructions, tmp_path
 
 
 @pytest.mark.parametrize("more", [["--lr", 3], ["--batch-size", 100000]])
-def test_absurd_learning_rates_are_warned_of(args, more):
+def test_extreme_learning_rate_is_a_warning(args, more):
     i = args.index("--lr")
     result = run(*args[:i], *args[i + 2 :], *more)
     rate = "3 " if "--lr" in more else "3.51562"
@@ -629,8 +629,8 @@ def test_absurd_learning_rates_are_warned_of(args, more):
 
 
 @pytest.mark.parametrize("losses, worse", [([2.0, 1.5, 2.5, 2.125], True), ([2.0, 2.5, 2.5, 1.9], False)])
-def test_an_adapter_that_is_worse_than_none_is_warned_of(args, monkeypatch, losses, worse):
-    """As --lr 1000 makes it on real text; the random base here gets better by anything."""
+def test_adapter_that_increases_the_loss_is_a_warning(args, monkeypatch, losses, worse):
+    """This happens on real text with --lr 1000; the losses are fake, because any training helps the random base."""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
     warning = "warning: the validation loss is 2.1250, before training it was 2.0000: the adapter does harm"

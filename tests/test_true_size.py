@@ -1,4 +1,4 @@
-"""python -m benchmarks checkpoint and load, on shapes that a test can hold."""
+"""python -m benchmarks checkpoint and load, with small shapes."""
 
 import json
 from dataclasses import replace
@@ -19,8 +19,8 @@ def run(*args):
 
 
 @pytest.fixture
-def written(tiny_base, tmp_path, monkeypatch):
-    """A checkpoint of a shape that stands in for TinyLlama's, in three shards."""
+def checkpoint(tiny_base, tmp_path, monkeypatch):
+    """A checkpoint in several shards, with a small shape in place of TinyLlama's."""
     shape = replace(CONFIGS["wide"], vocab_size=1100, dim=64, hidden_dim=96, norm_eps=2e-5, rope_theta=7e4)
     shape = replace(shape, rope_factors=llama3_rope_factors(12, 7e4, 32.0), max_seq_len=300)
     monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", shape)
@@ -33,13 +33,14 @@ def written(tiny_base, tmp_path, monkeypatch):
     return shape, tmp_path / "base", result.stdout
 
 
-def test_a_checkpoint_is_of_the_shape_that_was_asked_for(written):
-    shape, folder, said = written
+def test_checkpoint_has_the_requested_shape(checkpoint):
+    shape, folder, printed = checkpoint
     model, _ = load_llama(folder, torch.bfloat16)
     assert model.config == shape
     shards = sorted(folder.glob("*.safetensors"))
     assert (
-        len(shards) > 1 and f"wrote {sum(file.stat().st_size for file in shards):,} bytes in {len(shards)} sh" in said
+        len(shards) > 1
+        and f"wrote {sum(file.stat().st_size for file in shards):,} bytes in {len(shards)} sh" in printed
     )
     weights = torch.cat([weight.flatten() for name, weight in model.named_parameters() if "norm" not in name]).float()
     assert weights.std().item() == pytest.approx(0.02, rel=0.02) and weights.mean().abs() < 1e-3
@@ -47,8 +48,8 @@ def test_a_checkpoint_is_of_the_shape_that_was_asked_for(written):
 
 
 @pytest.mark.parametrize("bits", [None, "8", "4"])
-def test_what_a_base_takes_is_measured(written, tmp_path, bits):
-    args = ["load", "--base", written[1], "--tokens", 16, "--new", 3, "--device", "cpu", "--dtype", "bfloat16"]
+def test_load_measures_time_and_memory(checkpoint, tmp_path, bits):
+    args = ["load", "--base", checkpoint[1], "--tokens", 16, "--new", 3, "--device", "cpu", "--dtype", "bfloat16"]
     result = run(*args, *(["--bits", bits] if bits else []), "--json", tmp_path / "a.json")
     assert result.exit_code == 0, result.output
     (found,) = json.loads((tmp_path / "a.json").read_text()).values()
