@@ -87,9 +87,9 @@ def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=F
 def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """Equivalent to `gated_attention_paper`, with two fused attentions that do not store the weights.
 
-    With g the gate value, A and W the softmax over prompts and tokens: [g A ; W] [vp ; v] = g (A vp) + W v. With a zero
-    gate the result is bit for bit that of the frozen layer; that of `gated_attention_paper` is equal
-    up to rounding.
+    Let g be the gate value, and A and W the softmax over prompts and tokens: [g A ; W] [vp ; v] = g (A vp) + W v. With
+    a zero gate the result is bit for bit that of the frozen layer; in `gated_attention_paper` it is equal up to
+    rounding.
     """
     prompt_term = prompt_attention(q, prompt_k, prompt_v, gate)  # g A vp (B, H, T, D)
     return attend(q, k, v, mask, causal) + prompt_term
@@ -107,9 +107,9 @@ ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the v
 class Adapter(nn.Module):
     """The trainable parameters: K adaption prompts and H gates for each of the topmost L layers.
 
-    L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30, in float32 for any dtype
-    of the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized from
-    a standard normal distribution, gates to zero. `metadata` (str to str) is stored in the safetensors file.
+    There are L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30. They are float32 for any dtype of
+    the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized from a standard normal
+    distribution, gates to zero. `metadata` (str to str) is stored in the safetensors file.
     """
 
     # The published implementations disagree on the activation of the gate: docs/method.md.
@@ -151,7 +151,7 @@ class Adapter(nn.Module):
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
-        """Raise ValueError if the adapter does not fit a base of these dimensions; the message has both numbers."""
+        """Raise ValueError if the adapter does not fit a base of these dimensions; the message states both numbers."""
         base = {"layers": layers, "dim": dim, "heads": heads}
         made_for = {"dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
         made_for["layers"] = int(self.metadata.get("base_layers", layers))
@@ -162,7 +162,7 @@ class Adapter(nn.Module):
             raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, the base has {layers} layers")
 
     def save(self, path: str | Path, **metadata) -> None:
-        """Add to the metadata, and write the adapter file atomically."""
+        """Add `metadata` to that of the adapter, and write the adapter file atomically."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
             "format": "llama-adapter",
@@ -176,7 +176,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Load an adapter file, strictly. `formats.adapters.load_adapter` also explains what is wrong with a file."""
+        """Load an adapter file, strictly. `formats.adapters.load_adapter` also explains why a file is invalid."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls.from_tensors(tensors, file.metadata())
@@ -185,7 +185,7 @@ class Adapter(nn.Module):
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
         """Build an adapter from the content of its file. Every tensor must have the expected shape.
 
-        A subclass passes its constructor's `extra` arguments, inferred from the tensors.
+        `extra` are further constructor arguments of a subclass, which it infers from the tensors.
         """
         layers, length, dim = tensors["prompts"].shape
         heads = tensors["gates"].shape[1]

@@ -1,4 +1,4 @@
-"""Look into adapters, and exchange them with other implementations: python convert.py show|import|export."""
+"""Inspect adapters, and exchange them with other implementations: python convert.py show|import|export."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from training.curves import draw_gates
 
 
 def adapter_summary(adapter: Adapter) -> str:
-    """Shape, gates and metadata in lines, and the gates drawn as text: a row a layer, topmost first, a mark a head."""
+    """Return the shape, gates and metadata of an adapter in lines, and a text plot of its gates.
+
+    The plot has one row per layer, topmost first, and one character per head.
+    """
     (layers, length, dim), heads = adapter.prompts.shape, adapter.gates.shape[1]
     gates = adapter.gate_values().detach().abs()
     lines = {
@@ -22,8 +25,8 @@ def adapter_summary(adapter: Adapter) -> str:
         "parameters": f"{sum(p.numel() for p in adapter.parameters()):,}",
         "gates": f"{adapter.gate_activation}, absolute value {gates.mean():.4f} (mean), {gates.max():.4f} (max)",
     }
-    known = {"format", "version", "base_dim", "base_heads", "gate_activation"}
-    lines |= {name: value for name, value in sorted(adapter.metadata.items()) if name not in known}
+    omitted = {"format", "version", "base_dim", "base_heads", "gate_activation"}
+    lines |= {name: value for name, value in sorted(adapter.metadata.items()) if name not in omitted}
     text = [printable(f"{name + ':':26}{value}") for name, value in lines.items()]
     marks, largest = " .:-=+*#%@", gates.max().clamp(min=1e-12)
     first = int(adapter.metadata.get("base_layers", layers)) - layers
@@ -36,16 +39,18 @@ def adapter_summary(adapter: Adapter) -> str:
 
 @click.group(context_settings={"show_default": True})
 def main():
-    """Look into adapters, and exchange them with other implementations."""
+    """Inspect adapters, and exchange them with other implementations."""
 
 
 def reading_options(command):
-    """What files of others leave unsaid."""
+    """Add the options that supply what third-party files do not state."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
-        click.option("--heads", type=click.IntRange(1), help="H of the base, where a file has one gate for all heads."),
-        click.option("--gate", type=activations, help="Of the authors' files.  [default: docs/adapters.md]"),
-        click.option("--length", type=click.IntRange(1), default=10, help="K of the authors' files."),
+        click.option("--heads", type=click.IntRange(1), help="Heads of the base, if the file has one gate per layer."),
+        click.option(
+            "--gate", type=activations, help="Gate activation of an authors' file.  [default: see docs/adapters.md]"
+        ),
+        click.option("--length", type=click.IntRange(1), default=10, help="Prompts per layer, K, of an authors' file."),
     ]
     for option in options:
         command = option(command)
@@ -54,10 +59,10 @@ def reading_options(command):
 
 @main.command("show")
 @click.argument("path", type=click.Path())
-@click.option("--png", type=click.Path(path_type=Path), help="Draw the gates to this file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Plot the gates to this PNG file.")
 @reading_options
 def show_adapter(path, png, **reading):
-    """Print an adapter's shape, record and gates."""
+    """Print an adapter's shape, metadata and gates."""
     with one_line_errors():
         adapter = load_adapter(path, **reading)
         click.echo(adapter_summary(adapter))
@@ -73,9 +78,9 @@ def show_adapter(path, png, **reading):
 @click.argument("out", type=click.Path())
 @reading_options
 def import_adapter(path, out, **reading):
-    """Write another's adapter as a file of ours.
+    """Convert a third-party adapter to this project's format.
 
-    Of the authors, lit-llama, litgpt or PEFT.
+    The file may be from the authors' code, lit-llama, litgpt or PEFT.
     """
     with one_line_errors():
         require_writable(out)
@@ -91,7 +96,8 @@ def import_adapter(path, out, **reading):
 def export_adapter(path, folder, **reading):
     """Write an adapter as PEFT's AdaptionPrompt.
 
-    Only where all gates of a layer are equal: PEFT has one gate for all heads, and a trained adapter's differ.
+    This works only if all gates of a layer are equal, because PEFT has one gate for all heads. Those of a trained
+    adapter differ.
     """
     with one_line_errors():
         write_peft(load_adapter(path, **reading), folder)

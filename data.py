@@ -33,7 +33,7 @@ ALPACA = {
 
 
 class Turn(NamedTuple):
-    """One message of a conversation; the first may be a system message, then user and assistant alternate."""
+    """A message of a conversation. The first may be a system message; then user and assistant alternate."""
 
     role: str
     content: str
@@ -42,14 +42,14 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One record of a data file. A task may add fields in a subclass; see tasks/."""
+    """A record of a data file. A task may add fields in a subclass; see tasks/."""
 
     instruction: str = ""
     input: str = ""
     output: str = ""
     image: str = ""  # the file name of its image, video or sound, if it has one
     name: str = ""  # a label for error messages, such as "record 3"
-    turns: tuple[Turn, ...] = ()  # a conversation; one of two turns is also stored as instruction and output
+    turns: tuple[Turn, ...] = ()  # a conversation; if it has two turns, they are also in instruction and output
     features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of its image
 
 
@@ -59,7 +59,7 @@ class Request(NamedTuple):
     instruction: str
     input: str = ""
     adapter: str = "base"  # the name of the adapter that responds
-    features: Tensor | None = None  # (F,), of its image, if it has one
+    features: Tensor | None = None  # (F,), features of its image, if it has one
     history: Sequence[Turn] = ()  # earlier turns
 
 
@@ -67,7 +67,7 @@ class TokenizedExample(NamedTuple):
     """The token ids of one example."""
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
-    loss_mask: list[bool]  # True for the tokens of responses, each with its <eos>
+    loss_mask: list[bool]  # True for the tokens of responses, including their <eos>
     name: str  # label of the example, for error messages
     features: Tensor | None = None  # (F,), features of its image
 
@@ -78,7 +78,7 @@ class TokenizedExample(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """The number of target tokens, which the loss is a mean over."""
+        """The number of target tokens, over which the loss is averaged."""
         return sum(self.loss_mask)
 
 
@@ -87,36 +87,36 @@ class Batch(NamedTuple):
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORE at prompts and padding
-    features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has one
+    features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has an image
     has_image: Tensor | None = None  # (B,)
 
 
 class Tokenizer(Protocol):
     """The interface of all tokenizers."""
 
-    start_ids: list[int]  # <bos>, or none
+    start_ids: list[int]  # <bos>, or empty
     eos_id: int  # ends a response in training
     end_ids: list[int]  # any of them ends a response in generation
-    vocab_size: int  # ids from here on have no embedding
+    vocab_size: int  # all ids are smaller
     special_ids: dict[str, int]  # ids of the special tokens by their text
-    named_tokens: dict[str, str]  # the texts of "bos_token" and "eos_token"
+    named_tokens: dict[str, str]  # texts of the named special tokens, such as "bos_token" and "eos_token"
     chat_template: str | None  # the base's own Jinja template
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
         """Return the ids of the text, without <bos> and <eos>.
 
         `preceding` is the special token before the text, if any; some tokenizers then omit a leading space. Raises
-        ValueError at an unpaired surrogate.
+        ValueError if the text has an unpaired surrogate.
         """
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of the ids. Ids beyond the vocabulary, which padded embeddings can produce, have no text."""
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of a special token's text; None if there is no such token."""
+        """Return the id of the special token with this text; None if there is no such token."""
 
     def token_text(self, id: int) -> str | None:
-        """Return the text that a token is known by."""
+        """Return the entry of a token in the vocabulary; None if it has none."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -128,8 +128,8 @@ def read_examples(path: str | Path) -> list[Example]:
 def read_records(path: str | Path) -> list:
     """Read the values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError naming the line."""
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
-        cure = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
-        raise ValueError(f"{path}: is not JSON; convert it: {cure}")
+        conversion = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
+        raise ValueError(f"{path}: is not JSON; convert it: {conversion}")
     text = read_text(path)
     if text.lstrip().startswith("["):
         records = parse_json(text, path)
@@ -140,24 +140,28 @@ def read_records(path: str | Path) -> list:
         except ValueError as error:
             records = [parse_whole(text, path, error)]
     if not records:
-        raise ValueError(f"{path}: holds no examples")
+        raise ValueError(f"{path}: contains no examples")
     if len(records) == 1 and isinstance(records[0], dict) and "instruction" not in records[0]:
         for key, value in records[0].items():
             if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) > 2 for item in value):
-                raise ValueError(f"{path}: is one object, whose key {key!r} holds {len(value)} records: give that list")
+                raise ValueError(
+                    f"{path}: is one object, whose key {key!r} contains {len(value)} records; "
+                    f"the file must contain this list only"
+                )
     return records
 
 
 def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
-    """Return the value of a text that is one object over several lines.
+    """Return the value of a text that is one JSON object over several lines.
 
-    Otherwise raises `error`, which its lines have caused, or ValueError if only the brackets of a list are missing.
+    If it is not, raise `error`, which was raised for one of its lines, or ValueError if only the brackets of a list
+    are missing.
     """
     with suppress(ValueError):
         return parse_json(text, path)
     with suppress(ValueError):
         records = parse_json(f"[{text.strip().removesuffix(',')}]", path)
-        error = ValueError(f"{path}: holds {len(records)} records without the brackets of a list, [ and ]")
+        error = ValueError(f"{path}: contains {len(records)} records without the brackets of a list, [ and ]")
     raise error from None
 
 
@@ -166,18 +170,18 @@ def check_record(
 ) -> Example:
     """Check one JSON value and return an Example. Error messages begin with path and name ("record 3", from 0).
 
-    Reads the needed fields, `input`, and one of `image`, `video` and `audio`, and ignores all others.
+    The fields `needed`, `input`, and one of `image`, `video` and `audio` are read; all others are ignored.
     """
     where = f"{path}: {name}"
     if not isinstance(record, dict):
-        wanted = " and ".join(map(repr, needed))
-        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {wanted}")
-    for needed_field in needed:
-        if needed_field not in record:
-            has = ", ".join(map(repr, record)) or "nothing"
-            raise ValueError(f"{where}: has no field {needed_field!r} (it has: {has})")
+        expected = " and ".join(map(repr, needed))
+        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {expected}")
+    for key in needed:
+        if key not in record:
+            present = ", ".join(map(repr, record)) or "nothing"
+            raise ValueError(f"{where}: has no field {key!r} (it has: {present})")
     fields = {key: record[key] for key in (*needed, "input", *MEDIA) if key in record}
-    if fields.get("input", "") is None:  # as if it were absent
+    if fields.get("input", "") is None:  # null is the same as no input
         del fields["input"]
     for key, value in fields.items():
         check_text(value, where, key)
@@ -198,7 +202,7 @@ def check_text(value: object, where: str, name: str) -> None:
 
 
 def require_utf8(text: str) -> str:
-    """Return the text. Raises ValueError at an unpaired surrogate, which also stands for a byte that is not UTF-8."""
+    """Return the text. Raises ValueError at an unpaired surrogate, which may also represent an invalid UTF-8 byte."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the text has an unpaired surrogate, or bytes that are not UTF-8")
     return text
@@ -246,8 +250,10 @@ class AlpacaTemplate(Template):
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
             if example.turns and not example.output:
-                wanted = "alpaca takes one instruction and its response: --template auto, llama-2, llama-3 or chatml"
-                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {wanted}")
+                expected = (
+                    "alpaca takes one instruction and its response; use --template auto, llama-2, llama-3 or chatml"
+                )
+                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {expected}")
             response_ids = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
             yield [Exchange(self.encode_prompt(example.instruction, example.input), response_ids)]
 
@@ -287,7 +293,7 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
         raise ValueError("no example leaves room for a response in --max-seq-len tokens")
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
-        raise ValueError(f"--val-size holds out {number} of the {len(examples)} examples that fit: none is left")
+        raise ValueError(f"--val-size holds out {number} of the {len(examples)} examples: none is left to train on")
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in order[number:]], [examples[i] for i in order[:number]]
 
@@ -325,7 +331,7 @@ MICRO_BATCH_TOKENS = 8192
 
 
 def group_by_length(examples: Sequence, max_tokens: int | None = None) -> list[list]:
-    """Group the examples, shortest first, so that a padded group has at most `max_tokens` positions, or one example.
+    """Group the examples, shortest first. A padded group has at most `max_tokens` positions, or only one example.
 
     `max_tokens` is 8,192 by default.
     """
@@ -343,7 +349,7 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Pad the examples to a batch, where targets[b, t] is the token after inputs[b, t].
 
     The target is IGNORE at prompts and padding. The padding is on the right, where causal attention never sees it, so
-    its id does not matter. An empty list returns a batch of one position whose target is IGNORE.
+    its id does not matter. For an empty list, the batch is one position whose target is IGNORE.
     """
     if not examples:
         return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))
@@ -355,9 +361,9 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
         loss_mask = torch.tensor(example.loss_mask)
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = ids[1:].where(loss_mask[1:], IGNORE)
-    known = [example.features for example in examples if example.features is not None]
-    if not known:
+    given = [example.features for example in examples if example.features is not None]
+    if not given:
         return Batch(inputs, targets)
-    features = [torch.zeros_like(known[0]) if example.features is None else example.features for example in examples]
+    features = [torch.zeros_like(given[0]) if example.features is None else example.features for example in examples]
     has_image = [example.features is not None for example in examples]
     return Batch(inputs, targets, torch.stack(features), torch.tensor(has_image))

@@ -1,6 +1,6 @@
-"""Score an adapter, or a base without any: python evaluate.py scienceqa --data problems.json --adapter FILE.
+"""Score an adapter, or a base alone: python evaluate.py scienceqa --data problems.json --adapter FILE.
 
-There is a command for every task of tasks/ that has scores, and `toy`, for the embedded default.
+There is a command for every task in tasks/ that has scores, the command `toy` for the embedded default, and `harness`.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from tasks.images import attach_features, with_images
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What the command of a task was told."""
+    """The options of a task's command."""
 
     data: Path
     out: Path
@@ -40,7 +40,7 @@ class EvalConfig:
     encoder: str | None
     skip_missing: bool
     limit: int | None
-    results: Path | None  # responses that somebody gave
+    results: Path | None  # a file of responses to score, without running a model
     batch_size: int
     adapter_path: str | None
     base: str | None
@@ -53,14 +53,17 @@ class EvalConfig:
 
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
-    """Read examples, respond to them or read responses, score, and write the results. Raises OSError or ValueError."""
+    """Score responses to the examples of a task, and write the results. The responses are generated or read.
+
+    Raises OSError or ValueError.
+    """
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
     examples = read(config.data, images=config.images, split=config.split)[: config.limit]
     if config.results is None:
         responses = respond(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
-        raise ValueError("--results has the responses: no --adapter, --base or --choose beside it")
+        raise ValueError("--results contains the responses: omit --adapter, --base and --choose")
     else:
         read = task.read_responses or read_responses
         texts, method = read(config.results, examples), f"as in {config.results}"
@@ -71,14 +74,14 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
-    """Respond greedily, by a base with an adapter or without. Raises OSError or ValueError."""
+    """Respond to the examples greedily, with the adapter or the base alone. Raises OSError or ValueError."""
     if config.choose and config.compile:
-        raise ValueError("--compile is for responses that are generated: omit it, or --choose")
+        raise ValueError("--compile is for generated responses: omit it, or --choose")
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
-    how = {"bits": config.bits, "compiled": config.compile}
-    how["decoding"] = not config.choose  # the most likely options are scored, without decoding
-    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, **how)
+    loading = {"bits": config.bits, "compiled": config.compile}
+    loading["decoding"] = not config.choose  # --choose scores the options, without decoding
+    model, tokenizer, adapters = load_with_adapters(paths, config.base, device, dtype, **loading)
     responder = Responder(model, tokenizer, adapters, max_new_tokens=config.max_new_tokens, compiled=config.compile)
     model_name, adapter = next(iter(adapters.items()), ("base", None))
     if isinstance(adapter, ImageAdapter):
@@ -91,7 +94,7 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
             encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
             examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
-        raise ValueError(f"{name} need an adapter with a projection, one that was trained on images")
+        raise ValueError(f"the task {name} needs an adapter with a projection, one that was trained on images")
     elif config.vision_encoder or config.encoder:
         raise ValueError("--clip or --encoder needs an adapter with a projection, one that was trained on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
@@ -109,7 +112,7 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
 # The commands
 
 base_options = [
-    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter names]"),
+    option("--base", type=click.Path(), help="The base model.  [default: the one named in the adapter file]"),
     *device_options,
     *bits_options,
 ]
@@ -120,9 +123,9 @@ model_options = option_group(
 )
 image_options = option_group(
     "Images",
-    option("--images", type=PATH, help="Where the images are.  [default: beside the data]"),
+    option("--images", type=PATH, help="The folder of the images.  [default: the data's folder]"),
     *encoder_options,
-    option("--skip-missing", is_flag=True, help="Leave out what has an image that is not there."),
+    option("--skip-missing", is_flag=True, help="Skip examples whose image is missing."),
 )
 
 
@@ -147,13 +150,13 @@ class TaskCommands(click.Group):
 
 @click.group(cls=TaskCommands, context_settings={"show_default": True})
 def main():
-    """Score an adapter, or a base without any."""
+    """Score an adapter, or a base alone."""
 
 
 def task_command(name: str, task: Task) -> click.Command:
-    """The command of a task that has scores, with options for all that the task offers."""
-    choose_help = "Take the most likely option; otherwise generate and parse."
-    split = [option("--split", default=task.split, help="Which part of the data.")] if task.split else []
+    """Create the command of a task that has scores, with the options that the task supports."""
+    choose_help = "Choose the most likely option, instead of generating and parsing a response."
+    split = [option("--split", default=task.split, help="The split of the data to score.")] if task.split else []
     choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
 
     @cloup.command(name, help=inspect.getdoc(task.score), context_settings={"show_default": True})
@@ -161,16 +164,16 @@ def task_command(name: str, task: Task) -> click.Command:
         "Data",
         option("--data", type=PATH, required=True, help=task.data_help),
         *split,
-        option("--limit", type=Count(), help="Ask only about the first so many."),
-        option("--results", type=PATH, help="Score the responses of this file; no model runs."),
+        option("--limit", type=Count(), help="Use only this many examples, from the beginning."),
+        option("--results", type=PATH, help="Score the responses in this file, without running a model."),
     )
     @model_options
     @image_options
     @option_group(
         "Responses",
         *choose,
-        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Tokens of a response, at most."),
-        option("--batch-size", type=Count(), default=64, help="Asked at once."),
+        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Maximum tokens of a response."),
+        option("--batch-size", type=Count(), default=64, help="Number of prompts, or options, per batch."),
         compile_option,
         option("--out", type=PATH, default=f"out-{name}", help="Folder for responses and scores."),
     )
@@ -191,13 +194,13 @@ def task_command(name: str, task: Task) -> click.Command:
 )
 @option_group(
     "Data",
-    option("--with-images", is_flag=True, help="Ask about held-out images of digits, too."),
+    option("--with-images", is_flag=True, help="Score questions about held-out images of digits, too."),
     option("--images", "with_images", is_flag=True, hidden=True),  # its name in earlier versions
 )
 def evaluate_toy(adapter_path, with_images, base, device, dtype, bits):
-    """Ask the toy's held-out questions.
+    """Score answers to the toy's held-out questions.
 
-    Of the base alone, and of the base with the adapter.
+    The base alone and the base with the adapter are compared.
     """
     from toy import exam
 
@@ -220,32 +223,39 @@ def at_commas(ctx, param, value: str) -> list[str]:
         "--tasks",
         required=True,
         callback=at_commas,
-        help="Of the harness, separated by commas; or files, TASK.yaml.",
+        help="Names of the harness's tasks, or files TASK.yaml, separated by commas.",
     ),
-    option("--include-path", "include", type=PATH, help="A folder with tasks of your own."),
-    option("--num-fewshot", type=Count(0), help="Examples before each question.  [default: the task's]"),
-    option("--limit", type=Count(), help="Ask only the first so many of every task."),
-    option("--template", type=click.Choice(NAMES), help="Write the prompts in it.  [default: as they are]"),
+    option("--include-path", "include", type=PATH, help="A folder with further tasks."),
+    option("--num-fewshot", type=Count(0), help="Number of examples in each prompt.  [default: the task's]"),
+    option("--limit", type=Count(), help="Use only this many examples of each task, from the beginning."),
+    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: none]"),
     *ending_options,
 )
 @adapter_options
 @option_group(
     "Columns",
-    option("--strength", "strengths", type=Real(0, 1e3), multiple=True, default=[1.0], help="Repeatable, too."),
-    option("--compare", is_flag=True, help="And the base alone.  [default: where there is no adapter]"),
+    option(
+        "--strength",
+        "strengths",
+        type=Real(0, 1e3),
+        multiple=True,
+        default=[1.0],
+        help="Factor of the gates; repeatable, one column for each.",
+    ),
+    option("--compare", is_flag=True, help="Score the base alone, too.  [default: if there is no adapter]"),
     *bits_options,
     compile_option,
 )
 @option_group(
     "Results",
-    option("--batch-size", type=Count(), default=16, help="Continuations, or responses, at once."),
-    option("--log-samples", "samples", is_flag=True, help="Write every prompt and response."),
-    option("--out", type=PATH, default="out-harness", help="Folder for results."),
+    option("--batch-size", type=Count(), default=16, help="Continuations, or responses, per batch."),
+    option("--log-samples", "samples", is_flag=True, help="Write every prompt and response to a file."),
+    option("--out", type=PATH, default="out-harness", help="Folder for the results."),
 )
 def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, strengths, compare, template, **options):
-    """Score by EleutherAI's lm-evaluation-harness.
+    """Score with EleutherAI's lm-evaluation-harness.
 
-    Adapters, at one strength or several, and the base, in one run: pip install lm_eval.
+    One run can compare several adapters, each at several strengths, and the base. It needs pip install lm_eval.
     """
     with one_line_errors(), inference_ranks():
         from tasks import harness
@@ -254,15 +264,15 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, stren
             require_writable(options["out"], folder=True)
         loaded = load_with_adapters(adapter_paths, base, *select_device(device, dtype), bits=bits, compiled=compile)
         base = base or next(iter(loaded[2].values())).metadata["base"]
-        about = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}
+        info = {"base": base, "adapters": adapter_paths, "bits": bits, "dtype": dtype, "template": template}
         ending = {name: options.pop(name) for name in ("stop", "repetition_penalty")}
         columns = harness.make_columns(
-            loaded, strengths, compare, template, options["batch_size"], about | ending, compiled=compile, **ending
+            loaded, strengths, compare, template, options["batch_size"], info | ending, compiled=compile, **ending
         )
         harness.print_columns(harness.run_harness(columns, template=template, **options))
 
 
 if __name__ == "__main__":
-    # Some of the harness's tasks import Hugging Face's `evaluate`: this file's folder is looked into last.
+    # Some of the harness's tasks import Hugging Face's package `evaluate`, so this file's folder is searched last.
     sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
     run_command(main)

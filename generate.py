@@ -1,7 +1,8 @@
 """Generate text, with or without an adapter: python generate.py --adapter out/adapter.safetensors "prompt".
 
-In this order: sampling, the two forward passes, the loop; the responder, from a request to a response; the command.
-What else the command can do comes last: images, files of records, conversations. Notation as in adapter.py.
+The order of this file: sampling; the two forward passes, prefill and decoding step; the decoding loop; the responder,
+which turns a request into a response; the command; its modes for images, files of records and conversations. Notation
+as in adapter.py.
 """
 
 import sys
@@ -32,39 +33,41 @@ from runtime.terminal import read_commands
 
 
 class Sampling(NamedTuple):
-    """Settings of how tokens are chosen, and of when a response ends."""
+    """Settings for choosing tokens and for ending a response."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # of the softmax; 0 is greedy decoding
-    top_p: float = 1.0  # nucleus sampling
+    top_p: float = 1.0  # probability mass of nucleus sampling
     end_ids: Collection[int] = ()  # any of these tokens ends a response, and is not part of it
-    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the response become less likely
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the response become less likely
     generator: torch.Generator | None = None
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Choose one token for each row of logits (B, V), as (B,). Temperature 0 is argmax.
+    """Choose one token for each row of logits (B, V); return (B,). Temperature 0 is argmax.
 
-    Otherwise nucleus sampling (Holtzman et al., 2020): from the smallest set of most likely tokens that sum to top_p.
+    Other temperatures use nucleus sampling (Holtzman et al., 2020): the token is drawn from the smallest set of most
+    likely tokens whose probabilities sum to at least `top_p`.
     """
     if temperature < 1e-6:  # the division would overflow in float32
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # Exclusive cumulative sum, in float64 but for MPS: on a GPU sums differ in the last bits, and all ranks must agree.
+    # Exclusive cumulative sum, in float64 except on MPS, which lacks it: sums on a GPU differ in their last bits, and
+    # all ranks must choose the same token.
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
     before = probabilities.cumsum(dim=-1, dtype=dtype) - probabilities
-    probabilities[before >= max(top_p, 1e-6)] = 0  # never the first
-    # argmax(p / E) with E ~ Exp(1) is a draw from p (the Gumbel-max trick); torch.multinomial makes a GPU wait for the
-    # host.
+    probabilities[before >= max(top_p, 1e-6)] = 0  # never the most likely token
+    # argmax(p / E) with E ~ Exp(1) is a draw from p (the Gumbel-max trick). torch.multinomial would make the host wait
+    # for the GPU.
     exponential = torch.empty_like(probabilities).exponential_(generator=generator)
     choice = (probabilities / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return tokens.gather(-1, choice).squeeze(-1)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return logits (B, V), in float32, in which the tokens of the mask `seen` (B, V) are less likely.
+    """Return logits (B, V), in float32, that make the tokens of the mask `seen` (B, V) less likely.
 
-    A positive logit is divided by the penalty, a negative one multiplied (CTRL; Keskar et al., 2019).
+    Positive logits are divided by the penalty, negative ones are multiplied by it (CTRL; Keskar et al., 2019).
     """
     logits = logits.float()
     return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
@@ -73,12 +76,12 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def prefill(
     model: LLaMA, tokens: Sequence[list[int]], adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache
 ) -> Tensor:
-    """Process B rows of ids, which may differ in length, after those in the cache; return the next logits (B, V)."""
+    """Process B rows of ids after those in the cache; return the next logits (B, V). The rows may differ in length."""
     lengths = torch.tensor([len(row) for row in tokens], device=model.device)
     longest = max(map(len, tokens))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=model.device)  # (B, T)
     hidden = model.hidden_states(padded, adaption_prompts, cache)  # (B, T, C)
-    cache.lengths += lengths  # the next tokens overwrite what the padding has written
+    cache.lengths += lengths  # the next tokens overwrite the keys and values of the padding
     return model.output(hidden[torch.arange(len(tokens), device=model.device), lengths - 1])
 
 
@@ -101,12 +104,13 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids, which may differ in length.
 
-    Yields B ids per step, None for a row that has ended. `decode_step` is the function above, plain or compiled. A
-    `cache` contains the tokens before the rows, processed with the same adaption prompts, and has room for the new
-    ones; `cached` are their ids, for the repetition penalty. Raises ValueError for an empty row.
+    Yields B ids per step, with None for a row that has ended. `decode_step` is the function above, plain or compiled.
+    If a `cache` is given, it contains the tokens before the rows, processed with the same adaption prompts, and has
+    room for the rows and the new tokens. `cached` are the ids of the tokens in the cache, for the repetition penalty.
+    Raises ValueError if a row is empty.
     """
     if not all(tokens):
-        raise ValueError("a row without a token has nothing to continue: begin with <bos>")
+        raise ValueError("a row has no tokens; begin it with <bos>")
     limit = sampling.max_new_tokens
     if cache is None:
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
@@ -117,7 +121,7 @@ def stream(
         row[ids] = True
     ended = [False] * len(tokens)
     newest = None
-    # Reading a token on the host waits for the GPU, so that on a GPU eight steps are read at a time.
+    # Reading a token makes the host wait for the GPU, so the tokens of eight steps are read at a time there.
     steps_at_once = 8 if logits.device.type == "cuda" else 1
     for start in range(0, limit, steps_at_once):
         new = []
@@ -144,7 +148,7 @@ def generate(
     decode_step: Callable[..., Tensor] = decode_step,
     **sampling,
 ) -> list[list[int]]:
-    """Return the new ids of every row; `sampling` are fields of Sampling."""
+    """Return the new ids of every row. `sampling` are fields of Sampling."""
     responses: list[list[int]] = [[] for _ in tokens]
     for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode_step):
         for response, id in zip(responses, ids):
@@ -156,7 +160,7 @@ def generate(
 def collect(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, limits: Sequence[int], stop: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Return the new ids of every row: up to its limit, or until its text contains one of the stop strings."""
+    """Return the new ids of every row. A row ends at its limit, or when its text contains one of the stop strings."""
     rows: list[list[int]] = [[] for _ in limits]
     ended = [False] * len(rows)
     for ids in steps:
@@ -171,26 +175,26 @@ def collect(
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return the text up to the first of the stop strings."""
-    return text[: min((text.index(each) for each in stop if each in text), default=len(text))]
+    """Return the text before the first stop string in it."""
+    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 def text_pieces(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, response_ids: list[int], stop: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Decode the stream of a single row, piece by piece, until it contains one of the stop strings.
+    """Yield the text of a stream with a single row, piece by piece, until it contains one of the stop strings.
 
-    A character is held back until all of its bytes are there, and so is the beginning of a stop string. `response_ids`
-    is an empty list, which receives the ids.
+    A character is held back until all of its bytes have been generated. Text that may be the beginning of a stop string
+    is held back, too. `response_ids` is an empty list, to which the ids are appended.
     """
-    beginnings = tuple(each[:length] for each in stop for length in range(1, len(each)))
+    beginnings = tuple(string[:length] for string in stop for length in range(1, len(string)))
     shown = ""
     for (id,) in steps:
         response_ids.append(id)
         text = tokenizer.decode(response_ids)
         if before_stop(text, stop) != text:
             break
-        held_back = max((len(each) for each in beginnings if text.endswith(each)), default=0)
+        held_back = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
         if not text.endswith("\ufffd") and len(text) - held_back > len(shown):
             yield text[len(shown) : len(text) - held_back]
             shown = text[: len(text) - held_back]
@@ -201,24 +205,26 @@ def text_pieces(
 # From a request to a response
 
 
-UNSTATED_CONTEXT = 2**15  # tokens, of a base that does not state its context; the cache is allocated at once
+# Assumed context length, in tokens, of a base that does not state it. The cache for it is allocated in advance.
+UNSTATED_CONTEXT = 2**15
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter that is ready for generation; or the base alone, which has no adapter and no adaption prompts."""
+    """An adapter that is ready for generation, or the base alone, which has no adapter and no adaption prompts."""
 
     adapter: Adapter | None
-    adaption_prompts: Sequence[AdaptionPrompt]  # of its layers, in the base's dtype
+    adaption_prompts: Sequence[AdaptionPrompt]  # one per adapted layer, in the base's dtype
     template: Template
 
 
 class Responder:
-    """A base and the adapters over it, by name; "base" is the base alone. It turns requests into responses.
+    """Turn requests into responses, with a base and named adapters over it.
 
-    Prompts get the template that the adapter was trained with, the base's that of the first adapter. `template` names
-    another, and `raw` uses none. `gate_scale` scales the gates. A response ends before any text of `stop`. With
-    `compiled`, decoding steps are. Raises ValueError if the base does not have the template's tokens, or such a text is
-    empty.
+    The name "base" selects the base alone. A prompt is formatted with the template that its adapter was trained with;
+    prompts to the base alone use the template of the first adapter. `template` names another template for all prompts,
+    and `raw` uses none. `gate_scale` scales the gates. A response ends before any of the texts `stop`. With `compiled`,
+    the decoding step is compiled. Raises ValueError if the base does not have the tokens of the template, or if a stop
+    text is empty.
     """
 
     def __init__(
@@ -246,8 +252,8 @@ class Responder:
         first = next(iter(adapters.values()), None)
         templates: dict[str, Template] = {}
         for name, adapter in ({"base": None} | adapters).items():
-            known = first if adapter is None else adapter
-            kind = template or ("alpaca" if known is None else known.metadata.get("prompt_template", "alpaca"))
+            trained = first if adapter is None else adapter
+            kind = template or ("alpaca" if trained is None else trained.metadata.get("prompt_template", "alpaca"))
             if kind not in templates:
                 templates[kind] = load_template(kind, tokenizer)
             adaption_prompts: Sequence[AdaptionPrompt] = ()
@@ -266,26 +272,32 @@ class Responder:
         return text_pieces(steps, self.tokenizer, [], self.stop)
 
     def prompt_ids_and_limit(self, request: Request) -> tuple[list[int], int]:
-        """The ids of the prompt, and the number of tokens that the response may have. Raises ValueError."""
+        """Return the ids of the prompt, and the maximum number of tokens of the response.
+
+        Raises ValueError if the prompt fills the base's context.
+        """
         tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or UNSTATED_CONTEXT
         if len(tokens) >= context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the base sees only {context}")
+            raise ValueError(f"the prompt has {len(tokens)} tokens, the base has a context of only {context}")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The ids of <bos> and the instruction in its template, after earlier turns. Raises ValueError."""
+        """Return the ids of the prompt in its template: <bos>, earlier turns, and the instruction.
+
+        Raises ValueError if there are earlier turns, but the template has no turns.
+        """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
-            how = "without a template" if self.raw else f"the template {template.name}"
-            raise ValueError(f"{how} has no turns: --template auto, llama-2, llama-3 or chatml")
+            used = "a raw prompt" if self.raw else f"the template {template.name}"
+            raise ValueError(f"{used} has no turns; use --template auto, llama-2, llama-3 or chatml")
         if self.raw:
             return self.tokenizer.start_ids + self.tokenizer.encode(request.instruction)
         return template.encode_prompt(request.instruction, request.input, request.history)
 
     @torch.no_grad()
     def adaption_prompts(self, request: Request) -> Sequence[AdaptionPrompt]:
-        """Return the adaption prompts of the request's adapter, shifted by the features of its image if it has one."""
+        """Return the adaption prompts of the request's adapter, shifted by the request's image if it has one."""
         adapter, adaption_prompts, _ = self.loaded[request.adapter]
         if request.features is None:
             return adaption_prompts
@@ -293,7 +305,7 @@ class Responder:
         return adapter(features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
     def has_turns(self, adapter: str) -> bool:
-        """Return True if a response may be followed by another prompt."""
+        """Return True if a response may be followed by another prompt, in the template of the adapter."""
         return self.loaded[adapter].template.has_turns and not self.raw
 
     def respond_batch(self, requests: Sequence[Request]) -> list[str]:
@@ -318,16 +330,16 @@ class Responder:
 
 
 def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
-    """Concatenate the adaption prompts of a batch along B; each sample may have another adapter, with the same K.
+    """Concatenate the adaption prompts of a batch along B. The samples may have different adapters, with the same K.
 
-    A sample with fewer adapted layers than another, or none (the base), gets zero gates in the lower layers. A batch
-    that shares one adapter needs no copies.
+    A sample with fewer adapted layers than another, or none (the base), gets zero gates in the lower layers. If all
+    samples share one adapter, its adaption prompts are returned without copies.
     """
-    if all(each is sets[0] for each in sets):
+    if all(prompts is sets[0] for prompts in sets):
         return list(sets[0])
     deepest = max(sets, key=len)
     zero = [prompt._replace(gate=torch.zeros_like(prompt.gate)) for prompt in deepest]
-    padded = [zero[: len(deepest) - len(each)] + list(each) for each in sets]
+    padded = [zero[: len(deepest) - len(prompts)] + list(prompts) for prompts in sets]
     return [AdaptionPrompt(*map(torch.cat, zip(*layer))) for layer in zip(*padded)]
 
 
@@ -341,7 +353,15 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
 @option_group(
     "Prompt",
     option("--input", default="", show_default=False, help="Alpaca's input field: the context of the instruction."),
-    option("--image", "--video", "--audio", "media", type=click.Path(), multiple=True, help="What PROMPT is about."),
+    option(
+        "--image",
+        "--video",
+        "--audio",
+        "media",
+        type=click.Path(),
+        multiple=True,
+        help="A file that PROMPT is about, or a folder of such files; repeatable.",
+    ),
     *encoder_options,
     option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's]"),
     option("--raw", is_flag=True, help="Continue the prompt as it is, without a template."),
@@ -349,20 +369,29 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
 )
 @option_group(
     "Sampling",
-    option("--temperature", type=Real(0, 1e3), default=0.1, help="Of the softmax; 0 is greedy decoding."),
-    option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Nucleus sampling: probability to keep."),
-    option("--greedy", is_flag=True, help="The same as --temperature 0."),
-    option("--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Scales the gates; 0 is the base alone."),
+    option("--temperature", type=Real(0, 1e3), default=0.1, help="Temperature of the softmax; 0 is greedy decoding."),
+    option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Probability mass of nucleus sampling."),
+    option("--greedy", is_flag=True, help="Same as --temperature 0."),
+    option(
+        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor of the gates; 0 is the base alone."
+    ),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
     *ending_options,
-    option("--seed", type=SEED, default=0, help="Of sampling."),
+    option("--seed", type=SEED, default=0, help="Random seed for sampling."),
 )
 @option_group(
     "Many prompts",
-    option("--prompts", "jsonl", type=click.Path(), help="JSONL of instruction and input, or messages; and adapter."),
-    option("--images", "folder", type=click.Path(), help="The folder of their images.  [default: beside the file]"),
-    option("--out", type=click.Path(), help="The file for the responses: the same records with an output."),
-    option("--batch-size", type=Count(), default=64, help="Prompts, or images, per batch."),
+    option(
+        "--prompts",
+        "jsonl",
+        type=click.Path(),
+        help="JSONL records with instruction and input, or messages; and adapter.",
+    ),
+    option(
+        "--images", "folder", type=click.Path(), help="Folder of the records' images.  [default: the file's folder]"
+    ),
+    option("--out", type=click.Path(), help="File for the responses: the records, each with an output."),
+    option("--batch-size", type=Count(), default=64, help="Number of prompts, or images, per batch."),
 )
 @option_group(
     "Memory and speed",
@@ -373,10 +402,10 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
 def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out, media, **options):
     """Respond to PROMPT. The response goes to standard output, everything else to standard error.
 
-    Without PROMPT, a terminal becomes a conversation, in which /adapter NAME or /none selects the adapter. Earlier
-    turns are remembered if the template has turns; in alpaca's every line is an instruction of its own. From a pipe,
-    every line is answered by exactly one line, with \\n for line breaks. With --prompts, records that name different
-    adapters (or null, the base) share a batch.
+    Without PROMPT, lines are read from standard input. On a terminal this is a conversation, in which /adapter NAME or
+    /none selects the adapter. Earlier turns are remembered if the template has turns; with alpaca, every line is an
+    instruction of its own. From a pipe, the response to every line is exactly one line, with \\n for line breaks. With
+    --prompts, records that name different adapters (or null for the base) share a batch.
     """
     with one_line_errors(), inference_ranks():
         if compare and not adapter_paths:
@@ -384,15 +413,15 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
         if raw and input:
             raise ValueError("--input is a field of the template, which --raw omits")
         if raw and template:
-            raise ValueError(f"--template {template} and --raw: with or without a template")
+            raise ValueError(f"--template {template} and --raw: use only one of them")
         if media and (prompt is None or compare or len(adapter_paths) != 1):
-            raise ValueError("--image goes with a PROMPT and one --adapter")
+            raise ValueError("--image needs PROMPT and exactly one --adapter, without --compare")
         if jsonl is not None or out is not None:
             check_file_options(jsonl, out, prompt, compare, input)
 
         device, dtype = select_device(options["device"], options["dtype"])
-        how = {"attention": options["attention"], "bits": options["bits"], "compiled": options["compile"]}
-        model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, **how)
+        loading = {"attention": options["attention"], "bits": options["bits"], "compiled": options["compile"]}
+        model, tokenizer, adapters = load_with_adapters(adapter_paths, base, device, dtype, **loading)
         responder = Responder(
             model,
             tokenizer,
@@ -430,7 +459,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
 
 def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
-    """Print the response to the prompt about every file; several get their name in front, and one line each."""
+    """Print the response to the prompt for every file. With several files, each gets one line, which names the file."""
     from encoders.media import files_in
     from formats.requests import attach_images
 
@@ -454,7 +483,10 @@ def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, c
 
 
 def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
-    """Write the records of a file with the responses to them. Raises OSError, or ValueError that names the record."""
+    """Respond to the records of a file, and write them with the responses.
+
+    Raises OSError, or ValueError that names the record.
+    """
     from formats.requests import attach_images, read_requests, write_responses
 
     default = next((name for name in responder.loaded if name != "base"), "base")
@@ -463,7 +495,7 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
         with prefix_errors(f"{jsonl}: record {index}"):
             responder.prompt_ids_and_limit(request)
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
-    lengths = {name: len(each[0].embeddings[0]) for name, each in used.items() if each}
+    lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{jsonl}: adapters of different lengths cannot share a batch: {lengths}")
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
@@ -475,14 +507,14 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
 
 
 class Conversation:
-    """A conversation with one adapter, or the base alone: the turns so far, and the KV cache of their tokens."""
+    """A conversation with one adapter, or with the base alone: its turns so far, and the KV cache of their tokens."""
 
     def __init__(self, responder: Responder, adapter: str):
         self.responder = responder
         self.adapter = adapter
         self.system = ""  # the system message
         self.turns: list[Turn] = []
-        self.ids: list[int] = []  # of the conversation; the first `cache.lengths` are in the cache
+        self.ids: list[int] = []  # ids of the conversation; the first `cache.lengths` are in the cache
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
@@ -491,12 +523,12 @@ class Conversation:
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)
         tokens, limit = responder.prompt_ids_and_limit(request)
-        known = self.reuse_cached_prefix(tokens, limit)
+        start = self.reuse_cached_prefix(tokens, limit)
         sampling = responder.sampling._replace(max_new_tokens=limit)
         new: list[int] = []
         adaption_prompts = responder.adaption_prompts(request)
-        cached = {"cache": self.cache, "cached": [tokens[:known]]}
-        steps = stream(responder.model, [tokens[known:]], adaption_prompts, sampling, responder.decode_step, **cached)
+        cached = {"cache": self.cache, "cached": [tokens[:start]]}
+        steps = stream(responder.model, [tokens[start:]], adaption_prompts, sampling, responder.decode_step, **cached)
         yield from text_pieces(steps, responder.tokenizer, new, responder.stop)
         self.ids = tokens + new
         if responder.has_turns(self.adapter):
@@ -504,19 +536,19 @@ class Conversation:
             self.turns.append(Turn("assistant", before_stop(responder.tokenizer.decode(new), responder.stop)))
 
     def reuse_cached_prefix(self, tokens: list[int], limit: int) -> int:
-        """Return how many of the tokens are cached, and make room for the others and `limit` new ones."""
+        """Return how many of the tokens are cached, and make room for the others and for `limit` new ones."""
         same = [old == new for old, new in zip(self.ids, tokens[:-1])] + [False]
-        known = min(same.index(False), int(self.cache.lengths))
+        num_cached = min(same.index(False), int(self.cache.lengths))
         needed = len(tokens) + limit
         if self.cache.capacity < needed:
             self.cache = self.cache.longer_copy(needed + self.cache.capacity)
-        self.cache.lengths.fill_(known)
+        self.cache.lengths.fill_(num_cached)
         self.ids = tokens
-        return known
+        return num_cached
 
 
 def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) -> None:
-    """Answer every line. On a terminal, turns are remembered if the template has turns, and some lines are commands.
+    """Respond to every line. On a terminal, turns are remembered if the template has turns, and lines may be commands.
 
     Raises ValueError if a pipe is empty.
     """
@@ -528,7 +560,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             if slash_command in ("/adapter", "/none"):
                 name = text if slash_command == "/adapter" else "base"
                 if name not in conversations:
-                    raise ValueError(f"no adapter {name!r}; there are {', '.join(conversations)}")
+                    raise ValueError(f"no adapter {name!r}; choose from {', '.join(conversations)}")
                 names = [name]
             elif slash_command in ("/reset", "/system"):
                 if not all(map(responder.has_turns, names)):
@@ -547,13 +579,13 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             else:
                 with prefix_errors(f"standard input: line {number}"):
                     print_one_line(responder, text, input, names)
-        except ValueError as error:  # concerns this line alone
+        except ValueError as error:  # it concerns only this line
             click.echo(f"error: {error_line(error)}", err=True)
             click.echo()
 
 
 def print_one_line(responder: Responder, instruction: str, input: str, names: Sequence[str]) -> None:
-    """Print the responses, separated by tabs, with \\n for line breaks."""
+    """Print the responses of all `names` in one line, separated by tabs, with \\n for line breaks."""
     for number, name in enumerate(names, start=1):
         click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
         for piece in responder.respond(Request(instruction, input, name)):

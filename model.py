@@ -50,7 +50,7 @@ class Config:
         if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
             raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers for head_dim {self.head_dim}")
         for factor in self.rope_factors or ():
-            require_number("a number of rope_factors", factor, 1e-30, 1e12)
+            require_number("an element of rope_factors", factor, 1e-30, 1e12)
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +73,7 @@ def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
     if config.rope_factors is not None:
         runs = [(factor, len(list(run))) for factor, run in groupby(config.rope_factors)]
-        # Fills, because a copy from the host could not be recorded in a CUDA graph.
+        # The factors are filled in on the device, because a copy from the host could not be recorded in a CUDA graph.
         factors = [torch.full((length,), factor, device=positions.device) for factor, length in runs]
         frequencies = frequencies / torch.cat(factors)  # (D/2,)
     angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
@@ -81,14 +81,14 @@ def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, H, D), which rotates dimensions 2i and 2i+1 together, as Meta's checkpoints do."""
+    """Apply the rotary embedding to x (B, T, H, D). Dimensions 2i and 2i+1 form a pair, as in Meta's checkpoints."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 @dataclass
 class LayerCache:
-    """Cached keys and values of one layer, of the tokens and of the adaption prompt."""
+    """Cached keys and values of one layer, for the tokens and for the adaption prompt."""
 
     k: Tensor  # (B, Hkv, capacity, D)
     v: Tensor
@@ -112,14 +112,17 @@ class KVCache:
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
         config = model.config
         shape = (batch, config.n_kv_heads, capacity, config.head_dim)
-        how = {"dtype": model.dtype, "device": model.device}
-        self.layers = [LayerCache(torch.zeros(shape, **how), torch.zeros(shape, **how)) for _ in model.layers]
+        options = {"dtype": model.dtype, "device": model.device}
+        self.layers = [LayerCache(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in model.layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)
         self.capacity = capacity
         self.empty = True
 
     def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
-        """Return a copy with room for `capacity` tokens, of all rows or of these, in any order, repeats allowed."""
+        """Return a copy with room for `capacity` tokens.
+
+        `rows` selects rows of the batch, in any order and with repeats; by default all rows are copied.
+        """
         longer = copy.copy(self)
         rows = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
         longer.capacity = capacity
@@ -140,7 +143,7 @@ class Positions(NamedTuple):
     indices: Tensor  # (1|B, T)
     cos: Tensor  # (1|B, T, 1, D/2), from `rope_cos_sin`
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, capacity) over the cached keys; None: causal attention over these tokens alone
+    mask: Tensor | None  # (B, 1, T, capacity) over the cached keys; None: causal attention over these tokens only
 
 
 class Attention(nn.Module):
@@ -162,7 +165,7 @@ class Attention(nn.Module):
     def project_adaption_prompt(
         self, adaption_prompt: AdaptionPrompt, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
-        """Project an adaption prompt to keys and values (1|B, Hkv, K, D), unrotated: it has no position."""
+        """Project an adaption prompt to keys and values (1|B, Hkv, K, D), without RoPE, because it has no position."""
         if cache is not None and cache.prompt_kv is not None:
             return cache.prompt_kv
         k = self.k_norm(self.split_heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
@@ -249,10 +252,11 @@ class LLaMA(nn.Module):
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """Return the final hidden states (B, T, C); the topmost len(adaption_prompts) layers get one each.
+        """Return the final hidden states (B, T, C).
 
-        With `checkpoint_activations` a layer stores only its input, and is recomputed in the backward pass. Raises
-        ValueError if there are more adaption prompts than layers.
+        Each of the topmost len(adaption_prompts) layers gets one adaption prompt. With `checkpoint_activations`, a
+        layer stores only its input, and is recomputed in the backward pass. Raises ValueError if there are more
+        adaption prompts than layers.
         """
         first_adapted = len(self.layers) - len(adaption_prompts)
         if first_adapted < 0:

@@ -1,11 +1,11 @@
-"""Images in the prompts (section 3.3): a picture becomes one vector, which is added to every prompt.
+"""Image conditioning (section 3.3): an image becomes one vector, which is added to every adaption prompt.
 
-    features  = the class token of a frozen vision encoder at M depths, each normed, side by side
-    I         = projection(features)          learned, a small MLP
-    P + I                                     instead of P, in every adapted layer
+    features  = class tokens of a frozen vision encoder at M depths, each normalized, concatenated
+    I         = projection(features)          a small trained MLP
+    P + I                                     replaces P in every adapted layer
 
-Notation as in adapter.py; F is the number of features, M*Cv for a vision encoder of width Cv. A video's features are
-the mean of its frames'; sounds, and whatever else, take the same road through an encoder of the user's.
+Notation as in adapter.py. F is the number of features: M*Cv for a vision encoder of width Cv. The features of a video
+are the mean over its frames. Sounds and other media use a feature function that the user provides.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from runtime.schema import renamed, whole_number
 DEPTHS = 4  # M
 
 
-class ImageAdapter(Adapter):  # or of sounds, or what else has features
-    """An Adapter with a projection of an image's features (B, F) to what its prompts are shifted by, I (B, C).
+class ImageAdapter(Adapter):
+    """An adapter for images, or for any other media with features, which are projected to a shift of the prompts.
 
-    The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths, for LLaMA-7B, it
-    has 593,992 parameters, and with K = 10 and L = 30 all have 1,823,752: the paper's 1.8 million.
+    The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths and LLaMA-7B, it
+    has 593,992 parameters. The whole adapter with K = 10 and L = 30 has 1,823,752, the paper's 1.8 million.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
         gate_scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> list[AdaptionPrompt]:
-        """As `Adapter.forward`, each sample's prompts shifted by its image's features (B, F), if there are any.
+        """Return the adaption prompts as `Adapter.forward` does, shifted by the image of each sample.
 
-        Nothing shifts those of samples where `has_image` (B,) is False.
+        `features` (B, F) are the features of one image per sample. Samples for which `has_image` (B,) is False are not
+        shifted; without `features`, none is.
         """
         if features is None:
             return super().forward(gate_scale=gate_scale, dtype=dtype)
@@ -66,20 +67,23 @@ class ImageAdapter(Adapter):  # or of sounds, or what else has features
             raise ValueError("has no projection: it is not an adapter for images")
         depths = whole_number("vision_encoder_depths", metadata.get("vision_encoder_depths", "1"))
         if down.shape[1] % depths:
-            raise ValueError(f"vision_encoder_depths is {depths}, its projection takes {down.shape[1]} features")
+            raise ValueError(f"vision_encoder_depths is {depths}: the projection takes {down.shape[1]} features")
         return super().from_tensors(tensors, metadata, bottleneck=down.shape[0], features=down.shape[1])
 
 
 def layers_at_depths(n_layers: int, number: int) -> list[int]:
-    """So many layers, evenly spaced, the last of them the last. Raises ValueError where there are too few."""
+    """Return the indices of `number` evenly spaced layers, up to the last one.
+
+    Raises ValueError if the encoder has fewer layers.
+    """
     if not 1 <= number <= n_layers:
-        raise ValueError(f"features at {number} depths, of a vision encoder of {n_layers} layers")
+        raise ValueError(f"features at {number} depths, but the vision encoder has {n_layers} layers")
     return [(i + 1) * n_layers // number - 1 for i in range(number)]
 
 
 @torch.no_grad()
 def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -> Tensor:
-    """The class token at so many depths, each normed, (B, M*Cv) in float32, of images (B, 3, S, S)."""
+    """Return the normalized class tokens at `depths` depths, (B, M*Cv) in float32, for images (B, 3, S, S)."""
     weight = vision_encoder.class_embedding
     states = vision_encoder(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
     tokens = [states[i][:, 0].float() for i in layers_at_depths(len(states), depths)]
@@ -87,7 +91,7 @@ def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -
 
 
 def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
-    """A hash of a few weights."""
+    """Return a hash of a small part of the weights, which identifies the encoder."""
     first = vision_encoder.layers[0].attention.wq
     return hash_tensors(
         [vision_encoder.class_embedding, vision_encoder.positions[:4], first.weight[:4], vision_encoder.norm.weight]
@@ -95,7 +99,7 @@ def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
 
 
 def features_key(vision_encoder: ViT, depths: int) -> str:
-    """Return a name for all that features depend on besides the image: weights, shape, preprocessing and depths."""
+    """Return a cache key for all that features depend on besides the image: weights, config, preprocessing, depths."""
     config = repr((PREPROCESSING_VERSION, vision_encoder.config))
     return f"{vision_encoder_fingerprint(vision_encoder)}-{hashlib.sha256(config.encode()).hexdigest()[:16]}-{depths}"
 
@@ -107,62 +111,65 @@ def encode_images(
     cache: Path | None = None,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """`global_features` of every picture, (F,) each, on the CPU; of a video, their mean over its frames.
+    """Return the `global_features` (F,) of every image, on the CPU; for a video, their mean over its frames.
 
-    In the folder `cache` a file is kept for every picture by the hash of its content, so that it goes through the
-    vision encoder once for all epochs and runs. Raises OSError or ValueError where a picture cannot be read.
+    The folder `cache` keeps the features of each image under the hash of its content, so that the image passes through
+    the vision encoder once for all epochs and runs. Raises OSError or ValueError if an image cannot be read.
     """
-    config, known = vision_encoder.config, {}
+    config, by_hash = vision_encoder.config, {}
     folder = None if cache is None else cache / features_key(vision_encoder, depths)
     hashes = list(map(content_hash, paths))
     for name in set(hashes):
-        kept = None if folder is None else read_features(folder / f"{name}.npy", depths * config.dim)
-        if kept is not None:
-            known[name] = kept
-    todo = list({name: path for name, path in zip(hashes, paths) if name not in known}.items())
+        cached = None if folder is None else read_features(folder / f"{name}.npy", depths * config.dim)
+        if cached is not None:
+            by_hash[name] = cached
+    todo = list({name: path for name, path in zip(hashes, paths) if name not in by_hash}.items())
     for start in tqdm(range(0, len(todo), batch_size), unit="batch of images", disable=not todo, file=sys.stderr):
-        part = todo[start : start + batch_size]
-        frames = [[preprocess(image, config) for image in frames_of(path)] for _, path in part]
+        batch = todo[start : start + batch_size]
+        frames = [[preprocess(image, config) for image in frames_of(path)] for _, path in batch]
         features = global_features(vision_encoder, torch.stack(sum(frames, [])), depths).cpu()  # (all frames, F)
-        for (name, _), of_one in zip(part, features.split(list(map(len, frames)))):
-            known[name] = of_one.mean(dim=0)
+        for (name, _), image_features in zip(batch, features.split(list(map(len, frames)))):
+            by_hash[name] = image_features.mean(dim=0)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 with atomic_write(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
-                    np.save(file, known[name].numpy())
-    return [known[name] for name in hashes]
+                    np.save(file, by_hash[name].numpy())
+    return [by_hash[name] for name in hashes]
 
 
 def content_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file. Raises OSError or ValueError if it is none."""
+    """Return the SHA-256 of a file. Raises OSError or ValueError if it cannot be read."""
     with open(require_file(path, "image"), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_features(path: Path, number: int) -> Tensor | None:
-    """What a file holds of so many; None where it is not there or holds something else: then they are made again."""
+    """Read `number` cached features (F,); return None if the file is missing or invalid, to compute them again."""
     if not path.is_file() or path.stat().st_size > 4096 + 4 * number:
         return None
     try:
         features = np.load(path, allow_pickle=False)
-    except Exception:  # whatever a broken file makes numpy meet
+    except Exception:  # an invalid file can raise any error in NumPy
         return None
     fits = isinstance(features, np.ndarray) and features.dtype == np.float32 and features.shape == (number,)
     return torch.from_numpy(features) if fits and np.isfinite(features).all() else None
 
 
 def load_function(where: str) -> Callable[[Path], object]:
-    """A function of the user's, FILE.py:NAME, which makes features (M, Cv) of a file. Raises OSError or ValueError."""
+    """Import the user's function FILE.py:NAME, which returns features (M, Cv) for a file.
+
+    Raises OSError or ValueError.
+    """
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
-        raise FileNotFoundError(f"{where}: no such encoder; it is named as FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(f"encoder of the user's: {file}", file)
+        raise FileNotFoundError(f"{where}: no such encoder; give it as FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"user encoder: {file}", file)
     if spec is None:
         raise ValueError(f"{file}: is not a Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # it is any code
+    except (Exception, SystemExit) as error:  # the user's code can raise anything
         raise ValueError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{file}: has no function {name!r}")
@@ -170,20 +177,22 @@ def load_function(where: str) -> Callable[[Path], object]:
 
 
 def encode_with_function(paths: Sequence[str | Path], encode: Callable[[Path], object]) -> list[Tensor]:
-    """What a user's encoder makes of every file, (F,) each: M rows of Cv numbers, each normed, side by side.
+    """Return the features (F,) that a user's function computes for every file: M normalized rows of Cv, concatenated.
 
-    Raises OSError, or ValueError where the encoder fails, or yields something else.
+    Raises OSError, or ValueError if the function fails or returns another shape or values that are not finite.
     """
-    found: dict[Path, Tensor] = {}
+    by_path: dict[Path, Tensor] = {}
     for path in tqdm(list(dict.fromkeys(require_file(path, "image") for path in paths)), unit="file", file=sys.stderr):
         try:
             rows = torch.as_tensor(encode(path)).detach().float().cpu()  # (M, Cv)
-        except (Exception, SystemExit) as error:  # it is any code
+        except (Exception, SystemExit) as error:  # the user's code can raise anything
             raise ValueError(f"{path}: the encoder failed: {type(error).__name__}: {error}") from None
         if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
-            raise ValueError(f"{path}: the encoder makes {list(rows.shape)} numbers of it, not (M, Cv) finite ones")
-        found[path] = F.layer_norm(rows, rows.shape[1:]).flatten()
-        first = next(iter(found.values()))
-        if len(found[path]) != len(first):
-            raise ValueError(f"{path}: the encoder makes {len(found[path])} features of it, {len(first)} of others")
-    return [found[Path(path)] for path in paths]
+            raise ValueError(f"{path}: the encoder returns {list(rows.shape)} numbers, not (M, Cv) finite ones")
+        by_path[path] = F.layer_norm(rows, rows.shape[1:]).flatten()
+        first = next(iter(by_path.values()))
+        if len(by_path[path]) != len(first):
+            raise ValueError(
+                f"{path}: the encoder returns {len(by_path[path])} features, but {len(first)} for other files"
+            )
+    return [by_path[Path(path)] for path in paths]

@@ -1,7 +1,7 @@
 """Train an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
 
-In this order: hyper-parameters, optimizer and schedule, loss, optimizer step, training steps; then `train`, a whole run
-from the options to summary.json, and the command. Notation as in adapter.py.
+The order of this file: hyper-parameters, optimizer and schedule, loss, optimizer step, training steps; then `train`, a
+whole run from the options to summary.json, and the command. Notation as in adapter.py.
 """
 
 import math
@@ -64,15 +64,15 @@ class TrainConfig:
     batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
     blr: float = setting(9e-3, "Base learning rate: lr = blr * batch size / 256.", Real(0, 1e3))
     lr: float | None = setting(None, "Peak learning rate.  [default: from --blr]", Real(0, 1e3))
-    weight_decay: float = setting(0.02, "Of all but the gates, which it would pull to 0.", Real(0, 1e3))
+    weight_decay: float = setting(0.02, "Weight decay; gates have none, because it would pull them to 0.", Real(0, 1e3))
     gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
     max_seq_len: int | None = setting(
         None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's context]", Count(2)
     )
-    val_size: float = setting(0.02, "Validation set: a fraction if below 1, otherwise a count.", Real(0))
-    eval_every: int | None = setting(None, "Steps between validations.  [default: an epoch]", Count())
-    keep: str = setting("last", "The adapter to keep: the last, or that of lowest validation loss.", KEEP)
-    seed: int = setting(0, "For the initial adaption prompts, the validation split and the order of examples.", SEED)
+    val_size: float = setting(0.02, "Size of the validation set: a fraction if below 1, otherwise a count.", Real(0))
+    eval_every: int | None = setting(None, "Steps between validations.  [default: one epoch]", Count())
+    keep: str = setting("last", "Adapter to keep: the last, or the one with the lowest validation loss.", KEEP)
+    seed: int = setting(0, "Random seed for initial prompts, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
         None, "Positions per forward pass; affects memory only.  [default: 8192, or fewer on a small GPU]", Count()
     )
@@ -96,9 +96,9 @@ class TrainConfig:
             raise ValueError(f"--layers {layers}: {base} has only {n_layers} layers")
         if max_seq_len > context:
             raise ValueError(f"--max-seq-len {max_seq_len}: {base} has a context of only {context} tokens")
-        if self.peak_lr > 0.1 and rank() == 0:  # no run with a higher rate is known to work
+        if self.peak_lr > 0.1 and rank() == 0:
             lr = f"{self.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
-            warn(f"the peak learning rate is {lr}, the paper's 0.00225")
+            warn(f"the peak learning rate is {lr}; the paper uses 0.00225")
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
@@ -190,7 +190,7 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
     if not (batch_loss.isfinite() and grad_norm.isfinite()):
         names = ", ".join(dict.fromkeys(example.name for example in examples))
-        raise FloatingPointError(f"a loss of {batch_loss.item()} led to values that are not finite, from {names}")
+        raise FloatingPointError(f"the loss ({batch_loss.item()}) or its gradient is not finite, from {names}")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
@@ -238,7 +238,7 @@ def training_steps(
     """Run the optimizer steps from `first_step` on, yielding a Step after each.
 
     The order of examples and the learning rate depend only on the configuration and the step, so that resuming is
-    exact, on any number of ranks. Raises FloatingPointError as `train_step`.
+    exact, on any number of ranks. Raises FloatingPointError, as `train_step` does.
     """
     lengths = [example.num_tokens for example in examples]
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
@@ -266,7 +266,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     """
     device, dtype = select_device(base.device, base.dtype)
 
-    # Check data, headers and template first: they take a second, the weights may take minutes.
+    # Data, headers and template are checked first: they take a second, the weights may take minutes.
     with local_rank0_first():  # it downloads the base, and the other ranks reuse it
         examples, data = read_training_data(data)  # one Example per record; the toy's without --data
         path = find_training_base(base, data)
@@ -301,7 +301,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         tokenized, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
         training, validation = hold_out(tokenized, config.val_size, config.seed)
 
-    # The base is whole on every rank, or sharded.
+    # The base is replicated on every rank, or sharded.
     model, strategy = load_frozen(path, model_config, weights, base, dtype, device)
     del weights  # this closes the files of the base
     adapter = make_adapter(config, model_config, tokenized).to(device)  # float32, gates at zero
@@ -338,7 +338,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
                 run.save_checkpoint()
         run.save_checkpoint()
 
-    adapter = run.kept_adapter()  # the last one, or with --keep best another
+    adapter = run.kept_adapter()  # the last one, or the best one with --keep best
     scores = {}
     if data.data is None and (rank() == 0 or strategy == "fsdp"):  # sharded layers need all ranks
         with first_rank_speaks():
@@ -347,7 +347,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 
 
 def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
-    """Read the examples; return them, and the options with their defaults filled in.
+    """Read the examples. Return them, and the options with their defaults filled in.
 
     Raises OSError or ValueError, naming file and record.
     """
@@ -384,10 +384,10 @@ def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
 def load_frozen(
     path: Path, model_config: Config, weights: Weights, base: BaseOptions, dtype: torch.dtype, device: torch.device
 ) -> tuple[LLaMA, str]:
-    """Load the frozen base, and return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
+    """Load the frozen base. Return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
 
-    With both, `train_step` sums the gradient of the adapter over the ranks. With fsdp, layers are gathered when they
-    are needed. Raises ValueError.
+    In both cases, `train_step` sums the gradient of the adapter over the ranks. With fsdp, layers are gathered when
+    they are needed. Raises ValueError if the options are not possible here.
     """
     if base.compile:
         prepare_to_compile(device)
@@ -399,9 +399,9 @@ def load_frozen(
     prepare_layer = quantizer(base.bits)
     if strategy == "fsdp":
         if prepare_layer or base.compile:
-            raise ValueError("--bits and --compile need the whole base on every rank: --strategy ddp")
+            raise ValueError("--bits and --compile need the whole base on every rank; use --strategy ddp")
         prepare_layer = fsdp_sharder(device)
-    keep_blocks = base.bits is None and strategy == "ddp"  # of a GGUF file
+    keep_blocks = base.bits is None and strategy == "ddp"  # a GGUF file's weights stay quantized
     attention = ATTENTIONS[base.attention]
     model = load_model(path, model_config, weights, dtype, device, attention, prepare_layer, keep_blocks)
     if strategy == "fsdp":
@@ -433,7 +433,7 @@ def describe_adapter(
 ) -> dict[str, str]:
     """Return the metadata of the adapter file: base, data and hyper-parameters."""
     metadata = {"base": resolved(base.base or path), "base_layers": str(model_config.n_layers)}
-    if base.base and not Path(base.base).exists():  # a name of the Hub's; its folder is named after the commit
+    if base.base and not Path(base.base).exists():  # a name on the Hub; its folder is named after the commit
         metadata["base_commit"] = path.name
     metadata["data"] = Path(data.data).name if data.data else f"toy {data.toy}"
     metadata["examples"] = str(num_examples)
@@ -449,9 +449,9 @@ def describe_adapter(
 def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
     """Freeze parts of the adapter. Raises ValueError if a part does not exist, or nothing remains trainable."""
     for name in names:
-        parameters = [p for place, p in adapter.named_parameters() if name in place.split(".")]
+        parameters = [p for full_name, p in adapter.named_parameters() if name in full_name.split(".")]
         if not parameters:
-            raise ValueError(f"--freeze {name}: the adapter has none, because no example has an image")
+            raise ValueError(f"--freeze {name}: the adapter has no {name}, because no example has an image")
         for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
@@ -459,7 +459,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
-    """Print the numbers of parameters and examples."""
+    """Print how many parameters and examples there are."""
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = num_weights(model)
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
@@ -481,9 +481,10 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 @options_of(RunOptions, "Run")
 @click.pass_context
 def main(context, **options):
-    """Train a LLaMA-Adapter: adaption prompts and gates are trained, the base stays frozen.
+    """Train a LLaMA-Adapter over a frozen base.
 
-    Without --data and --base this trains over a tiny LLaMA that was pretrained on an almanac, and evaluates it.
+    Without --data and --base, the base is a tiny LLaMA that was pretrained on an almanac, and the trained adapter is
+    evaluated on questions about it.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)

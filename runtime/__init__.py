@@ -1,1 +1,1 @@
-"""How a program here runs: device and dtype, compilation, int8, files written wholly or not at all, command lines."""
+"""Runtime support: device and dtype, ranks, compilation, quantization, atomic file writes, command-line helpers."""

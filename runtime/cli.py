@@ -1,4 +1,4 @@
-"""Command-line code that the commands share: number types, options, and error reporting."""
+"""Code that all commands share: number types, options, and error reporting."""
 
 import math
 import sys
@@ -57,61 +57,66 @@ def setting(default, help: str, type=None, flag: str | None = None, **more) -> F
 
 
 def options_of(record: type, title: str, only: Collection[str] | None = None, extra: Collection = ()):
-    """Return a decorator that adds the settings of a dataclass as a group of options; `only` restricts the names."""
-    made = []
+    """Return a decorator that adds the settings of a dataclass as a group of options.
+
+    `only` restricts the settings to these names; `extra` are further options of the group.
+    """
+    options = []
     for each in fields(record):
         if "option" in each.metadata and (only is None or each.name in only):
             flag = each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
-            made.append(option(flag, each.name, default=each.default, **each.metadata["option"]))
-    return option_group(title, *made, *extra)
+            options.append(option(flag, each.name, default=each.default, **each.metadata["option"]))
+    return option_group(title, *options, *extra)
 
 
 def from_options(record: type, options: dict):
-    """Create the dataclass from those of a command's options that are its fields."""
+    """Create the dataclass from a command's options; those that are not its fields are ignored."""
     return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 
 
-DEVICE_HELP = "auto, cpu, cuda, cuda:1, mps ..."
+DEVICE_HELP = "The device: auto, cpu, cuda, cuda:1, mps ..."
 device_options = [  # the arguments of `runtime.device.select_device`
     option("--device", default="auto", help=DEVICE_HELP),
-    option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the base."),
+    option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Data type of the base."
+    ),
 ]
 bits_options = [  # both fill `bits` with None, "none", "8" or "4"
     option(
         "--bits",
         type=click.Choice(["auto", "none", "8", "4"]),
         callback=lambda context, parameter, bits: None if bits == "auto" else bits,
-        help="Of the layers' weights. auto keeps what a GGUF file has in 8 or 4; none is --dtype.  [default: auto]",
+        help="Bits per weight of the layers: auto keeps a GGUF file's 8 or 4, none is --dtype.  [default: auto]",
     ),
     option("--int8", "bits", flag_value="8", hidden=True),  # the name in earlier versions
 ]
 compile_option = option("--compile", is_flag=True, help="torch.compile the decoding step: slow to start, then faster.")
-ADAPTER_HELP = "FILE, a run's folder, or NAME=FILE; repeatable."
+ADAPTER_HELP = "An adapter: FILE, the folder of a run, or NAME=FILE; repeatable."
 adapter_options = option_group(
     "Model",
     option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help=ADAPTER_HELP),
-    option("--base", type=click.Path(), help="The base model.  [default: the one that the adapter's file names]"),
+    option("--base", type=click.Path(), help="The base model.  [default: the one named in the adapter file]"),
     *device_options,
 )
-PENALTY_HELP = "Makes tokens of the prompt and of the response less likely, if above 1."
+PENALTY_HELP = "Above 1, makes tokens of the prompt and the response less likely."
 ending_options = [
     option("--stop", metavar="TEXT", multiple=True, help="End the response before this text; repeatable."),
     option("--repetition-penalty", type=Real(0, 1e3, min_open=True), default=1.0, help=PENALTY_HELP),
 ]
 encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
     option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
-    option("--encoder", help="In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers of a file."),
+    option("--encoder", help="Instead of --clip: FILE.py:NAME, a function that returns features (M, Cv) of a file."),
 ]
 
 
 class PromptCommand(Command):
-    """A command with a prompt as its argument, which may begin with a dash: the error then says how to give it."""
+    """A command whose argument is a prompt. If a prompt begins with a dash, the error message tells how to pass it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            error.message = f"{error.message.rstrip('.')}; a prompt that begins with a dash goes after --."
+            error.message = f"{error.message.rstrip('.')}; put a prompt that begins with a dash after --."
             raise
 
 
@@ -120,13 +125,13 @@ class PromptCommand(Command):
 
 
 def warn(text: str) -> None:
-    """Print a warning in one line to standard error."""
+    """Print a one-line warning to standard error."""
     click.echo(f"warning: {printable(text)}", err=True)
 
 
 @contextmanager
 def one_line_errors():
-    """Report errors of input, files, memory and lost ranks in one line on standard error, and exit with code 2."""
+    """Report errors in input, files, memory and other ranks in one line on standard error, and exit with code 2."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -152,7 +157,7 @@ def print_error(error: BaseException) -> None:
 
 
 def report_lost_rank(error: BaseException, advice: str = "") -> None:
-    """Print that another rank has ended, once for all ranks; the lower ones come first."""
+    """Print that another rank has ended. Only one rank prints this; lower ranks try first."""
     time.sleep(0.5 * rank())
     if is_first_to_report():
         click.echo(f"\nerror: rank {rank()}: another rank has ended ({error_line(error)[:100]} ...){advice}", err=True)

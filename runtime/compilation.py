@@ -1,4 +1,4 @@
-"""torch.compile, for training and for decoding, and CUDA graphs."""
+"""torch.compile for training and decoding, and CUDA graphs."""
 
 import os
 import shutil
@@ -9,47 +9,51 @@ from torch import Tensor, nn
 
 
 def prepare_to_compile(device: torch.device) -> None:
-    """Before anything is compiled. Raises ValueError where torch.compile would fail later."""
+    """Configure torch.compile; to be called before anything is compiled.
+
+    Raises ValueError if there is no compiler, because torch.compile would fail only later.
+    """
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler, such as g++, and there is none")
+        raise ValueError("--compile needs a C++ compiler, such as g++; none was found")
     if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "cc", "clang", "cl"))):
-        raise ValueError("--compile needs a C compiler on a GPU too, such as gcc, and there is none")
-    # Kinds of call; with the default of 8 the later ones would go back to plain PyTorch.
+        raise ValueError("--compile needs a C compiler on a GPU too, such as gcc; none was found")
+    # The number of compiled versions per function. After the default of 8, further calls would run uncompiled.
     torch._dynamo.config.cache_size_limit = 32
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """torch.compile every layer, in place; its code is compiled anew only for a few kinds of call.
+    """Compile every layer in place, with dynamic lengths and batch sizes.
 
-    Below the adapted layers, and among them; for one row and for several; with and without gradients. Lengths and
-    numbers of rows are variables of that code.
+    A layer is recompiled only for a few kinds of calls: with and without an adaption prompt, for one row and for
+    several, with and without gradients.
     """
     for layer in layers:
         layer.compile(dynamic=True)
 
 
 def transpose_output_head(head: nn.Linear) -> None:
-    """Let the weight (V, C) lie in memory as (C, V).
+    """Store the weight (V, C) transposed in memory, as (C, V); its shape stays the same.
 
-    In float32 on a CPU one row goes through it up to three times as fast; in bfloat16 it would take four times as long.
+    In float32 on a CPU, this makes the product with one row up to three times as fast. In bfloat16 it would take four
+    times as long.
     """
     head.weight.data = head.weight.data.T.contiguous().T
 
 
 def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
-    """`decode_step(model, ids, prompts, cache)` under torch.compile.
+    """Return `decode_step(model, ids, adaption_prompts, cache)`, compiled.
 
-    On a GPU it is recorded as one CUDA graph at the first step of each generation.
+    On a GPU, the first step of each generation is recorded as a CUDA graph, which all steps replay.
     """
     compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":
         return compiled
-    recorded = None  # with the cache and the adaption prompts that it reads, wherever they lie
+    recorded = None  # the CUDA graph, with the cache and the adaption prompts whose memory it reads
 
     def replay(model: nn.Module, ids: Tensor, adaption_prompts, cache) -> Tensor:
         nonlocal recorded
         if recorded is None or recorded[0] is not cache or recorded[1] is not adaption_prompts:
-            recorded = None  # the memory of the one before
+            recorded = None  # frees the memory of the previous graph
             graph = record_cuda_graph(compiled, model, ids, adaption_prompts, cache)
             recorded = (cache, adaption_prompts, *graph)
         *_, graph, newest, logits = recorded
@@ -63,15 +67,17 @@ def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Ca
 def record_cuda_graph(
     decode_step: Callable[..., Tensor], model: nn.Module, ids: Tensor, adaption_prompts, cache
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-    """A CUDA graph of one step, where it reads the ids, and where it leaves the logits; the cache stays as it was."""
+    """Record one step as a CUDA graph. Return the graph, its input ids and its output logits.
+
+    The lengths of the cache are restored.
+    """
     newest, lengths = ids.clone(), cache.lengths.clone()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        decode_step(
-            model, newest, adaption_prompts, cache
-        )  # compiles; what it writes, the first replay will write again
-    torch.cuda.current_stream().wait_stream(aside)
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        # This call compiles. The first replay overwrites the keys and values that it writes.
+        decode_step(model, newest, adaption_prompts, cache)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = decode_step(model, newest, adaption_prompts, cache)

@@ -1,7 +1,7 @@
-"""Linear layers prepared for decoding, where few rows meet the weights, and reading these takes the time.
+"""Linear layers for decoding, where few rows are multiplied by the weights, and most time is spent on reading these.
 
 Packed weights have a layout that suits the instructions of the CPU or GPU. They are packed after a model is loaded, and
-only where that is measured to be faster on the machine at hand.
+only if a measurement on this machine shows that it is faster.
 """
 
 import time
@@ -16,16 +16,17 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import is_out_of_memory
 from runtime.quantization import GROUP, QuantizedLinear, quantize, replace_linear, unpack_nibbles
 
-# As many rows use the packed weight, by bits. A constant: if it were measured, responses would vary from run to run.
+# The maximum number of rows that use the packed weight, by its bits. These are constants, because responses would vary
+# from run to run if they were measured.
 MAX_ROWS = {4: 64, 8: 32}
-LARGE = 2**20  # numbers of a layer; nobody notices how fast smaller ones are, nor can that be measured well
+LARGE = 2**20  # weights of a layer; the speed of smaller layers hardly matters, and cannot be measured well
 
 
 class PackedLinear(nn.Module):
     """A quantized layer with a packed copy of its weight for few rows; more rows go through `layer`.
 
-    PyTorch has a product for packed weights of 4 bits, in bfloat16. A number of 8 bits is packed as two of 4, its upper
-    and its lower half, in twice the rows; their products are added. `layer` is the quantized one by default.
+    PyTorch has a product for packed 4-bit weights, in bfloat16. An 8-bit weight is packed as two 4-bit weights, its
+    upper and its lower half, in twice the rows; their products are added. `layer` is the quantized one by default.
     """
 
     def __init__(self, quantized: QuantizedLinear, layer: nn.Linear | None = None):
@@ -68,22 +69,22 @@ class PackedLinear(nn.Module):
 
 
 def pack(nibbles: Tensor) -> Tensor:
-    """Pack a weight (N, K) of numbers from 0 to 15, in uint8; N is a multiple of 16, K of 32."""
+    """Pack a weight (N, K) of numbers from 0 to 15, in uint8. N must be a multiple of 16, and K of 32."""
     if nibbles.device.type == "cpu":
-        # A few rows at a time, because the operator takes 4 bytes for each number. Its tiles have at most 64 rows.
+        # In pieces of 1,024 rows, because the operator needs 4 bytes per number. Its tiles have at most 64 rows.
         return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(n.int(), 1) for n in nibbles.split(1024)])
     return torch.ops.aten._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 2)
 
 
 def packed_product(rows: Tensor, packed: Tensor, factors: Tensor) -> Tensor:
-    """Multiply rows (R, K), in bfloat16, with a packed weight (N, K): (R, N)."""
+    """Multiply rows (R, K), in bfloat16, by a packed weight (N, K); return (R, N)."""
     if rows.device.type == "cpu":
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, GROUP, factors)
     return torch.ops.aten._weight_int4pack_mm(rows, packed, GROUP, factors)
 
 
 class PackedBfloat16(nn.Module):
-    """A linear layer in bfloat16 on a CPU, its weight in the layout of oneDNN, for any number of rows."""
+    """A linear layer in bfloat16 on a CPU, with its weight in oneDNN's layout, for any number of rows."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -99,9 +100,10 @@ class PackedBfloat16(nn.Module):
 
 
 class RowLinear(nn.Linear):
-    """A linear layer for torch.compile on a CPU, which makes one pass over the weight of a product and a sum.
+    """A linear layer for torch.compile on a CPU. For a single row, it multiplies elementwise and sums.
 
-    For a single row that is faster than a matrix product: 1.3 to 3 times, in both dtypes, on an AMD EPYC.
+    torch.compile fuses both into one pass over the weight. On an AMD EPYC this is 1.3 to 3 times as fast as a matrix
+    product, in both dtypes.
     """
 
     def __init__(self, layer: nn.Linear):
@@ -124,19 +126,19 @@ def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:
 
 
 def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: torch.dtype, device) -> bool:
-    """Measure on one row whether make(layer) takes less than nine tenths of the time of the layer.
+    """Return True if make(layer) takes less than nine tenths of the time of the layer, measured on one row.
 
-    False where PyTorch has no such product, or one with another result. Raises RuntimeError if memory runs out.
+    Return False, too, if PyTorch lacks the product, or its result is wrong. Raises RuntimeError if memory runs out.
     """
     row = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=device)[None]
     try:
         other = make(layer)
-        found, expected = other(row), layer(row)
+        actual, expected = other(row), layer(row)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         return False
-    if (found - expected).norm() > 0.05 * expected.norm():
+    if (actual - expected).norm() > 0.05 * expected.norm():
         return False
     other_seconds, seconds = (min(seconds_of(each, row) for _ in range(5)) for each in (other, layer))
     return other_seconds < 0.9 * seconds
@@ -150,11 +152,11 @@ def seconds_of(layer: nn.Module, row: Tensor) -> float:
 
 @torch.no_grad()
 def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
-    """Replace the linear layers of a LLaMA by packed ones, in place, where these are faster.
+    """Replace the linear layers of a LLaMA by packed ones, in place, if these are faster.
 
-    If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled`: the decoding step
-    will be compiled. The first rank measures for all, since ranks with different heads would choose different tokens.
-    Warns if this machine has no fast product for quantized layers that are large.
+    If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled` means that the
+    decoding step will be compiled. The first rank measures for all, because ranks with different output heads would
+    choose different tokens. Warns if this machine has no fast product for large quantized layers.
     """
     on_cpu = model.device.type == "cpu"
     quantized, linear = largest_linear(model, QuantizedLinear), largest_linear(model, nn.Linear)
@@ -164,7 +166,7 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
             model.output = PackedLinear(quantize(model.output, 8), model.output)
             linear = largest_linear(model.layers, nn.Linear)  # those that are not quantized, if there are any
         elif rank() == 0 and quantized.in_features * quantized.out_features >= LARGE:
-            warn(f"no fast product for weights of {quantized.bits} bits here: every token widens them")
+            warn(f"no fast product for {quantized.bits}-bit weights here; they are dequantized for every token")
     if linear is None or not on_cpu:
         return
     rest = model if quantized is None else model.layers

@@ -1,4 +1,4 @@
-"""The choice of device and dtype, which is made here alone."""
+"""Selection of device and dtype. No other module chooses them."""
 
 import os
 import platform
@@ -12,17 +12,17 @@ from runtime.distributed import local_rank, print_rank0, world_size
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of the base: by default a GPU in bfloat16, else Apple's GPU or the CPU in float32.
+    """Return the device and dtype of the base: by default a GPU in bfloat16, or else Apple's GPU or the CPU in float32.
 
-    With several ranks, each one gets a GPU of its own. Prints a line if other processes compute on this CPU too.
+    With several ranks, each one gets its own GPU. Prints a line if other processes use much of this CPU.
     Raises ValueError if the device is not available.
     """
-    torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32: bfloat16 is there for speed
-    torch.backends.cudnn.allow_tf32 = False  # in a vision encoder's convolution neither
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new shape of a batch, up to 0.5 s each
+    torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32; use bfloat16 for speed
+    torch.backends.cudnn.allow_tf32 = False  # the same for the convolution of a vision encoder
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new batch shape, up to 0.5 s each
     if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
         if device not in ("auto", "cuda"):
-            raise ValueError(f"--device {device}: with several processes each has its own; use cuda, cpu or auto")
+            raise ValueError(f"--device {device}: with several processes, each has its own; use cuda, cpu or auto")
         device = f"cuda:{local_rank()}"
     if device == "auto" and world_size() > 1:
         device = "cpu"  # gloo, which connects the ranks, does not exchange tensors of Apple's GPU
@@ -44,38 +44,41 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
 def advise_on_threads() -> None:
     """Print how to share the CPU, if other processes use so much of it that the threads of this one would wait.
 
-    The threads of OpenMP spin while they wait for each other, which beside one other busy process has made training up
-    to seven times slower. The variable is read when torch is loaded, so it cannot be set here.
+    The threads of OpenMP spin while they wait for each other. With one other busy process, this has made training up
+    to seven times slower. OMP_WAIT_POLICY is read when torch is loaded, so it cannot be set here.
     """
     threads, cores, busy = torch.get_num_threads(), os.cpu_count() or 1, busy_cores()
     if threads > 1 and busy > 0.5 and threads + busy > cores + 0.5 and "OMP_WAIT_POLICY" not in os.environ:
         print_rank0(
-            f"other processes use about {busy:.0f} of {cores} cores, and this one has {threads} threads: "
+            f"other processes use about {busy:.0f} of {cores} cores, and this one has {threads} threads; "
             f"it may be faster with OMP_WAIT_POLICY=passive in the environment"
         )
 
 
 def busy_cores() -> float:
-    """Return how many cores other processes use: the load of the last minute, if it lasts (under Linux)."""
+    """Return the number of cores that other processes use: the load average of the last minute.
+
+    On Linux it is limited to the number of other processes that are running now.
+    """
     try:
         load = os.getloadavg()[0]
     except (AttributeError, OSError):  # Windows
         return 0.0
     with suppress(OSError):
         running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
-        load = min(load, running - 1)  # without this one
+        load = min(load, running - 1)  # without this process
     return load
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU to the device; the host does not wait for a CUDA GPU."""
+    """Copy a tensor from the CPU to the device. The host does not wait for a CUDA GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or the processor, as the driver or Linux has it."""
+    """Return the name of the GPU or the processor, as the driver or Linux reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -86,7 +89,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, of the whole process elsewhere."""
+    """Return the peak memory in bytes: that of tensors on a GPU, that of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,8 +1,8 @@
-"""Several processes (ranks) on one job, as torchrun starts them. With one process, collectives do nothing.
+"""Several processes (ranks) that work together, started by torchrun. With one process, collectives do nothing.
 
-In training every rank holds the whole adapter and its optimizer, and processes its share of every batch. The gradients
-of the adapter are summed over the ranks, and all take the same step. In generation every rank holds a part of each
-layer (runtime/tensor_parallel.py), all compute the same response, and the first one prints it.
+In training, every rank has the whole adapter and its optimizer, and processes its share of every batch. The gradients
+of the adapter are summed over the ranks, and all take the same step. In generation, every rank has a part of each layer
+(runtime/tensor_parallel.py), all compute the same response, and the first one prints it.
 
 A rank that fails prints its error and exits with code 2; torchrun then ends the others. There is no barrier while an
 exception propagates, because the other ranks may never reach it.
@@ -68,9 +68,9 @@ def process_group(timeout: timedelta | None = None):
 
 
 def run_command(command: click.Command, **options) -> NoReturn:
-    """Run a click command, then end the process; under torchrun at once, without PyTorch's cleanup.
+    """Run a click command, then end the process. Under torchrun it ends at once, without PyTorch's cleanup.
 
-    Threads of a process group may outlive it there and occasionally abort a process whose work is done.
+    There, threads of the process group may outlive it, and occasionally abort a process whose work is done.
     """
     try:
         command(**options)
@@ -127,7 +127,7 @@ def check_same_on_all_ranks(values: dict) -> None:
 
 
 def all_reduce_max(number: int) -> int:
-    """The maximum over all ranks, over gloo, which notices a rank that has ended."""
+    """Return the maximum over all ranks. It is computed over gloo, which notices a rank that has ended."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number)
@@ -138,17 +138,17 @@ def all_reduce_max(number: int) -> int:
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place."""
     if world_size() > 1:
-        barrier()  # it notices a rank that has ended; NCCL would wait for it
+        barrier()  # this notices a rank that has ended; NCCL would wait for it
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Ranks that end, and who prints
+# Lost ranks, and the output of ranks
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Return True if PyTorch reports with this error that another rank has ended."""
+    """Return True if this error is how PyTorch reports that another rank has ended."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
@@ -160,7 +160,7 @@ def is_first_to_report() -> bool:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"lost rank reported {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except RuntimeError:  # a store that lives in the first rank has ended with it
+    except RuntimeError:  # the store was in the first rank, and has ended with it
         return True
 
 
@@ -177,7 +177,7 @@ def first_rank_speaks():
 
 @contextmanager
 def inference_ranks():
-    """Connect the ranks for generation or scoring; only the first one prints, but each may print an error."""
+    """Connect the ranks for generation or scoring. Only the first rank prints, but any rank may print an error."""
     if launched_world_size() == 1:
         yield
         return

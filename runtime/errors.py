@@ -1,4 +1,4 @@
-"""Errors that users can act on, as one line."""
+"""One-line messages for errors that the user can act on."""
 
 import re
 
@@ -15,11 +15,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-LINE = 1000  # characters of an error line, at most: a value that it quotes may have millions
+LINE = 1000  # maximum number of characters of an error line; a value that it quotes may have millions
 
 
 def error_line(error: BaseException) -> str:
-    """The error's message in one printable line; an OSError's begins with the file."""
+    """Return the error's message as one printable line. For an OSError, it begins with the file name."""
     message = str(error)
     if isinstance(error, OSError) and error.filename:
         message = f"{error.filename}: {error.strerror}"
@@ -32,5 +32,5 @@ def error_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: names in third-party files may hold terminal commands."""
+    """Escape control characters, because names in third-party files may contain terminal commands."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

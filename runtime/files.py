@@ -1,4 +1,4 @@
-"""Files that are there, files that are written wholly or not at all, and JSON whose errors name the line."""
+"""File helpers: checks of paths, atomic writes, locks, hashes, and JSON whose errors name the line."""
 
 import glob
 import gzip
@@ -22,12 +22,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # a repository cloned without Git LFS has these
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins the files of a repository cloned without Git LFS
 
 
 def require_file(path: str | Path, what: str = "file") -> Path:
-    """The path; raises FileNotFoundError where nothing is, ValueError at a folder, and at a device or a pipe, which
-    may never end."""
+    """Return the path. Raises FileNotFoundError if it does not exist, or ValueError if it is not a regular file.
+
+    A device or a pipe is refused because it may never end. `what` is the kind of file, for the error message.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}")
@@ -36,39 +38,39 @@ def require_file(path: str | Path, what: str = "file") -> Path:
     if path.stat().st_size < 1000:
         with open(path, "rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError(f"{path}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`")
+                raise ValueError(f"{path}: is a Git LFS pointer, not the file; fetch it with `git lfs pull`")
     return path
 
 
 def require_writable(path: str | Path, folder: bool = False) -> Path:
-    """The path; raises OSError or ValueError where no file (or folder, with those above it) could be written there.
+    """Return the path. Raises OSError or ValueError if no file (or folder, with its parents) can be written there.
 
-    To be asked before long work; it leaves nothing behind.
+    To be called before long work. It creates nothing.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
-        raise ValueError(f"{path}: is there already, and is no {'folder' if folder else 'file'}")
+        raise ValueError(f"{path}: exists and is not a {'folder' if folder else 'file'}")
     above = path.absolute() if path.exists() and folder else path.absolute().parent
     while folder and not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise ValueError(f"{path}: {above} is no folder")
+        raise ValueError(f"{path}: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: {above} may not be written to")
+        raise PermissionError(f"{path}: {above} is not writable")
     return path
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
-    """folder/name; raises ValueError where the name, out of a data file, leads out of the folder."""
+    """Return folder/name. Raises ValueError if the name, which comes from a data file, is outside of the folder."""
     inside = os.path.abspath(folder)
     if os.path.commonpath([inside, os.path.abspath(os.path.join(folder, name))]) != inside:
-        raise ValueError(f"{name} leads out of {folder}; --images names another folder")
+        raise ValueError(f"{name} is outside of {folder}; give another folder with --images")
     return Path(folder) / name
 
 
 @contextmanager
 def named_errors(path: str | Path):
-    """Add the path to an OSError that names no file, as Python's do where the disk is full."""
+    """Add the path to an OSError that names no file, such as Python's error when the disk is full."""
     try:
         yield
     except OSError as error:
@@ -78,13 +80,13 @@ def named_errors(path: str | Path):
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary name to write to, and rename it to `path` at the end: a reader sees the old file or the new.
+    """Yield a temporary path to write to, and rename it to `path` at the end. A reader sees the old file or the new.
 
     The temporary name is unique, so that two processes that write the same file do not disturb each other.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is there already, and is no file")
+        raise ValueError(f"{path}: exists and is not a file")
     temporary = path.with_name(f"{path.name[:99]}.{os.getpid()}-{secrets.token_hex(4)}.unfinished")
     try:
         yield temporary
@@ -100,7 +102,7 @@ def atomic_write(path: str | Path):
 
 
 def remove_unfinished(path: Path) -> None:
-    """Delete the temporary files that a killed `atomic_write` of this path has left."""
+    """Delete the temporary files that a killed `atomic_write` of this path has left behind."""
     for file in path.parent.glob(f"{glob.escape(path.name)}.*.unfinished"):
         if re.fullmatch(r"\.\d+-[0-9a-f]{8}\.unfinished", file.name.removeprefix(path.name)):
             file.unlink(missing_ok=True)
@@ -108,7 +110,7 @@ def remove_unfinished(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path):
-    """Keep other processes from writing to the folder. Raises ValueError that names the process that does."""
+    """Lock the folder against other processes. Raises ValueError if one has locked it, naming that process."""
     path = folder / ".lock"
     holder = folder / ".lock-holder"
     lock = FileLock(path)
@@ -116,36 +118,37 @@ def locked(folder: Path):
         lock.acquire(timeout=0)
     except Timeout:
         who = "another process"
-        with suppress(OSError):  # it may end at this moment
+        with suppress(OSError):  # the process may end at this moment
             who = holder.read_text() or who
-        raise ValueError(f"{folder}: {who} is at work there; use another --out, or wait until it has ended") from None
+        raise ValueError(f"{folder}: is in use by {who}; use another --out, or wait until it has ended") from None
     try:
         with named_errors(holder):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         for file in (holder, path):
-            with suppress(OSError):  # of a folder that may not be written to any more; another error says so
+            with suppress(OSError):  # if the folder is no longer writable, another error has reported it
                 file.unlink(missing_ok=True)
         lock.release()
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
-    """One value as UTF-8 text, by `atomic_write`; folders above it are made. `options` are those of json.dumps."""
+    """Write a value as JSON atomically, and create the folders above it. `options` are those of json.dumps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=indent, **options) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """By `atomic_write`; what UTF-8 cannot say (half a character) is written as its escape."""
+    """Write a text as UTF-8 atomically. Unpaired surrogates, which UTF-8 cannot encode, are written as escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, by `atomic_write`; the same tensors and metadata make the same bytes.
+    """Write a safetensors file atomically. Equal tensors and metadata give equal bytes.
 
-    The library puts metadata in an order of its own at each call. The header is JSON, its length in front.
+    The library writes metadata in a different order at each call, so its keys are sorted here. The file begins with
+    the length of its JSON header.
     """
     content = save(dict(tensors), None if metadata is None else dict(metadata))
     end = 8 + int.from_bytes(content[:8], "little")
@@ -156,22 +159,22 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """Return a hash of the values, rounded to bfloat16, so that it does not depend on the dtype they are held in."""
+    """Return a hash of the values, rounded to bfloat16, so that it does not depend on the dtype of the tensors."""
     rounded = torch.cat([tensor.detach().flatten().to("cpu", torch.bfloat16) for tensor in tensors])
     return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-# The most bytes that are read of a file that is held in memory: a small compressed file can hold any number of zeros.
-# Weights are mapped, and have no bound.
+# Maximum size of a file that is read into memory, because a small compressed file can unpack to any size. Files of
+# weights are memory-mapped, and have no limit.
 MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """The content of a file, unpacked where it is a .gz or .xz. Raises FileNotFoundError, or ValueError."""
+    """Return the content of a file, unpacked if it is a .gz or .xz. Raises FileNotFoundError or ValueError."""
     path = require_file(path, what)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
-    limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # text is packed to a tenth, not to less
+    limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # text shrinks to a tenth
     if size <= limit:
         try:
             with (packed or open)(path, "rb") as file:
@@ -181,12 +184,12 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
         if len(content) <= limit:
             return content
     if limit < MAX_BYTES:
-        raise ValueError(f"{path}: {size:,} bytes hold more than {limit:,}; unpack it first")
-    raise ValueError(f"{path}: holds more than {limit:,} bytes; $LLAMA_ADAPTER_MAX_BYTES allows for more")
+        raise ValueError(f"{path}: its {size:,} bytes unpack to more than {limit:,}; unpack it first")
+    raise ValueError(f"{path}: contains more than {limit:,} bytes; set $LLAMA_ADAPTER_MAX_BYTES to allow more")
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, plain, .gz or .xz. Raises FileNotFoundError or ValueError."""
+    """Return the text of a UTF-8 file, plain, .gz or .xz. Raises FileNotFoundError or ValueError."""
     try:
         return io.TextIOWrapper(io.BytesIO(read_bytes(path, "data file")), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
@@ -194,23 +197,23 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, path: str | Path, first_line: int = 1) -> object:
-    """The value of a text that begins in that line of a file. Raises ValueError that names the line."""
+    """Parse a JSON text that begins at line `first_line` of the file. Raises ValueError that names the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path}: {where}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, or deeply nested brackets
         raise ValueError(f"{path}: line {first_line}: cannot be read: {error}") from None
 
 
 def read_json(path: str | Path) -> object:
-    """The one value of a JSON file, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    """Return the value of a JSON file, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
     return parse_json(read_text(path), path)
 
 
 def read_json_object(path: Path) -> dict:
-    """As `read_json`; raises ValueError where the value is no object."""
+    """Return the object in a JSON file. Raises OSError, or ValueError, also if the value is not an object."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: is a {type(values).__name__}, not an object")
@@ -218,12 +221,12 @@ def read_json_object(path: Path) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """Of an error's message, or its kind where it has none."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def resolved(path: str | Path | None) -> str | None:
-    """The whole path, for a record of where things were; a name of what is elsewhere stays as it is."""
+    """Return the absolute path, to be recorded. A name that is not a local path is returned unchanged."""
     if path is None or not Path(path).exists():
         return path if path is None else str(path)
     return str(Path(path).resolve())

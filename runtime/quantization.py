@@ -1,9 +1,9 @@
 """Frozen linear layers whose weights are stored in 8 or 4 bits.
 
-Every 32 columns of a row have a scale d of their own, with 4 bits also an offset m, and a weight is w = d*q + m, where
-q is a whole number: the blocks Q8_0 and Q4_1 of GGUF, with scales in float32. Weights are widened where they are used,
-on a CPU a few rows at a time, so that the wide matrix never exists there. runtime/decoding.py has a faster product for
-few rows.
+Each group of 32 columns of a row has a scale d and, with 4 bits, an offset m. A weight is w = d*q + m, where q is an
+integer. These are the blocks Q8_0 and Q4_1 of GGUF, with scales in float32. Weights are dequantized when they are used,
+on a CPU a few rows at a time, so that the dequantized matrix never exists there. runtime/decoding.py has a faster
+product for few rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,36 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # columns that share a scale
-# Numbers that are widened at a time: on a CPU so many that they stay in its cache.
+# The number of weights that are dequantized at a time. On a CPU, as many as fit into its cache.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
 def unpack_nibbles(q: Tensor) -> Tensor:
-    """Return the numbers (N, K/32, 32), from 0 to 15, of bytes (N, K/32, 16) that hold two each, as `chunks` says."""
+    """Unpack bytes (N, K/32, 16), two numbers each, to numbers (N, K/32, 32) from 0 to 15, as `chunks` describes."""
     return torch.cat([q & 15, q >> 4], dim=2)
 
 
 def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the weight (N, K), widened to `dtype`, in pieces (n, K) of a few rows.
+    """Yield the weight (N, K), dequantized to `dtype`, in pieces (n, K) of a few rows.
 
     q is int8 (N, K/32, 32), or uint8 (N, K/32, 16) with two numbers in a byte: the first half of a group in the lower
     four bits, the second half in the upper. scales and offsets are (N, K/32, 1).
     """
     rows = len(q)
-    if not torch.compiler.is_compiling():  # which would unroll the loop
+    if not torch.compiler.is_compiling():  # the compiler would unroll the loop
         rows = max(1, CHUNK.get(q.device.type, CHUNK["cuda"]) // q[0].numel())
     for start in range(0, len(q), rows):
         end = start + rows
         numbers = q[start:end]
         if offsets is None:
-            wide = numbers * scales[start:end]  # (n, K/32, 32), in float32
+            weights = numbers * scales[start:end]  # (n, K/32, 32), in float32
         else:
-            wide = (unpack_nibbles(numbers) * scales[start:end]).add_(offsets[start:end])
-        yield wide.flatten(1).to(dtype)
+            weights = (unpack_nibbles(numbers) * scales[start:end]).add_(offsets[start:end])
+        yield weights.flatten(1).to(dtype)
 
 
 class ChunkedProduct(torch.autograd.Function):
-    """x @ w.T, and its gradient by x; only the stored weight is kept for the backward pass."""
+    """The product x @ w.T, and its gradient with respect to x. Only the quantized weight is saved for backward."""
 
     @staticmethod
     def forward(context, x: Tensor, q: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
@@ -60,9 +60,9 @@ class ChunkedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer with a weight (out, in) of whole numbers, in the form that `chunks` describes.
+    """A frozen linear layer with a quantized weight (out, in), in the form that `chunks` describes.
 
-    The stored weight may have more columns than the layer has inputs: the inputs are then padded with zeros.
+    If the stored weight has more columns than the layer has inputs, the inputs are padded with zeros.
     """
 
     def __init__(self, q: Tensor, scales: Tensor, offsets: Tensor | None, in_features: int, bias: Tensor | None = None):
@@ -81,8 +81,8 @@ class QuantizedLinear(nn.Module):
     def stored_columns(self) -> int:
         return self.q[0].numel() * 8 // self.bits
 
-    def widened(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight (out, in) as a tensor of its own."""
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the dequantized weight (out, in)."""
         return torch.cat(list(chunks(self.q, self.scales, self.offsets, dtype)))[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
@@ -93,9 +93,9 @@ class QuantizedLinear(nn.Module):
 
 
 def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
-    """Return q (N, K/32, 32) and scales (N, K/32, 1) of a weight (N, K): the nearest of 255 values.
+    """Round a weight (N, K) to the nearest of 255 values; return q (N, K/32, 32) and scales (N, K/32, 1).
 
-    The values are evenly spaced between plus and minus the greatest magnitude of a group. K is a multiple of 32.
+    The values are evenly spaced between plus and minus the largest magnitude of a group. K must be a multiple of 32.
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     scales = groups.abs().amax(dim=2, keepdim=True).clamp_(min=1e-30) / 127  # (N, K/32, 1)
@@ -103,9 +103,9 @@ def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (N, K/32, 16), scales and offsets (N, K/32, 1) of a weight (N, K): the nearest of 16 values.
+    """Round a weight (N, K) to the nearest of 16 values; return q (N, K/32, 16), scales and offsets (N, K/32, 1).
 
-    The values are evenly spaced from the least to the greatest number of a group. K is a multiple of 32.
+    The values are evenly spaced from the smallest to the largest weight of a group. K must be a multiple of 32.
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     least, greatest = groups.aminmax(dim=2, keepdim=True)  # (N, K/32, 1)
@@ -116,7 +116,7 @@ def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
-    """Round the weight of a linear layer to 8 or 4 bits, a few rows at a time."""
+    """Quantize the weight of a linear layer to 8 or 4 bits, a few rows at a time."""
     weight = linear.weight.detach()
     N, K = weight.shape
     round_rows = {8: round_to_8_bits, 4: round_to_4_bits}[bits]
@@ -127,7 +127,7 @@ def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
 
 
 def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all linear layers of a kind inside the model, in place; those of one module are freed before the next."""
+    """Replace all layers of type `kind` inside the model, in place. Layers of one module are freed before the next."""
     for parent in [module for module in model.modules() if type(module) is not kind]:
         for name, module in list(parent.named_children()):
             if type(module) is kind:
@@ -135,7 +135,7 @@ def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.
 
 
 def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
-    """Return a function that rounds the linear layers inside a module, in place, for --bits 8 and 4; otherwise None."""
+    """Return a function that quantizes the linear layers in a module, in place; None unless --bits is 8 or 4."""
     if bits not in ("8", "4"):
         return None
 
@@ -143,12 +143,12 @@ def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
 
 
 def num_weights(model: nn.Module) -> int:
-    """Count the weights of a model, however many bits each is stored in."""
+    """Return the number of weights of a model, for any number of bits per weight."""
     quantized = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters + sum(layer.in_features * layer.out_features for layer in quantized)
 
 
 def held_bytes(module: nn.Module) -> int:
-    """The bytes of the weights of a module, in whatever form they are stored."""
+    """Return the number of bytes of the parameters and buffers of a module."""
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])

@@ -1,9 +1,9 @@
-"""What the fields of a file must be."""
+"""Validation of values that were read from files."""
 
 import reprlib
 
 
-# Keys of metadata and options that files of earlier versions have under another name.
+# Keys of metadata and options that had another name in files of earlier versions.
 RENAMED = {
     "tower": "vision_encoder",
     "tower_fingerprint": "vision_encoder_fingerprint",
@@ -12,19 +12,19 @@ RENAMED = {
 
 
 def renamed(values: dict[str, object]) -> dict[str, object]:
-    """Return the values with today's keys."""
+    """Return the values under the current names of their keys."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:
-    """Raise ValueError where a value is no number from `least` to `most`; NaN is none, nor is True."""
+    """Raise ValueError if a value is not a number from `least` to `most`. NaN and bool are not numbers."""
     if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
         span = f"whole number from {least:,} to {most:,}" if whole else f"number from {least:g} to {most:g}"
         raise ValueError(f"{name} is {reprlib.repr(value)}, not a {span}")
 
 
 def whole_number(name: str, text: str, least: int = 1, most: int = 2**24) -> int:
-    """The number that a text is, as metadata have them. Raises ValueError."""
+    """Parse an integer from a metadata string. Raises ValueError if it is not one from `least` to `most`."""
     value = int(text) if text.isdecimal() and len(text) < 20 else text
     require_number(name, value, least, most, whole=True)
     return value

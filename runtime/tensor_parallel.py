@@ -1,11 +1,12 @@
-"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019): of every layer each rank has an equal part.
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019): each rank has an equal part of every layer.
 
-A rank has some of the heads and some of the feed-forward's hidden units, with the rows of wq, wk, wv, w1 and w3 that
-make them, and the columns of wo and w2 that read them. That is a narrower layer of the same kind, whose attention and
-feed-forward come out as one term each of a sum over the ranks: two all-reduces a layer. What is added between, norms
-and residuals, is whole on every rank, and so are embeddings and output head.
+A rank has some of the heads and some of the feed-forward's hidden units: the rows of wq, wk, wv, w1 and w3 that compute
+them, and the columns of wo and w2 that read them. This is a narrower layer of the same kind. The outputs of its
+attention and of its feed-forward are summed over the ranks, with two all-reduces per layer. Norms, residuals,
+embeddings and output head are replicated on every rank.
 
-An adapter goes along: its prompts are projected by the rank's wk and wv, its gates are those of the rank's heads.
+Adapters need no special treatment: the adaption prompts are projected with the rank's wk and wv, and each rank uses
+the gates of its own heads.
 """
 
 from dataclasses import replace
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from runtime.distributed import rank, world_size
 
-CUT_ALONG = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}  # 0: rows, biases too; 1: columns
+SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}  # 0: rows and biases, 1: columns
 
 
 class Part(NamedTuple):
-    """One of so many equal parts along a dimension."""
+    """The part `index` of `number` equal parts of a tensor, along the dimension `dim`."""
 
     dim: int
     index: int
@@ -31,7 +32,7 @@ class Part(NamedTuple):
         return whole.chunk(self.number, self.dim)[self.index]
 
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what has parts of that shape."""
+        """Return the shape of a tensor whose parts have this shape."""
         return tuple(size * self.number if dim == self.dim else size for dim, size in enumerate(shape))
 
 
@@ -39,28 +40,30 @@ WHOLE = Part(dim=0, index=0, number=1)
 
 
 def base_of_rank(config, weights: dict) -> tuple:
-    """The part that this rank has of a base: the shape of a LLaMA, and how to fill each weight, as of `read_base`.
+    """Return this rank's part of a base: its Config, and the functions that fill its weights, as `read_base` does.
 
-    Raises ValueError where the ranks cannot share evenly.
+    Raises ValueError if the base cannot be split evenly.
     """
     ranks = world_size()
     for name in ("n_kv_heads", "hidden_dim"):
         if getattr(config, name) % ranks:
-            raise ValueError(f"{ranks} processes cannot share the base's {name} {getattr(config, name)} evenly")
+            raise ValueError(
+                f"the base's {name}, {getattr(config, name)}, cannot be split evenly over {ranks} processes"
+            )
     shares = {name: getattr(config, name) // ranks for name in ("n_heads", "n_kv_heads", "hidden_dim")}
     parts = dict(weights)
     for name, write in weights.items():
         module = name.rpartition(".")[0].rpartition(".")[2]
-        if module in CUT_ALONG:
-            parts[name] = partial(write, part=Part(CUT_ALONG[module], rank(), ranks))
+        if module in SPLIT_DIM:
+            parts[name] = partial(write, part=Part(SPLIT_DIM[module], rank(), ranks))
     return replace(config, **shares), parts
 
 
 def join_ranks(model: nn.Module) -> None:
-    """Let every layer's attention and feed-forward, each a term on every rank, end with their sum.
+    """Add hooks that sum the outputs of every attention and feed-forward over the ranks.
 
-    The attention is given the gates of its heads, of those (1|B, H, 1, 1) of all. An all-reduce leaves the same sum, to
-    the last bit, on all ranks: with the same seed all go on with the same tokens.
+    They also pass to each attention the gates of the rank's own heads, out of all gates (1|B, H, 1, 1). An all-reduce
+    gives the same sum on all ranks, to the last bit, so with the same seed all of them sample the same tokens.
     """
     if world_size() > 1:
         for block in model.layers:

@@ -1,4 +1,4 @@
-"""Lines of a conversation, from a terminal or a pipe."""
+"""Input lines from a terminal or a pipe."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,23 +9,23 @@ import click
 from runtime.distributed import broadcast_from_rank0
 
 LINES = "Every line is an instruction of its own."
-TURNS = "Every line is a turn of one conversation. /reset: forget it. /system TEXT: what its first turn says."
-HELP = "/adapter NAME or /none: who answers. /quit: end. /help: this line."
+TURNS = "Every line is a turn of one conversation. /reset: forget it. /system TEXT: set its system message."
+HELP = "/adapter NAME or /none: select who responds. /quit: end. /help: print this line."
 QUIT = ("exit", "quit", "/exit", "/quit")
 
 
 def read_line(stdin: TextIO) -> str:
-    """Return the next line, "" at the end. Bytes that are not UTF-8 become unpaired surrogates, in that line alone."""
+    """Return the next line, or "" at the end. Bytes that are not UTF-8 become unpaired surrogates."""
     if not hasattr(stdin, "buffer"):
         return stdin.readline()
     return stdin.buffer.readline().decode("utf-8", errors="surrogateescape")
 
 
 def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tuple[str, str]]:
-    """Every line as ("", line), or, on a terminal, as a command and its text where it begins with a slash.
+    """Yield every line as ("", line); on a terminal, yield a slash command and its text as (command, text).
 
-    A terminal is told first, and where it asks for it, how it is led: by lines of their own, or by turns. The first
-    rank reads, for all. Raises ValueError where nothing comes out of a pipe.
+    A help line is printed on a terminal at the start and at /help; `has_turns` selects its wording. The first rank
+    reads for all ranks. Raises ValueError if a pipe is empty.
     """
     number = 0
     help = f"{TURNS if has_turns else LINES} {HELP}"

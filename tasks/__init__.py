@@ -1,4 +1,4 @@
-"""Tasks: how data is read for training, and how responses are scored. Each is a module, and a line in TASKS."""
+"""Tasks: readers of training data, and scorers of responses. Each task is a module, and a line in TASKS."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ TASKS = {  # from the name for --task to the module that defines TASK, which is 
 class Task:
     """Reader and scorer of one task; only `read` is required.
 
-    `read(path, images=None, split=None)` returns Examples, by default those to train on; the image of an Example is
-    relative to the folder `images`. `score(examples, responses)` returns numbers by name. A response is a text, or None
+    `read(path, images=None, split=None)` returns Examples, by default those to train on. The image of an Example is
+    relative to the folder `images`. `score(examples, responses)` returns scores by name. A response is a text, or None
     if the prompt fills the context. A task without `score` has no command in evaluate.py; the docstring of `score` is
-    the command's help. Both raise OSError, or ValueError in one line.
+    the command's help. Both functions raise OSError, or ValueError with a one-line message.
     """
 
     read: Callable[..., list[Example]]
@@ -33,7 +33,7 @@ class Task:
     split: str | None = None  # the split to score by default; None: the file has no splits
     needs_images: bool = False  # refuse an adapter without a projection
     max_new_tokens: int = 64
-    data_help: str = "The examples, in a file as train.py takes it."
+    data_help: str = "File of examples, in the same format as for train.py."
     unit: str = "example"  # of the progress bar
 
 

@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on a base and the adapters over it: pip install lm_eval.
+"""EleutherAI's lm-evaluation-harness for a base and the adapters over it: pip install lm_eval.
 
-The harness has the tasks, the few-shot examples and the metrics. Here is what it asks of a model: how likely a text
-makes another, how likely it is by itself, and how it goes on. Likelihoods and greedy texts are those of its own model
-"hf"; in Alpaca's template a continuation is tokenized as the responses that an adapter was trained on.
+The harness has the tasks, the few-shot examples and the metrics. This file implements the harness's interface of a
+model: log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal those
+of the harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in training.
 """
 
 import json
@@ -33,23 +33,23 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 except ModuleNotFoundError as error:
-    raise ValueError(f"the harness is a package of its own (no {error.name}): pip install lm_eval") from None
+    raise ValueError(f"the harness needs one more package ({error.name} is missing): pip install lm_eval") from None
 
-RESPONSE = ALPACA["without_input"].splitlines()[-1]  # what a response in Alpaca's template follows
+RESPONSE = ALPACA["without_input"].splitlines()[-1]  # the last line of a prompt in Alpaca's template
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks: the base of a responder with one of its adapters, or "base" alone.
+    """The harness's model: the base of a responder with one of its adapters, or "base", the base alone.
 
-    Requests of like length share a batch, and a context is read once for all of its continuations.
+    Requests of similar length share a batch, and a context is processed once for all of its continuations.
     """
 
-    CONTEXT, NEW_TOKENS = 2048, 256  # hf's defaults, where neither base nor task says anything
+    CONTEXT, NEW_TOKENS = 2048, 256  # the defaults of "hf" if neither base nor task states a number
 
     def __init__(self, responder: Responder, adapter: str, batch_size: int, about: Mapping[str, object] = {}):
         super().__init__()
         self.model, self.batch_size, self.about = responder.model, batch_size, about
-        self.text_tokenizer = responder.tokenizer  # as `tokenizer` the harness would take it for one of transformers'
+        self.text_tokenizer = responder.tokenizer  # not `tokenizer`: the harness expects that to be from transformers
         _, self.adaption_prompts, self.template = responder.loaded[adapter]
         self.stop, self.repetition_penalty = list(responder.stop), responder.sampling.repetition_penalty
         self.decode_step = responder.decode_step
@@ -62,40 +62,41 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token that precedes a text without a context."""
         return (self.text_tokenizer.start_ids or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Behind <bos>, unless `add_special_tokens` is False, or a chat template has written one."""
+        """Tokenize with <bos>, unless `add_special_tokens` is False, or a chat template has already written it."""
         ids, start = self.encode(string), self.text_tokenizer.start_ids
-        written = bool(start) and ids[: len(start)] == start
-        return ids if add_special_tokens is False or written else [*start, *ids]
+        has_bos = bool(start) and ids[: len(start)] == start
+        return ids if add_special_tokens is False or has_bos else [*start, *ids]
 
     def encode(self, string: str) -> list[int]:
-        """Without <bos>. What spells a special token is one, where the base has a chat template."""
+        """Tokenize without <bos>. With a chat template, the texts of special tokens become these tokens."""
         if isinstance(self.template, ChatTemplate):
             return self.template.encode([string], hidden=[])[0]
         return self.text_tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenized together, and cut where the context ends; but apart behind Alpaca's prompt, as in training."""
+        """Tokenize context and continuation together; after Alpaca's prompt separately, as in training."""
         if context.endswith(RESPONSE) and isinstance(self.template, AlpacaTemplate):
             return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # responses begin without a space
         return super()._encode_pair(context, continuation)
 
-    # -- How likely
+    # -- Log-likelihoods
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Scored]:
-        """Score triples: the texts, which are not used, and the ids of context and continuation.
+        """Score triples: the texts, which are not used, the ids of the context, and the ids of the continuation.
 
-        A context is truncated on the left if both do not fit. Raises ValueError if a continuation alone does not.
+        If both do not fit into the base's context, the context is truncated on the left. Raises ValueError if the
+        continuation alone does not fit, or is empty.
         """
         contexts, continuations = [], []
         for _, context, ids in requests:
             if not 0 < len(ids) <= self.max_length:
-                raise ValueError(f"a continuation has {len(ids)} tokens, the base sees 1 to {self.max_length}")
+                raise ValueError(f"a continuation has {len(ids)} tokens, the base takes 1 to {self.max_length}")
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
             contexts.append(context[max(0, surplus) :])
             continuations.append(ids)
@@ -104,36 +105,39 @@ class HarnessModel(TemplateLM):
             return score_continuations(self.model, contexts, continuations, adaption_prompts, self.batch_size, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token once, in windows of the base's context that follow one another."""
-        windows, of_window = [], []
+        """Return the log-likelihoods of whole texts, in consecutive windows as long as the base's context.
+
+        Each token is scored once.
+        """
+        windows, text_indices = [], []
         for i, (text,) in enumerate(request.args for request in requests):
             for pair in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
                 windows.append((None, *make_disjoint_window(pair)))
-                of_window.append(i)
+                text_indices.append(i)
         totals = [0.0] * len(requests)
-        for i, (log_p, _) in zip(of_window, self._loglikelihood_tokens(windows, disable_tqdm)):
+        for i, (log_p, _) in zip(text_indices, self._loglikelihood_tokens(windows, disable_tqdm)):
             totals[i] += log_p
         return totals
 
-    # -- How it goes on
+    # -- Generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate until a text that ends the response, greedily by default. Contexts are truncated on the left.
+        """Generate a response to each request until one of its stop strings, greedily by default.
 
-        Raises ValueError where a task asks for what there is not.
+        Contexts are truncated on the left. Raises ValueError if a task uses a setting that is not supported.
         """
-        settings: dict[str, list[int]] = defaultdict(list)
+        settings: dict[str, list[int]] = defaultdict(list)  # request indices by generation settings
         for i, request in enumerate(requests):
             settings[json.dumps(request.args[1], sort_keys=True)].append(i)
         tokens = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         responses = [""] * len(requests)
-        generator = torch.Generator(self._device).manual_seed(torch.initial_seed())  # which the harness sets
+        generator = torch.Generator(self._device).manual_seed(torch.initial_seed())  # the seed is set by the harness
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or rank() > 0) as bar:
-            for setting, of_setting in settings.items():
+            for setting, indices in settings.items():
                 until, sampling = self.generation(json.loads(setting))
                 sampling = sampling._replace(generator=generator)
                 room = self.max_length - sampling.max_new_tokens
-                for batch in in_batches(of_setting, self.batch_size, length=lambda i: len(tokens[i])):
+                for batch in in_batches(indices, self.batch_size, length=lambda i: len(tokens[i])):
                     rows = [tokens[i][-room:] for i in batch]
                     for i, text in zip(batch, self.continue_until(rows, until, sampling)):
                         responses[i] = text
@@ -141,11 +145,14 @@ class HarnessModel(TemplateLM):
         return responses
 
     def generation(self, kwargs: dict) -> tuple[list[str], Sampling]:
-        """The stop strings, and how to sample. Raises ValueError."""
+        """Return the stop strings and the Sampling for a task's `generation_kwargs`.
+
+        Raises ValueError if a setting is not supported.
+        """
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
         if limit >= self.max_length:
-            raise ValueError(f"{limit} new tokens leave no room for a context: the base sees {self.max_length}")
+            raise ValueError(f"{limit} new tokens leave no room for a prompt: the base's context is {self.max_length}")
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
         if not kwargs.pop("do_sample"):
@@ -157,35 +164,35 @@ class HarnessModel(TemplateLM):
         sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
         if kwargs:
             raise ValueError(
-                f"generation_kwargs {kwargs}: there are do_sample, {', '.join(known)}, until, max_gen_toks"
+                f"generation_kwargs {kwargs}: supported are do_sample, {', '.join(known)}, until, max_gen_toks"
             )
         return until + self.stop, Sampling(limit, end_ids=self.template.end_ids, **sampling)
 
     def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
-        """As `stream`, up to where each text has one of `until`, which is left off."""
+        """Continue rows of token ids; return the texts up to, and without, the first of the stop strings `until`."""
         steps = stream(self.model, tokens, self.adaption_prompts, sampling, self.decode_step)
         limits = [sampling.max_new_tokens] * len(tokens)
         new = collect(steps, self.text_tokenizer, limits, [*filter(None, until)])
         return [postprocess_generated_text(self.text_tokenizer.decode(ids), until, None) for ids in new]
 
-    # -- What is asked in a template, and what results.json says of the model
+    # -- Templates, and the description of the model in results.json
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as the template writes them; the last may be the beginning of the response, which the task makes.
+        """Format messages with the template. The last may be the beginning of the response, written by the task.
 
-        Raises ValueError where the template does not take them.
+        Raises ValueError if the template does not support these messages.
         """
         begun = chat_history[-1]["content"] if chat_history[-1]["role"] == "assistant" else ""
         messages = chat_history[:-1] if begun else chat_history
         if isinstance(self.template, ChatTemplate):
-            if begun.strip():  # as the template writes a response, up to where this one has got
+            if begun.strip():  # format it as a whole response, and drop the text after it
                 text = self.template.text(chat_history, begin_response=False)
                 start = text.rindex(begun.strip())
                 kept = begun.lstrip() if text.startswith(begun.lstrip(), start) else begun.strip()
                 return text[: start + len(kept)]
             return self.template.text(messages, begin_response=True) + begun
         roles = [message["role"] for message in messages]
-        if roles not in (["user"], ["system", "user"]):  # a description is put before the question
+        if roles not in (["user"], ["system", "user"]):  # a task's description becomes part of the instruction
             raise ValueError(f"alpaca takes one prompt, not messages of {', '.join(roles)}")
         return format_prompt("\n\n".join(message["content"] for message in messages)) + begun
 
@@ -209,10 +216,10 @@ def make_columns(
     about: Mapping[str, object],
     **options,
 ) -> dict[str, HarnessModel]:
-    """Every adapter at every strength, by name, and the base, if asked or where there is nothing else.
+    """Return a model by name for each adapter at each strength, and for the base with `compare` or without adapters.
 
-    `about` is what results.json says of all of them; `options` are those of Responder. Raises ValueError at a name
-    that can be no folder's, or is taken.
+    `about` is stored in the results.json of each; `options` are those of Responder. Raises ValueError if a name is
+    taken, or cannot be the name of a folder.
     """
     columns: dict[str, HarnessModel] = {}
     for strength in dict.fromkeys(strengths):
@@ -222,9 +229,9 @@ def make_columns(
         for name in loaded[2]:
             column = name if strength == 1 else f"{name} x {strength:g}"
             if name in ("", ".", "..") or {"/", "\\"} & set(name) or column in columns:
-                raise ValueError(f"{column!r} is taken, or no name of a folder for results: --adapter NAME=FILE")
-            its = {"adapter": name, "strength": strength}
-            columns[column] = HarnessModel(responder, name, batch_size, {**about, **its})
+                raise ValueError(f"{column!r} is taken, or cannot name a results folder; use --adapter NAME=FILE")
+            own = {"adapter": name, "strength": strength}
+            columns[column] = HarnessModel(responder, name, batch_size, {**about, **own})
     return columns
 
 
@@ -238,33 +245,33 @@ def run_harness(
     template: str | None,
     **options,
 ) -> dict[str, dict]:
-    """The harness's results of every column, by its name; none on ranks that don't write.
+    """Run the harness for every column, and return its results by the columns' names; on other ranks, an empty dict.
 
-    Written as results.json into folders of those names, with each example's response if wanted. `tasks` are names, or
-    files in YAML; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
+    The first rank writes results.json into a folder for each column, and with `samples` every response. `tasks` are
+    names, or YAML files; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
-    for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe
+    for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe forever
         require_file(file, "task")
     files = [require_file(task, "task") for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     names = {task for task in tasks if Path(task) not in files}
     with library_errors("--tasks"):
         manager = TaskManager(include_path=folder, include_defaults=False)
-        if not names <= set(manager.all_tasks):  # the harness's own, which take seconds to list
+        if not names <= set(manager.all_tasks):  # listing the harness's own tasks takes seconds
             manager = TaskManager(include_path=folder)
-        manager.load([*tasks])  # so that what has to be fetched is there
+        manager.load([*tasks])  # downloads their data if necessary
     options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
-    found = {}
-    for name, column in columns.items():  # the harness keeps a task's requests in it, so each column loads its own
+    all_results = {}
+    for name, column in columns.items():  # the harness stores requests in the task, so each column loads its own
         try:
             results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
-        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:  # of a broken task
+        except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:  # a faulty task
             what = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"--tasks {','.join(tasks)}: the harness cannot evaluate it: {what}") from error
         if rank() == 0:
-            found[name] = results
+            all_results[name] = results
             write_results(results, out / name)
-    return found
+    return all_results
 
 
 def write_results(results: dict, folder: Path) -> None:
@@ -276,22 +283,24 @@ def write_results(results: dict, folder: Path) -> None:
         write_text(folder / f"samples_{task.replace('/', '_')}.jsonl", "".join(line + "\n" for line in lines))
 
 
-def print_columns(found: dict[str, dict]) -> None:
-    """A line for every task and metric, a column for every model; nothing on ranks that have no results."""
-    lines = {"": list(found)}
-    for task, metrics in next(iter(found.values()), {"results": {}})["results"].items():
+def print_columns(all_results: dict[str, dict]) -> None:
+    """Print a table with a row for every task and metric, and a column for every model; nothing without results."""
+    lines = {"": list(all_results)}
+    for task, metrics in next(iter(all_results.values()), {"results": {}})["results"].items():
         for key in metrics:
-            metric, comma, how = key.partition(",")  # "acc,none": of responses as they are; or of what a filter leaves
+            metric, comma, filter_name = key.partition(",")  # "acc,none" if responses are not filtered
             if comma and not metric.endswith("_stderr"):
-                line = f"{task}, {metric}" + (f" ({how})" if how != "none" else "")
-                lines[line] = [score_text(results["results"][task], metric, how) for results in found.values()]
+                line = f"{task}, {metric}" + (f" ({filter_name})" if filter_name != "none" else "")
+                lines[line] = [
+                    score_text(results["results"][task], metric, filter_name) for results in all_results.values()
+                ]
     left, width = max(map(len, lines)), 2 + max([len(cell) for cells in lines.values() for cell in cells], default=0)
-    for line, cells in lines.items() if found else ():
+    for line, cells in lines.items() if all_results else ():
         click.echo(printable(f"{line:{left}}" + "".join(f"{cell:>{width}}" for cell in cells)))
 
 
-def score_text(metrics: dict[str, object], metric: str, how: str) -> str:
-    """With its standard error, where the harness has one."""
-    value, error = (metrics.get(f"{name},{how}") for name in (metric, f"{metric}_stderr"))
+def score_text(metrics: dict[str, object], metric: str, filter_name: str) -> str:
+    """Format a score, with its standard error if the harness computed one."""
+    value, error = (metrics.get(f"{name},{filter_name}") for name in (metric, f"{metric}_stderr"))
     spread = f" ± {error:.4f}" if isinstance(error, float) else ""
     return f"{value:.4f}{spread}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The images of examples: which are there, and their features."""
+"""The images of examples: checks that they exist, and their features."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ AnyExample = TypeVar("AnyExample", bound=Example)
 def with_images(
     examples: Sequence[AnyExample], folder: str | Path, skip_missing: bool, path: str | Path
 ) -> list[AnyExample]:
-    """The examples whose image is in the folder, or that have none; `path`, their file, begins the error messages.
+    """Return the examples whose image exists in the folder, and those without an image.
 
-    Raises FileNotFoundError that names the example, unless those with a missing image are skipped, and ValueError if
-    no example remains.
+    Raises FileNotFoundError that names an example whose image is missing, unless `skip_missing`, and ValueError if no
+    example remains. Messages begin with `path`, the file of the examples.
     """
     kept = []
     for example in examples:
@@ -36,7 +36,7 @@ def with_images(
             raise type(error)(f"{path}: {example.name}: {error}") from None
         kept.append(example)
     if not kept:
-        raise ValueError(f"{path}: none of its {len(examples)} examples has an image that is there")
+        raise ValueError(f"{path}: none of its {len(examples)} examples has an image that exists")
     return kept
 
 
@@ -53,9 +53,9 @@ def attach_features(
     encoder: VisionEncoder | FunctionEncoder,
     cache: Path | None = None,
 ) -> list[AnyExample]:
-    """The examples, each with the features (F,) of its image. An image that several share is encoded once.
+    """Return the examples, each with the features (F,) of its image. An image that several share is encoded once.
 
-    `cache` is a folder that keeps features for the next run. Raises OSError or ValueError.
+    `cache` is a folder that keeps the features for later runs. Raises OSError or ValueError.
     """
     paths = [Path(folder) / example.image if example.image else None for example in examples]
     distinct = list(dict.fromkeys(path for path in paths if path is not None))
@@ -66,7 +66,7 @@ def attach_features(
 def encode_images(
     examples: Sequence[AnyExample], data, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[AnyExample], VisionEncoder | FunctionEncoder]:
-    """The examples with the features of their images, and the encoder that computed them.
+    """Return the examples with the features of their images, and the encoder that computed them.
 
     `data` is a training.options.DataOptions. Raises OSError or ValueError.
     """

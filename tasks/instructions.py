@@ -9,16 +9,18 @@ from tasks import Task
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
-    """Read every record, except conversations of which no turn is to be learned; their number is printed.
+    """Read every record. Conversations without a turn to train on are skipped, and their number is printed.
 
     Raises OSError, or ValueError that names file, record, and field or turn.
     """
     examples = [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]
     learned = list(filter(has_learned_turn, examples))
     if len(learned) < len(examples):
-        print_rank0(f"{path}: {len(examples) - len(learned):,} of {len(examples):,} records have no turn to learn")
+        print_rank0(
+            f"{path}: {len(examples) - len(learned):,} of {len(examples):,} records skipped: no turn to train on"
+        )
     if not learned:
-        raise ValueError(f"{path}: none of the {len(examples):,} records has a turn to learn")
+        raise ValueError(f"{path}: none of the {len(examples):,} records has a turn to train on")
     return learned
 
 

@@ -1,4 +1,4 @@
-"""Responses to many prompts, generated or chosen among options, and how they are written to files."""
+"""Responses to many prompts, generated or chosen among options, and the files of responses and scores."""
 
 import math
 import sys
@@ -40,22 +40,22 @@ def choice_log_likelihoods(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[list[float] | None]:
-    """log p(choice and its end | request), in nats, for the choices of each request; None if one does not fit."""
+    """Return log p(choice and <eos> | request), in nats, for the choices of each request; None if one does not fit."""
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     likelihoods: list[list[float] | None] = [None] * len(requests)
-    rows = []  # (request, choice) of each
+    rows = []  # indices (request, choice) of each row
     adaption_prompts, tokens, continuations = [], [], []
-    for i, (request, ours) in enumerate(zip(requests, choices)):
+    for i, (request, texts) in enumerate(zip(requests, choices)):
         template = responder.loaded[request.adapter].template
-        examples = [Example(request.instruction, request.input, text) for text in ours]
+        examples = [Example(request.instruction, request.input, text) for text in texts]
         exchanges = [exchange for (exchange,) in template.encode_exchanges(examples)]
         if any(len(each.prompt_ids) + len(each.response_ids) - 1 > context for each in exchanges):
             continue
-        likelihoods[i] = [math.nan] * len(ours)
-        of_request = responder.adaption_prompts(request)
+        likelihoods[i] = [math.nan] * len(texts)
+        shared = responder.adaption_prompts(request)
         for j, (prompt_ids, response_ids) in enumerate(exchanges):
             rows.append((i, j))
-            adaption_prompts.append(of_request)
+            adaption_prompts.append(shared)
             tokens.append(prompt_ids)
             continuations.append(response_ids)
     with tqdm(total=len(rows), unit=unit, file=sys.stderr) as bar:
@@ -72,33 +72,33 @@ def most_likely_choices(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[str | None]:
-    """Return the most likely of its choices for each request; None if they do not fit into the context."""
+    """Return the most likely choice for each request; None if its choices do not fit into the context."""
     likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size, unit)
-    return [None if found is None else ours[found.index(max(found))] for found, ours in zip(likelihoods, choices)]
+    return [None if log_p is None else texts[log_p.index(max(log_p))] for log_p, texts in zip(likelihoods, choices)]
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Whose they are, to what, and how they were found."""
+    """Responses to the examples of a task, and the model and method that produced them."""
 
     task: str
     split: str | None
     examples: Sequence[Example]
     texts: Sequence[str | None]  # None: the prompt left no room for a response
     method: str
-    generated: bool  # they are in the model's own words
-    model_name: str  # the adapter's, or "base", or that of a file of responses
-    num_parameters: int | None = None  # of the adapter; None where nobody knows
+    generated: bool  # True if the model generated the texts
+    model_name: str  # the name of the adapter, "base", or the name of the file of responses
+    num_parameters: int | None = None  # trained parameters, 0 for the base alone; None if unknown
 
 
 def write_scores(responses: Responses, scores: dict[str, float | None], folder: Path) -> None:
-    """Print the scores; write results.json, the responses by the examples' names, and scores.json. Raises OSError."""
+    """Print the scores; write results.json, the responses by the names of examples, and scores.json. Raises OSError."""
     number = len(responses.examples)
     click.echo(f"{responses.task}, {number:,} examples; responses: {responses.method}\n")
     for name, score in scores.items():
         click.echo(f"{name:20}{'-' if score is None else f'{score:.4f}':>12}")
     results = {example.name: text for example, text in zip(responses.examples, responses.texts)}
-    (folder / "scores.json").unlink(missing_ok=True)  # of an earlier call: the two files belong together
+    (folder / "scores.json").unlink(missing_ok=True)  # an earlier call's scores do not belong to the new results
     write_json(folder / "results.json", results)
     write_json(folder / "scores.json", scores | {"examples": number})
     click.echo(f"wrote results.json and scores.json to {printable(str(folder))}", err=True)
@@ -106,15 +106,15 @@ def write_scores(responses: Responses, scores: dict[str, float | None], folder: 
 
 def require_responses(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
     """Raise ValueError if a results file has no response for one of the names."""
-    absent = [name for name in names if name not in found]
-    if absent:
-        raise ValueError(f"{path}: answers {len(names) - len(absent)} of {len(names)} {unit}s, not {absent[0]}")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{path}: has no response to {len(missing)} of {len(names)} {unit}s, such as {missing[0]}")
 
 
 def read_responses(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
     """Read the response to each example from a results.json of `write_scores`. Raises OSError or ValueError."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(text, str | None) for text in results.values()):
-        raise ValueError(f"{path}: is not an object of responses by the names of examples")
+        raise ValueError(f"{path}: is not an object of responses by example name")
     require_responses(path, [example.name for example in examples], results, "example")
     return [results[example.name] for example in examples]

@@ -1,6 +1,6 @@
-"""ScienceQA (Lu et al., 2022): questions of school science with choices, about half of them with an image.
+"""ScienceQA (Lu et al., 2022): multiple-choice questions of school science, about half of them with an image.
 
-It is read from its official files, problems.json and pid_splits.json, and scored as by its official program.
+The official files, problems.json and pid_splits.json, are read. Scores are defined as in the official program.
 """
 
 import re
@@ -32,17 +32,17 @@ class Problem(Example):
     subject: str
 
     def answers(self) -> list[str]:
-        """What a model says that chooses the first, the second ..."""
+        """Return the response that corresponds to each choice."""
         return [f"The answer is ({letter})" for letter in LETTERS[: len(self.choices)]]
 
     def chosen(self, text: str | None) -> int | None:
-        """Which of the choices a text is for; None where it names none of them."""
+        """Return the index of the choice that a response names; None if it names none of them."""
         found = re.search(r"[Tt]he answer is \(?([A-Z])\b", text or "")
         index = LETTERS.find(found[1]) if found else -1
         return index if 0 <= index < len(self.choices) else None
 
 
-# What is counted in each column of the results, as the official scorer defines it.
+# The problems that each column of the results covers, as defined in the official program.
 COLUMNS = {
     "NAT": lambda problem: problem.subject == "natural science",
     "SOC": lambda problem: problem.subject == "social science",
@@ -55,7 +55,7 @@ COLUMNS = {
     "Avg": lambda problem: True,
 }
 
-# Table 2 of the paper: parameters trained, and accuracy on the test split in %, column by column.
+# Table 2 of the paper: trained parameters, and the accuracy on the test split in % for each column.
 PUBLISHED = {
     "random choice": ("-", (40.28, 46.13, 29.25, 47.45, 40.08, 33.66, 39.35, 40.67, 39.83)),
     "human": ("-", (90.23, 84.97, 87.48, 89.60, 87.50, 88.10, 91.59, 82.42, 88.40)),
@@ -80,16 +80,17 @@ PUBLISHED = {
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Problem]:
-    """The problems of one split, by default "train": as pid_splits.json beside the file says, or else each itself.
+    """Read the problems of one split, by default "train".
 
-    In the folder of images, by default the file's, they are at SPLIT/ID/image.png, or, if it has no such folder, at
-    ID/image.png. Raises OSError, or ValueError that names the problem.
+    The split is defined by pid_splits.json beside the file, or without that file by each problem's field "split".
+    Images are at SPLIT/ID/image.png in the folder `images`, by default that of the file. If it has no folder SPLIT,
+    they are at ID/image.png. Raises OSError, or ValueError that names the problem.
     """
     path, split = Path(path), split or "train"
     folder = Path(images or path.parent)
     records = read_json(path)
     if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-        raise ValueError(f"{path}: is not an object of problems by their ids, as ScienceQA's problems.json")
+        raise ValueError(f"{path}: is not an object of problems by id; expected ScienceQA's problems.json")
     splits = path.with_name("pid_splits.json")
     if splits.exists():
         by_split = read_json(splits)
@@ -97,9 +98,11 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
             names = ", ".join(by_split) if isinstance(by_split, dict) else "none"
             raise ValueError(f"{splits}: has no list of ids for the split {split!r} (it has: {names})")
         ids = list(map(str, by_split[split]))
-        absent = [id for id in ids if id not in records]
-        if absent:
-            raise ValueError(f"{path}: has no problem {absent[0]}, which {splits} names ({len(absent)} of {len(ids)})")
+        missing = [id for id in ids if id not in records]
+        if missing:
+            raise ValueError(
+                f"{path}: has no problem {missing[0]}, which {splits} names ({len(missing)} of {len(ids)})"
+            )
     else:
         ids = [id for id, record in records.items() if record.get("split") == split]
     if not ids:
@@ -108,7 +111,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
 
 
 def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
-    """A Problem of one of the file's values. Raises ValueError that names problem and field."""
+    """Check one value of the file and return a Problem. Raises ValueError that names problem and field."""
     where = f"{path}: problem {id}"
     for field in ("question", "choices", "answer", "hint", "image", "grade", "subject", "split"):
         if field not in record:
@@ -149,10 +152,10 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
     """Measure accuracy on ScienceQA.
 
-    In %, in the nine columns of the paper's Table 2, its rows beside.
+    The accuracy is in %, in the nine columns of the paper's Table 2, whose rows are printed for comparison.
 
-    Writes results.json, in the official format and with the accuracies, and wrong.txt, to read.
-    An answer that names none of the choices is wrong; a column where no problem belongs has None.
+    Writes results.json, in the official format and with the accuracies, and wrong.txt, a readable list of wrong
+    answers. An answer that names none of the choices is wrong. A column without problems has None.
     """
     right = [problem.chosen(text) == problem.answer for problem, text in zip(problems, answers)]
     scores: dict[str, float | None] = {}
@@ -163,14 +166,14 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
 
 
 def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
-    """The answers of a results file in the official format, {"results": {id: index}}, to each of the problems.
+    """Read the answer to each problem from a results file in the official format, {"results": {id: index}}.
 
-    "" where the index is none of the problem's choices. Raises OSError, or ValueError where one has no answer.
+    The answer is "" if the index is not that of a choice. Raises OSError, or ValueError if a problem has no answer.
     """
     results = read_json(path)
     results = results.get("results") if isinstance(results, dict) else None
     if not isinstance(results, dict):
-        raise ValueError(f"{path}: has no object 'results' of an index for each problem's id")
+        raise ValueError(f"{path}: has no object 'results' of choice indices by problem id")
     require_responses(path, [problem.id for problem in problems], results, "problem")
     answers = []
     for problem in problems:
@@ -206,7 +209,7 @@ def write_results(answers: Responses, scores: dict[str, float | None], folder: P
     if answers.generated:
         summary["outputs"] = {problem.id: text for problem, text in zip(problems, texts)}
     wrong = wrong_answers(answers)
-    (folder / "wrong.txt").unlink(missing_ok=True)  # of an earlier call: the two files belong together
+    (folder / "wrong.txt").unlink(missing_ok=True)  # an earlier call's answers do not belong to the new results
     write_json(folder / "results.json", summary)
     write_text(folder / "wrong.txt", "\n\n".join(wrong) + "\n")
     click.echo(
@@ -215,9 +218,9 @@ def write_results(answers: Responses, scores: dict[str, float | None], folder: P
 
 
 def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
-    """The scores beneath the rows of the paper's Table 2."""
+    """Print the scores below the rows of the paper's Table 2."""
     what = f"ScienceQA, {answers.split} split, {len(answers.examples):,} problems; answers: {answers.method}"
-    click.echo(f"{what}; in %, the paper's rows first\n")
+    click.echo(f"{what}; accuracy in %, the paper's rows first\n")
     click.echo(f"{'':25}{'trained':>10}" + "".join(f"{column:>7}" for column in COLUMNS))
     trained = "" if answers.num_parameters is None else f"{answers.num_parameters:,}"
     for name, (parameters, row) in [*PUBLISHED.items(), (answers.model_name, (trained, scores.values()))]:
@@ -226,14 +229,14 @@ def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
 
 
 def wrong_answers(answers: Responses) -> list[str]:
-    """Every problem that was answered wrongly, the right answer, and what was said, to read."""
+    """Return a readable text for each problem with a wrong answer: the problem, the right answer, and the given one."""
     wrong = []
     for problem, text in zip(answers.examples, answers.texts):
         index = problem.chosen(text)
         if index != problem.answer:
-            said = "too long" if text is None else "none of them" if index is None else problem.answers()[index]
-            said += f", of: {text!r}" if answers.generated and text is not None else ""
-            wrong.append(f"{problem.name} {problem.image}\n{problem.instruction}\n{problem.output}; {said}")
+            given = "too long" if text is None else "none of them" if index is None else problem.answers()[index]
+            given += f", of: {text!r}" if answers.generated and text is not None else ""
+            wrong.append(f"{problem.name} {problem.image}\n{problem.instruction}\n{problem.output}; {given}")
     return wrong
 
 

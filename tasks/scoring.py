@@ -25,31 +25,32 @@ def score_continuations(
 ) -> list[Scored]:
     """Score each continuation after its context, with its own adaption prompts.
 
-    All three have one entry per continuation. Contexts of similar length share a batch, and so do their continuations.
-    Equal contexts with the same adaption prompts are processed once. The bar advances by the number of continuations.
+    All three lists have one entry per continuation. Contexts of similar length share a batch, and so do their
+    continuations. Equal contexts with the same adaption prompts are processed once. The bar advances by the number of
+    continuations.
     """
-    of_context = defaultdict(list)  # the continuations of each distinct context
+    by_context = defaultdict(list)  # the indices of the continuations of each distinct context
     for i, (context, own) in enumerate(zip(contexts, adaption_prompts)):
-        of_context[tuple(context), id(own)].append(i)
+        by_context[tuple(context), id(own)].append(i)
     scored: list[Scored | None] = [None] * len(continuations)
-    for batch in in_batches(of_context, batch_size, length=lambda key: len(key[0])):
+    for batch in in_batches(by_context, batch_size, length=lambda key: len(key[0])):
         rows = [list(ids) for ids, _ in batch]
-        of_rows = concat_adaption_prompts([adaption_prompts[of_context[key][0]] for key in batch])
+        row_prompts = concat_adaption_prompts([adaption_prompts[by_context[key][0]] for key in batch])
         cache = KVCache(model, batch=len(rows), capacity=len(rows[0]))
-        logits = prefill(model, rows, of_rows, cache)  # (contexts, V)
-        pairs = [(row, i) for row, key in enumerate(batch) for i in of_context[key]]
+        logits = prefill(model, rows, row_prompts, cache)  # (contexts, V)
+        pairs = [(row, i) for row, key in enumerate(batch) for i in by_context[key]]
         for part in in_batches(pairs, batch_size, length=lambda pair: len(continuations[pair[1]])):
             index = torch.tensor([row for row, _ in part], device=model.device)  # (R,)
             ids = [continuations[i] for _, i in part]
-            found = score_rows(model, logits[index], select_rows(of_rows, index), cache, index, ids)
-            for (_, i), result in zip(part, found):
+            scores = score_rows(model, logits[index], select_rows(row_prompts, index), cache, index, ids)
+            for (_, i), result in zip(part, scores):
                 scored[i] = result
             bar.update(len(part))
     return scored
 
 
 def in_batches(items: Iterable, size: int, length: Callable) -> Iterator[list]:
-    """Batches of items, the longest first: if they need too much memory, that shows at the start."""
+    """Yield batches of items, longest first, so that a lack of memory shows at the start."""
     ordered = sorted(items, key=length, reverse=True)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
@@ -63,9 +64,9 @@ def score_rows(
     rows: Tensor,
     continuations: Sequence[Sequence[int]],
 ) -> list[Scored]:
-    """Score R continuations, the longest first, of contexts that are rows (R,) of the cache.
+    """Score R continuations, longest first. `rows` (R,) are the rows of the cache that contain their contexts.
 
-    `logits` (R, V) are those after each context.
+    `logits` (R, V) are the logits after each context.
     """
     T, device = len(continuations[0]), model.device
     ids = torch.tensor([[*ids] + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
@@ -78,19 +79,19 @@ def score_rows(
         longer = cache.longer_copy(cache.capacity + T - 1, rows)
         hidden = model.hidden_states(ids[:, :-1], adaption_prompts, longer)[later]  # (tokens, C)
         parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
-        found = [token_scores(model.output(part), predicted) for part, predicted in parts]
-        log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*found))
+        scores = [token_scores(model.output(part), predicted) for part, predicted in parts]
+        log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*scores))
     return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))
 
 
 def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of ids (R,), in nats, by logits (R, V), and whether each is the argmax."""
+    """Return log p of ids (R,) under logits (R, V), in nats, and a mask of the ids that are the argmax."""
     log_p = logits.float().log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
     return log_p, logits.argmax(dim=1) == ids
 
 
 def select_rows(adaption_prompts: Sequence[AdaptionPrompt], rows: Tensor) -> Sequence[AdaptionPrompt]:
-    """Return the adaption prompts of rows (R,) of a batch; those that the batch shares stay as they are."""
+    """Return the adaption prompts of rows (R,) of a batch. If the batch shares them, they are returned unchanged."""
     if not adaption_prompts or len(adaption_prompts[0].gate) == 1:
         return adaption_prompts
     return [AdaptionPrompt(embeddings[rows], gate[rows]) for embeddings, gate in adaption_prompts]

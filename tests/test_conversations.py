@@ -175,9 +175,9 @@ def test_turns_can_be_excluded_from_the_loss(chat_base, tmp_path, capsys):
     }
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [MESSAGES, without_loss])))
     assert len(load_task("instructions").read(tmp_path / "a.jsonl")) == 1
-    assert "a.jsonl: 1 of 2 records have no turn to learn" in capsys.readouterr().err
+    assert "a.jsonl: 1 of 2 records skipped: no turn to train on" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text(json.dumps(without_loss))
-    with pytest.raises(ValueError, match="a.jsonl: none of the 1 records has a turn to learn"):
+    with pytest.raises(ValueError, match="a.jsonl: none of the 1 records has a turn to train on"):
         load_task("instructions").read(tmp_path / "a.jsonl")
 
 

@@ -51,8 +51,8 @@ def test_json_and_jsonl_are_read_plain_and_compressed(tmp_path, opener, jsonl, b
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "holds no examples"),
-        ("[]", "holds no examples"),
+        ("", "contains no examples"),
+        ("[]", "contains no examples"),
         ('[{"instruction": "a", "output": "b"},\n {"instruction"]', "line 2, column 16: not JSON"),
         ('{"instruction": "a", "output": "b"}\n{"instr', "line 2, column 2: not JSON"),
         (
@@ -256,9 +256,12 @@ THREE = [{"instruction": f"Say {i}.", "input": None, "output": str(i)} for i in 
 @pytest.mark.parametrize(
     "text, message",
     [
-        (json.dumps({"data": THREE}), "is one object, whose key 'data' holds 3 records: give that list"),
-        (json.dumps({"version": 1, "data": THREE}, indent=1), "whose key 'data' holds 3 records"),
-        (",\n".join(json.dumps(each, indent=1) for each in THREE), "holds 3 records without the brackets of a list"),
+        (
+            json.dumps({"data": THREE}),
+            "is one object, whose key 'data' contains 3 records; the file must contain this list",
+        ),
+        (json.dumps({"version": 1, "data": THREE}, indent=1), "whose key 'data' contains 3 records"),
+        (",\n".join(json.dumps(each, indent=1) for each in THREE), "contains 3 records without the brackets of a list"),
         ('{"instruction": "a", "output": "b"}\n{"instruction": "a"\n', "line 2, column 20: not JSON"),
         ('[{" instruction": "a", "output": "b"}]', "has no field 'instruction' .it has: ' instruction', 'output'"),
     ],

@@ -31,7 +31,7 @@ for N in (8, 24, 64, 172, 344, 576):
             layer.bias.mul_(N % 3)
             quantized = quantize(layer, bits)
             packed = PackedLinear(quantized)
-            weight = quantized.widened(torch.float64)
+            weight = quantized.dequantized(torch.float64)
             for rows in range(1, 18):
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.randn(rows, 1, K, dtype=dtype)
@@ -127,7 +127,7 @@ def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
         kinds = [type(module) for module in each.modules()]
         prepare_to_decode(each)
         assert [type(module) for module in each.modules()] == kinds
-    assert capsys.readouterr().err.count("no fast product for weights of 4 bits here") == 1
+    assert capsys.readouterr().err.count("no fast product for 4-bit weights here") == 1
 
 
 def test_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):

@@ -283,7 +283,7 @@ def test_quantized_model_equals_dequantized_weights_on_the_cpu(device, monkeypat
     quantizer(bits)(quantized.layers)
     for name, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLinear):
-            dequantized.get_submodule(name).weight.data = layer.widened()
+            dequantized.get_submodule(name).weight.data = layer.dequantized()
     adapter = make_adapter(quantized)
     unquantized = output_and_gradient(make_model(SHAPE), adapter)
     expected = output_and_gradient(dequantized, adapter)

@@ -75,7 +75,7 @@ def test_scienceqa_command_writes_its_results(folder, image_adapter, how):
         assert "3 answers name none of the options" in result.stdout
 
     twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", image_adapter)
-    assert twice.exit_code == 2 and "--results has the responses" in twice.stderr
+    assert twice.exit_code == 2 and "--results contains the responses" in twice.stderr
     again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
@@ -97,7 +97,7 @@ def test_compiled_responses_equal_the_eager_ones(folder, text_only, monkeypatch)
         outputs.append(json.loads((folder / "out" / "results.json").read_text())["outputs"])
     assert outputs[0] == outputs[1] and len(compiled) == 1
     result = run_evaluate("scienceqa", *args, "--adapter", text_only, "--compile", "--choose")
-    assert result.exit_code == 2 and "--compile is for responses that are generated" in result.stderr
+    assert result.exit_code == 2 and "--compile is for generated responses" in result.stderr
 
 
 def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypatch):
@@ -109,7 +109,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
     assert result.exit_code == 0 and "1 of 3 skipped: their image was not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
     result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing", "--limit", 1)
-    assert result.exit_code == 2 and "none of its 1 examples has an image that is there" in result.stderr
+    assert result.exit_code == 2 and "none of its 1 examples has an image that exists" in result.stderr
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
@@ -178,7 +178,7 @@ def test_captions_command_writes_its_scores(tmp_path, image_adapter, text_only):
     again = run_evaluate(*args, "--results", tmp_path / "out" / "results.json")
     assert again.exit_code == 0 and again.stdout == result.stdout
     refused = run_evaluate(*args, "--adapter", text_only)
-    assert refused.exit_code == 2 and "captions need an adapter with a projection" in refused.stderr
+    assert refused.exit_code == 2 and "the task captions needs an adapter with a projection" in refused.stderr
 
 
 def test_training_and_evaluation_on_captions(tmp_path, image_adapter, tiny_base):

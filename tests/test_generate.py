@@ -171,7 +171,7 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
 def test_prompt_with_a_leading_dash_needs_a_double_dash(tiny_adapter, prompt):
     args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "--max-new-tokens", 3)
     result = run(*args, prompt)
-    assert result.exit_code == 2 and result.stderr.endswith("; a prompt that begins with a dash goes after --.\n")
+    assert result.exit_code == 2 and result.stderr.endswith("; put a prompt that begins with a dash after --.\n")
     assert run(*args, "--", prompt).exit_code == 0
 
 
@@ -462,7 +462,7 @@ def test_each_row_of_a_batch_ends_with_the_context(data, tmp_path):
     [
         ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is not one of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
-        ("", "holds no examples"),
+        ("", "contains no examples"),
         ("7", "record 0: is a int, not an object with 'instruction'"),
         ('["instruction"]', "record 0: is a str, not an object"),
         ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
@@ -564,7 +564,7 @@ def test_twenty_adapters_need_only_their_own_memory(tmp_path):
 
 
 def test_empty_row_is_refused():
-    with pytest.raises(ValueError, match="a row without a token"):
+    with pytest.raises(ValueError, match="a row has no tokens"):
         generate(make_model(), [[1], []], max_new_tokens=2)
 
 
@@ -579,11 +579,11 @@ def test_context_length_limits_prompts_and_responses(data):
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 2)
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
-    assert "the base sees only 512" in result.stderr
+    assert "the base has a context of only 512" in result.stderr
     truncated = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
     assert truncated.exit_code == 0 and 50 < len(truncated.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
-    assert mixed.exit_code == 0 and "sees only 512" in mixed.stderr
+    assert mixed.exit_code == 0 and "a context of only 512" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2
 
 
@@ -603,7 +603,7 @@ def test_conversation_can_switch_adapters(chef_and_poet, tiny_base):
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout
     assert stdout == by_chef + by_poet + by_base + "\n" + by_base + by_chef
-    assert "no adapter 'cook'; there are base, chef, poet" in stderr
+    assert "no adapter 'cook'; choose from base, chef, poet" in stderr
     assert len({by_chef, by_poet, by_base}) == 3
 
 
@@ -639,7 +639,7 @@ def test_bad_out_is_reported_before_the_base_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text('{"instruction": "Hello"}')
     monkeypatch.setattr("generate.load_with_adapters", lambda *_: 1 / 0)
     result = run("--base", "x", "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no" / "out.jsonl")
-    assert result.exit_code == 2 and "no is no folder" in result.stderr
+    assert result.exit_code == 2 and "no is not a folder" in result.stderr
 
 
 def test_line_that_is_not_utf_8_affects_no_other_line(tiny_adapter):

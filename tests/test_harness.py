@@ -218,10 +218,10 @@ def test_chat_template_writes_one_bos_and_leaves_prefixes_open(harness, loaded, 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda model: model.generation({"max_gen_toks": 48}), "48 new tokens leave no room .* the base sees 48"),
-        (lambda model: model.generation({"temperature": 1, "top_k": 5, "max_gen_toks": 9}), "top_k.* there are do"),
+        (lambda model: model.generation({"max_gen_toks": 48}), "48 new tokens leave no room .* context is 48"),
+        (lambda model: model.generation({"temperature": 1, "top_k": 5, "max_gen_toks": 9}), "top_k.* supported are do"),
         (lambda model: model.generation({"do_sample": True, "max_gen_toks": 9}), "do_sample without a temperature"),
-        (lambda model: model._loglikelihood_tokens([(None, [1], [2] * 49)]), "has 49 tokens, the base sees 1 to 48"),
+        (lambda model: model._loglikelihood_tokens([(None, [1], [2] * 49)]), "has 49 tokens, the base takes 1 to 48"),
         (lambda model: model._loglikelihood_tokens([(None, [1], [])]), "has 0 tokens"),
     ],
 )  # fmt: skip
@@ -244,7 +244,7 @@ def test_sampling_is_seeded_by_the_harness(harness, loaded):
 @pytest.mark.parametrize("names, strengths", [(["../x"], [1]), ([".."], [1]), (["a", "a x 0.5"], [1, 0.5])])
 def test_column_names_must_be_unique_folder_names(harness, loaded, adapter, names, strengths):
     with_adapters = *loaded, dict.fromkeys(names, adapter)
-    with pytest.raises(ValueError, match="is taken, or no name of a folder"):
+    with pytest.raises(ValueError, match="is taken, or cannot name a results folder"):
         harness.make_columns(with_adapters, strengths, False, None, 4, {})
 
 

@@ -308,7 +308,7 @@ def test_adapter_is_refused_as_a_base(tmp_path):
 def test_git_lfs_pointers_are_refused(tiny_base, tmp_path, name):
     save_hugging_face(tmp_path / "l2", tiny_base, **KINDS["gqa"])
     (tmp_path / "l2" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
-    with pytest.raises(ValueError, match=f"{name}: is a pointer of Git LFS, not the file: fetch it by `git lfs pull`"):
+    with pytest.raises(ValueError, match=f"{name}: is a Git LFS pointer, not the file; fetch it with `git lfs pull`"):
         load_llama(tmp_path / "l2")
 
 

@@ -203,7 +203,7 @@ def no_room_for_the_folder(rank):
         (no_memory_for_the_base, [], "rank 1: no memory left: DefaultCPUAllocator: can't allocate memory"),
         (no_room_for_the_folder, [], "rank 0: run: No space left on device"),
         (None, ["--base", "nowhere"], "rank 0: nowhere: no such base model"),
-        (None, ["--device", "cpu:0"], "rank 0: --device cpu:0: with several processes each has its own"),
+        (None, ["--device", "cpu:0"], "rank 0: --device cpu:0: with several processes, each has its own"),
         (None, ["--int8", "--strategy", "fsdp"], "rank 0: --bits and --compile need the whole base"),
     ],
 )
@@ -448,7 +448,7 @@ def test_strategy_and_device_are_selected_per_rank(monkeypatch):
 def test_non_finite_loss_is_reported_by_one_rank(forks, args):
     results = Ranks(forks, 2, train_command, args, not_a_number).results()
     (line,) = error_lines(results)
-    assert line.startswith("error: rank 0: after step 6: a loss of nan led to values that are not finite, from record ")
+    assert line.startswith("error: rank 0: after step 6: the loss (nan) or its gradient is not finite, from record ")
     assert "as of step 6;" in line and results[0][0] == 2
 
 

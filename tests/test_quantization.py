@@ -47,7 +47,7 @@ def test_weights_are_rounded_to_the_nearest_value(bits, values, N, K):
     step = (extent / (values - 1)).repeat_interleave(32, dim=1)[:, :K]
     assert ((found - layer.weight).abs() <= 0.501 * step + 1e-9).all()
     assert not torch.equal(found.float(), layer.weight)
-    torch.testing.assert_close(quantized.widened(), found.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(quantized.dequantized(), found.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
@@ -55,7 +55,7 @@ def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
     layer = linear(24, 64)
     kind = gguf.GGMLQuantizationType.Q8_0  # with scales in float16
     theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(layer.weight.numpy(), kind), kind))
-    torch.testing.assert_close(quantize(layer, 8).widened(), theirs, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(quantize(layer, 8).dequantized(), theirs, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

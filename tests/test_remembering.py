@@ -81,7 +81,7 @@ def test_truncated_response_stays_in_the_history(responder):
     second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
     assert second == rerun(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
-    with pytest.raises(ValueError, match="the prompt has .* tokens, the base sees only 1024"):
+    with pytest.raises(ValueError, match="the prompt has .* tokens, the base has a context of only 1024"):
         "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
@@ -149,9 +149,9 @@ def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
     by_template = {name: run(*adapters, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
     assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*adapters, *args).stdout
     result = run(*adapters, "--template", "llama-3", *args)
-    assert result.exit_code == 2 and "--template llama-3 does not fit this base" in result.stderr
+    assert result.exit_code == 2 and "--template llama-3 is not for this base" in result.stderr
     result = run(*adapters, "--template", "chatml", "--raw", *args)
-    assert result.exit_code == 2 and "--template chatml and --raw: with or without a template" in result.stderr
+    assert result.exit_code == 2 and "--template chatml and --raw: use only one of them" in result.stderr
 
 
 def test_base_uses_the_template_of_the_first_adapter(adapters):
@@ -173,9 +173,9 @@ UNANSWERED = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "W
         (
             UNANSWERED,
             ["--template", "alpaca"],
-            "the template alpaca has no turns: --template auto, llama-2, llama-3 or chatml",
+            "the template alpaca has no turns; use --template auto, llama-2, llama-3 or chatml",
         ),
-        (UNANSWERED, ["--raw"], "without a template has no turns"),
+        (UNANSWERED, ["--raw"], "a raw prompt has no turns"),
     ],
 )
 def test_invalid_conversations_in_a_file_are_reported(adapters, tmp_path, record, more, message):

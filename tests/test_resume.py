@@ -273,7 +273,7 @@ def test_files_show_the_state_of_a_run(args, tmp_path, monkeypatch):
     result = run(*args, "--resume")
     assert result.exit_code == 2 and "no such checkpoint to resume from" in result.stderr
     result = run(*args, "--resume", "auto")
-    assert result.exit_code == 0 and f"an unfinished adapter is now in {out / 'run-1'}" in result.stderr
+    assert result.exit_code == 0 and f"an unfinished adapter was moved to {out / 'run-1'}" in result.stderr
     before = contents(out)
     (out / "run-2.moving").mkdir()
     (out / "adapter.safetensors").rename(out / "run-2.moving" / "adapter.safetensors")
@@ -481,7 +481,7 @@ def test_finished_run_is_moved_not_overwritten(args, tmp_path):
     out = tmp_path / "run"
     for number in range(3):
         result = run(*args, "--seed", number)
-        assert result.exit_code == 0 and (f"now in {out / f'run-{number}'}" in result.stderr) == (number > 0)
+        assert result.exit_code == 0 and (f"moved to {out / f'run-{number}'}" in result.stderr) == (number > 0)
     seeds = [Adapter.load(out / place / "adapter.safetensors").metadata["seed"] for place in ("run-1", "run-2", "")]
     assert seeds == ["0", "1", "2"]
     assert {path.name for path in (out / "run-1").iterdir()} == set(WRITTEN) - {"tensorboard"}

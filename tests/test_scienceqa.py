@@ -111,7 +111,7 @@ def test_official_results_are_read(path, tmp_path):
     assert [problem.chosen(text) for problem, text in zip(problems, texts)] == [2, None, None]
     assert None not in texts  # None would mean a prompt that was too long
     for values, message in (
-        ({"results": {"12": 2}}, "answers 1 of 3 problems, not 30"),
+        ({"results": {"12": 2}}, "has no response to 2 of 3 problems, such as 30"),
         ({"results": {"12": "B", "30": 0, "31": 0}}, "problem 12: 'B' is not the index"),
         ({"12": 2}, "has no object 'results'"),
     ):

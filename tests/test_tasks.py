@@ -33,7 +33,7 @@ def test_missing_images_are_named_or_skipped(problems, tmp_path):
         with_images(problems, tmp_path, False, "problems.json")
     kept = with_images(problems, tmp_path, True, "problems.json")
     assert [problem.id for problem in kept] == ["12", "30"]
-    with pytest.raises(ValueError, match="problems.json: none of its 1 examples has an image that is there"):
+    with pytest.raises(ValueError, match="problems.json: none of its 1 examples has an image that exists"):
         with_images(problems[2:], tmp_path, True, "problems.json")
 
 
@@ -99,7 +99,7 @@ def test_scores_and_results_of_any_task_are_written(tmp_path, capsys):
     }  # fmt: skip
     results = tmp_path / "new" / "results.json"
     assert read_responses(results, examples) == ["half \ud800", None]
-    with pytest.raises(ValueError, match="results.json: answers 2 of 3 examples, not record 2"):
+    with pytest.raises(ValueError, match="results.json: has no response to 1 of 3 examples, such as record 2"):
         read_responses(results, [*examples, Example("c", name="record 2")])
     for bad in ([], {"record 0": 1}):
         results.write_text(json.dumps(bad))

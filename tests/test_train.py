@@ -501,8 +501,8 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
         (["--val-size", "inf"], "--val-size"),
         (["--seed", 2**64], "--seed"),
         (["--length", 10**12], "--length"),
-        (["--out", "FILE"], "file: is there already, and is no folder"),
-        (["--out", "FILE/a"], "file/a: .*file is no folder"),
+        (["--out", "FILE"], "file: exists and is not a folder"),
+        (["--out", "FILE/a"], "file/a: .*file is not a folder"),
         (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
         (
             ["--data", "a.csv"],
@@ -624,7 +624,7 @@ def test_extreme_learning_rate_is_a_warning(args, more):
     i = args.index("--lr")
     result = run(*args[:i], *args[i + 2 :], *more)
     rate = "3 " if "--lr" in more else "3.51562"
-    assert f"warning: the peak learning rate is {rate}" in result.stderr and "the paper's 0.00225" in result.stderr
+    assert f"warning: the peak learning rate is {rate}" in result.stderr and "the paper uses 0.00225" in result.stderr
     assert "warning" not in run(*args, "--lr", 0.01, "--out", args[5].with_name("other")).stderr
 
 
@@ -633,5 +633,5 @@ def test_adapter_that_increases_the_loss_is_a_warning(args, monkeypatch, losses,
     """This happens on real text with --lr 1000; the losses are fake, because any training helps the random base."""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
-    warning = "warning: the validation loss is 2.1250, before training it was 2.0000: the adapter does harm"
+    warning = "warning: the validation loss is 2.1250, but was 2.0000 before training: the adapter makes the base worse"
     assert result.exit_code == 0 and (warning in result.stderr) == worse

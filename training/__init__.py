@@ -1,1 +1,1 @@
-"""What a long run needs around its loop: ranks, a loss that saves memory, metrics and resuming, curves."""
+"""Training support: options, sharding, memory-efficient loss, metrics, checkpoints, and plots."""

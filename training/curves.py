@@ -1,4 +1,4 @@
-"""Pictures of a run: its losses, and the value of each gate."""
+"""Plots of a run: its losses, and the value of each gate."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from runtime.files import atomic_write
 
 
 def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
-    """A PNG at `path`: the losses, and the gates as a picture of layers x heads."""
+    """Plot the losses, and the gates as an image of layers x heads, to a PNG file at `path`."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label, style in (("loss", "training", {"linewidth": 1}), ("val_loss", "validation", {"marker": "o"})):
@@ -28,7 +28,7 @@ def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
 
 
 def draw_gates(axes: Axes, adapter: Adapter) -> None:
-    """The gates as a picture of layers x heads, white where they are 0."""
+    """Plot the gates of an adapter as an image of layers x heads, in which 0 is white."""
     gates = adapter.gate_values().detach().cpu()  # (L, H)
     first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
     image = paint_gates(axes, gates.numpy(), first_layer, max(gates.abs().max().item(), 1e-6))
@@ -37,7 +37,7 @@ def draw_gates(axes: Axes, adapter: Adapter) -> None:
 
 
 def paint_gates(axes: Axes, gates: np.ndarray, first_layer: int, bound: float) -> AxesImage:
-    """Gates (L, H) from -bound to bound; `first_layer` is that of row 0."""
+    """Plot gates (L, H) as an image whose colors range from -bound to bound. `first_layer` is the layer of row 0."""
     edges = (-0.5, gates.shape[1] - 0.5, first_layer - 0.5, first_layer + len(gates) - 0.5)
     image = axes.imshow(gates, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower", extent=edges)
     axes.set(xlabel="head", ylabel="layer")

@@ -1,4 +1,4 @@
-"""A run that is initialized from an existing adapter, of this project or of another implementation (--init)."""
+"""Initialization from an existing adapter, of this project or of another implementation (--init)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,34 +31,34 @@ def load_initial(path: str, base: Config, out: Path) -> Adapter:
 
 
 def shaped_as(initial: Adapter, config, path: str):
-    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if it names another L."""
+    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if it states another L."""
     layers, length, _ = initial.prompts.shape
     if config.layers not in (None, layers):
-        raise ValueError(f"--layers {config.layers}: --init {path} has {layers}")
+        raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; omit --layers")
     return replace(config, layers=layers, length=length)
 
 
 def adapter_fingerprint(adapter: Adapter) -> str:
-    """A hash of all trained parameters."""
+    """Return a hash of all parameters of the adapter."""
     return hash_tensors([*adapter.state_dict().values()])
 
 
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
-    """Return a new adapter with the parameters of `initial`, and the metadata of `adapter`, a freshly made one.
+    """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    It has a projection if either has one. Warns if `initial` was trained over another base, or with another template.
-    Raises ValueError if their projections do not fit each other.
+    It has a projection if either of them has one. Warns if `initial` was trained over another base, or with another
+    template. Raises ValueError if the two projections have different shapes.
     """
-    known = initial.metadata
+    metadata = initial.metadata
     for name, what in (("base_fingerprint", "over another base"), ("prompt_template", "with another template")):
         here = adapter.metadata.get(name)
-        if rank() == 0 and known.get(name, here) != here:
-            warn(f"--init {path} was trained {what}: {name} is {known[name]}, here {here}")
+        if rank() == 0 and metadata.get(name, here) != here:
+            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, here {here}")
     if isinstance(adapter, ImageAdapter) and isinstance(initial, ImageAdapter):
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features
         if made_for != features:
-            raise ValueError(f"--init {path}: takes {made_for} features of an image, here there are {features}")
+            raise ValueError(f"--init {path}: takes {made_for} features of an image, but this run has {features}")
     if isinstance(adapter, ImageAdapter) and not isinstance(initial, ImageAdapter):
         adapter.load_state_dict(initial.state_dict(), strict=False)  # the projection is new
         adapter.gate_activation = initial.gate_activation
@@ -66,7 +66,7 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     else:
         result = initial.to(adapter.prompts.device)
         vision = {
-            name: value for name, value in known.items() if name.startswith("vision_encoder") or name == "encoder"
+            name: value for name, value in metadata.items() if name.startswith("vision_encoder") or name == "encoder"
         }
         result.metadata = (vision if isinstance(initial, ImageAdapter) else {}) | adapter.metadata
     result.metadata["init"] = Path(path).name

@@ -1,4 +1,4 @@
-"""How many positions a forward pass may have, by the memory of the GPU."""
+"""The number of positions per forward pass that fit into the memory of the GPU."""
 
 import torch
 
@@ -9,10 +9,10 @@ from training.loss import ROWS
 
 
 def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_activations: bool) -> int:
-    """Bytes of activations per position: those kept for the backward pass, and those of the layer at work.
+    """Return the bytes of activations per position: those saved for backward, and those of the layer being computed.
 
-    Each of the `adapted` layers keeps seven vectors of width C and three of the feed-forward width, of `itemsize` bytes
-    per number; with checkpointing it keeps its input alone, and one layer at a time is computed again.
+    Each of the `adapted` layers saves seven vectors of width C and three of the feed-forward width, with `itemsize`
+    bytes per number. With checkpointing it saves only its input, and one layer at a time is recomputed.
     """
     layer = 7 * config.dim + 3 * config.hidden_dim
     if checkpoint_activations:
@@ -23,10 +23,11 @@ def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_act
 def positions_that_fit(
     model: LLaMA, adapted: int, checkpoint_activations: bool, total_memory: int, weights: int
 ) -> int:
-    """Positions of a forward pass on a GPU of so many bytes, which holds so many bytes of weights: 256 to 8,192.
+    """Return the number of positions per forward pass, from 256 to 8,192, for a GPU with `total_memory` bytes.
 
-    A tenth of the memory is left to CUDA and to fragmentation. Room is also kept for the logits of a few rows, and for
-    two whole layers, which a sharded base gathers. A multiple of 256 does not change with a few bytes of memory.
+    `weights` is the number of bytes already allocated. A tenth of the memory is left to CUDA and fragmentation. Room is
+    also reserved for the logits of a few rows, and for two whole layers, which a sharded base gathers. The result is a
+    multiple of 256, so that it does not change with a few bytes of memory.
     """
     logits = ROWS["cuda"] * model.config.vocab_size * (model.dtype.itemsize + 4 + 4)  # with log p and its gradient
     gathered = max(sum(weight.nbytes for weight in layer.parameters()) for layer in model.layers)
@@ -36,9 +37,9 @@ def positions_that_fit(
 
 
 def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations: bool) -> int:
-    """Return the positions of a forward pass for the GPU that holds the model, the same on all ranks; and print them.
+    """Choose the number of positions per forward pass from the memory of the model's GPU, and print it.
 
-    It is 8,192 on other devices.
+    It is the same on all ranks, the smallest of theirs. On other devices it is 8,192, and not printed.
     """
     if model.device.type != "cuda":
         return MICRO_BATCH_TOKENS
@@ -46,5 +47,5 @@ def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations
     weights = torch.cuda.memory_allocated(model.device)
     positions = positions_that_fit(model, adapted, checkpoint_activations, memory, weights)
     positions = -all_reduce_max(-positions)
-    print_rank0(f"{positions:,} positions per forward pass, by the GPU's {memory / 1e9:.0f} GB (--micro-batch-tokens)")
+    print_rank0(f"{positions:,} positions per forward pass, for a GPU of {memory / 1e9:.0f} GB (--micro-batch-tokens)")
     return positions

@@ -27,32 +27,32 @@ TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversatio
 class DataOptions:
     """The training data."""
 
-    data: str | None = setting(None, "JSON or JSONL, also .gz or .xz.  [default: the toy's]", click.Path())
-    task: str = setting("instructions", "The kind of data: docs/tasks.md.", click.Choice([*TASKS]))
-    toy: str | None = setting(None, "In place of --data: docs/toy.md.  [default: text]", click.Choice(TOYS))
+    data: str | None = setting(None, "JSON or JSONL file, also .gz or .xz.  [default: the toy's]", click.Path())
+    task: str = setting("instructions", "The kind of data; see docs/tasks.md.", click.Choice([*TASKS]))
+    toy: str | None = setting(None, "A toy instead of --data; see docs/toy.md.  [default: text]", click.Choice(TOYS))
     limit: int | None = setting(None, "Use only this many examples, from the beginning.", Count())
     template: str | None = setting(None, TEMPLATE_HELP, click.Choice(NAMES))
     vision_encoder: str | None = setting(
         None, "CLIP's vision encoder; without it images are ignored.", click.Path(), "--clip"
     )
-    encoder: str | None = setting(None, "In place of --clip: FILE.py:NAME, a function that returns (M, Cv) numbers.")
+    encoder: str | None = setting(None, "Instead of --clip: FILE.py:NAME, a function that returns features (M, Cv).")
     images: str | None = setting(None, "The folder of the images.  [default: the data's folder]", click.Path())
     skip_missing: bool = setting(False, "Skip examples whose image is missing.")
-    features: Path = setting(Path("features"), "The cache of image features.", PATH)
+    features: Path = setting(Path("features"), "The folder for cached image features.", PATH)
 
     def checked(self, base: str | None) -> "DataOptions":
         """Return the options with the toy filled in. Raises ValueError if they contradict each other."""
         if self.vision_encoder is not None and self.encoder is not None:
             raise ValueError("--clip and --encoder: only one of them computes the features of an image")
         if self.data is not None and self.toy is not None:
-            raise ValueError(f"--toy {self.toy} brings its own data: omit --data {self.data}")
+            raise ValueError(f"--toy {self.toy} brings its own data; omit --data {self.data}")
         if base is not None and self.data is None and self.toy is None:
             raise ValueError(f"--base {base} needs --data FILE, or --toy text for the toy's questions")
         given = {"--clip": self.vision_encoder, "--encoder": self.encoder, "--images": self.images}
         given["--task"] = None if self.task == "instructions" else self.task
         unused = next((name for name, value in given.items() if value is not None), None)
         if self.data is None and unused is not None:
-            raise ValueError(f"{unused} needs --data FILE: the toy brings all that it needs")
+            raise ValueError(f"{unused} needs --data FILE; a toy does not use it")
         return replace(self, toy=self.toy or "text")
 
 
@@ -61,7 +61,7 @@ STRATEGY_HELP = "With torchrun: replicate the base (ddp) or shard it (fsdp); aut
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """The frozen model, how it is held in memory, and what the adapter is initialized from."""
+    """The frozen base, its form in memory, and the adapter that training is initialized from."""
 
     base: str | None = setting(None, "The model to adapt.  [default: the toy's]", click.Path())
     init: str | None = setting(None, "An adapter to initialize from, in a new run; its L and K apply.", click.Path())
@@ -81,13 +81,13 @@ RESUME_HELP = "Continue from the checkpoint in --out, with the same options (aut
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The folder of a run, and when it saves and stops. A resumed run may change them."""
+    """The folder of a run, and the times at which it saves and stops. A resumed run may change these options."""
 
     out: Path = setting(Path("out"), "The folder for adapter, metrics and checkpoints.", PATH)
     resume: str | None = setting(None, RESUME_HELP, click.Choice(["yes", "auto"]), is_flag=False, flag_value="yes")
     save_every: int = setting(100, "Steps between checkpoints.", Count())
     log_every: int = setting(1, "Steps between updates of the progress bar.", Count())
-    tensorboard: bool = setting(False, "Write the metrics for TensorBoard, too.")
+    tensorboard: bool = setting(False, "Write the metrics for TensorBoard as well.")
     max_minutes: float | None = setting(None, "Save and stop after this many minutes.", Real(0, min_open=True))
     started: float = field(default_factory=time.perf_counter)  # seconds, on the clock of time.perf_counter
 
@@ -95,7 +95,7 @@ class RunOptions:
 def fixed_options(
     config, data: DataOptions, base: BaseOptions, dtype: torch.dtype, examples: Sequence
 ) -> dict[str, object]:
-    """The options that a run and its resumption must share; `config` is a train.TrainConfig."""
+    """Return the options that must not change when a run is resumed. `config` is a train.TrainConfig."""
     fixed = asdict(config)
     for changeable in ("micro_batch_tokens", "checkpoint_activations", "gradient_clip"):
         del fixed[changeable]

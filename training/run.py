@@ -38,10 +38,10 @@ LESS_MEMORY = "a smaller --micro-batch-tokens, or --checkpoint-activations, need
 
 
 class Run:
-    """The folder --out of a training run. All ranks call its methods, and the first one writes.
+    """The folder --out of a training run. All ranks call its methods, and the first rank writes.
 
     The context manager creates and locks the folder, and handles interrupts. It raises OSError, or ValueError if the
-    folder cannot be written to, another process uses it, or --resume contradicts its content.
+    folder is not writable, another process uses it, or --resume contradicts its content.
     """
 
     def __init__(self, options: RunOptions, less_memory: str = LESS_MEMORY):
@@ -52,13 +52,13 @@ class Run:
         self.step = 0  # completed steps; adapter and optimizer are in this state
         self.tokens = 0
         self.seconds = 0.0  # spent in the steps
-        self.micro_batch_tokens: int | None = None  # for resuming, where no option says otherwise
+        self.micro_batch_tokens: int | None = None  # a resumed run keeps it, unless the option is given
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
         self.best: Kept | None = None  # with --keep best
         self.tensorboard = None
         self.in_loop = False
-        self.requested = 0  # the highest reason to stop that was signalled so far
+        self.requested = 0  # the highest reason to stop that was signaled so far
         self.stopped = 0  # the reason for which the run has stopped
 
     @property
@@ -117,8 +117,8 @@ class Run:
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
         """Prepare the folder; on --resume, load the state of adapter and optimizer from checkpoint.pt.
 
-        `counts`, numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match, or
-        if nothing says which adapter is the best.
+        `counts`, the numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match,
+        or if there are no validation examples for --keep best.
         """
         self.adapter = adapter
         self.optimizer = optimizer
@@ -135,8 +135,8 @@ class Run:
         if rank() == 0:
             moved = begin_in_folder(self.out, self.step)
             if moved is not None:
-                finished = "the run that finished there" if (moved / SUMMARY).exists() else "an unfinished adapter"
-                print_rank0(f"{self.out}: {finished} is now in {moved}")
+                previous = "the finished run" if (moved / SUMMARY).exists() else "an unfinished adapter"
+                print_rank0(f"{self.out}: {previous} was moved to {moved}")
             if self.step:
                 self.val_losses = [line["val_loss"] for line in read_metrics(self.metrics) if "val_loss" in line]
             if self.options.tensorboard:
@@ -151,7 +151,7 @@ class Run:
 
     @contextmanager
     def saving_on_errors(self):
-        """Show the progress bar. If a step fails, save the last whole step and report how to continue.
+        """Show the progress bar. If a step fails, save the last completed step and report how to continue.
 
         A step fails if memory runs out, values are not finite, or another rank has ended.
         """
@@ -168,7 +168,7 @@ class Run:
                 self.in_loop = False
 
     def save_after_error(self) -> None:
-        """Save the last completed step, unless the failed one has already updated some parameters."""
+        """Save the last completed step, unless the failed step has already updated some parameters."""
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
         if steps == {self.step} and self.saved_step < self.step:
             self.save_checkpoint()
@@ -205,14 +205,14 @@ class Run:
         return self.counts["held_out"] > 0 and (step % every == 0 or step == self.num_steps)
 
     def log(self, line: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl, and its numbers to TensorBoard's file."""
+        """Append a line to metrics.jsonl, and its numbers to the TensorBoard file if there is one."""
         write_metrics(self.metrics, line)
         if self.tensorboard is not None:
             for name in line.keys() - {"step"}:
                 self.tensorboard.add_scalar(name, line[name], line["step"])
 
     def log_step(self, step) -> None:
-        """Append a train.Step to metrics.jsonl, and advance the progress."""
+        """Append a train.Step to metrics.jsonl, and update the progress of the run."""
         self.step = step.number
         self.tokens += step.num_tokens
         self.seconds += step.seconds
@@ -259,7 +259,7 @@ class Run:
         return kept
 
     def change(self) -> dict[str, float | None]:
-        """The validation loss before training, and that of the kept adapter."""
+        """Return the validation loss before training, and that of the kept adapter."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
         return {"val_loss_before": before, "val_loss_after": after if self.best is None else self.best.loss}
 
@@ -274,8 +274,8 @@ class Run:
             change = self.change()
             before, after = change.values()
             if before is not None and after > before:
-                than = f"{after:.4f}, before training it was {before:.4f}: the adapter does harm"
-                warn(f"the validation loss is {than}; a lower --lr may help")
+                comparison = f"{after:.4f}, but was {before:.4f} before training: the adapter makes the base worse"
+                warn(f"the validation loss is {comparison}; a lower --lr may help")
             if self.best is not None and self.best.step == 0:
                 warn("no step has a lower validation loss than the adapter before training, which was kept")
             draw_curves(read_metrics(self.metrics), self.kept_adapter(), self.out / "curves.png")

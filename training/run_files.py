@@ -1,6 +1,6 @@
-"""The files of a training run: metrics and checkpoints, and the state of the run that follows from them.
+"""The files of a training run: metrics and checkpoints, and the state of the run that they imply.
 
-`fixed` are the options that must not change on resume.
+`fixed` are the options that must not change when a run is resumed.
 """
 
 import io
@@ -23,7 +23,7 @@ from runtime.schema import renamed, require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
 TENSORBOARD = "tensorboard"  # a folder
-WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png", TENSORBOARD)  # what a finished run leaves
+WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png", TENSORBOARD)  # files of a finished run
 
 
 class Progress(NamedTuple):
@@ -50,8 +50,8 @@ def run_state(out: Path, resume: str | None) -> str:
     """
     if (out / CHECKPOINT).exists():
         if resume is None:
-            cure = "continue it with --resume, or use another --out"
-            raise ValueError(f"{out / CHECKPOINT} is of an unfinished run: {cure}")
+            advice = "continue it with --resume, or use another --out"
+            raise ValueError(f"{out / CHECKPOINT}: is the checkpoint of an unfinished run; {advice}")
         return "begun"
     if resume is not None and (out / SUMMARY).exists():
         return "finished"
@@ -64,7 +64,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
-    # What files of earlier versions do not state.
+    # Defaults for what files of earlier versions do not state.
     before = {
         "keep": "last",
         "eval_every": None,
@@ -73,8 +73,8 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     } | renamed(before)
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
-            was = f"{path}: was made with {name} = {before.get(name)}, not {value}"
-            raise ValueError(f"{was}: a resumed run cannot change it")
+            change = f"was made with {name} = {before.get(name)}, not {value}"
+            raise ValueError(f"{path}: {change}: a resumed run cannot change it")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -82,10 +82,10 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
 
 
 def begin_in_folder(out: Path, step: int) -> Path | None:
-    """Prepare the folder to continue after `step`, and discard what a killed run wrote later.
+    """Prepare the folder to continue after `step`, and discard what a killed run wrote after that step.
 
-    If a new run begins where another has written an adapter, its files are moved to a new folder run-N, which is
-    returned. Raises OSError, or ValueError if metrics are missing.
+    If a new run begins in a folder where another run has written an adapter, the files of that run are moved to a new
+    folder run-N, which is returned. Raises OSError, or ValueError if metrics are missing.
     """
     for name in (*WRITTEN, CHECKPOINT):
         remove_unfinished(out / name)
@@ -105,7 +105,7 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
 
 
 def move_run(out: Path, folder: Path) -> None:
-    """Move the files of a run into `folder`, which has a temporary name until all of them are there."""
+    """Move the files of a run into `folder`, which has a temporary name until all files have been moved."""
     moving = folder.with_name(f"{folder.name}.moving")
     moving.mkdir(exist_ok=True)
     for name in WRITTEN:
@@ -115,7 +115,7 @@ def move_run(out: Path, folder: Path) -> None:
 
 
 def finish_moving(out: Path) -> None:
-    """Complete a `move_run` that was killed. No other run has written here since."""
+    """Complete a `move_run` that was killed. No other run has written to the folder since then."""
     for moving in out.glob("run-*.moving"):
         if any(moving.iterdir()):
             move_run(out, moving.with_suffix(""))
@@ -130,7 +130,7 @@ def finish_moving(out: Path) -> None:
 def trim_metrics(path: Path, step: int) -> None:
     """Remove the lines that a killed run wrote after the step of its checkpoint.
 
-    An evaluation at that very step is removed, too, because it is repeated. Raises ValueError if steps are missing.
+    An evaluation at that step is removed, too, because it will be repeated. Raises ValueError if steps are missing.
     """
     kept = []
     for line in read_metrics(path):
@@ -143,21 +143,21 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read every complete line; a killed run may leave half a line at the end. Raises ValueError, naming the line."""
+    """Read every complete line; a killed run may leave a partial one at the end. Raises ValueError, naming the line."""
     lines = []
     if path.exists():
         for number, text in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
             try:
                 lines.append(checked_line(json.loads(text)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number} is no line of metrics: {first_line(error)}") from None
+                raise ValueError(f"{path}: line {number}: not a line of metrics: {first_line(error)}") from None
     return lines
 
 
 def checked_line(line: object) -> dict:
     """Validate one line of metrics, and return it."""
     if not isinstance(line, dict):
-        raise ValueError(f"a {type(line).__name__}")
+        raise ValueError(f"is a {type(line).__name__}, not an object")
     require_number("step", line.get("step"), 0, 2**40, whole=True)
     for name, value in line.items():
         require_number(name, value, -1e30, 1e30)
@@ -203,26 +203,25 @@ def load_checkpoint(
 ) -> tuple[Progress, Kept | None]:
     """Load the state of adapter and optimizer; return the progress, and the best adapter so far if it was kept.
 
-    The first rank reads the file for all.
-
-    Raises FileNotFoundError, or ValueError if the file is invalid or of a run with other options.
+    The first rank reads the file for all ranks. Raises FileNotFoundError, or ValueError if the file is invalid or
+    belongs to a run with other options.
     """
     checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
-    not_ours = f"{path}: not a checkpoint of train.py"
+    invalid = f"{path}: not a checkpoint of train.py"
     try:
-        options = json.loads(json.dumps(checkpoint.get("options")))  # plain values, and nothing else
+        options = json.loads(json.dumps(checkpoint.get("options")))  # this refuses anything but plain values
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{not_ours}: its options: {first_line(error)}") from None
+        raise ValueError(f"{invalid}: its options: {first_line(error)}") from None
     check_options(options, json.loads(json.dumps(fixed)), path)
     try:
         progress = Progress(**checkpoint["progress"])
         require_number("step", progress.step, 1, 2**40, whole=True)
         require_number("tokens", progress.tokens, 1, 2**60, whole=True)
         require_number("seconds", progress.seconds, 1e-9, 1e12)
-        if progress.micro_batch_tokens is not None:  # those of earlier versions do not say
+        if progress.micro_batch_tokens is not None:  # checkpoints of earlier versions do not state it
             require_number("micro_batch_tokens", progress.micro_batch_tokens, 1, 2**40, whole=True)
         best = checkpoint.get("best") and Kept(*(checkpoint["best"][name] for name in Kept._fields))
-        for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # in the end, it has the latter
+        for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # the latter is loaded last
             for tensor in tensors.values():
                 require_dense(tensor)
             adapter.load_state_dict(tensors)
@@ -231,21 +230,21 @@ def load_checkpoint(
             require_number("the loss of the best adapter", best.loss, -1e30, 1e30)
         load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
         return progress, best or None
-    except Exception as error:  # whatever is missing or has another shape
-        raise ValueError(f"{not_ours}: {first_line(error)}") from None
+    except Exception as error:  # any field may be missing or have another form
+        raise ValueError(f"{invalid}: {first_line(error)}") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) -> None:
-    """Load AdamW's moments after `steps` steps; keep the optimizer's own hyper-parameters.
+    """Load AdamW's moments after `steps` steps, and keep the hyper-parameters of the given optimizer.
 
-    Raises ValueError if a moment has another shape, is not finite, or is of another step.
+    Raises ValueError if a moment has another shape, is not finite, or belongs to another step.
     """
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            known = optimizer.state[parameter]
+            state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                if require_dense(known[name]).shape != parameter.shape or not known[name].isfinite().all():
-                    raise ValueError(f"its {name} is not that of {tuple(parameter.shape)} finite numbers")
-            if require_dense(known["step"]).numel() != 1 or known["step"].item() != steps:
-                raise ValueError(f"its optimizer took other than {steps} steps")
+                if require_dense(state[name]).shape != parameter.shape or not state[name].isfinite().all():
+                    raise ValueError(f"its {name} is not a tensor of {tuple(parameter.shape)} finite numbers")
+            if require_dense(state["step"]).numel() != 1 or state["step"].item() != steps:
+                raise ValueError(f"its optimizer has not taken {steps} steps")

@@ -1,7 +1,7 @@
-"""Where the frozen base is while several ranks train: whole on each, or split over them.
+"""Placement of the frozen base when several ranks train: replicated on every rank, or sharded over them.
 
-A base that fits one device is whole on each. One that doesn't is split: of every layer's weights each rank keeps
-a part, and a layer is gathered when it is its turn and let go after it (PyTorch's `fully_shard`).
+A base that fits on one device is replicated. Otherwise it is sharded: each rank keeps a part of the weights of every
+layer, and a layer is gathered when it is needed and freed afterwards (PyTorch's `fully_shard`).
 """
 
 from collections.abc import Callable
@@ -14,41 +14,41 @@ from runtime.distributed import all_reduce_max, world_size
 
 
 def too_large(weights: int, memory: int) -> bool:
-    """Whether so many bytes of a base leave too little of a device's memory to be whole on each."""
+    """Return True if a base of `weights` bytes leaves too little of a device's memory to be replicated."""
     return weights > 0.7 * memory
 
 
 def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
-    """ "ddp" or "fsdp", on all ranks the same; "auto" goes by the bytes of the base.
+    """Return "ddp" or "fsdp", the same on all ranks. "auto" chooses by `weights`, the bytes of the base.
 
-    Raises ValueError where it cannot be split.
+    Raises ValueError if the base cannot be sharded.
     """
     if strategy == "auto":
         large = device.type == "cuda" and too_large(weights, torch.cuda.get_device_properties(device).total_memory)
         strategy = "fsdp" if all_reduce_max(int(world_size() > 1 and large)) else "ddp"
     if strategy == "fsdp" and world_size() == 1:
-        raise ValueError("--strategy fsdp needs several processes: torchrun --nproc_per_node 8 train.py ...")
+        raise ValueError("--strategy fsdp needs several processes; use torchrun --nproc_per_node 8 train.py ...")
     if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, this is {torch.__version__}")
     return strategy
 
 
 def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """Return a function that shards a layer as soon as `load_model` has read it, and at the end the whole model.
+    """Return a function that shards a layer when `load_model` has read it, and finally the whole model.
 
-    Embeddings, norm and output head, a few per cent of a large model, stay whole on every rank.
+    Embeddings, norm and output head, a few percent of a large model, are replicated on every rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world_size(),))
 
-    def split(module: nn.Module) -> None:
+    def shard(module: nn.Module) -> None:
         if not isinstance(module, LLaMA):
             fully_shard(module, mesh=mesh)
             return
-        whole = {weight for name, weight in module.named_parameters() if not name.startswith("layers.")}
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+        replicated = {weight for name, weight in module.named_parameters() if not name.startswith("layers.")}
+        fully_shard(module, mesh=mesh, ignored_params=replicated)
         register_fsdp_forward_method(module, "hidden_states")
 
-    return split
+    return shard
