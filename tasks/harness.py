@@ -74,7 +74,7 @@ class HarnessModel(TemplateLM):
     def encode(self, string: str) -> list[int]:
         """Tokenize without <bos>. With a chat template, the texts of special tokens become these tokens."""
         if isinstance(self.template, ChatTemplate):
-            return self.template.encode([string], hidden=[])[0]
+            return self.template.encode([string], escaped=[])[0]
         return self.text_tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
