@@ -1,1 +1,1 @@
-"""Benchmarks of speed and memory on this machine. Other implementations can be measured in the same run."""
+"""Benchmarks of the speed and memory of this implementation, and of others in the same run."""

@@ -1,4 +1,4 @@
-"""Measure speed and memory: python -m benchmarks COMMAND. --peers measures other implementations in the same run."""
+"""Measure speed and memory: python -m benchmarks COMMAND. With --peers, other implementations are measured as well."""
 
 import cloup
 
@@ -24,7 +24,7 @@ from runtime.distributed import run_command
     ]
 )
 def main():
-    """Measure speed and memory. --peers adds PEFT, LoRA, full fine-tuning, litgpt and an unoptimized baseline."""
+    """Measure speed and memory. With --peers, some commands also measure other implementations of the same work."""
 
 
 if __name__ == "__main__":

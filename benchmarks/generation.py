@@ -1,4 +1,4 @@
-"""Benchmark of greedy decoding: tokens per second, including prefill."""
+"""Benchmark of greedy decoding in tokens per second, including the time of the prefill."""
 
 import copy
 import importlib.util
@@ -30,7 +30,10 @@ GENERATION_COLUMNS = {
 
 
 def bytes_per_step(model: nn.Module) -> int:
-    """Return the bytes of all linear layers of our model, in the format that a decoding step of few rows reads."""
+    """Return the bytes that a decoding step reads from the linear layers of this implementation's model.
+
+    For a layer that has a packed copy of its weights for decoding, only the copy is counted.
+    """
     total = 0
     replaced = {id(module.layer) for module in model.modules() if isinstance(module, PackedLinear)}
     for module in model.modules():
@@ -46,7 +49,10 @@ def bytes_per_step(model: nn.Module) -> int:
 
 
 def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:
-    """Create our implementation in all variants. Variants that read the same weights share a model, to save memory."""
+    """Create this implementation in all variants, by name.
+
+    Variants that read the same weights share a model, to save memory.
+    """
     models: dict[tuple, Ours] = {}
     contestants = {}
     for name, variant in variants.items():
@@ -61,7 +67,7 @@ def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]
 
 
 def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
-    """Return the contestants: ours in several variants, and with --peers other implementations."""
+    """Return the contestants by name: this implementation in several variants, and other ones with --peers."""
     model, adapter = workload.new_model(), workload.new_adapter()
     variant = Variant(decoding=True)
     variants = {"ours": variant, "ours, base alone": variant._replace(adapted=False), **precisions(workload, variant)}
@@ -83,27 +89,33 @@ def generation_contestants(workload: Workload, capacity: int, batch_size: int) -
 
 
 def check_same_texts(contestants: dict[str, Contestant], rows: list[list[int]], number: int) -> None:
-    """Raise ValueError if a contestant generates other tokens than ours. All contestants must run in float32."""
+    """Raise ValueError if a contestant and this implementation generate different tokens.
+
+    All contestants must run in float32. Contestants without an adapter are compared with the base alone.
+    """
     base_alone = contestants["ours, base alone"].continuations(rows, number)
     adapted = contestants["ours"].continuations(rows, number)
     for name, contestant in contestants.items():
         tokens, expected = contestant.continuations(rows, number), base_alone if "base alone" in name else adapted
         if tokens != expected:
-            raise ValueError(f"{name} generates the tokens {tokens[0][:8]}, ours {expected[0][:8]}: not the same work")
+            raise ValueError(
+                f"{name} generates the tokens {tokens[0][:8]}, but this implementation generates {expected[0][:8]}; "
+                "their times are not comparable"
+            )
 
 
 @command("generate", context_settings={"show_default": True})
 @workload_options(
     compile_option,
     precisions_option,
-    option("--tokens", "number", type=Count(2), default=128, help=f"New tokens, after a prompt of {PROMPT} tokens."),
-    option("--batch-size", type=Count(), default=1, help="Prompts per batch."),
+    option("--tokens", "number", type=Count(2), default=128, help=f"New tokens after a prompt of {PROMPT} tokens."),
+    option("--batch-size", type=Count(), default=1, help="Number of prompts per batch."),
 )
 @one_line_errors()
 def time_generation(json_path, number, batch_size, **options):
     """Time greedy decoding.
 
-    In tokens per second, including prefill.
+    Reports tokens per second; the time of the prefill is included.
     """
     workload = prepare_workload(**options)
     examples = workload.examples(1000)

@@ -1,4 +1,4 @@
-"""Benchmark of a GPU by one command, within a time limit: the most important parts first, saved after each part."""
+"""Benchmark a GPU with one command, within a time limit. The most important parts run first; each is saved at once."""
 
 import importlib.util
 import subprocess
@@ -33,7 +33,7 @@ GOALS = {
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
 }
-GRAPH = Variant(decoding=True, compiled=True)  # decodes by a CUDA graph on a GPU
+GRAPH = Variant(decoding=True, compiled=True)  # decodes with a CUDA graph on a GPU
 TRAINED = {
     "eager": Variant(),
     "compiled": Variant(compiled=True),
@@ -50,7 +50,7 @@ DECODED = {  # variant, and number of rows
     "graph, batch 16": (GRAPH, 16),
     "graph, batch 64": (GRAPH, 64),
 }
-ORDER = {  # the parts in order of importance, with their estimated seconds at 7B
+ORDER = {  # the parts in order of importance, with their estimated duration in seconds for a 7B model
     "train: eager": 20,
     "decode: graph, batch 1": 45,
     "tests": 120,
@@ -70,7 +70,10 @@ ORDER = {  # the parts in order of importance, with their estimated seconds at 7
 
 
 def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[TokenizedExample]]:
-    """Return random batches with the lengths of Alpaca's examples, 127 tokens on average, grouped as by train.py."""
+    """Return `number` batches of random tokens, in which examples have similar lengths, as in train.py.
+
+    Like Alpaca's examples, they have 127 tokens on average.
+    """
     lengths = np.linspace(40, 214, 100 * batch_size).round().astype(int).tolist()
     batches = sorted(epoch_batches(lengths, batch_size, seed=0, epoch=0), key=lambda batch: lengths[batch[0]])
     spread = batches[100 // number // 2 :: 100 // number]  # from short to long
@@ -78,11 +81,11 @@ def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[To
 
 
 class Bench:
-    """A random base on a device, and the peak speeds of the device."""
+    """Benchmarks of a base with random weights, relative to the peak speeds of its device."""
 
-    SECONDS = 4  # of the rounds of one part; no round begins later
-    BATCH, BATCHES = 64, 4  # examples per step, as in the paper, and steps per round
-    PEER_BATCH = 16  # peers need more memory: they pad to the longest example, and keep the logits of all positions
+    SECONDS = 4  # time limit for the rounds of one training part; no round begins later
+    BATCH, BATCHES = 64, 4  # examples per step, as in the paper; steps per round
+    PEER_BATCH = 16  # other implementations need more memory, because they store the logits of all positions
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype, self.config = device, dtype, CONFIGS[size]
@@ -93,20 +96,23 @@ class Bench:
         self.batches = alpaca_batches(self.config, self.BATCH, self.BATCHES)
 
     def training(self, variant: Variant) -> dict:
-        """Time our training steps on batches of similar length, as train.py makes them."""
+        """Time training steps of this implementation; a batch has examples of similar lengths, as in train.py."""
         contestant = Ours(self.model, random_adapter(self.config, self.device), variant)
         return self.training_rate(contestant, self.batches, variant.checkpoint_activations)
 
     def peer(self, kind: str) -> dict:
-        """Time training steps of PEFT's adaption prompt or LoRA on batches of similar length, if PEFT is installed."""
+        """Time training steps of PEFT's adaption prompt or LoRA on the first 16 examples of the same batches.
+
+        Returns an error instead if PEFT is not installed.
+        """
         if importlib.util.find_spec("peft") is None:
-            return {"error": "not installed"}
+            return {"error": "skipped, because the package peft is not installed"}
         layers, length, _ = self.adapter.prompts.shape
         contestant = HuggingFace(self.model, kind, layers, length)
         return self.training_rate(contestant, [batch[: self.PEER_BATCH] for batch in self.batches], checkpointed=False)
 
     def training_rate(self, contestant: Contestant, batches: list[list[TokenizedExample]], checkpointed: bool) -> dict:
-        """Time one optimizer step on each batch: tokens/s, shares of the matmul speeds, and peak memory."""
+        """Time one optimizer step on each batch. Return tokens/s, shares of the matmul speeds, and peak memory."""
         optimizer = contestant.optimizer()
 
         def steps() -> None:
@@ -130,11 +136,12 @@ class Bench:
         }
 
     def decoding(self, variant: Variant, rows: int) -> dict:
-        """Time greedy decoding of several rows after 60 tokens, without the time of the prefill."""
+        """Time greedy decoding of `rows` prompts of 60 tokens each, without the time of the prefill."""
         contestant = Ours(self.model, self.adapter, variant)
         batch = self.batches[0]
         tokens = [batch[i % len(batch)].ids[:40] + [5] * 20 for i in range(rows)]
-        numbers = (8, 264) if self.device.type == "cuda" else (2, 18)  # both include the recording of a graph
+        # Numbers of tokens. The difference of their times includes neither the prefill nor the recording of a graph.
+        numbers = (8, 264) if self.device.type == "cuda" else (2, 18)
         functions = {str(number): lambda n=number: contestant.continuations(tokens, n) for number in numbers}
         few, many = map(min, interleave(functions, 3, self.device).values())
         seconds = (many - few) / (numbers[1] - numbers[0])
@@ -144,7 +151,7 @@ class Bench:
 
 
 def gpu_tests(tests: str = "tests") -> dict:
-    """Run the tests that need a GPU in a separate process. Return its exit code and last lines."""
+    """Run the tests that need a GPU in a separate process. Return its exit code and the last lines of its output."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     return {"exit_code": result.returncode, "said": (result.stdout or result.stderr).strip().splitlines()[-8:]}
@@ -165,21 +172,21 @@ def run_parts(
     done: Callable[[str, dict], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Run the parts that are expected to end before the deadline. Errors are recorded, and the next part runs."""
+    """Run the parts that are expected to end before the deadline. After an error, record it and run the next part."""
     for name, part in parts.items():
         if clock() + ORDER[name] > deadline:
-            done(name, {"error": "no time was left"})
+            done(name, {"error": "skipped, because too little time was left"})
             continue
         try:
             done(name, part())
-        except Exception as error:  # a part that does not run here must not stop the others
+        except Exception as error:  # a part that fails on this machine must not stop the others
             done(name, {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def draw_shares(found: dict[str, dict], path: Path) -> None:
-    """Plot the share of the peak speed that each part reached, and the goals."""
+    """Plot the share of the peak speed that each part reached, together with the goals."""
     bars = {name: row.get("matmul_share", row.get("copy_share")) for name, row in found.items() if "error" not in row}
     bars = {name: share for name, share in bars.items() if share is not None}
     if not bars:
@@ -208,19 +215,19 @@ def summary_line(name: str, row: dict) -> str:
 @command("gpu", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model, with random weights."),
-    option("--minutes", type=Real(0, min_open=True), default=8.5, help="Time limit; later parts are skipped."),
+    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Size of the model; its weights are random."),
+    option("--minutes", type=Real(0, min_open=True), default=8.5, help="Time limit; parts that exceed it are skipped."),
     option("--skip-tests", is_flag=True, help="Do not run the tests that need a GPU."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",
-           show_default="benchmarks/results/gpu.json", help="JSON file for the results; a plot is written beside it."),
+           show_default="benchmarks/results/gpu.json", help="JSON file for the results; a plot is written next to it."),
     *device_options,
 )  # fmt: skip
 @one_line_errors()
 def time_gpu(size, minutes, skip_tests, out, device, dtype):
     """Measure training and decoding on a GPU.
 
-    First the plain variants and the tests that need a GPU, then compiled and quantized variants and PEFT. Results are
-    saved after each part.
+    The most important parts run first: the variants without compilation or quantization, and the tests that need a GPU.
+    Compiled and quantized variants and PEFT follow. The results are saved after each part.
     """
     deadline = time.perf_counter() + 60 * minutes
     device, dtype = select_device(device, dtype)

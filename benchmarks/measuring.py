@@ -1,4 +1,4 @@
-"""Measure seconds, bytes and the machine's peak speeds; publish results as a table, a JSON file and a plot."""
+"""Measure time, memory and the machine's peak speeds; publish the results as a table, a JSON file and a plot."""
 
 import ctypes
 import gc
@@ -20,8 +20,8 @@ from runtime.device import device_name
 from runtime.errors import error_line
 from runtime.files import atomic_write, read_json_object, write_json
 
-MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; smaller ones would not keep the device busy
-COPIED = {"cuda": 2**28, "cpu": 2**28}  # 4-byte numbers; fewer would fit into a cache
+MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns; a smaller matrix would not keep the device busy
+COPIED = {"cuda": 2**28, "cpu": 2**28}  # number of 4-byte values; fewer might fit into a cache
 
 
 def synchronize(device: torch.device) -> None:
@@ -30,7 +30,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that a function takes, including its work on the GPU."""
+    """Call a function, and return its duration in seconds, including its work on the GPU."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -39,14 +39,14 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product, the fastest of eight."""
+    """Return the speed of a large matrix product in FLOP/s, from the fastest of eight runs."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
 def sustained_matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Return the FLOP/s of large matrix products over several seconds, in which a GPU may lower its clock."""
+    """Return the mean speed of large matrix products in FLOP/s over this many seconds; a GPU may lower its clock."""
     products, operations = matmul_work(device, dtype)
     start, number = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -56,36 +56,45 @@ def sustained_matmul_speed(device: torch.device, dtype: torch.dtype, seconds: fl
 
 
 def copy_speed(device: torch.device) -> float:
-    """Return the bytes/s of a large copy, the fastest of eight; bytes are counted when read and when written."""
+    """Return the speed of a large copy in bytes/s, from the fastest of eight runs.
+
+    Every byte counts twice, because it is read and written.
+    """
     source = torch.zeros(COPIED.get(device.type, COPIED["cpu"]), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(8))
 
 
 def read_work(device: torch.device) -> tuple[Callable[[], object], int]:
-    """Return a function that reads a large tensor, and its bytes.
+    """Return a function that reads a large tensor, and the number of bytes that it reads.
 
-    It is timed together with the contestants, because the speed of a machine drifts.
+    The function is timed in turn with the contestants, because the speed of a machine drifts.
     """
     numbers = torch.zeros(COPIED.get(device.type, COPIED["cpu"]) // 2, dtype=torch.long, device=device)
     return numbers.sum, numbers.nbytes
 
 
 def matmul_work(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """Return a function that computes four large matrix products, and the number of operations."""
+    """Return a function that computes four large matrix products, and the number of their floating-point operations."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
 
 
 def share_of(amount: float, seconds: list[float], peak_amount: float, peak_seconds: list[float]) -> float:
-    """Return the share of the peak rate that was reached, the median of the rounds; amounts are bytes or operations."""
+    """Return the share of the peak rate that was reached, as the median over the rounds.
+
+    The amounts are the bytes or operations per round; the seconds have one value per round.
+    """
     rounds = zip(seconds, peak_seconds)
     return statistics.median(amount / mine / (peak_amount / peak) for mine, peak in rounds)
 
 
 def peak_growth(function: Callable[[], object], device: torch.device) -> int:
-    """Run a function; return the peak growth of memory in bytes, of tensors on a GPU or of the process (Linux)."""
+    """Run a function, and return by how many bytes memory grew at its peak.
+
+    On a GPU, this is the memory of its tensors; on the CPU, it is the memory of the process (Linux only).
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -100,15 +109,15 @@ def peak_growth(function: Callable[[], object], device: torch.device) -> int:
 
 
 def status_bytes(field: str) -> int:
-    """Return a field of /proc/self/status in bytes (Linux)."""
+    """Return the value of a field of /proc/self/status in bytes (Linux only)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def peak_anonymous(function: Callable[[], object], interval: float = 0.05) -> tuple[object, int]:
-    """Run a function; return its result, and the peak memory of the process in bytes, without mapped files.
+    """Run a function. Return its result, and the peak memory of the process in bytes, without memory-mapped files.
 
-    The memory is sampled every `interval` seconds (Linux).
+    The memory is sampled every `interval` seconds (Linux only).
     """
     seen, done = [status_bytes("RssAnon")], threading.Event()
 
@@ -128,9 +137,10 @@ def peak_anonymous(function: Callable[[], object], interval: float = 0.05) -> tu
 def interleave(
     functions: dict[str, Callable[[], object]], repeat: int, device: torch.device, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Time functions in turn, so that a slow moment of the machine affects all of them. Return seconds per round.
+    """Time functions in turn, so that a slow moment of the machine affects all of them.
 
-    A warm-up round comes first and is not counted. No round begins after `limit` seconds.
+    Returns the seconds of each function, one value per round. The first round is a warm-up, and is not counted. No
+    round begins after the counted rounds have taken `limit` seconds in total.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     with tqdm(total=(repeat + 1) * len(functions), unit="run", leave=False) as bar:
@@ -150,7 +160,10 @@ RATIO = ("median", "least", "most")
 
 
 def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, dict]:
-    """Return the median seconds of each, and the ratio to `first` per round: median, least and most."""
+    """Return the seconds of each contestant, their median, and their ratio to the seconds of the contestant `first`.
+
+    The ratio is computed per round; its median, minimum ("least") and maximum ("most") are returned.
+    """
     rows = {}
     for name, durations in seconds.items():
         ratios = [duration / reference for duration, reference in zip(durations, seconds[first])]
@@ -160,17 +173,20 @@ def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, di
 
 
 def read_figures(path: Path) -> dict[str, dict]:
-    """Read the results of earlier benchmarks, if the file exists. Raises OSError or ValueError."""
+    """Read the results of earlier benchmarks by title; return {} if the file does not exist.
+
+    Raises OSError if the file cannot be read, or ValueError if it has other content.
+    """
     known = read_json_object(path) if path.exists() else {}
     for title, part in known.items():
         rows = part.get("rows") if isinstance(part, dict) else None
         if not isinstance(rows, dict) or not rows or not all(map(is_row, rows.values())):
-            raise ValueError(f"{path}: {title!r} is not the result of a benchmark; choose another file")
+            raise ValueError(f"{path}: the value of {title!r} is not the result of a benchmark; choose another file")
     return known
 
 
 def is_row(row: object) -> bool:
-    """Return True if a value is a row of results: an object whose ratio, if it has one, is three ordered numbers."""
+    """Return True if a value is a row of results: an object whose "ratio", if any, has three numbers in order."""
     if not isinstance(row, dict) or "ratio" not in row:
         return isinstance(row, dict)
     ratio = row["ratio"]
@@ -180,7 +196,10 @@ def is_row(row: object) -> bool:
 
 
 def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Reject a file to which results cannot be added, before anything is measured."""
+    """Return the path if results can be added to the file; raise click.BadParameter otherwise.
+
+    This is the callback of --json, so that an unsuitable file is rejected before anything is measured.
+    """
     if path is not None:
         try:
             read_figures(path)
@@ -194,12 +213,12 @@ json_option = option(
     "json_path",
     type=click.Path(path_type=Path),
     callback=check_figures,
-    help="JSON file to which the results are added; a plot is drawn beside it.",
+    help="JSON file to which the results are added; a plot with the same name is written next to it.",
 )
 
 
 def measured_on(size: str, device: torch.device, dtype: torch.dtype) -> dict:
-    """Return the conditions of a measurement, except the options of its command."""
+    """Return the conditions of a measurement: model size, device, threads, dtype and version of PyTorch."""
     threads = torch.get_num_threads()
     return {
         "size": size,
@@ -218,7 +237,7 @@ def ratio_text(row: dict) -> str:
 def publish(
     kind: str, rows: dict[str, dict], columns: dict[str, Callable], about: dict, json_path: Path | None = None
 ) -> None:
-    """Print a table. With `json_path`, add the results to that file, and draw a plot beside it."""
+    """Print a table. If `json_path` is given, add the results to that file, and draw a plot next to it."""
     click.echo(f"{kind}: {', '.join(f'{name} {value}' for name, value in about.items())}")
     click.echo("| | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
     for name, row in rows.items():
@@ -232,7 +251,7 @@ def publish(
 
 
 def draw_ratios(known: dict[str, dict], path: Path) -> None:
-    """Plot the time of each contestant relative to ours, with the spread over the rounds."""
+    """Plot the time of each contestant relative to this implementation, with the spread over the rounds."""
     panels = {title: part["rows"] for title, part in known.items() if "ratio" in next(iter(part["rows"].values()))}
     if not panels:
         return

@@ -1,4 +1,4 @@
-"""Memory of a training step, counted and measured; and estimates of memory, time and traffic of the paper's run."""
+"""Count and measure the memory of a training step, and estimate memory, time and traffic of the paper's training."""
 
 import math
 import multiprocessing
@@ -25,20 +25,23 @@ from training.sharding import too_large
 
 @cache
 def kept_per_token(config: Config, checkpoint_activations: bool) -> int:
-    """Return how many numbers autograd keeps per token in an adapted layer, by comparing two layers with three."""
+    """Return how many numbers autograd saves per token in one adapted layer.
+
+    This is the difference between models with three and with two adapted layers.
+    """
     two, three = (kept_numbers(config, layers, 256, checkpoint_activations) for layers in (2, 3))
     return (three - two) // 256
 
 
 def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activations: bool) -> int:
-    """Return how many numbers, except weights, autograd keeps for the backward pass of a float32 model on the CPU.
+    """Return how many numbers, except weights, autograd saves for the backward pass of a float32 model on the CPU.
 
-    The model has `layers` adapted layers, and below them one that is not adapted.
+    The model has `layers` adapted layers, and one layer without an adapter below them.
     """
     small = Config(config.dim, layers + 1, config.n_heads, config.n_kv_heads, config.head_dim, config.hidden_dim, 64)
     model = random_model(small, torch.device("cpu"), torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # keeps storages alive, so that no address is used again
+    kept: dict[int, torch.UntypedStorage] = {}  # by address; keeps storages alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -58,18 +61,21 @@ def kept_numbers(config: Config, layers: int, tokens: int, checkpoint_activation
 def count_bytes(
     config: Config, tokens: int, itemsize: int, checkpoint_activations: bool, device: str = "cuda"
 ) -> dict[str, int]:
-    """Return the bytes of each kind at the peak of a training step, on a device of this type."""
+    """Return the bytes of each kind at the peak of a training step on `tokens` tokens, and their sum.
+
+    `itemsize` is the number of bytes per number in the base's dtype. `device` is a device type, "cuda" or "cpu".
+    """
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
-    logits = min(ROWS.get(device, ROWS["cpu"]), tokens) * config.vocab_size  # numbers
+    logits = min(ROWS.get(device, ROWS["cpu"]), tokens) * config.vocab_size  # number of logits in memory at a time
     rows = {
         "weights": num_parameters(config) * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
-        # The gradients in the layer; with checkpointing also the activations that it recomputes.
+        # The gradients of the activations; with checkpointing also the activations that are recomputed.
         "one layer at work": whole * (2 if checkpoint_activations else 1),
-        "logits of a few rows": logits * (itemsize + 4 + 4),  # log p twice
+        "logits of a few rows": logits * (itemsize + 4 + 4),  # log p is held twice in float32
     }
     return rows | {"sum": sum(rows.values())}
 
@@ -77,7 +83,10 @@ def count_bytes(
 def measure_step(
     config: Config, tokens: int, device: torch.device, dtype: torch.dtype, checkpoint_activations: bool
 ) -> int:
-    """Return the peak bytes of a training step, including weights, on examples of 128 tokens that are half response."""
+    """Return the peak memory of a training step in bytes, including the weights.
+
+    The examples have 128 tokens each; the second half of each example is the response.
+    """
     model, adapter = random_model(config, device, dtype), random_adapter(config, device)
     optimizer = make_optimizer(adapter, 0.02)
     train_config = TrainConfig(micro_batch_tokens=tokens, checkpoint_activations=checkpoint_activations)
@@ -90,8 +99,8 @@ def measure_step(
 @command("memory", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Shape of the model."),
-    option("--check", is_flag=True, help="Also measure training steps of this size on this machine."),
+    option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Size of the model."),
+    option("--check", is_flag=True, help="Also measure training steps of a model of this size on this machine."),
     *device_options,
     json_option,
 )
@@ -99,7 +108,8 @@ def measure_step(
 def count_memory(size, check, json_path, device, dtype):
     """Count the bytes of a training step.
 
-    By kind and by the number of tokens in a micro-batch, for a base in bfloat16 (with --check, in --dtype).
+    Lists the bytes by kind, for several numbers of tokens in a micro-batch. The base is in bfloat16, or in --dtype if
+    --check is given.
     """
     device, dtype = select_device(device, dtype)
     config, itemsize, rows = CONFIGS[size], dtype.itemsize if check else 2, {}
@@ -107,7 +117,7 @@ def count_memory(size, check, json_path, device, dtype):
         for tokens in (512, 1024, 2048, 4096, 8192):
             row = count_bytes(config, tokens, itemsize, checkpointed, device.type if check else "cuda")
             if check:
-                context = multiprocessing.get_context("spawn")  # a process without memory of earlier steps
+                context = multiprocessing.get_context("spawn")  # a new process has no memory from earlier steps
                 with ProcessPoolExecutor(1, context) as process:
                     row["measured"] = process.submit(measure_step, config, tokens, device, dtype, checkpointed).result()
             rows[f"{tokens} tokens{', --checkpoint-activations' if checkpointed else ''}"] = row
@@ -118,7 +128,7 @@ def count_memory(size, check, json_path, device, dtype):
 
 
 PAPER = TrainConfig()
-EXAMPLES = 52_002  # of Stanford Alpaca, including the validation set
+EXAMPLES = 52_002  # number of examples of Stanford Alpaca, including the validation set
 EXAMPLE_TOKENS, RESPONSE_TOKENS = 127.1, 65.5  # averages with LLaMA's tokenizer
 
 PLAN_COLUMNS = {
@@ -133,30 +143,33 @@ PLAN_COLUMNS = {
 
 
 def step_operations(config: Config, tokens: float, responses: float, checkpointed: bool) -> float:
-    """Return the floating-point operations of a step on `tokens` tokens, `responses` of which have a loss.
+    """Return the number of floating-point operations of a training step on `tokens` tokens.
 
-    A layer needs two operations per weight and token forward. The adapted layers, which are all but two, need as many
-    backward, and with checkpointing as many again to recompute. The output head runs forward and backward on response
-    tokens only.
+    In the forward pass, a layer needs two operations per weight and token. All but two layers are adapted: they need
+    the same number in the backward pass, and with checkpointing also for the recomputation. The output head runs
+    forward and backward on the `responses` response tokens only. Products of queries, keys and values are not counted.
     """
     heads = config.n_heads + config.n_kv_heads
-    layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # weights
+    layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # number of weights
     per_token = 2 * layer * (config.n_layers + (config.n_layers - 2) * (2 if checkpointed else 1))
     return tokens * per_token + responses * 4 * config.vocab_size * config.dim
 
 
 def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
-    """Estimate the paper's run with a bfloat16 base. Each GPU has `memory` bytes and `speed` operations per second."""
+    """Estimate memory, time and traffic of the paper's training with a bfloat16 base.
+
+    Each GPU has `memory` bytes and performs `speed` floating-point operations per second.
+    """
     C, N, adapted = config.dim, config.n_layers, config.n_layers - 2
     step_tokens = PAPER.batch_size * EXAMPLE_TOKENS
     heads = config.n_heads + config.n_kv_heads
-    layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # weights
+    layer = 2 * C * config.head_dim * heads + 3 * C * config.hidden_dim  # number of weights
     outside = 2 * config.vocab_size * C
     strategy = "fsdp" if gpus > 1 and too_large(2 * (N * layer + outside), memory) else "ddp"
-    # A sharded base: a part of each layer, and two gathered layers, the current one and the next.
+    # With FSDP, a GPU holds its shard of each layer, and two gathered layers: the current one and the next.
     weights = 2 * (outside + (N * layer / gpus + 2 * layer if strategy == "fsdp" else N * layer))
 
-    positions = min(MICRO_BATCH_TOKENS, step_tokens / gpus)  # of a micro-batch
+    positions = min(MICRO_BATCH_TOKENS, step_tokens / gpus)  # positions per micro-batch
     activations, checkpointed = positions * activation_bytes(config, adapted, 2, False), False
     if weights + activations > 0.9 * memory:
         activations, checkpointed = positions * activation_bytes(config, adapted, 2, True), True
@@ -190,9 +203,10 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Assumed share of --peak."),
 )
 def plan_runs(gpu_memory, peak, utilisation):
-    """Estimate the paper's run for other sizes.
+    """Estimate the paper's training for other model sizes.
 
-    Memory, time and traffic of 5 epochs of Alpaca at batch size 64, by size of the base and number of GPUs.
+    Estimates memory, time and traffic of 5 epochs on Alpaca with batch size 64, for several sizes of the base and for 1
+    and 8 GPUs.
     """
     rows = {
         f"{size[6:]} on {gpus}": plan_run(SIZES[size], gpus, gpu_memory * 1e9, peak * 1e12 * utilisation)

@@ -1,8 +1,8 @@
-"""The contestants of the benchmarks: ours, and other implementations of the same work over the same weights.
+"""The contestants of the benchmarks: this implementation, and others that do the same work with the same weights.
 
-Each contestant has `loss(examples)`, the mean over response tokens, and `continuations(rows, n)`, which decodes n new
-tokens per row, greedily, for prompts of equal length. Other implementations come from PyPI and run in the simplest
-loop. Only `Plain` is written here; it does what the authors' script does.
+A contestant has `loss(examples)`, the mean loss over response tokens, and `continuations(rows, n)`, which greedily
+decodes n new tokens for each prompt; all prompts have the same length. The other implementations are packages from
+PyPI, which run in a simple loop, and `Plain`, which is written here and works like the authors' script.
 """
 
 import importlib.util
@@ -31,10 +31,10 @@ LR = 1e-3  # learning rate of all contestants
 
 
 class Contestant:
-    """Base class of the contestants. Trains all trainable parameters of `model` with AdamW."""
+    """Base class of the contestants. By default, all trainable parameters of `model` are trained with AdamW."""
 
     model: nn.Module
-    groups_by_length = False  # True: batches of similar length; False: random batches
+    groups_by_length = False  # True: the examples of a batch have similar lengths; False: batches are random
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -49,19 +49,19 @@ class Contestant:
 
 
 class Variant(NamedTuple):
-    """A configuration of our implementation."""
+    """A configuration of this implementation."""
 
-    bits: str | None = None  # of the layers' weights, a value of --bits
+    bits: str | None = None  # number of bits of the layers' weights, a value of --bits; None: not quantized
     dtype: torch.dtype | None = None  # None: the dtype of the model
-    decoding: bool = False  # prepare the model for decoding, not for training
+    decoding: bool = False  # prepare the model for decoding instead of training
     compiled: bool = False
     checkpoint_activations: bool = False
     attention: Callable[..., Tensor] = gated_attention
-    adapted: bool = True  # False: the base alone
+    adapted: bool = True  # False: the base without an adapter
 
 
 class Adapted(Contestant):
-    """A LLaMA of this project with its adapter. The adapter is None for the base alone."""
+    """A LLaMA of this project with an adapter, or without one if `adapter` is None."""
 
     def __init__(self, model: LLaMA, adapter: Adapter | None):
         self.model, self.adapter = model, adapter
@@ -77,9 +77,9 @@ class Adapted(Contestant):
 
 
 class Ours(Adapted):
-    """Our implementation: training on batches of similar length as in train.py, and decoding as in generate.py.
+    """This implementation: trains as train.py does, on batches of similar length, and decodes as generate.py does.
 
-    The weights share the memory of `model`, unless the variant has another dtype or quantized weights.
+    The weights share memory with those of `model`, unless the variant has another dtype or quantized weights.
     """
 
     groups_by_length = True
@@ -123,15 +123,15 @@ class Ours(Adapted):
 
 
 class Plain(Adapted):
-    """The method of the authors' script, without optimizations.
+    """The paper's method without optimizations, as in the authors' script.
 
-    Every example is padded to `max_seq_len`, attention stores its weights, and logits are computed at all positions.
-    While decoding, the prompts are projected again at every token.
+    Every example is padded to `max_seq_len`, the attention weights are stored, and logits are computed at all
+    positions. During decoding, the keys and values of the prompts are recomputed for every token.
     """
 
     def __init__(self, model: LLaMA, adapter: Adapter, max_seq_len: int = 512):
         super().__init__(model, adapter)
-        self.head = model.output.weight.contiguous()  # in the layout of a checkpoint
+        self.head = model.output.weight.contiguous()  # in the memory layout of a checkpoint
         self.max_seq_len = max_seq_len
 
     def loss(self, examples: list[TokenizedExample]) -> Tensor:
@@ -182,9 +182,9 @@ class Plain(Adapted):
 
 
 class HuggingFace(Contestant):
-    """transformers' LLaMA, trained by PEFT ("adaption prompt", "lora") or all of it ("full tuning").
+    """LLaMA from transformers. `kind` is "adaption prompt" or "lora" (trained with PEFT), or "full tuning".
 
-    Batches are padded to their longest example.
+    Examples are padded to the longest one in the batch.
     """
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
@@ -215,16 +215,16 @@ class HuggingFace(Contestant):
     def continuations(self, rows: list[list[int]], n: int) -> list[list[int]]:
         ids = torch.tensor(rows, device=self.model.device)
         options = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
-        self.model.generation_config.eos_token_id = None  # decodes n tokens, whatever they are
+        self.model.generation_config.eos_token_id = None  # do not stop before n tokens are decoded
         new = self.model.generate(input_ids=ids, max_new_tokens=n, **options)
         return new[:, len(rows[0]) :].tolist()
 
 
 class LitGPT(Contestant):
-    """litgpt's adapter. Batches are padded to their longest example, with the logits of a whole batch in memory.
+    """litgpt's adapter. Examples are padded to the longest one in the batch, and all logits of a batch are in memory.
 
-    Since v0.5.5 litgpt projects the prompts with other rows of the weights (docs/adapters.md). The amount of work is
-    the same, but with nonzero gates the outputs differ.
+    Since v0.5.5, litgpt projects the prompts with other rows of the weights than before (docs/adapters.md). The amount
+    of work is the same, but the outputs differ from this implementation's if the gates are nonzero.
     """
 
     def __init__(self, model: LLaMA, layers: int, length: int):
@@ -253,11 +253,13 @@ class LitGPT(Contestant):
         self.model = GPT(config).to(weight.device, weight.dtype)
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         if unexpected or any("adapter" not in name and "gating" not in name for name in missing):
-            raise ValueError(f"litgpt: the weights do not fit; missing {missing}, unexpected {unexpected}")
+            raise ValueError(
+                f"litgpt: the base's weights do not match litgpt's model: missing {missing}, unexpected {unexpected}"
+            )
         mark_only_adapter_as_trainable(self.model)
 
     def clear_prompt_cache(self) -> None:
-        """Clear the cached keys and values of the prompts; litgpt would reuse those of the first step."""
+        """Clear the cached keys and values of the prompts, because litgpt would reuse those of the first step."""
         for module in self.model.modules():
             if hasattr(module, "adapter_kv_cache"):
                 module.adapter_kv_cache = None
@@ -286,7 +288,7 @@ class LitGPT(Contestant):
 
 
 class LlamaCpp(Contestant):
-    """llama.cpp, by llama-cpp-python, on a GGUF file. It only decodes, one row at a time."""
+    """llama.cpp on a GGUF file, through llama-cpp-python. It can only decode, and only one prompt at a time."""
 
     def __init__(self, file: Path, capacity: int):
         from llama_cpp import Llama
@@ -301,14 +303,17 @@ class LlamaCpp(Contestant):
 
 
 def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets, padded to (B, length)."""
+    """Collate the examples into inputs and targets, padded to int64 (B, length)."""
     inputs, targets, *_ = collate(examples)
     missing = length - inputs.shape[1]
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
 
 
 def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
-    """Create the peers that are installed, with as many layers as the adapter. `kinds` are for HuggingFace."""
+    """Create the other implementations whose packages are installed, by name.
+
+    They adapt as many layers as the adapter does. `kinds` are the values of HuggingFace's `kind` to include.
+    """
     layers, length, _ = adapter.prompts.shape
     peers: dict[str, Contestant] = {"plain, as the authors'": Plain(model, adapter)}
     if importlib.util.find_spec("peft"):
@@ -320,7 +325,7 @@ def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[st
 
 
 def as_transformers(model: LLaMA) -> nn.Module:
-    """Copy a LLaMA to transformers' implementation. Its rotary embedding must not be scaled."""
+    """Copy a LLaMA into the implementation of transformers. The rotary embedding must be unscaled."""
     import transformers
 
     c, default = model.config, torch.get_default_dtype()

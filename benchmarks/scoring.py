@@ -1,4 +1,4 @@
-"""Benchmark of multiple choice: log-likelihoods of continuations, as `evaluate.py harness` computes them."""
+"""Benchmark of multiple-choice questions: log-likelihoods of continuations, as `evaluate.py harness` computes them."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ from generate import Responder
 from runtime.cli import Count, one_line_errors
 
 SCORING_COLUMNS = {"questions/s": lambda row: f"{row['questions_per_second']:.1f}", "times ours": ratio_text}
-CHOICE = 24  # maximum number of tokens of a choice
+CHOICE = 24  # maximum number of tokens per choice
 
 
 def questions_of(
     examples: Sequence[Example], tokenizer: Tokenizer, choices: int
 ) -> list[tuple[None, list[int], list[int]]]:
-    """Return requests (None, prompt ids, choice ids).
+    """Return one request (None, prompt ids, choice ids) for each choice of each prompt.
 
-    The choices of a prompt are the first tokens of its own response and of the responses of the following examples.
+    The choices of a prompt are the first tokens of its own response and of the responses to the next prompts.
     """
     exchanges = [exchange for (exchange,) in AlpacaTemplate(tokenizer).encode_exchanges(examples)]
     rows = range(len(exchanges))
@@ -34,15 +34,15 @@ def questions_of(
 
 @command("score", context_settings={"show_default": True})
 @workload_options(
-    option("--questions", type=Count(), default=32, help="Number of contexts."),
-    option("--choices", type=Count(), default=4, help="Continuations per context."),
-    option("--batch-size", type=Count(), default=16, help="Continuations per batch."),
+    option("--questions", type=Count(), default=32, help="Number of questions."),
+    option("--choices", type=Count(), default=4, help="Number of choices per question."),
+    option("--batch-size", type=Count(), default=16, help="Number of choices per batch."),
 )
 @one_line_errors()
 def time_scoring(json_path, questions, choices, batch_size, **options):
-    """Time multiple-choice questions.
+    """Time the scoring of multiple-choice questions.
 
-    In questions per second of `evaluate.py harness`; with --peers also of lm_eval's model `hf`.
+    Reports the questions per second of `evaluate.py harness`, and with --peers also those of lm_eval's model `hf`.
     """
     from tasks.harness import HarnessModel
 
@@ -65,7 +65,9 @@ def time_scoring(json_path, questions, choices, batch_size, **options):
     found = {name: torch.tensor(run()) for name, run in runs.items()}
     for name, scores in found.items():
         if workload.dtype == torch.float32 and not torch.allclose(scores, found["ours"], rtol=1e-4):
-            raise ValueError(f"{name}: the scores differ from ours: not the same work")
+            raise ValueError(
+                f"the scores of {name} differ from those of this implementation; their times are not comparable"
+            )
     table = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
     for row in table.values():
         row["questions_per_second"] = questions / row["median"]

@@ -1,9 +1,9 @@
-"""Published sizes of LLaMA, for benchmarks and tests. Loading a checkpoint uses its own configuration instead."""
+"""Configurations of the published LLaMA models, for benchmarks and tests. Loading a checkpoint does not use them."""
 
 from formats.rope import llama3_rope_factors
 from model import Config
 
-SCALED = {"Llama-3.2-1B": 32.0, "Llama-3.2-3B": 32.0, "Llama-3.1-8B": 8.0}  # scaling factor of the rotary embedding
+SCALED = {"Llama-3.2-1B": 32.0, "Llama-3.2-3B": 32.0, "Llama-3.1-8B": 8.0}  # scaling factors of the rotary embedding
 
 
 def scaled(size: str, head_dim: int) -> tuple[float, ...]:

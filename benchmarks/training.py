@@ -1,4 +1,4 @@
-"""Benchmark of training: seconds per epoch, for ours, for each step from a plain version to ours, and for peers."""
+"""Benchmark of training: seconds per epoch of this implementation, its ablations, and other implementations."""
 
 import statistics
 from collections.abc import Callable
@@ -39,7 +39,10 @@ TRAINING_COLUMNS = {
 
 
 class Ablation(Adapted):
-    """Steps from `Plain` to ours. Each level adds one optimization to those before it; ours also has LAST."""
+    """Intermediate versions between `Plain` and `Ours`.
+
+    Each of LEVELS adds one optimization to the previous level; `Ours` also has the optimization LAST.
+    """
 
     LEVELS = [
         "+ fused attention",
@@ -66,7 +69,10 @@ class Ablation(Adapted):
 
 
 def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: int) -> Callable[[], None]:
-    """Return a function that trains one epoch, on batches of similar length or on random ones (`groups_by_length`)."""
+    """Return a function that trains the contestant for one epoch, on the kind of batches that it uses.
+
+    If `contestant.groups_by_length`, the examples of a batch have similar lengths; otherwise batches are random.
+    """
     optimizer = contestant.optimizer()
     if contestant.groups_by_length:
         batches = epoch_batches([example.num_tokens for example in examples], batch_size, seed=0, epoch=0)
@@ -84,7 +90,7 @@ def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: 
 def training_contestants(
     workload: Workload, variant: Variant, micro_batch_tokens: int, ablation: bool
 ) -> tuple[dict[str, Contestant], str]:
-    """Return the contestants, and the name of ours."""
+    """Return the contestants by name, and the name of this implementation."""
     model, name = workload.new_model(), Ablation.LAST if ablation else "ours"
     contestants: dict[str, Contestant] = {}
     if ablation:
@@ -104,13 +110,19 @@ def training_contestants(
 
 @torch.no_grad()
 def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[TokenizedExample]) -> dict[str, float]:
-    """Return all losses. Raises ValueError if one differs from ours, because times would not be comparable."""
+    """Return the loss of each contestant on the same examples.
+
+    Raises ValueError if a loss differs from that of this implementation, because times would not be comparable.
+    """
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
     tolerance = 1e-3 if contestants[ours].model.dtype == torch.float32 else 5e-3
     for name, loss in losses.items():
-        rounded = name.endswith(("bits", "float32", "bfloat16"))  # these compute a slightly different function
+        rounded = name.endswith(("bits", "float32", "bfloat16"))  # these variants compute a slightly different loss
         if not rounded and abs(loss - losses[ours]) > tolerance * losses[ours]:
-            raise ValueError(f"{name} has a first loss of {loss:.5f}, ours is {losses[ours]:.5f}: not the same work")
+            raise ValueError(
+                f"{name} has a first loss of {loss:.5f}, but this implementation has {losses[ours]:.5f}; "
+                "their times are not comparable"
+            )
     return losses
 
 
@@ -119,16 +131,18 @@ def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[T
     compile_option,
     precisions_option,
     option("--examples", "number", type=Count(), default=32, help="Number of examples to train on."),
-    option("--batch-size", type=Count(), default=8, help="Examples per optimizer step."),
-    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions per forward pass."),
-    option("--checkpoint-activations", is_flag=True, help="Recompute layers in the backward pass."),
-    option("--ablation", is_flag=True, help="Time a plain version, and add our optimizations one by one."),
+    option("--batch-size", type=Count(), default=8, help="Number of examples per optimizer step."),
+    option("--micro-batch-tokens", type=Count(), default=8192, help="Maximum number of positions per forward pass."),
+    option("--checkpoint-activations", is_flag=True, help="Recompute activations in the backward pass."),
+    option(
+        "--ablation", is_flag=True, help="Also time a plain version to which the optimizations are added one by one."
+    ),
 )
 @one_line_errors()
 def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_activations, ablation, **options):
-    """Time an epoch of training.
+    """Time one epoch of training.
 
-    All optimizer steps are included. All contestants train on the same examples.
+    The time includes all optimizer steps of the epoch. All contestants train on the same examples.
     """
     workload = prepare_workload(**options)
     variant = Variant(checkpoint_activations=checkpoint_activations)

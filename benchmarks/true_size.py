@@ -1,4 +1,4 @@
-"""Bases of the published sizes: write a checkpoint of random weights; measure loading, training and decoding."""
+"""Write checkpoints of published sizes with random weights, and measure loading, training and decoding."""
 
 import time
 from collections.abc import Iterator
@@ -33,7 +33,10 @@ SHARD_BYTES = 10**9
 
 
 def random_parts(config: Config, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Yield random bfloat16 weights under Hugging Face's names: embeddings, each layer, norm, output head."""
+    """Yield random bfloat16 weights with Hugging Face's names, one part at a time.
+
+    The parts are the embeddings, each layer, the final norm and the output head.
+    """
     with torch.device("meta"):
         model = LLaMA(config)
     for part in ("tok_embeddings", *(f"layers.{i}" for i in range(config.n_layers)), "norm", "output"):
@@ -45,7 +48,10 @@ def random_parts(config: Config, generator: torch.Generator) -> Iterator[dict[st
 
 
 def hugging_face_values(config: Config, scaled: float | None) -> dict:
-    """Return config.json of a LlamaForCausalLM; the rotary embedding is scaled by `scaled`, as in Llama 3.1."""
+    """Return the content of config.json.
+
+    If `scaled` is not None, it is the scaling factor of the rotary embedding, which is scaled as in Llama 3.1.
+    """
     rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaled is not None:
         rope |= {"rope_type": "llama3", "factor": scaled, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -57,16 +63,19 @@ def hugging_face_values(config: Config, scaled: float | None) -> dict:
 @command("checkpoint", context_settings={"show_default": True})
 @option_group(
     "Options",
-    option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Shape of the model."),
+    option("--size", type=click.Choice([*SIZES, *CONFIGS]), default="LLaMA-7B", help="Size of the model."),
     option("--tokenizer", type=click.Path(path_type=Path), required=True, help="A tokenizer.model to include."),
-    option("--out", type=click.Path(path_type=Path), required=True, help="Output folder, or file with --gguf."),
-    option("--gguf", is_flag=True, help="Write a GGUF file: layers as Q4_1, embeddings and output head as Q8_0."),
+    option(
+        "--out", type=click.Path(path_type=Path), required=True, help="Output folder; with --gguf, the output file."
+    ),
+    option("--gguf", is_flag=True, help="Write a GGUF file: layers in Q4_1, embeddings and output head in Q8_0."),
 )
 @one_line_errors()
 def write_checkpoint(size, tokenizer, out, gguf):
     """Write a checkpoint of random weights.
 
-    In Hugging Face's layout and bfloat16. Shards have about 1 GB, and only one of them is in memory at a time.
+    The checkpoint has Hugging Face's layout, with bfloat16 weights in shards of about 1 GB. Only one shard is in memory
+    at a time.
     """
     if gguf:
         write_gguf((SIZES | CONFIGS)[size], tokenizer, out)
@@ -75,7 +84,7 @@ def write_checkpoint(size, tokenizer, out, gguf):
     content = require_file(tokenizer, "tokenizer").read_bytes()
     require_writable(out, folder=True)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; choose a new folder")
+        raise ValueError(f"{out}: the folder is not empty; choose a new or an empty one")
     out.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     shard_names: list[list[str]] = []
@@ -104,7 +113,10 @@ def write_checkpoint(size, tokenizer, out, gguf):
 
 
 def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
-    """Write random weights and a SentencePiece tokenizer as a GGUF file, with ggml-org's writer. Raises OSError."""
+    """Write random weights and a SentencePiece tokenizer to a GGUF file, with the package `gguf`.
+
+    Raises OSError if the tokenizer cannot be read or the file cannot be written.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
 
     pieces = SentencePieceProcessor(model_file=str(require_file(tokenizer, "tokenizer")))
@@ -136,7 +148,7 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
     for name, weight in model.named_parameters():
         kind = GGMLQuantizationType.Q4_1 if name.startswith("layers.") else GGMLQuantizationType.Q8_0
         numbers = 0.02 * random.standard_normal(weight.shape, np.float32)
-        if weight.shape[-1] % 32:  # rows do not consist of whole blocks
+        if weight.shape[-1] % 32:  # quantized rows must consist of whole blocks of 32 weights
             kind = GGMLQuantizationType.F16
         if weight.dim() == 1:
             kind, numbers = GGMLQuantizationType.F32, np.ones(weight.shape, np.float32)
@@ -152,8 +164,8 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
 @option_group(
     "Options",
     option("--base", type=click.Path(path_type=Path), required=True, help="Base to load; its weights may be random."),
-    option("--tokens", "number", type=Count(2), default=64, help="Tokens of the training example, and of the prompt."),
-    option("--new", type=Count(2), default=4, help="Tokens to generate."),
+    option("--tokens", "number", type=Count(2), default=64, help="Length of the training example and the prompt."),
+    option("--new", type=Count(2), default=4, help="Number of tokens to generate."),
     *device_options,
     *bits_options,
     json_option,
@@ -161,8 +173,9 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
 def time_loading(base, number, new, json_path, device, dtype, bits):
     """Measure the time and memory that a base needs.
 
-    Seconds to load it, to train on one example and to decode a token, and the peak memory of each. Under torchrun the
-    base is split over the ranks, nothing is trained, and the memory is that of the rank that needs most.
+    Reports the seconds needed to load the base, to train on one example and to decode a token, and the peak memory of
+    loading and training. Under torchrun, the base is split over the ranks, nothing is trained, and the memory is that
+    of the rank that needs the most.
     """
     with one_line_errors(), inference_ranks():
         device, dtype = select_device(device, dtype)
@@ -188,7 +201,10 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
 def measure_base(
     base: Path, number: int, new: int, device: torch.device, dtype: torch.dtype, bits: str | None
 ) -> dict[str, float]:
-    """Return seconds and bytes; bytes are those of the rank that needs most. Raises OSError or ValueError."""
+    """Measure loading, training and decoding. Return the seconds and bytes by name.
+
+    Bytes are those of the rank that needs the most. Raises OSError or ValueError if the base cannot be loaded.
+    """
     row: dict[str, float] = {}
     model_config, weights = read_base(base)
 
@@ -219,7 +235,7 @@ def measure_base(
         cache = KVCache(model, batch=1, capacity=number + new)
         first = prefill(model, [example.ids], adaption_prompts, cache).argmax(dim=1)  # (1,)
 
-        def steps():  # not `stream`, which on a GPU takes eight steps at the first token
+        def steps():  # `stream` is not used, because on a GPU it takes eight steps before it returns the first token
             newest = first
             for _ in range(new - 1):
                 newest = decode_step(model, newest, adaption_prompts, cache).argmax(dim=1)

@@ -1,4 +1,4 @@
-"""Workloads of the benchmarks: shapes of models, random weights, and examples of real lengths."""
+"""Workloads of the benchmarks: model configurations, random weights, and examples with realistic lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +34,18 @@ LENGTH = 10  # K
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, data and contestants of a benchmark: the options that the commands share."""
+    """The model, the data and the choice of contestants of a benchmark, from the options that the commands share."""
 
     size: str  # a key of CONFIGS
     base: Path | None  # a base with real weights, used instead of `size`
     data: str | None  # a file in Alpaca's format; None means the toy's data
-    tokenizer: str | None  # a SentencePiece model, needed for `data` without `base`
+    tokenizer: str | None  # a SentencePiece model, required if `data` is given without `base`
     repeat: int  # number of rounds
-    peers: bool  # add other implementations
-    compiled: bool  # add ours under torch.compile
-    precisions: bool  # add ours in the other dtype and quantized
+    peers: bool  # also measure other implementations
+    compiled: bool  # also measure this implementation with torch.compile
+    precisions: bool  # also measure this implementation in the other dtype and quantized
     device: torch.device
-    dtype: torch.dtype  # of the base
+    dtype: torch.dtype  # dtype of the base
 
     @property
     def name(self) -> str:
@@ -61,30 +61,38 @@ class Workload:
         return random_adapter(config, self.device)
 
     def read(self, number: int) -> tuple[list[Example], Tokenizer]:
-        """Read `number` examples, evenly spread over the data, and the tokenizer. Raises OSError or ValueError."""
+        """Read at most `number` examples, spread evenly over the data, and the tokenizer.
+
+        Raises OSError or ValueError if a file is missing or invalid.
+        """
         if self.data is None:
             examples = [question.example for question in instructions()["training"]]
             tokenizer = load_tokenizer(self.base or BASE)
         elif self.base:
             examples, tokenizer = read_examples(self.data), load_tokenizer(self.base)
         elif self.tokenizer is None:
-            raise ValueError(f"--data {self.data} needs --tokenizer FILE")
+            raise ValueError(f"--data {self.data} requires --tokenizer FILE or --base")
         else:
             examples, tokenizer = read_examples(self.data), SentencePieceTokenizer(self.tokenizer)
         return examples[:: max(1, len(examples) // number)][:number], tokenizer
 
     def examples(self, number: int) -> list[TokenizedExample]:
-        """Read and tokenize `number` examples. Raises OSError or ValueError."""
+        """Read and tokenize at most `number` examples. Raises OSError or ValueError if a file is missing or invalid."""
         examples, tokenizer = self.read(number)
         return tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]
 
 
-compile_option = option("--compile", "compiled", is_flag=True, help="Also time ours under torch.compile.")
-precisions_option = option("--precisions", is_flag=True, help="Also time ours in the other dtype, in 8 and in 4 bits.")
+compile_option = option("--compile", "compiled", is_flag=True, help="Also time this implementation with torch.compile.")
+precisions_option = option(
+    "--precisions", is_flag=True, help="Also time this implementation in the other dtype, in 8 bits and in 4 bits."
+)
 
 
 def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
-    """Return variants of ours in the other dtype, in 8 and in 4 bits, if the workload includes them."""
+    """Return the variants of this implementation in the other dtype, in 8 bits and in 4 bits.
+
+    Returns {} if the workload does not include them.
+    """
     if not workload.precisions:
         return {}
     other = torch.float32 if workload.dtype == torch.bfloat16 else torch.bfloat16
@@ -96,25 +104,27 @@ def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
 
 
 def workload_options(*own_options):
-    """Return a decorator that adds the options of `prepare_workload`, and a command's own options."""
+    """Return a decorator that adds the options of `prepare_workload`, a command's own options, and --json."""
     return option_group(
         "Options",
         option(
-            "--size", type=click.Choice(list(CONFIGS)), default="15M", help="Shape of the model, with random weights."
+            "--size", type=click.Choice(list(CONFIGS)), default="15M", help="Size of the model; its weights are random."
         ),
-        option("--base", type=PATH, help="Base with real weights, instead of --size."),
+        option("--base", type=PATH, help="Base with real weights, used instead of --size."),
         *device_options,
-        option("--data", type=click.Path(), help="Examples whose lengths are used.  [default: the almanac's]"),
-        option("--tokenizer", type=click.Path(), help="SentencePiece model for --data."),
-        option("--repeat", type=Count(), default=5, help="Number of rounds, in which contestants take turns."),
-        option("--peers", is_flag=True, help="Also time other implementations, if installed."),
+        option("--data", type=click.Path(), help="Examples in Alpaca's format.  [default: the toy's]"),
+        option(
+            "--tokenizer", type=click.Path(), help="SentencePiece model to tokenize --data, if --base is not given."
+        ),
+        option("--repeat", type=Count(), default=5, help="Number of rounds; all contestants run once in each round."),
+        option("--peers", is_flag=True, help="Also time other implementations whose packages are installed."),
         *own_options,
         json_option,
     )
 
 
 def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions: bool = False, **options) -> Workload:
-    """Create the workload that the options describe. Raises ValueError."""
+    """Create the workload that the options describe. Raises ValueError if the device or dtype is not available."""
     device, dtype = select_device(device, dtype)
     if compiled:
         prepare_to_compile(device)
@@ -122,7 +132,7 @@ def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions
 
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LLaMA:
-    """Create a frozen model with random weights, directly on the device, and in the memory layout of `load_llama`."""
+    """Create a frozen model with random weights directly on the device, with the memory layout of `load_llama`."""
     with torch.device("meta"):
         model = LLaMA(config)
     if device.type == "cpu" and dtype == torch.float32:
@@ -135,7 +145,7 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> LL
 
 
 def random_examples(config: Config, lengths: Sequence[int]) -> list[TokenizedExample]:
-    """Create random examples of these lengths in tokens. The second half of each is response."""
+    """Create examples of random tokens with these lengths. The second half of each example is the response."""
     generator = torch.Generator().manual_seed(0)
     return [
         TokenizedExample(
@@ -148,7 +158,7 @@ def random_examples(config: Config, lengths: Sequence[int]) -> list[TokenizedExa
 
 
 def random_adapter(config: Config, device: torch.device, layers: int | None = None) -> Adapter:
-    """Create an adapter of `layers` layers, by default all but two."""
+    """Create an adapter with random prompts and zero gates for the topmost `layers` layers, by default all but two."""
     return Adapter(
         layers=layers or max(1, config.n_layers - 2),
         length=LENGTH,

@@ -1,8 +1,9 @@
-"""The paper's experiments, at a scale that fits two CPU cores: python -m experiments all.
+"""Run the paper's experiments at a scale that is feasible on two CPU cores: python -m experiments all.
 
-Every command prints a table, and writes its results (JSON) and a plot (PNG) to experiments/results/, together with the
-paper's numbers. Most commands train over the toy's base on the toy's instructions, or over any --base on any --data. If
-a command is interrupted and started again, it skips the runs that have finished.
+Every command prints a table, and writes its results (JSON) and usually a plot (PNG) to experiments/results/. The JSON
+file also contains the paper's numbers where there are any. Most commands train adapters for the toy's base on the toy's
+instructions, or for another base on other data with --base and --data. If a command is interrupted and started again,
+it skips the runs that have finished.
 """
 
 import inspect
@@ -43,7 +44,7 @@ EXPERIMENTS = {  # `all` runs them in this order
 
 
 def on_testbed(name: str, compare: Callable) -> click.Command:
-    """Return the command of a comparison that needs only a testbed."""
+    """Create the command for a comparison whose only inputs are its runs and a testbed."""
 
     def run(runs: Runs, **options) -> None:
         compare(runs, read_testbed(TestbedOptions(**options), searching=compare is search_rates))
@@ -54,9 +55,9 @@ def on_testbed(name: str, compare: Callable) -> click.Command:
 
 @experiment("all", *testbed_options)
 def run_all(runs: Runs, **options) -> None:
-    """Run methods, zero-init, layers, epochs, design and gates.
+    """Run the six main experiments.
 
-    A run that several of these commands need is done once.
+    These are methods, zero-init, layers, epochs, design and gates. Runs that several of them share are executed once.
     """
     start = time.perf_counter()
     testbed = read_testbed(TestbedOptions(**options))
@@ -86,7 +87,7 @@ def run_all(runs: Runs, **options) -> None:
     context_settings={"show_default": True},
 )
 def main():
-    """Reproduce the paper's experiments. Each command prints a table, and writes its results and a plot to files."""
+    """Reproduce the paper's experiments. Each command prints a table, and writes its results to files."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The paper's tables and figures, reproduced on a testbed.
+"""Reproduce the paper's tables and figures on a testbed.
 
-Tables and figures are numbered as in the final version of the paper; "v1" is its first version.
+Tables and figures are numbered as in the final version of the paper; "v1" refers to its first version on arXiv.
 """
 
 import math
@@ -34,13 +34,13 @@ COLUMNS = (
 def compare_settings(
     runs: Runs, testbed: Testbed, settings: dict[str, Setting], in_rounds: bool = False
 ) -> dict[str, dict]:
-    """Train and measure every setting with every seed. Return the values of `run_setting` as lists over the seeds."""
+    """Train and measure every setting with every seed. Return the results of `run_setting` as lists over the seeds."""
     rows = runs.table(COLUMNS, settings, partial(run_setting, testbed), in_rounds=in_rounds)
     return {label: row | {"setting": settings[label]._asdict()} for label, row in rows.items()}
 
 
 def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
-    """Return the rows to save: without the loss of every step, with mean and standard deviation of the accuracy."""
+    """Drop the loss of every step from the rows, and add the mean and the standard deviation of the accuracy."""
     saved = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
     for row in saved.values():
         row |= {"mean": statistics.mean(row["accuracy"]), "standard_deviation": spread(row["accuracy"])}
@@ -50,7 +50,7 @@ def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
 def compare_inits(runs: Runs, testbed: Testbed) -> None:
     """Compare zero-init attention with random init.
 
-    Table 5 and Figure 7 (v1: Figure 5), at four learning rates.
+    Reproduces Table 5 and Figure 7 (v1: Figure 5) at four learning rates.
     """
     inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
     default = testbed.default
@@ -85,9 +85,10 @@ def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
 
 
 def compare_shapes(runs: Runs, testbed: Testbed) -> None:
-    """Compare the layers to adapt and the number of prompts.
+    """Compare adapted layers and numbers of prompts.
 
-    Table 4: the topmost or the lowest L layers, and K adaption prompts per layer.
+    Reproduces Table 4: adapts the topmost or the lowest L layers, and varies K, the number of adaption prompts per
+    layer.
 
     Runs on the lowest layers take longer than necessary, because the layers above them have prompts with zero gates.
     """
@@ -120,9 +121,9 @@ EPOCHS = (15, 30, 60)
 
 
 def compare_epochs(runs: Runs, testbed: Testbed) -> None:
-    """Train longer, to see whether the adapter overfits.
+    """Train for more epochs, to see whether the adapter overfits.
 
-    Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs.
+    Reproduces Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs.
     """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
     rows = compare_settings(runs, testbed, settings)
@@ -142,10 +143,10 @@ def compare_epochs(runs: Runs, testbed: Testbed) -> None:
 
 
 def compare_designs(runs: Runs, testbed: Testbed) -> None:
-    """Compare variants of the design.
+    """Compare variants of the adapter's design.
 
-    Scale of the initial prompts, gates with or without tanh, gates per head or per layer, weight decay of the gates,
-    and learning rate.
+    The variants differ in one respect each: the scale of the initial prompts, gates with or without tanh, gates per
+    head or per layer, weight decay of the gates, or the learning rate.
     """
     default = testbed.default
     settings = {"as it is": default}
@@ -168,7 +169,8 @@ def compare_designs(runs: Runs, testbed: Testbed) -> None:
 def plot_gates(runs: Runs, testbed: Testbed) -> None:
     """Plot the gate values during training.
 
-    Heat maps of layers x heads at several steps, for one seed.
+    Draws each layer's mean absolute gate value at every step, and heat maps of layers x heads at several steps, for one
+    seed.
     """
     trainable = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
 
@@ -201,19 +203,24 @@ def plot_gates(runs: Runs, testbed: Testbed) -> None:
         click.echo(f"{step:>8}" + "".join(f"{np.abs(values[step][i]).mean():>10.3f}" for i in range(L)))
 
 
-# Learning rates on the toy: its own for zero-init attention, otherwise the best that `search_rates` has found.
+# Learning rates on the toy. Zero-init attention uses the toy's default; the other methods use the best learning rate
+# that `search_rates` found.
 RATES = {ZERO_INIT: toy.TRAINING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
 
 
 def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:
-    """Return `factor` times the method's learning rate on the toy, in proportion to the testbed's learning rate."""
+    """Scale a method's learning rate from the toy to the testbed, and multiply it by `factor`.
+
+    The scale is the ratio of the learning rates of zero-init attention on the testbed and on the toy.
+    """
     return rounded(testbed.default.lr / RATES[ZERO_INIT] * RATES[method] * factor)
 
 
 def compare_methods(runs: Runs, testbed: Testbed) -> None:
-    """Compare with LoRA and full fine-tuning.
+    """Compare zero-init attention with LoRA and full fine-tuning.
 
-    Table 1 (v1: Table 3), and prompts without gates: parameters, bytes, time, forgetting.
+    Reproduces Table 1 (v1: Table 3), and also trains prompts without gates. Reports the number of trained parameters,
+    their size in bytes, the training time and the forgetting.
     """
     import_peft()  # raises an error before anything is trained
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
@@ -240,7 +247,7 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
-    """Print perplexities of the base's own text, and whether the base is recovered; "-" means not measured."""
+    """Print the perplexity before and after training, and whether the base can be recovered; "-" means not measured."""
     click.echo(f"\n{'':36}{'bytes':>12}{'perplexity before':>18}{'after':>9}{'recovered':>12}{'after merging':>15}")
     for label, row in rows.items():
         after = "-" if before is None else f"{statistics.mean(row['perplexity']):.2f}"
@@ -253,9 +260,10 @@ def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
 
 
 def search_rates(runs: Runs, testbed: Testbed) -> None:
-    """Search the learning rate of each method.
+    """Search for the best learning rate of each method.
 
-    For the methods of Table 1: accuracy and perplexity at five learning rates. Held-out questions are not used.
+    Trains each method of the command `methods` at five learning rates, and reports accuracy and perplexity. They are
+    measured on a part of the training data, not on the held-out questions of the other commands.
     """
     import_peft()
     settings = {}
@@ -267,7 +275,7 @@ def search_rates(runs: Runs, testbed: Testbed) -> None:
 
 
 def draw_rates(rows: dict[str, dict]) -> Figure:
-    """Plot accuracy over perplexity: runs further up have learned more, runs further right have forgotten more."""
+    """Plot accuracy against perplexity: a higher point has learned more; a point further right has forgotten more."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in RATES:

@@ -1,4 +1,4 @@
-"""Perplexity of a text when the frozen layers are stored in float32, in bfloat16, in 8 and in 4 bits."""
+"""Measure the perplexity of bases whose layers are stored in float32, bfloat16, 8 bits or 4 bits."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from runtime.device import select_device
 from runtime.files import read_text
 from runtime.quantization import held_bytes, quantizer
 
-STORAGE = {  # dtype of the base, and bits of the layers' weights
+STORAGE = {  # dtype of the base, and number of bits of the layers' weights
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
     "8 bits": (torch.float32, "8"),
@@ -34,7 +34,10 @@ def label(base: Path) -> str:
 
 
 def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str], seed: int) -> dict[str, float]:
-    """Return perplexity and bytes of the layers. `setting` is a base and a key of STORAGE; `seed` is not used."""
+    """Return the perplexity of the base on `text`, and the size of its layers in bytes.
+
+    `setting` is a pair of a base and a key of STORAGE; `seed` is not used.
+    """
     base, storage = setting
     dtype, bits = STORAGE[storage]
     length = min(ROW, read_base(base)[0].max_seq_len or ROW)
@@ -48,8 +51,8 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
     option_group(
         "Options",
         option("--base", "bases", type=PATH, multiple=True, required=True, help="Base model; repeatable."),
-        option("--text", type=PATH, required=True, help="Text of the kind that the bases were pretrained on."),
-        option("--rows", type=Count(), default=64, help="Maximum number of rows of text, of 128 tokens each."),
+        option("--text", type=PATH, required=True, help="Text similar to what the bases were pretrained on."),
+        option("--rows", type=Count(), default=64, help="Maximum number of rows of text; each has up to 128 tokens."),
         device_options[0],
     ),
     seeds=False,
@@ -57,7 +60,7 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
 def bits(runs: Runs, bases, text, rows, device) -> None:
     """Measure how quantization changes the perplexity.
 
-    Perplexity of a text under bases in float32, in bfloat16, and with their layers in 8 and in 4 bits.
+    Evaluates each base on the text in float32, in bfloat16, with 8-bit layers and with 4-bit layers.
     """
     device, _ = select_device(device, "float32")
     paths = {label(base): find_base(base) for base in bases}

@@ -1,4 +1,4 @@
-"""Cache of the bases and data sets that experiments make: experiments/cache/, which git ignores."""
+"""Cache, in experiments/cache/, of the bases and data sets that the experiments create. Git ignores this folder."""
 
 import hashlib
 import json
@@ -12,7 +12,10 @@ CACHE = Path(__file__).with_name("cache")
 
 
 def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Path:
-    """Return the cached folder for a recipe, any JSON value. The first call fills it with `make(empty folder)`."""
+    """Return the cached folder for a recipe. The first call creates an empty folder, and fills it with `make(folder)`.
+
+    The recipe is a JSON value that determines the content of the folder.
+    """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{digest}"
     if not folder.exists():
@@ -25,7 +28,7 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
 
 
 def toy_base(seed: int = 0, n_layers: int = N_LAYERS) -> Path:
-    """Return the toy's base, or a cached one with another seed or number of layers."""
+    """Return the folder of the toy's base, or of a cached base with another seed or another number of layers."""
     if (seed, n_layers) == (0, N_LAYERS):
         return BASE
     return cached_folder("toy-base", [seed, n_layers], lambda folder: make_base(folder, seed, n_layers))

@@ -1,4 +1,4 @@
-"""Questions about capitals with answers in JSON: a base knows the facts, but does not use this format by itself."""
+"""Questions about capitals with answers in JSON. The base may know the capitals, but does not use this JSON format."""
 
 import json
 
@@ -39,7 +39,10 @@ CAPITALS = {
 
 
 def capital_examples() -> tuple[list[Example], list[Example]]:
-    """Return training examples, and held-out ones about the other half of the countries, in random order."""
+    """Return training examples about one half of the countries, and held-out examples about the other half.
+
+    The countries are in random order.
+    """
     examples = []
     for country, capital in CAPITALS.items():
         output = json.dumps({"country": country, "capital": capital}, ensure_ascii=False)

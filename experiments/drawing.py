@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 
 def draw_bars(axes: Axes, values: dict[str, Sequence[float]], xlabel: str) -> None:
-    """Draw a bar for the mean of each list, and a dot for each of its values."""
+    """Draw one bar per list of values: the bar shows their mean, and a dot shows each value."""
     labels = list(values)
     axes.barh(labels, [statistics.mean(row) for row in values.values()], color="#9ecae1")
     for i, row in enumerate(values.values()):
@@ -17,7 +17,7 @@ def draw_bars(axes: Axes, values: dict[str, Sequence[float]], xlabel: str) -> No
 
 
 def draw_line(axes: Axes, xs: Sequence[float], rows: Sequence[Sequence[float]], label: str | None = None) -> None:
-    """Draw a line through the means over seeds, and a dot for each seed."""
+    """Draw a line through the mean of each row, and a dot for each value. A row contains one value per seed."""
     (line,) = axes.plot(xs, [statistics.mean(row) for row in rows], label=label)
     for x, row in zip(xs, rows):
         axes.plot([x] * len(row), row, "o", color=line.get_color(), markersize=4)

@@ -1,4 +1,4 @@
-"""Compare training methods on encoders: a trained ViT, and a small RoBERTa that is pretrained here."""
+"""Compare training methods on encoders: a given vision transformer, and a small RoBERTa that is pretrained here."""
 
 import time
 from collections import Counter
@@ -43,9 +43,9 @@ from train import TrainConfig, learning_rate, make_optimizer
 
 METHODS = ("head only", "prompts and gates", "no gates", "LoRA", "full tuning")
 TRIED_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-# The best of TRIED_RATES on the first tenth of the training digits. (--search now draws a random tenth.)
+# The best of TRIED_RATES, evaluated on the first tenth of the training digits. (--search now draws a random tenth.)
 VIT_RATES = {"head only": 0.01, "prompts and gates": 0.1, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.01}
-# The best of TRIED_RATES on a tenth of SST-2's sentences.
+# The best of TRIED_RATES, evaluated on a tenth of SST-2's training sentences.
 ROBERTA_RATES = {"head only": 0.03, "prompts and gates": 0.03, "no gates": 0.1, "LoRA": 0.03, "full tuning": 0.001}
 
 
@@ -54,8 +54,8 @@ class EncoderRun(NamedTuple):
 
     method: str
     lr: float
-    epochs: int  # the first is warm-up
-    number: int | None = None  # of training examples; None means all
+    epochs: int  # the first epoch is the warm-up
+    number: int | None = None  # number of training examples; None means all
     on_tenth: bool = False  # hold out a tenth of the training examples and evaluate on it, to choose a learning rate
 
 
@@ -69,11 +69,14 @@ class LabelledSets:
     num_classes: int
     batch_size: int
     length: int  # K
-    rank: int  # of LoRA
+    rank: int  # rank of LoRA
 
 
 def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
-    """Load a fresh encoder, and create what the method trains. The base's own head is used if its classes fit."""
+    """Load a fresh encoder, and create the parameters that the method trains, with their optimizer and loss.
+
+    The encoder's own head is used if it has the right number of classes; otherwise the head is a new linear layer.
+    """
     generator = torch.Generator().manual_seed(seed)
     model, head = load_encoder(sets.base, attention=ungated_attention if method == "no gates" else gated_attention)
     dimensions = {"layers": model.config.n_layers, "length": sets.length}
@@ -104,7 +107,7 @@ COLUMNS = (
 
 
 def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
-    """Train with one seed, which also draws the examples if not all are used. Return the values of a table row."""
+    """Train with one seed, which also determines the examples if `run.number` is set. Return the results by name."""
     training, testing = sets.training, sets.testing
     if run.on_tenth:
         training, testing = hold_out(training, len(training) // 10, seed=0)
@@ -122,22 +125,23 @@ def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
 
 
 def compare_encoders(runs: Runs, sets: LabelledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
-    """Train every method with every seed. Return the values of `train_and_score` as lists over the seeds."""
+    """Train every method with every seed. Return the results of `train_and_score` as lists over the seeds."""
     import_peft()  # raises an error before anything is trained
     settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
     return runs.table(COLUMNS, settings, partial(train_and_score, sets))
 
 
 def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: int | None = None) -> dict[str, float]:
-    """Return the best learning rate of each method on a tenth of the training examples, which is held out.
+    """Return the learning rate at which each method is most accurate on a held-out tenth of the training examples.
 
-    All runs use the same random tenth; the first tenth of a file sorted by class may have only one class. The other
-    examples, or `number` of them, are trained on. Raises ValueError if there are fewer than ten examples.
+    All runs hold out the same random tenth, because the first tenth of a file sorted by class may have only one class.
+    They train on the remaining examples, or on `number` of them. Raises ValueError if there are fewer than ten
+    examples.
     """
     import_peft()
     if len(sets.training) < 10:
         raise ValueError(
-            f"{len(sets.training)} training examples: at least 10 are needed to hold out a tenth for the search"
+            f"found {len(sets.training)} training examples; the search needs at least 10, because it holds out a tenth"
         )
     settings = {
         f"{method}, {lr:g}": EncoderRun(method, lr, epochs, number, on_tenth=True)
@@ -149,10 +153,13 @@ def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: in
 
 
 def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabelledSets:
-    """Read training and test images for a vision transformer with a head. Raises OSError or ValueError."""
+    """Read training and test images for a vision transformer with a classification head.
+
+    Raises OSError or ValueError if the base has no head, or if a file is missing or invalid.
+    """
     model, head = load_encoder(base)
     if head is None:
-        raise ValueError(f"{base}: has no head; expected an image classifier")
+        raise ValueError(f"{base}: has no classification head; give an image classifier")
     classes = list(map(str, range(head[-1].out_features)))
     training, testing = (
         read_labelled("image-classification", model, base, path, 512, classes).examples
@@ -162,7 +169,7 @@ def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) ->
 
 
 def base_accuracy(sets: LabelledSets) -> float:
-    """Return the test accuracy of the encoder with its own head, before any training."""
+    """Return the test accuracy of the encoder with its own head before training."""
     model, head = load_encoder(sets.base)
     return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
 
@@ -178,28 +185,32 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, score: float) -> Figur
     return figure
 
 
-SEARCH = option("--search", is_flag=True, help="Only search the learning rates, on a tenth of the training examples.")
+SEARCH = option(
+    "--search",
+    is_flag=True,
+    help="Only search for the best learning rates, using a held-out tenth of the training examples.",
+)
 
 
 def encoder_options(*own_options, epochs: int) -> list[Callable]:
-    """Return the option groups of a command: data, including its own options, and training with its default epochs."""
+    """Return the option groups of a command: data, with `own_options` first, and training, with `epochs` as default."""
     data = option_group(
         "Data",
         *own_options,
-        option("--train", "train_path", type=PATH, required=True, help="Training data, a file or folder."),
-        option("--test", "test_path", type=PATH, required=True, help="Test data, a file or folder."),
+        option("--train", "train_path", type=PATH, required=True, help="File or folder of training data."),
+        option("--test", "test_path", type=PATH, required=True, help="File or folder of test data."),
     )
     return [data, training_options(epochs=epochs, batch_size=64, length=10, rank=3)]
 
 
-VIT = option("--base", type=PATH, required=True, help="A vision transformer with a head.")
+VIT = option("--base", type=PATH, required=True, help="Vision transformer with a classification head.")
 
 
 @experiment("vit", *encoder_options(VIT, SEARCH, epochs=5))
 def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> None:
-    """Train a vision transformer on other images.
+    """Train a vision transformer on new images.
 
-    Methods: head only, prompts and gates, prompts without gates, LoRA, full fine-tuning.
+    Compares five methods: training the head only, prompts and gates, prompts without gates, LoRA, and full fine-tuning.
     """
     sets = read_image_sets(base, train_path, test_path, **options)
     print_counts(sets, "images")
@@ -207,21 +218,21 @@ def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> N
         search_encoder_rates(runs, sets, epochs)
         return
     untrained = base_accuracy(sets)
-    click.echo(f"untrained: {untrained:.2%}\n")
+    click.echo(f"accuracy before training: {untrained:.2%}\n")
     rows = compare_encoders(runs, sets, VIT_RATES, epochs)
     runs.save("vit", {"untrained": untrained, "rows": rows}, draw_accuracies(rows, "untrained", untrained))
 
 
 TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="Text to pretrain on; repeatable.")
-TOKENIZER = option("--tokenizer", type=PATH, required=True, help="Folder of RoBERTa's tokenizer.")
+TOKENIZER = option("--tokenizer", type=PATH, required=True, help="Folder with RoBERTa's tokenizer.")
 
 
 @experiment("roberta", *encoder_options(TEXTS, TOKENIZER, SEARCH, epochs=2))
 def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs, **options) -> None:
     """Train a small RoBERTa on sentences.
 
-    It is pretrained on --text first. Methods: head only, prompts and gates, prompts without gates, LoRA, full
-    fine-tuning.
+    First pretrains the model on --text. Then compares five methods: training the head only, prompts and gates, prompts
+    without gates, LoRA, and full fine-tuning.
     """
     base, task = make_roberta(texts, tokenizer), "text-classification"
     model, _ = load_encoder(base)
@@ -233,7 +244,7 @@ def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs,
         search_encoder_rates(runs, sets, epochs)
         return
     majority = Counter(example.labels[0] for example in testing).most_common(1)[0][1] / len(testing)
-    click.echo(f"most frequent class: {majority:.2%}\n")
+    click.echo(f"share of the most frequent class: {majority:.2%}\n")
     rows = compare_encoders(runs, sets, ROBERTA_RATES, epochs)
     figure = draw_accuracies(rows, "most frequent class", majority)
     runs.save("roberta", {"majority": majority, "rows": rows}, figure)
@@ -241,16 +252,17 @@ def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs,
 
 SMALL = RobertaConfig(vocab_size=50265, max_positions=130, dim=128, n_layers=4, n_heads=4, hidden_dim=512)
 MASK = 50264  # RoBERTa's <mask>
-ROW, ROWS, STEPS = 64, 32, 1000  # tokens per row, rows per step, optimizer steps
+ROW, ROWS, STEPS = 64, 32, 1000  # tokens per row, rows per optimizer step, number of steps
 SCHEDULE = {"peak": 1e-3, "warmup": 100}
 OPTIMIZER = {"betas": (0.9, 0.98), "weight_decay": 0.01, "clip": 1.0}
 TOKENIZER_FILES = ("merges.txt", "vocab.json", "vocab.bpe", "encoder.json", "dict.txt")  # copied if they exist
 
 
 def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
-    """Return the folder of a small RoBERTa pretrained on these texts, with its tokenizer. The first call makes it.
+    """Return a folder with a small RoBERTa that is pretrained on the text files `paths`, and with its tokenizer.
 
-    Raises OSError or ValueError.
+    The first call pretrains the model; later calls use the cached folder. Raises OSError or ValueError if a file is
+    missing or invalid, or if there is too little text.
     """
     texts = [read_text(path) for path in paths]
     files = {name: read_text(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).exists()}
@@ -266,7 +278,10 @@ def make_roberta(paths: Sequence[Path], tokenizer: Path) -> Path:
 
 
 def token_rows(texts: Sequence[str], tokenizer: RobertaTokenizer) -> Tensor:
-    """Tokenize texts into rows (number, ROW), each from <s> to </s>. Raises ValueError if they do not fill one row."""
+    """Tokenize texts into int64 rows (number, ROW), each from <s> to </s>.
+
+    Raises ValueError if the texts do not fill one row.
+    """
     ids = [id for text in texts for id in tokenizer.encode(text)]
     number = len(ids) // (ROW - 2)
     if not number:
@@ -277,7 +292,7 @@ def token_rows(texts: Sequence[str], tokenizer: RobertaTokenizer) -> Tensor:
 
 
 def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = SMALL) -> Roberta:
-    """Pretrain a RoBERTa by masked-language modeling on rows (number, ROW). The output head is discarded."""
+    """Pretrain a RoBERTa by masked language modeling on token ids (number, ROW). The output head is discarded."""
     torch.manual_seed(0)
     model = Roberta(config)
     for embedding in (model.tok_embeddings, model.positions, model.types):
@@ -301,10 +316,10 @@ def pretrain_roberta(rows: Tensor, steps: int = STEPS, config: RobertaConfig = S
 
 
 def mask_tokens(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return inputs (B, T) for masked-language modeling of `ids`, and the mask of the tokens to predict.
+    """Return inputs (B, T) for masked language modeling of `ids` (B, T), and the bool mask (B, T) of tokens to predict.
 
-    15 % of the tokens are to be predicted. Of these, 80 % are replaced by <mask>, 10 % by a random token, and 10 % are
-    kept. Special tokens are never predicted.
+    Each token is selected for prediction with a probability of 15 %, except special tokens. Of the selected tokens,
+    about 80 % are replaced by <mask>, 10 % are replaced by a random token, and 10 % are kept.
     """
     masked = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids > 3)
     draw = torch.rand(ids.shape, generator=generator)

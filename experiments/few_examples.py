@@ -1,6 +1,6 @@
 """Train a vision transformer on 100, 300, 1,000 and all examples (Table 6 of the final version has 1,000).
 
-For each number of examples, every method has the best of its learning rates.
+For each number of examples, every method uses its best learning rate.
 """
 
 import math
@@ -24,8 +24,8 @@ from experiments.encoders import (
 )
 from experiments.runs import Runs, experiment
 
-NUMBERS = (100, 300, 1000)  # of training examples; all of them are used as well
-MIN_STEPS = 200  # with few examples, more epochs are needed for this
+NUMBERS = (100, 300, 1000)  # numbers of training examples; the whole training set is used as well
+MIN_STEPS = 200  # minimum number of optimizer steps; a small training set gets more epochs to reach it
 
 
 def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure:
@@ -44,17 +44,18 @@ def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure
 def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
     """Train a vision transformer on few images.
 
-    Training sets of 100, 300, 1,000 and all images. For each, every method has the best of six learning rates.
+    The training sets contain 100, 300, 1,000 and all images. On each set, every method uses the best of six learning
+    rates.
     """
     sets = read_image_sets(base, train_path, test_path, **options)
     untrained = base_accuracy(sets)
-    click.echo(f"untrained: {untrained:.2%} of {len(sets.testing):,} test images")
+    click.echo(f"accuracy before training: {untrained:.2%} of {len(sets.testing):,} test images")
     rows = {}
     for number in sorted({n for n in NUMBERS if n < len(sets.training)} | {len(sets.training)}):
         num_epochs = max(epochs, math.ceil(MIN_STEPS / math.ceil(number / sets.batch_size)))
-        click.echo(f"\n{number:,} training images, {num_epochs} epochs: search of the learning rates")
+        click.echo(f"\n{number:,} training images, {num_epochs} epochs: searching for the best learning rates")
         rates = search_encoder_rates(runs, sets, num_epochs, number)
-        click.echo(f"\n{number:,} training images, {num_epochs} epochs: each method at its best learning rate")
+        click.echo(f"\n{number:,} training images, {num_epochs} epochs: training each method at its best learning rate")
         settings = {method: EncoderRun(method, lr, num_epochs, number) for method, lr in rates.items()}
         rows[number] = runs.table(COLUMNS, settings, partial(train_and_score, sets))
     print_by_number(rows)

@@ -1,4 +1,4 @@
-"""Train a base that only tells stories to follow instructions, with all examples or with a share of them."""
+"""Train a base that was pretrained only on stories to follow instructions, on all examples or on a share of them."""
 
 import math
 import statistics
@@ -34,23 +34,23 @@ from runtime.device import select_device
 from tasks.responses import generate_responses
 from train import TrainConfig
 
-# Learning rates that --search tries on instructions held out for it, and the best one of each method.
+# TRIED are the learning rates that --search compares on the validation instructions; BEST is the best for each method.
 TRIED = {method: (0.01, 0.03, 0.1, 0.3, 1.0) for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)}
 TRIED |= {LORA: (0.001, 0.003, 0.01, 0.03), FULL: (0.0001, 0.0003, 0.001, 0.003)}
 BEST = {ZERO_INIT: 0.3, ONE_SOFTMAX: 0.3, GATES_AT_ONE: 0.3, LORA: 0.03, FULL: 0.0003}
-SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the training examples
-MIN_STEPS = 30  # with few examples, more epochs are needed for this
-TESTED = 40  # test instructions of each kind
-# The base without training: prompted with the instruction alone, or in Alpaca's template.
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the training examples
+MIN_STEPS = 30  # minimum number of optimizer steps; few examples get more epochs to reach it
+TESTED = 40  # number of test instructions of each kind
+# The base without training, prompted with the instruction alone or in Alpaca's template.
 RAW_BASE, TEMPLATE_BASE = "the base as it is", "the base in the template"
 
 
 class StoryRun(NamedTuple):
     """Settings of one run: a method and its learning rate, or the base without training."""
 
-    method: str  # or RAW_BASE, TEMPLATE_BASE
+    method: str  # a method, or RAW_BASE or TEMPLATE_BASE for the base without training
     lr: float = 0.0
-    share: float = 1.0  # of the training examples
+    share: float = 1.0  # share of the training examples
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StoryTestbed:
     text: Tensor  # (rows, T) token ids of other stories
     setting: Setting
     batch_size: int
-    max_tokens: int  # of a story
+    max_tokens: int  # maximum number of tokens of a story
     device: torch.device
     dtype: torch.dtype
 
@@ -83,7 +83,7 @@ def generate_stories(
     adapter: nn.Module | None = None,
     raw: bool = False,
 ) -> list[str]:
-    """Generate greedy responses, without their unfinished last sentences. `raw` prompts without the template."""
+    """Generate greedy responses, and remove an unfinished last sentence. If `raw` is True, no template is used."""
     name = "base" if adapter is None else "adapter"
     adapters = {} if adapter is None else {name: adapter}
     responder = Responder(model, testbed.tokenizer, adapters, raw=raw, max_new_tokens=testbed.max_tokens)
@@ -98,7 +98,10 @@ def generate_stories(
 
 
 def score_stories(instructions: Sequence[StoryInstruction], texts: Sequence[str]) -> dict[str, float]:
-    """Return the share of stories among the texts, and of stories that follow their instruction, also by kind."""
+    """Return the share of texts that are stories, and the share that also follow their instructions.
+
+    The second share, "accuracy", is also returned for each kind of instruction.
+    """
     stories = [is_story(text) for text in texts]
     correct = [story and follows(each, text) for story, each, text in zip(stories, instructions, texts)]
     by_kind = {
@@ -120,7 +123,7 @@ COLUMNS = (
 def train_and_evaluate(
     testbed: StoryTestbed, instructions: Sequence[StoryInstruction], run: StoryRun, seed: int
 ) -> dict:
-    """Train with one seed; return the scores, the perplexity of other stories, and the responses."""
+    """Train with one seed. Return the scores, the perplexity on other stories, the responses, and further results."""
     start = time.perf_counter()
     if run.method in (RAW_BASE, TEMPLATE_BASE):
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
@@ -147,7 +150,7 @@ def train_and_evaluate(
 
 
 def sample_responses(instructions: Sequence[StoryInstruction], rows: dict[str, dict[str, list]]) -> list[dict]:
-    """Return two instructions of each kind, with the responses of the first seed of every row."""
+    """Return two instructions of each kind, with the responses of every row's first seed."""
     chosen = [[i for i, each in enumerate(instructions) if each.kind == kind][:2] for kind in KINDS]
     return [
         {
@@ -162,8 +165,9 @@ def sample_responses(instructions: Sequence[StoryInstruction], rows: dict[str, d
 def planned_runs(search: bool, curve: bool) -> dict[str, StoryRun]:
     """Return the runs of the command, by label.
 
-    By default these are the base, and every method at its best learning rate. With `search` every method is run at
-    all of its learning rates, with `curve` three methods on growing shares of the examples.
+    By default, these are the base without training, and every method at its best learning rate. If `search` is True,
+    every method is run at each of its learning rates; if `curve` is True, three methods are run on several shares of
+    the examples.
     """
     if search:
         return {f"{method}, {lr:g}": StoryRun(method, lr) for method, rates in TRIED.items() for lr in rates}
@@ -195,7 +199,10 @@ def draw_stories(rows: dict[str, dict[str, list]], curve: bool) -> Figure:
 
 
 def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length, batch_size, device) -> StoryTestbed:
-    """Read the stories, and make instructions from them. Raises OSError, or ValueError if there are too few stories."""
+    """Read the stories, and make instructions from them.
+
+    Raises OSError or ValueError if a file cannot be read or there are too few stories.
+    """
     device, dtype = select_device(device, "float32")
     config, _ = read_base(base)
     tokenizer = load_tokenizer(base)
@@ -210,12 +217,12 @@ def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length,
     option_group(
         "Options",
         option("--base", type=PATH, required=True, help="LLaMA that was pretrained on stories."),
-        option("--data", type=PATH, required=True, help="Stories, separated by <|endoftext|>."),
-        option("--per-kind", type=Count(), default=100, help="Training instructions of each of the five kinds."),
-        option("--max-tokens", type=Count(2), default=64, help="Tokens per story, truncated after a sentence."),
+        option("--data", type=PATH, required=True, help="File of stories that are separated by <|endoftext|>."),
+        option("--per-kind", type=Count(), default=100, help="Number of training instructions of each kind."),
+        option("--max-tokens", type=Count(2), default=64, help="Maximum number of tokens per story."),
         option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
-        option("--search", is_flag=True, help="Search the learning rates, on instructions held out for this."),
-        option("--curve", is_flag=True, help="Train zero-init, random init and LoRA on 1 to 100 % of the examples."),
+        option("--search", is_flag=True, help="Search for the best learning rates on validation instructions."),
+        option("--curve", is_flag=True, help="Compare three methods on 1 to 100 % of the training examples."),
         device_options[0],
     ),
     training_options(layers="all", length=10, epochs=5, batch_size=16),
@@ -223,8 +230,8 @@ def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length,
 def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
     """Train a base that tells stories to follow instructions.
 
-    There are five kinds of instructions. For every method: how many stories follow their instruction, and how much the
-    base forgets.
+    There are five kinds of instructions. For every method, the command measures how many responses are stories that
+    follow their instructions, and how much the base forgets.
     """
     import_peft()  # raises an error before anything is trained
     testbed = make_story_testbed(**options)

@@ -1,4 +1,4 @@
-"""Measurements on a trained model: exact match, perplexity of the base's own text, recovery of the base."""
+"""Measure a trained model: exact match, perplexity on pretraining-like text, and whether the base can be recovered."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ from train import TrainConfig, mean_loss
 
 
 def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
-    """Return the share of the held-out questions whose response is exactly the expected one."""
+    """Return the share of held-out questions whose response equals the expected response exactly."""
     limit = 1 + max(tokens.num_targets for tokens in testbed.held_out)
     responder = Responder(model, testbed.tokenizer, {"adapter": adapter}, max_new_tokens=limit)
     requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions]
@@ -34,7 +34,7 @@ def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
 
 @torch.no_grad()
 def text_perplexity(model: LLaMA, text: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float:
-    """Return the perplexity of rows of token ids (rows, T)."""
+    """Return the perplexity of the model on token ids (rows, T)."""
     losses = [
         F.cross_entropy(
             model(rows[:, :-1], adaption_prompts).float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
@@ -45,30 +45,30 @@ def text_perplexity(model: LLaMA, text: Tensor, adaption_prompts: Sequence[Adapt
 
 
 def perplexity(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> float | None:
-    """Return the perplexity of the testbed's text, or None if it has no text."""
+    """Return the perplexity of the model on the testbed's text, or None if the testbed has no text."""
     return text_perplexity(model, testbed.text.to(testbed.device), adaption_prompts) if len(testbed.text) else None
 
 
 @torch.no_grad()
 def first_logits(testbed: Testbed, model: LLaMA, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> Tensor:
-    """Return the logits (tokens, V) of the first eight held-out examples."""
+    """Return the logits (tokens, V) at all positions of the first eight held-out examples."""
     rows = [torch.tensor([tokens.ids], device=testbed.device) for tokens in testbed.held_out[:8]]
     return torch.cat([model(row, adaption_prompts)[0] for row in rows])
 
 
 @cache
 def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
-    """Return the perplexity and the `first_logits` of the untrained base."""
+    """Return the `perplexity` and the `first_logits` of the base before training."""
     model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
     return perplexity(testbed, model), first_logits(testbed, model)
 
 
 @torch.no_grad()
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
-    """Return True if the base's logits are recovered bit for bit when the trained parameters are disabled.
+    """Return True if disabling the trained parameters restores the base's logits bit for bit.
 
-    Gates are set to 0, and prompts without gates are omitted. LoRA layers are disabled, and stay disabled. Full
-    fine-tuning has nothing to disable.
+    Gates are set to 0, and prompts without gates are omitted. LoRA layers are disabled, and remain disabled
+    afterward. After full fine-tuning there is nothing to disable.
     """
     if method == LORA:
         for layer in lora_layers(model):
@@ -78,7 +78,7 @@ def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Modu
 
 
 def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool | None:
-    """Return `base_recovered` after LoRA was merged into the weights and unmerged; None for other methods."""
+    """Merge LoRA into the weights, unmerge it, and return `base_recovered`. Return None for other methods."""
     if method != LORA:
         return None
     for layer in lora_layers(model):
@@ -97,10 +97,11 @@ SAVE_EVERY = 120  # seconds
 def train_setting(
     testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None
 ) -> tuple[Trainable, list[float], float]:
-    """Train with one seed. Return what was trained, the loss of every step, and the seconds that training took.
+    """Train with one seed. Return the Trainable, the loss of every step, and the training time in seconds.
 
-    Training ends early if values are not finite; the losses of the remaining steps are NaN. The training state is
-    written to the file `checkpoint` every two minutes. If that file exists, training resumes from it.
+    Training ends early if the loss or its gradient is not finite; the losses of the remaining steps are then NaN. If
+    `checkpoint` is given, the training state is saved to this file every two minutes, and training resumes from the
+    file if it exists.
     """
     config = testbed.train_config(setting, seed)
     trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
@@ -120,12 +121,12 @@ def train_setting(
 
 
 def run_setting(testbed: Testbed, setting: Setting, seed: int, checkpoint: Path | None = None) -> dict:
-    """Train with one seed, and return the values of a table row. See `train_setting` for `checkpoint`."""
+    """Train with one seed, measure the model, and return the results by name. See `train_setting` for `checkpoint`."""
     (model, adapter, _, _), losses, seconds = train_setting(testbed, setting, seed, checkpoint)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     sizes = {"trained": sum(p.numel() for p in trained), "bytes": sum(p.nbytes for p in trained)}
     if setting.method == FULL:
-        model.to(testbed.dtype)  # the other methods are measured in this dtype
+        model.to(testbed.dtype)  # because the other methods are measured in this dtype
     adaption_prompts = adapter(dtype=testbed.dtype)
     last_epoch = losses[-(len(losses) // setting.epochs) :]
     return sizes | {

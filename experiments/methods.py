@@ -1,7 +1,7 @@
 """Baselines for zero-init attention: prompts without gates, prompts in the lowest layers, LoRA, full fine-tuning.
 
-All methods are trained by the loop of train.py. Methods that train weights of the base have no prompts; `NoPrompts`
-contains these weights, and takes the place of the adapter. Notation as in adapter.py.
+All methods use the training loop of train.py. Methods that train weights of the base have no prompts; for them, a
+`NoPrompts` contains the trained weights, and replaces the adapter. The notation is that of adapter.py.
 """
 
 import math
@@ -28,31 +28,31 @@ from train import Step, TrainConfig, make_optimizer, response_loss, training_ste
 ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE = "zero-init attention", "random init, one softmax", "random init, gates at 1"
 LORA, FULL = "LoRA", "full tuning"
 
-WARMUP_EPOCHS = 2  # as in the paper
+WARMUP_EPOCHS = 2  # the paper's value
 WEIGHT_DECAY = TrainConfig.weight_decay
 
 
 class Setting(NamedTuple):
-    """Settings of one training run. Labels in tables name what differs from these defaults and the options."""
+    """Settings of one training run. Row labels of tables name the settings that differ from the testbed's defaults."""
 
     layers: int  # L
     lr: float
     method: str = ZERO_INIT
     where: str = "top"
     length: int = 10  # K
-    epochs: int = 5  # the paper's
+    epochs: int = 5  # the paper's value
     warmup_epochs: float = WARMUP_EPOCHS
     scale: float = 1.0  # prompts are initialized from N(0, scale^2)
     activation: str = "tanh"
     gate_per: str = "head"
     gate_decay: float = 0.0
-    rank: int = 8  # of LoRA
+    rank: int = 8  # rank of LoRA
 
 
 def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
-    """Attention with one softmax over prompts and tokens, the paper's baseline ("random-init attention").
+    """Compute attention with one softmax over prompts and tokens, the paper's baseline ("random-init attention").
 
-    Arguments and result are those of `gated_attention`, but `gate` is not used.
+    The arguments and the result have the same shapes as those of `gated_attention`; `gate` is not used.
     """
     B, T, S, K = q.shape[0], q.shape[2], k.shape[2], prompt_k.shape[2]
     if mask is None:
@@ -65,7 +65,7 @@ def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False
 
 
 class LowAdapter(Adapter):
-    """Adapter of the lowest layers. The `above` layers above them also get prompts, but with zero gates."""
+    """Adapter of the lowest layers. The `above` layers above them also get prompts, but their gates are zero."""
 
     def __init__(self, *, above: int, **dimensions):
         super().__init__(**dimensions)
@@ -78,7 +78,7 @@ class LowAdapter(Adapter):
 
 
 class NoPrompts(nn.Module):
-    """Stand-in for the adapter when weights of the base are trained: these weights, and an encoder's head."""
+    """Replaces the adapter when weights of the base are trained; contains these weights, and the head of an encoder."""
 
     def __init__(self, trained: Iterable[nn.Parameter], head: nn.Module | None = None):
         super().__init__()
@@ -90,7 +90,7 @@ class NoPrompts(nn.Module):
         return []
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW over all parameters, with the hyper-parameters of `train.make_optimizer`."""
+        """Create AdamW for all parameters, with the hyperparameters of `train.make_optimizer`."""
         groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
@@ -98,7 +98,7 @@ class NoPrompts(nn.Module):
 def whole_model_loss(
     model: LLaMA, adapter: nn.Module, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
-    """Compute the loss of `train.response_loss`, but with a gradient for the output head as well."""
+    """Compute the loss of `train.response_loss`, and let gradients flow to the weights of the output head as well."""
     batch = collate(examples)
     inputs = batch.inputs.to(model.device)  # (B, T)
     targets = batch.targets.to(model.device)  # (B, T)
@@ -109,7 +109,7 @@ def whole_model_loss(
 
 
 def mixed_precision_loss(dtype: torch.dtype, model: LLaMA, *args, **options) -> Tensor:
-    """Compute `whole_model_loss` with matrix products in `dtype`; weights and gradients stay in float32."""
+    """Compute `whole_model_loss` with matrix products in `dtype`; weights and their gradients remain in float32."""
     with torch.autocast(model.device.type, dtype):
         return whole_model_loss(model, *args, **options)
 
@@ -119,7 +119,7 @@ def mixed_precision_loss(dtype: torch.dtype, model: LLaMA, *args, **options) -> 
 
 
 def import_peft():
-    """Return the package `peft`. Raises ValueError if it is not installed."""
+    """Import and return the package `peft`. Raises ValueError if it is not installed."""
     try:
         import peft
     except ImportError:
@@ -128,7 +128,7 @@ def import_peft():
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
-    """Add LoRA to wq and wv of every layer, as Alpaca-LoRA does. Return its parameters, always in float32."""
+    """Add LoRA to wq and wv of every layer, as Alpaca-LoRA does. Return the parameters of LoRA, always in float32."""
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +141,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the LoRA layers of a model, which can be merged, unmerged and disabled."""
+    """Return PEFT's LoRA layers in a model; they can be merged, unmerged and disabled."""
     return [module for module in model.modules() if isinstance(module, import_peft().tuners.lora.LoraLayer)]
 
 
@@ -150,10 +150,10 @@ def lora_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class Trainable(NamedTuple):
-    """A model and what to train: the arguments of the training loop, except examples and configuration."""
+    """A model and its trainable parameters: the arguments of the training loop, except examples and configuration."""
 
     model: nn.Module
-    adapter: nn.Module  # the parameters to train, always in float32; NoPrompts if they belong to the base
+    adapter: nn.Module  # contains the trainable parameters, always in float32; NoPrompts if they belong to the base
     optimizer: torch.optim.Optimizer
     loss_fn: Callable[..., Tensor] = response_loss
 
@@ -178,7 +178,7 @@ def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: 
 
 
 def make_adapter(model: LLaMA, setting: Setting, seed: int) -> Adapter:
-    """Create the adapter of a setting. Its gates are trained with zero-init attention only."""
+    """Create the adapter of a setting. Its gates are trained only if the method is zero-init attention."""
     dimensions = {"layers": setting.layers, "length": setting.length, "dim": model.config.dim}
     dimensions["heads"] = model.config.n_heads if setting.gate_per == "head" else 1  # 1: one gate for all heads
     dimensions["gate_activation"] = "identity" if setting.method == GATES_AT_ONE else setting.activation
@@ -194,7 +194,7 @@ def make_adapter(model: LLaMA, setting: Setting, seed: int) -> Adapter:
 
 
 def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> ImageAdapter:
-    """Create an adapter of all layers for images or sounds that are encoded as `features` numbers."""
+    """Create an adapter for all layers; each of its images or sounds is encoded as `features` numbers."""
     dimensions = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
     generator = torch.Generator().manual_seed(config.seed)
     adapter = ImageAdapter(features=features, length=config.length, generator=generator, **dimensions)
@@ -202,7 +202,7 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
 
 
 def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, first_step: int = 0) -> Iterator[Step]:
-    """Run the training steps with a progress bar, and stop before a step whose values are not finite."""
+    """Run the training steps with a progress bar. Stop before a step whose loss or gradient is not finite."""
     model, adapter, optimizer, loss_fn = trainable
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
     steps = training_steps(model, adapter, optimizer, examples, config, loss_fn, first_step)
@@ -212,14 +212,14 @@ def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, 
 
 
 def save_state(path: Path, trainable: Trainable, losses: Sequence[float], seconds: float) -> None:
-    """Write what `load_state` needs to resume training: trained parameters, optimizer, losses and seconds so far."""
+    """Save the training state for `load_state`: parameters, optimizer, losses, and training time so far in seconds."""
     state = {"adapter": trainable.adapter.state_dict(), "optimizer": trainable.optimizer.state_dict()}
     with atomic_write(path) as temporary:
         torch.save(state | {"losses": list(losses), "seconds": seconds}, temporary)
 
 
 def load_state(path: Path, trainable: Trainable) -> tuple[list[float], float]:
-    """Restore what `save_state` wrote. Return the losses of the steps so far, and the seconds they took."""
+    """Restore the state that `save_state` wrote. Return the losses and the training time so far in seconds."""
     state = torch.load(path, weights_only=True)
     trainable.adapter.load_state_dict(state["adapter"])
     trainable.optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,8 @@
-"""The paper's tables on a real LLaMA of 30 layers: python -m experiments real --base SMOLLM2 --reviews SST-2 ...
+"""Reproduce the paper's tables on a real LLaMA of 30 layers: python -m experiments real --base SMOLLM2 ...
 
-Each part writes one file to results/real/, and is skipped if that file exists. Finished runs are skipped as well. An
-interrupted run resumes from its checkpoint in experiments/cache/.
+Each part writes PART.json, and most parts a plot, to experiments/results/real/. A part is skipped if its JSON file
+exists, and so are runs that have finished. An interrupted training run resumes from its checkpoint in
+experiments/cache/.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from runtime.cli import PATH, Count, device_options, one_line_errors
 
 
 class Part(NamedTuple):
-    """A part of the experiment: its function, the number of seeds, and the optional file that it reads."""
+    """A part of the experiment: its function, its number of seeds, and the name of the optional input that it reads."""
 
     do: Callable[[Runs, Sources], None]
     seeds: int
@@ -50,8 +51,8 @@ PARTS = {
 @option_group(
     "Data and model",
     option("--base", type=PATH, required=True, help="LLaMA to train on, such as SmolLM2-135M-Instruct."),
-    option("--reviews", type=PATH, required=True, help="Folder of SST-2, with train.tsv and dev.tsv."),
-    option("--text", type=PATH, required=True, help="Text for the perplexity: WikiText-2's validation set."),
+    option("--reviews", type=PATH, required=True, help="Folder with SST-2's train.tsv and dev.tsv."),
+    option("--text", type=PATH, required=True, help="Text to measure the perplexity on: WikiText-2's validation set."),
     option("--problems", type=PATH, help="ScienceQA's problems.json, for the parts scienceqa and experts."),
     option("--alpaca", type=PATH, help="Stanford Alpaca's JSON file, for the part alpaca."),
     *device_options,
@@ -67,24 +68,29 @@ PARTS = {
     ),
     option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
     option(
-        "--out", type=PATH, default=RESULTS / "real", show_default="experiments/results/real", help="Results folder."
+        "--out",
+        type=PATH,
+        default=RESULTS / "real",
+        show_default="experiments/results/real",
+        help="Folder for results.",
     ),
 )
 def real(parts, out, **options):
-    """Reproduce the tables on a real LLaMA.
+    """Reproduce the paper's tables on a real LLaMA.
 
-    On film reviews: learning rates, methods, layers, number of sentences, time and memory of a step. On other tasks:
-    ScienceQA, three adapters in a batch, Alpaca, digits.
+    Experiments on film reviews compare learning rates, methods, adapted layers, numbers of training sentences, and time
+    and memory per step. The other parts train on ScienceQA, Alpaca and images of digits, and evaluate three adapters in
+    one batch.
     """
     sources = Sources(**options)
     with one_line_errors():
         import_peft()  # raises an error before anything is trained
         for part in parts or PARTS:
             if (out / f"{part}.json").exists():
-                click.echo(f"{part}.json is in {out}: this part is skipped")
+                click.echo(f"{out} already contains {part}.json; this part is skipped")
                 continue
             click.echo(f"{part}. {PARTS[part].do.__doc__.strip()}\n")
-            # Finished runs are kept by the options on which their values depend.
+            # Finished runs are identified by the options on which their results depend.
             unused = {"problems", "alpaca", "at_a_time"} - {PARTS[part].reads}
             relevant = {name: value for name, value in options.items() if name not in unused}
             with Runs(f"real-{part}", out, PARTS[part].seeds, relevant) as runs:

@@ -1,4 +1,4 @@
-"""Parts of the experiment on a real LLaMA with other tasks: ScienceQA, three adapters, Alpaca, digits."""
+"""Parts of `experiments real` on tasks other than film reviews: ScienceQA, three adapters, Alpaca, digits."""
 
 import io
 import statistics
@@ -41,13 +41,13 @@ from toy import digits
 from toy.exam import evaluate_digits
 from train import TrainConfig, make_optimizer, mean_loss
 
-WRITTEN = 1000  # test problems with generated answers; the most likely option is chosen for all test problems
-ASKED = 200  # held-out questions per adapter
+WRITTEN = 1000  # number of test problems with generated answers; the most likely option is chosen for all test problems
+ASKED = 200  # number of held-out questions per adapter
 ALPACA, ALPACA_HELD_OUT = 2000, 200  # training and held-out examples
 
 
 class TaskRun(NamedTuple):
-    """A training run on a task, or the base alone if `setting` is None."""
+    """A training run on a task, or the base without an adapter if `setting` is None."""
 
     task: str
     setting: Setting | None
@@ -55,7 +55,10 @@ class TaskRun(NamedTuple):
 
 @cache
 def task_testbed(sources: Sources, task: str) -> Testbed:
-    """Return the testbed of a task, with its training and held-out examples. Raises OSError or ValueError."""
+    """Return the testbed of a task, with its training and held-out examples.
+
+    Raises OSError or ValueError if an input file is missing or invalid.
+    """
     if task == "reviews":
         return review_testbed(sources, SENTENCES, False)
     if task == "capitals":
@@ -73,9 +76,9 @@ def task_testbed(sources: Sources, task: str) -> Testbed:
 
 
 def required_path(path: Path | None, option: str) -> Path:
-    """Return the path of an option. Raises ValueError if it was not given."""
+    """Return the path given by an option. Raises ValueError if the option was not given."""
     if path is None:
-        raise ValueError(f"{option} is missing; this part requires it")
+        raise ValueError(f"the option {option} is missing; give its file, or select other parts with --part")
     return path
 
 
@@ -95,7 +98,7 @@ def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
 
 
 def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
-    """Train, and answer the test problems by generation and by the most likely option. Return the values of a row."""
+    """Train, and answer the test problems by generation and by the most likely option. Return the scores by name."""
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
     if run.setting is not None and run.setting.method == LORA:
@@ -129,7 +132,7 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
 
 
 def compare_on_problems(runs: Runs, sources: Sources) -> None:
-    """Train on ScienceQA's problems without their images, and answer the test problems."""
+    """Train on the ScienceQA problems without their images, and answer the test problems."""
     testbed = task_testbed(sources, "scienceqa")
     click.echo(f"{len(testbed.training):,} training problems\n")
     best = best_settings(runs, sources)
@@ -156,11 +159,11 @@ def compare_on_problems(runs: Runs, sources: Sources) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Three adapters over one base
+# Three adapters for one base
 
 
 def mix_experts(runs: Runs, sources: Sources) -> None:
-    """Evaluate three adapters over one base, each alone and all three mixed in every batch."""
+    """Evaluate three adapters for one base, each in batches of its own and in batches mixed with the other two."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     settings = {name: setting._replace(**schedule(len(task_testbed(sources, name).training))) for name in EXPERTS}
     columns = (
@@ -174,7 +177,9 @@ def mix_experts(runs: Runs, sources: Sources) -> None:
     (rows,), (base,) = found["rows"], found["base"]
     for name, row in rows.items():
         click.echo(f"{name:12}" + "".join(f"{column.title} {row[column.name]:{column.form}}  " for column in columns))
-    click.echo(f"base: logits unchanged bit for bit: {base['unchanged']}, same text {base['same']:.1%}")
+    click.echo(
+        f"base: logits unchanged bit for bit: {base['unchanged']}; same responses alone and mixed: {base['same']:.1%}"
+    )
     figure = Figure(figsize=(7, 2.5), layout="constrained")
     shares = {f"{name}, {how}": percent([row[how]]) for name, row in rows.items() for how in ("alone", "mixed")}
     draw_bars(figure.subplots(), shares, "answered exactly, %")
@@ -185,7 +190,10 @@ EXPERTS = ("reviews", "capitals", "scienceqa")
 
 
 def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> dict[str, dict]:
-    """Return the scores of each adapter, alone and in mixed batches, with its switching time, and those of the base."""
+    """Score each adapter and the base, alone and in mixed batches.
+
+    Returns "rows", the scores, switching time and file size of each adapter, and "base", the scores of the base.
+    """
     testbeds = {name: task_testbed(sources, name) for name in EXPERTS}
     device, dtype = testbeds["reviews"].device, testbeds["reviews"].dtype
     adapters = {name: trained_adapter(sources, TaskRun(name, settings[name]), seed).to(device) for name in EXPERTS}
@@ -230,7 +238,7 @@ def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) 
 
 
 def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> float:
-    """Return the share of texts that equal the expected ones."""
+    """Return the share of texts that equal their expected texts."""
     return statistics.mean(text == other for text, other in zip(texts, expected))
 
 
@@ -239,7 +247,7 @@ def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> 
 
 
 def train_on_alpaca(runs: Runs, sources: Sources) -> None:
-    """Train on 2,000 examples of Alpaca: validation loss, and responses to five prompts, next to those of the base."""
+    """Train on 2,000 examples of Alpaca, and compare validation loss and responses to five prompts with the base's."""
     testbed = task_testbed(sources, "alpaca")
     best = best_settings(runs, sources)[ZERO_INIT]._replace(**schedule(len(testbed.training)))
     planned = {"base": TaskRun("alpaca", None)}
@@ -253,7 +261,10 @@ def train_on_alpaca(runs: Runs, sources: Sources) -> None:
 
 
 def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
-    """Return the validation loss in Alpaca's template, for the base also in its own template, and five responses."""
+    """Return the validation loss in Alpaca's template, and five responses.
+
+    Without a setting, the base is measured, also in its own chat template.
+    """
     testbed = task_testbed(sources, "alpaca")
     model, tokenizer = load_llama(testbed.base, testbed.dtype, testbed.device)
     own_template = None
@@ -278,7 +289,7 @@ def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
 
 
 def train_on_digits(runs: Runs, sources: Sources) -> None:
-    """Train on the toy's images of digits. Evaluate with the image, without it, and with another image."""
+    """Train on the toy's images of digits. Evaluate with the correct image, without an image, and with another one."""
     best = best_settings(runs, sources)[ZERO_INIT]
     planned = {f"{factor:g} times the rate": best._replace(lr=best.lr * factor) for factor in (1, 3)}
     columns = (Column("image", "image"), Column("no_image", "withheld"), Column("another_image", "another"))
@@ -290,7 +301,7 @@ DIGIT_EPOCHS = 2 * EPOCHS
 
 
 def digit_scores(sources: Sources, setting: Setting, seed: int) -> dict[str, float]:
-    """Train with one seed. Return the accuracies of `evaluate_digits`, which include chance, and the learning rate."""
+    """Train with one seed. Return the accuracies from `evaluate_digits`, including chance, and the learning rate."""
     device, dtype = select_device(sources.device, sources.dtype)
     folder = cached_folder("digits", [], digits.write_pictures)
     files = digits.pictures(folder)[0][: digits.TRAINED_ON]

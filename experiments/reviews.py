@@ -1,4 +1,4 @@
-"""Parts of the experiment on a real LLaMA that classify film reviews (SST-2) with a one-word response."""
+"""Parts of `experiments real` in which the model classifies film reviews (SST-2) with a one-word response."""
 
 import hashlib
 import math
@@ -33,11 +33,11 @@ from tasks.responses import generate_responses
 
 QUESTION = "Is this review of a film positive or negative? Answer with one word."
 ANSWERS = {"0": "Negative", "1": "Positive"}
-SENTENCES = 800  # training sentences, unless a part sets another number
-SEARCH = 200  # held-out sentences of train.tsv, to choose a learning rate
+SENTENCES = 800  # default number of training sentences
+SEARCH = 200  # number of sentences of train.tsv that are held out to choose a learning rate
 BATCH_SIZE = 16
 EPOCHS = 3
-MIN_STEPS = 75  # with few sentences, more epochs are needed for this: half the steps of 800 sentences
+MIN_STEPS = 75  # minimum number of optimizer steps, half of those for 800 sentences; few sentences get more epochs
 
 PROMPT_RATES = (0.003, 0.01, 0.03)
 TRIED = {method: PROMPT_RATES for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)}
@@ -45,11 +45,11 @@ TRIED |= {LORA: (0.0003, 0.001, 0.003), FULL: (0.00001, 0.00003, 0.0001)}
 
 
 class Sources(NamedTuple):
-    """The input files of the experiment, and where it runs."""
+    """Input files of the experiment, and the device, dtype and number of processes that it uses."""
 
     base: Path
     reviews: Path  # folder of SST-2, with train.tsv and dev.tsv
-    text: Path  # for perplexity
+    text: Path  # text to measure the perplexity on
     problems: Path | None  # ScienceQA's problems.json
     alpaca: Path | None
     device: str
@@ -62,14 +62,14 @@ class ReviewRun(NamedTuple):
 
     setting: Setting
     sentences: int = SENTENCES
-    searching: bool = False  # evaluate on held-out sentences of train.tsv, otherwise on dev.tsv
+    searching: bool = False  # True: evaluate on held-out sentences of train.tsv; False: on dev.tsv
 
 
 @cache
 def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed:
-    """Return the testbed of film reviews. Smaller training sets are parts of larger ones.
+    """Return the testbed of film reviews. A smaller training set is a subset of every larger one.
 
-    Raises OSError or ValueError.
+    Raises OSError or ValueError if an input file is missing or invalid.
     """
     rows = read_labelled_texts(sources.reviews / "train.tsv")
     order = np.random.default_rng(0).permutation(len(rows))
@@ -89,20 +89,23 @@ def as_instruction(text: str, label: str, name: str) -> Example:
 
 
 def schedule(sentences: int) -> dict[str, float]:
-    """Return the number of epochs, at least EPOCHS and MIN_STEPS steps, and of warm-up epochs, two thirds of them."""
+    """Return the numbers of epochs and warm-up epochs; the latter are two thirds of the former.
+
+    Training lasts at least EPOCHS epochs and at least MIN_STEPS optimizer steps.
+    """
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / math.ceil(sentences / BATCH_SIZE)))
     return {"epochs": epochs, "warmup_epochs": epochs * 2 / 3}
 
 
 def cache_file(sources: Sources, run: object, seed: int, suffix: str = "pt") -> Path:
-    """Return the path of a run's file in the cache."""
+    """Return the path of a run's checkpoint or adapter file in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(repr((sources.base.name, sources.dtype, run, seed)).encode()).hexdigest()[:12]
     return CACHE / f"real-{digest}.{suffix}"
 
 
 def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
-    """Train, resuming from the checkpoint if there is one. Return the values of `run_setting`."""
+    """Train, resuming from the run's checkpoint if there is one. Return the results of `run_setting`."""
     testbed = review_testbed(sources, run.sentences, run.searching)
     checkpoint = cache_file(sources, run, seed)
     values = run_setting(testbed, run.setting, seed, checkpoint)
@@ -121,7 +124,7 @@ COLUMNS = (
 
 
 def review_table(runs: Runs, sources: Sources, planned: dict[str, ReviewRun], **options) -> dict[str, dict]:
-    """Do the runs. Return their values as lists over the seeds, with their settings."""
+    """Execute the runs. Return their results as lists over the seeds, together with their settings."""
     do = partial(run_review, sources)
     rows = runs.table(COLUMNS, planned, do, in_rounds=True, at_a_time=sources.at_a_time, **options)
     return {label: row | {"setting": planned[label].setting._asdict()} for label, row in rows.items()}
@@ -132,7 +135,7 @@ def review_table(runs: Runs, sources: Sources, planned: dict[str, ReviewRun], **
 
 
 def search_rates(runs: Runs, sources: Sources) -> None:
-    """Search the learning rate of each method: three values, and a fourth if the best one is at the edge of these."""
+    """Try three learning rates for each method, and a fourth if the best one is the lowest or the highest."""
     default = review_testbed(sources, SENTENCES, True).default
 
     def table(rates: dict[str, tuple[float, ...]]) -> dict[str, dict]:
@@ -169,16 +172,16 @@ def rate_of(row: dict) -> float:
 
 
 def best_rate(rows: dict[str, dict], method: str) -> float:
-    """Return the rate with the most exact matches; of equal ones, that with the lowest validation loss."""
+    """Return the learning rate with the highest exact-match accuracy; the validation loss breaks ties."""
     method_rows = [row for row in rows.values() if row["setting"]["method"] == method]
     return rate_of(max(method_rows, key=lambda row: (row["accuracy"][0], -row["val_loss"][0])))
 
 
 def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
-    """Return each method's setting, with the rate that the part `rates` found. Raises ValueError if it was not run."""
+    """Return each method's setting with its best learning rate. Raises ValueError if the part `rates` was not run."""
     path = runs.out / "rates.json"
     if not path.exists():
-        raise ValueError(f"{path}: missing; run the part rates first: --part rates")
+        raise ValueError(f"{path}: does not exist; search for the learning rates first, with --part rates")
     default = review_testbed(sources, SENTENCES, False).default
     return {method: default._replace(method=method, lr=lr) for method, lr in read_json_object(path)["best"].items()}
 
@@ -194,10 +197,10 @@ def base_alone(testbed: Testbed) -> dict[str, float | None]:
 
 
 def compare_methods(runs: Runs, sources: Sources) -> None:
-    """Compare all methods, each at its best learning rate (Tables 1, 5), and two inits at other rates (Figure 7)."""
+    """Compare all methods at their best learning rates (Tables 1 and 5), and two inits at other rates (Figure 7)."""
     best = best_settings(runs, sources)
     base = base_alone(review_testbed(sources, SENTENCES, False))
-    click.echo(f"the base alone: exact match {base['accuracy']:.1%}, perplexity {base['perplexity']:.2f}\n")
+    click.echo(f"base without an adapter: exact match {base['accuracy']:.1%}, perplexity {base['perplexity']:.2f}\n")
     planned = {method: ReviewRun(setting) for method, setting in best.items()}
     inits = {}
     for method in (ZERO_INIT, ONE_SOFTMAX):
@@ -228,7 +231,7 @@ def compare_methods(runs: Runs, sources: Sources) -> None:
 
 
 def compare_layers(runs: Runs, sources: Sources) -> None:
-    """Compare numbers of adapted layers, and the topmost layers with the lowest (Table 4)."""
+    """Compare numbers of adapted layers, and compare the topmost layers with the lowest (Table 4)."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     N = setting.layers + 2
     top = {L: f"topmost {L} of {N} layers" for L in (N // 3, 2 * N // 3, N - 2, N)}
@@ -247,7 +250,7 @@ def compare_layers(runs: Runs, sources: Sources) -> None:
 
 
 def compare_samples(runs: Runs, sources: Sources) -> None:
-    """Train on 50, 200, 800 and 2,400 sentences."""
+    """Compare methods on 50, 200, 800 and 2,400 training sentences."""
     best = best_settings(runs, sources)
     methods = (ZERO_INIT, ONE_SOFTMAX, LORA)
     planned = {}
@@ -272,7 +275,7 @@ TIMED_STEPS = 12
 
 
 def measure_price(runs: Runs, sources: Sources) -> None:
-    """Measure seconds per step and peak memory of each method, in one process at a time, with all threads."""
+    """Measure the seconds per step and the peak memory of each method; one process at a time uses all threads."""
     columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak bytes", ",.0f"))
     settings = {m: s for m, s in best_settings(runs, sources).items() if m != GATES_AT_ONE}
     rows = runs.table(columns, settings, partial(in_new_process, measure_steps, sources), in_rounds=True)
@@ -280,13 +283,13 @@ def measure_price(runs: Runs, sources: Sources) -> None:
 
 
 def in_new_process(function: Callable, *args) -> dict:
-    """Return the function's result from a new process, so that its peak memory is that of the function alone."""
+    """Call a function in a new process, so that the measured peak memory is that of the function alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 def measure_steps(sources: Sources, setting: Setting, seed: int) -> dict:
-    """Return the median seconds of the steps after the first, and the peak memory in bytes."""
+    """Return the median time of a training step in seconds, without the first step, and the peak memory in bytes."""
     testbed = review_testbed(sources, BATCH_SIZE * TIMED_STEPS, False)
     trainable = set_up(setting, seed, testbed.base, testbed.dtype, testbed.device)
     steps = finite_steps(trainable, testbed.training, testbed.train_config(setting, seed))

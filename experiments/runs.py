@@ -1,6 +1,7 @@
-"""An experiment: runs of several settings with several seeds, printed as a table, and saved as JSON with a plot.
+"""Run several settings with several seeds, print the results as a table, and save them as JSON with a plot.
 
-The values of a run are saved as soon as it has finished. If the command is started again, finished runs are skipped.
+The results of each run are saved as soon as it has finished. If an interrupted command is started again, it skips the
+runs that have finished.
 """
 
 import hashlib
@@ -33,9 +34,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Column(NamedTuple):
-    """A column of the printed table: the mean of one value over the seeds."""
+    """A column of the printed table, which shows the mean of one result over the seeds."""
 
-    name: str  # key of the value in a run's values
+    name: str  # key of the result in the dictionary that a run returns
     title: str
     form: str = ".1%"  # format specification of the mean
     spread: bool = False  # also print the standard deviation
@@ -46,12 +47,12 @@ class Column(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation; 0 for a single value."""
+    """Return the sample standard deviation, or 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def rounded(value: object) -> object:
-    """Round the numbers in a value to six digits; NaN and infinity become None (null in JSON)."""
+    """Round all floats in a JSON-like value to six significant digits; NaN and infinity become None (null in JSON)."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -60,10 +61,10 @@ def rounded(value: object) -> object:
 
 
 class Runs:
-    """The runs of one command, and the files of its results in `out`. A run has a setting and a seed.
+    """Executes the runs of one command, and writes its results to the folder `out`. A run is a setting with a seed.
 
-    Finished runs are kept in COMMAND-HASH.unfinished.json until the command ends without an error. HASH depends on the
-    command's options.
+    The results of finished runs are kept in COMMAND-HASH.unfinished.json until the command ends without an error. HASH
+    depends on the command's options.
     """
 
     def __init__(self, command: str, out: Path, seeds: int, options: dict):
@@ -73,7 +74,7 @@ class Runs:
         self.options = {name: str(value) for name, value in options.items() if value is not None}
         recipe = json.dumps([command, self.options], sort_keys=True)
         self.log = out / f"{command}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.unfinished.json"
-        self.finished: dict[str, dict] = {}  # values of finished runs, by setting and seed
+        self.finished: dict[str, dict] = {}  # results of finished runs, by the repr() of (setting, seed)
 
     def __enter__(self) -> "Runs":
         if self.log.exists():
@@ -95,12 +96,13 @@ class Runs:
         in_rounds: bool = False,
         at_a_time: int = 1,
     ) -> dict[str, dict[str, list]]:
-        """Do the runs, and print a line for each setting when its last run has finished.
+        """Execute the runs, and print a line for each setting when its last run has finished.
 
-        `do(setting, seed)` returns the values of a run, which must be JSON values. Settings with the same repr() share
-        their runs. Labels in `once` have one run, the others one per seed. Runs are ordered by setting, or by seed if
-        `in_rounds`, so that their times can be compared. `at_a_time` is the number of processes, with one thread each.
-        Returns the values of every label as lists over the seeds.
+        `do(setting, seed)` executes a run and returns its results as a dictionary of JSON values. Settings with the
+        same repr() share their runs. Settings whose labels are in `once` are run with one seed, all others with every
+        seed. Runs are ordered by setting. If `in_rounds` is True, they are ordered by seed, so that a drift of the
+        machine's speed affects all settings alike. If `at_a_time` is greater than 1, this number of processes run in
+        parallel, with one thread each. Returns the results by label, each as a list over the seeds.
         """
         plan = [(label, seed) for label in settings for seed in range(1 if label in once else self.seeds)]
         if in_rounds:
@@ -129,7 +131,7 @@ class Runs:
         return {label: {name: [run[name] for run in found] for name in found[0]} for label, found in runs.items()}
 
     def save(self, name: str, values: dict, figure: Figure | None = None) -> None:
-        """Write NAME.json and NAME.png, and print the paper's numbers if `values` has them."""
+        """Write NAME.json, and NAME.png if there is a figure. Print the paper's numbers if `values` contains them."""
         for title, published in values.get("paper", {}).items():
             click.echo(f"the paper, {title}: " + ", ".join(f"{key}: {number}" for key, number in published.items()))
         self.out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ class Runs:
 
 
 def cells(column: Column, runs: Sequence[dict]) -> str:
-    """Format the cells of a column in one line: the mean ("-" if a run lacks the value) and the standard deviation."""
+    """Format one row of a column: the mean, or "-" if a result is None, and the standard deviation if requested."""
     values = [run[column.name] for run in runs]
     if None in values:
         return f"{'-':>{column.width}}" + " " * 8 * column.spread
@@ -163,7 +165,10 @@ def cells(column: Column, runs: Sequence[dict]) -> str:
 
 
 def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
-    """Return a decorator that makes a command. The function is called with its Runs and the options of the groups."""
+    """Return a decorator that turns a function into a command with the options of `groups`.
+
+    The function is called with a Runs and the values of these options.
+    """
     seeds_option = [option("--seeds", type=Count(), default=3, help="Number of seeds per setting.")] * seeds
     out = option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results.")
 
@@ -184,14 +189,17 @@ TRAINING_OPTIONS = {
     "layers": (Count(), "L, number of adapted layers."),
     "length": (Count(), "K, number of adaption prompts per layer."),
     "rank": (Count(), "Rank of LoRA."),
-    "epochs": (Count(2), "Passes over the training data."),
+    "epochs": (Count(2), "Number of passes over the training data."),
     "batch_size": (Count(), "Examples per optimizer step."),
     "lr": (Real(0, 1e3, min_open=True), "Peak learning rate."),
 }
 
 
 def training_options(**defaults) -> Callable:
-    """Return a group of the TRAINING_OPTIONS named in `defaults`. A string is only shown as the default in the help."""
+    """Return an option group with the TRAINING_OPTIONS that are named in `defaults`.
+
+    If a default is a string, it is only shown in the help, and the option's actual default is None.
+    """
     made = []
     for name, default in defaults.items():
         type, help = TRAINING_OPTIONS[name]

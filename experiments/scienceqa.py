@@ -1,4 +1,4 @@
-"""Table 5 on its own data, ScienceQA, as far as a base goes that is at hand."""
+"""Reproduce Table 5 on the paper's data set, ScienceQA, with any base."""
 
 import statistics
 from functools import partial
@@ -27,7 +27,7 @@ from train import TrainConfig, mean_loss
 def answer_problems(
     testbed: Testbed, problems: list[Problem], model: LLaMA, adapter: Adapter | None
 ) -> dict[str, list[str | None]]:
-    """Return for every problem the generated response, and the most likely of its answers."""
+    """Return the generated response ("written") and the most likely answer ("most_likely") for every problem."""
     name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
     responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]
@@ -41,12 +41,16 @@ def answer_problems(
 COLUMNS = (
     Column("written", "written", spread=True),
     Column("most_likely", "most likely", spread=True),
-    Column("val_loss", "loss held out", ".4f"),
+    Column("val_loss", "held-out loss", ".4f"),
 )
 
 
 def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting | None, seed: int) -> dict:
-    """Accuracies by how answers are found, all columns for the most likely, and the held-out loss. None is the base."""
+    """Train with one seed, or take the base without an adapter if `setting` is None, and answer the problems.
+
+    Returns the accuracies of generated and of most likely answers, all of ScienceQA's scores of the latter ("columns"),
+    and the held-out loss.
+    """
     if setting is None:
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
         adapter, val_loss = None, None
@@ -61,18 +65,18 @@ def train_and_score(testbed: Testbed, problems: list[Problem], setting: Setting 
 
 @experiment("scienceqa", *testbed_options)
 def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
-    """Compare inits on ScienceQA.
+    """Compare initializations on ScienceQA.
 
-    Table 5 on its own data, the validation split; of a problem with an image, the text alone.
+    Reproduces Table 5 on the validation split. Only the text of a problem is used, not its image.
     """
     if base is None or data is None or task not in (None, "scienceqa"):
-        raise ValueError("this needs --base and --data, ScienceQA's problems.json, and no other --task")
+        raise ValueError("scienceqa requires --base and --data (ScienceQA's problems.json); omit --task")
     problems = subset(read_problems(data, split="val"), held_out)
     how = TestbedOptions(base=base, data=data, task="scienceqa", held_out=len(problems), **options)
     testbed = read_testbed(how, asked=problems)
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
     click.echo(
-        f"{len(testbed.training):,} problems to learn from, {len(problems):,} to be asked, chance {chance:.1%}\n"
+        f"{len(testbed.training):,} training problems, {len(problems):,} held-out problems, chance {chance:.1%}\n"
     )
     settings: dict[str, Setting | None] = {"base": None}
     for method in (ZERO_INIT, ONE_SOFTMAX):

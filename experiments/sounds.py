@@ -1,7 +1,7 @@
-"""Sounds in the prompts: recognize a spoken word, encoded by a third-party Keyword Transformer (docs/examples).
+"""Train adapters to recognize spoken words, which a third-party Keyword Transformer encodes (docs/examples).
 
-espeak-ng speaks the words, in training voices and in held-out voices. Each question is asked with the sound, without
-it, and with a sound of another word. Without the sound, an adapter can only guess one of 14 words.
+espeak-ng speaks the words, in training voices and in held-out voices. Each question is evaluated with its sound,
+without a sound, and with the sound of another word. Without a sound, an adapter can only guess one of 14 words.
 """
 
 import os
@@ -50,12 +50,13 @@ ENCODERS = {
 }
 
 KEYWORDS = ["yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]  # the Keyword Transformer's classes
-WORDS = KEYWORDS + ["visual", "eight", "dog", "one"]  # its label for these four is "unknown"
-LABELS = ["silence", "unknown", *KEYWORDS]  # in the order of its scores
+WORDS = KEYWORDS + ["visual", "eight", "dog", "one"]  # the Keyword Transformer's label for the last four is "unknown"
+LABELS = ["silence", "unknown", *KEYWORDS]  # in the order of the Keyword Transformer's 12 scores
 NUMBERS = {"one", "eight"}
 QUESTIONS = {"Which word do you hear?": "I hear the word {word}.", "Is it a number?": "{capital} is {number}."}
 
-# Accents and speakers of espeak-ng. The held-out voices share neither of them with the training voices ("tuned").
+# Accents and speakers of espeak-ng. The held-out voices share no accent and no speaker with the training voices, which
+# are named "tuned".
 VOICES = {
     "tuned": (
         ["en-us", "en-gb", "en-gb-scotland", "en-029"],
@@ -73,7 +74,7 @@ SPEEDS, PITCHES = (120, 180), (30, 70)  # ranges: words per minute, and pitch on
 
 
 def utterances() -> list[tuple[str, str, str, int, int]]:
-    """Return (part, word, voice, speed, pitch) of every sound to make: each word in each voice."""
+    """Return (part, word, voice, speed, pitch) for each word in each voice; `part` is a key of VOICES."""
     random = np.random.default_rng(0)
     return [
         (part, word, f"{accent}+{speaker}", int(random.integers(*SPEEDS)), int(random.integers(*PITCHES)))
@@ -85,21 +86,23 @@ def utterances() -> list[tuple[str, str, str, int, int]]:
 
 
 def make_speech() -> Path:
-    """Return the folder of the sounds, PART/WORD-VOICE-SPEED-PITCH.wav, and of sounds.json for train.py.
+    """Return a folder with the sounds PART/WORD-VOICE-SPEED-PITCH.wav, and with sounds.json for train.py.
 
-    The first call makes it. Raises ValueError if espeak-ng is missing or fails.
+    The first call creates the folder; later calls use it again. Raises ValueError if espeak-ng is missing or fails.
     """
 
     def make(folder: Path) -> None:
         if shutil.which("espeak-ng") is None:
-            raise ValueError("espeak-ng is missing: apt install espeak-ng, or give a folder of sounds with --speech")
+            raise ValueError(
+                "espeak-ng is not installed; run apt install espeak-ng, or give a folder of sounds with --speech"
+            )
         for part, word, voice, speed, pitch in tqdm(utterances(), unit="word"):
             (folder / part).mkdir(exist_ok=True)
             file = folder / part / f"{word}-{voice}-{speed}-{pitch}.wav"
             command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(file), word]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode or not file.is_file():
-                raise ValueError(f"espeak-ng failed to write {file.name}: {result.stderr.strip()}")
+                raise ValueError(f"espeak-ng did not write {file.name}; its error message is: {result.stderr.strip()}")
         questions = questions_about(wav_files(folder / "tuned"))
         records = [{"instruction": q.instruction, "output": q.output, "audio": f"tuned/{q.name}"} for q in questions]
         write_json(folder / "sounds.json", records)
@@ -108,20 +111,20 @@ def make_speech() -> Path:
 
 
 def wav_files(folder: Path) -> list[Path]:
-    """Return the sounds in a folder. Raises ValueError if there are none."""
+    """Return the paths of the sounds in a folder. Raises ValueError if there are none."""
     files = sorted(folder.glob("*-*.wav"))
     if not files:
-        raise ValueError(f"{folder}: contains no sounds named WORD-ANYTHING.wav")
+        raise ValueError(f"{folder}: contains no sounds; expected files named WORD-ANYTHING.wav")
     return files
 
 
 def spoken_word(file: Path) -> str:
-    """Return the word with which the name of a sound file begins."""
+    """Return the spoken word, with which the name of a sound file begins."""
     return file.name.split("-")[0]
 
 
 def questions_about(files: Sequence[Path]) -> list[Example]:
-    """Return two questions about every sound. Both answers name the word."""
+    """Return two questions about every sound. The expected answers of both contain the spoken word."""
     questions = []
     for file in files:
         word = spoken_word(file)
@@ -134,9 +137,10 @@ def questions_about(files: Sequence[Path]) -> list[Example]:
 
 
 def write_clips(archive: Path, folder: Path) -> list[Path]:
-    """Write WORD-clipI.wav for each clip in an .npz archive; return the paths.
+    """Write WORD-clipI.wav to `folder` for each clip in an .npz archive. Return the paths of the files.
 
-    The archive has `waves` (N, samples), in [-1, 1] at 16 kHz, and their `words` (N,). Raises OSError or ValueError.
+    The archive contains `waves` (N, samples), floats in [-1, 1] at 16 kHz, and their `words` (N,), strings. Raises
+    OSError or ValueError if the archive cannot be read.
     """
     try:
         with np.load(archive, allow_pickle=False) as arrays:
@@ -152,9 +156,10 @@ def write_clips(archive: Path, folder: Path) -> list[Path]:
 
 
 def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[Example]]]:
-    """Return the questions with the features (F,) of their sounds, by encoder and part (tuned, held-out, real clips).
+    """Return the questions with the features (F,) of their sounds, by encoder and part.
 
-    Raises OSError or ValueError if the sounds, the model or a package are missing.
+    The parts are "tuned" (the training voices), "held-out" and, if `clips` is given, "real clips". Raises OSError or
+    ValueError if the sounds, the model or a required package are missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         files = {part: wav_files(speech / part) for part in VOICES}
@@ -173,7 +178,7 @@ def encode_sounds(speech: Path, clips: Path | None) -> dict[str, dict[str, list[
 
 
 def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer, config: TrainConfig) -> ImageAdapter:
-    """Train an adapter of all layers on examples with features, by the loop of train.py."""
+    """Train an adapter for all layers on examples with features, using the training loop of train.py."""
     adapter = make_image_adapter(model, len(examples[0].features), config)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), examples, 512)
     for _ in finite_steps(Trainable(model, adapter, make_optimizer(adapter, WEIGHT_DECAY)), tokens, config):
@@ -182,7 +187,7 @@ def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer,
 
 
 def other_sounds(examples: Sequence[Example]) -> list[Tensor]:
-    """Return for each example the features (F,) of a sound of another word."""
+    """Return the features (F,) of the sound of another word for each example."""
     random, words = np.random.default_rng(0), [spoken_word(Path(example.name)) for example in examples]
     others = [[i for i, other in enumerate(words) if other != word] for word in words]
     return [examples[random.choice(choice)].features for choice in others]
@@ -191,7 +196,10 @@ def other_sounds(examples: Sequence[Example]) -> list[Tensor]:
 def evaluate_sounds(
     examples: Sequence[Example], model: LLaMA, tokenizer: Tokenizer, adapter: ImageAdapter
 ) -> dict[str, list[bool]]:
-    """Return which questions are answered exactly, with the sound, without it, and with a sound of another word."""
+    """Return whether each question is answered exactly.
+
+    The keys are "heard" (with the sound), "another" (with the sound of another word) and "withheld" (without a sound).
+    """
     withheld = [Request(example.instruction, adapter="adapter") for example in examples]
     sounds = {"heard": [example.features for example in examples], "another": other_sounds(examples)}
     with_sounds = {
@@ -206,7 +214,7 @@ def evaluate_sounds(
 
 
 def share_by_word(correct: Sequence[bool], examples: Sequence[Example]) -> dict[str, float]:
-    """Return for each word the share of its questions that are answered exactly."""
+    """Return the share of correct examples for each word."""
     words = [spoken_word(Path(example.name)) for example in examples]
     return {
         word: statistics.mean(ok for ok, other in zip(correct, words) if other == word) for word in sorted(set(words))
@@ -214,9 +222,10 @@ def share_by_word(correct: Sequence[bool], examples: Sequence[Example]) -> dict[
 
 
 def label_matches(examples: Sequence[Example]) -> list[bool]:
-    """Return whether the Keyword Transformer labels each example correctly; words that it does not know are "unknown".
+    """Return whether the Keyword Transformer labels each example correctly.
 
-    The features (F,) are its scores. They are normalized, which does not change the largest one.
+    The correct label of a word that is not a keyword is "unknown". The features (F,) of the examples must be the 12
+    scores of the Keyword Transformer. They are normalized, which does not change which of them is the largest.
     """
     labels = [LABELS[example.features.argmax()] for example in examples]
     words = [spoken_word(Path(example.name)) for example in examples]
@@ -231,10 +240,10 @@ def train_and_evaluate(
     encoder: str,
     seed: int,
 ) -> dict:
-    """Train on the features of one encoder (a key of ENCODERS), and evaluate on every part except the training part.
+    """Train on the features of one encoder (a key of ENCODERS), and evaluate on all parts except the training voices.
 
-    Returns the shares of questions answered exactly as "PART: heard", "PART: withheld" and "PART: another", and the
-    shares by word, with the sound heard, as "PART: words".
+    "PART: heard", "PART: withheld" and "PART: another" are the shares of questions that are answered exactly (see
+    `evaluate_sounds`); "PART: words" contains the shares by word for the questions with their sounds.
     """
     adapter = train_on_sounds(encoded[encoder]["tuned"], model, tokenizer, replace(config, seed=seed))
     values: dict = {}
@@ -254,9 +263,21 @@ def train_and_evaluate(
     "sounds",
     option_group(
         "Sounds",
-        option("--model", type=PATH, required=True, envvar="KWT_MODEL", help="The .tflite of KWT-1; or $KWT_MODEL."),
-        option("--speech", type=PATH, help="Folder of tuned/ and held-out/ with WORD-ANY.wav.  [default: made here]"),
-        option("--clips", type=PATH, help="Real sounds to evaluate on, too: an .npz of waves and words."),
+        option(
+            "--model",
+            type=PATH,
+            required=True,
+            envvar="KWT_MODEL",
+            help="TFLite file of KWT-1; can also be set as $KWT_MODEL.",
+        ),
+        option(
+            "--speech",
+            type=PATH,
+            help="Folder with the sounds tuned/WORD-*.wav and held-out/WORD-*.wav.  [default: made by espeak-ng]",
+        ),
+        option(
+            "--clips", type=PATH, help="Also evaluate on real recordings: an .npz archive with arrays waves and words."
+        ),
     ),
     option_group(
         "Model",
@@ -266,10 +287,10 @@ def train_and_evaluate(
     training_options(epochs=24, lr=toy.TRAINING["lr"]),
 )
 def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
-    """Train on sounds, and recognize spoken words.
+    """Train on sounds to recognize spoken words.
 
-    A third-party Keyword Transformer encodes the sounds: words spoken by espeak-ng, in training and in held-out voices,
-    and real recordings.
+    A third-party Keyword Transformer encodes the sounds. They are words spoken by espeak-ng in training voices and in
+    held-out voices, and real recordings if --clips is given.
     """
     os.environ["KWT_MODEL"] = str(model)  # read by docs/examples/keyword_transformer.py
     device, _ = select_device(device, "float32")
@@ -283,7 +304,7 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
         correct = label_matches(examples)
         labels[part] = {"all": statistics.mean(correct), "words": share_by_word(correct, examples)}
     shares = ", ".join(f"{part} {found['all']:.1%}" for part, found in labels.items())
-    click.echo(f"the Keyword Transformer, accuracy of its own labels: {shares}\n")
+    click.echo(f"accuracy of the Keyword Transformer's own labels: {shares}\n")
     llama, tokenizer = load_llama(base or toy_base(), device=device)
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=lr)
     parts = [part for part in counts if part != "tuned"]
@@ -292,7 +313,7 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
         for part in parts
         for name in ("heard", "withheld", "another")
     ]
-    click.echo("answered exactly:")
+    click.echo("share of questions that are answered exactly:")
     settings = {encoder: encoder for encoder in ENCODERS}
     rows = runs.table(columns, settings, partial(train_and_evaluate, encoded, llama, tokenizer, config))
     minutes = (time.perf_counter() - start) / 60
@@ -301,7 +322,7 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
 
 
 def draw_sounds(rows: dict[str, dict[str, list]], parts: Sequence[str]) -> Figure:
-    """Plot the exact matches with the sound heard: one panel for held-out voices, one for real clips."""
+    """Plot the shares of exact answers to questions with their sounds, one panel per part."""
     figure = Figure(figsize=(5 * len(parts), 2.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts):
         draw_bars(axes, {label: percent(row[f"{part}: heard"]) for label, row in rows.items()}, f"{part}: heard, %")

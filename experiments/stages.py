@@ -1,4 +1,4 @@
-"""Train on images in two stages (section 3.3 of the final version): captions, then questions, on the toy's digits."""
+"""Train on the toy's images of digits in two stages: captions, then questions (section 3.3 of the final version)."""
 
 import io
 import time
@@ -29,7 +29,7 @@ from toy.almanac import NUMBERS
 from toy.exam import evaluate_digits
 from train import TrainConfig, freeze_parts, make_optimizer
 
-# For each stage: the data to train on, and the parts of the adapter that are frozen.
+# Each schedule is a list of stages. A stage names the data to train on, and the parts of the adapter that are frozen.
 STAGES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "questions alone": [(("questions",), ())],
     "captions and questions at once": [(("captions", "questions"), ())],
@@ -39,7 +39,7 @@ STAGES: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 
 
 def captions(files: list[Path]) -> list[Example]:
-    """Return the examples that ask for a caption, one per image."""
+    """Return one example per image; its instruction asks for a caption."""
     texts = [f"The picture shows a {NUMBERS[int(file.name[0])]}." for file in files]
     return [
         Example("Describe the picture.", "", text, f"pictures/{file.name}", file.name)
@@ -55,7 +55,10 @@ def train_in_stages(
     stages: list,
     seed: int,
 ) -> dict[str, float]:
-    """Train one stage after the other. Return the accuracies of `evaluate_digits` after the last, and the seconds."""
+    """Train an adapter in the given stages, one after another; `stages` is a value of STAGES.
+
+    Returns the accuracies from `evaluate_digits` after the last stage, and the training time in seconds.
+    """
     config = replace(config, seed=seed)
     adapter = make_image_adapter(model, len(data["questions"][0].features), config)
     start = time.perf_counter()
@@ -85,16 +88,20 @@ COLUMNS = (
     option_group(
         "Data",
         option(
-            "--pictures", type=Count(), default=50, help="Number of images with questions; 400 images have captions."
+            "--pictures",
+            type=Count(),
+            default=50,
+            help="Number of images with questions. All 400 images have captions.",
         ),
         device_options[0],
     ),
     training_options(epochs=12),
 )
 def stages(runs: Runs, pictures, epochs, device) -> None:
-    """Compare training on images in one stage and in two.
+    """Compare training on images in one stage and in two stages.
 
-    On the toy's digits: captions then questions, both at once, and questions alone.
+    The adapters are trained on the toy's images of digits: on questions alone, on captions and questions at once, and
+    on captions followed by questions.
     """
     device, _ = select_device(device, "float32")
     folder = cached_folder("digits", [], digits.write_pictures)
@@ -106,7 +113,7 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
     for name, examples in (("captions", captions(files)), ("questions", questions)):
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)
     click.echo(f"{len(data['captions'])} captions, {len(data['questions'])} questions about {pictures} images")
-    click.echo("600 held-out questions, answered exactly:\n")
+    click.echo("Share of the 600 held-out questions that are answered exactly:\n")
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TRAINING["lr"])
     rows = runs.table(COLUMNS, STAGES, partial(train_in_stages, data, model, tokenizer, config))
     figure = Figure(figsize=(8, 2.5), layout="constrained")

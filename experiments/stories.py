@@ -1,4 +1,4 @@
-"""Instructions made from real children's stories, and checks that a response is a story that follows one."""
+"""Make instructions from children's stories, and check whether a response is a story that follows its instruction."""
 
 import re
 from collections import Counter
@@ -11,8 +11,8 @@ import numpy as np
 from data import Example, Tokenizer
 from runtime.files import read_text
 
-END = re.compile(r'[.!?]"?(?=\s|$)')  # of a sentence
-# A text with such a beginning continues a story, or is speech.
+END = re.compile(r'[.!?]"?(?=\s|$)')  # end of a sentence
+# Text that begins like this is direct speech, or the continuation of a story.
 CONTINUATION = re.compile(r'"|(?:He|She|They|His|Her|You|We|I|Yes|No|Then|But|And|So)\b|It (?!was)')
 KIND = re.compile(
     r"\b(?:there was|there lived|lived|day,?) an? (?:[a-z]+,? ){0,3}?([a-z]{3,})(?= named| called| who|[.,])"
@@ -25,8 +25,8 @@ class StoryInstruction(NamedTuple):
     """An instruction to tell a story, and what the story must contain."""
 
     kind: str  # a key of KINDS
-    required: tuple[str, ...]  # words that must occur, or the sentence that the story must begin with
-    story: str = ""  # a story that follows the instruction, to train on
+    required: tuple[str, ...]  # words that must occur, or the sentence with which the story must begin
+    story: str = ""  # a story that follows the instruction; the response in training
 
     def example(self) -> Example:
         instruction, input = KINDS[self.kind]
@@ -36,7 +36,7 @@ class StoryInstruction(NamedTuple):
         return Example(instruction.format(listed), input.format(listed), self.story, name=name)
 
 
-# Instruction and input of each kind, from easy to hard.
+# Instruction and input of each kind, from the easiest to the hardest kind.
 KINDS = {
     "hero's kind": ("Write a story about a {}.", ""),
     "hero's name": ("Write a story about {}.", ""),
@@ -51,35 +51,38 @@ THINGS = {"a thing": 1, "three things": 3}  # number of words that must occur
 
 class StorySets(NamedTuple):
     training: list[StoryInstruction]
-    validation: list[StoryInstruction]  # to choose learning rates
+    validation: list[StoryInstruction]  # used to choose learning rates
     testing: list[StoryInstruction]
     others: list[str]  # stories from which no instruction was made
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Return the end index of each sentence of a text."""
+    """Return the index at which each sentence of the text ends."""
     return [match.end() for match in END.finditer(text)]
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into sentences, including their end marks. An unfinished sentence is dropped."""
+    """Split the text into sentences, including their final punctuation. An unfinished sentence is dropped."""
     ends = sentence_ends(text)
     return [text[start:end].strip() for start, end in zip([0, *ends], ends)]
 
 
 def whole_sentences(text: str) -> str:
-    """Return the text up to the end of its last finished sentence."""
+    """Return the text up to and including its last complete sentence."""
     return text[: max(sentence_ends(text), default=0)]
 
 
 def truncate_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
-    """Return the first sentences of a text, as many as fit into `max_tokens` tokens."""
+    """Truncate the text after the last sentence that ends within `max_tokens` tokens."""
     ends = reversed(sentence_ends(text))
     return next((text[:end] for end in ends if len(tokenizer.encode(text[:end])) <= max_tokens), "")
 
 
 def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]:
-    """Read stories, truncated after a sentence. Raises OSError, or ValueError if there are fewer than 100."""
+    """Read stories, each truncated after a sentence to at most `max_tokens` tokens.
+
+    Raises OSError if the file cannot be read, or ValueError if it has fewer than 100 stories.
+    """
     texts = [text.strip() for text in read_text(path).split("<|endoftext|>")][:-1]  # the last one may be incomplete
     stories = [story for text in texts if is_prose(story := truncate_at_sentence(text, tokenizer, max_tokens))]
     if len(stories) < 100:
@@ -88,17 +91,17 @@ def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]
 
 
 def is_story(text: str) -> bool:
-    """Return True if a text is prose that begins like a story: not with speech, nor with a word such as "He".
+    """Return True if the text is prose that begins like a story: neither with direct speech nor with a word like "He".
 
-    Only five of 2,232 real stories begin with speech or such a word.
+    Only five of 2,232 real stories begin with direct speech or such a word.
     """
     return is_prose(text) and not CONTINUATION.match(text)
 
 
 def is_prose(text: str) -> bool:
-    """Return True if a text has at least 30 words, no unusual characters and no repeated sentence.
+    """Return True if the text has at least 30 words, no unusual characters and no repeated long sentence.
 
-    It must have at least three sentences of four or more words; shorter ones may be repeated.
+    A sentence is long if it has four or more words. The text must contain at least three long sentences.
     """
     long_sentences = [sentence for sentence in sentences(text) if len(sentence.split()) > 3]
     prose = re.fullmatch(r"[\w\s.,;:!?'\"()-]*", text) is not None
@@ -106,14 +109,17 @@ def is_prose(text: str) -> bool:
 
 
 def follows(instruction: StoryInstruction, text: str) -> bool:
-    """Return True if a text begins with the required sentence, or contains the required words or their plurals in s."""
+    """Return True if the text satisfies the instruction.
+
+    It must begin with the required sentence, or contain the required words; a plural ending in s is accepted.
+    """
     if instruction.kind == "first sentence":
         return text.startswith(instruction.required)
     return all(re.search(rf"\b{word}s?\b", text, re.IGNORECASE) for word in instruction.required)
 
 
 def requirements_met(story: str) -> dict[str, tuple[str, ...]]:
-    """Return the requirements that this story meets, by kind. Some kinds may be missing."""
+    """Return the requirements that the story meets, by kind of instruction. Some kinds may be missing."""
     opening = story[:250]
     things = list(dict.fromkeys(THING.findall(story)))
     found = {"first sentence": (sentences(story)[0],)}
@@ -123,10 +129,10 @@ def requirements_met(story: str) -> dict[str, tuple[str, ...]]:
 
 
 def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: int = 0) -> StorySets:
-    """Make `per_kind` training and `tested` test instructions of each kind, and half as many for validation.
+    """Make `per_kind` training, `tested // 2` validation and `tested` test instructions of each kind.
 
-    No training story contains a name or a word of a held-out instruction. Raises ValueError if there are too few
-    stories.
+    No training story contains a name or a word that a validation or test instruction requires. Raises ValueError if
+    there are too few stories.
     """
     random = np.random.default_rng(seed)
     stories = [stories[i] for i in random.permutation(len(stories))]
@@ -134,10 +140,12 @@ def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: 
     openings, number = [story[:250] for story in stories], tested + tested // 2
 
     def rare(candidates: Iterable[str], at_most: int) -> list[str]:
-        """Draw `number` words that occur in at most `at_most` stories, so that few stories are lost for training."""
+        """Draw `number` words that occur in at most `at_most` stories, so that few training stories are lost."""
         found = sorted({word for word in candidates if frequency[word] <= at_most})
         if len(found) < number:
-            raise ValueError(f"the stories have {len(found)} rare names or words, {number} are needed")
+            raise ValueError(
+                f"the stories have only {len(found)} rare names or words, but {number} are needed; give more stories"
+            )
         return [found[i] for i in random.permutation(len(found))[:number]]
 
     things = {word for story in stories for word in THING.findall(story)}
@@ -158,13 +166,14 @@ def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: 
 
 
 def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[StoryInstruction], list[str]]:
-    """Make `per_kind` training instructions of each kind; return them and the unused stories.
+    """Make `per_kind` training instructions of each kind. Return the instructions and the unused stories.
 
-    Every instruction has a story of its own. Each requirement is used once before any of them is used again.
+    Every instruction has a different story. Within a kind, requirements are repeated only if there are too few
+    different ones.
     """
     requirements = [requirements_met(story) for story in stories]
     training, used = [], set()
-    for kind in KINDS:  # begins with the kinds that the fewest stories have
+    for kind in KINDS:  # these begin with the kinds for which the fewest stories are suitable
         times: Counter = Counter()
         order = []
         for i, found in enumerate(requirements):
@@ -172,7 +181,9 @@ def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Story
                 times[found[kind]] += 1
                 order.append((times[found[kind]], i))
         if len(order) < per_kind:
-            raise ValueError(f"{len(order)} stories are left for {kind!r}, {per_kind} are needed: lower --per-kind")
+            raise ValueError(
+                f"only {len(order)} stories are left for {kind!r}, but {per_kind} are needed; lower --per-kind"
+            )
         chosen = [i for _, i in sorted(order)[:per_kind]]
         training += [StoryInstruction(kind, requirements[i][kind], stories[i]) for i in chosen]
         used |= {*chosen}

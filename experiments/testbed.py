@@ -1,4 +1,4 @@
-"""A testbed on which settings are compared: a base, training examples, questions, and text for the perplexity."""
+"""Testbeds for comparing settings: a base, training examples, held-out questions, and text to measure perplexity on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,18 +31,22 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class TestbedOptions:
-    """Options of the commands that train a LLaMA. None stands for the toy's value, or the default in the help."""
+    """Options of the commands that train a LLaMA. None means the default that the help states."""
 
     base: Path | None = setting(None, "Base model.  [default: the toy's]", PATH)
     data: Path | None = setting(None, "Training data.  [default: the toy's]", PATH)
     task: str | None = setting(
         None, "Task of --data, as for train.py.  [default: instructions]", click.Choice(list(TASKS))
     )
-    text: Path | None = setting(None, "Text of the kind that the base was pretrained on, for the perplexity.", PATH)
-    limit: int | None = setting(None, "Number of training examples, drawn from all.  [default: all]", Count())
-    held_out: int | None = setting(None, "Number of held-out questions.  [default: all; 200 of --data]", Count())
-    max_seq_len: int = setting(512, "Tokens per example; longer responses are truncated.", Count(2))
-    toy_layers: int | None = setting(None, "Layers of the toy's base, made at the first use.  [default: 4]", Count())
+    text: Path | None = setting(None, "Text similar to the pretraining data, to measure the perplexity on.", PATH)
+    limit: int | None = setting(None, "Maximum number of training examples, drawn at random.  [default: all]", Count())
+    held_out: int | None = setting(
+        None, "Maximum number of held-out questions.  [default: all of the toy's; 200 of --data]", Count()
+    )
+    max_seq_len: int = setting(512, "Maximum number of tokens per example; longer responses are truncated.", Count(2))
+    toy_layers: int | None = setting(
+        None, "Number of layers of the toy's base, which is trained at the first use.  [default: 4]", Count()
+    )
     device: str = setting("auto", DEVICE_HELP)
     dtype: str = setting("auto", "Dtype of the base.", click.Choice(["auto", "float32", "bfloat16"]))
     # `training_options` declares these options:
@@ -56,11 +60,11 @@ class TestbedOptions:
 testbed_options = (
     options_of(TestbedOptions, "Data and model"),
     training_options(
-        layers="all but two; the toy's 4",
+        layers="all but two; 4 for the toy",
         length="10",
         epochs="5",
-        batch_size="64; the toy's 32",
-        lr="9e-3 * batch size / 256; the toy's 0.05",
+        batch_size="64; 32 for the toy",
+        lr="9e-3 * batch size / 256; 0.05 for the toy",
     ),
 )
 
@@ -73,19 +77,22 @@ class TestbedParts(NamedTuple):
     batch_size: int
     training: list[Example]
     questions: list[Example]
-    documents: Iterable[str]  # of the kind that the base was pretrained on
+    documents: Iterable[str]  # similar to what the base was pretrained on
 
 
 @dataclass(eq=False)
 class Testbed:
-    """Base, data and defaults that all settings share. Compared by identity, so that each has its own cached values."""
+    """The base, data and defaults that all settings share.
+
+    Testbeds are compared by identity, so that functions can cache a value for each of them.
+    """
 
     base: Path
     tokenizer: Tokenizer
     training: list[TokenizedExample]
     held_out: list[TokenizedExample]
     questions: list[Example]  # the examples of held_out
-    text: Tensor  # (rows, T) token ids, of the kind that the base was pretrained on; 0 rows if there is no text
+    text: Tensor  # (rows, T) token ids of text similar to the pretraining data; 0 rows if there is no text
     n_layers: int  # N
     batch_size: int
     default: Setting
@@ -98,19 +105,22 @@ class Testbed:
 
 
 def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
-    """Return the parts of the toy's testbed. Raises ValueError if an option needs another base."""
+    """Return the parts of the toy's testbed. Raises ValueError if an option requires --base and --data."""
     if options.task or options.text:
-        raise ValueError("--task and --text need --base and --data; the toy has its own")
+        raise ValueError("--task and --text require --base and --data; the toy has its own task and text")
     training, questions = toy_examples(searching)
     default = Setting(layers=options.toy_layers or toy.TRAINING["layers"], lr=toy.TRAINING["lr"])
-    documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on those of seed 0
+    documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on the documents of seed 0
     batch_size = options.batch_size or toy.TRAINING["batch_size"]
     base = toy_base() if options.toy_layers is None else toy_base(n_layers=options.toy_layers)
     return TestbedParts(base, default, batch_size, training, subset(questions, options.held_out), documents)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
-    """Return training examples and held-out questions. A search holds out a fifth of the training subjects."""
+    """Return training examples and held-out questions.
+
+    If `searching` is True, a fifth of the training subjects replaces the questions that are otherwise held out.
+    """
     sets = almanac.instructions()
     training, questions = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
     if searching:
@@ -126,16 +136,18 @@ def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
 
 
 def data_parts(options: TestbedOptions, searching: bool, questions: list[Example] | None) -> TestbedParts:
-    """Return the parts of a testbed on --data. If there are no questions, a tenth of the data is held out.
+    """Return the parts of a testbed on --data. If `questions` is None, a tenth of the data is held out.
 
-    Raises OSError or ValueError.
+    Raises OSError or ValueError if the base or the data cannot be read, or if there are too few examples.
     """
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
     training = examples = load_task(options.task or "instructions").read(options.data)
     for _ in range((questions is None) + searching):  # a search holds out a tenth of the training examples
         if len(training) < 2:
-            raise ValueError(f"{options.data}: {len(examples)} examples are too few to hold out some of them")
+            raise ValueError(
+                f"{options.data}: has too few examples ({len(examples)}) to hold out some of them; give more data"
+            )
         training, questions = hold_out(training, max(1, len(training) // 10), seed=0)
     documents = [] if options.text is None else [read_text(options.text)[:100_000]]
     questions = subset(questions, options.held_out or 200)
@@ -143,15 +155,15 @@ def data_parts(options: TestbedOptions, searching: bool, questions: list[Example
 
 
 def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
-    """Create the testbed that the options describe. `asked` replaces the held-out questions of --data.
+    """Create the testbed that the options describe. If `asked` is given, it replaces the held-out questions of --data.
 
-    Raises OSError, or ValueError if options contradict each other or no example fits.
+    Raises OSError if a file cannot be read, or ValueError if options contradict each other or no example fits.
     """
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
-        raise ValueError("--base and --data go together; without both, the toy's are used")
+        raise ValueError("give both --base and --data, or neither of them to use the toy's base and data")
     if options.base is not None and options.toy_layers is not None:
-        raise ValueError(f"--toy-layers is for the toy's base, not for --base {options.base}")
+        raise ValueError(f"--toy-layers applies only to the toy's base; it cannot be used with --base {options.base}")
     if options.base is None:
         parts = toy_parts(options, searching)
     else:
@@ -163,14 +175,14 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
 
 
 def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dtype: torch.dtype) -> Testbed:
-    """Tokenize the parts in Alpaca's template. Examples that do not fit are dropped.
+    """Create a testbed by tokenizing the parts in Alpaca's template. Examples that do not fit are dropped.
 
-    Raises OSError, or ValueError if no example is left.
+    Raises OSError if the base cannot be read, or ValueError if no example is left or the base has too few layers.
     """
     default, training = parts.default, parts.training
     base, (config, _) = parts.base, read_base(parts.base)
     if default.layers > config.n_layers:
-        raise ValueError(f"--layers {default.layers}: {base} has only {config.n_layers} layers")
+        raise ValueError(f"--layers {default.layers}: the base {base} has only {config.n_layers} layers")
     tokenizer = load_tokenizer(base)
     max_length = min(max_seq_len, config.max_seq_len or max_seq_len)
     template = AlpacaTemplate(tokenizer)
@@ -201,8 +213,13 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
 
 
 def text_rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Tensor:
-    """Tokenize documents into at most 64 rows (rows, length) of ids. Raises ValueError if they do not fill one row."""
+    """Tokenize documents into at most 64 rows of ids, int64 (rows, length).
+
+    Returns 0 rows if there are no documents. Raises ValueError if the documents do not fill one row.
+    """
     ids = [id for document in documents for id in (*tokenizer.start_ids, *tokenizer.encode(document), tokenizer.eos_id)]
     if 0 < len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens; at least {length} are needed to measure the perplexity")
+        raise ValueError(
+            f"the text for the perplexity has {len(ids)} tokens, but needs at least {length}; give more text"
+        )
     return torch.tensor(ids[: min(64, len(ids) // length) * length], dtype=torch.long).view(-1, length)

@@ -128,7 +128,9 @@ def test_unrelated_json_file_is_refused_before_measuring(tiny, tmp_path, monkeyp
 
 def test_data_requires_a_tokenizer(instructions):
     result = run("train", "--data", instructions)
-    assert result.exit_code == 2 and f"error: --data {instructions} needs --tokenizer FILE" in result.output
+    assert (
+        result.exit_code == 2 and f"error: --data {instructions} requires --tokenizer FILE or --base" in result.output
+    )
 
 
 def test_peak_memory_is_measured():

@@ -179,7 +179,7 @@ def test_scienceqa_experiment_end_to_end(small_args, tiny_base, tmp_path):
     options = small_args[:2] + ["--data", tmp_path / "problems.json"] + small_args[4:]
     result = invoke("scienceqa", *options)
     assert result.exit_code == 0, result.output
-    assert "8 problems to learn from, 3 to be asked" in result.output
+    assert "8 training problems, 3 held-out problems" in result.output
     values = json.loads((tmp_path / "out" / "scienceqa.json").read_text())
     assert values["problems"] == 3 and 1 / 3 < values["chance"] < 1 / 2
     assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
@@ -216,15 +216,15 @@ def test_scienceqa_uses_the_right_adapter_and_attention(small_args, tmp_path, mo
 
 
 @pytest.mark.parametrize("args, message", [
-    (["zero-init", "--base", "x"], "--base and --data go together"),
-    (["zero-init", "--text", "x"], "--task and --text need --base and --data"),
-    (["scienceqa"], "this needs --base and --data"),
+    (["zero-init", "--base", "x"], "give both --base and --data, or neither"),
+    (["zero-init", "--text", "x"], "--task and --text require --base and --data"),
+    (["scienceqa"], "scienceqa requires --base and --data"),
     (["vit", "--base", "x", "--train", "x", "--test", "x"], "x: no such encoder"),
     (["gates", "--layers", 9], "--layers 9: .* has only 3"),
     (["gates", "--max-seq-len", 2], "0 of 16 training examples and 0 of 3 questions fit into 2 tokens"),
-    (["gates", "--text", "SHORT"], "the text has .* tokens; at least 128 are needed"),
-    (["gates", "--data", "ONE"], "1 examples are too few"),
-    (["gates", "--toy-layers", 8], "--toy-layers is for the toy's base, not for --base"),
+    (["gates", "--text", "SHORT"], "the text for the perplexity has .* tokens, but needs at least 128"),
+    (["gates", "--data", "ONE"], r"has too few examples \(1\) to hold out"),
+    (["gates", "--toy-layers", 8], "--toy-layers applies only to the toy's base; it cannot be used with --base"),
 ])  # fmt: skip
 def test_bad_options_are_one_line_errors(small_args, tmp_path, args, message):
     (tmp_path / "short.txt").write_text("A few words.")

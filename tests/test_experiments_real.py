@@ -43,7 +43,7 @@ def test_later_parts_use_the_rates_of_the_first(sources, tmp_path, monkeypatch):
     args += ["--at-a-time", 1, "--out", out]
     args = list(map(str, args))
     result = CliRunner().invoke(main, [*args, "--part", "methods"])
-    assert result.exit_code == 2 and "rates.json: missing; run the part rates first" in result.stderr
+    assert result.exit_code == 2 and "rates.json: does not exist; search for the learning rates first" in result.stderr
     parts = ["rates", "methods", "layers", "price"]
     result = CliRunner().invoke(main, args + [word for part in parts for word in ("--part", part)])
     assert result.exit_code == 0, result.output
@@ -57,7 +57,7 @@ def test_later_parts_use_the_rates_of_the_first(sources, tmp_path, monkeypatch):
     assert found["methods"]["rows"][FULL]["recovered"] == [False, False]
     assert set(found["price"]["rows"]) == {ZERO_INIT, ONE_SOFTMAX, LORA, FULL}
     result = CliRunner().invoke(main, [*args, "--part", "rates"])
-    assert result.exit_code == 0 and result.stdout == f"rates.json is in {out}: this part is skipped\n"
+    assert result.exit_code == 0 and result.stdout == f"{out} already contains rates.json; this part is skipped\n"
 
 
 def test_best_rate_is_by_accuracy_and_then_by_loss():

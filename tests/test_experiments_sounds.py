@@ -153,9 +153,11 @@ def test_missing_espeak_ng_or_sounds_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.cached.CACHE", tmp_path / "cache")
     monkeypatch.setenv("PATH", "")
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite"])
-    assert result.exit_code == 2 and "espeak-ng is missing: apt install espeak-ng, or" in result.stderr
+    assert result.exit_code == 2 and "espeak-ng is not installed; run apt install espeak-ng, or" in result.stderr
     result = CliRunner().invoke(main, ["sounds", "--model", "x.tflite", "--speech", str(tmp_path)])
-    assert result.exit_code == 2 and "tuned: contains no sounds named WORD-ANYTHING.wav" in result.stderr
+    assert (
+        result.exit_code == 2 and "tuned: contains no sounds; expected files named WORD-ANYTHING.wav" in result.stderr
+    )
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -184,7 +186,10 @@ def test_sounds_command(tiny_base, tmp_path, monkeypatch):
     result = CliRunner().invoke(main, list(map(str, command)))
     assert result.exit_code == 0, result.output
     assert "sounds: tuned 2, held-out 2, real clips 1; two questions about each" in result.stdout
-    assert "accuracy of its own labels: tuned 50.0%, held-out 50.0%, real clips 100.0%" in result.stdout
+    assert (
+        "accuracy of the Keyword Transformer's own labels: tuned 50.0%, held-out 50.0%, real clips 100.0%"
+        in result.stdout
+    )
     found = json.loads((tmp_path / "out" / "sounds.json").read_text())
     row = found["rows"]["an ear"]
     assert [row[f"held-out: {name}"] for name in ("heard", "withheld", "another")] == [[0.5, 0.5], [0, 0], [0, 0]]

@@ -80,9 +80,9 @@ def test_held_out_words_never_occur_in_training():
             assert not known & set(item.required)
     assert not {item.required for item in sets.testing} & {item.required for item in sets.validation}
     assert make_instructions(make_stories(400), per_kind=8, tested=4) == sets
-    with pytest.raises(ValueError, match="rare names or words, 600 are needed"):
+    with pytest.raises(ValueError, match="rare names or words, but 600 are needed"):
         make_instructions(make_stories(400), per_kind=8, tested=400)
-    with pytest.raises(ValueError, match="stories are left for .*, 300 are needed: lower --per-kind"):
+    with pytest.raises(ValueError, match="only .* stories are left for .*, but 300 are needed; lower --per-kind"):
         make_instructions(make_stories(400), per_kind=300, tested=4)
 
 
