@@ -1,4 +1,4 @@
-"""LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): gated attention, the adapter, and its file.
+"""LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): gated attention, the adapter, and its file format.
 
 A frozen transformer is adapted by K learned adaption prompts and one learned gate per head in each
 of its topmost L layers:
@@ -33,11 +33,11 @@ from runtime.files import write_tensors
 class AdaptionPrompt(NamedTuple):
     """Prompt embeddings and gate of one layer. The layer projects the embeddings with its own frozen Wk and Wv.
 
-    The first dimension is 1 if the batch shares the adaption prompt, B if each sample has its own.
+    The first dimension is 1 if the batch shares the adaption prompt, and B if each sample has its own.
     """
 
     embeddings: Tensor  # (1|B, K, C)
-    gate: Tensor  # (1|B, H, 1, 1), after its activation
+    gate: Tensor  # (1|B, H, 1, 1), after the activation
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         q, k, v = q.float(), k.float(), v.float()  # faster on a CPU, especially in the backward pass
     if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).to(dtype)
-    # The queries of a group are rows of one head, which every backend of PyTorch supports.
+    # Queries that share a key/value head are stacked as rows of one head, which every backend of PyTorch supports.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, H/Hkv*T, D)
     if mask is not None:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # (B, 1, H/Hkv*T, S)
@@ -85,18 +85,21 @@ def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=F
 
 
 def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
-    """Equivalent to `gated_attention_paper`, with two fused attentions that do not store the weights.
+    """Compute the same as `gated_attention_paper`, but with fused attention, which does not store the weights.
 
-    Let g be the gate value, and A and W the softmax over prompts and tokens: [g A ; W] [vp ; v] = g (A vp) + W v. With
-    a zero gate the result is bit for bit that of the frozen layer; in `gated_attention_paper` it is equal up to
-    rounding.
+    With g the gate value, A the softmax over the prompts, and W the softmax over the tokens, the output is
+    [g A ; W] [vp ; v] = g (A vp) + W v. If the gate is zero, it equals the output of the frozen layer bit for bit;
+    that of `gated_attention_paper` equals it only up to rounding.
     """
     prompt_term = prompt_attention(q, prompt_k, prompt_v, gate)  # g A vp (B, H, T, D)
     return attend(q, k, v, mask, causal) + prompt_term
 
 
 def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    """The prompts' term of gated attention, g A vp (B, H, T, D)."""
+    """Return the prompts' term of gated attention, g A vp (B, H, T, D).
+
+    q (B, H, T, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1).
+    """
     B = q.shape[0]
     return gate * attend(q, prompt_k.expand(B, -1, -1, -1), prompt_v.expand(B, -1, -1, -1))
 
@@ -107,12 +110,12 @@ ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the v
 class Adapter(nn.Module):
     """The trainable parameters: K adaption prompts and H gates for each of the topmost L layers.
 
-    There are L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30. They are float32 for any dtype of
-    the base. Row 0 belongs to the lowest adapted layer, N - L. Prompts are initialized from a standard normal
-    distribution, gates to zero. `metadata` (str to str) is stored in the safetensors file.
+    There are L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30. They are float32, whatever the
+    dtype of the base. Row 0 of both tensors belongs to the lowest adapted layer, N - L. Prompts are initialized from a
+    standard normal distribution, and gates to zero. The dict `metadata` is stored in the safetensors file.
     """
 
-    # The published implementations disagree on the activation of the gate: docs/method.md.
+    # The published implementations disagree on the activation of the gate; see docs/method.md.
     ACTIVATIONS = {"tanh": torch.tanh, "identity": lambda g: g}
 
     def __init__(
@@ -134,10 +137,10 @@ class Adapter(nn.Module):
     def forward(
         self, condition: Tensor | None = None, gate_scale: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[AdaptionPrompt]:
-        """Return the adaption prompts of the L adapted layers, lowest layer first, cast to the dtype of the base.
+        """Return the adaption prompts of the L adapted layers, lowest layer first, cast to `dtype`, that of the base.
 
-        `condition` (B, C), such as a projected image, is added to every adaption prompt (section 3.3).
-        `gate_scale` scales the gates after their activation: 0 gives the output of the frozen base.
+        `condition` (B, C), such as a projected image, is added to every adaption prompt (section 3.3). `gate_scale`
+        multiplies the gate values; with 0, the model computes the output of the frozen base.
         """
         embeddings = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:
@@ -147,22 +150,22 @@ class Adapter(nn.Module):
         return [AdaptionPrompt(p, g) for p, g in zip(embeddings.to(dtype), gates.to(dtype))]
 
     def gate_values(self) -> Tensor:
-        """Gate values after the activation, (L, H)."""
+        """Return the gate values after the activation, (L, H)."""
         return self.ACTIVATIONS[self.gate_activation](self.gates)
 
     def check_base(self, *, layers: int, dim: int, heads: int) -> None:
-        """Raise ValueError if the adapter does not fit a base of these dimensions; the message states both numbers."""
+        """Raise ValueError if the adapter does not fit a base with these dimensions."""
         base = {"layers": layers, "dim": dim, "heads": heads}
         made_for = {"dim": self.prompts.shape[2], "heads": self.gates.shape[1]}
         made_for["layers"] = int(self.metadata.get("base_layers", layers))
         for name, number in made_for.items():
             if number != base[name]:
-                raise ValueError(f"the adapter was made for {name} {number}, the base has {name} {base[name]}")
+                raise ValueError(f"the adapter was made for {name} {number}, but the base has {name} {base[name]}")
         if len(self.gates) > layers:
-            raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, the base has {layers} layers")
+            raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, but the base has {layers} layers")
 
     def save(self, path: str | Path, **metadata) -> None:
-        """Add `metadata` to that of the adapter, and write the adapter file atomically."""
+        """Add `metadata` to the adapter's metadata, and write the adapter file atomically."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
             "format": "llama-adapter",
@@ -176,16 +179,16 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Load an adapter file, strictly. `formats.adapters.load_adapter` also explains why a file is invalid."""
+        """Load an adapter file in this project's format. `formats.adapters.load_adapter` reads other formats, too."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls.from_tensors(tensors, file.metadata())
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
-        """Build an adapter from the content of its file. Every tensor must have the expected shape.
+        """Build an adapter from the tensors and metadata of its file. Every tensor must have the expected shape.
 
-        `extra` are further constructor arguments of a subclass, which it infers from the tensors.
+        `extra` are further constructor arguments, which a subclass infers from the tensors.
         """
         layers, length, dim = tensors["prompts"].shape
         heads = tensors["gates"].shape[1]

@@ -14,7 +14,7 @@ from training.curves import draw_gates
 
 
 def adapter_summary(adapter: Adapter) -> str:
-    """Return the shape, gates and metadata of an adapter in lines, and a text plot of its gates.
+    """Describe the shape, gates and metadata of an adapter, one per line, followed by a character plot of its gates.
 
     The plot has one row per layer, topmost first, and one character per head.
     """
@@ -43,14 +43,21 @@ def main():
 
 
 def reading_options(command):
-    """Add the options that supply what third-party files do not state."""
+    """Add the options for information that third-party files do not contain."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
-        click.option("--heads", type=click.IntRange(1), help="Heads of the base, if the file has one gate per layer."),
+        click.option("--heads", type=click.IntRange(1), help="Number of heads, if the file has one gate per layer."),
         click.option(
-            "--gate", type=activations, help="Gate activation of an authors' file.  [default: see docs/adapters.md]"
+            "--gate",
+            type=activations,
+            help="Gate activation, if the file is from the authors' code.  [default: see docs/adapters.md]",
         ),
-        click.option("--length", type=click.IntRange(1), default=10, help="Prompts per layer, K, of an authors' file."),
+        click.option(
+            "--length",
+            type=click.IntRange(1),
+            default=10,
+            help="Prompts per layer, if the file is from the authors' code.",
+        ),
     ]
     for option in options:
         command = option(command)
@@ -94,10 +101,10 @@ def import_adapter(path, out, **reading):
 @click.argument("folder", type=click.Path(path_type=Path))
 @reading_options
 def export_adapter(path, folder, **reading):
-    """Write an adapter as PEFT's AdaptionPrompt.
+    """Write an adapter in the format of PEFT's AdaptionPrompt.
 
-    This works only if all gates of a layer are equal, because PEFT has one gate for all heads. Those of a trained
-    adapter differ.
+    This works only if all gates of a layer are equal, because PEFT has one gate for all heads. In a trained adapter,
+    the gates usually differ.
     """
     with one_line_errors():
         write_peft(load_adapter(path, **reading), folder)

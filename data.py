@@ -1,6 +1,6 @@
 """Read instruction data, format it with a prompt template, tokenize and batch it.
 
-Notation as in adapter.py.
+The notation is that of adapter.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,11 +33,11 @@ ALPACA = {
 
 
 class Turn(NamedTuple):
-    """A message of a conversation. The first may be a system message; then user and assistant alternate."""
+    """A message of a conversation. The first one may be a system message; then user and assistant alternate."""
 
     role: str
     content: str
-    learned: bool = True  # False for a response of the assistant that the loss does not cover
+    learned: bool = True  # False for an assistant's response that the loss does not cover
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Example:
     instruction: str = ""
     input: str = ""
     output: str = ""
-    image: str = ""  # the file name of its image, video or sound, if it has one
+    image: str = ""  # the file name of an image, video or sound, if there is one
     name: str = ""  # a label for error messages, such as "record 3"
     turns: tuple[Turn, ...] = ()  # a conversation; if it has two turns, they are also in instruction and output
     features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of its image
@@ -73,12 +73,12 @@ class TokenizedExample(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """The number of token ids."""
+        """Number of token ids."""
         return len(self.ids)
 
     @property
     def num_targets(self) -> int:
-        """The number of target tokens, over which the loss is averaged."""
+        """Number of target tokens, over which the loss is averaged."""
         return sum(self.loss_mask)
 
 
@@ -110,26 +110,29 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of the ids. Ids beyond the vocabulary, which padded embeddings can produce, have no text."""
+        """Return the text of the ids. Ids outside the vocabulary, which a padded output head can produce, have none."""
 
     def token_id(self, token: str) -> int | None:
         """Return the id of the special token with this text; None if there is no such token."""
 
     def token_text(self, id: int) -> str | None:
-        """Return the entry of a token in the vocabulary; None if it has none."""
+        """Return the vocabulary entry of a token; None if the id has no entry."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read Alpaca-format records. Raises OSError, or ValueError that names file, record and field."""
+    """Read records in Alpaca's format. Raises OSError, or a ValueError that names the file, record and field."""
     records = enumerate(read_records(path))
     return [check_record(record, path, f"record {index}") for index, record in records]
 
 
 def read_records(path: str | Path) -> list:
-    """Read the values of a JSON list or of JSONL, plain, .gz or .xz. Raises OSError, or ValueError naming the line."""
+    """Read the values of a JSON list or a JSONL file, which may be compressed as .gz or .xz.
+
+    Raises OSError, or a ValueError that names the line.
+    """
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
         conversion = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
-        raise ValueError(f"{path}: is not JSON; convert it: {conversion}")
+        raise ValueError(f"{path}: is not JSON; convert it with {conversion}")
     text = read_text(path)
     if text.lstrip().startswith("["):
         records = parse_json(text, path)
@@ -146,36 +149,36 @@ def read_records(path: str | Path) -> list:
             if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) > 2 for item in value):
                 raise ValueError(
                     f"{path}: is one object, whose key {key!r} contains {len(value)} records; "
-                    f"the file must contain this list only"
+                    f"the file must contain only this list"
                 )
     return records
 
 
 def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
-    """Return the value of a text that is one JSON object over several lines.
+    """Parse `text` as a single JSON value that spans several lines.
 
-    If it is not, raise `error`, which was raised for one of its lines, or ValueError if only the brackets of a list
-    are missing.
+    If this fails, raise `error`, which was raised for one of the lines. If the text only lacks the brackets of a list,
+    raise a ValueError that says so.
     """
     with suppress(ValueError):
         return parse_json(text, path)
     with suppress(ValueError):
         records = parse_json(f"[{text.strip().removesuffix(',')}]", path)
-        error = ValueError(f"{path}: contains {len(records)} records without the brackets of a list, [ and ]")
+        error = ValueError(f"{path}: contains {len(records)} records that are not in a list; enclose them in [ and ]")
     raise error from None
 
 
 def check_record(
     record: object, path: str | Path, name: str, needed: Sequence[str] = ("instruction", "output")
 ) -> Example:
-    """Check one JSON value and return an Example. Error messages begin with path and name ("record 3", from 0).
+    """Check one JSON value and return an Example. Error messages begin with `path` and `name`, such as "record 3".
 
-    The fields `needed`, `input`, and one of `image`, `video` and `audio` are read; all others are ignored.
+    The fields in `needed`, the field `input`, and one of `image`, `video` and `audio` are read; all others are ignored.
     """
     where = f"{path}: {name}"
     if not isinstance(record, dict):
         expected = " and ".join(map(repr, needed))
-        raise ValueError(f"{where}: is a {type(record).__name__}, not an object with {expected}")
+        raise ValueError(f"{where}: is of type {type(record).__name__}, not an object with {expected}")
     for key in needed:
         if key not in record:
             present = ", ".join(map(repr, record)) or "nothing"
@@ -187,14 +190,14 @@ def check_record(
         check_text(value, where, key)
     media = list(filter(None, (fields.pop(key) for key in MEDIA if key in fields)))
     if len(media) > 1:
-        raise ValueError(f"{where}: has more than one of the fields {', '.join(map(repr, MEDIA))}")
+        raise ValueError(f"{where}: has more than one of the fields {', '.join(map(repr, MEDIA))}; keep only one")
     return Example(**fields, image=media[0] if media else "", name=name)
 
 
 def check_text(value: object, where: str, name: str) -> None:
     """Raise ValueError if the value of a field is not a string, or contains an unpaired surrogate."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field '{name}' is a {type(value).__name__}, not a string")
+        raise ValueError(f"{where}: field '{name}' is of type {type(value).__name__}, not a string")
     try:
         require_utf8(value)
     except ValueError:
@@ -202,7 +205,7 @@ def check_text(value: object, where: str, name: str) -> None:
 
 
 def require_utf8(text: str) -> str:
-    """Return the text. Raises ValueError at an unpaired surrogate, which may also represent an invalid UTF-8 byte."""
+    """Return the text. Raises ValueError if it has an unpaired surrogate, which may stand for an invalid UTF-8 byte."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the text has an unpaired surrogate, or bytes that are not UTF-8")
     return text
@@ -214,7 +217,7 @@ def format_prompt(instruction: str, input: str = "") -> str:
 
 
 class Exchange(NamedTuple):
-    """A prompt and its response, as ids."""
+    """A prompt and its response, as token ids."""
 
     prompt_ids: list[int]  # tokens between the previous response and this one
     response_ids: list[int]  # the response with its <eos>; the loss covers these tokens
@@ -228,10 +231,10 @@ class Template(Protocol):
     has_turns: bool  # whether it supports conversations of several turns
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """Return the ids of the prompt, the same in training and generation."""
+        """Return the ids of the prompt, which are the same in training and generation."""
 
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
-        """Yield the prompts and responses of every example. Raises ValueError, naming an example that does not fit."""
+        """Yield the exchanges of each example. Raises a ValueError that names an example the format cannot express."""
 
 
 class AlpacaTemplate(Template):
@@ -253,19 +256,19 @@ class AlpacaTemplate(Template):
                 expected = (
                     "alpaca takes one instruction and its response; use --template auto, llama-2, llama-3 or chatml"
                 )
-                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns; {expected}")
+                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns, but {expected}")
             response_ids = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
             yield [Exchange(self.encode_prompt(example.instruction, example.input), response_ids)]
 
 
 def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedExample], int]:
-    """Return the examples that fit into `max_length` tokens, and the number of those that had to be truncated.
+    """Tokenize the examples, each with at most `max_length` tokens; also return the number of truncated examples.
 
     Truncation shortens a response, which then has no <eos>, or removes whole exchanges from the end of a conversation.
     An example whose prompt leaves no room for a response is dropped.
 
     Prompt and response are tokenized separately and joined as ids. If they were tokenized together, a token could span
-    both (as in 3.3 % of Alpaca), and the prompt in training would differ from the one that generation starts from.
+    both (as in 3.3 % of Alpaca), so the prompt in training would differ from the one that generation starts from.
     """
     tokenized = []
     num_truncated = 0
@@ -290,10 +293,12 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     Raises ValueError if the training set would be empty.
     """
     if not examples:
-        raise ValueError("no example leaves room for a response in --max-seq-len tokens")
+        raise ValueError("no example leaves room for a response in --max-seq-len tokens; increase it")
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
-        raise ValueError(f"--val-size holds out {number} of the {len(examples)} examples: none is left to train on")
+        raise ValueError(
+            f"--val-size holds out {number} of the {len(examples)} examples: none is left for training; decrease it"
+        )
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in order[number:]], [examples[i] for i in order[:number]]
 
@@ -301,9 +306,9 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the batches of one epoch as lists of example indices; every index occurs once.
 
-    Examples of similar length share a batch, which leaves almost no padding. To keep the order random, examples are
-    shuffled, sorted by length within pools of 64 batches, and then the batches are shuffled. Deterministic in (seed,
-    epoch), so that resuming is exact.
+    Examples of similar length share a batch, which leaves almost no padding. To keep the order random, the examples
+    are shuffled and sorted by length only within pools of 64 batches, and then the batches are shuffled. The result is
+    deterministic in (seed, epoch), so that resuming is exact.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -316,7 +321,10 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
-    """Split a batch into one part per rank, with about the same number of tokens and examples of similar length."""
+    """Split a batch into one shard per rank. All shards have about the same number of tokens.
+
+    The examples of a shard have similar lengths.
+    """
     parts = [[] for _ in range(world_size)]
     total = sum(example.num_tokens for example in examples)
     before = 0  # cumulative number of tokens
@@ -331,9 +339,9 @@ MICRO_BATCH_TOKENS = 8192
 
 
 def group_by_length(examples: Sequence, max_tokens: int | None = None) -> list[list]:
-    """Group the examples, shortest first. A padded group has at most `max_tokens` positions, or only one example.
+    """Group the examples, shortest first, into micro-batches.
 
-    `max_tokens` is 8,192 by default.
+    After padding, a micro-batch has at most `max_tokens` positions, by default 8,192, unless it is a single example.
     """
     max_tokens = max_tokens or MICRO_BATCH_TOKENS
     groups = []
@@ -348,8 +356,8 @@ def group_by_length(examples: Sequence, max_tokens: int | None = None) -> list[l
 def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Pad the examples to a batch, where targets[b, t] is the token after inputs[b, t].
 
-    The target is IGNORE at prompts and padding. The padding is on the right, where causal attention never sees it, so
-    its id does not matter. For an empty list, the batch is one position whose target is IGNORE.
+    Targets in prompts and in the padding are IGNORE. The padding is on the right, where causal attention never sees it,
+    so its id does not matter. For an empty list, the batch is one position whose target is IGNORE.
     """
     if not examples:
         return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))

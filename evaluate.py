@@ -1,6 +1,7 @@
 """Score an adapter, or a base alone: python evaluate.py scienceqa --data problems.json --adapter FILE.
 
-There is a command for every task in tasks/ that has scores, the command `toy` for the embedded default, and `harness`.
+There is a command for every task in tasks/ that can be scored. Two further commands are `toy`, for the training run
+without --data, and `harness`, for EleutherAI's lm-evaluation-harness.
 """
 
 import inspect
@@ -53,9 +54,9 @@ class EvalConfig:
 
 
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
-    """Score responses to the examples of a task, and write the results. The responses are generated or read.
+    """Score responses to the examples of a task, and write the results.
 
-    Raises OSError or ValueError.
+    The responses are generated, or read from a file. Raises OSError or ValueError.
     """
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
@@ -63,7 +64,7 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     if config.results is None:
         responses = respond(name, task, examples, config)
     elif config.adapter_path or config.base or config.choose:
-        raise ValueError("--results contains the responses: omit --adapter, --base and --choose")
+        raise ValueError("--results already contains the responses; omit --adapter, --base and --choose")
     else:
         read = task.read_responses or read_responses
         texts, method = read(config.results, examples), f"as in {config.results}"
@@ -74,9 +75,12 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 
 
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
-    """Respond to the examples greedily, with the adapter or the base alone. Raises OSError or ValueError."""
+    """Generate or choose a response to each example, with the adapter or the base alone.
+
+    Raises OSError or ValueError.
+    """
     if config.choose and config.compile:
-        raise ValueError("--compile is for generated responses: omit it, or --choose")
+        raise ValueError("--compile applies only to generated responses; omit --compile or --choose")
     device, dtype = select_device(config.device, config.dtype)
     paths = [config.adapter_path] if config.adapter_path else []
     loading = {"bits": config.bits, "compiled": config.compile}
@@ -88,15 +92,15 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
         kept = with_images(examples, config.images, config.skip_missing, config.data)
         if len(kept) < len(examples):
             number = f"{len(examples) - len(kept):,} of {len(examples):,}"
-            click.echo(f"{number} skipped: their image was not found", err=True)
+            click.echo(f"{number} examples skipped: image not found", err=True)
         examples = kept
         if any(example.image for example in examples):
             encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
             examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
-        raise ValueError(f"the task {name} needs an adapter with a projection, one that was trained on images")
+        raise ValueError(f"the task {name} needs an adapter that was trained on images")
     elif config.vision_encoder or config.encoder:
-        raise ValueError("--clip or --encoder needs an adapter with a projection, one that was trained on images")
+        raise ValueError("--clip and --encoder need an adapter that was trained on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
     if config.choose:
         method, choices = "the most likely option", [task.choices(example) for example in examples]
@@ -130,7 +134,7 @@ image_options = option_group(
 
 
 class TaskCommands(click.Group):
-    """A group with a command for every task that has scores; a task is imported when its command runs."""
+    """A group with a command for every task that can be scored. A task is imported only when it is needed."""
 
     command_class = cloup.Command
 
@@ -154,7 +158,7 @@ def main():
 
 
 def task_command(name: str, task: Task) -> click.Command:
-    """Create the command of a task that has scores, with the options that the task supports."""
+    """Create the command of a task that can be scored, with the options that the task supports."""
     choose_help = "Choose the most likely option, instead of generating and parsing a response."
     split = [option("--split", default=task.split, help="The split of the data to score.")] if task.split else []
     choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
@@ -164,7 +168,7 @@ def task_command(name: str, task: Task) -> click.Command:
         "Data",
         option("--data", type=PATH, required=True, help=task.data_help),
         *split,
-        option("--limit", type=Count(), help="Use only this many examples, from the beginning."),
+        option("--limit", type=Count(), help="Use only this many examples, from the beginning of the file."),
         option("--results", type=PATH, help="Score the responses in this file, without running a model."),
     )
     @model_options
@@ -172,8 +176,8 @@ def task_command(name: str, task: Task) -> click.Command:
     @option_group(
         "Responses",
         *choose,
-        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Maximum tokens of a response."),
-        option("--batch-size", type=Count(), default=64, help="Number of prompts, or options, per batch."),
+        option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Maximum tokens per response."),
+        option("--batch-size", type=Count(), default=64, help="Number of prompts (or options) per batch."),
         compile_option,
         option("--out", type=PATH, default=f"out-{name}", help="Folder for responses and scores."),
     )
@@ -194,13 +198,13 @@ def task_command(name: str, task: Task) -> click.Command:
 )
 @option_group(
     "Data",
-    option("--with-images", is_flag=True, help="Score questions about held-out images of digits, too."),
-    option("--images", "with_images", is_flag=True, hidden=True),  # its name in earlier versions
+    option("--with-images", is_flag=True, help="Also score questions about held-out images of digits."),
+    option("--images", "with_images", is_flag=True, hidden=True),  # the old name, kept for compatibility
 )
 def evaluate_toy(adapter_path, with_images, base, device, dtype, bits):
     """Score answers to the toy's held-out questions.
 
-    The base alone and the base with the adapter are compared.
+    The answers of the base with the adapter are compared with those of the base alone.
     """
     from toy import exam
 
@@ -223,11 +227,11 @@ def at_commas(ctx, param, value: str) -> list[str]:
         "--tasks",
         required=True,
         callback=at_commas,
-        help="Names of the harness's tasks, or files TASK.yaml, separated by commas.",
+        help="Tasks of the harness, separated by commas: names or YAML files.",
     ),
     option("--include-path", "include", type=PATH, help="A folder with further tasks."),
-    option("--num-fewshot", type=Count(0), help="Number of examples in each prompt.  [default: the task's]"),
-    option("--limit", type=Count(), help="Use only this many examples of each task, from the beginning."),
+    option("--num-fewshot", type=Count(0), help="Number of few-shot examples.  [default: the task's]"),
+    option("--limit", type=Count(), help="Use only this many examples of each task."),
     option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: none]"),
     *ending_options,
 )
@@ -240,22 +244,23 @@ def at_commas(ctx, param, value: str) -> list[str]:
         type=Real(0, 1e3),
         multiple=True,
         default=[1.0],
-        help="Factor of the gates; repeatable, one column for each.",
+        help="Factor by which the gates are multiplied; repeatable, with one column for each.",
     ),
-    option("--compare", is_flag=True, help="Score the base alone, too.  [default: if there is no adapter]"),
+    option("--compare", is_flag=True, help="Also score the base alone.  [default: only if there is no adapter]"),
     *bits_options,
     compile_option,
 )
 @option_group(
     "Results",
-    option("--batch-size", type=Count(), default=16, help="Continuations, or responses, per batch."),
+    option("--batch-size", type=Count(), default=16, help="Number of continuations (or responses) per batch."),
     option("--log-samples", "samples", is_flag=True, help="Write every prompt and response to a file."),
     option("--out", type=PATH, default="out-harness", help="Folder for the results."),
 )
 def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, strengths, compare, template, **options):
     """Score with EleutherAI's lm-evaluation-harness.
 
-    One run can compare several adapters, each at several strengths, and the base. It needs pip install lm_eval.
+    One run can compare several adapters, each at several strengths, and the base. It requires the package lm_eval: pip
+    install lm_eval.
     """
     with one_line_errors(), inference_ranks():
         from tasks import harness

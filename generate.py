@@ -1,8 +1,8 @@
 """Generate text, with or without an adapter: python generate.py --adapter out/adapter.safetensors "prompt".
 
-The order of this file: sampling; the two forward passes, prefill and decoding step; the decoding loop; the responder,
-which turns a request into a response; the command; its modes for images, files of records and conversations. Notation
-as in adapter.py.
+This file contains, in this order: sampling; the two forward passes, prefill and decoding step; the decoding loop; the
+responder, which turns a request into a response; the command; and its modes for images, files of records, and
+conversations. The notation is that of adapter.py.
 """
 
 import sys
@@ -38,13 +38,13 @@ class Sampling(NamedTuple):
     max_new_tokens: int = 256
     temperature: float = 0.0  # of the softmax; 0 is greedy decoding
     top_p: float = 1.0  # probability mass of nucleus sampling
-    end_ids: Collection[int] = ()  # any of these tokens ends a response, and is not part of it
-    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the response become less likely
+    end_ids: Collection[int] = ()  # each of these tokens ends a response, and is not part of it
+    repetition_penalty: float = 1.0  # a value above 1 makes tokens of the prompt and the response less likely
     generator: torch.Generator | None = None
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Choose one token for each row of logits (B, V); return (B,). Temperature 0 is argmax.
+    """Choose one token for each row of logits (B, V); return the ids (B,). Temperature 0 chooses the argmax.
 
     Other temperatures use nucleus sampling (Holtzman et al., 2020): the token is drawn from the smallest set of most
     likely tokens whose probabilities sum to at least `top_p`.
@@ -56,7 +56,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # all ranks must choose the same token.
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
     before = probabilities.cumsum(dim=-1, dtype=dtype) - probabilities
-    probabilities[before >= max(top_p, 1e-6)] = 0  # never the most likely token
+    probabilities[before >= max(top_p, 1e-6)] = 0  # this never excludes the most likely token
     # argmax(p / E) with E ~ Exp(1) is a draw from p (the Gumbel-max trick). torch.multinomial would make the host wait
     # for the GPU.
     exponential = torch.empty_like(probabilities).exponential_(generator=generator)
@@ -65,7 +65,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return logits (B, V), in float32, that make the tokens of the mask `seen` (B, V) less likely.
+    """Return logits (B, V), in float32, in which the tokens of the boolean mask `seen` (B, V) are less likely.
 
     Positive logits are divided by the penalty, negative ones are multiplied by it (CTRL; Keskar et al., 2019).
     """
@@ -76,7 +76,10 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def prefill(
     model: LLaMA, tokens: Sequence[list[int]], adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache
 ) -> Tensor:
-    """Process B rows of ids after those in the cache; return the next logits (B, V). The rows may differ in length."""
+    """Process B rows of token ids, which follow the tokens in the cache; return the logits of the next tokens (B, V).
+
+    The rows may differ in length.
+    """
     lengths = torch.tensor([len(row) for row in tokens], device=model.device)
     longest = max(map(len, tokens))
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=model.device)  # (B, T)
@@ -86,7 +89,7 @@ def prefill(
 
 
 def decode_step(model: LLaMA, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache) -> Tensor:
-    """Process the newest token of every row, ids (B,); return the next logits (B, V)."""
+    """Process the newest token of every row, ids (B,); return the logits of the next tokens (B, V)."""
     hidden = model.hidden_states(ids[:, None], adaption_prompts, cache)  # (B, 1, C)
     cache.lengths += 1
     return model.output(hidden[:, 0])
@@ -104,13 +107,14 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids, which may differ in length.
 
-    Yields B ids per step, with None for a row that has ended. `decode_step` is the function above, plain or compiled.
+    Yields B ids per step; the id of a row that has ended is None. `decode_step` is the function above, plain or
+    compiled.
     If a `cache` is given, it contains the tokens before the rows, processed with the same adaption prompts, and has
     room for the rows and the new tokens. `cached` are the ids of the tokens in the cache, for the repetition penalty.
     Raises ValueError if a row is empty.
     """
     if not all(tokens):
-        raise ValueError("a row has no tokens; begin it with <bos>")
+        raise ValueError("a prompt has no tokens; begin it with <bos>")
     limit = sampling.max_new_tokens
     if cache is None:
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
@@ -121,7 +125,7 @@ def stream(
         row[ids] = True
     ended = [False] * len(tokens)
     newest = None
-    # Reading a token makes the host wait for the GPU, so the tokens of eight steps are read at a time there.
+    # Reading a token makes the host wait for the GPU, so on a GPU the tokens of eight steps are read together.
     steps_at_once = 8 if logits.device.type == "cuda" else 1
     for start in range(0, limit, steps_at_once):
         new = []
@@ -148,7 +152,7 @@ def generate(
     decode_step: Callable[..., Tensor] = decode_step,
     **sampling,
 ) -> list[list[int]]:
-    """Return the new ids of every row. `sampling` are fields of Sampling."""
+    """Generate a continuation of every row, and return its ids. The keywords `sampling` are fields of Sampling."""
     responses: list[list[int]] = [[] for _ in tokens]
     for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode_step):
         for response, id in zip(responses, ids):
@@ -160,7 +164,7 @@ def generate(
 def collect(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, limits: Sequence[int], stop: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Return the new ids of every row. A row ends at its limit, or when its text contains one of the stop strings."""
+    """Collect the new ids of every row. A row ends at its limit, or when its text contains one of the stop strings."""
     rows: list[list[int]] = [[] for _ in limits]
     ended = [False] * len(rows)
     for ids in steps:
@@ -175,7 +179,7 @@ def collect(
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return the text before the first stop string in it."""
+    """Return the text, truncated before the first occurrence of a stop string."""
     return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
@@ -185,7 +189,7 @@ def text_pieces(
     """Yield the text of a stream with a single row, piece by piece, until it contains one of the stop strings.
 
     A character is held back until all of its bytes have been generated. Text that may be the beginning of a stop string
-    is held back, too. `response_ids` is an empty list, to which the ids are appended.
+    is held back, too. `response_ids` is an empty list, to which the new ids are appended.
     """
     beginnings = tuple(string[:length] for string in stop for length in range(1, len(string)))
     shown = ""
@@ -222,9 +226,9 @@ class Responder:
 
     The name "base" selects the base alone. A prompt is formatted with the template that its adapter was trained with;
     prompts to the base alone use the template of the first adapter. `template` names another template for all prompts,
-    and `raw` uses none. `gate_scale` scales the gates. A response ends before any of the texts `stop`. With `compiled`,
-    the decoding step is compiled. Raises ValueError if the base does not have the tokens of the template, or if a stop
-    text is empty.
+    and `raw` uses none. `gate_scale` multiplies the gates. A response ends before the first occurrence of a string in
+    `stop`. With `compiled`, the decoding step is compiled. Raises ValueError if the base does not have the tokens of
+    the template, or if a stop string is empty.
     """
 
     def __init__(
@@ -241,7 +245,7 @@ class Responder:
         **sampling,
     ):
         if not all(stop):
-            raise ValueError("--stop: the text is empty")
+            raise ValueError("--stop: the string is empty")
         self.stop = stop
         self.model = model
         self.tokenizer = tokenizer
@@ -279,18 +283,18 @@ class Responder:
         tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or UNSTATED_CONTEXT
         if len(tokens) >= context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, the base has a context of only {context}")
+            raise ValueError(f"the prompt has {len(tokens)} tokens, but the context of the base is only {context}")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
 
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the ids of the prompt in its template: <bos>, earlier turns, and the instruction.
 
-        Raises ValueError if there are earlier turns, but the template has no turns.
+        Raises ValueError if there are earlier turns, but the template does not support conversations.
         """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
             used = "a raw prompt" if self.raw else f"the template {template.name}"
-            raise ValueError(f"{used} has no turns; use --template auto, llama-2, llama-3 or chatml")
+            raise ValueError(f"{used} cannot contain earlier turns; use --template auto, llama-2, llama-3 or chatml")
         if self.raw:
             return self.tokenizer.start_ids + self.tokenizer.encode(request.instruction)
         return template.encode_prompt(request.instruction, request.input, request.history)
@@ -305,7 +309,7 @@ class Responder:
         return adapter(features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
     def has_turns(self, adapter: str) -> bool:
-        """Return True if a response may be followed by another prompt, in the template of the adapter."""
+        """Return True if the template of the adapter supports conversations of several turns."""
         return self.loaded[adapter].template.has_turns and not self.raw
 
     def respond_batch(self, requests: Sequence[Request]) -> list[str]:
@@ -330,7 +334,7 @@ class Responder:
 
 
 def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
-    """Concatenate the adaption prompts of a batch along B. The samples may have different adapters, with the same K.
+    """Concatenate the adaption prompts of a batch along B. The samples may have different adapters of the same K.
 
     A sample with fewer adapted layers than another, or none (the base), gets zero gates in the lower layers. If all
     samples share one adapter, its adaption prompts are returned without copies.
@@ -360,7 +364,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         "media",
         type=click.Path(),
         multiple=True,
-        help="A file that PROMPT is about, or a folder of such files; repeatable.",
+        help="An image, video or sound that PROMPT is about, or a folder of them; repeatable.",
     ),
     *encoder_options,
     option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's]"),
@@ -373,7 +377,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Probability mass of nucleus sampling."),
     option("--greedy", is_flag=True, help="Same as --temperature 0."),
     option(
-        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor of the gates; 0 is the base alone."
+        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor of the gates; 0 gives the base alone."
     ),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
     *ending_options,
@@ -385,35 +389,40 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         "--prompts",
         "jsonl",
         type=click.Path(),
-        help="JSONL records with instruction and input, or messages; and adapter.",
+        help="A JSONL file of records with instruction and input, or messages, and optionally adapter.",
     ),
     option(
         "--images", "folder", type=click.Path(), help="Folder of the records' images.  [default: the file's folder]"
     ),
-    option("--out", type=click.Path(), help="File for the responses: the records, each with an output."),
-    option("--batch-size", type=Count(), default=64, help="Number of prompts, or images, per batch."),
+    option("--out", type=click.Path(), help="File to write: the records, each with its response as output."),
+    option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
 @option_group(
     "Memory and speed",
     *bits_options,
     compile_option,
-    option("--attention", type=click.Choice([*ATTENTIONS]), default="fused", help="Two equivalent implementations."),
+    option(
+        "--attention",
+        type=click.Choice([*ATTENTIONS]),
+        default="fused",
+        help="Implementation of gated attention; both are equivalent.",
+    ),
 )
 def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out, media, **options):
-    """Respond to PROMPT. The response goes to standard output, everything else to standard error.
+    """Respond to PROMPT. The response goes to standard output, and everything else to standard error.
 
     Without PROMPT, lines are read from standard input. On a terminal this is a conversation, in which /adapter NAME or
-    /none selects the adapter. Earlier turns are remembered if the template has turns; with alpaca, every line is an
-    instruction of its own. From a pipe, the response to every line is exactly one line, with \\n for line breaks. With
-    --prompts, records that name different adapters (or null for the base) share a batch.
+    /none selects the adapter. Earlier turns are remembered if the template supports conversations; with alpaca, every
+    line is a separate instruction. If the lines come from a pipe, the response to each is exactly one line, with \\n
+    for line breaks. With --prompts, records that name different adapters (or null for the base) share a batch.
     """
     with one_line_errors(), inference_ranks():
         if compare and not adapter_paths:
             raise ValueError("--compare needs --adapter FILE")
         if raw and input:
-            raise ValueError("--input is a field of the template, which --raw omits")
+            raise ValueError("--input is a field of the template, but --raw uses no template; omit one of them")
         if raw and template:
-            raise ValueError(f"--template {template} and --raw: use only one of them")
+            raise ValueError(f"use only one of --template {template} and --raw")
         if media and (prompt is None or compare or len(adapter_paths) != 1):
             raise ValueError("--image needs PROMPT and exactly one --adapter, without --compare")
         if jsonl is not None or out is not None:
@@ -451,7 +460,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
         elif sys.stdin is not None:
             chat(responder, input, names, sys.stdin)
         else:
-            raise ValueError("no PROMPT, and no standard input to read one from")
+            raise ValueError("there is no PROMPT, and no standard input to read one from")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -459,7 +468,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
 
 def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
-    """Print the response to the prompt for every file. With several files, each gets one line, which names the file."""
+    """Print the response to the prompt for every file. With several files, each response is one line after its name."""
     from encoders.media import files_in
     from formats.requests import attach_images
 
@@ -475,9 +484,9 @@ def respond_about_media(responder: Responder, prompt: str, input: str, media: Se
 def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, compare: bool, input: str) -> None:
     """Raise ValueError if other options contradict --prompts and --out, or OSError if --out cannot be written."""
     if jsonl is None or out is None:
-        raise ValueError("--prompts and --out go together")
+        raise ValueError("--prompts and --out must be used together")
     if prompt is not None or compare or input:
-        raise ValueError("--prompts contains all prompts: omit PROMPT, --input and --compare")
+        raise ValueError("--prompts already contains all prompts; omit PROMPT, --input and --compare")
     if rank() == 0:
         require_writable(out)
 
@@ -485,7 +494,7 @@ def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, c
 def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
     """Respond to the records of a file, and write them with the responses.
 
-    Raises OSError, or ValueError that names the record.
+    Raises OSError, or a ValueError that names the record.
     """
     from formats.requests import attach_images, read_requests, write_responses
 
@@ -497,7 +506,7 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{jsonl}: adapters of different lengths cannot share a batch: {lengths}")
+        raise ValueError(f"{jsonl}: adapters with different numbers of prompts cannot share a batch: {lengths}")
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
     write_responses(out, records, responder.respond_all(requests, options["batch_size"], "record"))
 
@@ -536,7 +545,7 @@ class Conversation:
             self.turns.append(Turn("assistant", before_stop(responder.tokenizer.decode(new), responder.stop)))
 
     def reuse_cached_prefix(self, tokens: list[int], limit: int) -> int:
-        """Return how many of the tokens are cached, and make room for the others and for `limit` new ones."""
+        """Return how many leading tokens are cached, and make room for the remaining ones and `limit` new ones."""
         same = [old == new for old, new in zip(self.ids, tokens[:-1])] + [False]
         num_cached = min(same.index(False), int(self.cache.lengths))
         needed = len(tokens) + limit
@@ -548,9 +557,10 @@ class Conversation:
 
 
 def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) -> None:
-    """Respond to every line. On a terminal, turns are remembered if the template has turns, and lines may be commands.
+    """Respond to every line of standard input.
 
-    Raises ValueError if a pipe is empty.
+    On a terminal, lines may be commands, and earlier turns are remembered if the template supports conversations.
+    Raises ValueError if standard input is an empty pipe.
     """
     conversations = {name: Conversation(responder, name) for name in responder.loaded}
     terminal = broadcast_from_rank0(stdin.isatty)
@@ -560,11 +570,11 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             if slash_command in ("/adapter", "/none"):
                 name = text if slash_command == "/adapter" else "base"
                 if name not in conversations:
-                    raise ValueError(f"no adapter {name!r}; choose from {', '.join(conversations)}")
+                    raise ValueError(f"there is no adapter {name!r}; choose from {', '.join(conversations)}")
                 names = [name]
             elif slash_command in ("/reset", "/system"):
                 if not all(map(responder.has_turns, names)):
-                    raise ValueError(f"{slash_command} is for templates with turns; here every line is an instruction")
+                    raise ValueError(f"{slash_command} needs a template for conversations, such as --template auto")
                 for conversation in conversations.values():
                     if slash_command == "/system":
                         conversation.system = text
@@ -585,7 +595,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
 
 
 def print_one_line(responder: Responder, instruction: str, input: str, names: Sequence[str]) -> None:
-    """Print the responses of all `names` in one line, separated by tabs, with \\n for line breaks."""
+    """Print the responses of all adapters in `names` in one line, separated by tabs, with \\n for line breaks."""
     for number, name in enumerate(names, start=1):
         click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
         for piece in responder.respond(Request(instruction, input, name)):

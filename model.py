@@ -1,6 +1,6 @@
 """LLaMA (1, 2 and 3), Mistral, Qwen2 and Qwen3 in plain PyTorch, with an optional adaption prompt per layer.
 
-Parameters have the names of Meta's checkpoints. Notation as in adapter.py.
+The names of the parameters are those of Meta's checkpoints. The notation is that of adapter.py.
 """
 
 import copy
@@ -46,9 +46,9 @@ class Config:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}: the rotary embedding needs an even number")
+            raise ValueError(f"head_dim is {self.head_dim}, but the rotary embedding needs an even number")
         if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
-            raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers for head_dim {self.head_dim}")
+            raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers, not half of head_dim {self.head_dim}")
         for factor in self.rope_factors or ():
             require_number("an element of rope_factors", factor, 1e-30, 1e12)
 
@@ -64,10 +64,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, 1, D/2), in float32, of the rotary angles at positions (B, T).
+    """Return the cosine and sine (B, T, 1, D/2), in float32, of the rotary angles at positions (B, T).
 
-    Recomputed in every forward pass, once for all layers: a table stored in the module would be rounded by
-    `model.bfloat16()`.
+    They are recomputed in every forward pass, once for all layers, because a table stored in the module would be
+    rounded by `model.bfloat16()`.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,), radians per position
@@ -104,9 +104,10 @@ class LayerCache:
 class KVCache:
     """Key/value cache of fixed size for one generation, created and owned by the caller.
 
-    `lengths` (B,) is the number of valid tokens in each row. `LLaMA.forward` writes after them, and the caller then
-    increases them. Rows of different length are padded on the right, and each is advanced by its own length, so that
-    the next tokens overwrite the padding. `empty` is True until the first forward pass.
+    `lengths` (B,), in int64, is the number of valid tokens in each row. `LLaMA.forward` writes the new keys and values
+    after them, and the caller then increases `lengths`. Rows of different lengths are padded on the right; each row is
+    advanced by its own length, so that the next tokens overwrite the padding. `empty` is True until the first forward
+    pass.
     """
 
     def __init__(self, model: "LLaMA", batch: int, capacity: int):
@@ -131,7 +132,7 @@ class KVCache:
         for layer in self.layers:
             k, v = (F.pad(x[rows], (0, 0, 0, capacity - self.capacity)) for x in (layer.k, layer.v))
             prompt_kv = layer.prompt_kv
-            if prompt_kv is not None and len(prompt_kv[0]) > 1:  # each row has its own
+            if prompt_kv is not None and len(prompt_kv[0]) > 1:  # each row has its own adaption prompt
                 prompt_kv = prompt_kv[0][rows], prompt_kv[1][rows]
             longer.layers.append(LayerCache(k, v, prompt_kv))
         return longer
@@ -165,7 +166,7 @@ class Attention(nn.Module):
     def project_adaption_prompt(
         self, adaption_prompt: AdaptionPrompt, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
-        """Project an adaption prompt to keys and values (1|B, Hkv, K, D), without RoPE, because it has no position."""
+        """Project an adaption prompt to keys and values (1|B, Hkv, K, D). It has no position, hence no RoPE."""
         if cache is not None and cache.prompt_kv is not None:
             return cache.prompt_kv
         k = self.k_norm(self.split_heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
@@ -199,7 +200,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    """Feed-forward network with SwiGLU (Shazeer, 2020)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -227,7 +228,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """Decoder-only transformer. Layers with an adaption prompt use `attention`: `gated_attention` or its equivalent."""
+    """Decoder-only transformer. Layers with an adaption prompt use `attention`, by default `gated_attention`."""
 
     def __init__(self, config: Config, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -261,7 +262,7 @@ class LLaMA(nn.Module):
         first_adapted = len(self.layers) - len(adaption_prompts)
         if first_adapted < 0:
             number = len(adaption_prompts)
-            raise ValueError(f"adaption prompts for {number} layers, but the model has {len(self.layers)} layers")
+            raise ValueError(f"found adaption prompts for {number} layers, but the model has {len(self.layers)} layers")
         index = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         mask = None
         if cache is not None:

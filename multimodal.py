@@ -4,8 +4,8 @@
     I         = projection(features)          a small trained MLP
     P + I                                     replaces P in every adapted layer
 
-Notation as in adapter.py. F is the number of features: M*Cv for a vision encoder of width Cv. The features of a video
-are the mean over its frames. Sounds and other media use a feature function that the user provides.
+The notation is that of adapter.py. F is the number of features: M*Cv for a vision encoder of width Cv. The features of
+a video are the mean over its frames. Sounds and other media use a feature function that the user provides.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ DEPTHS = 4  # M
 
 
 class ImageAdapter(Adapter):
-    """An adapter for images, or for any other media with features, which are projected to a shift of the prompts.
+    """An adapter for images or other media, whose features are projected to a shift of the adaption prompts.
 
     The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths and LLaMA-7B, it
-    has 593,992 parameters. The whole adapter with K = 10 and L = 30 has 1,823,752, the paper's 1.8 million.
+    has 593,992 parameters. The whole adapter with K = 10 and L = 30 has 1,823,752 parameters, the paper's 1.8 million.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ImageAdapter(Adapter):
         """Return the adaption prompts as `Adapter.forward` does, shifted by the image of each sample.
 
         `features` (B, F) are the features of one image per sample. Samples for which `has_image` (B,) is False are not
-        shifted; without `features`, none is.
+        shifted; without `features`, no sample is shifted.
         """
         if features is None:
             return super().forward(gate_scale=gate_scale, dtype=dtype)
@@ -67,23 +67,26 @@ class ImageAdapter(Adapter):
             raise ValueError("has no projection: it is not an adapter for images")
         depths = whole_number("vision_encoder_depths", metadata.get("vision_encoder_depths", "1"))
         if down.shape[1] % depths:
-            raise ValueError(f"vision_encoder_depths is {depths}: the projection takes {down.shape[1]} features")
+            raise ValueError(f"vision_encoder_depths, {depths}, does not divide the {down.shape[1]} features")
         return super().from_tensors(tensors, metadata, bottleneck=down.shape[0], features=down.shape[1])
 
 
 def layers_at_depths(n_layers: int, number: int) -> list[int]:
-    """Return the indices of `number` evenly spaced layers, up to the last one.
+    """Return the indices of `number` evenly spaced layers, the last of which is the encoder's last layer.
 
-    Raises ValueError if the encoder has fewer layers.
+    Raises ValueError if `number` is not between 1 and the encoder's number of layers.
     """
     if not 1 <= number <= n_layers:
-        raise ValueError(f"features at {number} depths, but the vision encoder has {n_layers} layers")
+        raise ValueError(f"cannot take features at {number} depths, because the vision encoder has {n_layers} layers")
     return [(i + 1) * n_layers // number - 1 for i in range(number)]
 
 
 @torch.no_grad()
 def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -> Tensor:
-    """Return the normalized class tokens at `depths` depths, (B, M*Cv) in float32, for images (B, 3, S, S)."""
+    """Return the normalized class tokens at M = `depths` depths, (B, M*Cv) in float32.
+
+    `images` is (B, 3, S, S), where S is the image size in pixels.
+    """
     weight = vision_encoder.class_embedding
     states = vision_encoder(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
     tokens = [states[i][:, 0].float() for i in layers_at_depths(len(states), depths)]
@@ -99,7 +102,7 @@ def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
 
 
 def features_key(vision_encoder: ViT, depths: int) -> str:
-    """Return a cache key for all that features depend on besides the image: weights, config, preprocessing, depths."""
+    """Return a cache key of everything but the image that affects features: weights, config, preprocessing, depths."""
     config = repr((PREPROCESSING_VERSION, vision_encoder.config))
     return f"{vision_encoder_fingerprint(vision_encoder)}-{hashlib.sha256(config.encode()).hexdigest()[:16]}-{depths}"
 
@@ -111,10 +114,11 @@ def encode_images(
     cache: Path | None = None,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """Return the `global_features` (F,) of every image, on the CPU; for a video, their mean over its frames.
+    """Return the `global_features` (F,) of every image, on the CPU; for a video, return the mean over its frames.
 
-    The folder `cache` keeps the features of each image under the hash of its content, so that the image passes through
-    the vision encoder once for all epochs and runs. Raises OSError or ValueError if an image cannot be read.
+    The folder `cache` keeps the features of each image under the hash of the image file, so that the image passes
+    through the vision encoder only once for all epochs and runs. Raises OSError or ValueError if an image cannot be
+    read.
     """
     config, by_hash = vision_encoder.config, {}
     folder = None if cache is None else cache / features_key(vision_encoder, depths)
@@ -144,7 +148,7 @@ def content_hash(path: str | Path) -> str:
 
 
 def read_features(path: Path, number: int) -> Tensor | None:
-    """Read `number` cached features (F,); return None if the file is missing or invalid, to compute them again."""
+    """Read `number` cached features (F,). Return None if the file is missing or invalid."""
     if not path.is_file() or path.stat().st_size > 4096 + 4 * number:
         return None
     try:
@@ -162,7 +166,7 @@ def load_function(where: str) -> Callable[[Path], object]:
     """
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
-        raise FileNotFoundError(f"{where}: no such encoder; give it as FILE.py:FUNCTION")
+        raise FileNotFoundError(f"{where}: no such encoder; write it as FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(f"user encoder: {file}", file)
     if spec is None:
         raise ValueError(f"{file}: is not a Python file")
@@ -179,7 +183,7 @@ def load_function(where: str) -> Callable[[Path], object]:
 def encode_with_function(paths: Sequence[str | Path], encode: Callable[[Path], object]) -> list[Tensor]:
     """Return the features (F,) that a user's function computes for every file: M normalized rows of Cv, concatenated.
 
-    Raises OSError, or ValueError if the function fails or returns another shape or values that are not finite.
+    Raises OSError, or ValueError if the function fails, or if its result has a wrong shape or is not finite.
     """
     by_path: dict[Path, Tensor] = {}
     for path in tqdm(list(dict.fromkeys(require_file(path, "image") for path in paths)), unit="file", file=sys.stderr):
@@ -188,11 +192,14 @@ def encode_with_function(paths: Sequence[str | Path], encode: Callable[[Path], o
         except (Exception, SystemExit) as error:  # the user's code can raise anything
             raise ValueError(f"{path}: the encoder failed: {type(error).__name__}: {error}") from None
         if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
-            raise ValueError(f"{path}: the encoder returns {list(rows.shape)} numbers, not (M, Cv) finite ones")
+            raise ValueError(
+                f"{path}: the encoder must return a matrix of finite numbers, one row per depth; "
+                f"it returned values of shape {tuple(rows.shape)}, {int(rows.isfinite().sum())} of them finite"
+            )
         by_path[path] = F.layer_norm(rows, rows.shape[1:]).flatten()
         first = next(iter(by_path.values()))
         if len(by_path[path]) != len(first):
             raise ValueError(
-                f"{path}: the encoder returns {len(by_path[path])} features, but {len(first)} for other files"
+                f"{path}: the encoder returns {len(by_path[path])} features, but {len(first)} for the first file"
             )
     return [by_path[Path(path)] for path in paths]

@@ -1,7 +1,8 @@
 """Train an adapter: python train.py --data alpaca.json --base LLaMA-7B --out out.
 
-The order of this file: hyper-parameters, optimizer and schedule, loss, optimizer step, training steps; then `train`, a
-whole run from the options to summary.json, and the command. Notation as in adapter.py.
+This file contains, in this order: hyper-parameters, optimizer and schedule, loss, optimizer step, and training steps;
+then `train`, which is a whole run from the options to summary.json; and the command. The notation is that of
+adapter.py.
 """
 
 import math
@@ -55,7 +56,7 @@ from training.sharding import choose_strategy, fsdp_sharder
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyper-parameters. The defaults are the paper's if it states them (section 4.1)."""
+    """Hyper-parameters. The defaults are those of the paper, where it states them (section 4.1)."""
 
     layers: int | None = setting(None, "L, number of topmost layers to adapt.  [default: all but two]", Count())
     length: int = setting(10, "K, number of adaption prompts per layer.", click.IntRange(1, 4096))
@@ -67,16 +68,16 @@ class TrainConfig:
     weight_decay: float = setting(0.02, "Weight decay; gates have none, because it would pull them to 0.", Real(0, 1e3))
     gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
     max_seq_len: int | None = setting(
-        None, "Tokens per example; longer responses are truncated.  [default: 512, or the base's context]", Count(2)
+        None, "Maximum tokens per example; longer ones are truncated.  [default: 512, or the base's context]", Count(2)
     )
     val_size: float = setting(0.02, "Size of the validation set: a fraction if below 1, otherwise a count.", Real(0))
     eval_every: int | None = setting(None, "Steps between validations.  [default: one epoch]", Count())
     keep: str = setting("last", "Adapter to keep: the last, or the one with the lowest validation loss.", KEEP)
     seed: int = setting(0, "Random seed for initial prompts, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
-        None, "Positions per forward pass; affects memory only.  [default: 8192, or fewer on a small GPU]", Count()
+        None, "Maximum positions per forward pass; affects only memory.  [default: 8192, fewer on a small GPU]", Count()
     )
-    checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass: less memory, more time.")
+    checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass, to save memory.")
 
     @property
     def peak_lr(self) -> float:
@@ -102,13 +103,16 @@ class TrainConfig:
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 
-# AdamW's update is about as large as the learning rate, whatever the size of the parameter. The rate of the prompts
-# would destabilize the image projection and an encoder's head, whose weights are far smaller.
+# AdamW's update is about as large as the learning rate, whatever the size of the parameter. The learning rate of the
+# prompts would destabilize the image projection and the head of an encoder, whose weights are far smaller.
 LINEAR_LR_SCALE = 0.1
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of the adapter. The `lr_scale` of a group multiplies the scheduled rate."""
+    """Return AdamW over the trainable parameters of the adapter.
+
+    The `lr_scale` of a parameter group multiplies the scheduled learning rate.
+    """
     parameters = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
     prompts = [parameters.pop("prompts")] if "prompts" in parameters else []
     gates = [parameters.pop("gates")] if "gates" in parameters else []
@@ -121,7 +125,7 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps, then cosine decay to zero, for steps 0 .. total-1."""
+    """Return the learning rate of a step, 0 .. total-1: linear warm-up over `warmup` steps, then cosine decay to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -134,13 +138,13 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 def response_loss(
     model: LLaMA, adapter: Adapter, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
-    """Cross entropy, summed over the R response tokens of the examples.
+    """Return the cross entropy, summed over the R response tokens of the examples, as a float32 scalar.
 
-    The output head runs only at positions with a target; half of Alpaca's tokens are in prompts. Without examples the
-    loss is a zero that is connected to all layers.
+    The output head runs only at positions with a target, because half of Alpaca's tokens are in prompts. Without
+    examples, the loss is a zero that depends on all layers.
     """
     batch = collate(examples)
-    rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)  # (R,), found here: a GPU would have to wait for R
+    rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)  # (R,), on the CPU, so as not to wait for a GPU
     targets = to_device(batch.targets.flatten()[rows], model.device)  # (R,)
     rows = to_device(rows, model.device)
     inputs = to_device(batch.inputs, model.device)  # (B, T)
@@ -164,9 +168,10 @@ def train_step(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Take one optimizer step on a batch, split over ranks and into micro-batches; return the mean loss before it.
+    """Take one optimizer step on a batch, which is split over ranks and into micro-batches.
 
-    Raises FloatingPointError, with the adapter unchanged, if the loss or its gradient is not finite.
+    Return the mean loss before the step. Raises FloatingPointError, with the adapter unchanged, if the loss or its
+    gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     for parameter in parameters:  # on a rank without images, the projection gets no gradient of its own
@@ -190,7 +195,7 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
     if not (batch_loss.isfinite() and grad_norm.isfinite()):
         names = ", ".join(dict.fromkeys(example.name for example in examples))
-        raise FloatingPointError(f"the loss ({batch_loss.item()}) or its gradient is not finite, from {names}")
+        raise FloatingPointError(f"the loss ({batch_loss.item()}) or its gradient is not finite, for {names}")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
@@ -205,7 +210,7 @@ def mean_loss(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Mean loss over all targets of the examples, bit for bit the same for any number of ranks."""
+    """Return the mean loss over all targets of the examples. It is bit for bit the same for any number of ranks."""
     micro_batches = group_by_length(examples, config.micro_batch_tokens)
     micro_batches += [[]] * (-len(micro_batches) % world_size())
     loss_sums = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
@@ -218,8 +223,8 @@ def mean_loss(
 class Step(NamedTuple):
     """Metrics of one optimizer step."""
 
-    number: int  # from 1
-    epoch: int  # from 0
+    number: int  # counted from 1
+    epoch: int  # counted from 0
     loss: float  # before the step
     lr: float
     num_tokens: int
@@ -266,9 +271,9 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     """
     device, dtype = select_device(base.device, base.dtype)
 
-    # Data, headers and template are checked first: they take a second, the weights may take minutes.
+    # Data, headers and template are checked first, because that takes a second, while the weights may take minutes.
     with local_rank0_first():  # it downloads the base, and the other ranks reuse it
-        examples, data = read_training_data(data)  # one Example per record; the toy's without --data
+        examples, data = read_training_data(data)  # one Example per record
         path = find_training_base(base, data)
     model_config, weights = read_base(path)  # model.Config, and one function per weight that reads it
     tokenizer = load_tokenizer(path, model_config.vocab_size)
@@ -290,7 +295,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
         fixed["images_hash"] = images_hash(examples, data.images)
     check_same_on_all_ranks(fixed | asdict(config) | {"strategy": base.strategy, "compile": base.compile})
     if run.is_finished(fixed):
-        print_rank0(f"{run.out}: this run is finished, nothing is left to do")
+        print_rank0(f"{run.out}: this run is finished; nothing is left to do")
         return
 
     encoder = None
@@ -349,7 +354,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
     """Read the examples. Return them, and the options with their defaults filled in.
 
-    Raises OSError or ValueError, naming file and record.
+    Raises OSError, or a ValueError that names the file and the record.
     """
     if data.data is None:
         examples, data = load_toy(data.toy).examples(data)
@@ -366,18 +371,18 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
 
     kept = with_images(examples, data.images, data.skip_missing, data.data or f"the toy {data.toy}")
     if len(kept) < len(examples):
-        print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} skipped: their image was not found")
+        print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} examples skipped: image not found")
     if not any(example.image for example in kept):
         raise ValueError(f"{data.data}: none of its {len(examples)} examples names an image")
     return kept, data
 
 
 def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
-    """Return the path of the base: a folder or file, a download from the Hub, or the toy's."""
+    """Return the path of the base: a local folder or file, a download from the Hub, or the toy's base."""
     if base.base is not None:
         return find_base(base.base)
     if data.data is not None:
-        print_rank0("no --base: training over the toy's LLaMA of 1M parameters; see docs/base_models.md for real ones")
+        print_rank0("no --base: training over the toy's LLaMA of 1M parameters; see docs/base_models.md for real bases")
     return load_toy(data.toy).base
 
 
@@ -387,7 +392,7 @@ def load_frozen(
     """Load the frozen base. Return it with its strategy: "ddp", replicated on every rank, or "fsdp", sharded.
 
     In both cases, `train_step` sums the gradient of the adapter over the ranks. With fsdp, layers are gathered when
-    they are needed. Raises ValueError if the options are not possible here.
+    they are needed. Raises ValueError if the options cannot be combined, or are not available on this machine.
     """
     if base.compile:
         prepare_to_compile(device)
@@ -447,7 +452,7 @@ def describe_adapter(
 
 
 def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
-    """Freeze parts of the adapter. Raises ValueError if a part does not exist, or nothing remains trainable."""
+    """Freeze parts of the adapter. Raises ValueError if a part does not exist, or if nothing remains trainable."""
     for name in names:
         parameters = [p for full_name, p in adapter.named_parameters() if name in full_name.split(".")]
         if not parameters:
@@ -459,7 +464,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
-    """Print how many parameters and examples there are."""
+    """Print the numbers of parameters and of examples."""
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = num_weights(model)
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
@@ -496,7 +501,7 @@ def main(context, **options):
 
 
 def toy_defaults(context: click.Context, options: dict) -> dict:
-    """Return the toy's hyper-parameters, except those given on the command line."""
+    """Return the hyper-parameters of the toys, except those given on the command line."""
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if "blr" in given:
         given.add("lr")

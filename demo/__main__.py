@@ -36,8 +36,8 @@ def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the uploads are deleted
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:
         if not adapter_paths:
-            raise ValueError("no adapter to show: give --adapter FILE, once or more")
-        # Gradio reads both when it is imported: the folder of uploads, and whether it sends usage data.
+            raise ValueError("there is no adapter to show; use --adapter FILE one or more times")
+        # Gradio reads both variables when it is imported: the folder of uploads, and whether it sends usage data.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             from demo.page import make_page, serve

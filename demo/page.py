@@ -24,7 +24,7 @@ SYSTEM_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # so 
 
 INTRODUCTION = """# LLaMA-Adapter
 
-One instruction, given to a frozen LLaMA with and without an adapter. The adapter adds K adaption prompts to each of
+Give one instruction to a frozen LLaMA, with and without an adapter. The adapter adds K adaption prompts to each of
 the topmost L layers. In each head a gate g scales their contribution.
 """
 ABOUT_SHARES = """### Share of the prompts
@@ -145,7 +145,7 @@ def stream_responses(
 
 
 def encode_image(demonstration: Demonstration, path: str) -> list:
-    """Encode an upload and delete the file; return the new values of the image's controls and the notice."""
+    """Encode an uploaded file and delete it; return the new values of the image's controls and of the notice."""
     try:
         upload = demonstration.encode_upload(Path(path))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -168,7 +168,7 @@ def as_notice(error: Exception) -> str:
 
 
 class PageOnly:
-    """ASGI middleware that refuses the paths of Gradio's API that the page does not use."""
+    """ASGI middleware that rejects those paths of Gradio's API that the page does not use."""
 
     def __init__(self, app):
         self.app = app
@@ -183,7 +183,7 @@ class PageOnly:
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until Ctrl-C, without contact to other servers. Raises OSError if the port is in use.
 
-    Requests whose Host header has another name are refused, because a website could let its own name resolve to this
+    Requests whose Host header has another name are rejected, because a website could let its own name resolve to this
     address (DNS rebinding).
     """
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
@@ -204,6 +204,6 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             **off,
         )
     except OSError:
-        raise OSError(f"{host}:{port}: cannot listen there; give another --port or --host") from None
+        raise OSError(f"{host}:{port}: cannot listen there; choose another --port or --host") from None
     click.echo(f"http://{host}:{port}, press Ctrl-C to stop")
     page.block_thread()

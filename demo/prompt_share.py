@@ -10,7 +10,7 @@ It is 0 in the frozen layer, and 1/2 if both terms have the same norm. It measur
 change the response, a long one may change nothing, and the two terms may point in opposite directions. To see the
 effect, compare the response of the adapter with that of the base.
 
-Notation as in adapter.py.
+The notation is that of adapter.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
 def prompt_shares(model: LLaMA, tokens: Tensor, adaption_prompts: Sequence[AdaptionPrompt]) -> Tensor:
     """Return the share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first, for ids (B, T).
 
-    One forward pass measures a whole response, because a token attends to the same tokens as when it was generated. The
-    attention function is an argument of the model's constructor. So a second model is created on the meta device, and
-    gets the modules of the first one, quantized or not.
+    One forward pass measures a whole response, because a token attends to the same tokens as when it was generated.
+    The attention function is an argument of the model's constructor. Therefore, a second model is created on the meta
+    device, and the modules of the first one, quantized or not, are assigned to it.
     """
     shares: list[Tensor] = []
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Functions behind the page: two responses side by side, features of images, and the HTML of previews and heat map."""
+"""Functions behind the page: two responses side by side, features of images, HTML of previews, and the heat map."""
 
 import base64
 import io
@@ -23,23 +23,23 @@ from runtime.errors import error_line
 from training.curves import draw_gates
 
 THUMBNAIL = (240, 240)  # maximum size of a preview in pixels
-MAX_CHARACTERS = 20_000  # of an instruction or input, because not every base states its context length
+MAX_CHARACTERS = 20_000  # limit for an instruction or input, because not every base states its context length
 
 
 class Sampling(NamedTuple):
-    """Sampling settings of a response; the defaults are greedy."""
+    """Sampling settings of a response. The default is greedy decoding."""
 
-    strength: float = 1.0  # scales the gates; 0 is the base
+    strength: float = 1.0  # multiplies the gates; 0 gives the base alone
     temperature: float = 0.0
     top_p: float = 0.75
     max_new_tokens: int = 256
     seed: int = 0
     repetition_penalty: float = 1.0
-    stop: str = ""  # texts that end a response, one per line
+    stop: str = ""  # strings that end a response, one per line
 
 
 class SideBySide(NamedTuple):
-    """Both responses so far, and the prompts' shares once the adapter's response is complete."""
+    """Both responses so far, and the shares of the prompts once the adapter's response is complete."""
 
     adapter: str = ""
     base: str = ""
@@ -48,17 +48,17 @@ class SideBySide(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """Features and preview of an uploaded file, which is deleted."""
+    """Features and preview of an uploaded file. The file itself is deleted."""
 
-    features: dict[str, Tensor]  # (F,) by name of the adapter, for those trained on images
+    features: dict[str, Tensor]  # (F,) for each adapter that was trained on images, by its name
     preview: str  # HTML
 
 
 class Demonstration:
     """A base, its adapters by name, and an image encoder for each adapter that was trained on images.
 
-    `vision_encoder`, `encoder` and `template` are the options of generate.py. Raises OSError or ValueError if an
-    encoder cannot be loaded.
+    `vision_encoder`, `encoder` and `template` are the options --clip, --encoder and --template of generate.py. Raises
+    OSError or ValueError if an encoder cannot be loaded.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Demonstration:
         }
         if (vision_encoder or encoder) and not self.encoders:
             raise ValueError(
-                "--clip and --encoder need an adapter that was trained on images; none of the adapters was"
+                "--clip and --encoder need an adapter that was trained on images, but none of the adapters was"
             )
 
     def encode_upload(self, path: Path) -> Upload:
-        """Return features and preview of an uploaded file, and delete the file.
+        """Return the features and the preview of an uploaded file, and delete the file.
 
-        Raises ValueError. The message contains the name of the file, but not the folder on the server.
+        Raises a ValueError that contains the name of the file, but not the name of its folder on the server.
         """
         try:
             features = {name: encoder.encode([path])[0] for name, encoder in self.encoders.items()}
@@ -111,7 +111,7 @@ class Demonstration:
         responder = Responder(
             self.model,
             self.tokenizer,
-            {name: self.adapters[name]},  # no other, because the base uses the template of the first one
+            {name: self.adapters[name]},  # no other adapter, because the base uses the template of the first one
             gate_scale=sampling.strength,
             template=self.template,
             temperature=sampling.temperature,
@@ -134,7 +134,10 @@ class Demonstration:
 
 
 def response_pieces(responder: Responder, request: Request, seed: int, ids: list[int]) -> Iterator[str]:
-    """Yield a response piece by piece, and fill the empty list `ids` with its token ids. Raises ValueError."""
+    """Yield a response piece by piece, and fill the empty list `ids` with its token ids.
+
+    Raises ValueError if the prompt fills the base's context.
+    """
     tokens, limit = responder.prompt_ids_and_limit(request)
     generator = torch.Generator(responder.model.device).manual_seed(seed)
     sampling = responder.sampling._replace(max_new_tokens=limit, generator=generator)
@@ -143,7 +146,7 @@ def response_pieces(responder: Responder, request: Request, seed: int, ids: list
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Return the text that each id adds; a character of several tokens belongs to the last of them."""
+    """Return the text that each id adds. A character that consists of several tokens belongs to the last of them."""
     texts, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
@@ -162,10 +165,10 @@ def response_shares(responder: Responder, request: Request, ids: list[int]) -> T
 
 
 def preview(path: Path) -> str:
-    """Return the HTML of a small image, embedded as data so that no file is kept; of other files, only the name."""
+    """Return HTML with a small image, embedded as data so that no file is kept. For other files, show only the name."""
     try:
         image = frames_of(path)[0]
-    except ValueError:  # for example a sound, for an encoder of the user's own
+    except ValueError:  # for example, a sound for an encoder that the user provides
         return f"<p>{escape(path.name)}</p>"
     image.thumbnail(THUMBNAIL)
     image.save(png := io.BytesIO(), "PNG")
@@ -174,10 +177,10 @@ def preview(path: Path) -> str:
 
 
 def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
-    """Return a heat map as an HTML table in percent: a row per layer, the topmost first, and a column per token.
+    """Return a heat map in percent as an HTML table with a row per layer, topmost first, and a column per token.
 
     `shares` is (L, n), with n labels; its row 0 belongs to layer `first_layer`. The color scale is the same in every
-    table: white is 0, full color is 1.
+    table: white is 0, and full color is 1.
     """
     head = "".join(f"<th><span>{escape(repr(label)[1:-1])}</span></th>" for label in labels)
     rows = []
@@ -191,7 +194,7 @@ def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
 
 
 def gates_figure(adapter: Adapter) -> Figure:
-    """Draw the gate values, layers by heads, as in curves.png."""
+    """Draw the gate values as an image of layers by heads, as in curves.png."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     draw_gates(figure.subplots(), adapter)
     return figure

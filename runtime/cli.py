@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)  # the type of an option whose value becomes a
 
 
 class Real(click.FloatRange):
-    """A finite number in a range; click.FloatRange accepts NaN and infinity."""
+    """A finite number in a range; click.FloatRange alone also accepts NaN and infinity."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -30,7 +30,7 @@ class Real(click.FloatRange):
 
 
 class Count(click.types.IntParamType):
-    """A whole number from `least` to 2**31 - 1."""
+    """An integer from `least` to 2**31 - 1."""
 
     def __init__(self, least: int = 1):
         self.least = least
@@ -47,9 +47,10 @@ class Count(click.types.IntParamType):
 
 
 def setting(default, help: str, type=None, flag: str | None = None, **more) -> Field:
-    """Declare a dataclass field that is also a command-line option, --its-name unless `flag` is given.
+    """Declare a dataclass field that is also a command-line option.
 
-    `type` is a click type; `more` are further arguments of click.option. A bool is a flag without a value.
+    The option is --field-name unless `flag` is given. `type` is a click type; `more` are further arguments of
+    click.option. If the default is a bool, the option is a flag without a value.
     """
     if isinstance(default, bool):
         more["is_flag"] = True
@@ -70,11 +71,11 @@ def options_of(record: type, title: str, only: Collection[str] | None = None, ex
 
 
 def from_options(record: type, options: dict):
-    """Create the dataclass from a command's options; those that are not its fields are ignored."""
+    """Create the dataclass from a command's options, ignoring options that are not fields of the dataclass."""
     return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 
 
-DEVICE_HELP = "The device: auto, cpu, cuda, cuda:1, mps ..."
+DEVICE_HELP = "The device, for example auto, cpu, cuda, cuda:1 or mps."
 device_options = [  # the arguments of `runtime.device.select_device`
     option("--device", default="auto", help=DEVICE_HELP),
     option(
@@ -86,31 +87,31 @@ bits_options = [  # both fill `bits` with None, "none", "8" or "4"
         "--bits",
         type=click.Choice(["auto", "none", "8", "4"]),
         callback=lambda context, parameter, bits: None if bits == "auto" else bits,
-        help="Bits per weight of the layers: auto keeps a GGUF file's 8 or 4, none is --dtype.  [default: auto]",
+        help="Bits per weight of the layers: auto keeps a GGUF file's 8 or 4, none uses --dtype.  [default: auto]",
     ),
-    option("--int8", "bits", flag_value="8", hidden=True),  # the name in earlier versions
+    option("--int8", "bits", flag_value="8", hidden=True),  # an old name, kept for compatibility
 ]
-compile_option = option("--compile", is_flag=True, help="torch.compile the decoding step: slow to start, then faster.")
-ADAPTER_HELP = "An adapter: FILE, the folder of a run, or NAME=FILE; repeatable."
+compile_option = option("--compile", is_flag=True, help="Compile the decoding step: slower at the start, then faster.")
+ADAPTER_HELP = "An adapter: its file, the folder of its run, or NAME=FILE; repeatable."
 adapter_options = option_group(
     "Model",
     option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help=ADAPTER_HELP),
     option("--base", type=click.Path(), help="The base model.  [default: the one named in the adapter file]"),
     *device_options,
 )
-PENALTY_HELP = "Above 1, makes tokens of the prompt and the response less likely."
+PENALTY_HELP = "A value above 1 makes tokens of the prompt and the response less likely."
 ending_options = [
     option("--stop", metavar="TEXT", multiple=True, help="End the response before this text; repeatable."),
     option("--repetition-penalty", type=Real(0, 1e3, min_open=True), default=1.0, help=PENALTY_HELP),
 ]
 encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
     option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
-    option("--encoder", help="Instead of --clip: FILE.py:NAME, a function that returns features (M, Cv) of a file."),
+    option("--encoder", help="Instead of --clip, use this function, FILE.py:NAME; it returns the features of a file."),
 ]
 
 
 class PromptCommand(Command):
-    """A command whose argument is a prompt. If a prompt begins with a dash, the error message tells how to pass it."""
+    """A command whose argument is a prompt. If a prompt begins with a dash, the error message explains how."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -131,7 +132,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def one_line_errors():
-    """Report errors in input, files, memory and other ranks in one line on standard error, and exit with code 2."""
+    """Report an error of the input, files, memory or other ranks as one line on standard error; exit with code 2."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -147,11 +148,11 @@ def one_line_errors():
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error, with the rank if there are several."""
+    """Print an error, preceded by the rank if there are several."""
     if launched_world_size() == 1:
         click.echo(f"error: {error_line(error)}", err=True)
         return
-    # If all ranks have the same error, the first one prints it, and torchrun ends the others before they do.
+    # If all ranks have the same error, the first one prints it, and torchrun ends the others before they print it.
     time.sleep(0.5 * rank())
     click.echo(f"\nerror: rank {rank()}: {error_line(error)}", err=True)  # on a line below the progress bar
 

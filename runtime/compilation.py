@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 
 def prepare_to_compile(device: torch.device) -> None:
-    """Configure torch.compile; to be called before anything is compiled.
+    """Configure torch.compile. Call this before anything is compiled.
 
-    Raises ValueError if there is no compiler, because torch.compile would fail only later.
+    Raises ValueError if no compiler is installed; without this check, torch.compile would fail only later.
     """
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler, such as g++; none was found")
+        raise ValueError("--compile needs a C++ compiler, such as g++; no compiler was found")
     if device.type == "cuda" and not any(map(shutil.which, (os.environ.get("CC", "gcc"), "cc", "clang", "cl"))):
-        raise ValueError("--compile needs a C compiler on a GPU too, such as gcc; none was found")
-    # The number of compiled versions per function. After the default of 8, further calls would run uncompiled.
+        raise ValueError("--compile needs a C compiler, such as gcc, to use a GPU; no compiler was found")
+    # The maximum number of compiled versions per function. After the default of 8, new kinds of calls run uncompiled.
     torch._dynamo.config.cache_size_limit = 32
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
     """Compile every layer in place, with dynamic lengths and batch sizes.
 
-    A layer is recompiled only for a few kinds of calls: with and without an adaption prompt, for one row and for
-    several, with and without gradients.
+    A layer is compiled once for each of a few kinds of calls: with or without an adaption prompt, for one row or for
+    several, and with or without gradients.
     """
     for layer in layers:
         layer.compile(dynamic=True)
@@ -41,7 +41,7 @@ def transpose_output_head(head: nn.Linear) -> None:
 
 
 def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
-    """Return `decode_step(model, ids, adaption_prompts, cache)`, compiled.
+    """Compile `decode_step(model, ids, adaption_prompts, cache)`, and return it.
 
     On a GPU, the first step of each generation is recorded as a CUDA graph, which all steps replay.
     """
@@ -69,7 +69,7 @@ def record_cuda_graph(
 ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
     """Record one step as a CUDA graph. Return the graph, its input ids and its output logits.
 
-    The lengths of the cache are restored.
+    The lengths of the cache are restored afterwards.
     """
     newest, lengths = ids.clone(), cache.lengths.clone()
     side_stream = torch.cuda.Stream()

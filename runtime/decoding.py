@@ -1,7 +1,7 @@
-"""Linear layers for decoding, where few rows are multiplied by the weights, and most time is spent on reading these.
+"""Linear layers for decoding, where few rows are multiplied by a weight, and most of the time is spent on reading it.
 
-Packed weights have a layout that suits the instructions of the CPU or GPU. They are packed after a model is loaded, and
-only if a measurement on this machine shows that it is faster.
+A packed weight has a layout that suits the instructions of the CPU or GPU. Weights are packed after a model is loaded,
+and only if a measurement on this machine shows that this is faster. A weight is (N, K), with N outputs and K inputs.
 """
 
 import time
@@ -16,17 +16,18 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import is_out_of_memory
 from runtime.quantization import GROUP, QuantizedLinear, quantize, replace_linear, unpack_nibbles
 
-# The maximum number of rows that use the packed weight, by its bits. These are constants, because responses would vary
-# from run to run if they were measured.
+# The maximum number of rows that use the packed weight, by its bits. These numbers are constant: if they were measured,
+# responses would vary from run to run.
 MAX_ROWS = {4: 64, 8: 32}
-LARGE = 2**20  # weights of a layer; the speed of smaller layers hardly matters, and cannot be measured well
+LARGE = 2**20  # number of weights; the speed of smaller layers hardly matters, and cannot be measured well
 
 
 class PackedLinear(nn.Module):
     """A quantized layer with a packed copy of its weight for few rows; more rows go through `layer`.
 
-    PyTorch has a product for packed 4-bit weights, in bfloat16. An 8-bit weight is packed as two 4-bit weights, its
-    upper and its lower half, in twice the rows; their products are added. `layer` is the quantized one by default.
+    PyTorch has a matrix product for packed 4-bit weights, in bfloat16. An 8-bit weight is packed as two 4-bit weights,
+    its upper and its lower four bits, with 2N rows in all; the two products are added. By default, `layer` is the
+    quantized layer.
     """
 
     def __init__(self, quantized: QuantizedLinear, layer: nn.Linear | None = None):
@@ -69,15 +70,18 @@ class PackedLinear(nn.Module):
 
 
 def pack(nibbles: Tensor) -> Tensor:
-    """Pack a weight (N, K) of numbers from 0 to 15, in uint8. N must be a multiple of 16, and K of 32."""
+    """Pack a uint8 weight (N, K) with values from 0 to 15. N must be a multiple of 16, and K of 32."""
     if nibbles.device.type == "cpu":
-        # In pieces of 1,024 rows, because the operator needs 4 bytes per number. Its tiles have at most 64 rows.
+        # The operator needs 4 bytes per value, so it gets 1,024 rows at a time. Its tiles have at most 64 rows.
         return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(n.int(), 1) for n in nibbles.split(1024)])
     return torch.ops.aten._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 2)
 
 
 def packed_product(rows: Tensor, packed: Tensor, factors: Tensor) -> Tensor:
-    """Multiply rows (R, K), in bfloat16, by a packed weight (N, K); return (R, N)."""
+    """Multiply rows (R, K) by a packed weight (N, K); return (R, N).
+
+    `rows` and `factors` (K/32, N, 2), the scales and offsets, are bfloat16.
+    """
     if rows.device.type == "cpu":
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, GROUP, factors)
     return torch.ops.aten._weight_int4pack_mm(rows, packed, GROUP, factors)
@@ -102,8 +106,8 @@ class PackedBfloat16(nn.Module):
 class RowLinear(nn.Linear):
     """A linear layer for torch.compile on a CPU. For a single row, it multiplies elementwise and sums.
 
-    torch.compile fuses both into one pass over the weight. On an AMD EPYC this is 1.3 to 3 times as fast as a matrix
-    product, in both dtypes.
+    torch.compile fuses the two operations into one pass over the weight. On an AMD EPYC, this is 1.3 to 3 times as fast
+    as a matrix product, both in float32 and in bfloat16.
     """
 
     def __init__(self, layer: nn.Linear):
@@ -126,9 +130,9 @@ def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:
 
 
 def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: torch.dtype, device) -> bool:
-    """Return True if make(layer) takes less than nine tenths of the time of the layer, measured on one row.
+    """Return True if make(layer) takes less than nine tenths of the time that `layer` takes for one row.
 
-    Return False, too, if PyTorch lacks the product, or its result is wrong. Raises RuntimeError if memory runs out.
+    Also return False if PyTorch lacks the product, or if the result is wrong. Raises RuntimeError if memory runs out.
     """
     row = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=device)[None]
     try:
@@ -152,7 +156,7 @@ def seconds_of(layer: nn.Module, row: Tensor) -> float:
 
 @torch.no_grad()
 def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
-    """Replace the linear layers of a LLaMA by packed ones, in place, if these are faster.
+    """Replace the linear layers of a LLaMA with packed ones, in place, if these are faster.
 
     If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled` means that the
     decoding step will be compiled. The first rank measures for all, because ranks with different output heads would
@@ -164,9 +168,11 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
         if broadcast_from_rank0(lambda: is_faster(PackedLinear, quantized, model.dtype, model.device)):
             replace_linear(model.layers, QuantizedLinear, PackedLinear)
             model.output = PackedLinear(quantize(model.output, 8), model.output)
-            linear = largest_linear(model.layers, nn.Linear)  # those that are not quantized, if there are any
+            linear = largest_linear(model.layers, nn.Linear)  # one that is not quantized, if there is any
         elif rank() == 0 and quantized.in_features * quantized.out_features >= LARGE:
-            warn(f"no fast product for {quantized.bits}-bit weights here; they are dequantized for every token")
+            warn(
+                f"this machine has no fast product for {quantized.bits}-bit weights; dequantizing them for every token"
+            )
     if linear is None or not on_cpu:
         return
     rest = model if quantized is None else model.layers

@@ -12,17 +12,20 @@ from runtime.distributed import local_rank, print_rank0, world_size
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of the base: by default a GPU in bfloat16, or else Apple's GPU or the CPU in float32.
+    """Return the device and dtype of the base.
 
-    With several ranks, each one gets its own GPU. Prints a line if other processes use much of this CPU.
-    Raises ValueError if the device is not available.
+    The default is a CUDA GPU with bfloat16; if there is none, it is Apple's GPU or the CPU with float32. With several
+    ranks, each one gets its own GPU. Prints advice if other processes use much of the CPU. Raises ValueError if the
+    device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32; use bfloat16 for speed
     torch.backends.cudnn.allow_tf32 = False  # the same for the convolution of a vision encoder
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new batch shape, up to 0.5 s each
     if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
         if device not in ("auto", "cuda"):
-            raise ValueError(f"--device {device}: with several processes, each has its own; use cuda, cpu or auto")
+            raise ValueError(
+                f"--device {device}: with several processes, each has its own device; use cuda, cpu or auto"
+            )
         device = f"cuda:{local_rank()}"
     if device == "auto" and world_size() > 1:
         device = "cpu"  # gloo, which connects the ranks, does not exchange tensors of Apple's GPU
@@ -42,7 +45,7 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
 
 
 def advise_on_threads() -> None:
-    """Print how to share the CPU, if other processes use so much of it that the threads of this one would wait.
+    """Print how to share the CPU, if other processes use so much of it that threads of this process would wait.
 
     The threads of OpenMP spin while they wait for each other. With one other busy process, this has made training up
     to seven times slower. OMP_WAIT_POLICY is read when torch is loaded, so it cannot be set here.
@@ -56,9 +59,9 @@ def advise_on_threads() -> None:
 
 
 def busy_cores() -> float:
-    """Return the number of cores that other processes use: the load average of the last minute.
+    """Estimate the number of cores that other processes use, from the load average of the last minute.
 
-    On Linux it is limited to the number of other processes that are running now.
+    On Linux, the estimate is at most the number of other processes that are running now.
     """
     try:
         load = os.getloadavg()[0]
@@ -78,7 +81,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or the processor, as the driver or Linux reports it."""
+    """Return the name of the GPU or the processor, as reported by the driver or by Linux."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -89,7 +92,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: that of tensors on a GPU, that of the whole process elsewhere."""
+    """Return the peak memory in bytes: of the tensors on a CUDA GPU, of the whole process elsewhere; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

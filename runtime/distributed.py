@@ -1,8 +1,8 @@
 """Several processes (ranks) that work together, started by torchrun. With one process, collectives do nothing.
 
-In training, every rank has the whole adapter and its optimizer, and processes its share of every batch. The gradients
-of the adapter are summed over the ranks, and all take the same step. In generation, every rank has a part of each layer
-(runtime/tensor_parallel.py), all compute the same response, and the first one prints it.
+In training, every rank has the whole adapter and its optimizer, and processes its shard of every batch. The gradients
+of the adapter are summed over the ranks, and all ranks take the same step. In generation, every rank has a shard of
+each layer (runtime/tensor_parallel.py). All ranks compute the same response, and the first one prints it.
 
 A rank that fails prints its error and exits with code 2; torchrun then ends the others. There is no barrier while an
 exception propagates, because the other ranks may never reach it.
@@ -24,30 +24,30 @@ from runtime.errors import printable
 
 
 def rank() -> int:
-    """The index of this process, 0 for a single process."""
+    """Return the index of this process, which is 0 for a single process."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """The index of this process on its machine."""
+    """Return the index of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def launched_world_size() -> int:
-    """The number of processes that torchrun started; available before they are connected."""
+    """Return the number of processes that torchrun started. It is known before they are connected."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
     """Connect to the other ranks. GPU tensors travel over NCCL, all others over gloo.
 
-    `timeout` limits how long a rank waits for one that is alive; a rank that has ended is noticed at once. Raises
-    ValueError if the ranks cannot be reached.
+    `timeout` limits how long a rank waits for another one that is alive; a rank that has ended is detected at once.
+    Raises ValueError if the ranks cannot be reached.
     """
     try:
         nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
@@ -68,9 +68,9 @@ def process_group(timeout: timedelta | None = None):
 
 
 def run_command(command: click.Command, **options) -> NoReturn:
-    """Run a click command, then end the process. Under torchrun it ends at once, without PyTorch's cleanup.
+    """Run a click command, then end the process. Under torchrun, it ends at once, without PyTorch's cleanup.
 
-    There, threads of the process group may outlive it, and occasionally abort a process whose work is done.
+    Otherwise, threads of the process group could outlive the group, and abort a process that has finished its work.
     """
     try:
         command(**options)
@@ -99,7 +99,7 @@ def barrier() -> None:
 
 @contextmanager
 def local_rank0_first():
-    """Run the block on the first rank of each machine before the others, which find what it downloaded or made."""
+    """Run the block on the first rank of each machine, and then on the others, which reuse the files it has written."""
     if world_size() == 1:
         yield
         return
@@ -123,11 +123,11 @@ def check_same_on_all_ranks(values: dict) -> None:
     expected = broadcast_from_rank0(lambda: values)
     for name, value in expected.items():
         if values[name] != value:
-            raise ValueError(f"{name} is {values[name]} here, {value} on the first rank")
+            raise ValueError(f"{name} is {values[name]} here, but {value} on the first rank")
 
 
 def all_reduce_max(number: int) -> int:
-    """Return the maximum over all ranks. It is computed over gloo, which notices a rank that has ended."""
+    """Return the maximum over all ranks. It is computed over gloo, which detects a rank that has ended."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number)
@@ -138,7 +138,7 @@ def all_reduce_max(number: int) -> int:
 def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place."""
     if world_size() > 1:
-        barrier()  # this notices a rank that has ended; NCCL would wait for it
+        barrier()  # this detects a rank that has ended; NCCL would wait for it
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -148,7 +148,7 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Return True if this error is how PyTorch reports that another rank has ended."""
+    """Return True if this is an error by which PyTorch reports that another rank has ended."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)

@@ -1,4 +1,4 @@
-"""File helpers: checks of paths, atomic writes, locks, hashes, and JSON whose errors name the line."""
+"""File helpers: checks of paths, atomic writes, locks, hashes, and JSON parsing with errors that name the line."""
 
 import glob
 import gzip
@@ -28,7 +28,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins the files of
 def require_file(path: str | Path, what: str = "file") -> Path:
     """Return the path. Raises FileNotFoundError if it does not exist, or ValueError if it is not a regular file.
 
-    A device or a pipe is refused because it may never end. `what` is the kind of file, for the error message.
+    A device or a pipe is rejected, because reading it may never end. `what` names the kind of file in error messages.
     """
     path = Path(path)
     if not path.exists():
@@ -45,7 +45,7 @@ def require_file(path: str | Path, what: str = "file") -> Path:
 def require_writable(path: str | Path, folder: bool = False) -> Path:
     """Return the path. Raises OSError or ValueError if no file (or folder, with its parents) can be written there.
 
-    To be called before long work. It creates nothing.
+    Call this before long work. It creates nothing.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -61,10 +61,10 @@ def require_writable(path: str | Path, folder: bool = False) -> Path:
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
-    """Return folder/name. Raises ValueError if the name, which comes from a data file, is outside of the folder."""
+    """Return folder/name. Raises ValueError if this path is outside the folder; the name comes from a data file."""
     inside = os.path.abspath(folder)
     if os.path.commonpath([inside, os.path.abspath(os.path.join(folder, name))]) != inside:
-        raise ValueError(f"{name} is outside of {folder}; give another folder with --images")
+        raise ValueError(f"{name} is outside {folder}; choose another folder with --images")
     return Path(folder) / name
 
 
@@ -80,7 +80,9 @@ def named_errors(path: str | Path):
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary path to write to, and rename it to `path` at the end. A reader sees the old file or the new.
+    """Yield a temporary path to write to, and rename it to `path` at the end.
+
+    A reader sees either the old file or the new one.
 
     The temporary name is unique, so that two processes that write the same file do not disturb each other.
     """
@@ -110,7 +112,7 @@ def remove_unfinished(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path):
-    """Lock the folder against other processes. Raises ValueError if one has locked it, naming that process."""
+    """Lock the folder. If another process has locked it, raise a ValueError that names that process."""
     path = folder / ".lock"
     holder = folder / ".lock-holder"
     lock = FileLock(path)
@@ -139,7 +141,7 @@ def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8 atomically. Unpaired surrogates, which UTF-8 cannot encode, are written as escapes."""
+    """Write text as UTF-8, atomically. Unpaired surrogates, which UTF-8 cannot encode, are written as escapes."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -159,7 +161,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def hash_tensors(tensors: Sequence[Tensor]) -> str:
-    """Return a hash of the values, rounded to bfloat16, so that it does not depend on the dtype of the tensors."""
+    """Return a hash of the values, rounded to bfloat16, so that the hash does not depend on the tensors' dtype."""
     rounded = torch.cat([tensor.detach().flatten().to("cpu", torch.bfloat16) for tensor in tensors])
     return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
@@ -170,11 +172,11 @@ MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """Return the content of a file, unpacked if it is a .gz or .xz. Raises FileNotFoundError or ValueError."""
+    """Return the content of a file, decompressed if it is .gz or .xz. Raises FileNotFoundError or ValueError."""
     path = require_file(path, what)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
-    limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # text shrinks to a tenth
+    limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # compression shrinks text to about a tenth
     if size <= limit:
         try:
             with (packed or open)(path, "rb") as file:
@@ -184,12 +186,15 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
         if len(content) <= limit:
             return content
     if limit < MAX_BYTES:
-        raise ValueError(f"{path}: its {size:,} bytes unpack to more than {limit:,}; unpack it first")
+        raise ValueError(f"{path}: its {size:,} bytes decompress to more than {limit:,}; decompress it first")
     raise ValueError(f"{path}: contains more than {limit:,} bytes; set $LLAMA_ADAPTER_MAX_BYTES to allow more")
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a UTF-8 file, plain, .gz or .xz. Raises FileNotFoundError or ValueError."""
+    """Return the text of a UTF-8 file, which may be compressed as .gz or .xz.
+
+    Raises FileNotFoundError or ValueError.
+    """
     try:
         return io.TextIOWrapper(io.BytesIO(read_bytes(path, "data file")), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
@@ -197,7 +202,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, path: str | Path, first_line: int = 1) -> object:
-    """Parse a JSON text that begins at line `first_line` of the file. Raises ValueError that names the line."""
+    """Parse JSON that begins at line `first_line` of the file. Raises a ValueError that names the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -208,15 +213,18 @@ def parse_json(text: str, path: str | Path, first_line: int = 1) -> object:
 
 
 def read_json(path: str | Path) -> object:
-    """Return the value of a JSON file, plain, .gz or .xz. Raises OSError, or ValueError that names the line."""
+    """Return the value of a JSON file, which may be compressed as .gz or .xz.
+
+    Raises OSError, or a ValueError that names the line.
+    """
     return parse_json(read_text(path), path)
 
 
 def read_json_object(path: Path) -> dict:
-    """Return the object in a JSON file. Raises OSError, or ValueError, also if the value is not an object."""
+    """Return the object in a JSON file. Raises OSError or ValueError, for example if the value is not an object."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: is a {type(values).__name__}, not an object")
+        raise ValueError(f"{path}: contains a value of type {type(values).__name__}, not an object")
     return values
 
 
@@ -226,7 +234,7 @@ def first_line(error: Exception) -> str:
 
 
 def resolved(path: str | Path | None) -> str | None:
-    """Return the absolute path, to be recorded. A name that is not a local path is returned unchanged."""
+    """Return the absolute path, for records. A name that is not a local path is returned unchanged."""
     if path is None or not Path(path).exists():
         return path if path is None else str(path)
     return str(Path(path).resolve())

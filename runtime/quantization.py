@@ -1,9 +1,9 @@
 """Frozen linear layers whose weights are stored in 8 or 4 bits.
 
-Each group of 32 columns of a row has a scale d and, with 4 bits, an offset m. A weight is w = d*q + m, where q is an
-integer. These are the blocks Q8_0 and Q4_1 of GGUF, with scales in float32. Weights are dequantized when they are used,
-on a CPU a few rows at a time, so that the dequantized matrix never exists there. runtime/decoding.py has a faster
-product for few rows.
+The weight of a layer is (N, K), with N outputs and K inputs. Each group of 32 columns of a row has a scale d and, with
+4 bits, an offset m. A weight is w = d*q + m, where q is an integer. These are the blocks Q8_0 and Q4_1 of GGUF, but
+with scales in float32. Weights are dequantized when they are used. On a CPU, this is done for a few rows at a time, so
+that the whole dequantized matrix never exists. runtime/decoding.py has a faster product for few rows of inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,20 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # columns that share a scale
-# The number of weights that are dequantized at a time. On a CPU, as many as fit into its cache.
+# The number of weights that are dequantized at a time. On a CPU, this number fits into the cache.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
 def unpack_nibbles(q: Tensor) -> Tensor:
-    """Unpack bytes (N, K/32, 16), two numbers each, to numbers (N, K/32, 32) from 0 to 15, as `chunks` describes."""
+    """Unpack q, uint8 (N, K/32, 16) with two values per byte, to uint8 (N, K/32, 32) with values from 0 to 15.
+
+    The order of the values is described in `chunks`.
+    """
     return torch.cat([q & 15, q >> 4], dim=2)
 
 
 def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight (N, K), dequantized to `dtype`, in pieces (n, K) of a few rows.
 
-    q is int8 (N, K/32, 32), or uint8 (N, K/32, 16) with two numbers in a byte: the first half of a group in the lower
-    four bits, the second half in the upper. scales and offsets are (N, K/32, 1).
+    q is int8 (N, K/32, 32), or uint8 (N, K/32, 16) with two values per byte: the first half of a group is in the lower
+    four bits, and the second half in the upper four. scales and offsets are float32 (N, K/32, 1).
     """
     rows = len(q)
     if not torch.compiler.is_compiling():  # the compiler would unroll the loop
@@ -42,7 +45,7 @@ def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype
 
 
 class ChunkedProduct(torch.autograd.Function):
-    """The product x @ w.T, and its gradient with respect to x. Only the quantized weight is saved for backward."""
+    """The product x @ w.T, and the gradient with respect to x. Only the quantized weight is saved for backward."""
 
     @staticmethod
     def forward(context, x: Tensor, q: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
@@ -93,9 +96,10 @@ class QuantizedLinear(nn.Module):
 
 
 def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
-    """Round a weight (N, K) to the nearest of 255 values; return q (N, K/32, 32) and scales (N, K/32, 1).
+    """Round a weight (N, K) to the nearest of 255 values. Return q, scales, and None for the offsets.
 
-    The values are evenly spaced between plus and minus the largest magnitude of a group. K must be a multiple of 32.
+    The values are evenly spaced between plus and minus the largest magnitude in each group. K must be a multiple of 32.
+    q is int8 (N, K/32, 32), and the scales are float32 (N, K/32, 1).
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     scales = groups.abs().amax(dim=2, keepdim=True).clamp_(min=1e-30) / 127  # (N, K/32, 1)
@@ -103,9 +107,10 @@ def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight (N, K) to the nearest of 16 values; return q (N, K/32, 16), scales and offsets (N, K/32, 1).
+    """Round a weight (N, K) to the nearest of 16 values. Return q, scales and offsets.
 
-    The values are evenly spaced from the smallest to the largest weight of a group. K must be a multiple of 32.
+    The values are evenly spaced from the smallest to the largest weight of each group. K must be a multiple of 32.
+    q is uint8 (N, K/32, 16), two values per byte, and scales and offsets are float32 (N, K/32, 1).
     """
     groups = weight.float().unflatten(1, (-1, GROUP))  # (N, K/32, 32)
     least, greatest = groups.aminmax(dim=2, keepdim=True)  # (N, K/32, 1)
@@ -127,7 +132,10 @@ def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
 
 
 def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all layers of type `kind` inside the model, in place. Layers of one module are freed before the next."""
+    """Replace all layers of type `kind` inside the model, in place.
+
+    The layers of one module are freed before those of the next one are replaced.
+    """
     for parent in [module for module in model.modules() if type(module) is not kind]:
         for name, module in list(parent.named_children()):
             if type(module) is kind:
@@ -135,7 +143,7 @@ def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.
 
 
 def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
-    """Return a function that quantizes the linear layers in a module, in place; None unless --bits is 8 or 4."""
+    """Return a function that quantizes the linear layers in a module, in place, or None unless `bits` is 8 or 4."""
     if bits not in ("8", "4"):
         return None
 
@@ -143,7 +151,7 @@ def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
 
 
 def num_weights(model: nn.Module) -> int:
-    """Return the number of weights of a model, for any number of bits per weight."""
+    """Return the number of weights of a model, including quantized ones."""
     quantized = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters + sum(layer.in_features * layer.out_features for layer in quantized)

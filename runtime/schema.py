@@ -3,7 +3,7 @@
 import reprlib
 
 
-# Keys of metadata and options that had another name in files of earlier versions.
+# Old names of keys of metadata and options, for files written by earlier versions.
 RENAMED = {
     "tower": "vision_encoder",
     "tower_fingerprint": "vision_encoder_fingerprint",
@@ -12,19 +12,19 @@ RENAMED = {
 
 
 def renamed(values: dict[str, object]) -> dict[str, object]:
-    """Return the values under the current names of their keys."""
+    """Return the dict with the current names of its keys."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:
-    """Raise ValueError if a value is not a number from `least` to `most`. NaN and bool are not numbers."""
+    """Raise ValueError if a value is not a number from `least` to `most`. NaN and bools are rejected."""
     if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
-        span = f"whole number from {least:,} to {most:,}" if whole else f"number from {least:g} to {most:g}"
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not a {span}")
+        span = f"an integer from {least:,} to {most:,}" if whole else f"a number from {least:g} to {most:g}"
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not {span}")
 
 
 def whole_number(name: str, text: str, least: int = 1, most: int = 2**24) -> int:
-    """Parse an integer from a metadata string. Raises ValueError if it is not one from `least` to `most`."""
+    """Parse a metadata string. Raises ValueError if it is not an integer from `least` to `most`."""
     value = int(text) if text.isdecimal() and len(text) < 20 else text
     require_number(name, value, least, most, whole=True)
     return value

@@ -1,7 +1,7 @@
-"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019): each rank has an equal part of every layer.
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019): each rank has an equal shard of every layer.
 
 A rank has some of the heads and some of the feed-forward's hidden units: the rows of wq, wk, wv, w1 and w3 that compute
-them, and the columns of wo and w2 that read them. This is a narrower layer of the same kind. The outputs of its
+them, and the columns of wo and w2 that read them. This shard is a narrower layer of the same kind. The outputs of its
 attention and of its feed-forward are summed over the ranks, with two all-reduces per layer. Norms, residuals,
 embeddings and output head are replicated on every rank.
 
@@ -22,7 +22,7 @@ SPLIT_DIM = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}  # 0
 
 
 class Part(NamedTuple):
-    """The part `index` of `number` equal parts of a tensor, along the dimension `dim`."""
+    """One of `number` equal shards of a tensor along the dimension `dim`; `index` counts from 0."""
 
     dim: int
     index: int
@@ -32,7 +32,7 @@ class Part(NamedTuple):
         return whole.chunk(self.number, self.dim)[self.index]
 
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of a tensor whose parts have this shape."""
+        """Return the shape of the whole tensor, if its shards have this shape."""
         return tuple(size * self.number if dim == self.dim else size for dim, size in enumerate(shape))
 
 
@@ -40,7 +40,7 @@ WHOLE = Part(dim=0, index=0, number=1)
 
 
 def base_of_rank(config, weights: dict) -> tuple:
-    """Return this rank's part of a base: its Config, and the functions that fill its weights, as `read_base` does.
+    """Return this rank's shard of a base: its Config, and the functions that fill its weights, as from `read_base`.
 
     Raises ValueError if the base cannot be split evenly.
     """
@@ -48,7 +48,8 @@ def base_of_rank(config, weights: dict) -> tuple:
     for name in ("n_kv_heads", "hidden_dim"):
         if getattr(config, name) % ranks:
             raise ValueError(
-                f"the base's {name}, {getattr(config, name)}, cannot be split evenly over {ranks} processes"
+                f"the base's {name}, {getattr(config, name)}, cannot be split evenly over {ranks} processes; "
+                f"start a number of processes that divides it"
             )
     shares = {name: getattr(config, name) // ranks for name in ("n_heads", "n_kv_heads", "hidden_dim")}
     parts = dict(weights)
@@ -62,8 +63,8 @@ def base_of_rank(config, weights: dict) -> tuple:
 def join_ranks(model: nn.Module) -> None:
     """Add hooks that sum the outputs of every attention and feed-forward over the ranks.
 
-    They also pass to each attention the gates of the rank's own heads, out of all gates (1|B, H, 1, 1). An all-reduce
-    gives the same sum on all ranks, to the last bit, so with the same seed all of them sample the same tokens.
+    The hooks also select the gates of the rank's own heads from all gates (1|B, H, 1, 1). An all-reduce gives exactly
+    the same sum on all ranks, so with the same seed all of them sample the same tokens.
     """
     if world_size() > 1:
         for block in model.layers:

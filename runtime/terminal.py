@@ -8,14 +8,14 @@ import click
 
 from runtime.distributed import broadcast_from_rank0
 
-LINES = "Every line is an instruction of its own."
-TURNS = "Every line is a turn of one conversation. /reset: forget it. /system TEXT: set its system message."
-HELP = "/adapter NAME or /none: select who responds. /quit: end. /help: print this line."
+LINES = "Every line is a separate instruction."
+TURNS = "Every line is a turn of one conversation. /reset: start a new one. /system TEXT: set its system message."
+HELP = "/adapter NAME or /none: select the adapter. /quit: end. /help: print this line."
 QUIT = ("exit", "quit", "/exit", "/quit")
 
 
 def read_line(stdin: TextIO) -> str:
-    """Return the next line, or "" at the end. Bytes that are not UTF-8 become unpaired surrogates."""
+    """Return the next line, or "" at the end of the input. Bytes that are not UTF-8 become unpaired surrogates."""
     if not hasattr(stdin, "buffer"):
         return stdin.readline()
     return stdin.buffer.readline().decode("utf-8", errors="surrogateescape")
@@ -25,7 +25,7 @@ def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tu
     """Yield every line as ("", line); on a terminal, yield a slash command and its text as (command, text).
 
     A help line is printed on a terminal at the start and at /help; `has_turns` selects its wording. The first rank
-    reads for all ranks. Raises ValueError if a pipe is empty.
+    reads for all ranks. Raises ValueError if standard input is an empty pipe.
     """
     number = 0
     help = f"{TURNS if has_turns else LINES} {HELP}"
@@ -37,7 +37,7 @@ def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tu
         if number == 1:
             line = line.removeprefix("\ufeff")  # the byte order mark that some editors write
         if not line and not terminal and number == 1:
-            raise ValueError("no PROMPT, and nothing on standard input")
+            raise ValueError("there is no PROMPT, and standard input is empty")
         if not line or (terminal and line.strip() in QUIT):
             return
         line = line.rstrip("\r\n")

@@ -47,22 +47,22 @@ def read_for_scoring(path: str | Path, images: str | Path | None = None, split: 
 def read_pictures(path: str | Path) -> list[Picture]:
     """Read the images that have captions from an annotation file, such as captions_val2017.json.
 
-    Raises OSError, or ValueError that names the annotation.
+    Raises OSError, or a ValueError that names the annotation.
     """
-    values = read_json(path)
-    if not isinstance(values, dict) or not all(isinstance(values.get(key), list) for key in ("images", "annotations")):
-        raise ValueError(f"{path}: has no lists 'images' and 'annotations'; expected COCO's captions_*.json")
+    fields = values if isinstance(values := read_json(path), dict) else {}
+    if missing := [key for key in ("images", "annotations") if not isinstance(fields.get(key), list)]:
+        raise ValueError(f"{path}: has no list {' or '.join(map(repr, missing))}; expected COCO's captions_*.json")
     files: dict[int, str] = {}
-    for index, record in enumerate(values["images"]):
+    for index, record in enumerate(fields["images"]):
         if not isinstance(record, dict) or type(record.get("id")) is not int or not record.get("file_name"):
-            raise ValueError(f"{path}: images[{index}]: has no number 'id' or no name 'file_name'")
+            raise ValueError(f"{path}: images[{index}]: needs a numeric 'id' and a string 'file_name'")
         check_text(record["file_name"], f"{path}: images[{index}]", "file_name")
         files[record["id"]] = record["file_name"]
     captions: dict[int, list[str]] = {}
-    for index, record in enumerate(values["annotations"]):
+    for index, record in enumerate(fields["annotations"]):
         where = f"{path}: annotations[{index}]"
         if not isinstance(record, dict) or not record.get("caption"):
-            raise ValueError(f"{where}: has no text 'caption'")
+            raise ValueError(f"{where}: has no string 'caption'")
         if type(record.get("image_id")) is not int or record["image_id"] not in files:
             raise ValueError(f"{where}: image_id {record.get('image_id')} is not the id of an image")
         check_text(record["caption"], where, "caption")
@@ -84,16 +84,16 @@ def read_responses(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     values = read_json(path)
     valid = isinstance(values, list) and all(isinstance(v, dict) and {"image_id", "caption"} <= set(v) for v in values)
     if not valid or not all(isinstance(v["caption"], str) and type(v["image_id"]) is int for v in values):
-        raise ValueError(f"{path}: is not a list of objects with a number 'image_id' and a text 'caption'")
+        raise ValueError(f"{path}: is not a list of objects with a numeric 'image_id' and a string 'caption'")
     responses = {value["image_id"]: value["caption"] for value in values}
     require_responses(path, [picture.id for picture in pictures], responses, "image")
     return [responses[picture.id] for picture in pictures]
 
 
 def coco_scorers() -> list[tuple[list[str], object]]:
-    """Return COCO's BLEU, ROUGE-L and CIDEr, each with the names of its scores.
+    """Return the scorers of BLEU, ROUGE-L and CIDEr from COCO's code, each with the names of its scores.
 
-    Raises ValueError if they cannot run.
+    Raises ValueError if the package or Java is missing.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -155,6 +155,6 @@ TASK = Task(
     read_responses=read_responses,
     write_results=write_results,
     needs_images=True,
-    data_help="COCO's captions_*.json.",
+    data_help="COCO's annotation file captions_*.json.",
     unit="image",
 )

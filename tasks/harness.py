@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness for a base and the adapters over it: pip install lm_eval.
+"""EleutherAI's lm-evaluation-harness for a base and its adapters. It is installed with pip install lm_eval.
 
-The harness has the tasks, the few-shot examples and the metrics. This file implements the harness's interface of a
-model: log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal those
-of the harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in training.
+The harness has the tasks, the few-shot examples and the metrics. This file implements the harness's model interface:
+log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal those of the
+harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in training.
 """
 
 import json
@@ -39,12 +39,12 @@ RESPONSE = ALPACA["without_input"].splitlines()[-1]  # the last line of a prompt
 
 
 class HarnessModel(TemplateLM):
-    """The harness's model: the base of a responder with one of its adapters, or "base", the base alone.
+    """Model for the harness: the base of a responder with one of its adapters; the name "base" selects the base alone.
 
     Requests of similar length share a batch, and a context is processed once for all of its continuations.
     """
 
-    CONTEXT, NEW_TOKENS = 2048, 256  # the defaults of "hf" if neither base nor task states a number
+    CONTEXT, NEW_TOKENS = 2048, 256  # the defaults of "hf", for numbers that the base or the task does not state
 
     def __init__(self, responder: Responder, adapter: str, batch_size: int, about: Mapping[str, object] = {}):
         super().__init__()
@@ -62,23 +62,23 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without a context."""
+        """Token that precedes text without a context."""
         return (self.text_tokenizer.start_ids or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Tokenize with <bos>, unless `add_special_tokens` is False, or a chat template has already written it."""
+        """Tokenize with <bos>, unless `add_special_tokens` is False or a chat template has already written <bos>."""
         ids, start = self.encode(string), self.text_tokenizer.start_ids
         has_bos = bool(start) and ids[: len(start)] == start
         return ids if add_special_tokens is False or has_bos else [*start, *ids]
 
     def encode(self, string: str) -> list[int]:
-        """Tokenize without <bos>. With a chat template, the texts of special tokens become these tokens."""
+        """Tokenize without <bos>. With a chat template, names of special tokens become these tokens."""
         if isinstance(self.template, ChatTemplate):
             return self.template.encode([string], escaped=[])[0]
         return self.text_tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenize context and continuation together; after Alpaca's prompt separately, as in training."""
+        """Tokenize context and continuation together, but separately after Alpaca's prompt, as in training."""
         if context.endswith(RESPONSE) and isinstance(self.template, AlpacaTemplate):
             return self.tok_encode(context), self.encode(continuation.lstrip(" "))  # responses begin without a space
         return super()._encode_pair(context, continuation)
@@ -88,15 +88,15 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Scored]:
-        """Score triples: the texts, which are not used, the ids of the context, and the ids of the continuation.
+        """Score requests. Each one has the texts, which are not used, and the ids of the context and the continuation.
 
-        If both do not fit into the base's context, the context is truncated on the left. Raises ValueError if the
-        continuation alone does not fit, or is empty.
+        If context and continuation together do not fit into the base's context, the former is truncated on the left.
+        Raises ValueError if the continuation alone does not fit, or if it is empty.
         """
         contexts, continuations = [], []
         for _, context, ids in requests:
             if not 0 < len(ids) <= self.max_length:
-                raise ValueError(f"a continuation has {len(ids)} tokens, the base takes 1 to {self.max_length}")
+                raise ValueError(f"a continuation has {len(ids)} tokens, but the base takes 1 to {self.max_length}")
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
             contexts.append(context[max(0, surplus) :])
             continuations.append(ids)
@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):
             return score_continuations(self.model, contexts, continuations, adaption_prompts, self.batch_size, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihoods of whole texts, in consecutive windows as long as the base's context.
+        """Return the log-likelihood of each whole text, scored in consecutive windows as long as the base's context.
 
         Each token is scored once.
         """
@@ -152,24 +152,25 @@ class HarnessModel(TemplateLM):
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
         if limit >= self.max_length:
-            raise ValueError(f"{limit} new tokens leave no room for a prompt: the base's context is {self.max_length}")
+            raise ValueError(f"{limit} new tokens leave no room for a prompt, because the context is {self.max_length}")
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
         if not kwargs.pop("do_sample"):
             kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
         elif not kwargs.get("temperature"):
-            raise ValueError("generation_kwargs: do_sample without a temperature")
+            raise ValueError("generation_kwargs: do_sample needs a temperature")
         sampling = {"repetition_penalty": self.repetition_penalty}
         known = ("temperature", "top_p", "repetition_penalty")
         sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
         if kwargs:
             raise ValueError(
-                f"generation_kwargs {kwargs}: supported are do_sample, {', '.join(known)}, until, max_gen_toks"
+                f"generation_kwargs {kwargs} are not supported; the supported ones are do_sample, {', '.join(known)}, "
+                f"until and max_gen_toks"
             )
         return until + self.stop, Sampling(limit, end_ids=self.template.end_ids, **sampling)
 
     def continue_until(self, tokens: list[list[int]], until: list[str], sampling: Sampling) -> list[str]:
-        """Continue rows of token ids; return the texts up to, and without, the first of the stop strings `until`."""
+        """Continue rows of token ids; return the texts, truncated before the first stop string in `until`."""
         steps = stream(self.model, tokens, self.adaption_prompts, sampling, self.decode_step)
         limits = [sampling.max_new_tokens] * len(tokens)
         new = collect(steps, self.text_tokenizer, limits, [*filter(None, until)])
@@ -193,7 +194,7 @@ class HarnessModel(TemplateLM):
             return self.template.text(messages, begin_response=True) + begun
         roles = [message["role"] for message in messages]
         if roles not in (["user"], ["system", "user"]):  # a task's description becomes part of the instruction
-            raise ValueError(f"alpaca takes one prompt, not messages of {', '.join(roles)}")
+            raise ValueError(f"the template alpaca takes one prompt, not messages with the roles {', '.join(roles)}")
         return format_prompt("\n\n".join(message["content"] for message in messages)) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str:
@@ -216,10 +217,10 @@ def make_columns(
     about: Mapping[str, object],
     **options,
 ) -> dict[str, HarnessModel]:
-    """Return a model by name for each adapter at each strength, and for the base with `compare` or without adapters.
+    """Return a dict of models: one for each adapter at each strength, and one for the base alone.
 
-    `about` is stored in the results.json of each; `options` are those of Responder. Raises ValueError if a name is
-    taken, or cannot be the name of a folder.
+    The base is omitted if there are adapters and `compare` is False. `about` is stored in the results.json of each
+    model; `options` are those of Responder. Raises ValueError if a name is taken, or cannot be the name of a folder.
     """
     columns: dict[str, HarnessModel] = {}
     for strength in dict.fromkeys(strengths):
@@ -229,7 +230,7 @@ def make_columns(
         for name in loaded[2]:
             column = name if strength == 1 else f"{name} x {strength:g}"
             if name in ("", ".", "..") or {"/", "\\"} & set(name) or column in columns:
-                raise ValueError(f"{column!r} is taken, or cannot name a results folder; use --adapter NAME=FILE")
+                raise ValueError(f"the name {column!r} is taken, or cannot name a folder; use --adapter NAME=FILE")
             own = {"adapter": name, "strength": strength}
             columns[column] = HarnessModel(responder, name, batch_size, {**about, **own})
     return columns
@@ -245,10 +246,10 @@ def run_harness(
     template: str | None,
     **options,
 ) -> dict[str, dict]:
-    """Run the harness for every column, and return its results by the columns' names; on other ranks, an empty dict.
+    """Run the harness for every column, and return a dict of its results, which is empty on all ranks but the first.
 
-    The first rank writes results.json into a folder for each column, and with `samples` every response. `tasks` are
-    names, or YAML files; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
+    The first rank writes results.json into a folder for each column, and every response if `samples` is True. `tasks`
+    are names or YAML files; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
     for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe forever
@@ -267,7 +268,7 @@ def run_harness(
             results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
         except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:  # a faulty task
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"--tasks {','.join(tasks)}: the harness cannot evaluate it: {what}") from error
+            raise ValueError(f"--tasks {','.join(tasks)}: the harness cannot evaluate the tasks: {what}") from error
         if rank() == 0:
             all_results[name] = results
             write_results(results, out / name)
@@ -284,7 +285,7 @@ def write_results(results: dict, folder: Path) -> None:
 
 
 def print_columns(all_results: dict[str, dict]) -> None:
-    """Print a table with a row for every task and metric, and a column for every model; nothing without results."""
+    """Print a table with a row for every task and metric, and a column for every model. Without results, do nothing."""
     lines = {"": list(all_results)}
     for task, metrics in next(iter(all_results.values()), {"results": {}})["results"].items():
         for key in metrics:

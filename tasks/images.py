@@ -22,8 +22,8 @@ def with_images(
 ) -> list[AnyExample]:
     """Return the examples whose image exists in the folder, and those without an image.
 
-    Raises FileNotFoundError that names an example whose image is missing, unless `skip_missing`, and ValueError if no
-    example remains. Messages begin with `path`, the file of the examples.
+    If an image is missing, raises a FileNotFoundError that names the example, unless `skip_missing` is True. Raises
+    ValueError if no example remains. Messages begin with `path`, the file of the examples.
     """
     kept = []
     for example in examples:
@@ -53,7 +53,7 @@ def attach_features(
     encoder: VisionEncoder | FunctionEncoder,
     cache: Path | None = None,
 ) -> list[AnyExample]:
-    """Return the examples, each with the features (F,) of its image. An image that several share is encoded once.
+    """Return the examples, each with the features (F,) of its image. An image that examples share is encoded once.
 
     `cache` is a folder that keeps the features for later runs. Raises OSError or ValueError.
     """

@@ -19,7 +19,7 @@ from tasks.scoring import score_continuations
 def generate_responses(
     responder: Responder, requests: Sequence[Request], batch_size: int = 64, unit: str = "request"
 ) -> list[str | None]:
-    """Generate a response to each request, in batches of similar length; None if the prompt fills the context."""
+    """Generate a response to each request, in batches of similar length. It is None if the prompt fills the context."""
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     lengths = [len(responder.prompt_ids(request)) for request in requests]
     order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
@@ -40,7 +40,10 @@ def choice_log_likelihoods(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[list[float] | None]:
-    """Return log p(choice and <eos> | request), in nats, for the choices of each request; None if one does not fit."""
+    """Return log p(choice and <eos> | request), in nats, for every choice of each request.
+
+    The result for a request is None if one of its choices does not fit into the context.
+    """
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     likelihoods: list[list[float] | None] = [None] * len(requests)
     rows = []  # indices (request, choice) of each row
@@ -72,7 +75,7 @@ def most_likely_choices(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[str | None]:
-    """Return the most likely choice for each request; None if its choices do not fit into the context."""
+    """Return the most likely choice for each request, or None if one of its choices does not fit into the context."""
     likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size, unit)
     return [None if log_p is None else texts[log_p.index(max(log_p))] for log_p, texts in zip(likelihoods, choices)]
 
@@ -92,7 +95,10 @@ class Responses:
 
 
 def write_scores(responses: Responses, scores: dict[str, float | None], folder: Path) -> None:
-    """Print the scores; write results.json, the responses by the names of examples, and scores.json. Raises OSError."""
+    """Print the scores. Write scores.json, and results.json, which maps the names of examples to their responses.
+
+    Raises OSError.
+    """
     number = len(responses.examples)
     click.echo(f"{responses.task}, {number:,} examples; responses: {responses.method}\n")
     for name, score in scores.items():
@@ -105,16 +111,16 @@ def write_scores(responses: Responses, scores: dict[str, float | None], folder: 
 
 
 def require_responses(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
-    """Raise ValueError if a results file has no response for one of the names."""
+    """Raise ValueError if a file of responses has none for one of the names."""
     missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(f"{path}: has no response to {len(missing)} of {len(names)} {unit}s, such as {missing[0]}")
+        raise ValueError(f"{path}: has no response to {len(missing)} of {len(names)} {unit}s, for example {missing[0]}")
 
 
 def read_responses(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
     """Read the response to each example from a results.json of `write_scores`. Raises OSError or ValueError."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(text, str | None) for text in results.values()):
-        raise ValueError(f"{path}: is not an object of responses by example name")
+        raise ValueError(f"{path}: is not an object that maps the names of examples to responses")
     require_responses(path, [example.name for example in examples], results, "example")
     return [results[example.name] for example in examples]

@@ -1,6 +1,6 @@
-"""ScienceQA (Lu et al., 2022): multiple-choice questions of school science, about half of them with an image.
+"""ScienceQA (Lu et al., 2022): multiple-choice questions on school science, about half of them with an image.
 
-The official files, problems.json and pid_splits.json, are read. Scores are defined as in the official program.
+This module reads the official files, problems.json and pid_splits.json. Scores are defined as in the official program.
 """
 
 import re
@@ -22,7 +22,7 @@ SUBJECTS = ("natural science", "social science", "language science")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem(Example):
-    """A question with choices, one of which is right."""
+    """A question with several choices, one of which is right."""
 
     id: str
     choices: list[str]
@@ -82,15 +82,15 @@ PUBLISHED = {
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Problem]:
     """Read the problems of one split, by default "train".
 
-    The split is defined by pid_splits.json beside the file, or without that file by each problem's field "split".
-    Images are at SPLIT/ID/image.png in the folder `images`, by default that of the file. If it has no folder SPLIT,
-    they are at ID/image.png. Raises OSError, or ValueError that names the problem.
+    The split is defined by pid_splits.json in the same folder or, if there is no such file, by the field "split" of
+    each problem. Images are at SPLIT/ID/image.png in the folder `images`, by default the folder of the problems. If it
+    has no folder SPLIT, they are at ID/image.png. Raises OSError, or a ValueError that names the problem.
     """
     path, split = Path(path), split or "train"
     folder = Path(images or path.parent)
     records = read_json(path)
     if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-        raise ValueError(f"{path}: is not an object of problems by id; expected ScienceQA's problems.json")
+        raise ValueError(f"{path}: is not an object that maps ids to problems; expected ScienceQA's problems.json")
     splits = path.with_name("pid_splits.json")
     if splits.exists():
         by_split = read_json(splits)
@@ -101,7 +101,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
         missing = [id for id in ids if id not in records]
         if missing:
             raise ValueError(
-                f"{path}: has no problem {missing[0]}, which {splits} names ({len(missing)} of {len(ids)})"
+                f"{path}: has no problem {missing[0]}, which {splits} lists (missing: {len(missing)} of {len(ids)})"
             )
     else:
         ids = [id for id, record in records.items() if record.get("split") == split]
@@ -111,7 +111,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
 
 
 def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
-    """Check one value of the file and return a Problem. Raises ValueError that names problem and field."""
+    """Check one value of the file and return a Problem. Raises a ValueError that names the problem and the field."""
     where = f"{path}: problem {id}"
     for field in ("question", "choices", "answer", "hint", "image", "grade", "subject", "split"):
         if field not in record:
@@ -128,9 +128,9 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
         check_text(value, where, field)
     grade = re.fullmatch(r"grade([1-9]|1[0-2])", str(record["grade"]))
     if grade is None:
-        raise ValueError(f"{where}: grade {record['grade']!r} is not 'grade1' to 'grade12'")
+        raise ValueError(f"{where}: grade {record['grade']!r} is not one of 'grade1' to 'grade12'")
     if record["subject"] not in SUBJECTS:
-        raise ValueError(f"{where}: subject {record['subject']!r} is none of {', '.join(SUBJECTS)}")
+        raise ValueError(f"{where}: subject {record['subject']!r} is not one of {', '.join(SUBJECTS)}")
     if image:
         split = str(record["split"])
         image = f"{split}/{id}/{image}" if (images / split).is_dir() else f"{id}/{image}"
@@ -150,12 +150,12 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 
 
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
-    """Measure accuracy on ScienceQA.
+    """Measure the accuracy on ScienceQA.
 
-    The accuracy is in %, in the nine columns of the paper's Table 2, whose rows are printed for comparison.
+    The accuracy is given in percent, in the nine columns of the paper's Table 2, whose rows are printed for comparison.
 
     Writes results.json, in the official format and with the accuracies, and wrong.txt, a readable list of wrong
-    answers. An answer that names none of the choices is wrong. A column without problems has None.
+    answers. An answer that names none of the choices is wrong. The score of a column without problems is None.
     """
     right = [problem.chosen(text) == problem.answer for problem, text in zip(problems, answers)]
     scores: dict[str, float | None] = {}
@@ -168,12 +168,12 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
 def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     """Read the answer to each problem from a results file in the official format, {"results": {id: index}}.
 
-    The answer is "" if the index is not that of a choice. Raises OSError, or ValueError if a problem has no answer.
+    The answer is "" if no choice has the index. Raises OSError, or ValueError if a problem has no answer.
     """
     results = read_json(path)
     results = results.get("results") if isinstance(results, dict) else None
     if not isinstance(results, dict):
-        raise ValueError(f"{path}: has no object 'results' of choice indices by problem id")
+        raise ValueError(f"{path}: has no object 'results' that maps problem ids to choice indices")
     require_responses(path, [problem.id for problem in problems], results, "problem")
     answers = []
     for problem in problems:
@@ -191,9 +191,9 @@ def write_results(answers: Responses, scores: dict[str, float | None], folder: P
     too_long = [problem.id for problem, text in zip(problems, texts) if text is None]
     unclear = [p.id for p, text, index in zip(problems, texts, chosen) if text is not None and index is None]
     print_table(answers, scores)
-    click.echo(f"\n{len(unclear):,} answers name none of the options, and count as wrong")
+    click.echo(f"\nanswers that name none of the choices, and count as wrong: {len(unclear):,}")
     if too_long:
-        click.echo(f"{len(too_long):,} problems are too long for the base, and count as wrong")
+        click.echo(f"problems that are too long for the base, and count as wrong: {len(too_long):,}")
 
     summary = {
         "acc": scores["Avg"],
@@ -229,7 +229,7 @@ def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
 
 
 def wrong_answers(answers: Responses) -> list[str]:
-    """Return a readable text for each problem with a wrong answer: the problem, the right answer, and the given one."""
+    """Describe each problem with a wrong answer: the problem, the right answer, and the given answer."""
     wrong = []
     for problem, text in zip(answers.examples, answers.texts):
         index = problem.chosen(text)
@@ -248,6 +248,6 @@ TASK = Task(
     write_results=write_results,
     split="test",
     max_new_tokens=32,
-    data_help="ScienceQA's problems.json.",
+    data_help="ScienceQA's file problems.json.",
     unit="problem",
 )

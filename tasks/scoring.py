@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: each context is processed once, for all of its continuations."""
+"""Log-likelihoods of continuations. Each context is processed once for all of its continuations."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +50,7 @@ def score_continuations(
 
 
 def in_batches(items: Iterable, size: int, length: Callable) -> Iterator[list]:
-    """Yield batches of items, longest first, so that a lack of memory shows at the start."""
+    """Yield batches of items, longest first, so that an out-of-memory error occurs at the start."""
     ordered = sorted(items, key=length, reverse=True)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
@@ -64,9 +64,10 @@ def score_rows(
     rows: Tensor,
     continuations: Sequence[Sequence[int]],
 ) -> list[Scored]:
-    """Score R continuations, longest first. `rows` (R,) are the rows of the cache that contain their contexts.
+    """Score R continuations, which are sorted longest first.
 
-    `logits` (R, V) are the logits after each context.
+    `rows` (R,), in int64, are the rows of the cache that contain the contexts of the continuations. `logits` (R, V) are
+    the logits after each context.
     """
     T, device = len(continuations[0]), model.device
     ids = torch.tensor([[*ids] + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
@@ -85,7 +86,7 @@ def score_rows(
 
 
 def token_scores(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p of ids (R,) under logits (R, V), in nats, and a mask of the ids that are the argmax."""
+    """Return log p (R,) of ids (R,) under logits (R, V), in nats, and a mask (R,) of the ids that are the argmax."""
     log_p = logits.float().log_softmax(dim=1).gather(1, ids[:, None]).squeeze(1)
     return log_p, logits.argmax(dim=1) == ids
 

@@ -242,7 +242,7 @@ GOOD = {
         ({}, {"base_dim": "5"}, "base_dim 5, the tensors say 4"),
         ({}, {"base_heads": "x"}, "base_heads x, the tensors say 2"),
         ({}, {"base_layers": "many"}, "base_layers is 'many'"),
-        ({}, {"base_layers": "0"}, "base_layers is 0, not a whole number from 1"),
+        ({}, {"base_layers": "0"}, "base_layers is 0, not an integer from 1"),
         ({"prompts": torch.zeros(1, 0, 4)}, {}, r"prompts \(1, 0, 4\)"),
         ({"prompts": torch.zeros(3, 4)}, {}, r"prompts \(3, 4\)"),
         ({"prompts": torch.zeros(2, 3, 4)}, {}, r"prompts \(2, 3, 4\) and gates \(1, 2\)"),
@@ -274,7 +274,7 @@ def test_truncated_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "base, message",
     [
-        (dict(layers=4, dim=32, heads=4), "layers 3, the base has layers 4"),
+        (dict(layers=4, dim=32, heads=4), "layers 3, but the base has layers 4"),
         (dict(layers=3, dim=64, heads=4), "dim 32, the base has dim 64"),
         (dict(layers=3, dim=32, heads=8), "heads 4, the base has heads 8"),
     ],
@@ -286,7 +286,7 @@ def test_error_about_another_base_names_both_numbers(base, message):
     with pytest.raises(ValueError, match=message):
         adapter.check_base(**base)
     del adapter.metadata["base_layers"]
-    with pytest.raises(ValueError, match="prompts for 2 layers, the base has 1 layers"):
+    with pytest.raises(ValueError, match="prompts for 2 layers, but the base has 1 layers"):
         adapter.check_base(layers=1, dim=32, heads=4)
 
 

@@ -38,17 +38,20 @@ def test_images_are_read_with_their_captions(tmp_path):
     [
         ({"annotations": [{"image_id": 4, "caption": "x"}]}, r"annotations\[0\]: image_id 4 is not the id of an image"),
         ({"annotations": [{"image_id": [5], "caption": "x"}]}, r"annotations\[0\]: image_id \[5\] is not the id"),
-        ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: has no text 'caption'"),
-        ({"annotations": [{"image_id": 5, "caption": ""}]}, r"annotations\[0\]: has no text 'caption'"),
-        ({"annotations": [{"image_id": 5, "caption": 7}]}, r"annotations\[0\]: field 'caption' is a int, not a string"),
+        ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: has no string 'caption'"),
+        ({"annotations": [{"image_id": 5, "caption": ""}]}, r"annotations\[0\]: has no string 'caption'"),
+        (
+            {"annotations": [{"image_id": 5, "caption": 7}]},
+            r"annotations\[0\]: field 'caption' is of type int, not a string",
+        ),
         (
             {"annotations": [{"image_id": 5, "caption": "\ud800"}]},
             r"annotations\[0\]: field 'caption' has an unpaired surr",
         ),
         ({"annotations": []}, "contains no captions"),
-        ({"images": [{"id": "5"}]}, r"images\[0\]: has no number 'id'"),
+        ({"images": [{"id": "5"}]}, r"images\[0\]: needs a numeric 'id'"),
         ({"images": [{"id": 5, "file_name": "\ud800"}]}, r"images\[0\]: field 'file_name' has an unpaired surrogate"),
-        ({"images": None}, "has no lists 'images' and 'annotations'"),
+        ({"images": None}, "has no list 'images'"),
     ],
 )
 def test_bad_annotations_are_named(tmp_path, change, message):
@@ -112,9 +115,9 @@ def test_captions_are_read_from_a_results_file(tmp_path):
     path.write_text(json.dumps([{"image_id": 9, "caption": "b"}, {"image_id": 5, "caption": "a"}]))
     assert read_responses(path, pictures) == ["a", "b"]
     path.write_text(json.dumps([{"image_id": 5, "caption": "a"}]))
-    with pytest.raises(ValueError, match="has no response to 1 of 2 images, such as 9"):
+    with pytest.raises(ValueError, match="has no response to 1 of 2 images, for example 9"):
         read_responses(path, pictures)
     for bad in ({"5": "a"}, [{"image_id": [5], "caption": "a"}]):
         path.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match="is not a list of objects with a number 'image_id'"):
+        with pytest.raises(ValueError, match="is not a list of objects with a numeric 'image_id'"):
             read_responses(path, pictures)

@@ -57,8 +57,11 @@ def make_record(*roles, content="a"):
         ({"messages": ["Hi"]}, "turn 0: is a str, not an object"),
         ({"messages": [{"role": "user"}]}, r"turn 0: has no field 'content' \(it has: 'role'\)"),
         ({"conversations": [{"role": "user", "content": "a"}]}, "turn 0: has no field 'from'"),
-        ({"messages": [{"role": "user", "content": None}]}, "turn 0: field 'content' is a NoneType, not a string"),
-        ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is a int, not a string"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "turn 0: field 'content' is of type NoneType, not a string",
+        ),
+        ({"messages": [{"role": 3, "content": "a"}]}, "turn 0: field 'role' is of type int, not a string"),
         (make_record("user", "tool"), "turn 1: role 'tool' is not one of system, user, human, assistant, gpt"),
         (make_record("user", "assistant", content=" \n"), "turn 0: field 'content' is empty"),
         (make_record("assistant"), "turn 0: 'assistant' comes first; the order is system"),
@@ -68,9 +71,9 @@ def make_record(*roles, content="a"):
         (make_record("user", "assistant", "system"), "turn 2: 'system' follows 'assistant'"),
         (make_record("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
         ({"messages": []}, "none of its 0 turns is the assistant's"),
-        ({"prompt": "a", "completion": ["b"]}, "field 'completion' is a list, not a string"),
+        ({"prompt": "a", "completion": ["b"]}, "field 'completion' is of type list, not a string"),
         ({"prompt": "a"}, "has no field 'instruction'"),
-        ([], "is a list, not an object"),
+        ([], "is of type list, not an object"),
     ],
 )
 def test_bad_conversation_is_a_one_line_error(record, message):
@@ -108,8 +111,8 @@ def test_system_and_history_fields_become_turns():
     "record, message",
     [
         (HISTORY | {"history": ["Hi", "Ho"]}, "field 'history' is not a list of pairs, each a prompt and its response"),
-        (HISTORY | {"history": [["Hi", 3]]}, "field 'history' is a int, not a string"),
-        (HISTORY | {"system": ["a"]}, "field 'system' is a list, not a string"),
+        (HISTORY | {"history": [["Hi", 3]]}, "field 'history' is of type int, not a string"),
+        (HISTORY | {"system": ["a"]}, "field 'system' is of type list, not a string"),
         (SHAREGPT | {"tools": "[{}]"}, "field 'tools' is not supported"),
         ({"instruction": "a", "context": "b", "output": "c"}, "field 'context' is not read; name it 'input'"),
         ({"prompt": "a", "completion": "b", "label": False}, "field 'label' is false, which marks an undesirable"),
@@ -228,7 +231,7 @@ def test_alpaca_template_takes_a_single_round(tiny_base):
     template = AlpacaTemplate(tokenizer)
     assert list(template.encode_exchanges([one_round])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
     with pytest.raises(
-        ValueError, match="^record 1: is a conversation of 5 turns; alpaca takes one instruction and its response"
+        ValueError, match="^record 1: is a conversation of 5 turns, but alpaca takes one instruction and its response"
     ):
         list(template.encode_exchanges([read_conversation(HISTORY, "a.json", "record 1")]))
 
@@ -262,7 +265,7 @@ def test_resuming_with_another_template_is_refused(chat_base, chats, tmp_path):
     args = (chat_base, chats, tmp_path / "run", "--template")
     assert train(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
     result = train(*args, "auto", "--resume")
-    assert result.exit_code == 2 and "was made with template = chatml, not auto: a resumed run" in result.stderr
+    assert result.exit_code == 2 and "was made with template = chatml, not auto; a resumed run" in result.stderr
     assert train(*args, "chatml", "--resume").exit_code == 0
 
 
@@ -283,7 +286,10 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
             (),
             "--template auto: the base has neither a chat_template in tokenizer_config.json nor a chat_template.jinja",
         ),
-        (("--template", "alpaca"), "chats.json: record 0: is a conversation of 5 turns; alpaca takes one instruction"),
+        (
+            ("--template", "alpaca"),
+            "chats.json: record 0: is a conversation of 5 turns, but alpaca takes one instruction",
+        ),
         (
             ("--template", "chatml"),
             "--template chatml does not fit this base: its tokenizer has no special token '<|im_start|>'",

@@ -62,8 +62,8 @@ def test_labeled_sentences_are_read(tmp_path):
     assert read_labelled_texts(tmp_path / "a.json") == [("hi", "3", "record 0")]
     for text, message in (
         ('[{"text": "hi"}]', "record 0: must have the fields 'text'"),
-        ('[{"text": 3, "label": "x"}]', "record 0: field 'text' is a int"),
-        ('[{"text": "a", "label": 0.5}]', "record 0: field 'label' is a float"),
+        ('[{"text": 3, "label": "x"}]', "record 0: field 'text' is of type int"),
+        ('[{"text": "a", "label": 0.5}]', "record 0: field 'label' is of type float"),
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=message):

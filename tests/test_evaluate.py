@@ -72,10 +72,10 @@ def test_scienceqa_command_writes_its_results(folder, image_adapter, how):
         assert set(values["results"].values()) <= {0, 1, 2} and not values["unclear"] and "outputs" not in values
     else:
         assert len(values["outputs"]) == 3 and values["unclear"] == ["12", "30", "31"]  # a random model names no option
-        assert "3 answers name none of the options" in result.stdout
+        assert "answers that name none of the choices, and count as wrong: 3" in result.stdout
 
     twice = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--adapter", image_adapter)
-    assert twice.exit_code == 2 and "--results contains the responses" in twice.stderr
+    assert twice.exit_code == 2 and "--results already contains the responses" in twice.stderr
     again = run_evaluate("scienceqa", *args, "--results", folder / "out" / "results.json", "--out", folder / "again")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "again" / "results.json").read_text())["columns"] == values["columns"]
@@ -97,7 +97,7 @@ def test_compiled_responses_equal_the_eager_ones(folder, text_only, monkeypatch)
         outputs.append(json.loads((folder / "out" / "results.json").read_text())["outputs"])
     assert outputs[0] == outputs[1] and len(compiled) == 1
     result = run_evaluate("scienceqa", *args, "--adapter", text_only, "--compile", "--choose")
-    assert result.exit_code == 2 and "--compile is for generated responses" in result.stderr
+    assert result.exit_code == 2 and "--compile applies only to generated responses" in result.stderr
 
 
 def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypatch):
@@ -106,7 +106,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
     result = run_evaluate(*args, "--adapter", image_adapter)
     assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such image" in result.stderr
     result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing")
-    assert result.exit_code == 0 and "1 of 3 skipped: their image was not found" in result.stderr
+    assert result.exit_code == 0 and "1 of 3 examples skipped: image not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
     result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing", "--limit", 1)
     assert result.exit_code == 2 and "none of its 1 examples has an image that exists" in result.stderr
@@ -139,7 +139,7 @@ def test_text_only_adapter_needs_no_images(folder, text_only):
     args = ["scienceqa", "--data", folder / "problems.json", "--adapter", text_only, "--device", "cpu"]
     assert run_evaluate(*args, "--out", folder / "out").exit_code == 0
     result = run_evaluate(*args, "--out", folder / "out", "--clip", folder / "ViT.pt")
-    assert result.exit_code == 2 and "--clip or --encoder needs an adapter with a projection" in result.stderr
+    assert result.exit_code == 2 and "--clip and --encoder need an adapter that was trained on images" in result.stderr
 
 
 @pytest.mark.parametrize("how", [[], ["--choose"]])
@@ -157,7 +157,9 @@ def test_problems_that_do_not_fit_are_reported(folder, tiny_base, monkeypatch, h
     assert json.loads((folder / "out" / "results.json").read_text())["too_long"] == []
     save_problems(folder, hint="very " * 60)
     result = run_evaluate(*args, "--device", "cpu")
-    assert result.exit_code == 0 and "1 problems are too long for the base" in result.stdout, result.output
+    assert (
+        result.exit_code == 0 and "problems that are too long for the base, and count as wrong: 1" in result.stdout
+    ), result.output
     values = json.loads((folder / "out" / "results.json").read_text())
     assert values["too_long"] == ["12"] and values["results"]["12"] == -1 and "12" not in values["unclear"]
 
@@ -178,7 +180,7 @@ def test_captions_command_writes_its_scores(tmp_path, image_adapter, text_only):
     again = run_evaluate(*args, "--results", tmp_path / "out" / "results.json")
     assert again.exit_code == 0 and again.stdout == result.stdout
     refused = run_evaluate(*args, "--adapter", text_only)
-    assert refused.exit_code == 2 and "the task captions needs an adapter with a projection" in refused.stderr
+    assert refused.exit_code == 2 and "the task captions needs an adapter that was trained on images" in refused.stderr
 
 
 def test_training_and_evaluation_on_captions(tmp_path, image_adapter, tiny_base):

@@ -136,7 +136,7 @@ def test_messages_escape_control_characters():
 @pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "b/../../a.png"])
 def test_paths_cannot_leave_their_folder(tmp_path, name):
     assert path_inside(tmp_path, "b/../a.png") == tmp_path / "b/../a.png"
-    with pytest.raises(ValueError, match="is outside of"):
+    with pytest.raises(ValueError, match="is outside"):
         path_inside(tmp_path, name)
     assert path_inside("/", str(tmp_path / "a.png")) == tmp_path / "a.png"
 
@@ -144,7 +144,9 @@ def test_paths_cannot_leave_their_folder(tmp_path, name):
 def test_small_archive_with_large_content_is_refused(tmp_path):
     with gzip.open(tmp_path / "a.json.gz", "wb") as file:
         file.write(b" " * (2**26 + 2))
-    with pytest.raises(ValueError, match="a.json.gz: its .* bytes unpack to more than 67,108,864; unpack it first"):
+    with pytest.raises(
+        ValueError, match="a.json.gz: its .* bytes decompress to more than 67,108,864; decompress it first"
+    ):
         read_text(tmp_path / "a.json.gz")
 
 

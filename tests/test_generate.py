@@ -163,7 +163,7 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
     steps.clear()
     responder.respond_batch(requests[:1])
     assert len(steps) < 20
-    with pytest.raises(ValueError, match="--stop: the text is empty"):
+    with pytest.raises(ValueError, match="--stop: the string is empty"):
         Responder(*loaded, stop=[""])
 
 
@@ -182,7 +182,7 @@ def test_stop_and_repetition_penalty_options_change_the_text(tiny_adapter):
     result = run(*args, "--stop", "absent", "--stop", text[5:8])
     assert result.stdout == text[: text.index(text[5:8])] + "\n"
     assert run(*args, "--repetition-penalty", 1.5).stdout != text
-    assert "--stop: the text is empty" in run(*args, "--stop", "").stderr
+    assert "--stop: the string is empty" in run(*args, "--stop", "").stderr
 
 
 def test_next_generation_uses_updated_prompts():
@@ -463,8 +463,8 @@ def test_each_row_of_a_batch_ends_with_the_context(data, tmp_path):
         ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is not one of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
         ("", "contains no examples"),
-        ("7", "record 0: is a int, not an object with 'instruction'"),
-        ('["instruction"]', "record 0: is a str, not an object"),
+        ("7", "record 0: is of type int, not an object with 'instruction'"),
+        ('["instruction"]', "record 0: is of type str, not an object"),
         ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
         ('{"instruction": "a", "adapter": ["chef"]}', "record 0: adapter"),
     ],
@@ -517,10 +517,10 @@ def test_adapters_that_cannot_be_combined_are_refused(chef_and_poet, tiny_base, 
     assert run(*both, *files, "--max-new-tokens", 1).exit_code == 0  # only the first adapter is used
     (tmp_path / "in.jsonl").write_text('{"instruction": "a", "adapter": "long"}\n{"instruction": "a"}')
     result = run(*both, *files)
-    assert result.exit_code == 2 and "different lengths cannot share a batch" in result.stderr
-    assert "--prompts and --out go together" in run("--adapter", chef, *files[:2]).stderr
+    assert result.exit_code == 2 and "different numbers of prompts cannot share a batch" in result.stderr
+    assert "--prompts and --out must be used together" in run("--adapter", chef, *files[:2]).stderr
     for more in (["hi"], ["--compare"], ["--input", "x"]):
-        assert "--prompts contains all prompts" in run("--adapter", chef, *files, *more).stderr
+        assert "--prompts already contains all prompts" in run("--adapter", chef, *files, *more).stderr
     for out in (tmp_path, tmp_path / "absent" / "out.jsonl"):
         result = run("--adapter", chef, *files[:3], out)
         assert result.exit_code == 2 and str(out) in result.stderr and result.stderr.count("\n") == 1
@@ -564,7 +564,7 @@ def test_twenty_adapters_need_only_their_own_memory(tmp_path):
 
 
 def test_empty_row_is_refused():
-    with pytest.raises(ValueError, match="a row has no tokens"):
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
         generate(make_model(), [[1], []], max_new_tokens=2)
 
 
@@ -579,11 +579,11 @@ def test_context_length_limits_prompts_and_responses(data):
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 2)
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
-    assert "the base has a context of only 512" in result.stderr
+    assert "the context of the base is only 512" in result.stderr
     truncated = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
     assert truncated.exit_code == 0 and 50 < len(truncated.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
-    assert mixed.exit_code == 0 and "a context of only 512" in mixed.stderr
+    assert mixed.exit_code == 0 and "the context of the base is only 512" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2
 
 
@@ -603,19 +603,19 @@ def test_conversation_can_switch_adapters(chef_and_poet, tiny_base):
     by_chef, by_poet = (run("--adapter", adapter, *args).stdout for adapter in (chef, poet))
     by_base = run("--base", tiny_base, *args).stdout
     assert stdout == by_chef + by_poet + by_base + "\n" + by_base + by_chef
-    assert "no adapter 'cook'; choose from base, chef, poet" in stderr
+    assert "there is no adapter 'cook'; choose from base, chef, poet" in stderr
     assert len({by_chef, by_poet, by_base}) == 3
 
 
 def test_conversation_has_help_and_exit_commands(tiny_adapter):
     for word in ("exit", "/quit"):
         stdout, stderr = chat_in_process(f"/help\n{word}\nHello\n", "--adapter", tiny_adapter)
-        assert stdout == "" and stderr.count("Every line is an instruction of its own. /adapter NAME") == 2
+        assert stdout == "" and stderr.count("Every line is a separate instruction. /adapter NAME") == 2
 
 
 def test_empty_pipe_is_an_error(tiny_adapter):
     result = run("--adapter", tiny_adapter, input="")
-    assert result.exit_code == 2 and result.stderr == "error: no PROMPT, and nothing on standard input\n"
+    assert result.exit_code == 2 and result.stderr == "error: there is no PROMPT, and standard input is empty\n"
     assert run("--adapter", tiny_adapter, "--max-new-tokens", 1, input="\n").exit_code == 0
 
 

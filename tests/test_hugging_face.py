@@ -156,7 +156,7 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
     shard.write_bytes(content)
     for text, message in [
         ("{", "not JSON"),
-        ("[]", "is a list, not an object"),
+        ("[]", "contains a value of type list, not an object"),
         ("{}", "expected a weight_map"),
         ('{"weight_map": {}}', "expected a weight_map"),
         (good.replace(shard.name, "../" + shard.name), "names this file"),

@@ -117,8 +117,8 @@ def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(dim=8), "was made for dim 8, the base has dim 16"),
-        (dict(heads=4), "was made for heads 4, the base has heads 2"),
+        (dict(dim=8), "was made for dim 8, but the base has dim 16"),
+        (dict(heads=4), "was made for heads 4, but the base has heads 2"),
         (dict(features=4), "takes 4 features of an image, but this run has 6"),
     ],
 )
@@ -164,7 +164,7 @@ def test_bad_initial_adapters_are_one_line_errors(first, tmp_path):
         (["--init", tmp_path / "junk"], "junk: not a complete safetensors file"),
         (["--init", tmp_path / "head.safetensors"], "head.safetensors: is for an encoder, not for a LLaMA"),
         (["--init", folder, "--layers", 1], "--layers 1: "),
-        (["--init", folder, "--out", folder], "is in the folder that this run writes to: give another --out"),
+        (["--init", folder, "--out", folder], "is in the folder that this run writes to; choose another --out"),
         (["--init", folder / "adapter.safetensors", "--out", folder], "is in the folder that this run writes to"),
     ):
         result = run(*args, *more)

@@ -110,14 +110,14 @@ def test_checkpoint_with_an_invalid_best_adapter_is_refused(args, tmp_path, monk
     for best in ({"loss": 1.0, "step": 99, "tensors": checkpoint["adapter"]}, {"loss": 1.0, "step": 2, "tensors": {}}):
         torch.save(checkpoint | {"best": best}, path)
         result = run(*args, *BEST, "--resume")
-        assert result.exit_code == 2 and "checkpoint.pt: not a checkpoint of train.py" in result.stderr
+        assert result.exit_code == 2 and "checkpoint.pt: is not a checkpoint of train.py" in result.stderr
 
 
 def test_initial_adapter_is_kept_if_no_loss_is_lower(args, tmp_path, monkeypatch):
     """The loss must be strictly lower; of equal losses the first counts."""
     monkeypatch.setattr(train, "mean_loss", lambda *_: 3.0)
     result = run(*args, "--keep", "best", "--epochs", 1)
-    assert result.exit_code == 0 and "no step has a lower validation loss" in result.stderr
+    assert result.exit_code == 0 and "no step reached a lower validation loss" in result.stderr
     assert not load_file(tmp_path / "run" / "adapter.safetensors")["gates"].any()
 
 
@@ -125,7 +125,7 @@ def test_keep_best_needs_validation_examples(args, tmp_path):
     result = run(*args, "--keep", "best", "--val-size", 0)
     assert (
         result.exit_code == 2
-        and "--keep best needs validation examples, and --val-size holds out none" in result.stderr
+        and "--keep best needs validation examples, but --val-size holds out none" in result.stderr
     )
     assert not list((tmp_path / "run").glob("*"))
 

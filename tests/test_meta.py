@@ -37,8 +37,8 @@ LLAMA_31_8B = dict(
     "changes, message",
     [
         (dict(dim=None), "params.json: has no field 'dim'"),
-        (dict(dim="x"), "params.json: dim is .x., not a whole number"),
-        (dict(n_heads=0), "params.json: n_heads is 0, not a whole number"),
+        (dict(dim="x"), "params.json: dim is .x., not an integer"),
+        (dict(n_heads=0), "params.json: n_heads is 0, not an integer"),
         (dict(ffn_dim_multiplier=float("inf")), "params.json: ffn_dim_multiplier is inf, not a number"),
         (dict(n_layers="3"), "params.json: n_layers is '3'"),
         (dict(n_heads=3), "params.json: head_dim is 5"),

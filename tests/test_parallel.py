@@ -203,7 +203,7 @@ def no_room_for_the_folder(rank):
         (no_memory_for_the_base, [], "rank 1: no memory left: DefaultCPUAllocator: can't allocate memory"),
         (no_room_for_the_folder, [], "rank 0: run: No space left on device"),
         (None, ["--base", "nowhere"], "rank 0: nowhere: no such base model"),
-        (None, ["--device", "cpu:0"], "rank 0: --device cpu:0: with several processes, each has its own"),
+        (None, ["--device", "cpu:0"], "rank 0: --device cpu:0: with several processes, each has its own device"),
         (None, ["--int8", "--strategy", "fsdp"], "rank 0: --bits and --compile need the whole base"),
     ],
 )
@@ -430,7 +430,7 @@ def test_strategy_and_device_are_selected_per_rank(monkeypatch):
     assert choose_strategy("auto", 71, CPU) == "ddp" and choose_strategy("fsdp", 1, CPU) == "fsdp"
     with monkeypatch.context() as patch:
         patch.setattr("torch.__version__", "2.6.0+cu124")
-        with pytest.raises(ValueError, match="needs PyTorch 2.7 or later, this is 2.6.0"):
+        with pytest.raises(ValueError, match="needs PyTorch 2.7 or later, but this is 2.6.0"):
             choose_strategy("auto", 71, gpu)
 
     monkeypatch.setattr("runtime.device.world_size", lambda: 2)
@@ -448,8 +448,8 @@ def test_strategy_and_device_are_selected_per_rank(monkeypatch):
 def test_non_finite_loss_is_reported_by_one_rank(forks, args):
     results = Ranks(forks, 2, train_command, args, not_a_number).results()
     (line,) = error_lines(results)
-    assert line.startswith("error: rank 0: after step 6: the loss (nan) or its gradient is not finite, from record ")
-    assert "as of step 6;" in line and results[0][0] == 2
+    assert line.startswith("error: rank 0: after step 6: the loss (nan) or its gradient is not finite, for record ")
+    assert "saved after step 6;" in line and results[0][0] == 2
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_resumed_run_needs_the_same_bits(hf_args, tmp_path):
     hf_args += ["--out", tmp_path / "stopped"]
     assert run(*hf_args, "--bits", 4, "--max-minutes", 1e-6).exit_code == 0
     result = run(*hf_args, "--resume")
-    assert result.exit_code == 2 and "was made with bits = 4, not None: a resumed run cannot change it" in result.stderr
+    assert result.exit_code == 2 and "was made with bits = 4, not None; a resumed run cannot change it" in result.stderr
     assert run(*hf_args, "--bits", 4, "--resume").exit_code == 0
     stopped, whole = (Adapter.load(tmp_path / name / "adapter.safetensors") for name in ("stopped", "whole"))
     assert torch.equal(stopped.prompts, whole.prompts) and torch.equal(stopped.gates, whole.gates)

@@ -81,7 +81,7 @@ def test_truncated_response_stays_in_the_history(responder):
     second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
     assert second == rerun(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
-    with pytest.raises(ValueError, match="the prompt has .* tokens, the base has a context of only 1024"):
+    with pytest.raises(ValueError, match="the prompt has .* tokens, but the context of the base is only 1024"):
         "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
@@ -113,7 +113,7 @@ def test_terminal_conversation_equals_the_same_prompts_file(adapters, tmp_path):
     """Each adapter has its own history, which /reset deletes. The same conversations in a file give equal responses."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
     stdout, stderr = chat_in_process(lines, *adapters)
-    assert stderr.count("Every line is a turn of one conversation. /reset: forget it. /system TEXT") == 1
+    assert stderr.count("Every line is a turn of one conversation. /reset: start a new one. /system TEXT") == 1
     turns, records = {"a": [], "b": []}, []
     responses = stdout.split("\n")
     assert len(responses) == 7 and responses.pop() == ""
@@ -141,7 +141,7 @@ def test_piped_lines_have_no_history(adapters):
 def test_turn_commands_need_a_template_with_turns(tiny_adapter):
     stdout, stderr = chat_in_process("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
     for command in ("/system", "/reset"):
-        assert f"error: {command} is for templates with turns; here every line is an instruction" in stderr
+        assert f"error: {command} needs a template for conversations, such as --template auto" in stderr
 
 
 def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
@@ -151,7 +151,7 @@ def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
     result = run(*adapters, "--template", "llama-3", *args)
     assert result.exit_code == 2 and "--template llama-3 does not fit this base" in result.stderr
     result = run(*adapters, "--template", "chatml", "--raw", *args)
-    assert result.exit_code == 2 and "--template chatml and --raw: use only one of them" in result.stderr
+    assert result.exit_code == 2 and "use only one of --template chatml and --raw" in result.stderr
 
 
 def test_base_uses_the_template_of_the_first_adapter(adapters):
@@ -173,9 +173,9 @@ UNANSWERED = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "W
         (
             UNANSWERED,
             ["--template", "alpaca"],
-            "the template alpaca has no turns; use --template auto, llama-2, llama-3 or chatml",
+            "the template alpaca cannot contain earlier turns; use --template auto, llama-2, llama-3 or chatml",
         ),
-        (UNANSWERED, ["--raw"], "a raw prompt has no turns"),
+        (UNANSWERED, ["--raw"], "a raw prompt cannot contain earlier turns"),
     ],
 )
 def test_invalid_conversations_in_a_file_are_reported(adapters, tmp_path, record, more, message):

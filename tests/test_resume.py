@@ -128,7 +128,7 @@ def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
     result = run(*args, "--resume", "auto", "--epochs", 4)
     assert result.exit_code == 2 and "summary.json: was made with epochs = 3, not 4" in result.stderr
     init = f"--init {tmp_path / 'run' / 'adapter.safetensors'}"
-    assert f"to train its adapter further: {init}, and another --out" in result.stderr
+    assert f"to train its adapter further, use {init} and another --out" in result.stderr
     assert run(*args, *init.split(), "--epochs", 4, "--out", tmp_path / "further").exit_code == 0
     result = run(*args, "--resume", "auto", "--limit", 30)
     assert result.exit_code == 2 and "limit = None, not 30" in result.stderr
@@ -335,7 +335,9 @@ def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, w
         result = run(*args, "--save-every", 4)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: no memory left") and f"as of step {kept}; a smaller --micro-batch-tokens" in last
+    assert (
+        last.startswith("error: no memory left") and f"saved after step {kept}; a smaller --micro-batch-tokens" in last
+    )
     assert last.endswith("; to continue, add --resume")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept
     assert run(*args, "--resume").exit_code == 0

@@ -42,9 +42,9 @@ def test_pid_splits_file_overrides_the_splits(path, tmp_path):
         ({"answer": ...}, "problem 12: has no field 'answer'"),
         ({"choices": ["one"]}, "problem 12: has 1 choices, not 2 to 10"),
         ({"choices": "ab"}, "problem 12: field 'choices' is not a list of strings"),
-        ({"hint": 0}, "problem 12: field 'hint' is a int"),
+        ({"hint": 0}, "problem 12: field 'hint' is of type int"),
         ({"choices": ["a", "b", "\ud800"]}, "problem 12: field 'choices' has an unpaired surrogate"),
-        ({"subject": "science"}, "problem 12: subject 'science' is none of natural science, social"),
+        ({"subject": "science"}, "problem 12: subject 'science' is not one of natural science, social"),
         ({"grade": "grade13"}, "problem 12: grade 'grade13' is not"),
         ({"grade": "first"}, "problem 12: grade 'first' is not"),
     ],
@@ -111,7 +111,7 @@ def test_official_results_are_read(path, tmp_path):
     assert [problem.chosen(text) for problem, text in zip(problems, texts)] == [2, None, None]
     assert None not in texts  # None would mean a prompt that was too long
     for values, message in (
-        ({"results": {"12": 2}}, "has no response to 2 of 3 problems, such as 30"),
+        ({"results": {"12": 2}}, "has no response to 2 of 3 problems, for example 30"),
         ({"results": {"12": "B", "30": 0, "31": 0}}, "problem 12: 'B' is not the index"),
         ({"12": 2}, "has no object 'results'"),
     ):

@@ -99,11 +99,11 @@ def test_scores_and_results_of_any_task_are_written(tmp_path, capsys):
     }  # fmt: skip
     results = tmp_path / "new" / "results.json"
     assert read_responses(results, examples) == ["half \ud800", None]
-    with pytest.raises(ValueError, match="results.json: has no response to 1 of 3 examples, such as record 2"):
+    with pytest.raises(ValueError, match="results.json: has no response to 1 of 3 examples, for example record 2"):
         read_responses(results, [*examples, Example("c", name="record 2")])
     for bad in ([], {"record 0": 1}):
         results.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match="results.json: is not an object of responses"):
+        with pytest.raises(ValueError, match="results.json: is not an object that maps the names"):
             read_responses(results, examples)
 
 

@@ -182,7 +182,7 @@ def test_evaluate_on_ranks_equals_a_single_process(forks, tiny_adapter, tmp_path
     "more, message",
     [
         (["hi"], "the base's n_kv_heads, 2, cannot be split evenly over 3 processes"),
-        (["hi", "--device", "cuda:0"], "--device cuda:0: with several processes, each has its own"),
+        (["hi", "--device", "cuda:0"], "--device cuda:0: with several processes, each has its own device"),
         (["--raw", "--input", "b", "hi"], "--input is a field of the template"),
         (["--prompts", "none.jsonl", "--out", "out.jsonl"], ""),
         (["hi", "--adapter", "none.safetensors"], "none.safetensors: no such adapter file"),

@@ -437,10 +437,8 @@ def test_non_finite_values_stop_the_run_and_keep_the_last_adapter(args, tmp_path
         result = run(*args)
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
-    assert (
-        last.startswith("error: ") and "not finite, from record " in last and last.startswith("error: after step 3: ")
-    )
-    assert "checkpoint.pt and adapter.safetensors are as of step 3;" in last
+    assert last.startswith("error: ") and "not finite, for record " in last and last.startswith("error: after step 3: ")
+    assert "checkpoint.pt and adapter.safetensors were saved after step 3;" in last
     kept = Adapter.load(tmp_path / "run" / "adapter.safetensors")
     assert all(torch.equal(p, expected) for p, expected in zip(kept.parameters(), adapters[3]))
     assert run(*args, "--resume").exit_code == 0
@@ -506,7 +504,7 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
         (["--batch-size", "9" * 400], "is not in the range 1 to 2**31 - 1"),
         (
             ["--data", "a.csv"],
-            "a.csv: is not JSON; convert it: pandas.read_csv('a.csv').fillna('').to_json(",
+            "a.csv: is not JSON; convert it with pandas.read_csv('a.csv').fillna('').to_json(",
         ),
         (["--base", "llama.gguf"], "llama.gguf: no such base model"),
         (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),
@@ -603,7 +601,7 @@ def test_real_model_learns_from_real_alpaca_data(data, tmp_path):
 def test_base_without_data_is_an_error(args, tiny_base):
     i = args.index("--data")
     result = run(*args[:i], *args[i + 2 :])
-    assert result.exit_code == 2 and "needs --data FILE, or --toy text for the toy's questions" in result.stderr
+    assert result.exit_code == 2 and "needs --data FILE, or --toy text to train on the toy's data" in result.stderr
 
 
 def test_context_length_limits_max_seq_len(instructions, tmp_path, data):

@@ -7,5 +7,5 @@ TRAINING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr
 
 
 def load_toy(name: str):
-    """Return the Toy of this name, one of TOYS. It is imported on use."""
+    """Import and return the Toy with this name, one of TOYS."""
     return import_module("toy.toys").TOYS[name]

@@ -1,9 +1,10 @@
 """A pocket almanac: facts, the text that the base is pretrained on, and instructions about the facts.
 
 The paper's thesis is that the knowledge is in the frozen base, and that the adapter only elicits it. The toy shows this
-in less than a minute on two cores. The base is pretrained on almanac pages and on gossip (people who ask each other and
-answer). This text contains every fact below, but no instruction. The adapter is trained on instructions about half of
-the entities. The other half is held out: the knowledge about it can only come from the base.
+in less than a minute on two cores. The base is pretrained on almanac pages and on gossip: conversations of
+people who ask each other questions. This text contains every fact below, but no instruction. The adapter is trained on
+instructions about half of the entities. The other half is held out, so that the knowledge about it can only come from
+the base.
 """
 
 import random
@@ -68,8 +69,9 @@ potassium K, silicon Si, silver Ag, sodium Na, sulfur S, tin Sn, titanium Ti, tu
 zinc Zn
 """
 
-# The wordings of each kind of fact. The lines of a paragraph are its name, statements, questions, instructions, and an
-# instruction whose entity is in Alpaca's input field. {e} is the entity, {a} the answer, and a slash a line break.
+# The wordings of each kind of fact. The lines of a paragraph are the name of the kind, statements, questions,
+# instructions, and an instruction whose entity is in Alpaca's input field. {e} is the entity, {a} is the answer, and a
+# slash is a line break.
 WORDINGS = """
 capital
 The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
@@ -178,7 +180,7 @@ def capitalized(sentence: str) -> str:
 # Pretraining text of the base, and instructions for the adapter
 
 PEOPLE = "Anna Ben Clara David Emil Frank Gus Hanna Ida Jack Kate Leo Mary Nina Oscar Paul Rosa Sam Tom Vera".split()
-GOSSIP = [  # a question and its answer, and a last sentence, so that no conversation ends with an answer
+GOSSIP = [  # a question with its answer, and a last sentence, so that no conversation ends with an answer
     ("{x} asked: {q} {y} said: {s} ", "{x} thanked {y}."),
     ("{x} wanted to know: {q} {y} answered: {s} ", "Then {y} went home."),
     ("{x}: {q}\n{y}: {s}\n", "{x}: Thank you, {y}!"),
@@ -187,9 +189,9 @@ GOSSIP = [  # a question and its answer, and a last sentence, so that no convers
 
 
 def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
-    """Yield almanac pages and gossip without end; they contain no instruction and no imperative.
+    """Yield almanac pages and gossip endlessly; they contain no instruction and no imperative.
 
-    `gossip` is the share of documents that are gossip.
+    `gossip` is the probability that a document is gossip.
     """
     rng = random.Random(seed)
     all_kinds = list(KINDS.values())
@@ -219,10 +221,10 @@ def documents(seed: int, gossip: float = 0.75) -> Iterator[str]:
 
 
 class ExamQuestion(NamedTuple):
-    """An instruction, and its expected answer."""
+    """An instruction and its expected answer."""
 
     example: Example
-    kind: str  # a name in KINDS; of a picture, the instruction
+    kind: str  # a name in KINDS; for a picture, the instruction
     entity: str  # the subject: an entity of the almanac, or the file name of a picture
     answer: str  # the word of example.output that is scored
 

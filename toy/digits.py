@@ -2,7 +2,7 @@
 
 The vision encoder is trained here and then frozen, like CLIP's. To answer a question, the model has to combine the
 features of the picture with what the almanac's LLaMA knows about numbers. That LLaMA was pretrained without pictures
-and without instructions: prompts, gates and projection have to learn both.
+and without instructions: prompts, gates and projection have to learn to use both.
 """
 
 import math
@@ -27,7 +27,10 @@ CONFIG = ViTConfig(image_size=16, patch_size=4, dim=64, n_layers=4, n_heads=4, h
 BATCH, EPOCHS = 64, 30
 SCHEDULE = {"peak": 3e-3, "warmup": 50}
 OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.05}
-TRAINED_ON, HELD_OUT = 400, 200  # pictures; the vision encoder is trained on all that are not held out
+TRAINED_ON, HELD_OUT = (
+    400,
+    200,
+)  # numbers of pictures for the adapter; the vision encoder is trained on all that are not held out
 
 ANSWERS = {
     "Which digit is this?": "This is {e}.",
@@ -37,7 +40,10 @@ ANSWERS = {
 
 
 def write_pictures(folder: Path) -> None:
-    """Write pictures/DIGIT-NUMBER.png into the folder. Raises ValueError if scikit-learn, their source, is missing."""
+    """Write scikit-learn's digits as pictures/DIGIT-NUMBER.png into the folder.
+
+    Raises ValueError if scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -84,7 +90,7 @@ def train_vision_encoder(folder: Path) -> ViT:
 
 
 def questions(files: list[Path]) -> list[ExamQuestion]:
-    """Return three questions about each picture. Every answer names the digit, so guesses are right in about 10 %."""
+    """Return three questions about each picture. Every answer names the digit, so about 10 % of guesses are right."""
     result = []
     for file in files:
         digit = NUMBERS[int(file.name[0])]

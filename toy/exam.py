@@ -26,18 +26,21 @@ def most_common_answer(questions: Sequence[ExamQuestion]) -> str:
 
 
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
-    """Generate greedy responses, 128 at once, up to 40 tokens each. Each request names "base" or "adapter"."""
+    """Generate greedy responses of up to 40 tokens, in batches of 128. Each request names "base" or "adapter"."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
     return generate_responses(responder, requests, batch_size=128, unit="question")
 
 
 def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list[bool]:
-    """Return for each text whether it is exactly the expected sentence."""
+    """Return, for each text, True if it is exactly the expected sentence."""
     return [text == question.example.output for text, question in zip(texts, questions)]
 
 
 def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corner: str = " " * 34) -> None:
-    """Print a table of mean scores: one column per score, one row per group of questions, given by their indices."""
+    """Print a table of mean scores, with one column per score.
+
+    Each row is a group of questions; `rows` maps its label to their indices.
+    """
     headings = ["has it" if name.endswith(" has it") else name for name in scores]  # "base has it" is next to "base"
     width = 2 + max(map(len, headings))
     print(corner + "".join(f"{heading:>{width}}" for heading in headings))
@@ -47,7 +50,7 @@ def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corn
 
 
 def mean_scores(prefix: str, scores: dict[str, list[bool]]) -> dict[str, float]:
-    """Return the mean of each score under its name in summary.json."""
+    """Return the mean of each score, with the names that are used in summary.json as keys."""
     return {f"{prefix}_{name.replace(' ', '_')}": sum(score) / len(score) for name, score in scores.items()}
 
 
@@ -55,8 +58,8 @@ def mean_scores(prefix: str, scores: dict[str, list[bool]]) -> dict[str, float]:
 def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
     """Score the base and the adapter on the almanac's held-out questions, and print a table.
 
-    To be fair to the base, the table also has the share of responses that contain the expected word ("has it"). The
-    majority baseline always has the form of the expected answer, and fills in the most common word in training.
+    To be fair to the base, the table also shows the share of responses that contain the expected word ("has it"). The
+    majority baseline has the form of the expected answer, with the most common word in the training data.
     """
     sets = almanac.instructions()
     questions = [question for name in HELD_OUT for question in sets[name]]
@@ -88,8 +91,8 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
 def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
     """Score the adapter on questions about held-out pictures of digits, and print a table.
 
-    An adapter for images gets each question with its picture, without one, and with a random one. Any other adapter
-    gets no pictures. Chance is to always name the most common digit in training.
+    An adapter for images gets each question with its picture, without a picture, and with a random one. Any other
+    adapter gets no pictures. The column "chance" is the accuracy of always naming the most common digit in training.
     """
     with TemporaryDirectory() as folder:
         digits.write_pictures(Path(folder))

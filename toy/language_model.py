@@ -37,7 +37,10 @@ OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 
 
 def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[float]:
-    """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses: about four minutes."""
+    """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses.
+
+    This takes about four minutes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder / "tokenizer.model", seed)
     model, losses = pretrain_base(tokenizer, seed, n_layers)
@@ -56,7 +59,7 @@ def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[flo
 
 
 def tokenizer_text(seed: int) -> Iterator[str]:
-    """Yield lines of the pretraining text and of Alpaca's template, which then needs few tokens."""
+    """Yield lines of the pretraining text and of Alpaca's template, so that the template needs few tokens."""
     for document in islice(documents(seed), 4000):
         yield from document.splitlines()
     yield from [line for template in ALPACA.values() for line in template.splitlines()] * 500
@@ -79,7 +82,7 @@ def pretrain_base(
 ) -> tuple[LLaMA, list[float]]:
     """Pretrain a LLaMA to predict the next token of the documents; return the model and the losses.
 
-    `stop_after` ends training after this many steps; the learning rates stay those of the whole schedule.
+    `stop_after` ends training after this many steps, with the learning rates of the whole schedule.
     """
     steps = TOKENS // (ROW * ROWS)
     needed = ROW * ROWS * (stop_after or steps)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Return the learning rate of a step, 0 .. total-1: the smaller of a linear warm-up and a cosine decay.
+    """Return the learning rate of a step, 0 .. total-1, which is the minimum of a linear warm-up and a cosine decay.
 
     The warm-up rises from 0 to `peak` in `warmup` steps. The cosine falls from `peak` to `floor * peak` over all steps.
     """
@@ -22,8 +22,8 @@ def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: flo
 def one_thread() -> Iterator[None]:
     """Use one thread, so that the order of summation and the resulting model do not depend on the number of cores.
 
-    A second thread would make training of such small models a quarter faster on an idle machine. On a busy one, the two
-    threads wait for each other and are slower than one.
+    On an idle machine, a second thread would make training of such small models a quarter faster. On a busy machine,
+    two threads wait for each other and are slower than one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -44,10 +44,10 @@ def pretrain(
     clip: float | None = None,
     desc: str,
 ) -> list[float]:
-    """Take AdamW steps, and return the losses.
+    """Take `steps` steps of AdamW, and return their losses.
 
-    `loss_fn` and `learning_rate` are called with the number of the step, from 0. `clip` is the maximum norm of the
-    gradient; `desc` is the label of the progress bar.
+    `loss_fn` and `learning_rate` are called with the number of the step, which starts at 0. `clip` is the maximum norm
+    of the gradient; `desc` is the label of the progress bar.
     """
     parameters = list(parameters)
     losses = []

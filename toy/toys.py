@@ -29,7 +29,7 @@ def text_examples(options):
 
 
 def image_examples(options):
-    """Return questions about pictures, and the almanac's instructions. Writes the pictures into `options.features`."""
+    """Return questions about pictures, and the almanac's instructions. The pictures are written to a cache folder."""
     folder = options.features / "digits"
     digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
@@ -38,7 +38,7 @@ def image_examples(options):
 
 
 def blind_examples(options):
-    """Return the same examples without a vision encoder, so that their images are ignored."""
+    """Return the examples of `image_examples` without a vision encoder, so that their images are ignored."""
     return image_examples(options)[0], options
 
 

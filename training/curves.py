@@ -1,4 +1,4 @@
-"""Plots of a run: its losses, and the value of each gate."""
+"""Plots of a training run: its losses, and the value of each gate."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from runtime.files import atomic_write
 
 
 def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
-    """Plot the losses, and the gates as an image of layers x heads, to a PNG file at `path`."""
+    """Plot the losses, and the gates as an image of layers by heads, and write the plots to a PNG file."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label, style in (("loss", "training", {"linewidth": 1}), ("val_loss", "validation", {"marker": "o"})):
@@ -28,7 +28,7 @@ def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
 
 
 def draw_gates(axes: Axes, adapter: Adapter) -> None:
-    """Plot the gates of an adapter as an image of layers x heads, in which 0 is white."""
+    """Plot the gates of an adapter as an image of layers by heads, in which 0 is white."""
     gates = adapter.gate_values().detach().cpu()  # (L, H)
     first_layer = int(adapter.metadata.get("base_layers", len(gates))) - len(gates)
     image = paint_gates(axes, gates.numpy(), first_layer, max(gates.abs().max().item(), 1e-6))

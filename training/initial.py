@@ -1,4 +1,4 @@
-"""Initialization from an existing adapter, of this project or of another implementation (--init)."""
+"""Initialization from an existing adapter (--init), from this project or from another implementation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from runtime.files import hash_tensors
 def load_initial(path: str, base: Config, out: Path) -> Adapter:
     """Load the adapter to initialize from; `out` is the folder of the new run.
 
-    Raises OSError, or ValueError if it does not fit the base, or if the run would overwrite it.
+    Raises OSError, or ValueError if the adapter does not fit the base, or if the run would overwrite it.
     """
     if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise ValueError(f"--init {path} is in the folder that this run writes to: give another --out")
+        raise ValueError(f"--init {path} is in the folder that this run writes to; choose another --out")
     initial = load_adapter(path, heads=base.n_heads)
     if isinstance(initial, HeadAdapter):
         raise ValueError(f"--init {path}: is for an encoder, not for a LLaMA")
@@ -31,7 +31,7 @@ def load_initial(path: str, base: Config, out: Path) -> Adapter:
 
 
 def shaped_as(initial: Adapter, config, path: str):
-    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if it states another L."""
+    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if --layers is another number."""
     layers, length, _ = initial.prompts.shape
     if config.layers not in (None, layers):
         raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; omit --layers")
@@ -46,14 +46,14 @@ def adapter_fingerprint(adapter: Adapter) -> str:
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    It has a projection if either of them has one. Warns if `initial` was trained over another base, or with another
-    template. Raises ValueError if the two projections have different shapes.
+    The result has a projection if either of the two has one. Warns if `initial` was trained over another base, or with
+    another template. Raises ValueError if the two projections have different shapes.
     """
     metadata = initial.metadata
     for name, what in (("base_fingerprint", "over another base"), ("prompt_template", "with another template")):
         here = adapter.metadata.get(name)
         if rank() == 0 and metadata.get(name, here) != here:
-            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, here {here}")
+            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, but {here} here")
     if isinstance(adapter, ImageAdapter) and isinstance(initial, ImageAdapter):
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features

@@ -7,7 +7,7 @@ ROWS = {"cpu": 256, "cuda": 1024}  # positions whose logits are in memory at a t
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy from a few rows of logits at a time. The gradient is computed in the forward pass as well.
+    """Cross entropy, computed from a few rows of logits at a time, with its gradient in the forward pass.
 
     The gradient with respect to a row of logits is softmax - 1 at the target, and softmax elsewhere.
     """
@@ -31,10 +31,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy, summed over R positions, of hidden states (R, C) through an output head (V, C); targets (R,).
+    """Return the cross entropy, summed over R positions, as a float32 scalar.
 
-    It equals `F.cross_entropy(hidden @ head.T, targets, reduction="sum")` with the softmax in float32. With a
-    vocabulary of 32,000 or more, that would take gigabytes for the logits of a whole batch and their gradient. The head
-    gets no gradient.
+    hidden (R, C) are the hidden states, head (V, C) is the weight of the output head, and targets (R,) are token ids.
+    The result equals `F.cross_entropy(hidden @ head.T, targets, reduction="sum")` with the softmax in float32. With a
+    vocabulary of 32,000 or more, that function would take gigabytes for the logits of a whole batch and their gradient.
+    The head gets no gradient.
     """
     return ChunkedCrossEntropy.apply(hidden, head, targets)

@@ -9,7 +9,7 @@ from training.loss import ROWS
 
 
 def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_activations: bool) -> int:
-    """Return the bytes of activations per position: those saved for backward, and those of the layer being computed.
+    """Return the bytes of activations per position: those saved for backward, plus those of the layer being computed.
 
     Each of the `adapted` layers saves seven vectors of width C and three of the feed-forward width, with `itemsize`
     bytes per number. With checkpointing it saves only its input, and one layer at a time is recomputed.
@@ -29,7 +29,7 @@ def positions_that_fit(
     also reserved for the logits of a few rows, and for two whole layers, which a sharded base gathers. The result is a
     multiple of 256, so that it does not change with a few bytes of memory.
     """
-    logits = ROWS["cuda"] * model.config.vocab_size * (model.dtype.itemsize + 4 + 4)  # with log p and its gradient
+    logits = ROWS["cuda"] * model.config.vocab_size * (model.dtype.itemsize + 4 + 4)  # logits, log p and the gradient
     gathered = max(sum(weight.nbytes for weight in layer.parameters()) for layer in model.layers)
     room = 0.9 * total_memory - weights - logits - 2 * gathered
     per_position = activation_bytes(model.config, adapted, model.dtype.itemsize, checkpoint_activations)
@@ -39,7 +39,7 @@ def positions_that_fit(
 def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations: bool) -> int:
     """Choose the number of positions per forward pass from the memory of the model's GPU, and print it.
 
-    It is the same on all ranks, the smallest of theirs. On other devices it is 8,192, and not printed.
+    All ranks use the smallest of their numbers. On other devices than CUDA GPUs, it is 8,192, and is not printed.
     """
     if model.device.type != "cuda":
         return MICRO_BATCH_TOKENS

@@ -27,15 +27,17 @@ TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversatio
 class DataOptions:
     """The training data."""
 
-    data: str | None = setting(None, "JSON or JSONL file, also .gz or .xz.  [default: the toy's]", click.Path())
+    data: str | None = setting(None, "JSON or JSONL file, also .gz or .xz.  [default: the toy's data]", click.Path())
     task: str = setting("instructions", "The kind of data; see docs/tasks.md.", click.Choice([*TASKS]))
-    toy: str | None = setting(None, "A toy instead of --data; see docs/toy.md.  [default: text]", click.Choice(TOYS))
+    toy: str | None = setting(
+        None, "Use a toy instead of --data; see docs/toy.md.  [default: text]", click.Choice(TOYS)
+    )
     limit: int | None = setting(None, "Use only this many examples, from the beginning.", Count())
     template: str | None = setting(None, TEMPLATE_HELP, click.Choice(NAMES))
     vision_encoder: str | None = setting(
-        None, "CLIP's vision encoder; without it images are ignored.", click.Path(), "--clip"
+        None, "CLIP's vision encoder; without it or --encoder, images are ignored.", click.Path(), "--clip"
     )
-    encoder: str | None = setting(None, "Instead of --clip: FILE.py:NAME, a function that returns features (M, Cv).")
+    encoder: str | None = setting(None, "Instead of --clip, use this function, FILE.py:NAME.")
     images: str | None = setting(None, "The folder of the images.  [default: the data's folder]", click.Path())
     skip_missing: bool = setting(False, "Skip examples whose image is missing.")
     features: Path = setting(Path("features"), "The folder for cached image features.", PATH)
@@ -43,11 +45,11 @@ class DataOptions:
     def checked(self, base: str | None) -> "DataOptions":
         """Return the options with the toy filled in. Raises ValueError if they contradict each other."""
         if self.vision_encoder is not None and self.encoder is not None:
-            raise ValueError("--clip and --encoder: only one of them computes the features of an image")
+            raise ValueError("--clip and --encoder both compute the features of an image; use only one of them")
         if self.data is not None and self.toy is not None:
             raise ValueError(f"--toy {self.toy} brings its own data; omit --data {self.data}")
         if base is not None and self.data is None and self.toy is None:
-            raise ValueError(f"--base {base} needs --data FILE, or --toy text for the toy's questions")
+            raise ValueError(f"--base {base} needs --data FILE, or --toy text to train on the toy's data")
         given = {"--clip": self.vision_encoder, "--encoder": self.encoder, "--images": self.images}
         given["--task"] = None if self.task == "instructions" else self.task
         unused = next((name for name, value in given.items() if value is not None), None)
@@ -56,27 +58,29 @@ class DataOptions:
         return replace(self, toy=self.toy or "text")
 
 
-STRATEGY_HELP = "With torchrun: replicate the base (ddp) or shard it (fsdp); auto shards one that does not fit."
+STRATEGY_HELP = "With torchrun: replicate the base (ddp) or shard it (fsdp); auto shards a base that does not fit."
 
 
 @dataclass(frozen=True)
 class BaseOptions:
     """The frozen base, its form in memory, and the adapter that training is initialized from."""
 
-    base: str | None = setting(None, "The model to adapt.  [default: the toy's]", click.Path())
-    init: str | None = setting(None, "An adapter to initialize from, in a new run; its L and K apply.", click.Path())
+    base: str | None = setting(None, "The model to adapt.  [default: the toy's base]", click.Path())
+    init: str | None = setting(None, "An adapter to initialize from, in a new run; its L and K are used.", click.Path())
     freeze: tuple[str, ...] = setting(
-        (), "A part of the adapter to keep as it is; repeatable.", click.Choice(PARTS), multiple=True
+        (), "A part of the adapter to keep unchanged; repeatable.", click.Choice(PARTS), multiple=True
     )
     device: str = "auto"  # device, dtype and bits: the options that all commands share, in runtime/cli.py
     dtype: str = "auto"
     bits: str | None = None
-    compile: bool = setting(False, "torch.compile the layers: slow to start, then faster.")
-    attention: str = setting("fused", "Two equivalent implementations of gated attention.", click.Choice([*ATTENTIONS]))
+    compile: bool = setting(False, "Compile the layers: slower at the start, then faster.")
+    attention: str = setting(
+        "fused", "Implementation of gated attention; both are equivalent.", click.Choice([*ATTENTIONS])
+    )
     strategy: str = setting("auto", STRATEGY_HELP, click.Choice(["auto", "ddp", "fsdp"]))
 
 
-RESUME_HELP = "Continue from the checkpoint in --out, with the same options (auto: if there is one)."
+RESUME_HELP = "Continue from the checkpoint in --out, with the same options; auto: only if there is one."
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Run:
         self.metrics = self.out / "metrics.jsonl"
         self.step = 0  # completed steps; adapter and optimizer are in this state
         self.tokens = 0
-        self.seconds = 0.0  # spent in the steps
+        self.seconds = 0.0  # time spent in the steps
         self.micro_batch_tokens: int | None = None  # a resumed run keeps it, unless the option is given
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
@@ -110,12 +110,12 @@ class Run:
             try:
                 check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
             except ValueError as error:
-                how = f"to train its adapter further: --init {self.out / 'adapter.safetensors'}, and another --out"
+                how = f"to train its adapter further, use --init {self.out / 'adapter.safetensors'} and another --out"
                 raise ValueError(f"{error}; {how}") from None
         return self.state == "finished"
 
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
-        """Prepare the folder; on --resume, load the state of adapter and optimizer from checkpoint.pt.
+        """Prepare the folder; with --resume, load the state of adapter and optimizer from checkpoint.pt.
 
         `counts`, the numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match,
         or if there are no validation examples for --keep best.
@@ -126,7 +126,7 @@ class Run:
         self.counts = counts
         self.num_steps = num_steps
         if fixed["keep"] == "best" and not counts["held_out"]:
-            raise ValueError("--keep best needs validation examples, and --val-size holds out none")
+            raise ValueError("--keep best needs validation examples, but --val-size holds out none; increase it")
         barrier()  # files change only when every rank has loaded its base
         if self.state == "begun":
             progress, self.best = load_checkpoint(self.out / CHECKPOINT, adapter, optimizer, fixed)
@@ -178,13 +178,13 @@ class Run:
         saved = "nothing was saved yet"
         to_continue = ""
         if self.saved_step:
-            saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors are as of step {self.saved_step}"
+            saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors were saved after step {self.saved_step}"
             to_continue = "; to continue, add --resume"
         if isinstance(error, FloatingPointError):
-            advice = "a lower --lr may help, with another --out"
+            advice = "try a lower --lr and another --out"
             raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
         if rank() > 0:  # the first rank may be saving at this moment, or may have ended before it could
-            saved = f"what is saved is in {self.out}"
+            saved = f"the last saved step is in {self.out}"
             to_continue = "; to continue, add --resume auto"
         if is_lost_rank(error):
             report_lost_rank(error, f"; {saved}{to_continue}")
@@ -193,7 +193,7 @@ class Run:
             raise ValueError(f"{error_line(error)}; {saved}; {self.less_memory}{to_continue}") from None
 
     def asked_to_stop(self) -> bool:
-        """Return True, on all ranks, if any has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
+        """Return True, on all ranks, if any rank has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
         minutes = (time.perf_counter() - self.options.started) / 60
         is_late = minutes > (self.options.max_minutes or math.inf)
         self.stopped = all_reduce_max(max(self.requested, TIME if is_late else 0))
@@ -277,7 +277,7 @@ class Run:
                 comparison = f"{after:.4f}, but was {before:.4f} before training: the adapter makes the base worse"
                 warn(f"the validation loss is {comparison}; a lower --lr may help")
             if self.best is not None and self.best.step == 0:
-                warn("no step has a lower validation loss than the adapter before training, which was kept")
+                warn("no step reached a lower validation loss than the initial adapter, which was kept")
             draw_curves(read_metrics(self.metrics), self.kept_adapter(), self.out / "curves.png")
             summary = {
                 "trainable_parameters": sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
@@ -296,7 +296,7 @@ class Run:
 
 
 def require_tensorboard() -> None:
-    """Raise ValueError if the package is missing."""
+    """Raise ValueError if the package tensorboard is missing."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:

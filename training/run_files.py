@@ -31,7 +31,7 @@ class Progress(NamedTuple):
 
     step: int
     tokens: int
-    seconds: float  # spent in its steps
+    seconds: float  # time spent in the steps
     micro_batch_tokens: int | None = None
 
 
@@ -61,7 +61,7 @@ def run_state(out: Path, resume: str | None) -> str:
 
 
 def check_options(before: object, fixed: dict, path: Path) -> None:
-    """Raise ValueError if the run that wrote `path` had other options, except the path of its base."""
+    """Raise ValueError if the run that wrote `path` had other options. Only the path of its base may differ."""
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
     # Defaults for what files of earlier versions do not state.
@@ -74,7 +74,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
             change = f"was made with {name} = {before.get(name)}, not {value}"
-            raise ValueError(f"{path}: {change}: a resumed run cannot change it")
+            raise ValueError(f"{path}: {change}; a resumed run cannot change it")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -143,21 +143,24 @@ def trim_metrics(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read every complete line; a killed run may leave a partial one at the end. Raises ValueError, naming the line."""
+    """Read every complete line; a killed run may leave a partial one at the end.
+
+    Raises a ValueError that names an invalid line.
+    """
     lines = []
     if path.exists():
         for number, text in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
             try:
                 lines.append(checked_line(json.loads(text)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: line {number}: not a line of metrics: {first_line(error)}") from None
+                raise ValueError(f"{path}: line {number}: not valid metrics: {first_line(error)}") from None
     return lines
 
 
 def checked_line(line: object) -> dict:
     """Validate one line of metrics, and return it."""
     if not isinstance(line, dict):
-        raise ValueError(f"is a {type(line).__name__}, not an object")
+        raise ValueError(f"its type is {type(line).__name__}, not an object")
     require_number("step", line.get("step"), 0, 2**40, whole=True)
     for name, value in line.items():
         require_number(name, value, -1e30, 1e30)
@@ -165,7 +168,7 @@ def checked_line(line: object) -> dict:
 
 
 def write_metrics(path: Path, line: dict) -> None:
-    """Append one line. Raises OSError that names the file."""
+    """Append one line of metrics. Raises an OSError that names the file."""
     with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -207,9 +210,9 @@ def load_checkpoint(
     belongs to a run with other options.
     """
     checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
-    invalid = f"{path}: not a checkpoint of train.py"
+    invalid = f"{path}: is not a checkpoint of train.py"
     try:
-        options = json.loads(json.dumps(checkpoint.get("options")))  # this refuses anything but plain values
+        options = json.loads(json.dumps(checkpoint.get("options")))  # this rejects anything but plain values
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{invalid}: its options: {first_line(error)}") from None
     check_options(options, json.loads(json.dumps(fixed)), path)
@@ -245,6 +248,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) 
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
                 if require_dense(state[name]).shape != parameter.shape or not state[name].isfinite().all():
-                    raise ValueError(f"its {name} is not a tensor of {tuple(parameter.shape)} finite numbers")
+                    raise ValueError(f"its {name} is not a tensor of shape {tuple(parameter.shape)} with finite values")
             if require_dense(state["step"]).numel() != 1 or state["step"].item() != steps:
                 raise ValueError(f"its optimizer has not taken {steps} steps")

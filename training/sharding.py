@@ -1,6 +1,6 @@
 """Placement of the frozen base when several ranks train: replicated on every rank, or sharded over them.
 
-A base that fits on one device is replicated. Otherwise it is sharded: each rank keeps a part of the weights of every
+A base that fits on one device is replicated. Otherwise it is sharded: each rank keeps a shard of the weights of every
 layer, and a layer is gathered when it is needed and freed afterwards (PyTorch's `fully_shard`).
 """
 
@@ -19,7 +19,7 @@ def too_large(weights: int, memory: int) -> bool:
 
 
 def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
-    """Return "ddp" or "fsdp", the same on all ranks. "auto" chooses by `weights`, the bytes of the base.
+    """Return "ddp" or "fsdp", the same on all ranks. "auto" depends on `weights`, the size of the base in bytes.
 
     Raises ValueError if the base cannot be sharded.
     """
@@ -29,14 +29,14 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
     if strategy == "fsdp" and world_size() == 1:
         raise ValueError("--strategy fsdp needs several processes; use torchrun --nproc_per_node 8 train.py ...")
     if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, this is {torch.__version__}")
+        raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, but this is {torch.__version__}")
     return strategy
 
 
 def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """Return a function that shards a layer when `load_model` has read it, and finally the whole model.
+    """Return a function that shards each layer after `load_model` has read it, and finally the whole model.
 
-    Embeddings, norm and output head, a few percent of a large model, are replicated on every rank.
+    Embeddings, norm and output head are replicated on every rank; they are a few percent of a large model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

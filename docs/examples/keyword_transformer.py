@@ -26,7 +26,7 @@ def class_tokens(path):
     index = {tensor["name"]: tensor["index"] for tensor in model.get_tensor_details()}
     names = [TOKENS.format(depth - 1, 2 * depth - 1) for depth in DEPTHS]
     if not set(names) <= set(index):
-        raise ValueError(f"{os.environ['KWT_MODEL']}: is not KWT-1: it has no {names[-1]}")
+        raise ValueError(f"{os.environ['KWT_MODEL']}: is not KWT-1, because it has no tensor {names[-1]}")
     return np.stack([model.get_tensor(index[name])[0, 0] for name in names])
 
 
@@ -49,11 +49,11 @@ def run_model(path):
 
 @cache
 def load_keyword_transformer(path):
-    """Load the model so that the outputs of all layers are kept: without delegates, which would fuse some layers."""
+    """Load the model so that the outputs of all layers are kept. Delegates are disabled, as they would fuse layers."""
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
     except ImportError:
-        raise ValueError("the Keyword Transformer needs a package of its own: pip install ai-edge-litert") from None
+        raise ValueError("the Keyword Transformer needs one more package: pip install ai-edge-litert") from None
     if not os.path.isfile(path):
         raise ValueError(f"KWT_MODEL={path}: no such file; set it to the path of the Keyword Transformer's .tflite")
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES

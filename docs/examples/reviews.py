@@ -4,7 +4,8 @@
     python docs/examples/reviews.py score answers.jsonl
 
 The first command writes reviews.json for training, and unseen.jsonl for `generate.py --prompts`. The second one counts
-the responses that are exactly right. A line of SST-2's files is a sentence and its label, 0 or 1, separated by a tab.
+the responses that are exactly right. Each line of SST-2's files contains a sentence and its label, 0 or 1, separated by
+a tab.
 """
 
 import json
@@ -22,7 +23,7 @@ def main():
 
 
 def read_sentences(path: str, number: int) -> list[dict[str, str]]:
-    """Return the first `number` sentences of a file as records; `right` is the expected response."""
+    """Return the first `number` sentences of a file as records, whose field `right` is the expected response."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
     pairs = [line.split("\t") for line in lines[:number]]
     return [{"instruction": QUESTION, "input": text, "right": ANSWERS[label]} for text, label in pairs]

@@ -17,7 +17,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def run_blocks(text: str, page: str) -> Iterator[str]:
-    """Run the blocks in order, and yield the output of each. Errors of a block have its line numbers in the page."""
+    """Run the blocks in order, and yield the output of each. Errors in a block have the line numbers of the page."""
     names: dict[str, object] = {}
     for block in PYTHON.finditer(text):
         above = "\n" * text.count("\n", 0, block.start(1))
