@@ -1,1 +1,1 @@
-"""Adaption prompts, gates and a head for a frozen ViT or RoBERTa: python -m encoder_tuning train|evaluate."""
+"""Train and evaluate adaption prompts, gates and a head on a frozen ViT or RoBERTa: python -m encoder_tuning."""

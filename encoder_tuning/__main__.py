@@ -1,4 +1,4 @@
-"""Train adaption prompts, gates and a head over a frozen ViT or RoBERTa, and evaluate them.
+"""Train adaption prompts, gates and a head on a frozen ViT or RoBERTa, and evaluate them.
 
 python -m encoder_tuning train --task image-classification --base vit --data pictures --out out
 python -m encoder_tuning evaluate --adapter out/adapter.safetensors --data more-pictures
@@ -32,14 +32,14 @@ from train import TrainConfig, make_optimizer, mean_loss, training_steps
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 
-TASK_DATA = "By task: image folders or .npz; .tsv, .csv or JSON; CoNLL-2003's format; SQuAD's format."
-LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"
-STRIDE_HELP = "Tokens that neighboring windows of a long context share."
+TASK_DATA = "The data, depending on the task: image folders or .npz; .tsv, .csv or JSON; CoNLL-2003; SQuAD."
+LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"  # advice for when memory runs out
+STRIDE_HELP = "Number of tokens that neighboring windows of a long context share."
 
 
 @dataclass(frozen=True)
 class EncoderData(DataOptions):
-    """The training data."""
+    """Options of the training data."""
 
     data: str | None = setting(None, TASK_DATA, click.Path(), required=True)
     task: str | None = setting(None, "The task to train for.", click.Choice(HEAD_TASKS), required=True)
@@ -47,15 +47,17 @@ class EncoderData(DataOptions):
     stride: int = setting(STRIDE, STRIDE_HELP, Count(0))
 
 
-MAX_SEQ_LEN_HELP = "Tokens per example, or per window of a context.  [default: 512, or the base's limit]"
+MAX_SEQ_LEN_HELP = "Maximum number of tokens per example or window.  [default: 512, or the base's limit if lower]"
 
 
 @dataclass(frozen=True)
 class EncoderConfig(TrainConfig):
-    """The hyper-parameters, with the help and defaults of options that work differently for encoders."""
+    """Hyper-parameters of training. Options that work differently for encoders have their own help and defaults."""
 
     max_seq_len: int | None = setting(None, MAX_SEQ_LEN_HELP, Count(2))
-    micro_batch_tokens: int = setting(MICRO_BATCH_TOKENS, "Positions per forward pass; affects memory only.", Count())
+    micro_batch_tokens: int = setting(
+        MICRO_BATCH_TOKENS, "Maximum number of positions per forward pass; affects memory only.", Count()
+    )
 
 
 def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
@@ -67,7 +69,7 @@ def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tu
     return list(chain.from_iterable(training)), list(chain.from_iterable(validation))
 
 
-WHY_DROPPED = {  # by task, with the number of tokens
+WHY_DROPPED = {  # keyed by task; {} stands for the maximum number of tokens
     "image-classification": "too long for {} tokens",
     "text-classification": "too long for {} tokens",
     "token-classification": "no word fits into {} tokens",
@@ -80,7 +82,7 @@ WHY_DROPPED = {  # by task, with the number of tokens
 
 
 def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run: Run) -> None:
-    """Train prompts, gates and a head over a frozen encoder; the counterpart of train.train.
+    """Train prompts, gates and a head on a frozen encoder. This is the counterpart of train.train.
 
     Raises OSError or ValueError.
     """
@@ -99,7 +101,7 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     fixed["base_fingerprint"] = encoder_fingerprint(model)
     check_same_on_all_ranks(fixed | asdict(config))
     if run.is_finished(fixed):
-        print_rank0(f"{run.out}: this run is finished, nothing is left to do")
+        print_rank0(f"{run.out}: this run is finished; nothing is left to do")
         return
 
     dimensions = {"layers": config.layers, "length": config.length}
@@ -158,8 +160,8 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
     ranks = f", ddp over {world_size()} ranks" if world_size() > 1 else ""
     if "questions" in counts:
         print_rank0(
-            f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; the contexts of "
-            f"{counts['windowed']:,} are split into windows, one example per window"
+            f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; "
+            f"{counts['windowed']:,} contexts are split into windows, with one example per window"
         )
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"
@@ -174,11 +176,11 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
 
 @cloup.group(context_settings={"show_default": True})
 def main():
-    """Train an adapter and a head over a frozen ViT or RoBERTa, or evaluate them."""
+    """Train an adapter and a head on a frozen ViT or RoBERTa, or evaluate them."""
 
 
 NO_ANSWER_HELP = (
-    "Give no answer if <s> outscores the best span by more than this.  "
+    "Give no answer if the score of <s> exceeds that of the best span by more than this number.  "
     "[default: 0 if trained on unanswerable questions, else none]"
 )
 
@@ -187,7 +189,9 @@ NO_ANSWER_HELP = (
 @options_of(EncoderData, "Data", only=("task", "data", "limit", "stride"))
 @option_group(
     "Frozen model",
-    option("--base", type=click.Path(), required=True, help="A ViT, CLIP's vision encoder, or a RoBERTa."),
+    option(
+        "--base", type=click.Path(), required=True, help="Path of a ViT, of CLIP's vision encoder, or of a RoBERTa."
+    ),
     *device_options,
 )
 @options_of(
@@ -217,9 +221,12 @@ def train_command(**options):
 @option_group(
     "Model",
     option(
-        "--adapter", "adapter_path", type=click.Path(), help="The adapter file.  [default: the base with its own head]"
+        "--adapter",
+        "adapter_path",
+        type=click.Path(),
+        help="The adapter file. Without it, the base is evaluated with its own head.",
     ),
-    option("--base", type=click.Path(), help="The encoder.  [default: the one that the adapter file names]"),
+    option("--base", type=click.Path(), help="Path of the encoder.  [default: the one that the adapter file names]"),
     *device_options,
 )
 @option_group(
@@ -227,14 +234,19 @@ def train_command(**options):
 )
 @option_group(
     "Memory and speed",
-    option("--micro-batch-tokens", type=Count(), default=8192, help="Positions per forward pass; affects memory only."),
+    option(
+        "--micro-batch-tokens",
+        type=Count(),
+        default=8192,
+        help="Maximum number of positions per forward pass; affects memory only.",
+    ),
 )
 def evaluate_command(
     data, task, adapter_path, base, out, limit, stride, no_answer_threshold, micro_batch_tokens, device, dtype
 ):
     """Print the accuracy, or the F1 of entities or answers.
 
-    Evaluates an encoder with an adapter or, without --adapter, with its own head.
+    The encoder is evaluated with an adapter or, without --adapter, with its own head.
     """
     with one_line_errors():
         if out is not None:

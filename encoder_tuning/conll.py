@@ -4,8 +4,8 @@
     rejects VBZ  B-VP  O
     German  JJ   B-NP  B-MISC
 
-The first column is a word and the last one its tag; an empty line ends a sentence. B- begins an entity, I- continues
-it, and O is outside of any.
+The first column is a word, and the last column is its tag. An empty line ends a sentence. The tag B- begins an entity,
+I- continues it, and O marks a word outside of any entity.
 """
 
 import re
@@ -30,7 +30,7 @@ class TaggedSentence(NamedTuple):
 
 
 def read_conll(path: Path) -> list[TaggedSentence]:
-    """Read the sentences of a file, with their tags converted to BIO. Lines of -DOCSTART- are skipped.
+    """Read the sentences of a file, with their tags converted to BIO. -DOCSTART- lines are skipped.
 
     Raises OSError, or ValueError that names the line.
     """
@@ -53,9 +53,9 @@ def read_conll(path: Path) -> list[TaggedSentence]:
 
 
 def check_tag(tag: str, where: str) -> None:
-    """Raise ValueError if the tag is not O, B-... or I-...."""
+    """Raise ValueError unless the tag is O, or begins with B- or I-."""
     if tag != OUTSIDE and not re.fullmatch(r"[BI]-.+", tag):
-        raise ValueError(f"{where}: the tag {tag!r} is neither O nor B-... nor I-...")
+        raise ValueError(f"{where}: the tag is {tag!r}; expected O, B-TYPE or I-TYPE")
 
 
 def to_bio(tags: Sequence[str]) -> list[str]:
@@ -71,10 +71,11 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 def labelled_sentences(
     sentences: Sequence[TaggedSentence], tokenizer: RobertaTokenizer, max_length: int, classes: Sequence[str]
 ) -> LabelledData:
-    """Tokenize sentences word by word, as <s> words </s>. The first token of a word has its class, all others IGNORE.
+    """Tokenize sentences word by word, as <s> words </s>.
 
-    A sentence is truncated to `max_length` tokens, and dropped if that leaves no room for a word. Raises ValueError if
-    a tag is not in `classes`.
+    The label of the first token of a word is the word's class, and the label of every other token is IGNORE. A sentence
+    is truncated to `max_length` tokens, and dropped if that leaves no room for a word. Raises ValueError if a tag is
+    not in `classes`.
     """
     examples, num_truncated, dropped = [], 0, 0
     for sentence in sentences:
@@ -82,7 +83,7 @@ def labelled_sentences(
         for word, tag in zip(sentence.words, sentence.tags):
             if tag not in classes:
                 raise ValueError(f"{sentence.name}: unknown tag {tag!r}; expected one of {', '.join(classes)}")
-            # The space, which even the first word gets, makes the tokens those of a word within a text.
+            # Every word, even the first, gets a leading space, so that it has the same tokens as within a sentence.
             pieces = tokenizer.encode(f" {word}")
             ids += pieces
             labels += [classes.index(tag)] + [IGNORE] * (len(pieces) - 1)
@@ -112,9 +113,10 @@ def entity_metric() -> Callable[..., tuple]:
 
 
 def entity_scores(predicted: list[list[str]], expected: list[list[str]]) -> dict[str, float]:
-    """Return the micro-averaged `precision`, `recall` and `f1` of whole entities, in [0, 1], by the tags of sentences.
+    """Return the micro-averaged `precision`, `recall` and `f1` of whole entities, in [0, 1].
 
-    `entities` is the number of expected entities. Raises ValueError as `entity_metric` does.
+    `predicted` and `expected` are lists of tags, one list per sentence. The result also contains `entities`, the number
+    of expected entities. Raises ValueError as `entity_metric` does.
     """
     values = entity_metric()(expected, predicted, average="micro", zero_division=0)
     return dict(zip(("precision", "recall", "f1", "entities"), map(float, values)))

@@ -35,7 +35,7 @@ STRIDE = 128  # tokens that neighboring windows of a context share
 
 
 def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]:
-    """Read labeled images, as tuples (image or path, class, name).
+    """Read labeled images as tuples (image or path, class, name).
 
     `path` is a folder with one subfolder of images per class, or a .npz file with the arrays `images`, uint8
     (n, height, width) or (n, height, width, 3), and `labels`, integers (n,). Raises OSError or ValueError.
@@ -48,22 +48,27 @@ def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]
     require_file(path, "data")
     try:
         if sum(entry.file_size for entry in ZipFile(path).infolist()) > MAX_BYTES:
-            raise ValueError(f"contains more than {MAX_BYTES:,} bytes; $LLAMA_ADAPTER_MAX_BYTES raises the limit")
+            raise ValueError(f"contains more than {MAX_BYTES:,} bytes; set $LLAMA_ADAPTER_MAX_BYTES to allow more")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = map(np.asarray, (arrays["images"], arrays["labels"]))
-    except Exception as error:  # zipfile and NumPy raise errors of many types at a broken file
-        raise ValueError(f"{path}: cannot be read as a .npz with arrays 'images' and 'labels': {error}") from None
+    except Exception as error:  # zipfile and NumPy raise errors of many types for a broken file
+        raise ValueError(
+            f"{path}: cannot be read as a .npz file with the arrays 'images' and 'labels': {error}"
+        ) from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)) or not len(images):
-        raise ValueError(f"{path}: images are {images.dtype} {images.shape}; expected uint8 (n, height, width[, 3])")
+        raise ValueError(
+            f"{path}: 'images' is {images.dtype} with shape {images.shape}; expected uint8 (n, height, width[, 3])"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{path}: labels are {labels.dtype} {labels.shape} for {len(images)} images; expected one integer each"
+            f"{path}: 'labels' is {labels.dtype} with shape {labels.shape}; "
+            f"expected one integer for each of the {len(images)} images"
         )
     return [(Image.fromarray(image), str(label), f"image {i}") for i, (image, label) in enumerate(zip(images, labels))]
 
 
 def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
-    """Read labeled texts, as tuples (text, class, name), from a .tsv or .csv file with a header, or from JSON.
+    """Read labeled texts as tuples (text, class, name) from a .tsv or .csv file with a header, or from JSON.
 
     Records have the fields `text` (or `sentence`) and `label`. Raises OSError, or ValueError that names the record.
     """
@@ -104,10 +109,11 @@ def read_labelled(
     limit: int | None = None,
     stride: int = STRIDE,
 ) -> LabelledData:
-    """Read a data file as inputs of the encoder from the folder `base`. Texts have at most `max_length` tokens.
+    """Read a data file as inputs of the encoder `model` from the folder `base`.
 
-    `classes` are the names of the outputs of the head. By default they are the labels that occur in the file; for
-    token classification, the labels of the base's own head if these include all tags of the file.
+    The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the outputs of the head. By
+    default they are the labels that occur in the file; for token classification, they are the labels of the base's own
+    head if these include all tags of the file.
 
     Raises OSError, or ValueError that names the record.
     """
@@ -149,7 +155,7 @@ def check_classes(classes: Sequence[str], data: Path) -> None:
 
 
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
-    """Raise ValueError if the task needs the other kind of encoder."""
+    """Raise ValueError if the task needs the other kind of encoder: ViT for images, RoBERTa for text."""
     if isinstance(model, ViT) != (task == "image-classification"):
         needed = "a vision transformer" if task == "image-classification" else "a RoBERTa"
         raise ValueError(f"{base}: --task {task} needs {needed}")

@@ -1,4 +1,4 @@
-"""Labeled examples for encoders, common to all tasks, and the tokenizer of their texts."""
+"""Labeled examples for encoders, in a form that all tasks share, and the tokenizer for RoBERTa."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,12 @@ class Labelled(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """The number of labels other than IGNORE, which the loss is a mean over."""
+        """The number of labels other than IGNORE, over which the loss is averaged."""
         return sum(label != IGNORE for label in self.labels)
 
 
 class LabelledData(NamedTuple):
-    """The examples of a data file, and counts to report."""
+    """The examples of a data file, and the counts that are reported about them."""
 
     examples: list[Labelled]
     classes: list[str]  # empty for question answering
@@ -39,23 +39,26 @@ class LabelledData(NamedTuple):
 
 
 def roberta_tokenizer(model: Roberta, base: Path) -> RobertaTokenizer:
-    """Load the tokenizer in the folder of the base. Raises FileNotFoundError, or ValueError if it does not fit."""
+    """Load the tokenizer in the folder of the base.
+
+    Raises FileNotFoundError, or ValueError if the tokenizer does not fit the model.
+    """
     tokenizer = RobertaTokenizer(base)
     largest = max(tokenizer.ids)
     if largest >= model.config.vocab_size:
         raise ValueError(
-            f"{base}: the tokenizer has ids up to {largest}, the model only {model.config.vocab_size} tokens"
+            f"{base}: the tokenizer has ids up to {largest}, but the model has {model.config.vocab_size} embeddings"
         )
     return tokenizer
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
-    """Return the distinct labels, sorted: whole numbers first, by value, then names."""
+    """Return the distinct labels: first the integers, sorted by value, then the names, sorted alphabetically."""
     return sorted(set(labels), key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
 
 
 def subset(rows: list, limit: int | None, seed: int = 0) -> list:
-    """Sample at most `limit` rows from all of them, because files are often sorted by class; the order is kept."""
+    """Return at most `limit` rows, in order. They are sampled at random, because files are often sorted by class."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]

@@ -28,7 +28,8 @@ from formats.roberta_tokenizer import RobertaTokenizer
 def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
     """Stack the examples into inputs and labels, padded on the right.
 
-    Inputs are ids (B, T) or pixels (B, c, S, S). Labels are (B, 1), (B, 2), or (B, T) padded with IGNORE.
+    Inputs are int64 ids (B, T), or float32 pixels (B, c, S, S). Labels are int64: (B, 1) classes, (B, 2) first and
+    last positions of answers, or (B, T) tags, padded with IGNORE.
     """
     inputs = pad_sequence([example.inputs for example in examples], True, RobertaTokenizer.pad_id)
     labels = pad_sequence([torch.tensor(example.labels) for example in examples], True, IGNORE)
@@ -36,7 +37,7 @@ def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
 
 
 def encoder_states(model: ViT | Roberta, adapter: HeadAdapter, inputs: Tensor) -> Tensor:
-    """Return the final hidden states, input of the head: (B, T, C) in float32."""
+    """Return the final hidden states (B, T, C) in float32, which are the input of the head."""
     weight = next(model.parameters())
     inputs = inputs.to(weight.device) if inputs.dtype == torch.long else inputs.to(weight.device, weight.dtype)
     return model.encode(inputs, adapter(dtype=weight.dtype)).float()
@@ -65,9 +66,10 @@ def label_loss(
     examples: Sequence[Labelled],
     checkpoint_activations: bool = False,
 ) -> Tensor:
-    """Cross entropy, summed over the labels of the examples. `score` is one of the three functions above.
+    """Return the cross entropy, summed over the labels of the examples.
 
-    Without examples the loss is a zero that is connected to the parameters of the adapter.
+    `score` is class_scores, tag_scores or span_scores. Without examples, the loss is a zero that depends on all
+    parameters of the adapter, so that their gradients are zero.
     """
     if not examples:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
@@ -80,7 +82,7 @@ def label_loss(
 class_loss = partial(label_loss, class_scores)
 tag_loss = partial(label_loss, tag_scores)
 span_loss = partial(label_loss, span_scores)
-LOSSES = {  # by task
+LOSSES = {  # keyed by task
     "image-classification": class_loss,
     "text-classification": class_loss,
     "token-classification": tag_loss,
@@ -90,7 +92,7 @@ LOSSES = {  # by task
 
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
-    """Return the most likely class of each example."""
+    """Return the index of the most likely class of each example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     batches = [collate_labelled(group) for group in group_by_length(examples, max_tokens)]
     predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
@@ -101,7 +103,7 @@ def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labe
 def predict_tags(
     model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
 ) -> list[list[int]]:
-    """Return the most likely tag of each word, in one list per example."""
+    """Return the index of the most likely tag of each word, in one list per example."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     predictions = []
     for group in group_by_length(examples, max_tokens):
@@ -128,7 +130,7 @@ def answer_squad(
     best, text, no_answer = -torch.inf, "", torch.inf
     for window in windows:
         begin, end = span_scores(model, adapter, torch.tensor([window.ids]))[0].unbind(dim=1)  # (T,) each
-        # Windows without the answer score <s> high, so the lowest score counts, that of the window with the answer.
+        # Windows without the answer give <s> a high score. The lowest score is that of the window with the answer.
         no_answer = min(no_answer, (begin[NO_ANSWER[0]] + end[NO_ANSWER[1]]).item())
         part = slice(window.first, window.first + len(window.offsets))
         pairs = begin[part, None] + end[None, part]  # (n, n), by first and last token of the span

@@ -52,15 +52,15 @@ def read_squad(path: Path) -> list[SquadQuestion]:
 
 
 def check_squad_question(question: SquadQuestion, is_impossible: object, where: str) -> None:
-    """Raise ValueError if a field has the wrong type, or if an answer is missing or not at its place in the context."""
+    """Raise ValueError if a field has the wrong type, or if an answer is missing or not at its stated position."""
     for field in ("id", "question", "context"):
         check_text(getattr(question, field), where, field)
     if not isinstance(is_impossible, bool):
         raise ValueError(f"{where}: field 'is_impossible' is a {type(is_impossible).__name__}, not true or false")
     if not question.answers and not is_impossible:
-        raise ValueError(f"{where}: has no answers, and is not marked 'is_impossible'")
+        raise ValueError(f"{where}: has no answers, but is not marked 'is_impossible'")
     if question.answers and is_impossible:
-        raise ValueError(f"{where}: is marked 'is_impossible', and has the answer {question.answers[0]!r}")
+        raise ValueError(f"{where}: is marked 'is_impossible', but has the answer {question.answers[0]!r}")
     for answer, start in zip(question.answers, question.starts):
         check_text(answer, where, "answers")
         found = question.context[start : start + len(answer)] if type(start) is int and start >= 0 else None
@@ -73,14 +73,14 @@ def check_squad_question(question: SquadQuestion, is_impossible: object, where: 
 
 
 class ContextWindow(NamedTuple):
-    """Input of RoBERTa: <s> question </s> </s> context </s>, with all or a part of the context."""
+    """Input of RoBERTa: <s> question </s> </s> context </s>, with the whole context or a part of it."""
 
     ids: list[int]
     first: int  # position of the first context token
     offsets: list[tuple[int, int]]  # of each context token: its first character in the context, and the one after it
 
     def positions(self, start: int, end: int) -> tuple[int, int] | None:
-        """Return the first and last position of context[start:end], or None if the window lacks a part of it."""
+        """Return the positions of the first and last token of context[start:end]; None if part of it is missing."""
         inside = [i for i, (begin, stop) in enumerate(self.offsets) if begin < end and stop > start]
         if not inside or self.offsets[0][0] > start or self.offsets[-1][1] < end:
             return None
@@ -94,16 +94,16 @@ class ContextWindow(NamedTuple):
 def context_windows(
     question: SquadQuestion, tokenizer: RobertaTokenizer, max_length: int, stride: int
 ) -> list[ContextWindow]:
-    """Return windows of at most `max_length` tokens that cover the context; neighbors share `stride` tokens of it.
+    """Return windows of at most `max_length` tokens that cover the context. Neighbors share `stride` context tokens.
 
-    Raises ValueError if the context needs several windows and the question leaves at most `stride` tokens to it.
+    Raises ValueError if several windows are needed, but the question leaves room for at most `stride` context tokens.
     """
     prefix = [tokenizer.bos_id, *tokenizer.encode(question.question.strip()), tokenizer.eos_id, tokenizer.eos_id]
     ids, offsets = tokenizer.encode_with_offsets(question.context)
     room = max_length - len(prefix) - 1
     if len(ids) > room and stride >= room:
         left = f"{max(0, room)} of {max_length} tokens are left for the context"
-        raise ValueError(f"question {question.id}: {left}; --stride {stride} must be smaller than that")
+        raise ValueError(f"question {question.id}: {left}; choose a --stride smaller than that, not {stride}")
     windows = []
     for start in range(0, max(1, len(ids)), max(1, room - stride)):
         part = slice(start, start + room)
@@ -147,13 +147,16 @@ def labelled_questions(
 
 
 def answer_words(text: str) -> list[str]:
-    """Return the words of an answer in lower case, without punctuation and articles."""
+    """Return the words of an answer in lower case, without punctuation or articles."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def word_f1(predicted: list[str], expected: list[str]) -> float:
-    """Return the F1 score of the shared words. If an answer has no words, it is 1 if neither has any, otherwise 0."""
+    """Return the F1 score of the words that two answers share.
+
+    If an answer has no words, the score is 1 if the other answer has none either, and 0 otherwise.
+    """
     if not predicted or not expected:
         return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()
@@ -163,8 +166,8 @@ def word_f1(predicted: list[str], expected: list[str]) -> float:
 def squad_scores(texts: Sequence[str], questions: Sequence[SquadQuestion]) -> dict[str, float]:
     """Return `exact_match` and `f1` of the predicted answers (Rajpurkar et al., 2016 and 2018), both in [0, 1].
 
-    Each answer gets its best score over the reference answers. For an unanswerable question only an empty answer is
-    correct.
+    Each predicted answer gets its best score over the reference answers. For an unanswerable question, only an empty
+    answer is correct.
     """
     exact_match = f1 = 0.0
     for text, question in zip(texts, questions, strict=True):

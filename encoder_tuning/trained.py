@@ -30,7 +30,7 @@ def encoder_fingerprint(model: ViT | Roberta) -> str:
 
 
 def head_fits_task(head: nn.Sequential | None, task: str) -> bool:
-    """Return True if the base's own head is one for the task.
+    """Return True if the base's own head is suitable for the task.
 
     RoBERTa's head for text classification has two linear layers. Its other heads have one layer, with two outputs for
     question answering and any other number for token classification.
@@ -43,26 +43,29 @@ def head_fits_task(head: nn.Sequential | None, task: str) -> bool:
 
 
 class TrainedEncoder:
-    """An encoder with a trained adapter, or with the base's own head. Raises OSError or ValueError."""
+    """An encoder with a trained adapter, or with the base's own head.
+
+    Raises OSError, or ValueError if the adapter, the task and the base do not fit each other.
+    """
 
     def __init__(
         self, adapter_path: str | None, task: str | None, base: str | None, dtype: torch.dtype, device: torch.device
     ):
         adapter = load_adapter(adapter_path).to(device) if adapter_path else None
         if adapter is not None and not isinstance(adapter, HeadAdapter):
-            raise ValueError(f"{adapter_path}: has no head: it is not an adapter for an encoder")
+            raise ValueError(f"{adapter_path}: has no head, so it is not an adapter for an encoder")
         metadata = adapter.metadata if adapter else {}
         task, base = task or metadata.get("task"), base or metadata.get("base")
         if task not in HEAD_TASKS or base is None:
             raise ValueError(
-                "the task or the base is unknown: give --task and --base, or an adapter whose file names both"
+                "the task or the base is unknown; give --task and --base, or an adapter file that names both"
             )
         if task != metadata.get("task", task):
             raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-            warn(f"{adapter_path} was trained over other weights than those of {base}")
+            warn(f"{adapter_path} was trained with other weights than those of {base}")
         if adapter is None:
             if not head_fits_task(own_head, task):
                 raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
@@ -75,10 +78,10 @@ class TrainedEncoder:
     def evaluate_squad(
         self, data: Path, limit: int | None, stride: int | None, no_answer_threshold: float | None
     ) -> dict[str, str]:
-        """Print exact match and F1; return the answers by question id. Raises OSError or ValueError.
+        """Print exact match and F1; return the answers keyed by question id. Raises OSError or ValueError.
 
-        By default the threshold is 0 if the adapter was trained on unanswerable questions. Otherwise every question
-        gets an answer.
+        The default of `no_answer_threshold` is 0 if the adapter was trained on unanswerable questions. Otherwise, by
+        default, every question gets an answer.
         """
         metadata = self.adapter.metadata
         stride = int(metadata.get("stride", STRIDE)) if stride is None else stride
@@ -104,12 +107,15 @@ class TrainedEncoder:
         return {question.id: text for text, question in answered}
 
     def evaluate_tags(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, list[str]]:
-        """Print F1, precision and recall of entities; return the tags by sentence. Raises OSError or ValueError."""
+        """Print F1, precision and recall of entities; return the predicted tags, keyed by sentence name.
+
+        Raises OSError or ValueError.
+        """
         entity_metric()  # fail before the predictions if seqeval is missing
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or head_labels(self.base)
         if len(classes) != outputs:
-            raise ValueError(f"{self.name}: names {len(classes)} classes, its head has {outputs} outputs")
+            raise ValueError(f"{self.name}: names {len(classes)} classes, but its head has {outputs} outputs")
         for name in classes:
             check_tag(name, f"{self.name}: its classes")
         check_classes(classes, data)
@@ -121,7 +127,7 @@ class TrainedEncoder:
         answers = {}
         for sentence in sentences:
             tags = [classes[best] for best in by_name.get(sentence.name, [])]
-            answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # truncated words
+            answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # truncated words get O
         scores = entity_scores([*answers.values()], [sentence.tags for sentence in sentences])
         click.echo(
             f"{len(sentences):,} sentences ({labelled.num_truncated:,} truncated), {scores['entities']:,.0f} entities: "
@@ -130,7 +136,10 @@ class TrainedEncoder:
         return answers
 
     def evaluate_classes(self, data: Path, limit: int | None, max_tokens: int) -> dict[str, str]:
-        """Print the accuracy and the majority baseline; return the classes by example. Raises OSError or ValueError."""
+        """Print the accuracy and the majority baseline; return the predicted classes, keyed by example name.
+
+        Raises OSError or ValueError.
+        """
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
         examples = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples

@@ -12,7 +12,7 @@ from runtime.schema import whole_number
 
 
 class HeadAdapter(Adapter):
-    """An Adapter with a head for an encoder: an MLP of these widths, from C to the number of classes."""
+    """An Adapter with a head for an encoder. The head is an MLP of these `widths`, from C to the number of outputs."""
 
     def __init__(
         self, *, widths: Sequence[int], head_activation="tanh", generator: torch.Generator | None = None, **dimensions
@@ -25,19 +25,21 @@ class HeadAdapter(Adapter):
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "HeadAdapter":
         weights = [tensors[name] for name in ("head.0.weight", "head.2.weight") if name in tensors]
         if not weights or any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
-            raise ValueError("has no head: it is not an adapter for an encoder")
+            raise ValueError("has no head, so it is not an adapter for an encoder")
         for name, default, least in (("max_seq_len", 512, 1), ("stride", 0, 0), ("unanswerable", 0, 0)):
             whole_number(name, metadata.get(name, str(default)), least, 2**31 - 1)
         classes = parse_json(metadata.get("classes", "[]"), "its classes")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError("its classes are not a list of names")
         if classes and len(classes) != len(weights[-1]):
-            raise ValueError(f"names {len(classes)} classes, its head has {len(weights[-1])} outputs")
+            raise ValueError(f"names {len(classes)} classes, but its head has {len(weights[-1])} outputs")
         widths, activation = [weights[0].shape[1], *map(len, weights)], metadata.get("head_activation", "tanh")
         if widths[0] != tensors["prompts"].shape[2]:
-            raise ValueError(f"its head has width {widths[0]}, its prompts have width {tensors['prompts'].shape[2]}")
+            raise ValueError(
+                f"its head has width {widths[0]}, but its prompts have width {tensors['prompts'].shape[2]}"
+            )
         if activation not in MLP_ACTIVATIONS:
-            raise ValueError(f"head_activation is {activation!r}, expected one of {list(MLP_ACTIVATIONS)}")
+            raise ValueError(f"head_activation is {activation!r}; expected one of {list(MLP_ACTIVATIONS)}")
         return super().from_tensors(tensors, metadata, widths=widths, head_activation=activation)
 
 
@@ -52,7 +54,7 @@ def head_adapter(
 ) -> HeadAdapter:
     """Create an adapter for an encoder, with zero gates.
 
-    Its head is the encoder's own head if that has the wanted number of outputs, and otherwise a new linear layer.
+    The head is `own_head`, that of the encoder, if it has `outputs` outputs; otherwise it is a new linear layer.
     """
     C, heads = model.config.dim, model.config.n_heads
     dimensions = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}

@@ -15,7 +15,7 @@ from encoders.models import RESAMPLES, ViTConfig
 from runtime.files import require_file
 
 PREPROCESSING_VERSION = 2  # increase it if `frames_of` or `preprocess` returns other pixels: caches depend on it
-# Pillow's formats that it decodes by itself. For EPS, for example, it would run Ghostscript.
+# Formats that Pillow decodes by itself. For EPS, for example, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 ANIMATED = ("GIF", "WEBP", "PNG")  # their frames are an animation; the frames of a TIFF are pages
 MAX_PIXELS = 2**26  # of an image
@@ -29,17 +29,18 @@ VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image in RGB and upright; of an animation, the first frame.
+    """Open an image, upright and in RGB. If it is an animation, return the first frame.
 
-    Raises FileNotFoundError, or ValueError that says what is wrong with the file.
+    Raises FileNotFoundError, or ValueError if the file is not a valid image.
     """
     return open_picture(path, None)[0]
 
 
 def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
-    """Open an image; return a list of one, or of `number` evenly spaced frames of an animation (all if it has fewer).
+    """Open an image or an animation. Return a list of one image, or of `number` evenly spaced frames of the animation.
 
-    If `number` is None, only the first frame is returned. Raises as `open_image`.
+    If the animation has fewer frames, all are returned; if `number` is None, only the first one. Raises as `open_image`
+    does.
     """
     require_file(path, "image")
     frames, pixels = [], 0
@@ -49,7 +50,7 @@ def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
             with Image.open(path, formats=PICTURES) as image:
                 check_size(image)
                 if image.format == "JPEG" and Path(path).read_bytes().count(b"\xff\xda") > MAX_SCANS:
-                    raise ValueError(f"a JPEG with more than {MAX_SCANS} scans")
+                    raise ValueError(f"it is a JPEG with more than {MAX_SCANS} scans")
                 wanted = {0}
                 if number is not None and image.format in ANIMATED:
                     wanted = evenly_spread(number, image.n_frames)
@@ -58,11 +59,11 @@ def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
                     check_size(image)  # a frame of a GIF may be larger than the previous one
                     pixels += image.width * image.height
                     if pixels > MAX_ANIMATION_PIXELS:
-                        raise ValueError(f"its frames have more than {MAX_ANIMATION_PIXELS:,} pixels")
+                        raise ValueError(f"its frames have more than {MAX_ANIMATION_PIXELS:,} pixels in total")
                     if i in wanted:
                         frames.append(on_white(to_eight_bits(ImageOps.exif_transpose(image))))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: is not an image in a supported format: {', '.join(PICTURES)}") from None
+        raise ValueError(f"{path}: is not an image in a supported format ({', '.join(PICTURES)})") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # a broken file can cause any exception in a decoder
@@ -77,15 +78,15 @@ def check_size(image: Image.Image) -> None:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits, because Pillow would clip it. Raises ValueError at wider pixels of unknown range."""
+    """Scale 16-bit gray to 8 bits, because Pillow would clip it. Raises ValueError if the image is 32-bit gray."""
     if image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.uint32)
         pixels += 128
         pixels //= 257
         return Image.fromarray(pixels.astype(np.uint8))
     if image.mode in ("I", "F"):
-        kind = {"I": "whole numbers", "F": "floating-point numbers"}[image.mode]
-        raise ValueError(f"its pixels are {kind} of 32 bits, whose range is unknown; save it with 8 or 16 bits")
+        kind = {"I": "integers", "F": "floating-point numbers"}[image.mode]
+        raise ValueError(f"its pixels are 32-bit {kind}, whose range is unknown; save it with 8 or 16 bits per pixel")
     return image
 
 
@@ -101,7 +102,7 @@ def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
     """Return the image. Raises ValueError if it is too small or too narrow to show anything."""
     width, height = image.size
     if min(image.size) < 2 or max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{path}: {width} x {height} pixels are too small or too narrow to show anything")
+        raise ValueError(f"{path}: has {width} x {height} pixels, which is too small or too narrow to show anything")
     return image
 
 
@@ -116,7 +117,7 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     except ImportError:
         raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
     try:
-        # An absolute path, so that FFmpeg does not take any name for a URL or a protocol.
+        # An absolute path, so that FFmpeg does not mistake a file name for a URL.
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), container_options=options, timeout=MAX_VIDEO_SECONDS) as file:
             stream = file.streams.video[0]
@@ -141,7 +142,7 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
 
 
 def evenly_spread(number: int, total: int) -> set[int]:
-    """Return the indices of `number` evenly spaced frames of `total`, or of all if there are fewer."""
+    """Return the indices of `number` evenly spaced frames out of `total`, or of all frames if there are fewer."""
     return {(2 * i + 1) * total // (2 * number) for i in range(number)}
 
 
@@ -151,7 +152,7 @@ def rotate_upright(frame) -> Image.Image:
 
 
 def decode_frames(file, stream, deadline: float) -> Iterator:
-    """Yield the frames of a stream. Raises ValueError after the deadline."""
+    """Yield the frames of a stream. Raises ValueError if the deadline, in seconds of `monotonic`, has passed."""
     for frame in file.decode(stream):
         if monotonic() > deadline:
             raise ValueError(f"decoding takes more than {MAX_VIDEO_SECONDS} seconds")
@@ -159,14 +160,14 @@ def decode_frames(file, stream, deadline: float) -> Iterator:
 
 
 def check_frame(frame):
-    """Return the frame, or the stream of frames. Raises ValueError if frames are too large."""
+    """Return `frame`, a video frame or a video stream. Raises ValueError if it has too many pixels per frame."""
     if frame.width * frame.height > MAX_FRAME_PIXELS:
         raise ValueError(f"a frame of {frame.width} x {frame.height} has more than {MAX_FRAME_PIXELS:,} pixels")
     return frame
 
 
 def frames_of(path: str | Path) -> list[Image.Image]:
-    """Return frames of a video or an animation, or a list of one image.
+    """Return up to eight evenly spaced frames of a video or an animation, or a list of one image.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -174,7 +175,10 @@ def frames_of(path: str | Path) -> list[Image.Image]:
 
 
 def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
-    """Resize an image, crop its center and normalize its pixels as in the training of the encoder; (channels, S, S)."""
+    """Resize an image, crop its center, and normalize its pixels as in the training of the encoder.
+
+    Return float32 pixels (channels, S, S).
+    """
     S, R = config.image_size, config.resized or config.image_size
     width, height = (R, R) if config.squeezed else (R * side // min(image.size) for side in image.size)
     left, top = (width - S) // 2, (height - S) // 2
@@ -185,9 +189,10 @@ def preprocess(image: Image.Image, config: ViTConfig) -> Tensor:
 
 
 def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Path]:
-    """Return the files of `paths`, with each folder replaced by its images and videos, or with `of_any_kind` all files.
+    """Return the files of `paths`, with each folder replaced by its images and videos.
 
-    Raises OSError if a path does not exist, or ValueError if a folder contains no images.
+    If `of_any_kind`, a folder is replaced by all of its files. Raises OSError if a path does not exist, or ValueError
+    if a folder contains no such file.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -196,7 +201,7 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
             files = [file for file in sorted(path.iterdir()) if file.is_file()]
             inside = [file for file in files if of_any_kind or file.suffix.lower() in readable]
             if not inside:
-                raise ValueError(f"{path}: contains no images")
+                raise ValueError(f"{path}: contains no {'files' if of_any_kind else 'images or videos'}")
             found += inside
         else:
             found.append(require_file(path, "image"))

@@ -1,7 +1,7 @@
-"""The vision transformer (Dosovitskiy et al., 2021), such as CLIP's vision encoder, and RoBERTa (Liu et al., 2019).
+"""Vision transformers (Dosovitskiy et al., 2021), including CLIP's vision encoder, and RoBERTa (Liu et al., 2019).
 
 Their attention is bidirectional. Adaption prompts work as in LLaMA: in the topmost layers, every token attends to all
-of them. Notation as in adapter.py.
+adaption prompts. Notation as in adapter.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +26,17 @@ def check_config(config, names: Sequence[str]) -> None:
     if config.dim % config.n_heads:
         raise ValueError(f"dim {config.dim} is not a multiple of n_heads {config.n_heads}")
     if str(config.activation) not in ACTIVATIONS:
-        raise ValueError(f"activation is {config.activation!r}, expected one of {list(ACTIVATIONS)}")
+        raise ValueError(f"activation is {config.activation!r}; expected one of {list(ACTIVATIONS)}")
 
 
 MLP_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
 
 
 def make_mlp(widths: Sequence[int], activation: str, generator: torch.Generator | None = None) -> nn.Sequential:
-    """Create linear layers of these widths with activations in between, initialized as in PyTorch by `generator`."""
+    """Create linear layers of these widths with activations in between.
+
+    They are initialized as nn.Linear is by default, with random numbers from `generator`.
+    """
     layers: list[nn.Module] = []
     for fan_in, fan_out in zip(widths, widths[1:]):
         linear = nn.Linear(fan_in, fan_out)
@@ -113,7 +116,7 @@ def layer_outputs(
 class ViTConfig:
     """Dimensions and preprocessing of a vision transformer; the defaults are those of CLIP's ViT-B/32.
 
-    Raises ValueError if they are inconsistent.
+    Raises ValueError if the values are inconsistent.
     """
 
     image_size: int = 224  # side length in pixels
@@ -125,9 +128,9 @@ class ViTConfig:
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"
     channels: int = 3  # 3 for RGB, 1 for gray
-    clip: bool = True  # as in CLIP, a norm after the embedding and no bias in it; otherwise the reverse
+    clip: bool = True  # True: the patch embedding has a norm but no bias, as in CLIP; False: a bias but no norm
     final_norm: bool = True  # False: no norm after the last layer
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of pixels, per channel, for normalization
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, to normalize pixels
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     squeezed: bool = False  # resize images to a square; otherwise the aspect ratio is kept
     resized: int | None = None  # short side in pixels before center cropping; None: image_size
@@ -137,15 +140,16 @@ class ViTConfig:
         check_config(self, ("image_size", "patch_size", "dim", "n_layers", "n_heads", "hidden_dim", "channels"))
         if self.channels not in (1, 3) or not self.channels == len(self.mean) == len(self.std):
             raise ValueError(
-                f"{self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations of pixels"
+                f"has {self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations; "
+                f"expected 1 or 3 of each"
             )
         for mean, std in zip(self.mean, self.std):
-            require_number("a mean of pixels", mean, -1e3, 1e3)
-            require_number("a standard deviation of pixels", std, 1e-6, 1e3)
+            require_number("a mean of the pixels", mean, -1e3, 1e3)
+            require_number("a standard deviation of the pixels", std, 1e-6, 1e3)
         if self.resized is not None:
             require_number("the size before cropping", self.resized, self.image_size, 4 * self.image_size, whole=True)
         if self.resample not in RESAMPLES:
-            raise ValueError(f"resample is {self.resample!r}, expected one of {', '.join(RESAMPLES)}")
+            raise ValueError(f"resample is {self.resample!r}; expected one of {', '.join(RESAMPLES)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -181,10 +185,13 @@ class ViT(nn.Module):
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """Dimensions of a RoBERTa; the defaults are those of roberta-base. Raises ValueError if they are inconsistent."""
+    """Dimensions of a RoBERTa; the defaults are those of roberta-base.
+
+    Raises ValueError if the values are inconsistent.
+    """
 
     vocab_size: int = 50265  # V
-    max_positions: int = 514  # the context length and two more, see `max_length`
+    max_positions: int = 514  # context length + 2; see `max_length`
     dim: int = 768  # C
     n_layers: int = 12  # N
     n_heads: int = 12  # H
@@ -196,18 +203,18 @@ class RobertaConfig:
     def __post_init__(self):
         check_config(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
         if self.pad_id != 1:
-            raise ValueError(f"pad_id is {self.pad_id!r}, only RoBERTa's pad_id of 1 is supported")
+            raise ValueError(f"pad_id is {self.pad_id!r}; only RoBERTa's pad_id, 1, is supported")
         if self.max_length < 1:
             raise ValueError(f"max_positions is {self.max_positions}, which leaves no position for tokens")
 
     @property
     def max_length(self) -> int:
-        """The context length in tokens: positions are numbered from pad_id + 1."""
+        """The context length in tokens. It is less than max_positions, because positions start at pad_id + 1."""
         return self.max_positions - self.pad_id - 1
 
 
 class Roberta(nn.Module):
-    """RoBERTa, with learned position embeddings. A text begins with <s>, and batches are padded on the right."""
+    """RoBERTa, with learned position embeddings. Every input begins with <s>, and batches are padded on the right."""
 
     def __init__(self, config: RobertaConfig, attention: Callable[..., Tensor] = gated_attention):
         super().__init__()
@@ -219,7 +226,7 @@ class Roberta(nn.Module):
         self.layers = nn.ModuleList(Layer(config, False, attention) for _ in range(config.n_layers))
 
     def forward(self, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
-        """Return the outputs of all N layers, (B, T, C) each, for ids (B, T).
+        """Return the outputs of all N layers, (B, T, C) each, for token ids (B, T), int64.
 
         No token attends to padding, and the outputs at padding have no meaning.
         """

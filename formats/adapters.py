@@ -1,13 +1,13 @@
 """Adapter files: load this project's and third-party formats, and export to PEFT.
 
-The published implementations compute the same attention, but differ in their files and in the gate:
+The published implementations compute the same attention, but their files and their gates differ:
 
 - The authors' release is one .pth file with `adapter_query.weight` (L*K, C) and one gate per head in every layer. Their
-  training code applies tanh to the gate, their published inference code does not. Their first release has one gate per
+  training code applies tanh to the gate; their published inference code does not. Their first release has one gate per
   layer for all heads, without an activation.
 - lit-llama and litgpt write one .pth file with `adapter_wte` and `gating_factor` for each adapted layer. The gate has
   no activation; older files have one gate per layer for all heads. Files of litgpt v0.5.5 or later look the same but do
-  not work, because litgpt projects its prompts with other rows of the layer's weights (docs/adapters.md).
+  not work, because these versions project the prompts with other rows of the layer's weights (docs/adapters.md).
 - PEFT's AdaptionPrompt is a folder. It has one gate per layer, without an activation.
 """
 
@@ -30,15 +30,15 @@ from runtime.schema import whole_number
 
 
 MAX_LENGTH = 4096  # maximum K, as in train.py
-TOO_LONG = f"has {{:,}} prompts per layer, the maximum is {MAX_LENGTH:,}"
+TOO_LONG = f"has {{:,}} prompts per layer; the maximum is {MAX_LENGTH:,}"
 
 
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
     """Load an adapter file, a third-party adapter, or the adapter in the folder of a run. The format is detected.
 
-    `heads` is the base's H, required if a file has one gate for all heads. `gate` and `length` are the activation of
-    the gates and K, which the authors' files do not state. The activation defaults to tanh for one gate per head, and
-    to identity for one gate per layer. Raises FileNotFoundError or ValueError.
+    `heads` is the base's H, required if a file has one gate for all heads. `gate` (the activation of the gates) and
+    `length` (K) are used for the authors' files, which do not state them. `gate` defaults to tanh for one gate per
+    head, and to identity for one gate per layer. Raises FileNotFoundError or ValueError.
     """
     path = Path(path)
     if (path / "adapter.safetensors").is_file():
@@ -57,21 +57,21 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         tensors = load_pth(path)
         tensors = tensors.get("model", tensors)  # litgpt nests its tensors
         if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-            raise ValueError(f"{path}: not a file of tensors: expected a dict from names to tensors")
+            raise ValueError(f"{path}: not a file of tensors: expected a dict that maps names to tensors")
     with prefix_errors(path):
         layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
         if layers is None:
             some = ", ".join(sorted(tensors)[:3])
-            raise ValueError(f"unknown adapter format; it contains {some} ...{guess_method(tensors)}")
+            raise ValueError(f"unknown adapter format; the file contains {some} ...{guess_method(tensors)}")
         adapter = build_adapter(layers, heads)
     if layers.origin == LIT_ORIGIN:
-        warn(f"{path}: if litgpt v0.5.5 or later wrote this file, it does not work here: see docs/adapters.md")
+        warn(f"{path}: if litgpt v0.5.5 or later wrote this file, it does not work here; see docs/adapters.md")
     adapter.metadata["imported_from"] = f"{layers.origin}: {path.name}"
     return adapter
 
 
 def load_own(path: Path) -> Adapter:
-    """Load an adapter file of this project. Raises ValueError that explains what is wrong with the file."""
+    """Load an adapter file of this project. Raises ValueError if the file is invalid."""
     with prefix_errors(path):
         try:
             with safe_open(path, "pt") as file:
@@ -93,14 +93,14 @@ def load_own(path: Path) -> Adapter:
         raise ValueError(f"{path}: expected the tensors 'gates' and 'prompts', found {sorted(tensors)}")
     activation = metadata.get("gate_activation")
     if activation not in kind.ACTIVATIONS:
-        raise ValueError(f"{path}: gate_activation is {activation!r}, expected one of {list(kind.ACTIVATIONS)}")
+        raise ValueError(f"{path}: gate_activation is {activation!r}; expected one of {list(kind.ACTIVATIONS)}")
     prompts, gates = tensors["prompts"], tensors["gates"]
     if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
         found = f"prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)}"
         raise ValueError(f"{path}: expected prompts (L, K, C) and gates (L, H), found {found}")
     for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
         if metadata.get(name) != str(size):
-            raise ValueError(f"{path}: metadata says {name} {metadata.get(name)}, the tensors say {size}")
+            raise ValueError(f"{path}: {name} is {metadata.get(name)} in the metadata, but {size} in the tensors")
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path}: expected float32, found {tensor.dtype} in {name}")
@@ -110,7 +110,7 @@ def load_own(path: Path) -> Adapter:
         whole_number("base_layers", metadata.get("base_layers", str(len(gates))), least=len(gates))
         try:
             return kind.from_tensors(tensors, metadata)
-        except RuntimeError as error:  # a tensor that is missing, unknown, or of another shape
+        except RuntimeError as error:  # a tensor is missing, unknown, or has the wrong shape
             raise ValueError(" ".join(str(error).split())) from None
 
 
@@ -119,7 +119,7 @@ def load_own(path: Path) -> Adapter:
 
 
 class LayerTensors(NamedTuple):
-    """Prompts and gates of a third-party file, by layer of the base."""
+    """Prompts and gates of a third-party file, keyed by the index of the base's layer."""
 
     origin: str
     prompts: dict[int, Tensor]  # (K, C) each
@@ -136,14 +136,14 @@ PEFT = (r".*\.layers\.(\d+)\.self_attn\.adaption_prompt", r".*\.layers\.(\d+)\.s
 
 
 def refuse_other_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError if there are tensors with other names, because ignoring them would change the model."""
+    """Raise ValueError if a tensor matches no pattern in `names`, because ignoring it would change the model."""
     rest = sorted(name for name in tensors if not any(re.fullmatch(known, name) for known in names))
     if rest:
-        raise ValueError(f"{len(rest)} of its tensors do not belong to an adapter: {rest[0]} ...{guess_method(rest)}")
+        raise ValueError(f"has tensors that do not belong to an adapter: {rest[0]} ...{guess_method(rest)}")
 
 
 def guess_method(names: Iterable[str]) -> str:
-    """Return a sentence that names the method of a file with such tensor names, or an empty string."""
+    """Return a sentence that guesses the method of a file from its tensor names, or an empty string."""
     names = " ".join(names)
     if re.search(r"image_bind|imagebind|prefix_query", names):
         return " This looks like ImageBind-LLM"
@@ -155,7 +155,7 @@ def guess_method(names: Iterable[str]) -> str:
 
 
 def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -> LayerTensors | None:
-    """Read the authors' release. Return None if the names are not the release's. Raises ValueError."""
+    """Read a file of the authors' release, or return None if it is another file. Raises ValueError if it is invalid."""
     query = tensors.get(AUTHORS[0])
     if query is None:
         return None
@@ -164,7 +164,8 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
         require_dense(query)
     if query.dim() != 2 or len(query) == 0 or len(query) % length:
         raise ValueError(
-            f"{AUTHORS[0]} is {tuple(query.shape)}, expected a multiple of {length} rows, one per prompt and layer"
+            f"{AUTHORS[0]} has shape {tuple(query.shape)}; expected a multiple of {length} rows, that is, "
+            f"{length} prompts per layer"
         )
     gates = by_layer(tensors, AUTHORS[1])
     layers = len(query) // length
@@ -178,7 +179,7 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
 
 
 def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
-    """Read a file of lit-llama or litgpt. Return None if the names are not theirs. Raises ValueError."""
+    """Read a file of lit-llama or litgpt, or return None if it is another file. Raises ValueError if it is invalid."""
     prompts, gates = (by_layer(tensors, pattern) for pattern in LIT)
     if not prompts:
         return None
@@ -187,20 +188,22 @@ def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
 
 
 def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
-    """Read the tensors of PEFT's AdaptionPrompt. Return None if the names are not PEFT's. Raises ValueError."""
+    """Read a PEFT AdaptionPrompt file, or return None if it is another file. Raises ValueError if it is invalid."""
     prompts, gates = (by_layer(tensors, pattern) for pattern in PEFT)
     if not prompts:
         return None
     refuse_other_tensors(tensors, PEFT)
     for i, prompt in prompts.items():
         if not isinstance(prompt, Tensor) or prompt.dim() != 3 or len(prompt) != 1:
-            raise ValueError(f"the prompt of layer {i} is {tuple(getattr(prompt, 'shape', ()))}, not (1, K, C)")
+            raise ValueError(
+                f"the prompt of layer {i} has shape {tuple(getattr(prompt, 'shape', ()))}; expected (1, K, C)"
+            )
     prompts = {i: prompt[0] for i, prompt in prompts.items()}
     return LayerTensors("PEFT", prompts, gates, "identity")
 
 
 def by_layer(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
-    """Return the tensors whose names match the pattern, by the layer number in the name."""
+    """Return the tensors whose names match the pattern, keyed by the layer index in the name."""
     matches = {name: re.fullmatch(pattern, name) for name in tensors}
     return {int(match[1]): tensors[name] for name, match in matches.items() if match and match[1] == str(int(match[1]))}
 
@@ -210,7 +213,10 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
     _, prompts, gates, activation = layers
     numbers = sorted(prompts)
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers != sorted(gates):
-        raise ValueError(f"has prompts for layers {numbers} and gates for layers {sorted(gates)}")
+        raise ValueError(
+            f"has prompts for layers {numbers} and gates for layers {sorted(gates)}; "
+            f"expected the same consecutive layers"
+        )
     for i in numbers:
         try:
             for tensor in (prompts[i], gates[i]):
@@ -220,16 +226,18 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
         except ValueError as error:
             raise ValueError(f"layer {i}: {error}") from None
         if prompts[i].dim() != 2 or 0 in prompts[i].shape or prompts[i].shape != prompts[numbers[0]].shape:
-            shapes = f"{tuple(prompts[i].shape)} in layer {i}, {tuple(prompts[numbers[0]].shape)} in layer {numbers[0]}"
-            raise ValueError(f"prompts are {shapes}, expected the same (K, C) in all layers")
+            shapes = (
+                f"{tuple(prompts[i].shape)} in layer {i}, but {tuple(prompts[numbers[0]].shape)} in layer {numbers[0]}"
+            )
+            raise ValueError(f"the prompts have shape {shapes}; expected the same (K, C) in all layers")
     widths = {gates[i].numel() for i in numbers}
     if widths == {1} and heads is None:
         raise ValueError(
-            "has one gate for all heads; give the base's number of heads with --heads, or --base of generate.py"
+            "has one gate for all heads; give the base's number of heads: convert.py --heads, or generate.py --base"
         )
     heads = heads or max(widths)
     if not widths <= {1, heads} or 0 in widths:
-        raise ValueError(f"layers have {sorted(widths)} gates, the base has {heads} heads")
+        raise ValueError(f"the layers have {sorted(widths)} gates each, but the base has {heads} heads")
     length, dim = prompts[numbers[0]].shape
     if length > MAX_LENGTH:
         raise ValueError(TOO_LONG.format(length))
@@ -242,7 +250,7 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
 
 
 def describe_reading(adapter: Adapter) -> str:
-    """Describe in one line how a third-party file was read, because some of it is an assumption."""
+    """Describe in one line how a third-party file was interpreted, because the file does not state everything."""
     layers, length, dim = adapter.prompts.shape
     origin = adapter.metadata.get("imported_from", "an adapter of this project")
     return f"{origin}: read as {layers} layers of {length} prompts of width {dim}, gates with {adapter.gate_activation}"
@@ -253,7 +261,7 @@ def describe_reading(adapter: Adapter) -> str:
 
 
 def peft_weights(folder: Path) -> Path:
-    """Return the file with the tensors of a PEFT folder.
+    """Return the path of the weights in a PEFT folder.
 
     Raises FileNotFoundError or ValueError if the folder does not contain an AdaptionPrompt.
     """
@@ -263,9 +271,9 @@ def peft_weights(folder: Path) -> Path:
     try:
         kind = read_json_object(config)["peft_type"]
     except (ValueError, KeyError):
-        raise ValueError(f"{config}: not JSON with a peft_type") from None
+        raise ValueError(f"{config}: is not a JSON object with a field peft_type") from None
     if kind != "ADAPTION_PROMPT":
-        raise ValueError(f"{config}: peft_type is {kind!r}, not 'ADAPTION_PROMPT'")
+        raise ValueError(f"{config}: peft_type is {kind!r}; expected 'ADAPTION_PROMPT'")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name
@@ -275,8 +283,8 @@ def peft_weights(folder: Path) -> Path:
 def write_peft(adapter: Adapter, folder: Path) -> None:
     """Write a folder that PEFT can load.
 
-    Raises ValueError if PEFT's format cannot represent the adapter: it has no projection and no head, and only one gate
-    for all heads of a layer. The adapter must state the number of layers of its base.
+    PEFT's format has no projection and no head, and only one gate for all heads of a layer. Raises ValueError if it
+    cannot represent the adapter, or if the adapter's metadata does not state the number of layers of the base.
     """
     if type(adapter) is not Adapter:
         extra = "image projection" if isinstance(adapter, ImageAdapter) else "head for an encoder"
@@ -289,7 +297,7 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
                 f"{spread}; PEFT has one gate for all heads of a layer, so this adapter cannot be exported"
             )
     if "base_layers" not in adapter.metadata:
-        raise ValueError("the adapter file does not say how many layers its base has")
+        raise ValueError("the adapter file does not state the number of layers of its base (base_layers)")
     layers, length = adapter.prompts.shape[:2]
     first = int(adapter.metadata["base_layers"]) - layers
     tensors = {}

@@ -18,7 +18,7 @@ from runtime.compilation import transpose_output_head
 from runtime.files import hash_tensors, read_json_object
 
 # For each layout, the module that reads it, imported on use, and glob patterns of the files that identify it. The first
-# layout that matches is used. The module's `read(path)` returns a Config, and one function per weight that copies it
+# layout that matches is used. The module's `read(path)` returns a Config, and for each weight a function that copies it
 # into a tensor.
 FORMATS = {
     "formats.meta": ("consolidated.*.pth",),  # not params.json, which Mistral's folders contain as well
@@ -43,8 +43,8 @@ def load_llama(
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or its folder;
     - a .gguf file, which includes the tokenizer, or its folder.
 
-    `prepare_layer` and `keep_blocks` are passed to `load_model`. Raises FileNotFoundError or ValueError, with a message
-    of one line that names the file and both numbers.
+    `prepare_layer` and `keep_blocks` are passed to `load_model`. Raises FileNotFoundError or ValueError, with a
+    one-line message that names the file.
     """
     path = Path(path)
     config, weights = read_base(path)
@@ -53,7 +53,7 @@ def load_llama(
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
-    """Read the headers of the base at `path`. Return its Config, and one function per weight that copies it.
+    """Read the headers of the base at `path`. Return its Config, and for each weight a function that copies it.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -67,7 +67,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
         module = next(found, "formats.meta" if (path / "params.json").is_file() else None)
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
-        raise ValueError(f"{path}: is a part of a base model; give its folder, {path.parent}")
+        raise ValueError(f"{path}: is only a part of a base model; give its folder, {path.parent}")
     if module is None and (path / "adapter_config.json").is_file():
         kind = read_json_object(path / "adapter_config.json").get("peft_type", "PEFT")
         raise ValueError(f"{path}: is an adapter ({kind}), not a base")
@@ -89,11 +89,11 @@ def load_model(
     prepare_layer: Callable[[nn.Module], None] | None = None,
     keep_blocks: bool = False,
 ) -> LLaMA:
-    """Build the frozen LLaMA whose headers `read_base` returned, one layer after the other.
+    """Build a frozen LLaMA, one layer after another, from the Config and weights that `read_base` returned.
 
     `prepare_layer` is called on every layer after its weights are loaded, to quantize or shard it before the next layer
     is allocated. With `keep_blocks`, linear layers that a GGUF file stores in blocks of 8 or 4 bits stay quantized.
-    Raises ValueError that names the weight if a weight is missing, unknown, or of another shape.
+    Raises ValueError, naming the weight, if a weight is missing, unknown, or has the wrong shape.
     """
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
@@ -101,7 +101,7 @@ def load_model(
     if missing := sorted(expected - weights.keys()):
         raise ValueError(f"{path}: has no weight {missing[0]}")
     if unknown := sorted(weights.keys() - expected):
-        raise ValueError(f"{path}: has a weight {unknown[0]} that a LLaMA does not have")
+        raise ValueError(f"{path}: has the weight {unknown[0]}, which a LLaMA does not have")
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         transpose_output_head(model.output)  # the loaded parameter keeps these strides
 
@@ -126,7 +126,7 @@ def load_model(
 
 
 def base_fingerprint(config: Config, weights: Weights) -> str:
-    """Return a hash of the first four rows of four weights, independent of the dtype that they are stored in."""
+    """Return a hash of the first four rows of four weights. It does not depend on the dtype of the weights."""
     C, V = config.dim, config.vocab_size
     shapes = {
         "tok_embeddings": (V, C),

@@ -1,7 +1,7 @@
 """Chat templates: the built-in llama-2, llama-3 and chatml, and the base's own chat_template.
 
-All are Jinja templates, as in Hugging Face's tokenizers. The text of a template may contain special tokens. The content
-of messages is encoded as plain text, even if it spells a special token.
+All of them are Jinja templates, as in Hugging Face's tokenizers. The template itself may write special tokens. The
+content of messages is encoded as plain text, even if it spells a special token.
 """
 
 import hashlib
@@ -54,16 +54,18 @@ NEEDED = {  # special tokens that the tokenizer must have
     "chatml": ("<|im_start|>", "<|im_end|>"),
 }
 NAMES = ("alpaca", *TEMPLATES, "auto")
-# Internal markers, noncharacters of Unicode: around a response, and around the index of an escaped text.
+# Internal markers, which are Unicode noncharacters. BEGIN and END enclose a response; OPEN and CLOSE enclose the index
+# of an escaped string.
 BEGIN, END = "\ufdd0", "\ufdd1"
 OPEN, CLOSE = "\ufdd2", "\ufdd3"
 
 
 def load_template(name: str, tokenizer: Tokenizer) -> Template:
-    """Load a template by one of NAMES. "auto" is the base's own chat_template.
+    """Load the template `name`, one of NAMES; "auto" is the base's own chat_template.
 
-    An adapter file stores "auto:" and a hash of the template; a warning is printed if the base now has another one.
-    Raises ValueError if the tokenizer does not have what the template needs.
+    An adapter file stores "auto:" followed by a hash of the template. A warning is printed if the hash of the base's
+    current template differs. Raises ValueError if the name is unknown, or if the tokenizer has no chat_template or
+    lacks a special token that the template needs.
     """
     name, _, trained_with = name.partition(":")
     if name == "alpaca":
@@ -71,7 +73,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     if name == "auto":
         if tokenizer.chat_template is None:
             where = "neither a chat_template in tokenizer_config.json nor a chat_template.jinja"
-            raise ValueError(f"--template auto: the base has {where}; --template llama-2, llama-3 or chatml")
+            raise ValueError(f"--template auto: the base has {where}; use --template llama-2, llama-3 or chatml")
         source, variables = tokenizer.chat_template, tokenizer.named_tokens
         name = f"auto:{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         if trained_with not in ("", name.removeprefix("auto:")):
@@ -83,15 +85,17 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]
     if missing:
         found = f"its tokenizer has no special token {missing[0]!r}"
-        raise ValueError(f"--template {name} does not fit this base: {found}; alpaca and llama-2 need none")
+        raise ValueError(
+            f"--template {name} does not fit this base: {found}; use alpaca or llama-2, which do not need it"
+        )
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
-    # Not the token that is named "bos_token": some tokenizers name one, but do not start texts with it.
+    # Not the token that is named "bos_token": some tokenizers name one, but do not begin text with it.
     start = "".join(spelling[id] for id in tokenizer.start_ids)
     return ChatTemplate(name, TEMPLATES[name], tokenizer, {"bos_token": start, "eos_token": spelling[tokenizer.eos_id]})
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: the text between them is covered by the loss."""
+    """Jinja extension for {% generation %} ... {% endgeneration %}, which enclose the text that the loss covers."""
 
     tags = {"generation"}
 
@@ -127,14 +131,15 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class RewrittenTurn(ValueError):
-    """A template writes a turn differently when others follow, or a prompt differently in generation."""
+    """Raised if a template writes a turn differently when others follow, or a prompt differently in generation."""
 
 
 class ChatTemplate(Template):
-    """A Jinja template with its tokenizer. Raises ValueError if it is invalid, or does not render a conversation.
+    """A Jinja chat template with the base's tokenizer.
 
-    The loss covers the text between {% generation %} and {% endgeneration %}. In a template without them, it covers the
-    text that each turn of the assistant adds, up to and including the special token that ends the turn.
+    The loss covers the text between {% generation %} and {% endgeneration %}. If the template does not have these tags,
+    the loss covers the text that each assistant turn adds, up to and including the special token that ends the turn.
+    Raises ValueError if the template is invalid, or fails to render a conversation of two turns.
     """
 
     has_turns = True
@@ -146,7 +151,7 @@ class ChatTemplate(Template):
         self.tokenizer = tokenizer
         self.variables = {"tools": None, "documents": None} | variables  # as in transformers
         if "strftime_now" in source and "strftime_now is defined" not in source:
-            # Fixed to the date in Llama 3.2's template: with today's date, prompts would differ from training.
+            # Fixed to the date in Llama 3.2's template: with today's date, prompts would differ from those in training.
             self.variables["strftime_now"] = date(2024, 7, 26).strftime
         self.marks_responses = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
@@ -157,13 +162,13 @@ class ChatTemplate(Template):
             self.template = compile_template(source)
         try:
             ((prompt_ids, response_ids),) = next(self.encode_exchanges([example]))
-        except RewrittenTurn:  # raised again in training; prompts can be encoded all the same
+        except RewrittenTurn:  # raised again in training; prompts can still be encoded
             self.end_ids = tokenizer.end_ids
             return
         ends = [id for id in response_ids[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
             warn(
-                f"the template {self.kind} does not end responses with a special token: the model cannot learn to stop"
+                f"the template {self.kind} does not end responses with a special token; the model cannot learn to stop"
             )
         if prompt_ids != self.encode_prompt("Hi"):
             warn(f"the template {self.kind} begins a response differently in generation than in training")
@@ -215,9 +220,10 @@ class ChatTemplate(Template):
             raise ValueError(f"{name}: the template {self.kind} failed: {first_line(ValueError(what))}") from None
 
     def messages(self, turns: Sequence[Turn], escaped: list[str]) -> list[dict[str, str]]:
-        """Return messages as templates expect them.
+        """Convert turns to the messages that templates expect.
 
-        Text that spells a special token is appended to `escaped`, and its index is written in its place.
+        Each special token or internal marker that the content of a turn spells is appended to `escaped`. The message
+        contains its index in `escaped` instead, between OPEN and CLOSE.
         """
 
         def escape(found: re.Match) -> str:
@@ -229,7 +235,7 @@ class ChatTemplate(Template):
     def render(self, messages: list[dict[str, str]], begin_response: bool) -> str:
         """Render messages, followed by the beginning of a response if `begin_response`.
 
-        Raises ValueError if the text is too long.
+        Raises ValueError if the rendered text is too long.
         """
         pieces = []
         length = 0
@@ -241,12 +247,15 @@ class ChatTemplate(Template):
         return "".join(pieces)
 
     def text(self, messages: list[dict[str, str]], begin_response: bool) -> str:
-        """Render messages, with special tokens spelled out, but without internal markers. Raises ValueError."""
+        """Render messages without the markers of responses. Raises ValueError if the template fails."""
         with self.errors("the conversation"):
             return re.sub(f"[{BEGIN}{END}]", "", self.render(messages, begin_response))
 
     def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
-        """Split a rendered conversation into parts that are alternately without and with loss. Raises ValueError."""
+        """Split a rendered conversation at the beginning and the end of each response.
+
+        The loss covers every second part. Raises RewrittenTurn, or ValueError if a rendered text is too long.
+        """
         if self.marks_responses:
             return re.split(f"[{BEGIN}{END}]", text)
         parts, position = [], 0
@@ -258,7 +267,7 @@ class ChatTemplate(Template):
                 same = len(os.path.commonprefix([first, second]))
                 how = f"the template {self.kind} writes a turn differently when others follow, or in generation"
                 difference = f"{first[same : same + 30]!r} in place of {second[same : same + 30]!r}"
-                raise RewrittenTurn(f"{how} ({difference}); --template chatml, llama-2 or llama-3 does not")
+                raise RewrittenTurn(f"{how} ({difference}); use --template chatml, llama-2 or llama-3")
             response = after[len(before) :]
             ended = max((found.end() for found in self.special.finditer(response)), default=len(response))
             parts += [text[position : len(before)], response[:ended]]
@@ -266,16 +275,18 @@ class ChatTemplate(Template):
         return [*parts, text[position:]]
 
     def encode(self, parts: Sequence[str], escaped: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each part of a text. The ids of a part do not depend on later parts.
+        """Return the token ids of each part of a rendered conversation. They do not depend on later parts.
 
         Between two special tokens, a part is encoded together with the text before it. If this would change the ids of
-        the earlier text, the part is encoded alone, and so are the next parts up to the next special token. Raises
+        the earlier text, the part is encoded alone, and so are the following parts up to the next special token. Raises
         ValueError if the template writes an internal marker, or a special token without an embedding.
         """
 
         def unescape(index: re.Match) -> str:
             if int(index[1]) >= len(escaped):
-                raise ValueError(f"the template {self.kind} writes the noncharacters U+FDD2 and U+FDD3")
+                raise ValueError(
+                    f"the template {self.kind} writes the noncharacters U+FDD2 and U+FDD3, which are reserved"
+                )
             return escaped[int(index[1])]
 
         found: list[list[int]] = []
@@ -301,7 +312,7 @@ class ChatTemplate(Template):
 
 
 def conversation(example: Example) -> Sequence[Turn]:
-    """Return the turns of an example; an instruction and its response are two turns."""
+    """Return the turns of an example; an instruction and its response become two turns."""
     prompt = Turn("user", user_text(example.instruction, example.input))
     return example.turns or (prompt, Turn("assistant", example.output))
 

@@ -14,15 +14,15 @@ LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
 # Fields of a record or a turn that are not supported; empty values are ignored.
 UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images", "videos", "audios")
-# Placeholders of LLaVA and LLaMA-Factory, which mark the position of an image in a text.
+# Placeholders of LLaVA and LLaMA-Factory, which mark the position of an image in the text.
 PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
 PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER.pattern}\s*$")
 
 
 def read_conversation(record: object, path: str | Path, name: str) -> Example:
-    """Convert a record to an Example: a conversation, prompt and completion, or Alpaca's fields.
+    """Convert a record to an Example. A record is a conversation, a prompt and completion, or Alpaca's fields.
 
-    Raises ValueError that names record and turn, as data.check_record does.
+    Raises ValueError, naming the record and the turn, if the record is invalid.
     """
     where = f"{path}: {name}"
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
@@ -34,7 +34,7 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
     if turns is None:
         example = check_record(record, path, name)
         if record.get("context") and "input" not in record:
-            raise ValueError(f"{where}: field 'context' is not read; name it 'input'")
+            raise ValueError(f"{where}: field 'context' is not supported; rename it to 'input'")
         if record.get("label") is False:
             raise ValueError(f"{where}: field 'label' is false, which marks an undesirable response; remove the record")
         if example.image:
@@ -43,7 +43,7 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
         return example
     example = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
     if not any(turn.role == "assistant" for turn in turns):
-        raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's: there is nothing to learn")
+        raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's, so there is nothing to learn")
     if example.image:
         contents = remove_placeholder([turn.content for turn in turns], where)
         turns = [turn._replace(content=content) for turn, content in zip(turns, contents)]
@@ -56,8 +56,8 @@ def read_turns(record: object, path: str | Path, name: str, with_output: bool = 
     """Check a record and return its turns, or None if it is a single instruction.
 
     The turns are those of `messages` or `conversations`, after an optional `system`. Alternatively they are Alpaca's
-    fields, after LLaMA-Factory's `system` and `history`; `with_output` then includes the `output`. Raises ValueError at
-    an unsupported field, an unknown role, an empty content, or a wrong order of turns.
+    fields, after LLaMA-Factory's `system` and `history`; the `output` is included if `with_output`. Raises ValueError
+    if a field is not supported, a role is unknown, a content is empty, or the turns are in the wrong order.
     """
     if not isinstance(record, dict):
         return None
@@ -73,7 +73,7 @@ def read_turns(record: object, path: str | Path, name: str, with_output: bool = 
         return None
     example = check_record(record, path, name, needed=["instruction", "output"] if with_output else ["instruction"])
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError(f"{where}: field 'history' is not a list of pairs, each a prompt and its response")
+        raise ValueError(f"{where}: field 'history' is not a list of pairs; each must be a prompt and its response")
     for text in sum(history, []):
         check_text(text, where, "history")
     turns = [Turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair)]
@@ -90,12 +90,12 @@ def check_supported(values: dict, where: str) -> None:
     """Raise ValueError if an unsupported field of a record or a turn is not empty."""
     for field in UNSUPPORTED:
         if values.get(field):
-            hint = f"; give one as {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
+            hint = f"; put a single file in the field {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
             raise ValueError(f"{where}: field {field!r} is not supported{hint}")
 
 
 def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
-    """Return the texts without the placeholder of an image, which may begin or end one of them.
+    """Return the texts without the placeholder of an image, which may be at the beginning or the end of one of them.
 
     The model takes an image through the adaption prompts, not as a token. Raises ValueError if there are several
     placeholders, or if one is within a text.
@@ -103,28 +103,28 @@ def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
     number = sum(len(PLACEHOLDER.findall(text)) for text in texts)
     texts = [PLACEHOLDER_AT_EDGE.sub("", text, count=1) for text in texts]
     if number > 1 or any(map(PLACEHOLDER.search, texts)):
-        wanted = "only one, at the beginning or the end of a text, is supported"
-        raise ValueError(f"{where}: has {number} placeholders for an image or a sound; {wanted}")
+        wanted = "only one is supported, at the beginning or the end of a message"
+        raise ValueError(f"{where}: has {number} placeholders of media files; {wanted}")
     return texts
 
 
 def is_learned(value: dict, role: str, where: str) -> bool:
-    """Return False for a message with OpenAI's `weight: 0` or axolotl's `train: false`.
+    """Return False for a message with OpenAI's `weight: 0` or axolotl's `train: false`, and True otherwise.
 
-    Raises ValueError at other values, and if a message of another role than the assistant is marked as learned.
+    Raises ValueError if either field has an invalid value, or marks a turn that is not the assistant's for training.
     """
     weight, train = value.get("weight"), value.get("train")
     if weight not in (None, 0, 1):
-        raise ValueError(f"{where}: field 'weight' is {weight!r}, not 0 or 1")
+        raise ValueError(f"{where}: field 'weight' is {weight!r}; expected 0 or 1")
     if train not in (None, False, True):
-        raise ValueError(f"{where}: field 'train' is {train!r}, not true or false")
+        raise ValueError(f"{where}: field 'train' is {train!r}; expected true or false")
     if role != "assistant" and (weight or train):
-        raise ValueError(f"{where}: is marked as learned, but only the assistant's turns can be")
+        raise ValueError(f"{where}: is marked for training, but only the assistant's turns can be trained on")
     return not (weight == 0 or train is False)
 
 
 def check_turns(values: object, where: str, field: str, start: Sequence[Turn] = ()) -> list[Turn]:
-    """Check the turns in a field of a record; return them after those of `start`. Raises as `read_turns`."""
+    """Check the turns in a field of a record, and return `start` followed by them. Raises as `read_turns` does."""
     if not isinstance(values, list):
         raise ValueError(f"{where}: field '{field}' is a {type(values).__name__}, not a list")
     role_name, content_name = LAYOUTS[field]

@@ -28,7 +28,7 @@ from runtime.schema import require_number
 
 
 def columns(table: str) -> list[dict[str, str]]:
-    """Parse a table. Return a dict for each column but the first, keyed by the first column; "-" marks no entry."""
+    """Parse a table into one dict per column except the first, which contains the keys. "-" marks a missing entry."""
     rows = [line.split() for line in table.strip().splitlines()]
     return [{row[0]: row[i] for row in rows if row[i] != "-"} for i in range(1, len(rows[0]))]
 
@@ -79,7 +79,7 @@ CONFIG_NAMES = dict(
         hidden_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act
     """.split()
 )
-HUGGING_FACE = {  # by model_type: the configuration, the names, and their prefix in a model with a head
+HUGGING_FACE = {  # keyed by model_type: configuration class, names, and their prefix in a model with a head
     "clip": (ViTConfig, CLIP, "vision_model."),
     "clip_vision_model": (ViTConfig, CLIP, "vision_model."),
     "vit": (ViTConfig, HUGGING_FACE_VIT, "vit."),
@@ -88,7 +88,7 @@ HUGGING_FACE = {  # by model_type: the configuration, the names, and their prefi
 HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
 NOT_CLIP = {"clip": False, "squeezed": True, "resample": "bilinear"}
 
-Tensors = dict[str, Callable[[], Tensor]]  # functions that read a tensor, by its name in a file
+Tensors = dict[str, Callable[[], Tensor]]  # functions that read the tensors, keyed by their names in a file
 
 
 @dataclass
@@ -99,12 +99,12 @@ class Source:
     tensors: Tensors
     names: dict[str, str]  # from parts of names in this project to those in the file
     prefix: str = ""  # of all names in the file
-    head: Sequence[str] = ()  # names of its linear layers
+    head: Sequence[str] = ()  # names of the linear layers of the head
     head_activation: str = "tanh"
     used: set[str] = field(default_factory=set)  # names of the tensors that were fetched
 
     def fetch(self, name: str) -> Tensor:
-        """Return a tensor by its name in this project. Raises KeyError or ValueError."""
+        """Return the tensor with this name in this project. Raises KeyError if it is missing, ValueError if invalid."""
         packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
         theirs = self.prefix + renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
         self.used.add(theirs)
@@ -119,8 +119,8 @@ class Source:
 class VitPytorch(Source):
     """An encoder of vit-pytorch's first versions.
 
-    It flattens patches row by row, channels innermost, has no biases of q, k and v, and divides scores by sqrt(C), not
-    sqrt(D).
+    They flatten patches row by row with the channels innermost, have no biases for q, k and v, and divide attention
+    scores by sqrt(C) instead of sqrt(D).
     """
 
     def fetch(self, name: str) -> Tensor:
@@ -139,11 +139,11 @@ def load_encoder(
     device: torch.device | str = "cpu",
     attention: Callable[..., Tensor] = gated_attention,
 ) -> tuple[ViT | Roberta, nn.Sequential | None]:
-    """Load a frozen encoder, and the head in its file, if any, trainable and in float32.
+    """Load a frozen encoder and its head, which is trainable and in float32, or None if the file has no head.
 
     `path` is a Hugging Face folder (config.json and weights) of CLIP, ViT or RoBERTa, a timm folder, or the file of a
     state dict from OpenAI's CLIP, open_clip, timm, or the first versions of vit-pytorch. Raises FileNotFoundError or
-    ValueError, with a message of one line that names the file and both numbers.
+    ValueError, with a one-line message that names the file.
     """
     path = Path(path)
     if not path.exists():
@@ -156,17 +156,19 @@ def load_encoder(
     load_parameters(model, source.fetch, path, dtype, device)
     unused = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
     if unused:
-        raise ValueError(f"{path}: has {len(unused)} weights that such an encoder does not have: {unused[0]} ...")
+        raise ValueError(f"{path}: has weights that do not belong to such an encoder: {unused[0]} ...")
     return model.requires_grad_(False), read_head(source, path, device) if source.head else None
 
 
 def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequential:
-    """Read the head, in float32 and trainable. Raises ValueError."""
-    names = dict(zip(("0", "2"), source.head))  # of the linear layers, by their index in the head
+    """Read the head, trainable and in float32. Raises ValueError if its weights are missing or invalid."""
+    names = dict(zip(("0", "2"), source.head))  # names of the linear layers, keyed by index in the head
     with prefix_errors(path, "weight"):
         weights = [require_dense(source.tensors[f"{name}.weight"]()) for name in source.head]
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
-            raise ValueError(f"{source.head[0]} has shapes {[tuple(weight.shape) for weight in weights]}, not a head's")
+            raise ValueError(
+                f"the weights of the head have shapes {[tuple(weight.shape) for weight in weights]}; expected matrices"
+            )
         widths = [source.config.dim, *map(len, weights)]
     head = make_mlp(widths, source.head_activation)
     load_parameters(head, lambda name: source.tensors[names[name[0]] + name[1:]](), path, torch.float32, device)
@@ -185,20 +187,20 @@ def head_labels(folder: Path) -> list[str]:
 
 
 def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> ViT:
-    """Load CLIP's vision encoder, frozen. Raises as `load_encoder`, and ValueError if it is another encoder."""
+    """Load CLIP's vision encoder, frozen. Raises as `load_encoder` does, and ValueError for any other encoder."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such vision encoder{download_hint(path)}")
     model, _ = load_encoder(path, dtype, device)
     if not isinstance(model, ViT) or not model.config.clip:
-        raise ValueError(f"{path}: is not a vision encoder of CLIP")
+        raise ValueError(f"{path}: is not a CLIP vision encoder; expected one from Hugging Face, OpenAI or open_clip")
     return model
 
 
 def load_parameters(
     model: nn.Module, fetch: Callable[[str], Tensor], path: Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Load every parameter of a model. Raises ValueError if a weight is missing or has another shape."""
+    """Load every parameter of a model. Raises ValueError if a weight is missing or has the wrong shape."""
     weights = {}
     with prefix_errors(path, "weight"):
         for name, parameter in model.named_parameters():
@@ -223,7 +225,7 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> Source:
-    """Read a folder of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor..., or of timm."""
+    """Read a folder of timm, or of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor... classes."""
     file = folder / "config.json"
     values = read_json_object(file)
     if values.get("model_type") is None and "architecture" in values:  # timm
@@ -232,7 +234,7 @@ def read_folder(folder: Path) -> Source:
     with prefix_errors(file):
         kind = values.get("model_type")
         if str(kind) not in HUGGING_FACE:
-            raise ValueError(f"model_type is {kind!r}; only 'clip', 'clip_vision_model', 'vit' and 'roberta' are read")
+            raise ValueError(f"model_type is {kind!r}; expected 'clip', 'clip_vision_model', 'vit' or 'roberta'")
         config_class, names, prefix = HUGGING_FACE[kind]
         values = values.get("vision_config", values)  # a complete CLIP
         if not isinstance(values, dict):
@@ -256,11 +258,11 @@ def read_folder(folder: Path) -> Source:
 
 
 def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
-    """Return the configuration with the preprocessing that a Hugging Face folder states, if any.
+    """Return the configuration with the preprocessing that a Hugging Face folder specifies, if any.
 
     Raises ValueError if the preprocessing is not supported.
     """
-    file = folder / "processor_config.json"  # written by transformers 5 for models of images and text
+    file = folder / "processor_config.json"  # written by transformers 5 for multimodal models
     values = read_json_object(file).get("image_processor") if file.exists() else None
     if values is None:
         file = folder / "preprocessor_config.json"
@@ -271,23 +273,23 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
             raise ValueError(f"image_processor is a {type(values).__name__}, not an object")
         for step in ("do_resize", "do_rescale"):
             if not values.get(step, True):
-                raise ValueError(f"{step} is {values[step]!r}, only true is supported")
+                raise ValueError(f"{step} is {values[step]!r}; only true is supported")
         factor = values.get("rescale_factor", 1 / 255)
         if not isinstance(factor, float) or abs(255 * factor - 1) > 1e-4:
-            raise ValueError(f"rescale_factor is {factor!r}, only 1/255 is supported")
+            raise ValueError(f"rescale_factor is {factor!r}; only 1/255 is supported")
         number = values.get("resample", RESAMPLES[config.resample])
         resample = next((name for name in RESAMPLES if RESAMPLES[name] == number), None)
         if resample is None:
-            raise ValueError(f"resample is {number!r}, only 2 (bilinear) and 3 (bicubic) are supported")
+            raise ValueError(f"resample is {number!r}; only 2 (bilinear) and 3 (bicubic) are supported")
 
         size = values.get("size", S)
         squeezed = "height" in size if isinstance(size, dict) else config.squeezed
         resized = side_length("size", size, ("height", "width") if squeezed else ("shortest_edge",))
         is_cropped = values.get("do_center_crop", config.clip)
         if is_cropped and side_length("crop_size", values.get("crop_size", S), ("height", "width")) != S:
-            raise ValueError(f"crop_size is {values['crop_size']!r}, the encoder's image_size is {S}")
+            raise ValueError(f"crop_size is {values['crop_size']!r}, but the encoder's image_size is {S}")
         if not is_cropped and not (squeezed and resized == S):
-            raise ValueError(f"size is {size!r}, without do_center_crop, the encoder's image_size is {S}")
+            raise ValueError(f"size is {size!r} without do_center_crop, but the encoder's image_size is {S}")
 
         mean, std = (0.0,) * channels, (1.0,) * channels
         if values.get("do_normalize", True):
@@ -298,29 +300,29 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
 
 
 def side_length(name: str, size: object, keys: Sequence[str]) -> object:
-    """Return the side length in pixels of a preprocessor's size: a number, or a dict with one number for all `keys`.
+    """Return the side length in pixels. `size` is a number, or a dict with the same number under all `keys`.
 
-    Raises ValueError if it is another dict.
+    Raises ValueError for any other dict.
     """
     if not isinstance(size, dict):
         return size
     if set(size) != set(keys) or len({repr(length) for length in size.values()}) != 1:
-        raise ValueError(f"{name} is {size!r}, only one length for {' and '.join(keys)} is supported")
+        raise ValueError(f"{name} is {size!r}; only one length for {' and '.join(keys)} is supported")
     return size[keys[0]]
 
 
 def require_numbers(values: object, name: str) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
-        raise ValueError(f"the {name} of pixels is {values!r}, not a list of numbers")
+        raise ValueError(f"the {name} of the pixels is {values!r}; expected a list of numbers")
     return tuple(values)
 
 
 def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, args: dict | None = None) -> Source:
-    """Read an encoder from a state dict, whose names identify the implementation that it is from.
+    """Read an encoder from a state dict. The names of its tensors identify the implementation that wrote it.
 
-    The tensors do not determine all of the configuration: for example, heads are assumed to be 64 wide. The
-    `pretrained_cfg` and `model_args` of a timm folder, `pixels` and `args`, override such defaults, and so does an
-    open_clip_config.json beside the file. Raises ValueError.
+    The tensors do not determine the whole configuration: for example, heads are assumed to be 64 wide. Such defaults
+    are overridden by `pixels` and `args`, the `pretrained_cfg` and `model_args` of a timm folder, and by an
+    open_clip_config.json beside the file. Raises ValueError if the encoder is not supported.
     """
     is_openai = {"input_resolution", "context_length"} <= set(tensors)  # open_clip has neither
     prefix = "visual." if "visual.conv1.weight" in tensors else ""  # in a complete CLIP of OpenAI or open_clip
@@ -337,13 +339,13 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
             settings |= {"final_norm": False, "n_heads": 8}  # the default of vit-pytorch
         else:
-            raise ValueError("unknown weights, expected those of CLIP, timm or vit-pytorch")
+            raise ValueError("has unknown weights; expected those of CLIP, timm or vit-pytorch")
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
         shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
         if len(shapes[0]) not in (2, 4) or len(shapes[1]) < 2 or len(shapes[2]) != 2:
             raise ValueError(
-                f"its patch embedding, positions and feed-forward have shapes {shapes}, not those of an encoder"
+                f"the patch embedding, positions and feed-forward have shapes {shapes}; expected those of an encoder"
             )
         patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
@@ -351,7 +353,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             channels = 1 if (per_patch**0.5).is_integer() else 3
             P = round((per_patch / channels) ** 0.5)
             if channels * P * P != per_patch:
-                raise ValueError(f"patches of {per_patch} values are not square")
+                raise ValueError(f"has patches of {per_patch} values, which cannot be square")
             if channels == 1:  # statistics of MNIST
                 settings |= {"mean": (0.1307,), "std": (0.3081,)}
         else:
@@ -369,15 +371,15 @@ OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # of ViT-H/14, g/14 and bigG/14, whose he
 
 
 def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
-    """Return the fields of ViTConfig that open_clip_config.json states for an encoder of width `dim`.
+    """Return the fields of ViTConfig that open_clip_config.json specifies for an encoder of width `dim`.
 
-    Without that file, the encoder is assumed to be OpenAI's, with a warning. Raises ValueError if only open_clip has
-    encoders of this width, or if the file states something that is not supported.
+    If the file does not exist, a warning says that the encoder is assumed to be OpenAI's. Raises ValueError if only
+    open_clip has encoders of this width, or if the file contains a setting that is not supported.
     """
     if not file.exists():
-        needed = f"an encoder of open_clip needs its {file.name} beside it"
+        needed = f"an encoder of open_clip needs its {file.name} in the same folder"
         if dim in OPEN_CLIP_WIDTHS:
-            raise ValueError(f"is {dim} wide, which only encoders of open_clip are; {needed}")
+            raise ValueError(f"has width {dim}, as only encoders of open_clip do; {needed}")
         if rank() == 0:
             warn(f"the vision encoder is assumed to be OpenAI's, with QuickGELU and heads 64 wide; {needed}")
         return {}
@@ -386,27 +388,36 @@ def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
         model, pixels = values.get("model_cfg"), values.get("preprocess_cfg", {})
         vision = model.get("vision_cfg") if isinstance(model, dict) else None
         if not isinstance(vision, dict) or not isinstance(pixels, dict):
-            raise ValueError("has no objects model_cfg.vision_cfg and preprocess_cfg")
+            raise ValueError(
+                f"{'preprocess_cfg' if isinstance(vision, dict) else 'model_cfg.vision_cfg'} "
+                f"is missing or not an object"
+            )
         for name in ("timm_model_name", "act_kwargs", "norm_kwargs"):
             if vision.get(name):
                 raise ValueError(f"vision_cfg has {name}, which is not supported")
         head_width = vision.get("head_width", 64)
         require_number("head_width", head_width, 1, dim, whole=True)
         if vision.get("width", dim) != dim or dim % head_width:
-            raise ValueError(f"states width {vision.get('width')} and head_width {head_width}, the weights have {dim}")
+            raise ValueError(
+                f"width is {vision.get('width', dim)} and head_width is {head_width}, but the weights have width "
+                f"{dim}, which must be a multiple of head_width"
+            )
         interpolation = pixels.get("interpolation", "bicubic")
         if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"interpolation is {interpolation!r}, only 'bilinear' and 'bicubic' are supported")
+            raise ValueError(f"interpolation is {interpolation!r}; only 'bilinear' and 'bicubic' are supported")
         mode = pixels.get("resize_mode", "shortest")
         if mode not in ("shortest", "squash"):
-            raise ValueError(f"resize_mode is {mode!r}, only 'shortest' and 'squash' are supported")
+            raise ValueError(f"resize_mode is {mode!r}; only 'shortest' and 'squash' are supported")
         settings = {name: require_numbers(pixels[name], name) for name in ("mean", "std") if name in pixels}
         settings |= {"n_heads": dim // head_width, "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
         return settings | {"squeezed": mode == "squash", "resample": interpolation}
 
 
 def timm_settings(args: dict) -> dict[str, float]:
-    """Return the fields of ViTConfig that timm's `num_heads` and `norm_eps` state. Raises ValueError."""
+    """Return the fields of ViTConfig that timm's `num_heads` and `norm_eps` specify, if present in `args`.
+
+    Raises ValueError if a value is invalid.
+    """
     found = {}
     if "num_heads" in args:
         require_number("model_args' num_heads", args["num_heads"], 1, 2**16, whole=True)
@@ -418,7 +429,7 @@ def timm_settings(args: dict) -> dict[str, float]:
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """Translate a name part by part: "layers.3.w1.bias" has the parts "layers", "w1" and "bias"."""
+    """Translate the name of a parameter part by part: "layers.3.w1.bias" has the parts "layers", "w1" and "bias"."""
     for ours, theirs in names.items():
         name = re.sub(rf"(?<![a-z_]){re.escape(ours)}", theirs, name)
     return name

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp, Ollama and LM Studio: a base with its tokenizer, in one file or in several parts.
+"""GGUF, the format of llama.cpp, Ollama and LM Studio: a base and its tokenizer, in one file or split over several.
 
 The layout of the header is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Quantized blocks
 are dequantized by ggml-org's own package, gguf.
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 MAGIC = b"GGUF"
-# Format characters of struct, by type of value.
+# Format characters of the module struct, keyed by GGUF value type.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9  # the other types of values
+STRING, ARRAY = 8, 9  # the numbers of the other two value types
 
 # GGUF's names of the modules with weights, and Meta's; {} is the index of a layer.
 TO_META = {
@@ -55,13 +55,13 @@ class TensorInfo(NamedTuple):
     """Location, shape and type of a tensor in a file."""
 
     file: Path
-    offset: int  # bytes
+    offset: int  # in bytes, from the beginning of the file
     shape: tuple[int, ...]  # as in PyTorch: the last dimension is contiguous
     block_type: int  # a GGMLQuantizationType
 
 
 class Header(NamedTuple):
-    """The header of a file: its metadata values and tensor infos, by name."""
+    """The header of a file: its metadata values and tensor infos, keyed by name."""
 
     values: dict[str, object]
     tensors: dict[str, TensorInfo]
@@ -77,7 +77,7 @@ class Cursor:
     def bytes(self, number: int) -> bytes:
         end = self.position + number
         if end > len(self.content):
-            raise ValueError(f"ends within its header: expected {number:,} bytes at {self.position:,}")
+            raise ValueError(f"ends within its header: expected {number:,} bytes at offset {self.position:,}")
         found = self.content[self.position : end].tobytes()
         self.position = end
         return found
@@ -96,7 +96,7 @@ class Cursor:
             if item_type == STRING:
                 return [self.string() for _ in range(length)]
             if item_type not in SCALARS:
-                raise ValueError(f"has an array of items of the unsupported type {item_type}")
+                raise ValueError(f"has an array whose items have the unsupported type {item_type}")
             return np.frombuffer(
                 self.bytes(length * struct.calcsize(SCALARS[item_type])), f"<{SCALARS[item_type]}"
             ).tolist()
@@ -114,22 +114,28 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_file(path: Path) -> Path | None:
-    """Return the GGUF file at `path`: itself, or the only model in a folder, by the first of its parts; otherwise None.
+    """Return `path` if it is a GGUF file, or the file of the only GGUF model in that folder; otherwise None.
 
-    Raises ValueError if the folder contains several models.
+    If the model is split over several files, the first one is returned. Raises ValueError if the folder contains
+    several models.
     """
     if path.is_dir():
         files = [
             file for file in sorted(path.glob("*.gguf")) if not re.search(r"-(?!0*1-)\d+-of-\d+\.gguf$", file.name)
         ]
         if len(files) > 1:
-            raise ValueError(f"{path}: contains {len(files)} GGUF models ({files[0].name} ...); name one of the files")
+            raise ValueError(
+                f"{path}: contains {len(files)} GGUF models ({files[0].name} ...); give the path of one of the files"
+            )
         return files[0] if files else None
     return path if is_gguf(path) else None
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of a file and of its other parts. Raises OSError, or ValueError if it is not a GGUF file."""
+    """Read the header of a model, merged from all files that the model is split over.
+
+    Raises OSError, or ValueError if a file is not a GGUF file.
+    """
     header = read_part(file)
     number = header.values.get("split.count", 1)
     if number == 1:
@@ -148,15 +154,15 @@ def read_part(file: Path) -> Header:
 
 @lru_cache(maxsize=8)
 def parse_part(file: Path, size: int, modified: int) -> Header:
-    """Parse the header of one file. It is cached until the file changes, for the weights and the tokenizer."""
+    """Parse the header of one file. It is cached until the file changes, because the tokenizer is read from it too."""
     with prefix_errors(file):
         if size < 24:
             raise ValueError(f"is not a GGUF file: it has only {size} bytes")
         cursor = Cursor(np.memmap(file, mode="r"))
         if cursor.bytes(4) != MAGIC:
-            raise ValueError("is not a GGUF file: it does not begin with GGUF")
+            raise ValueError("is not a GGUF file: it does not begin with the bytes 'GGUF'")
         if (version := cursor.number("I")) not in (2, 3):
-            raise ValueError(f"has GGUF version {version}; only 2 and 3, little-endian, are supported")
+            raise ValueError(f"has GGUF version {version}; only versions 2 and 3 in little-endian order are supported")
         num_tensors, num_values = cursor.number("Q"), cursor.number("Q")
         values: dict[str, object] = {}
         for _ in range(num_values):
@@ -177,9 +183,9 @@ def parse_part(file: Path, size: int, modified: int) -> Header:
 
 
 def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
-    """Return the type of a tensor's blocks, and its memory-mapped bytes.
+    """Return the type of a tensor's blocks, and its memory-mapped bytes, uint8 (..., bytes per row).
 
-    Raises ValueError if the type is unknown, or the file does not contain the whole tensor.
+    Raises ValueError if the type is unknown, or if the file does not contain the whole tensor.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -187,12 +193,14 @@ def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
         block_type = GGMLQuantizationType(info.block_type)
         per_block, block_bytes = GGML_QUANT_SIZES[block_type]
     except (ValueError, KeyError):
-        raise ValueError(f"has the unknown type {info.block_type}") from None
+        raise ValueError(f"has the unknown block type {info.block_type}") from None
     if not info.shape or not all(info.shape) or info.shape[-1] % per_block:
-        raise ValueError(f"is {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block}")
+        raise ValueError(
+            f"has shape {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block}"
+        )
     number = prod(info.shape) // per_block * block_bytes
     if info.offset + number > info.file.stat().st_size:
-        raise ValueError(f"extends beyond the end of the file: {number:,} bytes at {info.offset:,}")
+        raise ValueError(f"extends beyond the end of the file: it has {number:,} bytes at offset {info.offset:,}")
     shape = (*info.shape[:-1], number // prod(info.shape[:-1]))
     return block_type, np.memmap(info.file, np.uint8, "r", info.offset, shape)
 
@@ -205,14 +213,14 @@ def read_tensor(info: TensorInfo) -> Tensor:
     try:
         return torch.from_numpy(np.array(dequantize(content, block_type), np.float32))
     except NotImplementedError:
-        raise ValueError(f"has the type {block_type.name}, which the package gguf cannot dequantize") from None
+        raise ValueError(f"has the block type {block_type.name}, which the package gguf cannot dequantize") from None
 
 
 class StoredWeight(NamedTuple):
     """A weight in a file. Calling it copies the dequantized weight into a tensor."""
 
     info: TensorInfo
-    halves_of: int | None  # the head dimension, if rows are in Hugging Face's order, halves of each head
+    halves_of: int | None  # head dimension if the rows are in Hugging Face's order (halves of each head), else None
 
     def __call__(self, target: Tensor, part: Part | None = None) -> None:
         if self.halves_of is None:
@@ -221,9 +229,9 @@ class StoredWeight(NamedTuple):
             copy_in_pairs(read_tensor(self.info), target, self.halves_of, part)
 
     def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
-        """Return a linear layer that uses the blocks of this weight unchanged, or None if their type does not allow it.
+        """Return a linear layer that uses the blocks of this weight unchanged, or None if it cannot use their type.
 
-        Raises ValueError if the weight has another shape, or a scale or offset is not finite.
+        Raises ValueError if the weight does not have this shape, or if a scale or offset is not finite.
         """
         if len(shape) != 2:
             return None
@@ -231,9 +239,9 @@ class StoredWeight(NamedTuple):
         if block_type.name not in ("Q8_0", "Q4_0", "Q4_1"):
             return None
         if self.info.shape != tuple(shape):
-            raise ValueError(f"is {self.info.shape}, its configuration says {tuple(shape)}")
+            raise ValueError(f"has shape {self.info.shape}, but the configuration requires {tuple(shape)}")
         N, K = shape
-        # A block is a scale in float16, for Q4_1 also an offset, and the quantized numbers.
+        # A block consists of a float16 scale, a float16 offset (only in Q4_1), and the quantized numbers.
         blocks = torch.from_numpy(np.array(content)).view(N, K // GROUP, -1)
         if self.halves_of is not None:
             blocks = blocks.unflatten(0, (-1, 2, self.halves_of // 2)).transpose(1, 2).flatten(0, 2)
@@ -250,7 +258,7 @@ class StoredWeight(NamedTuple):
 
 
 def read(path: Path) -> tuple[Config, Weights]:
-    """Read the header of a GGUF file, or of the only one in a folder. Raises OSError or ValueError."""
+    """Read the header of a GGUF model: a file, or the only model in a folder. Raises OSError or ValueError."""
     file = find_file(path)
     try:
         import gguf  # noqa: F401
@@ -273,10 +281,13 @@ def read(path: Path) -> tuple[Config, Weights]:
 
 
 def gguf_config(header: Header) -> Config:
-    """Convert the metadata to a Config. Raises KeyError, or ValueError if the model is not supported."""
+    """Convert the metadata to a Config.
+
+    Raises KeyError if a value is missing, or ValueError if the model is not supported.
+    """
     values = header.values
     if values.get("general.type", "model") != "model":
-        raise ValueError(f"has the type {values['general.type']!r}, expected 'model'")
+        raise ValueError(f"has the type {values['general.type']!r}; expected 'model'")
     architecture = values["general.architecture"]
     if architecture not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"has the architecture {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
@@ -292,14 +303,16 @@ def gguf_config(header: Header) -> Config:
         require_number(name, value, 1, 2**24, whole=True)
     head_dim = get("attention.key_length", dim // n_heads)
     if get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"rope.dimension_count is {get('rope.dimension_count')}; only all {head_dim} are supported")
+        raise ValueError(
+            f"rope.dimension_count is {get('rope.dimension_count')}; only the head dimension, {head_dim}, is supported"
+        )
     scaling = get("rope.scaling.type", "none")
     factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0))
     if scaling not in ("none", "linear"):
         raise ValueError(f"rope.scaling.type is {scaling!r}; only 'none' and 'linear' are supported")
-    require_number("the factor of the rotary embedding", factor, 1e-3, 1e6)
+    require_number("the scaling factor of the rotary embedding", factor, 1e-3, 1e6)
     rope_factors = None
-    if "rope_freqs.weight" in header.tensors:  # Llama 3.1's
+    if "rope_freqs.weight" in header.tensors:  # the divisors of Llama 3.1
         rope_factors = tuple((read_tensor(header.tensors["rope_freqs.weight"]) * factor).tolist())
     elif factor != 1:
         rope_factors = linear_rope_factors(head_dim, factor)

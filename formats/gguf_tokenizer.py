@@ -1,7 +1,7 @@
 """Build the tokenizer in a GGUF file with the library `tokenizers`.
 
-There are two kinds: "llama" has SentencePiece's pieces and scores, and "gpt2" is a byte-level BPE. For the latter,
-`tokenizer.ggml.pre` names the pre-tokenizer, which splits text before bytes are merged.
+There are two kinds: "llama" has SentencePiece's pieces and scores, and "gpt2" is a byte-level BPE. For "gpt2",
+`tokenizer.ggml.pre` names the pre-tokenizer, which splits the text before bytes are merged.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from formats.tokenizers import JsonTokenizer, TiktokenTokenizer, library_errors
 
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 
-QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # Llama 3's, but each digit is split off
+QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # as in Llama 3, but each digit is separate
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -34,7 +34,10 @@ SPLITS = {
 
 
 def find_gguf_tokenizer(base: Path) -> JsonTokenizer | None:
-    """Load the tokenizer of a GGUF file, or of a folder that contains no other model. Return None if there is none."""
+    """Load the tokenizer of the GGUF file at `base` or in that folder.
+
+    Return None if there is no such file, or if the folder also contains another model.
+    """
     if base.is_dir() and any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "config.json")):
         return None
     file = find_file(base)
@@ -53,7 +56,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
             raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'llama' and 'gpt2' are supported")
         rules = values["tokenizer.ggml.scores" if model == "llama" else "tokenizer.ggml.merges"]
         if len(types) != len(tokens) or (model == "llama" and len(rules) != len(tokens)):
-            raise ValueError(f"has {len(tokens)} tokens, but another number of their types or scores")
+            raise ValueError(f"has {len(tokens)} tokens, but a different number of token types or scores")
         with library_errors("cannot be read as a tokenizer"):
             if model == "llama":
                 tokenizer = sentencepiece_model(values, tokens, rules)
@@ -77,7 +80,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
         loaded.start_ids = named["bos_token"]
     loaded.end_ids = list(dict.fromkeys(ids("eos", "eot", "eom")))
     if not loaded.end_ids:
-        raise ValueError(f"{file}: does not say which token ends a text")
+        raise ValueError(f"{file}: does not state which token ends text")
     loaded.eos_id = loaded.end_ids[0]
     loaded.special_ids |= {tokens[id]: id for id in (*loaded.start_ids, *loaded.end_ids)}
     template = values.get("tokenizer.chat_template")
@@ -86,7 +89,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
 
 
 def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer:
-    """Build a byte-level BPE like GPT-2's. A rule is two tokens that are merged, separated by a space."""
+    """Build a byte-level BPE like GPT-2's. A rule consists of the two tokens to merge, separated by a space."""
     merges = [tuple(rule.split(" ", 1)) for rule in rules]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))

@@ -1,4 +1,4 @@
-"""Find bases by their names on the Hugging Face Hub. They are downloaded once, to the usual cache."""
+"""Find bases by their names on the Hugging Face Hub. Each is downloaded once, to the cache of huggingface_hub."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,11 @@ PATTERNS += ["model.safetensors", "model-*-of-*.safetensors", INDEX]  # no pickl
 
 
 def find_base(base: str | Path, commit: str | None = None) -> Path:
-    """Return the path of a base. A name on the Hub is resolved to the folder that it is downloaded to.
+    """Return the path of a base. If `base` is a name on the Hub, this is the folder of its download.
 
     A complete download in the cache is used without a request, because an adapter belongs to one set of weights.
     Otherwise `commit` is downloaded, by default the newest. Without huggingface_hub, the path is returned unchanged.
-    Raises ValueError with a message of one line.
+    Raises ValueError, with a one-line message, if the base cannot be downloaded.
     """
     path, name = Path(base), str(base)
     if path.exists() or not re.fullmatch(NAME, name):
@@ -40,21 +40,21 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
     try:
         folder = Path(snapshot_download(**request))
         if not has_weights(folder):
-            raise ValueError("there are no model*.safetensors, the only weights that are supported")
+            raise ValueError("the repository has no model*.safetensors, the only supported format")
         return folder
     except GatedRepoError:
         hint = f"accept its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN to your token"
         raise ValueError(f"{name}: access to this model is restricted; {hint}") from None
     except RepositoryNotFoundError:
         found = f"no such file or folder, and no model of this name at {constants.ENDPOINT}"
-        raise ValueError(f"{name}: {found}; a private one needs HF_TOKEN") from None
-    except Exception as error:  # of the network, the server or the disk: the library has no common class for them
+        raise ValueError(f"{name}: {found}; for a private model, set HF_TOKEN to your token") from None
+    except Exception as error:  # errors of the network, the server and the disk have no common class
         found = "no such file or folder, not complete in the cache, and cannot be downloaded"
         raise ValueError(f"{name}: {found} from {constants.ENDPOINT}: {first_line(error)}") from None
 
 
 def has_weights(folder: Path) -> bool:
-    """Return True if all files of weights exist. Raises ValueError if their index cannot be read."""
+    """Return True if all weight files exist. Raises ValueError if their index cannot be read."""
     index = folder / INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return (folder / "model.safetensors").is_file()
@@ -63,9 +63,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return True if a download contains the weights, the tokenizer, and the settings that state how texts end.
+    """Return True if a download contains the weights, the tokenizer, and the settings that state which tokens end text.
 
-    It may be incomplete, because other programs download only some of the files.
+    A download may be incomplete, because other programs download only some of the files.
     """
     tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
     configs = all((folder / name).is_file() for name in ("tokenizer_config.json", "generation_config.json"))

@@ -18,7 +18,8 @@ from runtime.tensor_parallel import Part
 
 CONFIG = "config.json"
 
-# Meta's names of the modules with weights, and Hugging Face's; {} is the index of a layer.
+# Meta's names of the modules that have weights, and the corresponding names in Hugging Face's layout. {} stands for the
+# index of a layer.
 TO_HUGGING_FACE = {
     "tok_embeddings": "model.embed_tokens",
     "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
@@ -57,19 +58,19 @@ UNSUPPORTED = {
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
-    """Return the name of a weight or bias in the other layout. An unknown name is returned unchanged."""
+    """Translate the name of a weight or bias into the other layout. An unknown name is returned unchanged."""
     numbers, (place, _, kind) = re.findall(r"(?:layers|blk)\.(\d+)\.", name), name.rpartition(".")
     module = modules.get(re.sub(r"(layers|blk)\.\d+\.", r"\1.{}.", place + ".").removesuffix("."))
     return f"{module.replace('{}', ''.join(numbers))}.{kind}" if module else name
 
 
 def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of wq or wk (heads*D, C), their bias, or a head's norm from Meta's order to Hugging Face's."""
+    """Reorder the rows of wq or wk (heads*D, C), of a bias, or of a q or k norm from Meta's to Hugging Face's order."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def copy_in_pairs(source: Tensor, target: Tensor, head_dim: int, part: Part | None = None) -> None:
-    """Copy rows of wq or wk from Hugging Face's order, halves of each head, to Meta's, pairs. Raises as `copy`."""
+    """Copy wq or wk from Hugging Face's row order (halves of each head) to Meta's (pairs). Raises as `copy` does."""
     if source.shape == (part.whole_shape(target.shape) if part else target.shape):  # otherwise `copy` raises
         source = source.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # a part consists of whole heads
         target = target.unflatten(0, (-1, head_dim // 2, 2))
@@ -100,7 +101,8 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[st
     return weights
 
 
-# Suffixes of names, and the methods that write them. A quantized checkpoint may not say so in config.json.
+# Suffixes of tensor names, and the quantization methods that use them. The config.json of a quantized checkpoint does
+# not always mention the method.
 QUANTIZED = {
     (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
     (".absmax", ".quant_map", ".SCB"): "bitsandbytes",
@@ -112,14 +114,19 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         for suffixes, method in QUANTIZED.items():
             if name.endswith(suffixes):
-                raise ValueError(f"{folder}: is quantized by {method} ({name}); give the original model")
+                raise ValueError(f"{folder}: is quantized with {method} (contains {name}); use the original model")
         prefix, _, rest = name.partition("model.embed_tokens.weight")
         if prefix and not rest and "model.embed_tokens.weight" in name:
-            raise ValueError(f"{folder}: its names begin with {prefix!r} ({name}); save the model without its wrapper")
+            raise ValueError(
+                f"{folder}: the weight names begin with {prefix!r} ({name}); save the model without its wrapper"
+            )
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
-    """Read config.json and the headers of the weights. Raises OSError, or ValueError if the model is not supported."""
+    """Read config.json and the headers of the weight files.
+
+    Raises OSError, or ValueError if the model is not supported.
+    """
     values = read_json_object(folder / CONFIG)
     with prefix_errors(folder / CONFIG):
         config = hugging_face_config(values)
@@ -136,12 +143,15 @@ def read(folder: Path) -> tuple[Config, Weights]:
     embeddings, head = tensors.get("tok_embeddings.weight"), tensors.get("output.weight")
     tied = bool(values.get("tie_word_embeddings"))
     if tied and embeddings and head and not torch.equal(require_dense(embeddings()), require_dense(head())):
-        warn(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings and is used")
+        warn(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings; "
+            f"using lm_head.weight"
+        )
         tied = False
     if embeddings is None and (head is None or not tied):
         raise ValueError(f"{folder}: has no weight model.embed_tokens.weight")
     if tied:
-        tensors["tok_embeddings.weight"] = embeddings or head  # a file may contain either
+        tensors["tok_embeddings.weight"] = embeddings or head  # the checkpoint may contain only one of them
     elif head is None:
         raise ValueError(f"{folder}: has no weight lm_head.weight, and {CONFIG} does not tie it to the embeddings")
 
@@ -155,11 +165,14 @@ def read(folder: Path) -> tuple[Config, Weights]:
 
 
 def hugging_face_config(values: dict) -> Config:
-    """Convert config.json to a Config. Raises KeyError, or ValueError if the architecture is not supported."""
+    """Convert config.json to a Config.
+
+    Raises KeyError if a field is missing, or ValueError if the architecture is not supported.
+    """
     kind = values.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         reason = next((reason for start, reason in UNSUPPORTED.items() if str(kind).startswith(start)), None)
-        hint = f"; {reason}" if reason else ""
+        hint = f" ({reason})" if reason else ""
         raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{hint}")
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for name, value in only.items():
@@ -188,13 +201,14 @@ def hugging_face_config(values: dict) -> Config:
 
 
 def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, ...] | None]:
-    """Return rope_theta and the divisors of the frequencies. Raises KeyError, or ValueError if they are not supported.
+    """Return rope_theta, and the D/2 divisors of the rotary frequencies, or None if the frequencies are not scaled.
 
-    As in transformers, `rope_scaling` takes precedence over `rope_parameters`, which version 5 writes.
+    As in transformers, `rope_scaling` takes precedence over `rope_parameters`, which transformers 5 writes. Raises
+    KeyError if a field is missing, or ValueError if the kind of scaling is not supported.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}, not an object")
+        raise ValueError(f"rope_scaling or rope_parameters is {rope!r}; expected an object")
     for place in (rope, values):
         if place.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(f"partial_rotary_factor is {place['partial_rotary_factor']!r}; only 1 is supported")
@@ -211,7 +225,7 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
 
 
 def context_length(values: dict) -> int | None:
-    """Return the context length in tokens. If attention uses a sliding window, it is at most the window."""
+    """Return the context length in tokens, at most the sliding window of the attention; None if neither is known."""
     length, window = values.get("max_position_embeddings"), values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):
         return length

@@ -21,7 +21,7 @@ from runtime.files import hash_tensors, resolved
 
 
 class VisionEncoder:
-    """A frozen vision encoder whose features are taken at M depths. `metadata` is stored in the adapter file."""
+    """A frozen vision encoder, whose features are taken at M `depths`. `metadata` is stored in the adapter file."""
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device, depths: int = DEPTHS):
         self.vit, self.depths = load_vit(path, dtype, device), depths
@@ -38,27 +38,27 @@ class VisionEncoder:
         return encode_images(paths, self.vit, self.depths, cache)
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
-        """Return the options of a run that must be the same when it is resumed."""
+        """Return the options that must not change when a run is resumed."""
         return {"vision_encoder_fingerprint": self.metadata["vision_encoder_fingerprint"]}
 
 
 class FunctionEncoder:
-    """A user-defined function, FILE.py:NAME. Its features are not cached, because what they depend on is unknown."""
+    """A user-defined function, FILE.py:NAME. Its features are not cached, because their dependencies are unknown."""
 
     def __init__(self, where: str, num_features: int | None = None):
         self.where, self.function, self.num_features = where, load_function(where), num_features
         self.metadata = {"encoder": where}
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
-        """Return the features (F,) of each file. Raises OSError, or ValueError if the adapter has another F."""
+        """Return the features (F,) of each file. Raises OSError, or ValueError if the adapter expects another F."""
         features = encode_with_function(paths, self.function)
         if self.num_features not in (None, len(features[0])):
             made_for = f"the adapter was made for {self.num_features}"
-            raise ValueError(f"{self.where}: has {len(features[0])} features, {made_for}")
+            raise ValueError(f"{self.where}: returns {len(features[0])} features, but {made_for}")
         return features
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:
-        """Return the options of a run that must be the same when it is resumed: a hash of the features themselves."""
+        """Return the options that must not change when a run is resumed: a hash of the features themselves."""
         return {"features_hash": hash_tensors(features)}
 
 
@@ -69,16 +69,17 @@ def load_image_encoder(
     device: torch.device,
     adapter: Adapter | None = None,
 ) -> VisionEncoder | FunctionEncoder:
-    """Load the vision encoder at a path, or the function FILE.py:NAME; by default the vision encoder of the adapter.
+    """Load the vision encoder at the path `vision_encoder`, or the function `encoder`, FILE.py:NAME.
 
-    Warns if the encoder differs from the one in training. Raises OSError, or ValueError if the adapter does not fit it.
+    The default is the vision encoder that the adapter names. Warns if the adapter was trained with another encoder.
+    Raises OSError, or ValueError if the adapter does not fit the encoder.
     """
     if vision_encoder is not None and encoder is not None:
-        raise ValueError("--clip and --encoder: give only one of them")
+        raise ValueError("--clip and --encoder exclude each other; give only one of them")
     if adapter is None:
         return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):
-        raise ValueError("an image needs an adapter with a projection, one that was trained on images")
+        raise ValueError("an image needs an adapter with a projection, that is, one that was trained on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
     if encoder is not None:
         trained_with = metadata.get("encoder", metadata.get("vision_encoder", encoder))
@@ -89,10 +90,12 @@ def load_image_encoder(
     if vision_encoder is None and "encoder" in metadata:
         raise ValueError(f"the adapter was trained with {metadata['encoder']}; to run that code, give --encoder")
     if vision_encoder is None:
-        raise ValueError("the adapter does not say which vision encoder it is for; give --clip PATH")
+        raise ValueError("the adapter file does not name a vision encoder; give --clip PATH")
     found = VisionEncoder(vision_encoder, dtype, device, int(metadata.get("vision_encoder_depths", DEPTHS)))
     if found.num_features != made_for:
-        raise ValueError(f"{vision_encoder}: has {found.num_features} features, the adapter was made for {made_for}")
+        raise ValueError(
+            f"{vision_encoder}: computes {found.num_features} features, but the adapter was made for {made_for}"
+        )
     if metadata.get("vision_encoder_fingerprint", "") not in ("", found.metadata["vision_encoder_fingerprint"]):
         warn(f"the adapter was trained with a vision encoder whose weights differ from those of {vision_encoder}")
     return found

@@ -1,4 +1,4 @@
-"""llama2.c's float32 .bin: a header of integers, then the tensors in a fixed order, each stacked over the layers."""
+"""llama2.c's float32 .bin files: a header of integers, then tensors in a fixed order, stacked over the layers."""
 
 import struct
 from functools import partial
@@ -14,13 +14,15 @@ from runtime.files import require_file
 
 
 def read(path: Path) -> tuple[Config, Weights]:
-    """Read the header of a file, or of the only .bin in a folder.
+    """Read the header, and memory-map the weights, of a file or of the only .bin file in a folder.
 
-    Raises ValueError if the header is invalid, or the file does not have the size that follows from it.
+    Raises ValueError if the header is invalid, or if the size of the file does not match the header.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if len(files) > 1:
-        raise ValueError(f"{path}: contains {len(files)} llama2.c files ({files[0].name} ...); name one of them")
+        raise ValueError(
+            f"{path}: contains {len(files)} llama2.c files ({files[0].name} ...); give the path of one of them"
+        )
     file = require_file(files[0])
     size = file.stat().st_size
     with open(file, "rb") as opened:
@@ -28,23 +30,25 @@ def read(path: Path) -> tuple[Config, Weights]:
     modern = raw[:4] == b"24ka"  # "ak42", little-endian
     start = 256 if modern else 28  # offset of the first tensor
     if size < start:
-        raise ValueError(f"{file}: {size} bytes, too few for a llama2.c checkpoint")
+        raise ValueError(f"{file}: has only {size} bytes, too few for a llama2.c checkpoint")
     version = struct.unpack("<i", raw[4:8])[0]
     if modern and version != 1:
-        raise ValueError(f"{file}: llama2.c version {version}, only 1 (float32) and the older layout are supported")
+        raise ValueError(
+            f"{file}: has llama2.c version {version}; only version 1 (float32) and the older layout are supported"
+        )
     header = struct.unpack("<7i", raw[8:36] if modern else raw[:28])
     C, hidden, N, H, Hkv, V, max_seq_len = header
     tied = bool(raw[36]) if modern else V > 0
     try:
         config = Config(C, N, H, Hkv, C // H, hidden, abs(V), max_seq_len=max_seq_len)
         if C % H:
-            raise ValueError(f"width {C} is not a multiple of {H} heads")
+            raise ValueError(f"the width {C} is not a multiple of the number of heads, {H}")
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: not a llama2.c checkpoint (its header reads {header}: {error})") from None
+        raise ValueError(f"{file}: not a llama2.c checkpoint (its header is {header}: {error})") from None
     shapes = layout(config, modern, tied)
     expected = start + 4 * sum(map(prod, shapes.values()))
     if size != expected:
-        raise ValueError(f"{file}: {size} bytes, but its header asks for {expected}")
+        raise ValueError(f"{file}: has {size} bytes, but its header requires {expected}")
 
     floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write; the file is not changed
     weights: Weights = {}

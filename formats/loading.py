@@ -36,10 +36,10 @@ def load_with_adapters(
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """Load adapters and a base, by default the one that the first adapter names.
 
-    Returns the base, its tokenizer, and the adapters by name. `bits` is the value of --bits. With `decoding`, the base
-    is prepared for decoding steps, `compiled` or not. With several ranks, each loads its part of every layer. Warns if
-    an adapter was trained over other weights, and prints how third-party files were read. Raises OSError, or ValueError
-    if the files do not fit each other.
+    Returns the base, its tokenizer, and the adapters keyed by name. `bits` is the value of --bits. With `decoding`, the
+    base is prepared for decoding steps, which are compiled if `compiled`. With several ranks, each loads its shard of
+    every layer. Warns if an adapter was trained with other base weights, and prints how third-party files were
+    interpreted. Raises OSError, or ValueError if the files do not fit each other.
     """
     if compiled:
         prepare_to_compile(device)
@@ -56,7 +56,7 @@ def load_with_adapters(
         adapters[name] = load_adapter(path)
         base = adapters[name].metadata.get("base")
         if base is None:
-            raise ValueError(f"{path}: does not say which base it is for; give --base PATH")
+            raise ValueError(f"{path}: does not state which base it is for; give --base PATH")
         commit = adapters[name].metadata.get("base_commit")
     folder = Path(base)
     if not folder.exists():
@@ -79,9 +79,9 @@ def load_with_adapters(
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
-    """Return adapter files by name. Each path is NAME=FILE, or FILE, which is then named after the file.
+    """Return the adapter files keyed by name. Each path is NAME=FILE, or FILE, whose adapter is named after the file.
 
-    Raises ValueError if a name is taken.
+    Raises ValueError if two adapters have the same name, or one is named "base".
     """
     files: dict[str, str] = {}
     for path in paths:
@@ -89,7 +89,7 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
         if not file or Path(path).exists():
             name, file = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem, path
         if name in files or name == "base":
-            raise ValueError(f"{file}: the name {name!r} is taken; give another one: --adapter NAME={file}")
+            raise ValueError(f"{file}: the name {name!r} is taken; choose another one with --adapter NAME={file}")
         files[name] = file
     return files
 
@@ -97,7 +97,7 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
 def load_part_of_rank(
     folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args, **options
 ) -> LLaMA:
-    """Load this rank's part of every layer, for tensor parallelism; otherwise as `load_model`."""
+    """Load this rank's shard of every layer, for tensor parallelism. The arguments are those of `load_model`."""
     from runtime.tensor_parallel import base_of_rank, join_ranks
 
     model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args, **options)
@@ -106,12 +106,12 @@ def load_part_of_rank(
 
 
 def check_adapter(adapter: Adapter, path: str, base: str, config: Config, fingerprint: str) -> None:
-    """Raise ValueError if the adapter does not fit the base; warn if it was trained over other weights."""
+    """Raise ValueError if the adapter does not fit the base. Warn if it was trained with other base weights."""
     metadata = adapter.metadata
     if isinstance(adapter, HeadAdapter):
         task = metadata.get("task", "an encoder task")
         raise ValueError(
-            f"{path}: was trained for {task}, on an encoder; use python -m encoder_tuning evaluate --adapter"
+            f"{path}: was trained for {task} on an encoder; use python -m encoder_tuning evaluate --adapter {path}"
         )
     try:
         adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
@@ -120,6 +120,6 @@ def check_adapter(adapter: Adapter, path: str, base: str, config: Config, finger
     if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
         raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
     if metadata.get("base_fingerprint", fingerprint) != fingerprint:
-        warn(f"{path} was trained over other weights than those of {base}")
+        warn(f"{path} was trained with other weights than those of {base}")
     if "format" not in metadata:  # a third-party file
         click.echo(printable(f"{path}: {describe_reading(adapter)}"), err=True)

@@ -1,4 +1,4 @@
-"""Meta's layout of a LLaMA: params.json and consolidated.00.pth; larger models have further .pth files."""
+"""Meta's checkpoint layout: params.json and consolidated.00.pth. Larger models have additional .pth files."""
 
 import math
 from functools import partial
@@ -18,16 +18,16 @@ PARAMS = "params.json"
 
 
 def read(folder: Path) -> tuple[Config, Weights]:
-    """Read params.json and map the weights. Raises OSError or ValueError.
+    """Read params.json and memory-map the weights. Raises OSError or ValueError.
 
-    Each of n files contains a part of every weight, because Meta's code runs the model on n GPUs.
+    If there are n .pth files, each contains one of n slices of every matrix, because Meta's code runs on n GPUs.
     """
     params = read_json_object(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))
     names = [f"consolidated.{i:02}.pth" for i in range(max(1, len(files)))]
     if [file.name for file in files] != names:
         found = ", ".join(file.name for file in files) or "no weights"
-        raise ValueError(f"{folder}: has {found}, not {', '.join(names)}")
+        raise ValueError(f"{folder}: contains {found}; expected {', '.join(names)}")
     shards = [read_shard(file) for file in files]
     for file, shard in zip(files, shards):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
@@ -44,12 +44,12 @@ def read(folder: Path) -> tuple[Config, Weights]:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     with prefix_errors(folder / PARAMS):
         if params.get("vocab_size", -1) not in (-1, vocab_size):
-            raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights have {vocab_size} tokens")
+            raise ValueError(f"vocab_size is {params['vocab_size']}, but the embeddings have {vocab_size} rows")
         return meta_config(params, vocab_size), weights
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file by name, memory-mapped."""
+    """Return the memory-mapped tensors of a file, keyed by name. Raises FileNotFoundError or ValueError."""
     tensors = load_pth(file)
     tensors.pop("rope.freqs", None)  # in LLaMA 1; rope_cos_sin computes it
     for name, tensor in tensors.items():
@@ -59,9 +59,10 @@ def read_shard(file: Path) -> dict[str, Tensor]:
 
 
 def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None:
-    """Join the pieces of a weight along the dimension that is split, and copy the weight, or a part of it, to `target`.
+    """Join the pieces of a weight, one per file, and copy the weight, or this rank's shard of it, to `target`.
 
-    A norm is not split: each file contains the whole. Raises ValueError if the pieces do not make up the weight.
+    The dimension along which the files split the weight follows from the shapes. Norms are not split: every file
+    contains a copy. Raises ValueError if the pieces do not make up the weight.
     """
     part = part or WHOLE
     n, shape, whole = len(pieces), tuple(pieces[0].shape), part.whole_shape(target.shape)
@@ -72,23 +73,23 @@ def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None
     for dim in range(len(shape) if n > 1 else 0):
         if shape[:dim] + (n * shape[dim],) + shape[dim + 1 :] == whole:
             along, across = (part, WHOLE) if part.dim == dim else (WHOLE, part)
-            num_chunks = math.lcm(n, along.number)  # so that pieces and parts consist of whole chunks
+            num_chunks = math.lcm(n, along.number)  # so that each piece and each part consists of whole chunks
             chunks = [chunk for piece in pieces for chunk in piece.chunk(num_chunks // n, dim)]
             per_part = num_chunks // along.number
             for chunk, destination in zip(chunks[along.index * per_part :], target.chunk(per_part, dim)):
                 copy(chunk, destination, across)
             return
     if n > 1 and len(shape) > 1:
-        raise ValueError(f"is {shape} in each of {n} files, its configuration says {whole} in all")
+        raise ValueError(f"has shape {shape} in each of {n} files, but the configuration requires {whole} in total")
     if any(not torch.equal(piece, pieces[0]) for piece in pieces[1:]):
-        raise ValueError(f"is not the same in the {n} files")
+        raise ValueError(f"has different values in the {n} files; expected copies of one vector")
     copy(pieces[0], target, part)
 
 
 def meta_config(params: dict, vocab_size: int) -> Config:
-    """Convert params.json to a Config. Raises KeyError or ValueError.
+    """Convert params.json to a Config. Raises KeyError if a field is missing, or ValueError if one is invalid.
 
-    The width of the feed-forward network is not in the file; it follows from a formula of Meta's code.
+    The file does not state the width of the feed-forward network, which Meta's code computes from other fields.
     """
     for name in ("dim", "n_heads", "multiple_of"):
         require_number(name, params[name], 1, 2**24, whole=True)
@@ -99,7 +100,7 @@ def meta_config(params: dict, vocab_size: int) -> Config:
     hidden_dim += -hidden_dim % params["multiple_of"]  # round up to a multiple
     theta = params.get("rope_theta", 10000.0)
     factors = None
-    if params.get("use_scaled_rope"):  # the factor is in Meta's code: 8 for Llama 3.1, 32 for 3.2 1B and 3B
+    if params.get("use_scaled_rope"):  # only Meta's code has the factor: 8 for Llama 3.1, 32 for 3.2 1B and 3B
         factors = llama3_rope_factors(dim // n_heads, theta, factor=32.0 if dim < 4096 else 8.0)
     return Config(
         dim=dim,

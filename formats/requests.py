@@ -1,4 +1,4 @@
-"""Read requests from a JSONL file, with an optional adapter and image each, and write the responses to another."""
+"""Read requests from a JSONL file, each with an optional adapter and image, and write the responses to another file."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -14,17 +14,17 @@ from runtime.files import atomic_write, path_inside, require_file
 def read_requests(
     path: str, names: Collection[str], default: str, folder: str | None
 ) -> tuple[list[dict], list[Request], dict[int, Path]]:
-    """Read a file of requests; return its records, a Request for each, and the image paths by the record's index.
+    """Read a file of requests. Return its records, one Request per record, and the image paths keyed by record index.
 
-    Images are in `folder`, by default the folder of the file. `names` are the loaded adapters, and `default` is the
-    adapter of records that name none. Raises OSError, or ValueError that names the record.
+    Images are in `folder`, by default the folder of the file. `names` are the names of the loaded adapters, and
+    `default` is the adapter for records that name none. Raises OSError, or ValueError that names the record.
     """
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         turns = read_turns(record, path, f"record {index}", with_output=False)
         if turns is not None and (not turns or turns[-1].role != "user"):
-            raise ValueError(f"{where}: its last turn is not the user's: there is nothing to respond to")
+            raise ValueError(f"{where}: the last turn is not the user's, so there is nothing to respond to")
         example = check_record(record, path, f"record {index}", needed=[] if turns else ["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name
@@ -40,7 +40,7 @@ def read_requests(
         requests.append(Request(instruction, input, name, history=history))
         try:
             if example.image and name == "base":
-                raise ValueError("an image needs an adapter with a projection, which the base alone does not have")
+                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
             if example.image:
                 images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
         except (ValueError, FileNotFoundError) as error:
@@ -51,10 +51,10 @@ def read_requests(
 def attach_images(
     requests: Sequence[Request], images: dict[int, Path], responder, vision_encoder: str | None, encoder: str | None
 ) -> list[Request]:
-    """Return the requests, each with the features of its image, encoded as in the training of its adapter.
+    """Return the requests with the features of their images, encoded as in the training of the request's adapter.
 
-    `images` are paths by the index of the request; `responder` is a generate.Responder. Raises OSError, or ValueError
-    if an adapter has no projection.
+    `images` maps the indices of requests to image paths. `responder` is a generate.Responder. Raises OSError, or
+    ValueError if an adapter has no projection.
     """
     requests = list(requests)
     model = responder.model
@@ -69,7 +69,10 @@ def attach_images(
 
 
 def write_responses(path: str, records: Sequence[dict], responses: Iterable[str]) -> None:
-    """Write the records as JSONL, each with its response as `output`, atomically and on rank 0. Raises OSError."""
+    """Write the records as JSONL, each with its response in the field `output`. Raises OSError.
+
+    Only rank 0 writes the file, atomically; the other ranks take part in the generation.
+    """
     if rank() > 0:
         for _ in responses:  # generation needs all ranks
             pass

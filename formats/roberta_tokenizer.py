@@ -30,8 +30,8 @@ class RobertaTokenizer:
             if missing := sorted(set(ByteLevel.alphabet()) - set(ids)):
                 raise ValueError(f"it has no token for the byte {missing[0]!r}")
             if wrong := [token for token, id in ids.items() if type(id) is not int or id < 0]:
-                raise ValueError(f"the id of {wrong[0]!r} is {ids[wrong[0]]!r}, not a whole number from 0")
-            # The BPE model numbers tokens by position, because several may have the same id, that of unknown tokens.
+                raise ValueError(f"the id of {wrong[0]!r} is {ids[wrong[0]]!r}; expected a non-negative integer")
+            # The BPE model uses positions as ids, because several tokens may share the id of unknown tokens.
             self.bpe = Tokenizer(
                 BPE({token: i for i, token in enumerate(ids)}, [tuple(line.split(" ")) for line in lines])
             )
@@ -43,16 +43,16 @@ class RobertaTokenizer:
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids and the offsets of each token in the text, (first character, last + 1).
+        """Return the ids of the text, and the offsets of each token: (its first character, its last character + 1).
 
-        A token of a part of a character has the offsets of the character.
+        A token that covers only some of the bytes of a character has the offsets of that character.
         """
         encoding = self.bpe.encode(text)
         return [self.ids[i] for i in encoding.ids], encoding.offsets
 
 
 def read_ids(folder: Path) -> dict[str, int]:
-    """Return RoBERTa's id of each token."""
+    """Return RoBERTa's ids, keyed by token. Raises FileNotFoundError or ValueError."""
     if (folder / "vocab.json").is_file():
         return read_json_object(folder / "vocab.json")
     # encoder.json has GPT-2's ids, and dict.txt lists them in RoBERTa's order.

@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings, for models with an extended context: divisors of the frequencies."""
+"""Divisors of the rotary frequencies, which extend the context of a model."""
 
 import math
 
@@ -6,8 +6,11 @@ from runtime.schema import require_number
 
 
 def linear_rope_factors(head_dim: int, factor: float) -> tuple[float, ...]:
-    """Return D/2 equal divisors, which interpolate positions (Chen et al., arXiv 2306.15595). Raises ValueError."""
-    require_number("the factor of the rotary embedding", factor, 1e-3, 1e6)
+    """Return D/2 equal divisors, which interpolate positions (Chen et al., arXiv 2306.15595).
+
+    Raises ValueError if the factor is not a number in the supported range.
+    """
+    require_number("the scaling factor of the rotary embedding", factor, 1e-3, 1e6)
     return (float(factor),) * (head_dim // 2)
 
 
@@ -17,13 +20,13 @@ def llama3_rope_factors(
     """Return the D/2 divisors of Llama 3.1.
 
     `context` is the context length of pretraining in tokens. A pair of dimensions that rotates more than `high` times
-    within it keeps its frequency. One that rotates less than `low` times is slowed down by `factor`, and pairs in
-    between are interpolated. Raises ValueError.
+    within it keeps its frequency. The frequency of a pair that rotates less than `low` times is divided by `factor`,
+    and pairs in between are interpolated. Raises ValueError if a parameter is invalid.
     """
     for value in (theta, factor, low, high, context):
         require_number("a parameter of the scaled rotary embedding", value, 1e-30, 1e12)
     if low >= high:
-        raise ValueError(f"low_freq_factor is {low}, and high_freq_factor is {high}: the latter must be larger")
+        raise ValueError(f"low_freq_factor is {low}; it must be smaller than high_freq_factor, {high}")
     factors = []
     for pair in range(0, head_dim, 2):
         rotations = context * theta ** (-pair / head_dim) / (2 * math.pi)

@@ -1,6 +1,6 @@
-"""Read named tensors from safetensors files and from files of torch.save; shared by all formats.
+"""Read named tensors from safetensors files and torch.save files; shared by all formats.
 
-Files are memory-mapped: the bytes of a tensor are read when it is copied into a parameter.
+Files are memory-mapped, except those from before PyTorch 1.6: a tensor is read when it is copied into a parameter.
 """
 
 import io
@@ -22,7 +22,8 @@ from runtime.errors import is_out_of_memory
 from runtime.files import first_line, read_json_object, require_file
 from runtime.tensor_parallel import Part
 
-# The weights of a base, by Meta's names: functions of (target, part=None) that copy the weight, or a part of it.
+# The weights of a base, keyed by Meta's names. Each value is a function of (target, part=None), which copies the weight
+# to `target`, or only the part of it that belongs to this rank.
 Weights = dict[str, Callable[..., None]]
 
 
@@ -30,8 +31,8 @@ Weights = dict[str, Callable[..., None]]
 def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
     """Prefix error messages with the name of a file.
 
-    A ValueError remains one. A KeyError becomes a ValueError that says which `kind` of item is missing. Running out of
-    memory becomes a MemoryError.
+    A ValueError stays a ValueError. A KeyError becomes a ValueError that names the missing item; `kind` is the word for
+    such an item. An out-of-memory error becomes a MemoryError.
     """
     try:
         yield
@@ -49,35 +50,37 @@ def download_hint(path: Path) -> str:
     """Return a hint on how to download a missing path, if it looks like a name on the Hugging Face Hub."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
-    return f"; if Hugging Face has it: `hf download {path} --local-dir {path.name}`, then give {path.name}"
+    return f"; if it is on Hugging Face, run `hf download {path} --local-dir {path.name}` and pass {path.name}"
 
 
 def check_layers(path: Path, names: Iterable[str], prefix: str, expected: int) -> None:
-    """Raise ValueError if the weights have another number of layers, before a model of `expected` layers is built."""
+    """Raise ValueError if the weights are not for `expected` layers. To be called before the model is built."""
     found = len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
     if found != expected:
-        raise ValueError(f"{path}: has weights of {found} layers, its configuration says {expected}")
+        raise ValueError(f"{path}: has weights for {found} layers, but the configuration requires {expected}")
 
 
 def require_dense(tensor: object) -> Tensor:
     """Return the tensor. Raises ValueError unless it is a dense floating-point tensor that is stored in full."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError("is not a dense tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # such as one number, expanded
-        raise ValueError(f"is {tuple(tensor.shape)}, but its storage is smaller")
+    if (
+        tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ):  # for example, one number that was expanded
+        raise ValueError(f"has shape {tuple(tensor.shape)}, but its storage is smaller")
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"is {tensor.dtype}, not floating-point")
+        raise ValueError(f"has dtype {tensor.dtype}; expected a floating-point dtype")
     return tensor
 
 
 def copy(source: Tensor, target: Tensor, part: Part | None = None) -> None:
-    """Copy the source, or the `part` of it that belongs to this rank; only the bytes that are copied are read.
+    """Copy `source`, or only the `part` of it that belongs to this rank, to `target`. No other bytes are read.
 
-    Raises ValueError, with both shapes, if they differ, and if the source is not a dense floating-point tensor.
+    Raises ValueError if the shapes do not match, or if the source is not a dense floating-point tensor.
     """
     expected = part.whole_shape(target.shape) if part else target.shape
     if require_dense(source).shape != expected:
-        raise ValueError(f"is {tuple(source.shape)}, its configuration says {tuple(expected)}")
+        raise ValueError(f"has shape {tuple(source.shape)}, but the configuration requires {tuple(expected)}")
     target.copy_(part.of(source) if part else source)
 
 
@@ -86,7 +89,7 @@ def frozen_parameter(
 ) -> nn.Parameter:
     """Create a frozen parameter with the shape and strides of `like`, and fill it with `write`.
 
-    Raises ValueError whose message begins with `where`.
+    Raises ValueError, with a message that begins with `where`, if the tensor cannot be read or is not finite.
     """
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
@@ -99,9 +102,9 @@ def frozen_parameter(
 
 
 def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
-    """Load a dict from a file of torch.save, or from its `content`, without running code. Tensors of a file are mapped.
+    """Load a dict that torch.save wrote, from a file or from the bytes `content`, without running code.
 
-    Raises FileNotFoundError, or ValueError for whatever is wrong with the file.
+    The tensors of a file are memory-mapped. Raises FileNotFoundError, or ValueError if the file is invalid.
     """
     if content is None:
         require_file(file)
@@ -109,31 +112,33 @@ def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; real problems raise an exception
             source = (lambda: file) if content is None else partial(io.BytesIO, content)
-            zipped = zipfile.is_zipfile(source())  # not before PyTorch 1.6
+            zipped = zipfile.is_zipfile(source())  # torch.save wrote no zip files before PyTorch 1.6
             entries = zipfile.ZipFile(source()).infolist() if zipped else []
             is_torchscript = any(entry.filename.endswith("/constants.pkl") for entry in entries)
             if not is_torchscript and any(entry.compress_type for entry in entries):
-                raise ValueError("it is compressed, which torch.save never does")
+                raise ValueError("its entries are compressed, but torch.save never compresses them")
             values = torch.load(source(), map_location="cpu", mmap=zipped and content is None, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{file}: not a file of tensors: it is broken, or contains code, which is not run") from None
+        raise ValueError(
+            f"{file}: not a file of tensors: it is corrupt, or contains code, which is never run"
+        ) from None
     except Exception as error:  # a broken file can cause any exception in torch.load
         if "TorchScript" in str(error):
             weights = f"torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pt')"
             raise ValueError(
-                f"{file}: is a TorchScript program, as OpenAI distributes CLIP; save its weights: {weights}"
+                f"{file}: is a TorchScript program (OpenAI distributes CLIP this way); save its weights with {weights}"
             ) from None
         raise ValueError(f"{file}: not a file of tensors: {first_line(error)}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{file}: not a file of tensors: expected a dict from names to tensors")
+        raise ValueError(f"{file}: not a file of tensors: expected a dict that maps names to tensors")
     return values
 
 
 def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
-    """Return a function per tensor name that reads the tensor.
+    """Return the functions that read the tensors of a file, keyed by tensor name.
 
-    A file with the suffix .safetensors is read as such, any other as a file of torch.save. Raises FileNotFoundError or
-    ValueError.
+    A file with the suffix .safetensors is read as safetensors, and any other file as one that torch.save wrote. Raises
+    FileNotFoundError or ValueError.
     """
     if require_file(file).suffix != ".safetensors":
         mapped = load_pth(file)
@@ -145,7 +150,7 @@ def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
         raise ValueError(f"{file}: not a complete safetensors file: {first_line(error)}") from None
 
 
-# A Hugging Face folder may contain several of these; the first that exists is loaded, as in transformers.
+# A Hugging Face folder may contain several of these files. The first one that exists is loaded, as in transformers.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -155,28 +160,29 @@ WEIGHT_FILES = (
 
 
 def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """Return a function per tensor name that reads the tensor, for the one file or all shards of a Hugging Face folder.
+    """Return the functions that read the tensors of a Hugging Face folder, keyed by tensor name.
 
-    Prints a line if the folder contains other weights, which are not loaded. Raises FileNotFoundError or ValueError.
+    The weights are one file or several shards. Prints a line if the folder also contains weights in another format,
+    which are ignored. Raises FileNotFoundError or ValueError.
     """
     found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{folder}: has neither {', nor '.join(WEIGHT_FILES)}")
+        raise ValueError(f"{folder}: contains none of {', '.join(WEIGHT_FILES)}")
     first, *others = found
     if others:
-        print_rank0(f"{folder}: loading {first}; not loaded: {', '.join(others)}")
+        print_rank0(f"{folder}: loading {first}; ignoring {', '.join(others)}")
     if not first.endswith(".json"):
         return open_tensors(folder / first)
     index = folder / first
     places = read_json_object(index).get("weight_map")
     if not places or not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index}: expected a weight_map from tensors to files")
+        raise ValueError(f"{index}: expected a weight_map from tensor names to file names")
     tensors: dict[str, Callable[[], Tensor]] = {}
     for name in sorted(set(places.values())):
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise FileNotFoundError(f"{file}: {index.name} names this file, which is not in the folder")
+            raise FileNotFoundError(f"{file}: does not exist, but {index.name} lists it")
         tensors |= open_tensors(file)
     if missing := sorted(places.keys() - tensors.keys()):
-        raise ValueError(f"{index}: says that {missing[0]} is in {places[missing[0]]}, which does not contain it")
+        raise ValueError(f"{index}: lists {missing[0]} in {places[missing[0]]}, which does not contain it")
     return tensors

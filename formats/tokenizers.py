@@ -18,7 +18,7 @@ from runtime.files import first_line, parse_json, read_bytes, read_json_object, 
 
 @contextmanager
 def library_errors(what: str):
-    """Convert exceptions of a tokenizer library to ValueError. Panics of Rust are not subclasses of Exception."""
+    """Convert exceptions of a tokenizer library to ValueError. Rust panics are not subclasses of Exception."""
     try:
         yield
     except BaseException as error:
@@ -28,7 +28,7 @@ def library_errors(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
-# Libraries insert a space before the first character of a text. If the text begins with this mark, which no token
+# Libraries insert a space before the first character of their input. If the input begins with this mark, which no token
 # contains, the ids of both the space and the mark can be removed.
 MARK = "\ufdd4"
 
@@ -40,14 +40,14 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self.model = SentencePieceProcessor(model_file=str(require_file(path)))
         except RuntimeError:
-            raise ValueError(f"{path}: neither a SentencePiece model nor a tiktoken file") from None
+            raise ValueError(f"{path}: is neither a SentencePiece model nor a tiktoken file") from None
         self.path = path
         self.num_pieces = self.vocab_size = self.model.vocab_size()
         bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         self.start_ids, self.end_ids = [bos_id], [self.eos_id]
         if min(bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path}: has no <bos> or no <eos> (ids {bos_id} and {self.eos_id})")
-        with library_errors(f"{path}: a broken SentencePiece model"):
+            raise ValueError(f"{path}: <bos> or <eos> is missing (their ids are {bos_id} and {self.eos_id})")
+        with library_errors(f"{path}: is a corrupt SentencePiece model"):
             control = [id for id in range(self.num_pieces) if self.model.is_control(id)]
             self.special_ids = {self.model.id_to_piece(id): id for id in (bos_id, self.eos_id, *control)}
         self.named_tokens = dict(zip(("bos_token", "eos_token"), self.special_ids))
@@ -77,9 +77,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """The tokenizer of Llama 3. Each line of the file has a token's bytes in base64 and its rank.
+    """The tokenizer of Llama 3. Each line of the file contains the bytes of a token in base64, and its rank.
 
-    The ids of 256 special tokens follow those of the file. Text that spells a special token is encoded as plain text.
+    The ids of 256 special tokens follow those in the file. Text that spells a special token is encoded as plain text.
     Raises ValueError if the file is not a tiktoken file.
     """
 
@@ -88,7 +88,7 @@ class TiktokenTokenizer(Tokenizer):
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    # The library's stack overflows at longer runs. Meta's tokenizer splits them at the same length.
+    # Longer runs overflow the library's stack. Meta's tokenizer splits them at the same length.
     LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
     SPECIAL = {
         0: "<|begin_of_text|>",
@@ -106,11 +106,11 @@ class TiktokenTokenizer(Tokenizer):
             lines = [line.split() for line in read_bytes(path).splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:
-            raise ValueError(f"{path}: not a tiktoken file: {error}") from None
+            raise ValueError(f"{path}: is not a tiktoken file: {error}") from None
         count = len(ranks)
         if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError(
-                f"{path}: expected ranks 0 to {len(lines) - 1} of its {len(lines)} tokens, and a token for every byte"
+                f"{path}: expected ranks 0 to {len(lines) - 1} for its {len(lines)} tokens, and a token for every byte"
             )
         special = {self.SPECIAL.get(i, f"<|reserved_special_token_{i}|>"): count + i for i in range(256)}
         self.model = tiktoken.Encoding(
@@ -118,7 +118,7 @@ class TiktokenTokenizer(Tokenizer):
         )
         self.eos_id, self.vocab_size = count + 1, count + 256
         self.start_ids = [count]
-        # The ends of a text, of a message to a tool, and of a message to the user.
+        # These tokens end a document, a message to a tool, and a message to the user.
         self.end_ids = [count + 1, count + 8, count + 9]
         self.special_ids = special
         self.named_tokens = {"bos_token": self.SPECIAL[0], "eos_token": self.SPECIAL[1]}
@@ -143,7 +143,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """Any tokenizer of the library `tokenizers`, such as that of a tokenizer.json; `path` is its file.
+    """A tokenizer of the library `tokenizers`, which was loaded from the file `path`, usually a tokenizer.json.
 
     Text that spells a special token is encoded as plain text. Raises ValueError if the tokenizer does not work.
     """
@@ -158,8 +158,8 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values(), default=0)
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
         if max(self.start_ids, default=0) >= self.vocab_size:
-            raise ValueError(f"{path}: a text starts with token {max(self.start_ids)} of {self.vocab_size}")
-        self.end_ids = []  # set from the files beside it
+            raise ValueError(f"{path}: its start token {max(self.start_ids)} is not among its {self.vocab_size} tokens")
+        self.end_ids = []  # set later, from the files beside this one
         self.named_tokens = {}
         added = self.model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special and token.content}
@@ -170,9 +170,9 @@ class JsonTokenizer(Tokenizer):
         with library_errors(f"{self.path}: cannot encode the text"):
             if not preceding:
                 return self.encode_as_text(text)
-            # Some tokenizers insert a space at the beginning of a text, but not after a special token. The library
-            # recognizes `preceding` only in a mode in which it would also recognize special tokens that the text
-            # spells. Therefore the text is encoded in this mode only up to the first of them.
+            # Some tokenizers insert a space at the beginning of text, but not after a special token. The library
+            # recognizes `preceding` only in a mode in which it also recognizes special tokens that the text spells.
+            # Therefore, in this mode, the text is encoded only up to the first special token that it spells.
             end = min((text.index(token) for token in self.special_ids if token in text), default=len(text))
             self.model.encode_special_tokens = False
             first, *ids = self.model.encode(preceding + text[:end], add_special_tokens=False).ids
@@ -207,18 +207,20 @@ def read_tokenizer_json(path: Path) -> JsonTokenizer:
     values = parse_json(text, path)
     growth = max_growth(values.get("normalizer") if isinstance(values, dict) else None)
     if growth > MAX_GROWTH:
-        raise ValueError(f"{path}: its normalizers can make a text up to {growth:.3g} times as long")
+        raise ValueError(
+            f"{path}: its normalizers can make text {growth:.3g} times as long; the maximum is {MAX_GROWTH}"
+        )
     with library_errors(f"{path}: cannot be read as a tokenizer"):
         model = tokenizers.Tokenizer.from_str(text)
     return JsonTokenizer(model, path)
 
 
-MAX_GROWTH = 100  # of a text, by normalizers
-MAX_TOKENS = 2**24
+MAX_GROWTH = 100  # largest factor by which normalizers may lengthen text
+MAX_TOKENS = 2**24  # upper limit of token ids
 
 
 def max_growth(normalizer: object) -> float:
-    """Return the largest factor by which the replacements of a tokenizer.json's normalizer can lengthen a text."""
+    """Return the largest factor by which the replacements of a tokenizer.json's normalizer can lengthen text."""
     if not isinstance(normalizer, dict):
         return 1.0
     inner = normalizer.get("normalizers")
@@ -236,9 +238,9 @@ def read_settings(path: Path) -> dict:
 
 
 def apply_settings(tokenizer: Tokenizer, folder: Path) -> None:
-    """Apply the settings in the JSON files beside a tokenizer: special tokens, <bos>, and the ends of a response.
+    """Apply the settings in the JSON files beside a tokenizer: special tokens, use of <bos>, and end-of-text tokens.
 
-    Raises ValueError if no token ends a text.
+    Raises ValueError if no token ends text.
     """
     settings = read_settings(folder / "special_tokens_map.json") | read_settings(folder / "tokenizer_config.json")
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -271,7 +273,7 @@ def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dic
     decoder = settings.get("added_tokens_decoder")
     for id, token in decoder.items() if isinstance(decoder, dict) else ():
         text = token_content(token)
-        # The library finds a token in texts by itself if it knows the token, and the token is not special.
+        # A token that is not special, and that the library knows, is found in text by the library itself.
         if text and id.isdecimal() and (token.get("special", True) or tokenizer.token_id(text) is None):
             added[text] = int(id)
     named = list(tokenizer.named_tokens.values())
@@ -283,10 +285,10 @@ def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dic
 
 
 def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int]:
-    """Return the tokens that end a response: the first in training, any of them in generation.
+    """Return the ids of the tokens that end a response: the first one in training, any of them in generation.
 
     They are taken from tokenizer_config.json, generation_config.json, config.json and the tokenizer itself, in this
-    order, without the token that a text starts with. Raises ValueError if there are none.
+    order. The token that text starts with is omitted, unless it is the only one. Raises ValueError if there are none.
     """
     bos = tokenizer.named_tokens.get("bos_token")
     found = [tokenizer.special_ids.get(token_content(settings.get("eos_token")))]
@@ -299,13 +301,13 @@ def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int
     end_ids = [id for id in found if id in known or tokenizer.token_text(id)]
     if not end_ids:
         files = "tokenizer_config.json, generation_config.json, config.json"
-        raise ValueError(f"{folder}: none of {files} says which token ends a text")
+        raise ValueError(f"{folder}: none of {files} states which token ends text")
     start_ids = {*tokenizer.start_ids, tokenizer.special_ids.get(bos)}
     return [id for id in end_ids if id not in start_ids] or end_ids  # some bases have one token for both
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the template in chat_template.jinja or tokenizer_config.json, or None.
+    """Return the template in chat_template.jinja or tokenizer_config.json, or None if there is none.
 
     If tokenizer_config.json contains several templates, the one with the name "default" is returned.
     """
@@ -334,7 +336,7 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
     """Load the tokenizer of a base: tokenizer.json or tokenizer.model beside it, or the one in a GGUF file.
 
     If both tokenizer.json and tokenizer.model exist, tokenizer.json is used, as in transformers. Raises
-    FileNotFoundError, or ValueError, also if the base has too few embeddings.
+    FileNotFoundError, or ValueError if a file is invalid or the base has too few embeddings for the tokens.
     """
     base = Path(base)
     tokenizer = None
@@ -350,15 +352,15 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
 
 
 def load_tokenizer_files(folder: Path) -> Tokenizer:
-    """Load tokenizer.json, or tokenizer.model of either kind, and apply the settings in the files beside it.
+    """Load tokenizer.json, or tokenizer.model (SentencePiece or tiktoken), and apply the settings beside it.
 
-    For a folder in Meta's layout, tokenizer.model may also be in its parent. Raises FileNotFoundError or ValueError.
+    If the folder is in Meta's layout, its parent may contain tokenizer.model. Raises FileNotFoundError or ValueError.
     """
-    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # the latter: Llama 3
+    places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # original/ is in Llama 3's folders
     found: list[Tokenizer] = []
     if (folder / "tokenizer.json").is_file():
         found.append(read_tokenizer_json(folder / "tokenizer.json"))
-    elif (folder / "params.json").is_file():  # Meta's download.sh: LLaMA 1 and 2 share a tokenizer beside their folders
+    elif (folder / "params.json").is_file():  # Meta's download.sh puts one tokenizer beside all folders
         places.append(folder.resolve().parent / "tokenizer.model")
     path = next((place for place in places if place.is_file()), None)
     if path is not None:
@@ -371,7 +373,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
     if len(found) == 2:
         differing = next((text for text in PROBES if found[0].encode(text) != found[1].encode(text)), None)
         if differing is not None:
-            warn(f"{folder}: tokenizer.json and tokenizer.model encode {differing!r} differently; the former is used")
+            warn(f"{folder}: tokenizer.json and tokenizer.model encode {differing!r} differently; using tokenizer.json")
     tokenizer.chat_template = read_chat_template(folder)
     apply_settings(tokenizer, folder)
     return tokenizer
@@ -380,7 +382,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
 def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) -> None:
     """Omit special tokens without an embedding, such as a <pad> that was added after pretraining.
 
-    Raises ValueError if an ordinary token, <bos>, or the token that ends a text has no embedding.
+    Raises ValueError if an ordinary token, <bos> or <eos> has no embedding.
     """
     if tokenizer.vocab_size <= num_embeddings:
         return
@@ -389,6 +391,8 @@ def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) ->
         *tokenizer.start_ids, tokenizer.eos_id, *(id for id in range(tokenizer.vocab_size) if id not in special)
     )
     if needed >= num_embeddings:
-        raise ValueError(f"{base}: {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens")
+        raise ValueError(
+            f"{base}: has {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens"
+        )
     tokenizer.vocab_size = num_embeddings
     tokenizer.end_ids = [id for id in tokenizer.end_ids if id < num_embeddings]

@@ -22,7 +22,7 @@ def test_missing_and_unknown_weights_are_named(tiny_base, tmp_path):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     torch.save(weights | {"layers.1.attention.wq.bias": torch.zeros(16)}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="has a weight layers.1.attention.wq.bias that"):
+    with pytest.raises(ValueError, match="has the weight layers.1.attention.wq.bias, which"):
         load_llama(folder)
     del weights["norm.weight"]
     torch.save(weights, folder / "consolidated.00.pth")
@@ -55,7 +55,7 @@ def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, m
     for path in (".", "../7B"):
         assert load_llama(path)[1].vocab_size == 1024
     (folder / "tokenizer.model").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="7B/tokenizer.model: neither a SentencePiece model nor"):
+    with pytest.raises(ValueError, match="7B/tokenizer.model: is neither a SentencePiece model nor"):
         load_llama(folder)
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     (tmp_path / "hf" / "tokenizer.model").unlink()
@@ -72,7 +72,7 @@ def test_missing_base_error_shows_the_download_command():
 def test_layer_count_is_checked_before_the_model_is_built(tiny_base, tmp_path, monkeypatch, layers):
     base = copy_base(tiny_base, tmp_path / "base", n_layers=layers)
     monkeypatch.setattr("formats.bases.LLaMA", lambda *_: 1 / 0)
-    with pytest.raises(ValueError, match=f"has weights of 3 layers, its configuration says {layers}"):
+    with pytest.raises(ValueError, match=f"has weights for 3 layers, but the configuration requires {layers}"):
         read_base(base)
 
 

@@ -69,7 +69,7 @@ def make_record(*roles, content="a"):
         (make_record("user", "user"), "turn 1: 'user' follows 'user'"),
         (make_record("user", "assistant", "assistant"), "turn 2: 'assistant' follows 'assistant'"),
         (make_record("user", "assistant", "system"), "turn 2: 'system' follows 'assistant'"),
-        (make_record("system", "user"), "none of its 2 turns is the assistant's: there is nothing to learn"),
+        (make_record("system", "user"), "none of its 2 turns is the assistant's, so there is nothing to learn"),
         ({"messages": []}, "none of its 0 turns is the assistant's"),
         ({"prompt": "a", "completion": ["b"]}, "field 'completion' is of type list, not a string"),
         ({"prompt": "a"}, "has no field 'instruction'"),
@@ -110,18 +110,24 @@ def test_system_and_history_fields_become_turns():
 @pytest.mark.parametrize(
     "record, message",
     [
-        (HISTORY | {"history": ["Hi", "Ho"]}, "field 'history' is not a list of pairs, each a prompt and its response"),
+        (
+            HISTORY | {"history": ["Hi", "Ho"]},
+            "field 'history' is not a list of pairs; each must be a prompt and its response",
+        ),
         (HISTORY | {"history": [["Hi", 3]]}, "field 'history' is of type int, not a string"),
         (HISTORY | {"system": ["a"]}, "field 'system' is of type list, not a string"),
         (SHAREGPT | {"tools": "[{}]"}, "field 'tools' is not supported"),
-        ({"instruction": "a", "context": "b", "output": "c"}, "field 'context' is not read; name it 'input'"),
+        ({"instruction": "a", "context": "b", "output": "c"}, "field 'context' is not supported; rename it to 'input'"),
         ({"prompt": "a", "completion": "b", "label": False}, "field 'label' is false, which marks an undesirable"),
-        (HISTORY | {"images": ["a.png"]}, "field 'images' is not supported; give one as 'image'"),
+        (HISTORY | {"images": ["a.png"]}, "field 'images' is not supported; put a single file in the field 'image'"),
         (with_turn(tool_calls=[{"name": "f"}]), "turn 2: field 'tool_calls' is not supported"),
         (with_turn(reasoning_content="Hm."), "turn 2: field 'reasoning_content' is not supported"),
-        (with_turn(weight=0.5), "turn 2: field 'weight' is 0.5, not 0 or 1"),
-        (with_turn(train="no"), "turn 2: field 'train' is 'no', not true or false"),
-        (with_turn(role="user", weight=1), "turn 1: is marked as learned, but only the assistant's turns can be"),
+        (with_turn(weight=0.5), "turn 2: field 'weight' is 0.5; expected 0 or 1"),
+        (with_turn(train="no"), "turn 2: field 'train' is 'no'; expected true or false"),
+        (
+            with_turn(role="user", weight=1),
+            "turn 1: is marked for training, but only the assistant's turns can be trained on",
+        ),
     ],
 )
 def test_unsupported_fields_are_named(record, message):
@@ -151,7 +157,9 @@ def test_several_placeholders_or_one_amid_text_are_refused(text):
     both = record | {"instruction": "<image> Look.", "input": "Look. <image>"}
     with pytest.raises(ValueError, match="a.json: r: has 2 placeholders"):
         read_conversation(both, "a.json", "r")
-    with pytest.raises(ValueError, match="a.json: r: has [12] placeholders .* only one, at the beginning or the end"):
+    with pytest.raises(
+        ValueError, match="a.json: r: has [12] placeholders .* only one is supported, at the beginning or the end"
+    ):
         read_conversation(record, "a.json", "r")
 
 
@@ -296,7 +304,7 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
         ),
         (
             ("--template", "llama-3"),
-            "its tokenizer has no special token '<|start_header_id|>'; alpaca and llama-2 need none",
+            "its tokenizer has no special token '<|start_header_id|>'; use alpaca or llama-2, which do not need it",
         ),
     ],
 )

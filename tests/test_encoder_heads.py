@@ -28,5 +28,5 @@ def test_adapter_file_contains_the_head(tmp_path, widths):
             load_adapter(tmp_path / "b.safetensors")
         del adapter.metadata[name]
     Adapter(layers=1, length=1, dim=8, heads=2).save(tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="has no head: it is not an adapter for an encoder"):
+    with pytest.raises(ValueError, match="has no head, so it is not an adapter for an encoder"):
         HeadAdapter.load(tmp_path / "text.safetensors")

@@ -41,9 +41,12 @@ def test_labeled_images_are_read_from_folders_and_arrays(tmp_path):
     with pytest.raises(ValueError, match="one.npy: cannot be read as a .npz"):
         read_labelled_images(tmp_path / "one.npy")
     for arrays, message in (
-        (dict(images=images), "cannot be read as a .npz with arrays 'images' and 'labels'"),
-        (dict(images=images / 2, labels=np.arange(3)), "images are float64"),
-        (dict(images=images, labels=np.arange(4)), r"labels are int64 \(4,\) for 3 images"),
+        (dict(images=images), "cannot be read as a .npz file with the arrays 'images' and 'labels'"),
+        (dict(images=images / 2, labels=np.arange(3)), "'images' is float64"),
+        (
+            dict(images=images, labels=np.arange(4)),
+            r"'labels' is int64 with shape \(4,\); expected one integer for each of the 3 images",
+        ),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=f"bad.npz: {message}"):

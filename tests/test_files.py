@@ -58,7 +58,7 @@ def test_expanded_and_compressed_tensors_are_refused(tmp_path):
         for entry in plain.infolist():
             compressed.writestr(entry.filename, plain.read(entry))
     assert load_pth(tmp_path / "b.pth")["a"].sum() == 0
-    with pytest.raises(ValueError, match="c.pth: .*is compressed"):
+    with pytest.raises(ValueError, match="c.pth: .*entries are compressed"):
         load_pth(tmp_path / "c.pth")
 
 

@@ -156,7 +156,7 @@ def test_interrupted_export_is_not_mixed_with_an_earlier_one(tmp_path, monkeypat
 def test_adapters_that_peft_cannot_represent_are_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT has one gate for all heads"):
         write_peft(make_adapter(make_model()), tmp_path / "theirs")
-    with pytest.raises(ValueError, match="does not say how many layers"):
+    with pytest.raises(ValueError, match="does not state the number of layers of its base"):
         write_peft(make_adapter(make_model(), gates=False), tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
@@ -195,7 +195,7 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
         torch.ones(4).to(torch.float8_e4m3fn),
     ):
         save_authors_file(path, **{"layers.2.attention.gate": gate})
-        check_refused("layer 2: is (not a dense tensor|torch.*, not floating-point)", length=5)
+        check_refused("layer 2: (is not a dense tensor|has dtype torch.*; expected a floating-point dtype)", length=5)
     save_authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
     check_refused("layer 2: contains values that are not finite", length=5)
     save_authors_file(path, **{"adapter_query.weight": random_values(10, 32).to_sparse()})
@@ -203,13 +203,13 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
     save_authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
     check_refused("layer 1: contains values that are not finite", length=5)
     save_lit_file(path)
-    check_refused(r"layers have \[4\] gates, the base has 8 heads", heads=8)
+    check_refused(r"layers have \[4\] gates each, but the base has 8 heads", heads=8)
     save_lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
-    check_refused(r"prompts are \(4, 32\) in layer 2, \(5, 32\) in layer 1")
+    check_refused(r"prompts have shape \(4, 32\) in layer 2, but \(5, 32\) in layer 1")
     save_lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": random_values(5, 32)})
     check_refused(r"prompts for layers \[1, 2, 7\] and gates for layers \[1, 2\]")
     torch.save({"something": random_values(2)}, path)
-    check_refused("unknown adapter format; it contains something")
+    check_refused("unknown adapter format; the file contains something")
     torch.save({"adapter_query.weight": Malicious()}, path)
     check_refused("not a file of tensors")
     assert "ran code" not in capsys.readouterr().out
@@ -224,9 +224,9 @@ def test_broken_peft_folders_are_named(tmp_path):
     config = tmp_path / "adapter_config.json"
     for text, message in [
         (None, "adapter_config.json: no such file"),
-        ("{", "not JSON with a peft_type"),
-        ("[]", "not JSON with a peft_type"),
-        ('{"peft_type": "LORA"}', "peft_type is 'LORA', not 'ADAPTION_PROMPT'"),
+        ("{", "not a JSON object with a field peft_type"),
+        ("[]", "not a JSON object with a field peft_type"),
+        ('{"peft_type": "LORA"}', "peft_type is 'LORA'; expected 'ADAPTION_PROMPT'"),
         ('{"peft_type": "ADAPTION_PROMPT"}', "has neither adapter_model.safetensors nor"),
     ]:
         if text is not None:
@@ -236,7 +236,9 @@ def test_broken_peft_folders_are_named(tmp_path):
     prefix = "base_model.model.model.layers.2.self_attn.adaption_"
     for prompt in (torch.ones(5, 32), torch.ones(2, 5, 32), torch.ones(1, 1, 5, 32)):
         torch.save({prefix + "prompt": prompt, prefix + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
-        with pytest.raises(ValueError, match=r"adapter_model.bin: the prompt of layer 2 is \(.*\), not \(1, K, C\)"):
+        with pytest.raises(
+            ValueError, match=r"adapter_model.bin: the prompt of layer 2 has shape \(.*\); expected \(1, K, C\)"
+        ):
             load_adapter(tmp_path, heads=4)
     torch.save(
         {prefix + "prompt": torch.ones(1, 5, 32), prefix + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin"
@@ -291,7 +293,7 @@ def test_description_of_an_import_is_one_line(tmp_path):
         ("layers.1.attention.lora_wq_l1.weight", "lora_wq_l1.*LLaMA-Adapter V2"),
         ("llama.layers.1.attention.gate", "llama.layers.1.attention.gate.*multimodal LLaMA-Adapter V2"),
         ("image_bind_proj.weight", "image_bind_proj.weight.*ImageBind-LLM"),
-        ("anything", r"1 of its tensors do not belong to an adapter: anything \.\.\.$"),
+        ("anything", r"has tensors that do not belong to an adapter: anything \.\.\.$"),
     ],
 )
 def test_additional_tensors_in_authors_files_are_refused(tmp_path, name, message):
@@ -354,5 +356,5 @@ def test_adapter_with_too_many_prompts_is_refused(tmp_path):
     with open(tmp_path / "a.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + size + 16)
-    with pytest.raises(ValueError, match="a.safetensors: has 3,000,000 prompts per layer, the maximum is 4,096"):
+    with pytest.raises(ValueError, match="a.safetensors: has 3,000,000 prompts per layer; the maximum is 4,096"):
         load_adapter(tmp_path / "a.safetensors")

@@ -501,7 +501,7 @@ def test_requests_can_contain_conversations_and_images(tmp_path):
     ]
     assert images.keys() == {1, 2}
     (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": turns[:2]}))
-    with pytest.raises(ValueError, match="record 0: its last turn is not the user's"):
+    with pytest.raises(ValueError, match="record 0: the last turn is not the user's"):
         read_requests(str(tmp_path / "in.jsonl"), ["base"], "base", None)
 
 
@@ -631,7 +631,7 @@ def test_encoder_adapter_is_refused_with_its_task(tiny_base, tmp_path):
     adapter.save(tmp_path / "a.safetensors", task="image-classification")
     result = run("--base", tiny_base, "--adapter", tmp_path / "a.safetensors", "Hello")
     assert (
-        result.exit_code == 2 and "a.safetensors: was trained for image-classification, on an encoder" in result.stderr
+        result.exit_code == 2 and "a.safetensors: was trained for image-classification on an encoder" in result.stderr
     )
 
 

@@ -180,7 +180,7 @@ def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, 
     assert load_llama(path)[0].config.dim == 64
     for name in ("a", "b"):
         save_gguf(tmp_path / "blobs" / f"{name}.gguf", theirs)
-    with pytest.raises(ValueError, match="contains 2 GGUF models .a.gguf ....; name one of the files"):
+    with pytest.raises(ValueError, match="contains 2 GGUF models .a.gguf ....; give the path of one of the files"):
         load_llama(tmp_path / "blobs")
 
 
@@ -188,19 +188,22 @@ def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, 
     "change, message",
     [
         (dict(architecture="gemma2"), "has the architecture 'gemma2'; only 'llama', 'qwen2' and 'qwen3'"),
-        (dict(change=lambda w: w.add_type("adapter")), "has the type 'adapter', expected 'model'"),
-        (dict(change=lambda w: w.add_type("mmproj")), "has the type 'mmproj', expected 'model'"),
+        (dict(change=lambda w: w.add_type("adapter")), "has the type 'adapter'; expected 'model'"),
+        (dict(change=lambda w: w.add_type("mmproj")), "has the type 'mmproj'; expected 'model'"),
         (dict(change=lambda w: w.add_expert_count(8)), "is a mixture of experts"),
         (dict(change=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)), "rope.scaling.type is 'yarn'"),
-        (dict(change=lambda w: w.add_rope_dimension_count(8)), "rope.dimension_count is 8; only all 16 are supported"),
+        (
+            dict(change=lambda w: w.add_rope_dimension_count(8)),
+            "rope.dimension_count is 8; only the head dimension, 16, is",
+        ),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], [], [1], "grok")), "tokenizer.ggml.pre is 'grok'; only"),
-        (dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a a"], [1, 1], "gpt-2")), "has 1 tokens, but another"),
+        (dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a a"], [1, 1], "gpt-2")), "has 1 tokens, but a different"),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a b"], [1], "gpt-2")), "cannot be read as a tokenizer"),
         (dict(tokenizer=lambda w: w.add_tokenizer_model("gpt2")), "has no field 'tokenizer.ggml.tokens'"),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], [], [1], "gpt-2")), "has no field 'tokenizer.ggml.merges'"),
         (
             dict(tokenizer=lambda w: add_byte_level(w, ["a", "b", "ab"], ["a b"], [1] * 3, "gpt-2", 9, 9)),
-            "which token ends a text",
+            "does not state which token ends text",
         ),
     ],
 )

@@ -215,7 +215,7 @@ def no_weights(server):
         ("owner/model", lambda server: setattr(server, "status", 403), "accept its terms at http://127.0.0.1:"),
         ("owner/model", lambda server: setattr(server, "status", 500), "cannot be downloaded from http://127.0.0.1:"),
         ("owner/model", lambda server: server.http.server_close(), "cannot be downloaded from http://127.0.0.1:"),
-        ("owner/model", no_weights, "there are no model*.safetensors, the only weights that are supported"),
+        ("owner/model", no_weights, "the repository has no model*.safetensors, the only supported format"),
         ("owner/model", broken_weights, "cannot be downloaded from http://127.0.0.1:"),
     ],
 )
@@ -243,7 +243,9 @@ def test_offline_mode_uses_only_the_cache(server, monkeypatch):
 def test_missing_library_error_shows_the_download_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     result = run_generate("--base", "owner/model")
-    message = "owner/model: no such base model; if Hugging Face has it: `hf download owner/model --local-dir model`"
+    message = (
+        "owner/model: no such base model; if it is on Hugging Face, run `hf download owner/model --local-dir model`"
+    )
     assert result.exit_code == 2 and message in result.stderr
 
 

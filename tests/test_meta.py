@@ -45,14 +45,14 @@ LLAMA_31_8B = dict(
         (dict(n_heads=1, n_kv_heads=3), "params.json: n_heads 1 is not a multiple of n_kv_heads 3"),
         (dict(norm_eps="x"), "params.json: norm_eps is 'x'"),
         (dict(rope_theta=0), "params.json: rope_theta is 0"),
-        (dict(vocab_size=7), "params.json: vocab_size is 7, but the weights have 1024"),
+        (dict(vocab_size=7), "params.json: vocab_size is 7, but the embeddings have 1024"),
         (
             dict(dim=32),
-            r"attention_norm.weight is \(16,\), its configuration says \(32,\)|is \(1024, 16\), its",
+            r"attention_norm.weight has shape \(16,\), but the configuration requires \(32,\)|shape \(1024, 16\), but",
         ),
-        (dict(n_layers=4), "has weights of 3 layers, its configuration says 4"),
-        (dict(n_layers=2), "has weights of 3 layers, its configuration says 2"),
-        (dict(multiple_of=64), r"w\d.weight is \(\d+, \d+\), its configuration says"),
+        (dict(n_layers=4), "has weights for 3 layers, but the configuration requires 4"),
+        (dict(n_layers=2), "has weights for 3 layers, but the configuration requires 2"),
+        (dict(multiple_of=64), r"w\d.weight has shape \(\d+, \d+\), but the configuration requires"),
     ],
 )
 def test_invalid_params_json_is_refused(tiny_base, tmp_path, changes, message):
@@ -157,7 +157,7 @@ def test_inconsistent_shards_are_refused(tiny_base, tmp_path):
     cases = {
         "whole twice": ([whole, whole], params, "vocab_size|in each of 2 files"),
         "half twice": ([parts[0], parts[0]], params, "512 embeddings, but its tokenizer has 1024"),
-        "too narrow": (parts, params | {"multiple_of": 10}, "its configuration says"),
+        "too narrow": (parts, params | {"multiple_of": 10}, "but the configuration requires"),
         "norms": (
             [p | {"norm.weight": torch.full((64,), float(i))} for i, p in enumerate(parts)],
             params,
@@ -176,8 +176,8 @@ def test_inconsistent_shards_are_refused(tiny_base, tmp_path):
 def test_missing_meta_shards_are_named(tiny_base, tmp_path):
     folder = copy_base(tiny_base, tmp_path / "base")
     (folder / "consolidated.00.pth").rename(folder / "consolidated.01.pth")
-    with pytest.raises(ValueError, match="has consolidated.01.pth, not consolidated.00.pth"):
+    with pytest.raises(ValueError, match="contains consolidated.01.pth; expected consolidated.00.pth"):
         load_llama(folder)
     (folder / "consolidated.01.pth").unlink()
-    with pytest.raises(ValueError, match="has no weights, not consolidated.00.pth"):
+    with pytest.raises(ValueError, match="contains no weights; expected consolidated.00.pth"):
         load_llama(folder)

@@ -245,7 +245,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
     torch.save(openai_state_dict(make_vit(four)), tmp_path / "narrow.pt")
     narrow = run(generate, *args, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
-    assert narrow.exit_code == 2 and "has 256 features, the adapter was made for 512" in narrow.stderr
+    assert narrow.exit_code == 2 and "computes 256 features, but the adapter was made for 512" in narrow.stderr
     missing = run(generate, *args, "--image", tmp_path / "nowhere.png", "Hello.")
     assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
 

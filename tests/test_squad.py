@@ -46,8 +46,8 @@ def test_squad_files_are_read_and_checked(tmp_path):
     for changes, message in (
         ({"answers": [{"text": "12 km", "answer_start": 37}]}, "the answer '12 km' is not at character 37"),
         ({"answers": [{"text": "12 km", "answer_start": -11}]}, "the answer '12 km' is not at character -11"),
-        ({"answers": []}, "has no answers, and is not marked 'is_impossible'"),
-        ({"is_impossible": True}, "is marked 'is_impossible', and has the answer '12 km'"),
+        ({"answers": []}, "has no answers, but is not marked 'is_impossible'"),
+        ({"is_impossible": True}, "is marked 'is_impossible', but has the answer '12 km'"),
         ({"is_impossible": "no"}, "field 'is_impossible' is a str, not true or false"),
     ):
         with pytest.raises(ValueError, match=f"squad.json: question a: {message}"):
@@ -145,7 +145,7 @@ def test_unanswerable_questions_are_labeled_at_the_start(bpe, tmp_path):
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
     question_length = len(tokenizer.encode("How deep?"))
     for max_length, room in ((30, 30 - question_length - 4), (10, 0)):
-        message = f"question c: {room} of {max_length} tokens are left for the context; --stride {room} must be smaller"
+        message = f"question c: {room} of {max_length} tokens are left for the context; choose a --stride"
         with pytest.raises(ValueError, match=message):
             labelled_questions(questions[2:], tokenizer, max_length, room)
     labelled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
@@ -261,7 +261,7 @@ def test_training_on_windows_and_unanswerable_questions(roberta, tmp_path):
     args = ["--data", save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", roberta, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
     result = train(*options, "--out", tmp_path / "run")
-    line = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows, one example per window"
+    line = "3 questions, 1 of them unanswerable; 3 contexts are split into windows, with one example per window"
     assert result.exit_code == 0 and line in result.stderr and "6 examples to train on" in result.stderr, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [summary[name] for name in ("questions", "windowed", "unanswerable", "dropped")] == [3, 3, 1, 0]

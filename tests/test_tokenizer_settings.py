@@ -119,7 +119,7 @@ def test_tokenizer_json_overrides_tokenizer_model(data, tmp_path, capsys):
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is JsonTokenizer and tokenizer.special_ids["[INST]"] == 32000
-    message = "tokenizer.json and tokenizer.model encode 'Below is an instruction.' differently; the former is used"
+    message = "tokenizer.json and tokenizer.model encode 'Below is an instruction.' differently; using tokenizer.json"
     assert message in capsys.readouterr().err
 
 
