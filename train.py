@@ -488,8 +488,9 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 def main(context, **options):
     """Train a LLaMA-Adapter over a frozen base.
 
-    Without --data and --base, the base is a tiny LLaMA that was pretrained on an almanac, and the trained adapter is
-    evaluated on questions about it.
+    Without --data, the base is a tiny LLaMA that was pretrained on an almanac, and the trained adapter is evaluated on
+    questions about it. The defaults are then 12 epochs, 1 of them warm-up, all 4 layers, batches of 32, and --lr 0.05.
+    Without --base, your data is used with the same tiny LLaMA.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)

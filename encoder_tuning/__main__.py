@@ -216,7 +216,7 @@ def train_command(**options):
     option("--data", type=click.Path(path_type=Path), required=True, help=TASK_DATA),
     option("--limit", type=Count(), help="Use only this many examples, sampled at random."),
     option("--stride", type=Count(0), help=f"{STRIDE_HELP}  [default: the adapter's, or {STRIDE}]"),
-    option("--no-answer-threshold", type=Real(), help=NO_ANSWER_HELP),
+    option("--no-answer-threshold", type=Real(-1e30, 1e30), help=NO_ANSWER_HELP),
 )
 @option_group(
     "Model",

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adapter import gated_attention
@@ -66,6 +67,8 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     else:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
         module = next(found, "formats.meta" if (path / "params.json").is_file() else None)
+    if path.is_file() and is_adapter(path):
+        raise ValueError(f"{path}: is an adapter, not a base; give it to --adapter or --init")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
         raise ValueError(f"{path}: is only a part of a base model; give its folder, {path.parent}")
     if module is None and (path / "adapter_config.json").is_file():
@@ -77,6 +80,15 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     config, weights = import_module(module).read(path)
     check_layers(path, weights, "layers.", config.n_layers)
     return config, weights
+
+
+def is_adapter(path: Path) -> bool:
+    """Return True if the file is an adapter in this project's format."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == "llama-adapter"
+    except SafetensorError:
+        return False
 
 
 def load_model(

@@ -50,7 +50,8 @@ def download_hint(path: Path) -> str:
     """Return a hint on how to download a missing path, if it looks like a name on the Hugging Face Hub."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
-    return f"; if it is on Hugging Face, run `hf download {path} --local-dir {path.name}` and pass {path.name}"
+    command = f"hf download {path} --local-dir {path.name}"
+    return f"; if it is on Hugging Face, run `{command}` (from the package huggingface_hub) and pass {path.name}"
 
 
 def check_layers(path: Path, names: Iterable[str], prefix: str, expected: int) -> None:

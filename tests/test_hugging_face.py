@@ -8,6 +8,7 @@ import torch
 from helpers import KINDS, LLAMA3_ROPE, Malicious, copy_base, save_hugging_face, split_for_parallel
 from safetensors.torch import load_file, save_file
 
+from adapter import Adapter
 from formats.bases import load_llama
 from formats.hugging_face import to_hugging_face
 
@@ -173,6 +174,9 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
         load_llama(folder)
     with pytest.raises(ValueError, match=f"{shard.name}: is only a part of a base model; give its folder"):
         load_llama(shard)
+    Adapter(layers=1, length=2, dim=16, heads=2).save(folder / "adapter.safetensors")
+    with pytest.raises(ValueError, match="adapter.safetensors: is an adapter, not a base; give it to --adapter"):
+        load_llama(folder / "adapter.safetensors")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
