@@ -99,10 +99,11 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
-    """Return the image. Raises ValueError if it is too small or too narrow to show anything."""
+    """Return the image. Raises ValueError if a side has fewer than 2 pixels, or the aspect ratio is above 100."""
     width, height = image.size
     if min(image.size) < 2 or max(image.size) > 100 * min(image.size):
-        raise ValueError(f"{path}: has {width} x {height} pixels, which is too small or too narrow to show anything")
+        expected = "at least 2 pixels per side and an aspect ratio of at most 100"
+        raise ValueError(f"{path}: has {width} x {height} pixels; expected {expected}")
     return image
 
 

@@ -45,7 +45,7 @@ class TestbedOptions:
     )
     max_seq_len: int = setting(512, "Maximum number of tokens per example; longer responses are truncated.", Count(2))
     toy_layers: int | None = setting(
-        None, "Number of layers of the toy's base, which is trained at the first use.  [default: 4]", Count()
+        None, "Number of layers of the toy's base, which is trained on first use.  [default: 4]", Count()
     )
     device: str = setting("auto", DEVICE_HELP)
     dtype: str = setting("auto", "Dtype of the base.", click.Choice(["auto", "float32", "bfloat16"]))

@@ -307,7 +307,9 @@ def side_length(name: str, size: object, keys: Sequence[str]) -> object:
     if not isinstance(size, dict):
         return size
     if set(size) != set(keys) or len({repr(length) for length in size.values()}) != 1:
-        raise ValueError(f"{name} is {size!r}; only one length for {' and '.join(keys)} is supported")
+        raise ValueError(
+            f"{name} is {size!r}; expected an integer, or an object with only {' and '.join(keys)}, all equal"
+        )
     return size[keys[0]]
 
 

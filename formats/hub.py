@@ -63,7 +63,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return True if a download contains the weights, the tokenizer, and the settings that state which tokens end text.
+    """Return True if a download contains the weights, the tokenizer, and the two files that define the EOS tokens.
 
     A download may be incomplete, because other programs download only some of the files.
     """

@@ -38,7 +38,7 @@ def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
         yield
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise MemoryError(f"{file}: no memory left: {first_line(error)}") from None
+            raise MemoryError(f"{file}: out of memory: {first_line(error)}") from None
         raise
     except KeyError as error:
         raise ValueError(f"{file}: has no {kind} {error}") from None

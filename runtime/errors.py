@@ -26,8 +26,8 @@ def error_line(error: BaseException) -> str:
     line = printable(" ".join(message[: 10 * LINE].split()))
     if len(line) > LINE:
         line = f"{line[: LINE - 200]} ... {line[-100:]}"
-    if is_out_of_memory(error) and "no memory left" not in line:
-        line = f"no memory left: {line}"
+    if is_out_of_memory(error) and "out of memory" not in line:
+        line = f"out of memory: {line}"
     return line
 
 

@@ -62,7 +62,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     for index, record in enumerate(fields["annotations"]):
         where = f"{path}: annotations[{index}]"
         if not isinstance(record, dict) or not record.get("caption"):
-            raise ValueError(f"{where}: has no string 'caption'")
+            raise ValueError(f"{where}: expected an object with a non-empty string 'caption'")
         if type(record.get("image_id")) is not int or record["image_id"] not in files:
             raise ValueError(f"{where}: image_id {record.get('image_id')} is not the id of an image")
         check_text(record["caption"], where, "caption")

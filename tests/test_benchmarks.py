@@ -113,7 +113,7 @@ def test_implementation_with_another_loss_is_refused(tiny, monkeypatch):
     """Timing implementations that compute different losses would be meaningless."""
     monkeypatch.setattr(Plain, "loss", lambda *_: torch.tensor(1.0))
     result = run("train", "--peers", "--device", "cpu", "--examples", 4, "--batch-size", 4)
-    assert result.exit_code == 2 and "has a first loss of 1.00000, ours is" in result.output
+    assert result.exit_code == 2 and "has a first loss of 1.00000, but this implementation has" in result.output
 
 
 @pytest.mark.parametrize("content", ["[]", '{"train 15M float32": {}}', '{"a": {"rows": {"ours": {"ratio": 1}}}}'])

@@ -38,8 +38,11 @@ def test_images_are_read_with_their_captions(tmp_path):
     [
         ({"annotations": [{"image_id": 4, "caption": "x"}]}, r"annotations\[0\]: image_id 4 is not the id of an image"),
         ({"annotations": [{"image_id": [5], "caption": "x"}]}, r"annotations\[0\]: image_id \[5\] is not the id"),
-        ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: has no string 'caption'"),
-        ({"annotations": [{"image_id": 5, "caption": ""}]}, r"annotations\[0\]: has no string 'caption'"),
+        ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: expected an object with a non-empty string 'caption'"),
+        (
+            {"annotations": [{"image_id": 5, "caption": ""}]},
+            r"annotations\[0\]: expected an object with a non-empty string 'caption'",
+        ),
         (
             {"annotations": [{"image_id": 5, "caption": 7}]},
             r"annotations\[0\]: field 'caption' is of type int, not a string",

@@ -270,7 +270,7 @@ def test_special_tokens_in_text_stay_text(tmp_path, source):
 
 
 def test_space_is_added_before_the_first_word_only(tmp_path):
-    """Mistral's newer tokenizers add it at the start of a text, not after a special token, as transformers does."""
+    """Mistral's newer tokenizers add a space at the start of a text only. The ids equal those of transformers."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 

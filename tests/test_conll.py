@@ -48,7 +48,7 @@ def test_columns_are_read_as_sentences(tmp_path):
     for text, message in (
         ("Anna B-PER\nwent\n", "a.conll: line 2: has 1 column"),
         ("Anna S-PER\n", "a.conll: line 1: the tag is 'S-PER'; expected O, B-TYPE or I-TYPE"),
-        ("Anna B-\n", "line 1: the tag 'B-' is neither"),
+        ("Anna B-\n", "line 1: the tag is 'B-'; expected O"),
         ("-DOCSTART- O\n\n", "a.conll: contains no sentences"),
     ):
         with pytest.raises(ValueError, match=message):

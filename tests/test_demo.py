@@ -81,7 +81,7 @@ def last_responses(demonstration, request, **sampling):
 
 @pytest.mark.parametrize("config", ["mha", "gqa", "wide", "qwen3"])
 def test_shares_equal_the_reference(config):
-    """Compare every sample, adapted layer and token, before Wo and over all heads together."""
+    """Compare the share of every sample, adapted layer and token. Its norms are taken before Wo, over all heads."""
     model = make_model(config)
     adapter, tokens = make_adapter(model), make_tokens(model, 2, 6)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def one_line_error(*args):
 def test_startup_errors_are_one_line(tiny_adapter, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # restored after the test, because the command sets it
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "")
-    assert "give --adapter FILE" in one_line_error()
+    assert "use --adapter FILE" in one_line_error()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gradio", None)
         patch.delitem(sys.modules, "demo.page", raising=False)

@@ -54,7 +54,7 @@ def test_perplexity_equals_its_definition(testbed):
 
 
 def test_only_exact_answers_count(testbed, monkeypatch):
-    """An answer must end after the expected text. The token limit leaves room to see more."""
+    """An answer that continues after the expected text is wrong. The token limit is two above the longest answer."""
     tokenizer, limits = testbed.tokenizer, []
     longest = max(len(tokenizer.encode(question.output)) for question in testbed.questions)
 

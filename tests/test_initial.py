@@ -136,8 +136,8 @@ def test_other_base_or_template_is_a_warning(tmp_path, capsys):
     new.metadata["base_fingerprint"] = "bb"
     initialize(tmp_path / "a.safetensors", new)
     warnings = capsys.readouterr().err
-    assert "over another base: base_fingerprint is aa, here bb" in warnings
-    assert "with another template: prompt_template is llama-3, here alpaca" in warnings
+    assert "for a different base: base_fingerprint is aa, but this run has bb" in warnings
+    assert "with a different template: prompt_template is llama-3, but this run has alpaca" in warnings
 
 
 def test_freeze_parts():

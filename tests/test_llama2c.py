@@ -52,7 +52,7 @@ def test_both_layouts_are_read(tiny_base, tmp_path, modern, tied):
         load_llama(path)
     for size in (0, 4, 27, 30, 37, 200):
         path.write_bytes((header + bytes(300))[:size])
-        with pytest.raises(ValueError, match=rf"model.bin: {size} bytes"):
+        with pytest.raises(ValueError, match=rf"model.bin: has (only )?{size} bytes"):
             load_llama(path)
 
 

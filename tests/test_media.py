@@ -155,8 +155,8 @@ def save_bad_image(tmp_path, kind):
         ("text", "text.jpg: is not an image"),
         ("truncated", "truncated.jpg: is a broken image: "),
         ("bomb", "bomb.jpg: has more than 67,108,864 pixels"),
-        ("dot", "dot.jpg: has 1 x 1 pixels, which is too small"),
-        ("thread", "thread.jpg: has 9000 x 3 pixels, which is too small or too narrow"),
+        ("dot", "dot.jpg: has 1 x 1 pixels; expected at least 2"),
+        ("thread", "thread.jpg: has 9000 x 3 pixels; expected at least 2 pixels per side"),
     ],
 )
 def test_bad_images_are_one_line_errors(tmp_path, kind, message):

@@ -200,7 +200,7 @@ def no_room_for_the_folder(rank):
     [
         (no_data, [], "rank 1: {data}: No such file or directory"),
         (no_compiler, ["--compile"], "rank 0: --compile needs a C++ compiler"),
-        (no_memory_for_the_base, [], "rank 1: no memory left: DefaultCPUAllocator: can't allocate memory"),
+        (no_memory_for_the_base, [], "rank 1: out of memory: DefaultCPUAllocator: can't allocate memory"),
         (no_room_for_the_folder, [], "rank 0: run: No space left on device"),
         (None, ["--base", "nowhere"], "rank 0: nowhere: no such base model"),
         (None, ["--device", "cpu:0"], "rank 0: --device cpu:0: with several processes, each has its own device"),
@@ -218,7 +218,7 @@ def test_startup_error_of_one_rank_is_reported_once(forks, args, spoil, more, me
 
 
 def no_memory():
-    raise torch.OutOfMemoryError("no memory left")
+    raise torch.OutOfMemoryError("out of memory")
 
 
 def out_of_memory_on_0(rank):
@@ -276,9 +276,9 @@ def spoil_step(rank, failing_rank, act, step=8):
 @pytest.mark.parametrize(
     "strategy, spoil, cause, further",
     [
-        ("ddp", out_of_memory_on_0, "rank 0: no memory left", "rank 1: another rank has ended"),
-        ("ddp", out_of_memory_on_1, "rank 1: no memory left", "rank 0: another rank has ended"),
-        ("fsdp", out_of_memory_on_1, "rank 1: no memory left", "rank 0: another rank has ended"),
+        ("ddp", out_of_memory_on_0, "rank 0: out of memory", "rank 1: another rank has ended"),
+        ("ddp", out_of_memory_on_1, "rank 1: out of memory", "rank 0: another rank has ended"),
+        ("fsdp", out_of_memory_on_1, "rank 1: out of memory", "rank 0: another rank has ended"),
         ("ddp", full_disk, "rank 0: {out}/metrics.jsonl: No space left", "rank 1: another rank has ended"),
         ("fsdp", killed_1, None, "rank 0: another rank has ended"),
         ("ddp", killed_0, None, "rank 1: another rank has ended"),

@@ -194,7 +194,7 @@ def tiny_run(out, resume, seed):
 
 
 def crashing_run(out, seed, kill_at, after):
-    """Run `tiny_run`, killed before or after its file operation number `kill_at`; exit with 0 if there are fewer."""
+    """Run `tiny_run`, and kill the process at file operation number `kill_at`. If there are fewer, it exits with 0."""
     calls = []
 
     def counted(operation):
@@ -311,7 +311,7 @@ def test_malformed_options_in_a_checkpoint_are_a_one_line_error(args, tmp_path, 
 def run_out_of_memory(machine):
     """Run out of memory as a GPU does, with OutOfMemoryError, or as a CPU does, with RuntimeError."""
     if machine == "gpu":
-        raise torch.OutOfMemoryError("no memory left")
+        raise torch.OutOfMemoryError("out of memory")
     torch.empty(2**50)
 
 
@@ -336,7 +336,7 @@ def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, w
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]
     assert (
-        last.startswith("error: no memory left") and f"saved after step {kept}; a smaller --micro-batch-tokens" in last
+        last.startswith("error: out of memory") and f"saved after step {kept}; a smaller --micro-batch-tokens" in last
     )
     assert last.endswith("; to continue, add --resume")
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept

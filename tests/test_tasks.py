@@ -49,7 +49,7 @@ class NameEncoder:
 
 
 def test_features_are_attached_to_their_examples():
-    """Order and other fields are kept, and an image of several examples is encoded once."""
+    """Order and other fields of examples are kept. An image that several examples share is encoded once."""
     encoder = NameEncoder()
     examples = [Example(f"about {image}", image=image) for image in ("3.jpg", "", "1.jpg", "3.jpg", "2.jpg")]
     attached = attach_features(examples, "folder", encoder, cache=Path("kept"))

@@ -50,10 +50,10 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     another template. Raises ValueError if the two projections have different shapes.
     """
     metadata = initial.metadata
-    for name, what in (("base_fingerprint", "over another base"), ("prompt_template", "with another template")):
+    for name, what in (("base_fingerprint", "for a different base"), ("prompt_template", "with a different template")):
         here = adapter.metadata.get(name)
         if rank() == 0 and metadata.get(name, here) != here:
-            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, but {here} here")
+            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, but this run has {here}")
     if isinstance(adapter, ImageAdapter) and isinstance(initial, ImageAdapter):
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features
