@@ -19,7 +19,7 @@ from runtime.cli import Real, device_options, one_line_errors
 from runtime.device import select_device
 from train import TrainConfig, make_optimizer, train_step
 from training.loss import ROWS
-from training.memory import activation_bytes
+from training.memory import activation_bytes, logit_bytes
 from training.sharding import too_large
 
 
@@ -68,14 +68,14 @@ def count_bytes(
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))
     adapter = adapted * (LENGTH * config.dim + config.n_heads) * 4
-    logits = min(ROWS.get(device, ROWS["cpu"]), tokens) * config.vocab_size  # number of logits in memory at a time
+    rows_at_a_time = min(ROWS.get(device, ROWS["cpu"]), tokens)
     rows = {
         "weights": num_parameters(config) * itemsize,
         "adapter, gradient, AdamW": adapter * 4,
         "activations kept": adapted * kept,
         # The gradients of the activations; with checkpointing also the activations that are recomputed.
         "one layer at work": whole * (2 if checkpoint_activations else 1),
-        "logits of a few rows": logits * (itemsize + 4 + 4),  # log p is held twice in float32
+        "logits of a few rows": logit_bytes(config, rows_at_a_time, itemsize),
     }
     return rows | {"sum": sum(rows.values())}
 

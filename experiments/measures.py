@@ -23,13 +23,22 @@ from tasks.responses import generate_responses
 from train import TrainConfig, mean_loss
 
 
-def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module) -> float:
-    """Return the share of held-out questions whose response equals the expected response exactly."""
+def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> float:
+    """Return the share of texts that equal their expected texts."""
+    return statistics.mean(text == other for text, other in zip(texts, expected))
+
+
+def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module | None) -> float:
+    """Return the share of held-out questions whose response equals the expected response exactly.
+
+    If `adapter` is None, the base responds alone.
+    """
     limit = 1 + max(tokens.num_targets for tokens in testbed.held_out)
-    responder = Responder(model, testbed.tokenizer, {"adapter": adapter}, max_new_tokens=limit)
-    requests = [Request(question.instruction, question.input, "adapter") for question in testbed.questions]
+    name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
+    responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=limit)
+    requests = [Request(question.instruction, question.input, name) for question in testbed.questions]
     responses = generate_responses(responder, requests, batch_size=128, unit="question")
-    return statistics.mean(text == question.output for text, question in zip(responses, testbed.questions))
+    return share_equal(responses, [question.output for question in testbed.questions])
 
 
 @torch.no_grad()

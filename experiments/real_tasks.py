@@ -19,11 +19,11 @@ from encoder_tuning.labelled import subset
 from experiments.cached import cached_folder
 from experiments.capitals import capital_examples, is_json
 from experiments.drawing import draw_bars, percent
-from experiments.measures import first_logits, train_setting
+from experiments.measures import first_logits, share_equal, train_setting
 from experiments.methods import LORA, WEIGHT_DECAY, ZERO_INIT, Setting, Trainable, finite_steps, make_image_adapter
 from experiments.reviews import BATCH_SIZE, EPOCHS, SENTENCES, Sources, best_settings, cache_file, review_testbed
 from experiments.reviews import schedule
-from experiments.runs import Column, Runs
+from experiments.runs import Column, Runs, rounded
 from experiments.testbed import Testbed, TestbedParts, make_testbed
 from formats.adapters import load_adapter
 from formats.bases import load_llama
@@ -237,11 +237,6 @@ def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) 
     return {"rows": rows, "base": base}
 
 
-def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> float:
-    """Return the share of texts that equal their expected texts."""
-    return statistics.mean(text == other for text, other in zip(texts, expected))
-
-
 # ---------------------------------------------------------------------------------------------------
 # Alpaca
 
@@ -252,7 +247,7 @@ def train_on_alpaca(runs: Runs, sources: Sources) -> None:
     best = best_settings(runs, sources)[ZERO_INIT]._replace(**schedule(len(testbed.training)))
     planned = {"base": TaskRun("alpaca", None)}
     for factor in (1 / 3, 1):
-        setting = best._replace(lr=float(f"{best.lr * factor:.6g}"))
+        setting = best._replace(lr=rounded(best.lr * factor))
         planned[f"{ZERO_INIT}, {setting.lr:.3g}"] = TaskRun("alpaca", setting)
     columns = (Column("val_loss", "validation loss", ".4f"), Column("own_template", "in own template", ".4f"))
     rows = runs.table(columns, planned, partial(alpaca_values, sources), at_a_time=sources.at_a_time)

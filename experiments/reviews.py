@@ -14,22 +14,20 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 
-from data import Example, Request
+from data import Example
 from encoder_tuning.data import read_labelled_texts
 from experiments.ablations import epoch_means, without_losses
 from experiments.cached import CACHE
 from experiments.drawing import draw_bars, draw_line, percent
-from experiments.measures import base_measures, run_setting
+from experiments.measures import exact_accuracy, perplexity, run_setting
 from experiments.methods import FULL, GATES_AT_ONE, LORA, ONE_SOFTMAX, ZERO_INIT, Setting, finite_steps
 from experiments.methods import set_up
 from experiments.runs import Column, Runs, rounded
 from experiments.testbed import Testbed, TestbedParts, make_testbed
 from formats.bases import load_llama, read_base
 from formats.hub import find_base
-from generate import Responder
 from runtime.device import peak_memory, select_device
 from runtime.files import read_json_object, read_text
-from tasks.responses import generate_responses
 
 QUESTION = "Is this review of a film positive or negative? Answer with one word."
 ANSWERS = {"0": "Negative", "1": "Positive"}
@@ -189,11 +187,7 @@ def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
 def base_alone(testbed: Testbed) -> dict[str, float | None]:
     """Return the accuracy (exact match) and the perplexity of the base without an adapter."""
     model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
-    responder = Responder(model, testbed.tokenizer, {}, max_new_tokens=8)
-    requests = [Request(question.instruction, question.input) for question in testbed.questions]
-    texts = generate_responses(responder, requests, unit="question")
-    exact = statistics.mean(text == question.output for text, question in zip(texts, testbed.questions))
-    return {"accuracy": exact, "perplexity": base_measures(testbed)[0]}
+    return {"accuracy": exact_accuracy(testbed, model, None), "perplexity": perplexity(testbed, model)}
 
 
 def compare_methods(runs: Runs, sources: Sources) -> None:

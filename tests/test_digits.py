@@ -70,7 +70,7 @@ def test_missing_scikit_learn_is_reported(tmp_path, monkeypatch):
 
 
 def test_bundled_vision_encoder_recognizes_digits(tmp_path):
-    """At least 90% of the held-out images are nearest to the mean features of their digit."""
+    """The features of at least 90% of the held-out images are nearest to the mean features of their digit."""
     pytest.importorskip("sklearn")
     digits.write_pictures(tmp_path)
     vision_encoder = load_vit(digits.ENCODER)

@@ -318,7 +318,7 @@ def run_out_of_memory(machine):
 @pytest.mark.parametrize("machine", ["gpu", "cpu"])
 @pytest.mark.parametrize("where, kept", [("train.chunked_cross_entropy", 6), ("torch.optim.AdamW.step", 4)])
 def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, where, kept, machine):
-    """In the forward pass no step is lost. The optimizer's step may be half done, so the last checkpoint is kept."""
+    """No step is lost in the forward pass. The optimizer's step may be half done, so the last checkpoint is kept."""
     args += ["--val-size", 0]
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     function, calls = train.chunked_cross_entropy if kept == 6 else torch.optim.AdamW.step, []

@@ -255,7 +255,7 @@ def test_every_epoch_has_all_examples_in_another_order(args, monkeypatch):
 
 
 def test_seed_determines_prompts_and_split(args, tmp_path):
-    """At a learning rate of zero, the prompts stay as they were initialized."""
+    """Prompts stay as they were initialized at a learning rate of zero."""
     prompts, first_losses = [], []
     for seed in (0, 1):
         assert run(*args, "--lr", 0, "--out", tmp_path / str(seed), "--seed", seed).exit_code == 0

@@ -20,6 +20,11 @@ def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_act
     return itemsize * (adapted + 1) * layer
 
 
+def logit_bytes(config: Config, rows: int, itemsize: int) -> int:
+    """Return the bytes of the logits of `rows` positions in the loss, and of two float32 tensors of the same shape."""
+    return rows * config.vocab_size * (itemsize + 4 + 4)  # log p and its gradient
+
+
 def positions_that_fit(
     model: LLaMA, adapted: int, checkpoint_activations: bool, total_memory: int, weights: int
 ) -> int:
@@ -29,8 +34,8 @@ def positions_that_fit(
     also reserved for the logits of a few rows, and for two whole layers, which a sharded base gathers. The result is a
     multiple of 256, so that it does not change with a few bytes of memory.
     """
-    logits = ROWS["cuda"] * model.config.vocab_size * (model.dtype.itemsize + 4 + 4)  # logits, log p and the gradient
     gathered = max(sum(weight.nbytes for weight in layer.parameters()) for layer in model.layers)
+    logits = logit_bytes(model.config, ROWS["cuda"], model.dtype.itemsize)
     room = 0.9 * total_memory - weights - logits - 2 * gathered
     per_position = activation_bytes(model.config, adapted, model.dtype.itemsize, checkpoint_activations)
     return min(MICRO_BATCH_TOKENS, max(256, int(room / per_position) // 256 * 256))
