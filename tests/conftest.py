@@ -28,14 +28,15 @@ def device(request):
 
 @pytest.fixture
 def data():
+    """Folder with the real data. Tests that use it are skipped if it does not exist."""
     if not DATA.is_dir():
-        pytest.skip(f"needs the real data at {DATA} (or LLAMA_ADAPTER_DATA)")
+        pytest.skip(f"needs the real data: {DATA} is not a folder; set LLAMA_ADAPTER_DATA to the folder with the data")
     return DATA
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Give the experiments a temporary cache, so that tests leave nothing behind."""
+    """Give the experiments a temporary cache folder, so that tests leave no files in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.cached.CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -43,7 +44,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """A base in Meta's layout: the toy's tokenizer and a random model with 3 layers."""
+    """Folder of a base in Meta's layout: the toy's tokenizer and a random model with 3 layers, width 16 and 2 heads."""
     folder = tmp_path_factory.mktemp("tiny-base")
     (folder / "tokenizer.model").write_bytes((BASE / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(folder)
@@ -57,7 +58,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
-    """Folder with the toy's images of digits; `TRAINED_ON` is patched to 20 and `HELD_OUT` to 30."""
+    """Folder with the toy's images of digits. The adapter is trained on 20 of them, and 30 are held out."""
     pytest.importorskip("sklearn")
     from toy import digits
 
@@ -71,18 +72,18 @@ def small_digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def forks():
-    """A forkserver context, whose processes start with the slow imports already done."""
+    """A forkserver context. Its server has done the slow imports, so that each process starts with them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers", "train", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")  # the server starts with the first process
-        context.Process(target=time.time).start()
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+        context.Process(target=time.time).start()  # starts the server, which inherits PYTHONPATH
     return context
 
 
 @pytest.fixture(scope="session")
 def instructions(tmp_path_factory):
-    """A file of forty instructions of different lengths, with and without an input."""
+    """Path of a JSON file with forty instructions of different lengths, with and without an input."""
     records = [
         {
             "instruction": f"Name the number {i}.",
@@ -98,7 +99,7 @@ def instructions(tmp_path_factory):
 
 @pytest.fixture
 def args(tiny_base, instructions, tmp_path):
-    """Arguments of train.py: 3 epochs of 5 steps, the last step of an epoch with 4 examples."""
+    """Arguments of train.py for 3 epochs of 5 steps. The last step of each epoch has 4 examples, the others have 8."""
     return [
         "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
         "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
@@ -107,7 +108,7 @@ def args(tiny_base, instructions, tmp_path):
 
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory):
-    """A small byte-level BPE in Hugging Face's layout, with all bytes and five merges."""
+    """Folder of a small byte-level BPE in RoBERTa's layout (vocab.json, merges.txt), with all bytes and five merges."""
     folder = tmp_path_factory.mktemp("bpe")
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
@@ -125,6 +126,7 @@ def roberta(tmp_path, bpe):
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_base, tmp_path_factory):
+    """Path of an adapter file for `tiny_base`: L = 2, K = 5, all gates 2.0 before tanh, Alpaca's template."""
     model, _ = load_llama(tiny_base)
     adapter = make_adapter(model)
     torch.nn.init.constant_(adapter.gates, 2.0)
@@ -141,7 +143,7 @@ def tiny_adapter(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_base(tiny_base, tmp_path_factory):
-    """A random LLaMA in Hugging Face's layout: 1,024 tokens of context, a tokenizer.json and a chat_template."""
+    """Folder of a random LLaMA in Hugging Face's layout: a context of 1,024 tokens, tokenizer.json, chat_template."""
     folder = tmp_path_factory.mktemp("chat-base")
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     (folder / "tokenizer.model").unlink()
@@ -153,7 +155,7 @@ def chat_base(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def large_base(tiny_base, tmp_path_factory):
-    """A base of 260 MB in bfloat16, split over two of Meta's files: 10 layers of width 1024."""
+    """Folder of a base with 10 layers of width 1024: 260 MB in bfloat16, in two files of Meta's layout."""
     folder = copy_base(
         tiny_base, tmp_path_factory.mktemp("large") / "base", dim=1024, n_layers=10, n_heads=8, multiple_of=256
     )

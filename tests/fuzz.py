@@ -3,9 +3,9 @@
     python tests/fuzz.py --seed 1 --cases 3000 --cli 150
 
 A traceback, a hang and a killed process are failures. Mutations keep the structure of a file: they change a value in
-JSON, a tensor, a line of text, or a few bytes. A case depends only on the seed and its number, so `--only 17` repeats
-case 17. Cases run in a separate process, limited to MEMORY bytes and to SECONDS per case. With --cli, whole commands
-run, each in its own process.
+JSON, a tensor, a line of text, or a few bytes. A case depends only on the seed and its number, so `--seed 1 --only 17`
+repeats case 17. Cases run in a separate process, limited to MEMORY bytes and to SECONDS per case. With --cli, whole
+commands run as well, each in its own process for at most 120 seconds.
 """
 
 import base64
@@ -85,7 +85,7 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_value(values, rng: random.Random):
-    """Change one value in JSON to another type or size, or delete or rename its field."""
+    """Change one value in JSON to a different type or size, or delete or rename its field; return the values."""
     inside = values
     while True:
         keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
@@ -107,7 +107,7 @@ def mutate_value(values, rng: random.Random):
 
 
 def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
-    """Change one tensor's shape, dtype, layout, values or name, delete it, add another, or swap two."""
+    """Change one tensor's shape, dtype, values or name, delete it, copy it to a new name, or swap it with another."""
     name = rng.choice(sorted(tensors))
     t = tensors[name]
     if not isinstance(t, torch.Tensor):
@@ -144,7 +144,7 @@ def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
 
 
 def mutate_pickled(tensors: dict, rng: random.Random) -> dict:
-    """Change one entry, perhaps to what only a pickle can contain, such as an expanded view or a sparse tensor."""
+    """Change one entry, possibly to something that only a pickle can contain, such as an expanded or sparse tensor."""
     if rng.random() < 0.7:
         return mutate_tensors(tensors, rng)
     name = rng.choice(sorted(tensors))
@@ -162,9 +162,9 @@ def mutate_pickled(tensors: dict, rng: random.Random) -> dict:
 
 
 def replace_file(path: Path, rng: random.Random) -> None:
-    """Delete the file, and perhaps put something else in its place.
+    """Delete the file, and possibly replace it.
 
-    That is a folder, an empty file, a pipe, a device, a link to itself, or 4 GB of zeros.
+    The replacement is a folder, an empty file, a pipe, a link to a device or to itself, or 4 GiB of zeros.
     """
     path.unlink()
     ways = [lambda: None, path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")]
@@ -384,7 +384,7 @@ def hugging_face(folder):
 
 
 def gguf_file(folder):
-    """Create a file with a byte-level tokenizer, whose header is longer than its weights."""
+    """Create a GGUF file with a byte-level tokenizer and one layer, so that the header is longer than the weights."""
     import gguf
     from tokenizers import pre_tokenizers
 
@@ -523,7 +523,7 @@ def read_data(path):
 
 
 def run_files(folder):
-    """Create the checkpoint and metrics of an unfinished run, and the summary of a finished one in a subfolder."""
+    """Create the checkpoint and metrics of an unfinished run, and the summary of a finished run in a subfolder."""
     from train import make_optimizer
     from training.run_files import Progress, save_checkpoint, write_metrics
 
@@ -541,7 +541,7 @@ def run_files(folder):
 
 
 def read_run(path):
-    """Read the files as `--resume` does."""
+    """Read the files of a run as `--resume` does."""
     from runtime.files import read_json_object
     from train import make_optimizer
     from training.curves import draw_curves
@@ -569,7 +569,7 @@ def clip(folder):
 
 
 def open_clip(folder):
-    """Create weights without OpenAI's own entries, and the configuration that describes them."""
+    """Create a CLIP file of open_clip, which lacks two of OpenAI's entries, and the configuration in their place."""
     state = torch.load(clip(folder), weights_only=True)
     del state["input_resolution"], state["context_length"]
     torch.save(state, folder / "ViT.pt")
@@ -640,7 +640,7 @@ def roberta(folder):
 
 
 def gpt2_tokenizer(folder):
-    """Create the files that RoBERTa's vocab.json is made from: GPT-2's encoder.json and fairseq's dict.txt."""
+    """Create GPT-2's encoder.json and fairseq's dict.txt, which together replace RoBERTa's vocab.json."""
     roberta(folder)
     ids = json.loads((folder / "vocab.json").read_text())
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(list(ids)[4:-1])}))
@@ -805,7 +805,7 @@ def video(folder):
 
 
 def figures(folder):
-    """Create a file of measurements, to which a benchmark adds its table."""
+    """Create a file of measurements, as written by a benchmark's --json."""
     row = {"seconds": [1.0], "median": 1.0, "ratio": {"median": 1.0, "least": 1.0, "most": 1.0}}
     (folder / "f.json").write_text(json.dumps({"train 15M float32": {"size": "15M", "rows": {"ours": row}}}))
     return folder / "f.json"
@@ -830,7 +830,7 @@ def read_features(path):
 
 
 def other_file(make, name):
-    """Return a function that calls `make` and returns the path of another of its files."""
+    """Return a function that calls `make`, and returns the path of `name`, one of the files that `make` creates."""
 
     def made(folder):
         make(folder)
@@ -922,9 +922,9 @@ def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> s
         from runtime.errors import error_line
 
         message = error_line(error)
-        return "refused" if message and message.isprintable() else f"{kind}: says {message!r}"
+        return "refused" if message and message.isprintable() else f"{kind}: empty or unprintable error: {message!r}"
     except torch.OutOfMemoryError as error:
-        return f"{kind}: memory: {error}"
+        return f"{kind}: out of memory: {error}"
     except BaseException as error:
         import traceback
 
@@ -940,7 +940,10 @@ def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> s
 
 
 def run_worker(seed: int, numbers: list[int], kind: str | None, queue) -> None:
-    """Run cases in this process, with limited memory, and report each to the queue."""
+    """Run cases in this process, with limited memory.
+
+    For each case, put (number, "begun") and (number, result) into the queue; at the end, (None, "done").
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide the output of libraries
@@ -955,7 +958,10 @@ def run_worker(seed: int, numbers: list[int], kind: str | None, queue) -> None:
 
 
 def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[int, str]:
-    """Return the results by number. After a hang or a killed process, a new process continues with the next case."""
+    """Run the cases in a separate process, and return the results by number.
+
+    After a hang or a killed process, a new process continues with the next case.
+    """
     results: dict[int, str] = {}
     context = multiprocessing.get_context("spawn")
     while numbers:
@@ -967,7 +973,7 @@ def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[in
             try:
                 number, result = queue.get(timeout=SECONDS + (60 if current is None else 0))
             except Exception:
-                failure = f"hangs for {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
+                failure = f"no result in {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
                 name = "?" if current is None else kind or list(KINDS)[current % len(KINDS)]
                 results[current] = f"{name}: {failure}"
                 process.kill()
@@ -1028,7 +1034,10 @@ VALUES = [
 
 
 def run_command(seed: int, number: int, base: Path) -> str:
-    """Run a command with a mutated file or, as often, a bad value of an option; return a result as `run_case` does."""
+    """Run a command with a mutated file or, equally often, a bad value of an option.
+
+    Returns "read" (exit code 0), "refused" (exit code 2 and a one-line error), or a description of the failure.
+    """
     kind = list(COMMANDS)[number % len(COMMANDS)]
     rng = random.Random(f"{seed} {number} {kind} command")
     with tempfile.TemporaryDirectory() as temporary:
@@ -1055,7 +1064,7 @@ def run_command(seed: int, number: int, base: Path) -> str:
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return f"{kind}: hangs: {command}"
+            return f"{kind}: no result in 120 s: {command}"
         except ValueError:  # an argument cannot contain a zero byte
             return "refused"
         error = done.stderr.decode(errors="replace")
@@ -1068,12 +1077,12 @@ def run_command(seed: int, number: int, base: Path) -> str:
 
 @click.command()
 @click.option("--seed", default=0)
-@click.option("--cases", default=1000, help="Files changed and read.")
-@click.option("--cli", default=0, help="Whole commands.")
-@click.option("--only", type=int, help="This case alone.")
-@click.option("--kind", type=click.Choice(list(KINDS)), help="Of this kind alone.")
+@click.option("--cases", default=1000, help="Number of files to mutate and read.")
+@click.option("--cli", default=0, help="Number of whole commands to run.")
+@click.option("--only", type=int, help="Run only the case with this number.")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="Mutate only files of this kind.")
 def main(seed, cases, cli, only, kind):
-    """Mutate files of every kind, read them, and report the failures."""
+    """Mutate files of every kind, read them, and print the failures. The exit code is 1 if there are any."""
     numbers = list(range(cases)) if only is None else [only]
     found = list(run_cases(seed, numbers, kind).items()) if cases or only is not None else []
     with tempfile.TemporaryDirectory() as base:

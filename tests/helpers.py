@@ -47,12 +47,12 @@ QWEN = {
 
 
 def make_model(config="gqa", seed=0, **options):
-    """Return a frozen LLaMA with random weights, large enough that every layer affects the logits."""
+    """Return a frozen LLaMA with random weights. `config` is a Config, or its name in CONFIGS or QWEN."""
     torch.manual_seed(seed)
     model = LLaMA((CONFIGS | QWEN).get(config, config), **options)
     for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms: all ones would hide a missing weight
+        if parameter.dim() == 1:  # a norm whose weights are all 1 would hide that they are not used
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.requires_grad_(False)
 
 
@@ -79,7 +79,10 @@ CHATML = (  # adds a system turn if there is none, as the templates of Qwen2.5 a
 
 
 def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
-    """Save a byte-level BPE like those of SmolLM2 and Qwen: no <bos>, and two tokens that end a text."""
+    """Save a byte-level BPE like those of SmolLM2 and Qwen: no <bos>, and two tokens that end a text.
+
+    `template` is the chat template, and `generation` has further fields of generation_config.json.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
@@ -97,7 +100,7 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
 
 
 def sentencepiece_by_other_means(path):
-    """Return the same tokenizer as a BPE of `tokenizers`, with merges derived from the pieces and their scores."""
+    """Convert a SentencePiece model to a BPE of `tokenizers`, with merges derived from the pieces and their scores."""
     from tokenizers import Tokenizer, models, normalizers
 
     model = SentencePieceProcessor(model_file=str(path))
@@ -115,7 +118,7 @@ def sentencepiece_by_other_means(path):
 
 
 def save_llama2_json(data, folder):
-    """Convert LLaMA 2's tokenizer.model to a tokenizer.json."""
+    """Convert LLaMA 2's tokenizer.model to a tokenizer.json, and save it with a tokenizer_config.json."""
     from tokenizers import AddedToken, decoders, processors
 
     model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
@@ -129,12 +132,15 @@ def save_llama2_json(data, folder):
 
 
 def make_example(ids, prompt_length, name="", features=None):
-    """Return an example of which the first `prompt_length` ids are the prompt, and the rest the response."""
+    """Return an example whose first `prompt_length` ids are the prompt. The other ids are the response."""
     return TokenizedExample(ids, [i >= prompt_length for i in range(len(ids))], name, features)
 
 
 def make_adapter(model, layers=2, length=5, seed=1, gates=True):
-    """Return an adapter, by default with nonzero gates of both signs, because zero gates would hide bugs."""
+    """Return an adapter for `model` with random gates of both signs, or zero gates if `gates` is false.
+
+    Zero gates would hide errors in the prompts.
+    """
     config = model.config
     adapter = Adapter(
         layers=layers,
@@ -153,7 +159,7 @@ def make_tokens(model, *shape, seed=2):
 
 
 def copy_base(source, target, **changes):
-    """Copy a base and change fields of its params.json; None removes a field."""
+    """Copy a base to the new folder `target`, change fields of its params.json (None removes one); return `target`."""
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -163,20 +169,23 @@ def copy_base(source, target, **changes):
 
 
 def run(*args):
-    """Run train.py in this process."""
+    """Run train.py in this process, and return click's Result."""
     import train
 
     return CliRunner().invoke(train.main, [str(arg) for arg in args])
 
 
 def subcommands(group):
-    """Return the commands of a click group by name."""
+    """Return a dict from names to the commands of a click group."""
     context = click.Context(group)
     return {name: group.get_command(context, name) for name in group.list_commands(context)}
 
 
 def run_spoiled(args, spoil=None):
-    """Call `spoil(rank)`, then run train.py; return its exit code, standard output and standard error."""
+    """Call `spoil(rank)`, then run train.py; return its exit code, standard output and standard error.
+
+    Raises the exceptions that train.py does not turn into an exit code.
+    """
     torch.set_num_threads(1)
     if spoil is not None:
         spoil(int(os.environ.get("RANK", 0)))
@@ -187,7 +196,7 @@ def run_spoiled(args, spoil=None):
 
 
 def before_step(n, act):
-    """Return a train_step that calls act() before the n-th step from now."""
+    """Return a replacement for train.train_step that calls act() before its n-th step (from 1)."""
     import train
 
     train_step, calls = train.train_step, []
@@ -202,7 +211,7 @@ def before_step(n, act):
 
 
 def tensors_and_metrics(out):
-    """Return the adapter's tensors and the metrics of a run, without the tokens per second."""
+    """Return the adapter's tensors, as lists by name, and the lines of metrics.jsonl without tokens_per_second."""
     lines = [
         {name: value for name, value in line.items() if name != "tokens_per_second"}
         for line in read_metrics(out / "metrics.jsonl")
@@ -212,7 +221,11 @@ def tensors_and_metrics(out):
 
 
 def split_for_parallel(weights, n, vocabulary_first):
-    """Split weights for n GPUs: wq, wk, wv, w1, w3 and output by rows, wo and w2 by columns; norms are replicated."""
+    """Split weights for n GPUs as Meta does; return n dicts.
+
+    wq, wk, wv, w1, w3 and output are split by rows, wo and w2 by columns, and the embeddings by rows if
+    `vocabulary_first`, otherwise by columns. Vectors are replicated.
+    """
     shards = [{} for _ in range(n)]
     for name, tensor in weights.items():
         by_columns = any(part in name for part in ("wo.", "w2.")) or ("tok_embeddings" in name and not vocabulary_first)
@@ -223,9 +236,12 @@ def split_for_parallel(weights, n, vocabulary_first):
 
 
 def peak_anonymous(act):
-    """Return the result of act() and the peak growth of the process in bytes, without pages of mapped files."""
+    """Return the result of act(), and by how many bytes this process's anonymous memory (RssAnon) grew at its peak.
+
+    Pages of memory-mapped files are not counted. The test is skipped where there is no /proc.
+    """
     if not os.path.exists("/proc/self/status"):
-        pytest.skip("reads /proc")
+        pytest.skip("needs /proc")
 
     before = measuring.status_bytes("RssAnon")
     result, peak = measuring.peak_anonymous(act, interval=0.0005)
@@ -236,7 +252,7 @@ SMALL_VIT = ViTConfig(image_size=24, patch_size=8, dim=128, n_layers=3, n_heads=
 
 
 def make_vit(config=SMALL_VIT, seed=0, **options):
-    """Return a frozen vision encoder with random weights, norms and biases."""
+    """Return a frozen ViT with random weights, including norms and biases."""
     torch.manual_seed(seed)
     model = ViT(config, **options)
     for parameter in model.parameters():
@@ -250,7 +266,10 @@ def make_images(number=2, size=24):
 
 
 def openai_state_dict(model):
-    """Return the weights of a vision encoder under OpenAI's names, plus one tensor of the text encoder."""
+    """Return a state dict as in OpenAI's CLIP files.
+
+    It has the weights of the vision encoder and its projection, one tensor of the text encoder, and two sizes.
+    """
     weights = dict(model.named_parameters())
     tensors = {
         "class_embedding": weights["class_embedding"],
@@ -285,7 +304,10 @@ def randomize(model):
 
 
 def timm_state_dict(model, head):
-    """Return the weights of a vision transformer under timm's names; its attention heads must be 64 wide."""
+    """Return the weights of a ViT and its linear head under timm's names.
+
+    timm's files do not state the number of heads; our loader assumes heads that are 64 wide.
+    """
     weights = dict(model.named_parameters())
     tensors = {
         "cls_token": weights["class_embedding"][None, None],
@@ -317,7 +339,7 @@ def make_roberta(seed=0, **options):
 
 
 def save_roberta(folder, bpe):
-    """Save a random RoBERTa in Hugging Face's layout, with its tokenizer."""
+    """Save a random RoBERTa in Hugging Face's layout, with the tokenizer in the folder `bpe`; return its folder."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
@@ -347,7 +369,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def launch(main, args, spoil=None, stdin=""):
-    """Call `spoil(rank)`, then run a command, which exits the process. Only rank 0 gets `stdin`."""
+    """Call `spoil(rank)`, then run a command, which raises SystemExit. Rank 0 reads `stdin`, the others nothing."""
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     if spoil is not None:
@@ -364,7 +386,10 @@ def train_command(args, spoil=None):
 
 
 def run_rank(rank, world, port, folder, results, target, args):
-    """Run target(*args) as one of several ranks, with its output in files."""
+    """Run target(*args) as one of several ranks, put (rank, its result) into the queue, and exit the process.
+
+    Standard output and standard error go to the files stdout-RANK and stderr-RANK in `folder`.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -397,14 +422,18 @@ class Ranks:
             process.start()
 
     def results(self, timeout=60):
-        """Return, by rank, the target's result, or else its exit code, standard output and standard error."""
+        """Return a list with an entry for each rank.
+
+        The entry is the target's return value. If it did not return, it is (exit code, stdout, stderr). If a rank runs
+        longer than `timeout` seconds, or than 30 seconds after a rank has failed, the test fails.
+        """
         returned, failed, deadline = {}, False, time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
             assert time.monotonic() < deadline, f"a rank hangs: {[p.exitcode for p in self.processes]}"
             with suppress(queue.Empty):
                 returned |= [self.queue.get(timeout=0.1)]
             if not failed and any(process.exitcode for process in self.processes):
-                failed, deadline = True, time.monotonic() + 30  # after which torchrun sends SIGKILL
+                failed, deadline = True, time.monotonic() + 30  # torchrun sends SIGKILL 30 seconds after SIGTERM
                 for process in self.processes:
                     process.terminate()
         with suppress(queue.Empty):
@@ -419,7 +448,7 @@ class Ranks:
 
 
 def error_lines(results):
-    """Return the error lines of all ranks."""
+    """Return the lines of standard error that begin with "error: ", of all ranks."""
     return [line for _, _, stderr in results for line in stderr.splitlines() if line.startswith("error: ")]
 
 
@@ -456,7 +485,10 @@ KINDS = {
 
 
 def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama", **kind):
-    """Save a random model of transformers, by default a LLaMA, with logits of order 10, and return it."""
+    """Save a random model of transformers with logits of order 10, and the tokenizer of `tiny_base`; return the model.
+
+    `kind` is a value of KINDS: further fields of the config, and the architecture if it is not a LLaMA.
+    """
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(
@@ -481,7 +513,7 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
 
 
 def save_harness_task(folder):
-    """Save three multiple-choice questions as a task of lm-evaluation-harness."""
+    """Save a task of lm-evaluation-harness, three times the same multiple-choice question; return its YAML file."""
     question = {"question": "Name the capital of Peru.", "right": 1}
     question["options"] = [" Lima", " The capital of Peru is Lima.", " owl"]
     (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
@@ -496,7 +528,7 @@ def save_harness_task(folder):
 
 
 def chat_on_terminal(lines, *args):
-    """Run a conversation of generate.py on a pseudo-terminal, ended by Ctrl-D; return stdout and stderr."""
+    """Type `lines` and Ctrl-D into generate.py on a pseudo-terminal; return its standard output and standard error."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
@@ -517,7 +549,10 @@ class Terminal(io.StringIO):
 
 
 def chat_in_process(lines, *args):
-    """Run a conversation of generate.py in this process, with a standard input that claims to be a terminal."""
+    """Run generate.py in this process, with `lines` from a standard input that claims to be a terminal.
+
+    Returns its standard output and standard error.
+    """
     import generate
 
     args = [*map(str, args), "--greedy", "--max-new-tokens", "5"]
@@ -551,7 +586,7 @@ def save_problems(folder, **changes):
 
 
 def save_problem_images(folder):
-    """Save the images of the problems that have one."""
+    """Save the images of SCIENCEQA's problems 12 and 31, as in ScienceQA's folders: ID/image.png."""
     for id in ("12", "31"):
         (folder / id).mkdir()
         Image.new("RGB", (20, 20), (int(id) * 8, 0, 0)).save(folder / id / "image.png")
@@ -568,14 +603,17 @@ COCO = {
 
 
 def save_coco(folder, **changes):
-    """Save captions.json, with `changes` to its lists, and return its path."""
+    """Save captions.json, with the lists in `changes` replaced, and return its path."""
     path = folder / "captions.json"
     path.write_text(json.dumps(COCO | changes))
     return path
 
 
 def make_testbed(base, instructions, folder):
-    """Return a testbed of the experiments: 30 instructions to train on, 10 held out, a text, L = 2, three epochs."""
+    """Return a testbed of the experiments on `base`, with L = 2, K = 3 and three epochs.
+
+    30 of the instructions are for training and 10 are held out. The text is for the perplexity.
+    """
     from data import read_examples
     from experiments import testbed
 
@@ -611,14 +649,14 @@ def save_video(path, colors, **options):
 
 
 def train(*args):
-    """Run `python -m encoder_tuning train` in this process."""
+    """Run `python -m encoder_tuning train` in this process, and return click's Result."""
     from encoder_tuning.__main__ import main
 
     return CliRunner().invoke(main, ["train", *map(str, args)])
 
 
 def evaluate(*args):
-    """Run `python -m encoder_tuning evaluate` in this process."""
+    """Run `python -m encoder_tuning evaluate` in this process, and return click's Result."""
     from encoder_tuning.__main__ import main
 
     return CliRunner().invoke(main, ["evaluate", *map(str, args)])

@@ -1,7 +1,7 @@
-"""Slow reference: LLaMA with an adapter in float64, one sample, head and position at a time.
+"""Slow reference: LLaMA and encoders with an adapter in float64, one sample, head and position at a time.
 
 It is written from the equations alone. It shares no code with the project, and has no cache, no batches, no fused
-operations and no shortcut for grouped queries. It uses autograd, so that gradients can be compared as well.
+operations and no shortcut for grouped queries. It supports autograd, so that gradients can be compared as well.
 """
 
 import math
@@ -32,7 +32,8 @@ def apply_rope(vector, position, theta):
 def attention_terms(q, keys, values, prompt_keys, prompt_values, gate):
     """Return the attention over the tokens and the gated attention over the prompts, (D,) each, for one query.
 
-    The query (D,) is that of one head; keys and values are lists of (D,) vectors. `gate` is a number, after tanh.
+    The query (D,) is that of one head; keys and values are lists of (D,) vectors. `gate` is a number, after tanh. The
+    second result is zero if there are no prompts.
     """
     scale = 1 / math.sqrt(len(q))
     token_weights = softmax([q @ key * scale for key in keys])
@@ -49,9 +50,9 @@ def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
 
 
 def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
-    """Logits (T, V) of one sequence, with prompts (L, K, C) and gates (L, H), before tanh, in the last L layers.
+    """Return the logits (T, V) of one sequence. The last L layers have prompts (L, K, C) and gates (L, H), before tanh.
 
-    If `terms` is a dict, it receives both `attention_terms`, heads concatenated to (H*D,), by (layer, token).
+    If `terms` is a dict, terms[layer, token] is set to both `attention_terms`, heads concatenated to (H*D,) each.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
@@ -62,7 +63,7 @@ def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
         matrices = {name: w[layer + f"attention.{name}.weight"] for name in ("wq", "wk", "wv", "wo")}
 
         def project(name, x, head_slice, layer=layer, matrices=matrices):
-            """Project x for one head, with the bias and the norm of queries and keys that some models have."""
+            """Return the projection of x for one head, with the bias and the norm that some models have."""
             y = matrices[name] @ x
             if layer + f"attention.{name}.bias" in w:
                 y = y + w[layer + f"attention.{name}.bias"]
@@ -104,9 +105,11 @@ def layer_norm(x, weight, bias, eps):
 
 
 def encoder(weights, config, xs, norm_first, prompts=None, gates=None):
-    """Output (T, C) of an encoder's last layer, for one sample's embeddings `xs`, a list of T vectors (C,).
+    """Return the output (T, C) of an encoder's last layer, for one sample's embeddings `xs`, a list of T vectors (C,).
 
-    prompts (L, K, C) and gates (L, H), before tanh, are those of the last L layers. Every token attends to all of them.
+    `norm_first` is true for ViT (norms before attention and MLP) and false for RoBERTa (norms after the residual sums).
+    prompts (L, K, C) and gates (L, H), before tanh, are those of the last L layers. Every token attends to all tokens
+    and prompts.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, N = config.n_heads, config.n_layers
