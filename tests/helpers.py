@@ -99,7 +99,7 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]} | generation))
 
 
-def sentencepiece_by_other_means(path):
+def convert_sentencepiece(path):
     """Convert a SentencePiece model to a BPE of `tokenizers`, with merges derived from the pieces and their scores."""
     from tokenizers import Tokenizer, models, normalizers
 
@@ -121,7 +121,7 @@ def save_llama2_json(data, folder):
     """Convert LLaMA 2's tokenizer.model to a tokenizer.json, and save it with a tokenizer_config.json."""
     from tokenizers import AddedToken, decoders, processors
 
-    model = sentencepiece_by_other_means(data / "tokenizers" / "llama2_tokenizer.model")
+    model = convert_sentencepiece(data / "tokenizers" / "llama2_tokenizer.model")
     model.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

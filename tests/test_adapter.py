@@ -132,7 +132,7 @@ def test_topmost_layers_are_adapted():
 
 
 def test_autograd_starts_at_the_first_adapted_layer():
-    """Layers below the first adapted one stay out of the graph, and frozen weights get no gradient."""
+    """Autograd records nothing below the lowest adapted layer, and frozen weights get no gradient."""
     model = make_model()
     adapter = make_adapter(model, layers=1)
     requires_grad = []
@@ -173,8 +173,8 @@ def test_llama_7b_has_the_papers_parameter_count():
     assert sum(p.numel() for p in adapter.parameters()) == 30 * 10 * 4096 + 30 * 32 == 1_229_760
 
 
-def test_prompts_start_normal_and_gates_at_zero():
-    """OpenGVLab issue 9 and PEFT issue 1175 ask how both are initialized."""
+def test_prompts_are_drawn_from_a_normal_distribution_and_gates_are_zero():
+    """Users ask how both are initialized (OpenGVLab issue 9, PEFT issue 1175)."""
     adapter = Adapter(layers=4, length=10, dim=256, heads=8, generator=torch.Generator().manual_seed(0))
     assert adapter.gates.abs().max() == 0
     assert abs(adapter.prompts.mean()) < 0.05 and abs(adapter.prompts.std() - 1) < 0.05
@@ -188,7 +188,7 @@ def test_parameters_stay_float32_and_outputs_are_cast():
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
 
 
-def test_file_round_trip(tmp_path):
+def test_saved_adapter_is_loaded_unchanged(tmp_path):
     adapter = make_adapter(make_model())
     adapter.save(tmp_path / "a.safetensors", base_layers=3, note="für alle")
     loaded = Adapter.load(tmp_path / "a.safetensors")
@@ -279,7 +279,7 @@ def test_truncated_file_is_refused(tmp_path):
         (dict(layers=3, dim=32, heads=8), "heads 4, but the base has heads 8"),
     ],
 )
-def test_error_about_another_base_names_both_numbers(base, message):
+def test_error_about_a_base_of_a_different_shape_names_both_numbers(base, message):
     adapter = make_adapter(make_model())
     adapter.metadata["base_layers"] = "3"
     adapter.check_base(layers=3, dim=32, heads=4)
@@ -291,7 +291,7 @@ def test_error_about_another_base_names_both_numbers(base, message):
 
 
 def test_plain_attention_is_scaled_and_causal():
-    """Compare `attend` with the reference, because the base depends on it as well."""
+    """Compare one query of `attend`, which the base uses without an adapter, with the reference."""
     q, k, v, *_ = random_inputs(2, 2, 8, per_sample=False, dtype=torch.float64)
     output = attend(q, k, v, causal=True)
     expected = reference.gated_attention(q[1, 1, 2], list(k[1, 1, :3]), list(v[1, 1, :3]), [], [], None)

@@ -53,6 +53,6 @@ def test_base_text_has_every_fact_and_no_instruction():
 
 
 def test_facts_about_numbers_are_in_no_instruction():
-    """Only the questions about images of digits need them."""
+    """Only the questions about images of digits use these facts."""
     instruction_kinds = {question.kind for questions in instructions().values() for question in questions}
     assert {"after", "parity"} <= set(KINDS) and not {"after", "parity"} & instruction_kinds

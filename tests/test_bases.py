@@ -1,4 +1,4 @@
-"""Loading bases of every layout: strict weights, bounded memory, and the tokenizer."""
+"""Loading a base: weights that are missing or unknown, the tokenizer, memory use, and the fingerprint."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_tokenizer_is_found_in_the_original_folder_of_llama_3(tiny_base, tmp_pat
 
 
 def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
-    """download.sh of LLaMA 1 and 2 writes it there. The folder itself comes first; other layouts ignore the parent."""
+    """download.sh of LLaMA 1 and 2 writes it there. The base's own folder has priority; other layouts ignore the parent."""
     folder = copy_base(tiny_base, tmp_path / "7B")
     expected = load_llama(folder)[1].encode("The capital of Peru")
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
@@ -78,7 +78,7 @@ def test_layer_count_is_checked_before_the_model_is_built(tiny_base, tmp_path, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large_base, dtype):
-    """Peak memory is at most 1.15 times the size of the model."""
+    """The peak of anonymous memory is at most 1.15 times the size of the model."""
     results = forks.SimpleQueue()
     process = forks.Process(target=load_and_measure, args=(tiny_base, large_base, dtype, results))
     process.start()
@@ -89,13 +89,13 @@ def test_loading_needs_little_more_memory_than_the_model(forks, tiny_base, large
 
 
 def load_and_measure(tiny_base, base, dtype, results):
-    load_llama(tiny_base)  # a first load, so that the libraries' own memory is not counted
+    load_llama(tiny_base)  # the first load also allocates the libraries' own memory, which must not be counted
     (model, _), peak = peak_anonymous(lambda: load_llama(base, dtype))
     results.put((sum(p.numel() * p.element_size() for p in model.parameters()), peak))
 
 
 def test_output_head_is_stored_transposed_on_a_cpu(tiny_base, data):
-    """The order (C, V) in memory is faster there; files have (V, C). A tied head is the embedding matrix itself."""
+    """On a CPU the matmul is faster if the memory has the order (C, V). A tied head is the embedding matrix (V, C)."""
     model, _ = load_llama(tiny_base)
     assert LLaMA(model.config).output.weight.stride() == (model.config.dim, 1)
     assert model.output.weight.stride() == (1, model.config.vocab_size)
@@ -115,7 +115,7 @@ def test_layers_are_prepared_one_by_one(tiny_base):
 
 
 def test_fingerprint_depends_on_the_weights_only(tiny_base, tmp_path):
-    """The fingerprint is a hash of the first rows of four weights, so a loaded model has the same one."""
+    """The fingerprint is a hash of the first four rows of four weights."""
     copy_base(tiny_base, tmp_path / "other", norm_eps=1e-6)
     model, _ = load_llama(tiny_base)
     hashed = (model.tok_embeddings, model.layers[0].attention.wq, model.layers[-1].feed_forward.w2, model.output)

@@ -1,4 +1,4 @@
-"""Benchmarks: all implementations do the same work, and bytes and operations are counted correctly."""
+"""Benchmarks: all implementations compute the same, and memory and floating-point operations are counted correctly."""
 
 import gc
 import json
@@ -48,7 +48,7 @@ def test_every_ablation_level_equals_our_model(level):
 
 
 def test_train_step_equals_the_last_ablation_level():
-    """An epoch of train.py's steps, in micro-batches, has the same effect as steps on the plain loss."""
+    """An epoch of train.py's steps, in micro-batches, gives the same adapter as an epoch of the ablation."""
     model = make_model()
     ours = Ours(model, make_adapter(model), micro_batch_tokens=20)
     ablation = Ablation(model, make_adapter(model), Ablation.LEVELS[-1])
@@ -61,7 +61,7 @@ def test_train_step_equals_the_last_ablation_level():
 
 
 @pytest.mark.parametrize("kind", ["adaption prompt", "lora", "full tuning", "litgpt"])
-def test_peers_have_the_same_base_model(kind):
+def test_peers_compute_our_loss_and_continuations_before_training(kind):
     pytest.importorskip("litgpt" if kind == "litgpt" else "peft")
     model = make_model("mha")
     peer = LitGPT(model, 2, 5) if kind == "litgpt" else HuggingFace(model, kind, 2, 5)
@@ -76,10 +76,11 @@ def test_peers_have_the_same_base_model(kind):
 
 @pytest.fixture
 def tiny(monkeypatch):
+    """Replace the size 15M and the operations that measure the machine by tiny ones."""
     monkeypatch.setitem(workload.CONFIGS, "15M", Config(32, 4, 4, 4, 8, 48, 2000))
     monkeypatch.setitem(measuring.MATRIX, "cpu", 64)
     monkeypatch.setitem(measuring.COPIED, "cpu", 2**10)
-    gc.freeze()  # memory is measured after a collection, which would visit all objects of earlier tests
+    gc.freeze()  # the benchmark collects garbage before it measures memory; this skips the objects of earlier tests
     yield
     gc.unfreeze()
 
@@ -88,7 +89,7 @@ def run(*args):
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def test_commands_write_their_figures(tiny, instructions, tiny_base, tmp_path):
+def test_commands_write_their_measurements(tiny, instructions, tiny_base, tmp_path):
     path = tmp_path / "figures.json"
     data = ["--data", instructions, "--tokenizer", tiny_base / "tokenizer.model"]
     for command in (
@@ -109,7 +110,7 @@ def test_commands_write_their_figures(tiny, instructions, tiny_base, tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_implementation_with_another_loss_is_refused(tiny, monkeypatch):
+def test_implementation_with_a_different_loss_is_refused(tiny, monkeypatch):
     """Timing implementations that compute different losses would be meaningless."""
     monkeypatch.setattr(Plain, "loss", lambda *_: torch.tensor(1.0))
     result = run("train", "--peers", "--device", "cpu", "--examples", 4, "--batch-size", 4)
@@ -118,7 +119,7 @@ def test_implementation_with_another_loss_is_refused(tiny, monkeypatch):
 
 @pytest.mark.parametrize("content", ["[]", '{"train 15M float32": {}}', '{"a": {"rows": {"ours": {"ratio": 1}}}}'])
 def test_unrelated_json_file_is_refused_before_measuring(tiny, tmp_path, monkeypatch, content):
-    monkeypatch.setattr(workload.Workload, "new_model", lambda _: pytest.fail("it has begun"))
+    monkeypatch.setattr(workload.Workload, "new_model", lambda _: pytest.fail("the measurement has begun"))
     (tmp_path / "f.json").write_text(content)
     result = run("generate", "--device", "cpu", "--json", tmp_path / "f.json")
     assert (
@@ -135,14 +136,14 @@ def test_data_requires_a_tokenizer(instructions):
 
 def test_peak_memory_is_measured():
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("reads /proc")
+        pytest.skip("needs /proc")
     growth = measuring.peak_growth(lambda: torch.ones(2**24).sum(), torch.device("cpu"))
     assert 56 * 2**20 < growth < 96 * 2**20  # 64 MiB are allocated; Linux updates the counter in batches
 
 
 def test_activations_kept_per_token_are_counted():
     config = Config(32, 4, 4, 4, 8, 48, 2000)
-    assert kept_per_token(config, True) == 32  # the input of a layer
+    assert kept_per_token(config, True) == 32  # with checkpointing, only the input of a layer
     # Inputs and scales of two norms; q, k, v; attention over tokens, over prompts, and their sum; a logsumexp per head
     # for each attention; gate, up, and the SiLU of the gate.
     kept = kept_per_token(config, False)
@@ -150,7 +151,7 @@ def test_activations_kept_per_token_are_counted():
 
 
 def test_plan_matches_a_real_model():
-    """The formulas are within 1% for weights, 2% for activations and 10% for operations."""
+    """The formulas are accurate to 1% for weights, 2% for activations and 10% for floating-point operations."""
     config = Config(256, 12, 4, 4, 64, 688, 500)
     plan = plan_run(config, 1, 80e9, 1e12)
     model = make_model(config)

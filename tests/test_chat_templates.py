@@ -13,7 +13,7 @@ from formats.chat_templates import TEMPLATES, load_template
 from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 
 MARKERS = re.compile(r"\{%[-+]? *(end)?generation *-?%\}")
-# As in third-party templates: a loop over tools, stripped whitespace, a BOS token, and an end token in its own tag.
+# Like third-party templates, it has a loop over tools, stripped whitespace, a BOS token, and an end token in a tag.
 WITH_BOS = (
     "{{- '<|endoftext|>' -}}\n"
     "{%- set offset = 1 if messages[0]['role'] == 'system' else 0 -%}\n"
@@ -77,7 +77,7 @@ def test_ids_and_loss_mask_equal_transformers(tmp_path, source):
 
 
 def test_unmarked_template_gives_the_same_responses(tmp_path):
-    """A response without markers is the text that its turn adds, up to the special token that ends it."""
+    """Without {% generation %}, a response is the text that its turn adds, up to the special token that ends it."""
     (tmp_path / "plain").mkdir()
     save_chatml(tmp_path, SAMPLES, template=CHATML)
     save_chatml(tmp_path / "plain", SAMPLES, template=MARKERS.sub("", CHATML))
@@ -91,15 +91,15 @@ def test_unmarked_template_gives_the_same_responses(tmp_path):
         )
 
 
-THINKING = (  # as Qwen3's: only the last response has thoughts
+THINKING = (  # like Qwen3's template, which writes thoughts in the last response only
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{{ '[no thoughts] ' if loop.last and message.role == 'assistant' }}{{ message.content + '<|im_end|>\n' }}"
     "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 )
 
 
-def test_template_that_rewrites_earlier_turns_trains_one_round(tmp_path):
-    """Training with more than one round is refused. Generation writes earlier turns as the template has them."""
+def test_template_that_rewrites_earlier_turns_can_train_on_one_round_only(tmp_path):
+    """Training on several rounds is refused. In generation, the earlier turns are rewritten by the template."""
     save_chatml(tmp_path, template=THINKING)
     tokenizer = load_tokenizer(tmp_path)
     template = load_template("auto", tokenizer)
@@ -114,7 +114,7 @@ def test_template_that_rewrites_earlier_turns_trains_one_round(tmp_path):
 
 
 def test_template_whose_prompt_begins_the_response_cannot_train(tmp_path):
-    """DeepSeek-R1-Distill's prompt ends with <think>, which its turns do not contain, so it can only generate."""
+    """DeepSeek-R1-Distill's prompt ends with <think>, which its turns do not contain. Such templates can generate."""
     source = THINKING.replace("'[no thoughts] '", "''").replace("assistant\n' if add", "assistant\n<think>' if add")
     save_chatml(tmp_path, template=source)
     tokenizer = load_tokenizer(tmp_path)
@@ -187,12 +187,14 @@ def encode_with_special_tokens(tokenizer, text):
 
 
 def llama_3(turns):
+    """Return the text of the turns, and the header of the response."""
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     text = "".join(f"{head.format(turn.role)}{turn.content.strip()}<|eot_id|>" for turn in turns)
     return "<|begin_of_text|>" + text, head.format("assistant")
 
 
 def chatml(turns):
+    """Return the text of the turns, and the header of the response."""
     text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
     return text, "<|im_start|>assistant\n"
 
@@ -349,7 +351,7 @@ def test_bad_template_is_a_one_line_error(tmp_path, source, message):
 
 
 def test_out_of_memory_is_a_one_line_error(tmp_path, monkeypatch):
-    """A template can allocate any amount of memory."""
+    """The limits on templates do not prevent this: a template can allocate any amount of memory."""
     save_chatml(tmp_path, template=CHATML)
     template = load_template("auto", load_tokenizer(tmp_path))
 
@@ -381,7 +383,7 @@ def test_template_without_an_end_token_causes_a_warning(tmp_path, capsys):
 
 @pytest.mark.parametrize("source", [CHATML, MARKERS.sub("", CHATML)])
 def test_long_conversations_are_encoded(tmp_path, source):
-    """Encode 64 conversations of 40 turns, each turn with 2,000 characters of three bytes."""
+    """Encode 64 conversations of 40 turns. Each turn has 2,000 characters of three bytes in UTF-8."""
     save_chatml(tmp_path, template=source)
     template = load_template("auto", load_tokenizer(tmp_path))
     template.tokenizer.encode = lambda text, preceding="": [5]

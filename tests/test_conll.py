@@ -70,7 +70,7 @@ def test_iob1_is_converted_to_bio():
 
 @pytest.mark.parametrize("max_length", [100, 9, 8, 7, 3, 2])
 def test_label_of_a_word_is_at_its_first_token(bpe, max_length):
-    """Tokens, and which of them begin a word, are compared with transformers."""
+    """Compare token ids and labeled positions with transformers. With room for two tokens, the example is dropped."""
     transformers = pytest.importorskip("transformers")
     files = [str(bpe / name) for name in ("vocab.json", "merges.txt")]
     theirs = transformers.RobertaTokenizer(*files, add_prefix_space=True)
@@ -91,7 +91,7 @@ def test_label_of_a_word_is_at_its_first_token(bpe, max_length):
 
 
 def test_classes_keep_the_order_of_the_head():
-    """Classes are sorted if the base's head does not know them all."""
+    """If the base's head does not have all classes of the data, the data's classes are used, in alphabetical order."""
     sentences = [TaggedSentence(["a", "b"], ["B-LOC", "O"], "sentence 0")]
     assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
     assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
@@ -147,7 +147,7 @@ def save_tagger(folder, bpe):
     return model
 
 
-SENTENCES = [  # a word's first token determines its tag
+SENTENCES = [  # each word always has the same tag, so that a small model can learn the tags
     "the DT B-LOC\nkm NN I-LOC\nand CC O\nto TO B-PER\n"
     if i % 2
     else "Anna NN O\nto TO B-PER\nthe DT B-LOC\nkm NN I-LOC\n"
@@ -156,7 +156,7 @@ SENTENCES = [  # a word's first token determines its tag
 
 
 def test_logits_and_loss_equal_transformers(bpe, tmp_path):
-    """Compare a padded batch, with the model's own head. Only labeled words have a loss."""
+    """Compare a padded batch, with the head of the checkpoint. Only the first tokens of words have a loss."""
     theirs = save_tagger(tmp_path / "tagger", bpe)
     model, head = load_encoder(tmp_path / "tagger")
     assert head_fits_task(head, "token-classification") and not head_fits_task(head, "question-answering")
@@ -194,7 +194,7 @@ def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
         starts = [1 + sum(map(len, pieces[:i])) for i in range(len(pieces))]
         assert answers[sentence.name] == [TAG_NAMES[best[start]] for start in starts]
         seen |= set(answers[sentence.name])
-    assert len(seen) > 1, "one tag for all words tells nothing"
+    assert len(seen) > 1  # with a single tag for all words, the comparison would show nothing
 
     trained = train(*args, "--data", file, "--out", tmp_path / "run", "--lr", 0, "--epochs", 3, "--max-seq-len", 40)
     assert trained.exit_code == 0, trained.output
@@ -212,7 +212,7 @@ def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
         assert unnamed.exit_code == 2 and message in unnamed.stderr, unnamed.output
 
 
-def test_training_run_on_tags(roberta, tmp_path, monkeypatch):
+def test_tags_are_learned_and_their_entities_are_scored(roberta, tmp_path, monkeypatch):
     """Train on a CoNLL file and score the entities. Words beyond --max-seq-len are tagged O."""
     pytest.importorskip("seqeval")
     file = write_conll(tmp_path, "\n".join(SENTENCES))

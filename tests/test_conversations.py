@@ -21,7 +21,7 @@ SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, tex
 
 
 def with_turn(role="assistant", **fields):
-    """Return a record in which the turns of one role have additional fields."""
+    """Return a record of the first three turns, in which the turns of one role have additional fields."""
     return {"messages": [turn | fields if turn["role"] == role else turn for turn in MESSAGES["messages"][:3]]}
 
 
@@ -152,7 +152,7 @@ def test_image_placeholder_is_removed(text):
 
 
 @pytest.mark.parametrize("text", ["<image> <image> Hi", "Of <image> here", "<image>a<image>"])
-def test_several_placeholders_or_one_amid_text_are_refused(text):
+def test_several_placeholders_or_one_within_text_are_refused(text):
     record = {"image": "a.jpg", "instruction": text, "output": "Ho"}
     both = record | {"instruction": "<image> Look.", "input": "Look. <image>"}
     with pytest.raises(ValueError, match="a.json: r: has 2 placeholders"):
@@ -193,7 +193,7 @@ def test_turns_can_be_excluded_from_the_loss(chat_base, tmp_path, capsys):
 
 
 def texts_with_loss(tokenizer, tokens):
-    """Return the text of each response that has a loss, and the special token that ends it."""
+    """Return (text, id of the special token that ends it) for each response that has a loss."""
     texts, ids = [], []
     for id, mask in zip(tokens.ids, [*tokens.loss_mask[1:], False]):  # shifted by one: the mask of the next token
         ids += [id] if ids else []
@@ -246,7 +246,7 @@ def test_alpaca_template_takes_a_single_round(tiny_base):
 
 @pytest.fixture
 def chats(tmp_path):
-    """A file of thirty records in three layouts."""
+    """Path of a file with thirty records in three layouts."""
     kinds = (MESSAGES, SHAREGPT, {"instruction": "Add.", "input": "1 2", "output": "3"})
     (tmp_path / "chats.json").write_text(json.dumps([kinds[i % 3] for i in range(30)]))
     return tmp_path / "chats.json"
@@ -258,7 +258,7 @@ def train(base, chats, out, *args):
 
 
 @pytest.mark.parametrize("template", [None, "auto", "chatml", "llama-2"])
-def test_training_on_conversations(chat_base, chats, tmp_path, template):
+def test_training_on_conversations_lowers_the_validation_loss(chat_base, chats, tmp_path, template):
     """train.py writes the template's name to the adapter file. The default is the base's own template."""
     result = train(chat_base, chats, tmp_path / "run", *(("--template", template) if template else ()))
     assert result.exit_code == 0, result.stderr
@@ -269,7 +269,7 @@ def test_training_on_conversations(chat_base, chats, tmp_path, template):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_resuming_with_another_template_is_refused(chat_base, chats, tmp_path):
+def test_resuming_with_a_different_template_is_refused(chat_base, chats, tmp_path):
     args = (chat_base, chats, tmp_path / "run", "--template")
     assert train(*args, "chatml", "--max-minutes", 1e-6).exit_code == 0
     result = train(*args, "auto", "--resume")

@@ -1,4 +1,4 @@
-"""Reading, tokenizing and batching."""
+"""Data files, tokenized examples with loss masks, and batches."""
 
 import gzip
 import json
@@ -127,14 +127,14 @@ def test_example_whose_prompt_fills_the_context_is_dropped(tokenizer):
 
 
 def test_targets_are_the_next_tokens_of_the_response_only():
-    """Unshifted labels (litgpt issue 407) and targets on padding would show here, position by position."""
+    """Unshifted labels (litgpt issue 407) and targets at padding would fail this comparison of every position."""
     inputs, targets, *_ = collate([make_example([1, 10, 11, 20, 21, 2], 3, 0), make_example([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
 
 
 def test_token_id_zero_is_a_target():
-    """Inputs are padded with 0, but padding is recognized by its target, so id 0 in a response counts."""
+    """Inputs are padded with 0, but only targets of IGNORE are excluded from the loss, so id 0 in a response counts."""
     _, targets, *_ = collate([make_example([1, 5, 0, 2], 2, 0)])
     assert targets.tolist() == [[IGNORE, 0, 2]]
 
@@ -149,13 +149,13 @@ def test_every_example_occurs_once_per_epoch(count, batch_size):
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    """Batches differ between epochs and seeds, even within one pool, and are not sorted by length."""
+    """Epochs and seeds have no batch in common, and the batches of an epoch are not sorted by length."""
     lengths = torch.randint(1, 50, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     first = epoch_batches(lengths, 32, 0, 0)
     assert first == epoch_batches(lengths, 32, 0, 0)  # resuming depends on it
     for other in (epoch_batches(lengths, 32, 0, 1), epoch_batches(lengths, 32, 1, 0)):
         assert not {tuple(sorted(batch)) for batch in first} & {tuple(sorted(batch)) for batch in other}
-    # Within the first pool, lengths would be in order if its batches were not shuffled.
+    # Without the shuffle of the batches, their lengths would increase within a pool of 64 batches.
     longest = [lengths[batch[-1]] for batch in first[:60]]
     assert sum(a > b for a, b in zip(longest, longest[1:])) > 10
 
@@ -190,7 +190,7 @@ def test_rows_with_and_without_an_image_share_a_batch():
 
 
 def test_features_stay_with_their_example(tokenizer):
-    """Dropping or truncating other examples must not shift them, as when they were paired by order."""
+    """Dropping or truncating an example must not assign its features to a different one."""
     length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     examples = [
         Example("a " * 100, "", "dropped", features=torch.tensor([0.0])),
@@ -218,11 +218,11 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
         != t.ids[1 : t.loss_mask.index(True)]
         for e, t in zip(sample, tokens)
     )
-    assert merged > 0  # tokenized together, some prompts have other ids
+    assert merged > 0  # some prompts have different ids if they are tokenized together with the response
 
 
 def test_real_lengths_need_little_padding(data):
-    """Padding every example to 512 gives 4.03 positions per token, batches of similar length at most 1.05."""
+    """Padding every example to 512 gives 4.03 positions per token; batches of similar length give less than 1.05."""
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
     lengths = [len(t.ids) for t in tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]]
@@ -282,6 +282,6 @@ def test_null_input_is_an_empty_input(tmp_path):
     assert (example.instruction, example.input, example.output) == ("Say 1.", "", "1")
 
 
-def test_error_if_no_example_fits():
+def test_data_of_which_no_example_fits_is_refused():
     with pytest.raises(ValueError, match="no example leaves room for a response in --max-seq-len tokens"):
         hold_out([], 0, seed=0)

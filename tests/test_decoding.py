@@ -1,4 +1,4 @@
-"""Linear layers prepared for decoding, compared with products in float64."""
+"""Linear layers prepared for decoding, compared with matmuls in float64 and with the layers that they replace."""
 
 import subprocess
 import sys
@@ -42,15 +42,15 @@ for N in (8, 24, 64, 172, 344, 576):
 
 
 @pytest.fixture(autouse=True)
-def let_fast_products_win(monkeypatch):
-    """Let the fast products win the speed test, which they may lose at these small sizes."""
+def prefer_fast_matmuls(monkeypatch):
+    """Let the fast matmuls win the speed test, which they may lose at these small sizes."""
     monkeypatch.setattr(decoding, "LARGE", 0)
     monkeypatch.setattr(
         decoding, "seconds_of", lambda layer, row: float(isinstance(layer, (QuantizedLinear, torch.nn.Linear)))
     )
 
 
-def test_packed_products_of_all_shapes_are_accurate():
+def test_packed_matmuls_of_all_shapes_are_accurate():
     result = subprocess.run([sys.executable, "-c", PACKED], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     errors = [(float(line.split()[0]), line) for line in result.stdout.splitlines()]
@@ -68,7 +68,7 @@ def step_logits(model, rows, adaption_prompts):
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepared_model_equals_the_quantized_one(bits, dtype):
-    """A batch has two rows, or more than the kernel takes at once. Each row equals the row alone, up to rounding."""
+    """Batches have two rows, or more than the kernel takes at once. Each row equals the row alone, up to rounding."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     model = model.to(dtype)
@@ -94,7 +94,7 @@ def test_packing_in_pieces_equals_packing_at_once():
     assert torch.equal(decoding.pack(nibbles), whole)
 
 
-def test_product_with_a_wrong_result_is_not_used(monkeypatch, capsys):
+def test_fast_matmul_with_a_wrong_result_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(decoding, "packed_product", lambda rows, packed, factors: rows.new_zeros(1, factors.shape[1]))
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
@@ -103,7 +103,7 @@ def test_product_with_a_wrong_result_is_not_used(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("config", ["gqa", "qwen2"])
-def test_bfloat16_in_onednns_layout_equals_the_plain_product(config):
+def test_bfloat16_in_onednns_layout_equals_the_plain_matmul(config):
     """Results are equal up to rounding, for one row and for several, with biases."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
@@ -119,7 +119,7 @@ def test_bfloat16_in_onednns_layout_equals_the_plain_product(config):
 
 
 def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
-    """Quantized weights cause a warning. bfloat16 weights do not, because their plain product is the usual one."""
+    """Quantized weights then cause a warning, because they are dequantized at every step. bfloat16 weights do not."""
     monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 1.0)
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
@@ -130,7 +130,7 @@ def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
     assert capsys.readouterr().err.count("no fast product for 4-bit weights; dequantizing") == 1
 
 
-def test_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
+def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
     def not_implemented(*_):
         raise NotImplementedError("not for this device")
 
@@ -142,7 +142,7 @@ def test_product_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
 
 
 def test_compiled_layers_are_single_graphs_with_equal_outputs():
-    """RowLinear multiplies and sums under torch.compile only. Packed layers are compiled unchanged."""
+    """RowLinear computes elementwise products and a sum under torch.compile only. Packed layers are compiled as is."""
     torch.manual_seed(0)
     x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
     linear = torch.nn.Linear(64, 40).requires_grad_(False)
@@ -164,7 +164,7 @@ def test_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
 
 
 def test_layers_are_packed_one_by_one():
-    """Replaced layers must be freed on the way: a 7B model in bfloat16 may fit into memory once, but not twice."""
+    """Replaced layers must be freed one by one, because a 7B model in bfloat16 may fit into memory only once."""
     model, alive = make_model(SHAPE), []
 
     def pack(layer):

@@ -41,7 +41,7 @@ QUESTION = "Name the number 7."
 
 @pytest.fixture(scope="module")
 def image_adapter(tiny_base, tmp_path_factory):
-    """Path of an image adapter with nonzero gates and a strong projection. Its vision encoder is in the same folder."""
+    """Path of an image adapter with gates of 2.0 and a random projection. Its vision encoder is in the same folder."""
     folder = tmp_path_factory.mktemp("seeing")
     torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), folder / "ViT.pt")
     generator = torch.Generator().manual_seed(3)
@@ -81,7 +81,7 @@ def last_responses(demonstration, request, **sampling):
 
 @pytest.mark.parametrize("config", ["mha", "gqa", "wide", "qwen3"])
 def test_shares_equal_the_reference(config):
-    """Compare the share of every sample, adapted layer and token. Its norms are taken before Wo, over all heads."""
+    """Compare the share of every sample, adapted layer and token. Norms are over all heads, before Wo."""
     model = make_model(config)
     adapter, tokens = make_adapter(model), make_tokens(model, 2, 6)
     with torch.no_grad():
@@ -106,8 +106,8 @@ def test_shares_are_zero_at_strength_0():
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_shares_of_a_quantized_base(bits):
-    """Shares are close to those of the unquantized base but differ, because they use the quantized weights."""
+def test_shares_of_a_quantized_base_use_its_quantized_weights(bits):
+    """The shares are close to those of the unquantized base, but not equal."""
     model = make_model(replace(make_model().config, dim=64, head_dim=16, hidden_dim=64))
     adapter, tokens = make_adapter(model), make_tokens(model, 1, 6)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_both_responses_equal_the_base_at_strength_0(demonstration, temperature)
 
 
 def test_each_column_has_the_shares_that_predict_its_token(demonstration):
-    """A column has the shares at the last position before its token."""
+    """The column of a token has the shares at the position before it, from which the token is predicted."""
     responses = last_responses(demonstration, Request(QUESTION, "of animals", "words"))
     model, tokenizer, adapter = demonstration.model, demonstration.tokenizer, demonstration.adapters["words"]
     responder = generate.Responder(model, tokenizer, {"words": adapter}, max_new_tokens=8)
@@ -152,7 +152,7 @@ def test_each_column_has_the_shares_that_predict_its_token(demonstration):
 def test_heat_map_escapes_its_labels():
     table = shares_table(torch.tensor([[0.1, 0.25], [0.0, 0.5]]), ["<b>", "\n"], first_layer=2)
     assert "&lt;b&gt;" in table and "<b>" not in table and "\\n" in table
-    assert table.index("<th>3</th>") < table.index("<th>2</th>"), "the topmost layer is on top"
+    assert table.index("<th>3</th>") < table.index("<th>2</th>")  # the topmost layer is the first row
     assert 'title="25.0%">25<' in table and "--share: 0.25" in table
 
 
@@ -166,7 +166,7 @@ def test_upload_is_used_and_deleted(demonstration, image_adapter, tmp_path):
     assert not path.exists() and "data:image/png;base64," in encoded.preview
     assert torch.equal(encoded.features["seeing"], expected.features) and list(encoded.features) == ["seeing"]
     responses = last_responses(demonstration, request._replace(features=encoded.features["seeing"]))
-    assert responses.adapter == response != last_responses(demonstration, request).adapter, "the image matters"
+    assert responses.adapter == response != last_responses(demonstration, request).adapter  # the image has an effect
 
 
 def test_broken_upload_is_reported_and_deleted(demonstration, tmp_path):
@@ -359,10 +359,11 @@ def driver():
     driver.quit()
 
 
-def test_page_in_a_browser(driver, tiny_adapter, image_adapter, tiny_base, tmp_path):
-    """Generate, set the strength to 0, upload an image, and upload a broken one.
+def test_page_works_in_a_browser(driver, tiny_adapter, image_adapter, tiny_base, tmp_path):
+    """Responses equal those of generate.py: with an adapter, at strength 0, and with an uploaded image.
 
-    The page requests nothing from other hosts, and the demo leaves no files behind.
+    An empty prompt and a broken image cause a notice. The page requests nothing from other hosts, and the demo leaves
+    no files behind.
     """
     image, server_folder = save_upload(tmp_path), tmp_path / "server"
     server_folder.mkdir()
@@ -398,7 +399,7 @@ def test_page_in_a_browser(driver, tiny_adapter, image_adapter, tiny_base, tmp_p
         page.find_all("#file input[type=file]")[0].send_keys(str(tmp_path / "half.png"))
         page.wait_for_notice("half.png: is a broken image")
         assert page.requests_to_other_hosts() == []
-        assert [path for path in server_folder.rglob("*.png")] == [], "uploads are not kept"
+        assert [path for path in server_folder.rglob("*.png")] == []  # uploads are deleted
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0 and "Traceback" not in (server_folder / "stderr").read_text()
         assert list(server_folder.glob("llama-adapter-demo-*")) == []

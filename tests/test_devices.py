@@ -1,6 +1,6 @@
-"""Results on a GPU compared with the CPU: every test runs on each device of the fixture.
+"""Results on a GPU compared with the CPU. Every test runs on each device of the fixture `device`.
 
-On a CPU the two sides are computed in different ways, so that every test can fail there as well. Gates are nonzero.
+The expected result is computed in a different way, so that every test can also fail on a CPU. Gates are nonzero.
 """
 
 from copy import deepcopy
@@ -25,7 +25,7 @@ from toy.language_model import BASE
 from train import TrainConfig, make_optimizer, response_loss, train_step
 from training import loss
 
-SHAPE = Config(64, 3, 4, 2, 16, 96, 50)  # for quantized models: each row has two groups of columns
+SHAPE = Config(64, 3, 4, 2, 16, 96, 50)  # for quantized models: a row of a weight has two or three groups
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ DRAWS = 40_000
 
 
 def draw(device, temperature, top_p, seed=0):
-    """Sample tokens from the probabilities, in every other row from their reverse, and map the latter back."""
+    """Return DRAWS tokens sampled from PROBABILITIES. Every other one is sampled from their reverse, and mapped back."""
     logits = torch.stack([PROBABILITIES, PROBABILITIES.flip(0)]).log().repeat(DRAWS // 2, 1)  # (DRAWS, 4)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = sample(logits.to(device), temperature, top_p, generator).cpu()
@@ -74,7 +74,7 @@ def test_temperature_0_is_argmax(device):
 
 
 def test_generate_py_samples_the_same_text_with_the_same_seed(tiny_adapter, device):
-    """Run generate.py in the device's default dtype. Its random generator must be on the device as well."""
+    """The command uses the device's default dtype, and a random generator on the device."""
     args = ["--adapter", str(tiny_adapter), "--device", device, "--temperature", "1", "--max-new-tokens", "12", "Hello"]
     results = [CliRunner().invoke(main, [*args, "--seed", seed]) for seed in ("0", "0", "1")]
     assert [result.exit_code for result in results] == [0, 0, 0], results[0].output
@@ -87,7 +87,7 @@ def test_generate_py_samples_the_same_text_with_the_same_seed(tiny_adapter, devi
 
 
 def decode_without_cache(model, ids, adaption_prompts, num_tokens, penalty=1.0):
-    """Decode greedily without a cache."""
+    """Return `num_tokens` new ids of greedy decoding that recomputes the whole text for each of them."""
     ids = list(ids)
     for _ in range(num_tokens):
         logits = model(torch.tensor([ids]), adaption_prompts)[:, -1]  # (1, V)
@@ -98,14 +98,14 @@ def decode_without_cache(model, ids, adaption_prompts, num_tokens, penalty=1.0):
 
 
 def load_toy(device, *texts):
-    """Load the toy's base, whose text depends on its context; return it with the ids of the texts."""
+    """Return the toy's base, whose predictions depend on the context, and the ids of each text."""
     model, tokenizer = load_llama(BASE, device=device)
     return model, [tokenizer.start_ids + tokenizer.encode(text) for text in texts]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_batched_decoding_equals_single_rows_on_the_cpu(device, penalty):
-    """Rows have different lengths, one of them ends early, and the number of steps is not divisible by eight."""
+    """Rows have different lengths, and one of them ends early. On a GPU, tokens of eight steps are read at a time."""
     model, rows = load_toy("cpu", "The capital of Peru is", "The owl", "What is the opposite of hot?")
     adapter = make_adapter(model, layers=3)
     expected = [decode_without_cache(model, row, adapter(), 20, penalty) for row in rows]
@@ -136,9 +136,9 @@ def compiling(device, monkeypatch):
 
 
 def test_compiled_decoding_equals_eager_decoding(device, compiling):
-    """Change only the prompt or only the adaption prompts between generations.
+    """The prompt, the adaption prompts, or both change between generations.
 
-    On a GPU a stale CUDA graph would continue the previous generation.
+    On a GPU, a stale CUDA graph would compute with those of an earlier generation.
     """
     texts = ("The capital of Peru is", "Anna likes the owl and")
     (model, rows), (prepared, _) = load_toy(device, *texts), load_toy(device)
@@ -157,7 +157,7 @@ def test_compiled_decoding_equals_eager_decoding(device, compiling):
 
 
 def test_compiled_decoding_continues_in_a_rewound_cache(device, compiling):
-    """Keep the first tokens of an earlier generation, as a conversation does after its last prompt."""
+    """The cache keeps the first six tokens of an earlier generation, as a conversation keeps its earlier turns."""
     model, (first, second) = load_toy(device, "The capital of Peru is Lima.", "Name the capital of")
     adaption_prompts = make_adapter(model).to(device)()
     cache = KVCache(model, batch=1, capacity=40)
@@ -179,7 +179,7 @@ def test_compiled_decoding_continues_in_a_rewound_cache(device, compiling):
 
 
 def make_examples(model, images=False):
-    """Make examples of unequal length; with `images`, every other one has the features of an image."""
+    """Return five examples of unequal length. With `images`, every other one has the features of an image."""
     examples = []
     for number, length in enumerate((9, 8, 30, 17, 6)):
         ids = make_tokens(model, length, seed=length).tolist()
@@ -189,7 +189,7 @@ def make_examples(model, images=False):
 
 
 def make_image_adapter(model):
-    """Make an ImageAdapter for 6 features with the prompts and gates of `make_adapter`."""
+    """Return an ImageAdapter for 6 features, with the prompts and gates of `make_adapter`."""
     generator = torch.Generator().manual_seed(3)
     adapter = ImageAdapter(layers=2, length=5, dim=32, heads=4, features=6, bottleneck=3, generator=generator)
     adapter.load_state_dict(make_adapter(model).state_dict(), strict=False)
@@ -197,7 +197,7 @@ def make_image_adapter(model):
 
 
 def train_adapter(device, make, steps=4, **config):
-    """Train an adapter for a few steps; return its parameters as one tensor on the CPU, and the losses."""
+    """Train an adapter for `steps` steps; return its parameters as one vector on the CPU, and the losses."""
     model = make_model().to(device)
     adapter = make(model).to(device)
     optimizer = make_optimizer(adapter, weight_decay=0.02)
@@ -210,7 +210,7 @@ def train_adapter(device, make, steps=4, **config):
 @pytest.mark.parametrize("make", [make_adapter, make_image_adapter])
 @pytest.mark.parametrize("tokens, checkpointed", [(10_000, False), (10_000, True), (40, False)])
 def test_training_steps_equal_those_of_the_cpu(device, monkeypatch, make, tokens, checkpointed):
-    """Train with small chunks of logits, micro-batches, or recomputed layers. The CPU computes everything at once."""
+    """Train with small chunks of logits, micro-batches, or recomputed layers. The expected steps have none of these."""
     start, _ = train_adapter("cpu", make, steps=0)
     expected, expected_losses = train_adapter("cpu", make)
     monkeypatch.setitem(loss.ROWS, device, 7)
@@ -220,7 +220,7 @@ def test_training_steps_equal_those_of_the_cpu(device, monkeypatch, make, tokens
 
 
 def loss_and_gradient(model, adapter):
-    """Compute the loss of the examples, and its gradient by all parameters as one tensor on the CPU."""
+    """Return the loss, and its gradient with respect to the adapter's parameters as one vector on the CPU."""
     adapter.zero_grad()
     total = response_loss(model, adapter, make_examples(model))
     total.backward()
@@ -228,7 +228,7 @@ def loss_and_gradient(model, adapter):
 
 
 def test_bfloat16_gradient_is_close_to_float32(device):
-    """A bfloat16 base is the default on a GPU, where attention then has a different backward kernel."""
+    """bfloat16 is the default on a GPU, where the attention then has a different backward kernel."""
     expected_loss, expected = loss_and_gradient(make_model(), make_adapter(make_model()))
     adapter = make_adapter(make_model()).to(device)
     found_loss, found = loss_and_gradient(make_model().to(device, torch.bfloat16), adapter)
@@ -265,7 +265,7 @@ def test_compiled_layers_train_like_eager_ones(device, compiling):
 
 
 def output_and_gradient(model, adapter):
-    """Compute logits, and the gradient of their squares by prompts and gates, both on the CPU."""
+    """Return the logits, and the gradient of their mean square with respect to prompts and gates, both on the CPU."""
     adapter.zero_grad()
     logits = model(make_tokens(model, 2, 9).to(model.device), adapter())
     logits.square().mean().backward()
@@ -302,9 +302,9 @@ def test_quantized_model_equals_dequantized_weights_on_the_cpu(device, monkeypat
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_decode_like_the_quantized_ones(device, monkeypatch, bits, dtype):
-    """Let the packed product win the speed test, which it may lose for small layers."""
+    """The packed matmul is made to win the speed test, which it may lose for small layers."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("the product for packed weights needs a newer GPU")
+        pytest.skip("the matmul with packed weights needs a GPU of compute capability 8.0 or later")
     monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 0.0 if isinstance(layer, PackedLinear) else 1.0)
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
@@ -339,7 +339,7 @@ def toy_adapter(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
 def test_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype, bits):
-    """Check every parameter and buffer of the toy's base and its adapter."""
+    """Every parameter and buffer of the base is checked. The adapter is float32."""
     options = {"bits": bits, "decoding": False}
     model, _, adapters = load_with_adapters([str(toy_adapter)], None, *select_device(device, dtype), **options)
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {device}
@@ -354,7 +354,7 @@ def test_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype, 
 
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
 def test_toy_responses_equal_those_of_the_cpu(toy_adapter, device, bits):
-    """Generate in float32. The CPU recomputes the whole text at every token."""
+    """Responses are generated in float32. The expected ones come from the CPU, which recomputes the whole text."""
     prepare_layer = quantizer(bits)
     model, tokenizer = load_llama(BASE, prepare_layer=prepare_layer)
     adaption_prompts = make_adapter(model, layers=3, seed=3)()

@@ -38,7 +38,7 @@ def test_questions_have_the_expected_answers():
 
 
 def test_saved_vision_encoder_is_loaded_unchanged(small_digits, tmp_path):
-    """transformers loads the same files."""
+    """transformers loads the same files and computes the same states."""
     vision_encoder, image = make_vit(digits.CONFIG), torch.randn(2, 3, 16, 16)
     save_encoder(vision_encoder, tmp_path / "vision_encoder")
     loaded = load_vit(tmp_path / "vision_encoder")
@@ -49,7 +49,7 @@ def test_saved_vision_encoder_is_loaded_unchanged(small_digits, tmp_path):
 
 
 def test_vision_encoder_learns_digits(small_digits, monkeypatch):
-    """After a few epochs of a smaller encoder, most held-out images are nearest to the mean features of their digit."""
+    """After 8 epochs of a small encoder, over 60% of the held-out images are nearest to the mean of their digit."""
     monkeypatch.setattr(digits, "EPOCHS", 8)
     monkeypatch.setattr(digits, "CONFIG", ViTConfig(16, 4, 32, 2, 2, 64))
     vision_encoder = digits.train_vision_encoder(small_digits).requires_grad_(False)
@@ -70,7 +70,7 @@ def test_missing_scikit_learn_is_reported(tmp_path, monkeypatch):
 
 
 def test_bundled_vision_encoder_recognizes_digits(tmp_path):
-    """The features of at least 90% of the held-out images are nearest to the mean features of their digit."""
+    """The features of at least 90% of the held-out images are nearest to the mean of their digit."""
     pytest.importorskip("sklearn")
     digits.write_pictures(tmp_path)
     vision_encoder = load_vit(digits.ENCODER)

@@ -39,14 +39,14 @@ def blocks(text, language=None):
 
 
 def code_spans(text):
-    """Return the code in `backticks` on a page. It may continue on the next line."""
+    """Return the code spans of a page (text in single backticks), each on one line."""
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCED.sub("", text))]
 
 
 def command_of(words):
-    """Return the click command that a line of shell runs, and its arguments, or None for another program.
+    """Return (click command, its arguments) for a line of shell, or None if it does not run a command of the project.
 
-    The file name comes after `python` or `torchrun`, or before options.
+    The file name of the command comes after `python` or `torchrun`, or before options.
     """
     for i, word in enumerate(words):
         started = any("python" in before or before == "torchrun" for before in words[:i])
@@ -104,7 +104,7 @@ def command_errors(text):
     wrong = [problem for line in lines + spans for problem in errors_in_line(line)]
     mentioned = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     return wrong + [
-        f"{option} is no option of any command" for option in mentioned - every_option() - THIRD_PARTY_OPTIONS
+        f"{option}: no command has this option" for option in mentioned - every_option() - THIRD_PARTY_OPTIONS
     ]
 
 
@@ -140,7 +140,7 @@ def actual_top_level():
     try:
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs git, to know which files belong to the project")
+        pytest.skip("needs git and a checkout, to list the files of the project")
     paths = [line.split("/") for line in listed.splitlines() if (ROOT / line).exists()]
     names = {parts[0] + ("/" if len(parts) > 1 else "") for parts in paths}
     return {name for name in names if not name.startswith(".")}
@@ -165,7 +165,7 @@ def test_tests_named_in_the_docs_exist():
     files = list((ROOT / "tests").glob("test_*.py"))
     existing = {path.stem for path in files}.union(*(re.findall(r"def (test_\w+)", path.read_text()) for path in files))
     assert "test_gates_move_first" in named
-    assert named - {"test_boolq"} <= existing, "docs/tasks.md's example has a test of its own"
+    assert named - {"test_boolq"} <= existing  # test_boolq is a file that docs/tasks.md tells the reader to write
 
 
 def test_readme_tree_lists_the_top_level():
@@ -179,7 +179,7 @@ def test_readme_names_every_page():
 
 
 def test_ci_command_sets_up_a_fresh_machine():
-    """.ci/run takes the README's first line with `python -m pytest`."""
+    """The first line of the README with `python -m pytest` is the command that .ci/run executes."""
     first = next(line for line in README.read_text(encoding="utf-8").splitlines() if "python -m pytest" in line)
     assert first.startswith("python3 -m venv .venv && ") and "requirements-dev.txt" in first
 
@@ -255,7 +255,7 @@ def test_documented_base_format_can_be_added(tiny_base, tmp_path, monkeypatch):
 
 
 def test_metadata_of_adapter_files_are_documented(args, tmp_path):
-    """docs/adapters.md lists every key that a run writes, and only keys that some code writes."""
+    """docs/adapters.md lists every key that a run writes, and no key that the code does not contain."""
     page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     tables = page[page.index("The metadata are strings") : page.index("**Checks.**")]
     listed = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?`) \|", tables, re.MULTILINE))))
@@ -277,7 +277,7 @@ def test_metadata_of_adapter_files_are_documented(args, tmp_path):
         ("```sh\npython convert.py exchange a b\n```\n", "no command exchange"),
         ("`python convert.py show|burn`", "no command burn"),
         ("`python generate.py --gready`", "no option --gready"),
-        ("`--streng` blends", "--streng is no option of any command"),
+        ("`--streng` blends", "--streng: no command has this option"),
     ],
 )
 def test_wrong_commands_are_found(text, problem):

@@ -1,4 +1,4 @@
-"""Heads of encoders, and the adapter files that contain one."""
+"""Adapter files for encoders, which also contain the head."""
 
 import pytest
 import torch

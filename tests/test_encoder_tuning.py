@@ -90,7 +90,7 @@ def make_examples(model, loss_fn=class_loss, sizes=(9, 5, 7, 12)):
 
 @pytest.mark.parametrize("loss_fn", [class_loss, span_loss, tag_loss], ids=["class", "span", "tags"])
 def test_batched_loss_equals_single_examples(loss_fn):
-    """Compare padded micro-batches with a loss in float64. The mean is over labels only."""
+    """Compare the mean loss over padded micro-batches with one in float64. Labels of -100 do not count."""
     model = make_roberta()
     adapter = make_head_adapter(model, 2 if loss_fn is span_loss else 3)
     examples, expected = make_examples(model, loss_fn), []
@@ -172,7 +172,7 @@ def image_args(image_data):
     ]  # fmt: skip
 
 
-def test_training_run_on_images(image_data):
+def test_image_classes_are_learned_and_scored(image_data):
     args = image_args(image_data)
     result = train(*args)
     assert result.exit_code == 0, result.output
@@ -222,7 +222,7 @@ def test_two_ranks_train_like_a_single_process(forks, image_data):
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=2e-3)
 
 
-def test_training_run_on_sentences(roberta, tmp_path):
+def test_sentence_classes_are_learned_and_scored(roberta, tmp_path):
     lines = [f"{'good' if i % 2 else 'bad'} film number {i}\t{i % 2}" for i in range(32)]
     (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
     result = train(

@@ -18,8 +18,8 @@ def test_every_token_attends_to_the_prompts_in_both_forms():
     plain = make_vit()(images)
     for fused, paper in zip(*outputs):
         torch.testing.assert_close(fused, paper, rtol=1e-4, atol=1e-4)
-    assert torch.equal(outputs[0][0], plain[0])  # below the adapted layers
-    assert (outputs[0][1] - plain[1]).abs().amin(dim=(0, 2)).min() > 0  # every token
+    assert torch.equal(outputs[0][0], plain[0])  # the lowest layer is not adapted
+    assert (outputs[0][1] - plain[1]).abs().amin(dim=(0, 2)).min() > 0  # every token is affected
     zero_gates = make_vit()(images, make_adapter(make_vit(), gates=False)())
     assert all(torch.equal(a, b) for a, b in zip(zero_gates, plain))
 
@@ -38,8 +38,8 @@ def test_vision_encoders_have_their_published_sizes():
 
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
-def test_roberta_with_adaption_prompts(attention):
-    """Zero gates give the plain encoder, bit for bit in the fused form. Padding has no effect."""
+def test_roberta_attends_to_prompts_and_ignores_padding(attention):
+    """A strength of zero gives the plain encoder, bit for bit in the fused form. Padding has no effect."""
     model = make_roberta(attention=attention)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[1, 6:] = 1
@@ -60,7 +60,7 @@ def test_roberta_with_adaption_prompts(attention):
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
 def test_encoders_with_nonzero_gates_equal_the_reference(attention):
-    """Compare the last layer for one sample with float64. RoBERTa's sample is padded beside a longer one."""
+    """Compare the last layer's output for one sample. RoBERTa's sample is padded, in a batch with a longer one."""
     vit = make_vit(ViTConfig(16, 8, 32, 3, 4, 40), attention=attention)
     adapter, image = make_adapter(vit), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     patches = vit.patch_embedding(image).flatten(2).transpose(1, 2)[0]

@@ -183,7 +183,7 @@ def test_captions_command_writes_its_scores(tmp_path, image_adapter, text_only):
     assert refused.exit_code == 2 and "the task captions needs an adapter that was trained on images" in refused.stderr
 
 
-def test_training_and_evaluation_on_captions(tmp_path, image_adapter, tiny_base):
+def test_every_caption_is_trained_on_and_every_image_is_evaluated_once(tmp_path, image_adapter, tiny_base):
     """Every caption is a training example. Evaluation generates one caption per image."""
     try:
         coco_scorers()

@@ -21,7 +21,7 @@ def limited_sets(count):
     }
 
 
-def test_almanac_scores(monkeypatch, tiny_base, capsys):
+def test_almanac_scores_count_exact_answers_and_answers_that_contain_the_word(monkeypatch, tiny_base, capsys):
     """An exact match is the sentence alone. Other answers that contain the word count as 'has it' only."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
@@ -95,7 +95,9 @@ def test_toy_command_prints_the_scores(tiny_base, tmp_path, monkeypatch):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_image_scores(small_digits, tiny_base, monkeypatch, capsys):
+def test_digits_are_scored_with_the_image_without_it_and_with_a_different_one(
+    small_digits, tiny_base, monkeypatch, capsys
+):
     """The stub answers about the digit in the image that it receives, even if that is the image of another question."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)

@@ -168,7 +168,7 @@ def test_gate_values_are_recorded(small_args, tmp_path):
     assert gate_values[0].abs().max() == 0 and gate_values[-1].abs().min() > 0
 
 
-def test_scienceqa_experiment_end_to_end(small_args, tiny_base, tmp_path):
+def test_scienceqa_experiment_writes_its_scores(small_args, tiny_base, tmp_path):
     problems = {}
     for i in range(12):
         problems[str(i)] = {

@@ -11,7 +11,7 @@ from experiments.__main__ import main
 from formats.bases import load_llama
 
 
-def test_perplexity_by_bits(tiny_base, tmp_path):
+def test_perplexity_and_bytes_differ_by_the_number_of_bits(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     text = "The capital of Peru is Lima. " * 400
     (tmp_path / "a.txt").write_text(text)

@@ -105,7 +105,7 @@ def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
     torch.testing.assert_close(theirs(ids).last_hidden_state, model.encode(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_vit_experiment(tmp_path, data):
+def test_vit_experiment_writes_its_results(tmp_path, data):
     """Run the command on a few real digits, and read its results."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 200), ("test", 100)):
@@ -121,7 +121,7 @@ def test_vit_experiment(tmp_path, data):
     assert 0.5 < values["untrained"] < 0.9 and set(values["rows"]) == set(encoders.METHODS)
 
 
-def test_roberta_experiment(bpe, tmp_path, monkeypatch):
+def test_roberta_experiment_writes_its_results_and_reuses_its_base(bpe, tmp_path, monkeypatch):
     """Run the command and read its results. A RoBERTa pretrained on the same texts is used again."""
     pretrained = []
 
@@ -157,7 +157,7 @@ def test_roberta_experiment(bpe, tmp_path, monkeypatch):
     assert len(pretrained) == 2
 
 
-def test_few_examples_experiment(tmp_path, data, monkeypatch):
+def test_few_examples_experiment_searches_rates_for_each_number(tmp_path, data, monkeypatch):
     """Each number of examples has its own rates, epochs and draws. Rates are scored on examples not trained on."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 60), ("test", 40)):

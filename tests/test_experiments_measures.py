@@ -23,7 +23,7 @@ def testbed(tiny_base, instructions, tmp_path_factory):
     return make_testbed(tiny_base, instructions, tmp_path_factory.mktemp("testbed"))
 
 
-def test_measurements_of_every_method(testbed):
+def test_every_method_is_measured(testbed):
     rows = {method: run_setting(testbed, testbed.default._replace(method=method, lr=0.01), 0) for method in METHODS}
     C, L, K, H = 16, 2, 3, 2
     weights = sum(p.numel() for p in load_llama(testbed.base)[0].parameters())

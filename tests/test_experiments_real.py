@@ -173,7 +173,7 @@ def test_missing_option_of_a_part_is_named(sources, tmp_path):
         assert result.exit_code == 2 and f"{option} is missing" in result.stderr
 
 
-def test_capitals_are_evaluated_on_other_countries():
+def test_capitals_are_evaluated_on_held_out_countries():
     training, evaluated = capital_examples()
     assert len(training) > 50 and len(evaluated) > 50
     assert not {example.name for example in training} & {example.name for example in evaluated}

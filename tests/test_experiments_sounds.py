@@ -119,7 +119,7 @@ def test_no_held_out_voice_is_trained_on():
     assert spoken == {(part, word) for part in sounds.VOICES for word in sounds.WORDS}
 
 
-def test_swapped_sounds_are_of_another_word():
+def test_swapped_sounds_are_of_a_different_word():
     words = ["stop", "stop", "stop", "go"]
     examples = [
         Example("", "", "", word, f"{word}-{i}.wav", features=torch.tensor([float(i)])) for i, word in enumerate(words)
@@ -161,7 +161,7 @@ def test_missing_espeak_ng_or_sounds_are_reported(tmp_path, monkeypatch):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_sounds_command(tiny_base, tmp_path, monkeypatch):
+def test_sounds_command_writes_its_results(tiny_base, tmp_path, monkeypatch):
     """Run it on generated tones, with stubbed answers that determine the table."""
     (tmp_path / "ear.py").write_text("import numpy as np\ndef rows(path): return np.arange(12.0)[None] ** 0.5\n")
     monkeypatch.setattr(sounds, "EXAMPLES", tmp_path)

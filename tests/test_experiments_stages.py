@@ -22,7 +22,7 @@ def run_stages(tmp_path, *args):
     return result.stdout, json.loads((tmp_path / "stages.json").read_text())
 
 
-def test_training_data_of_every_stage(small_toy, tmp_path, monkeypatch):
+def test_each_stage_trains_on_its_own_data(small_toy, tmp_path, monkeypatch):
     """Runs of one stage and of two use the same captions and questions. The second stage may freeze the projection."""
     adapters = []
 
@@ -50,7 +50,7 @@ def test_training_data_of_every_stage(small_toy, tmp_path, monkeypatch):
     assert not torch.equal(together["projection.0.weight"], captions["projection.0.weight"])
 
 
-def test_stages_command(small_toy, tmp_path, monkeypatch):
+def test_stages_command_writes_its_results(small_toy, tmp_path, monkeypatch):
     monkeypatch.setattr("toy.exam.greedy_answers", lambda model, tokenizer, adapter, requests: ["?"] * len(requests))
     stdout, found = run_stages(tmp_path, "--seeds", 2)
     assert stdout.count("0.0%") >= 4 and (tmp_path / "stages.png").stat().st_size > 1000

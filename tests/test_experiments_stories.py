@@ -101,7 +101,7 @@ def command(tiny_base, tmp_path, monkeypatch):
     return run
 
 
-def test_stories_command(command, tmp_path, monkeypatch):
+def test_stories_command_writes_its_results(command, tmp_path, monkeypatch):
     """Generated stories are stubbed, because a base with random weights follows no instruction."""
     calls = []
 
@@ -123,7 +123,7 @@ def test_stories_command(command, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "stories.png").stat().st_size > 1000
 
 
-def test_rate_search_and_shares_of_the_data(command, tmp_path, monkeypatch):
+def test_rate_search_and_learning_curve_have_the_right_examples_and_epochs(command, tmp_path, monkeypatch):
     """Check the number of examples and of epochs of every run, and that stories are generated."""
     runs, steps = [], instructions.finite_steps
     monkeypatch.setattr(

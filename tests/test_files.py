@@ -170,7 +170,7 @@ def test_disk_full_error_names_the_file(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / "checkpoint.pt", None, None, None, {})
 
 
-def test_lock_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
+def test_lock_is_released_in_a_folder_that_became_read_only(tmp_path, monkeypatch):
     """The error inside the lock is raised, not the one from deleting the lock file. The lock is released."""
 
     def refuse(*args, **options):

@@ -315,7 +315,7 @@ def test_files_of_other_methods_are_named(tmp_path):
         load_adapter(tmp_path / "theirs.pth")
 
 
-def test_first_authors_files_have_one_gate_per_layer(tmp_path):
+def test_early_files_of_the_authors_have_one_gate_per_layer(tmp_path):
     """The gate is for all heads, and is used without tanh unless `gate` says otherwise."""
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.25 * i) for i in range(3)}
     save_authors_file(tmp_path / "theirs.pth", **gates)

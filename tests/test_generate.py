@@ -445,7 +445,7 @@ def test_prompts_file_can_mix_adapters_in_one_batch(chef_and_poet, tiny_base, tm
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
-def test_each_row_of_a_batch_ends_with_the_context(data, tmp_path):
+def test_each_row_of_a_batch_ends_at_the_context_length(data, tmp_path):
     """A row with 400 tokens of 512 has room for fewer new tokens than the other row."""
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 130)
     records = [{"instruction": "Once upon a time " * 80}, {"instruction": "Once"}]
@@ -568,7 +568,7 @@ def test_empty_row_is_refused():
         generate(make_model(), [[1], []], max_new_tokens=2)
 
 
-def test_base_with_other_weights_is_a_warning(tiny_base, tmp_path):
+def test_base_with_different_weights_causes_a_warning(tiny_base, tmp_path):
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "a.safetensors", base=tiny_base, base_fingerprint="x")
     result = run("--adapter", tmp_path / "a.safetensors", "--max-new-tokens", 1, "hello")
     assert result.exit_code == 0

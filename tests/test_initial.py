@@ -122,13 +122,13 @@ def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):
         (dict(features=4), "takes 4 features of an image, but this run has 6"),
     ],
 )
-def test_initial_adapter_of_another_shape_is_refused(tmp_path, changes, message):
+def test_initial_adapter_of_a_different_shape_is_refused(tmp_path, changes, message):
     make_random_adapter("images", 1, **changes).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=f"--init .*a.safetensors: .*{message}"):
         initialize(tmp_path / "a.safetensors", make_random_adapter("images", 2))
 
 
-def test_other_base_or_template_is_a_warning(tmp_path, capsys):
+def test_different_base_or_template_causes_a_warning(tmp_path, capsys):
     adapter = make_random_adapter("text", 1)
     adapter.metadata |= {"base_fingerprint": "aa", "prompt_template": "llama-3"}
     adapter.save(tmp_path / "a.safetensors")
@@ -140,7 +140,7 @@ def test_other_base_or_template_is_a_warning(tmp_path, capsys):
     assert "with a different template: prompt_template is llama-3, but this run has alpaca" in warnings
 
 
-def test_freeze_parts():
+def test_projection_is_frozen_as_one_part():
     """The projection counts as one part; freezing a missing part, or all parts, is an error."""
     adapter = make_random_adapter("images", 1)
     freeze_parts(adapter, ["projection"])

@@ -429,7 +429,7 @@ number = 3
 """
 
 
-def test_user_defined_encoder_and_its_errors(tmp_path):
+def test_user_defined_encoder_is_called_and_its_errors_are_reported(tmp_path):
     (tmp_path / "ear.py").write_text(ENCODERS)
     files = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
     for file, content in zip(files, (b"abcdefgh", b"hgfedcba", b"abcd")):

@@ -150,7 +150,7 @@ def one_step(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_communication_and_memory_of_one_step(forks, strategy):
+def test_one_step_communicates_and_stores_no_more_than_it_needs(forks, strategy):
     """A step reduces the adapter's gradient, the loss and a check for lost ranks; FSDP also gathers layers."""
     for result in Ranks(forks, 2, one_step, strategy).results():
         assert result["gradients"] == [] and result["state"] == 0
@@ -455,7 +455,7 @@ def test_non_finite_loss_is_reported_by_one_rank(forks, args):
 @pytest.mark.parametrize(
     "spoil, code, said", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
 )
-def test_signal_stops_all_ranks_and_another_world_size_can_resume(forks, args, tmp_path, spoil, code, said):
+def test_signal_stops_all_ranks_and_a_different_world_size_can_resume(forks, args, tmp_path, spoil, code, said):
     """The signals are SIGTERM to one rank, and Ctrl-C twice to all ranks, as through torchrun."""
     results = Ranks(forks, 2, train_command, args, spoil).results()
     assert [result[0] for result in results] == [code, code]

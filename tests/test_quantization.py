@@ -61,7 +61,7 @@ def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("N, K", SHAPES)
-def test_products_and_gradients_equal_the_dequantized_weight(monkeypatch, bits, dtype, tolerance, N, K):
+def test_outputs_and_gradients_equal_those_of_the_dequantized_weight(monkeypatch, bits, dtype, tolerance, N, K):
     """Inputs have one row or several, the weight is processed in many chunks, and there is a bias."""
     monkeypatch.setitem(__import__("runtime.quantization").quantization.CHUNK, "cpu", 1000)
     layer = linear(N, K, bias=True).to(dtype)
@@ -112,7 +112,7 @@ def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activati
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_decoding_equals_scoring(bits):
+def test_cached_decoding_equals_one_forward_pass(bits):
     """Decoding with the cache agrees with one pass; zero gates give the base's logits bit for bit."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
@@ -155,7 +155,7 @@ def hf_args(args, tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("how", [["--int8"], ["--bits", "8"], ["--bits", "4", "--checkpoint-activations"]])
-def test_training_on_a_quantized_base(hf_args, tmp_path, how):
+def test_training_on_a_quantized_base_is_close_to_training_on_the_unquantized_one(hf_args, tmp_path, how):
     """The base's fingerprint is that of the unquantized weights."""
     results = [run(*hf_args, "--out", tmp_path / name, *extra) for name, extra in (("wide", []), ("few", how))]
     assert [result.exit_code for result in results] == [0, 0], results[1].output

@@ -435,7 +435,7 @@ def test_summary_contains_the_options(args, tmp_path):
     assert options["epochs"] == 3 and options["layers"] == 1 and "base_fingerprint" in options
 
 
-def test_resuming_with_another_tokenizer_is_refused(args, chat_base, tmp_path, monkeypatch):
+def test_resuming_with_a_different_tokenizer_is_refused(args, chat_base, tmp_path, monkeypatch):
     """Later steps would train other tokens as the end of a response."""
     base = tmp_path / "base"
     shutil.copytree(args[1], base)

@@ -16,7 +16,7 @@ from runtime.device import select_device
 from runtime.errors import is_out_of_memory
 
 
-def test_select_device_and_dtype():
+def test_device_and_dtype_are_selected():
     assert select_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
     assert select_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
     assert select_device("auto", "auto")[1] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -67,7 +67,7 @@ def test_compiling_needs_a_compiler(monkeypatch, kind, compiler):
         compilation.prepare_to_compile(torch.device(kind))
 
 
-def test_cuda_graph_is_recorded_again_for_another_cache_or_prompts(monkeypatch):
+def test_cuda_graph_is_recorded_again_for_a_different_cache_or_prompts(monkeypatch):
     """A graph refers to the memory of the cache and the prompts with which it was recorded."""
     recorded = []
 

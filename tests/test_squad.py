@@ -241,7 +241,7 @@ def test_best_span_equals_exhaustive_search(bpe, tmp_path, monkeypatch, max_leng
 OPTIONS = ["--task", "question-answering", "--warmup-epochs", 1, "--val-size", 0, "--lr", 0.1, "--layers", 2]
 
 
-def test_training_on_questions(roberta, tmp_path):
+def test_answers_to_questions_are_learned_and_scored(roberta, tmp_path):
     args = ["--data", save_squad(tmp_path), "--device", "cpu"]
     result = train(*OPTIONS, *args, "--base", roberta, "--out", tmp_path / "run", "--epochs", 60, "--max-seq-len", 100)
     assert result.exit_code == 0, result.output
@@ -256,7 +256,7 @@ def test_training_on_questions(roberta, tmp_path):
     assert "1 unanswerable: exact match 0.00%" in scores.stdout, "all questions that it has seen have an answer"
 
 
-def test_training_on_windows_and_unanswerable_questions(roberta, tmp_path):
+def test_windows_and_unanswerable_questions_are_learned_and_scored(roberta, tmp_path):
     """The adapter file contains the stride and the number of unanswerable questions."""
     args = ["--data", save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", roberta, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]

@@ -70,7 +70,7 @@ def test_features_are_attached_to_examples_of_a_task(problems, tmp_path):
     assert attach_features(problems[1:2], tmp_path, None) == problems[1:2]  # no image, no encoder
 
 
-def test_training_on_scienceqa(tiny_base, tmp_path):
+def test_training_on_scienceqa_increases_the_likelihood_of_the_answer(tiny_base, tmp_path):
     """Training increases the likelihood of the right answer."""
     path = save_problems(tmp_path)
     args = [

@@ -130,7 +130,7 @@ def test_eos_token_can_be_missing_in_tokenizer_json(data, tmp_path):
     assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.decode([32000])) == (32000, 32001, "")
 
 
-def test_llama3_tokenizer_in_hugging_faces_layout(data, tmp_path):
+def test_llama3_tokenizer_takes_its_eos_from_hugging_faces_files(data, tmp_path):
     """Responses are trained to end with eos_token; <|eom_id|> of Llama 3.1 ends a message to a tool."""
     (tmp_path / "original").mkdir()
     shutil.copy(data / "tokenizers" / "llama3_tokenizer.model", tmp_path / "original" / "tokenizer.model")

@@ -3,7 +3,7 @@
 import json
 import os
 import pytest
-from helpers import SAMPLES, save_chatml, save_llama2_json, sentencepiece_by_other_means
+from helpers import SAMPLES, save_chatml, save_llama2_json, convert_sentencepiece
 
 from data import read_examples
 from formats.tokenizers import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
@@ -38,7 +38,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(tiny_base):
     assert tokenizer.decode([*ids, 1024, 5000]) == "cat"
 
 
-def tiktoken_by_other_means(path):
+def convert_tiktoken(path):
     """Convert the same file with transformers; the pattern is that of Llama 3's model card."""
     pytest.importorskip("transformers")
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -51,8 +51,8 @@ def tiktoken_by_other_means(path):
 @pytest.mark.parametrize(
     "name, kind, oracle, vocabulary",
     [
-        ("llama2_tokenizer.model", SentencePieceTokenizer, sentencepiece_by_other_means, (1, 2, 32000)),
-        ("llama3_tokenizer.model", TiktokenTokenizer, tiktoken_by_other_means, (128000, 128001, 128256)),
+        ("llama2_tokenizer.model", SentencePieceTokenizer, convert_sentencepiece, (1, 2, 32000)),
+        ("llama3_tokenizer.model", TiktokenTokenizer, convert_tiktoken, (128000, 128001, 128256)),
     ],
 )
 def test_real_tokenizers_equal_other_implementations(data, tmp_path, name, kind, oracle, vocabulary):
@@ -95,7 +95,7 @@ def test_tokenizer_json_equals_tokenizer_model_and_transformers(data, tmp_path):
         assert tokenizer.decode([1, *ids, 2]) == text
 
 
-def test_different_tokenizer_files_are_a_warning(data, tmp_path, capsys):
+def test_different_tokenizer_files_cause_a_warning(data, tmp_path, capsys):
     save_llama2_json(data, tmp_path)
     for name, hint in (
         ("llama2", ""),

@@ -242,7 +242,7 @@ def test_optimizer_uses_the_scheduled_learning_rate(args, tmp_path, monkeypatch)
     assert logged[:3] == pytest.approx([0.025, 0.05, 0.05])  # half an epoch of 5 steps, rounded to 2
 
 
-def test_every_epoch_has_all_examples_in_another_order(args, monkeypatch):
+def test_every_epoch_has_all_examples_in_a_different_order(args, monkeypatch):
     import train
 
     seen = []
@@ -618,7 +618,7 @@ def test_context_length_limits_max_seq_len(instructions, tmp_path, data):
 
 
 @pytest.mark.parametrize("more", [["--lr", 3], ["--batch-size", 100000]])
-def test_extreme_learning_rate_is_a_warning(args, more):
+def test_extreme_learning_rate_causes_a_warning(args, more):
     i = args.index("--lr")
     result = run(*args[:i], *args[i + 2 :], *more)
     rate = "3 " if "--lr" in more else "3.51562"
@@ -627,7 +627,7 @@ def test_extreme_learning_rate_is_a_warning(args, more):
 
 
 @pytest.mark.parametrize("losses, worse", [([2.0, 1.5, 2.5, 2.125], True), ([2.0, 2.5, 2.5, 1.9], False)])
-def test_adapter_that_increases_the_loss_is_a_warning(args, monkeypatch, losses, worse):
+def test_adapter_that_increases_the_loss_causes_a_warning(args, monkeypatch, losses, worse):
     """This happens on real text with --lr 1000; the losses are fake, because any training helps the random base."""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
