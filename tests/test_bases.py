@@ -46,7 +46,7 @@ def test_tokenizer_is_found_in_the_original_folder_of_llama_3(tiny_base, tmp_pat
 
 
 def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
-    """download.sh of LLaMA 1 and 2 writes it there. The base's own folder has priority; other layouts ignore the parent."""
+    """download.sh of LLaMA 1 and 2 writes it there. The folder itself has priority; other layouts ignore the parent."""
     folder = copy_base(tiny_base, tmp_path / "7B")
     expected = load_llama(folder)[1].encode("The capital of Peru")
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")

@@ -37,7 +37,7 @@ DRAWS = 40_000
 
 
 def draw(device, temperature, top_p, seed=0):
-    """Return DRAWS tokens sampled from PROBABILITIES. Every other one is sampled from their reverse, and mapped back."""
+    """Return DRAWS tokens sampled from PROBABILITIES. Every other one is sampled from their reverse and mapped back."""
     logits = torch.stack([PROBABILITIES, PROBABILITIES.flip(0)]).log().repeat(DRAWS // 2, 1)  # (DRAWS, 4)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = sample(logits.to(device), temperature, top_p, generator).cpu()

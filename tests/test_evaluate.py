@@ -35,6 +35,7 @@ def run_evaluate(*args):
 
 @pytest.fixture
 def folder(tmp_path):
+    """Folder with ScienceQA's problems.json and the images of its problems."""
     save_problems(tmp_path)
     save_problem_images(tmp_path)
     return tmp_path
@@ -52,6 +53,7 @@ def image_adapter(tiny_base, tmp_path):
 
 @pytest.fixture
 def text_only(tiny_base, tmp_path):
+    """Path of an adapter file without a projection for images."""
     Adapter(layers=1, length=2, dim=16, heads=2).save(tmp_path / "t.safetensors", base=str(tiny_base))
     return tmp_path / "t.safetensors"
 
@@ -82,7 +84,7 @@ def test_scienceqa_command_writes_its_results(folder, image_adapter, how):
 
 
 def test_compiled_responses_equal_the_eager_ones(folder, text_only, monkeypatch):
-    """`--compile` compiles as in generate.py. It is refused with `--choose`, which generates nothing."""
+    """`--compile` compiles the decoding step of generate.py. It is refused with `--choose`, which generates nothing."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     compiled = []
@@ -113,7 +115,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
-    """Requests are reordered by length, which must not separate them from their features."""
+    """Sorting the requests by length must not assign their features to different ones."""
     features_by_instruction = {}
 
     def record(responder, requests, *_):

@@ -1,4 +1,4 @@
-"""Scores of a trained adapter on the toy's held-out questions."""
+"""The evaluation on the toy's held-out questions: accuracy of base, baselines and adapter, and the printed tables."""
 
 import torch
 from click.testing import CliRunner
@@ -14,7 +14,7 @@ from toy import almanac, digits, exam
 
 
 def limited_sets(count):
-    """Return all training questions, and `count` questions of every held-out set."""
+    """Return the almanac's sets of questions by name, with only `count` questions in each held-out set."""
     return {
         name: questions if name == "training" else questions[:count]
         for name, questions in almanac.instructions().items()
@@ -22,7 +22,7 @@ def limited_sets(count):
 
 
 def test_almanac_scores_count_exact_answers_and_answers_that_contain_the_word(monkeypatch, tiny_base, capsys):
-    """An exact match is the sentence alone. Other answers that contain the word count as 'has it' only."""
+    """An exact answer is the expected sentence alone. "has it" also counts longer answers that contain the word."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     sets = limited_sets(4)
@@ -70,7 +70,7 @@ def test_majority_baseline_answers_with_the_most_common_word(monkeypatch, tiny_b
 
 
 def test_batched_answers_equal_single_requests(tiny_base):
-    """Batches of 128 keep the order and the adapter of each request, and decode up to 40 tokens greedily."""
+    """130 requests, in batches of 128, keep their order and their adapter. Decoding is greedy, up to 40 tokens."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["training"][:130]]
@@ -98,7 +98,7 @@ def test_toy_command_prints_the_scores(tiny_base, tmp_path, monkeypatch):
 def test_digits_are_scored_with_the_image_without_it_and_with_a_different_one(
     small_digits, tiny_base, monkeypatch, capsys
 ):
-    """The stub answers about the digit in the image that it receives, even if that is the image of another question."""
+    """The stub answers about the digit in the image that it receives, even if the question has a different image."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)
     adapter.metadata = {"vision_encoder_depths": "4"}

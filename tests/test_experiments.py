@@ -1,4 +1,4 @@
-"""The experiments: every command end to end."""
+"""The experiments on the toy's testbed and on ScienceQA, each run as a command."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def every_row(out):
 
 
 def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
-    """Run them from the command line. A setting that several experiments need is run once."""
+    """The command `all` runs them. A setting that several experiments share is trained once."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
     started = []
@@ -78,7 +78,7 @@ def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_skipped(small_args, tmp_path, monkeypatch):
-    """After an interruption, the same command does only the missing runs. Other options start new runs."""
+    """After an interruption, the same command does only the missing runs. With different options it starts anew."""
     out, started, set_up = tmp_path / "out", [], measures.set_up
 
     def interrupt_at(number):
@@ -132,7 +132,7 @@ def test_runs_in_processes_equal_sequential_runs(tmp_path):
 
 
 def test_repeated_experiment_has_the_same_numbers(small_args, tmp_path):
-    """Only the seconds differ."""
+    """Only the measured seconds differ."""
     written = []
     for _ in range(2):
         assert invoke("methods", *small_args).exit_code == 0
@@ -191,7 +191,7 @@ def test_scienceqa_experiment_writes_its_scores(small_args, tiny_base, tmp_path)
 
 
 def test_scienceqa_uses_the_right_adapter_and_attention(small_args, tmp_path, monkeypatch):
-    """The base comes first, then each method with its attention. The ungated method has zero gates."""
+    """The base is evaluated first, then each method with its attention. The ungated method does not train its gates."""
     calls = []
 
     def record(responder, requests, *_, **__):

@@ -1,4 +1,4 @@
-"""python -m experiments bits: perplexity by the number of bits of the frozen layers."""
+"""python -m experiments bits: perplexity and memory by the number of bits per weight of the frozen layers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The experiments with encoders."""
+"""The experiments with ViT and RoBERTa: vit, roberta and few."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from train import TrainConfig, mean_loss
 
 @pytest.mark.parametrize("method", encoders.METHODS)
 def test_every_method_trains_its_own_parameters_only(tmp_path, method):
-    """The loss falls, and no other weight of the encoder changes."""
+    """The loss falls, and only those weights of the encoder change that the method trains."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_state_dict(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
@@ -48,7 +48,7 @@ def test_every_method_trains_its_own_parameters_only(tmp_path, method):
 
 
 class Recorder:
-    """Records what is trained on and scored on, in place of training."""
+    """Replacement for training and evaluation that records their examples. Every accuracy is 0.5."""
 
     def __init__(self, monkeypatch):
         self.trained, self.scored = [], []
@@ -65,7 +65,7 @@ class Recorder:
 
 
 def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
-    """Data are sorted by class, but the tenth has both classes, and the same examples at every rate."""
+    """The data are sorted by class, but the held-out tenth has both classes. It is the same at every rate."""
     examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     recorder = Recorder(monkeypatch)
     trainable = Trainable(None, NoPrompts([]), None)
@@ -85,7 +85,7 @@ def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
 
 
 def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
-    """The saved files are read by our loader and by transformers."""
+    """The loss falls, and our loader and transformers read the saved files."""
     monkeypatch.setattr(encoders, "MASK", 265)
     monkeypatch.setitem(encoders.SCHEDULE, "warmup", 5)
     tokenizer = RobertaTokenizer(bpe)
@@ -106,7 +106,7 @@ def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
 
 
 def test_vit_experiment_writes_its_results(tmp_path, data):
-    """Run the command on a few real digits, and read its results."""
+    """The command is run on 200 real digits, and evaluated on 100."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 200), ("test", 100)):
         images = (
@@ -122,7 +122,7 @@ def test_vit_experiment_writes_its_results(tmp_path, data):
 
 
 def test_roberta_experiment_writes_its_results_and_reuses_its_base(bpe, tmp_path, monkeypatch):
-    """Run the command and read its results. A RoBERTa pretrained on the same texts is used again."""
+    """The RoBERTa is pretrained once per text: a second run on the same text takes it from the cache."""
     pretrained = []
 
     def pretrain_roberta(rows):
@@ -158,7 +158,7 @@ def test_roberta_experiment_writes_its_results_and_reuses_its_base(bpe, tmp_path
 
 
 def test_few_examples_experiment_searches_rates_for_each_number(tmp_path, data, monkeypatch):
-    """Each number of examples has its own rates, epochs and draws. Rates are scored on examples not trained on."""
+    """Each number of examples has its own rates, epochs and samples. Rates are compared on held-out examples."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 60), ("test", 40)):
         images = np.clip(usps[f"{name}_x2000"][:number].reshape(-1, 16, 16) / 2000 * 255, 0, 255).astype(np.uint8)
@@ -178,7 +178,7 @@ def test_few_examples_experiment_searches_rates_for_each_number(tmp_path, data, 
         (8, 4, 0.001, 0), (8, 4, 0.01, 0), (8, 4, 0.001, 0), (8, 4, 0.001, 1),
         (54, 2, 0.001, 0), (54, 2, 0.01, 0), (60, 2, 0.001, 0), (60, 2, 0.001, 1),
     ]  # fmt: skip
-    assert list(map(len, recorder.scored[1:])) == [6, 6, 40, 40] * 2  # the first has all 40, without training
+    assert list(map(len, recorder.scored[1:])) == [6, 6, 40, 40] * 2  # scored[0] is the model before training
     names = [{example.name for example in examples} for examples, _ in recorder.trained]
     for tried in (0, 1, 4, 5):
         assert not names[tried] & {example.name for example in recorder.scored[1 + tried]}

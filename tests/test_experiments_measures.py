@@ -1,4 +1,4 @@
-"""Measurements of a run, for every method."""
+"""The measurements of a run: losses, accuracy, perplexity, number of parameters, and whether the base is recovered."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_perplexity_equals_its_definition(testbed):
     model, adapter, *_ = set_up(testbed.default, 0, testbed.base, testbed.dtype, testbed.device)
     torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(0))
     rows = len(testbed.text)
-    assert rows > 8 and rows % 8 and testbed.text.shape[1] == 128  # more than one batch, and a smaller last one
+    assert rows > 8 and rows % 8 and testbed.text.shape[1] == 128  # several batches of 8, the last one smaller
     found = []
     for prompts in ((), adapter()):
         log_p = model(testbed.text, prompts).double().log_softmax(dim=2)
@@ -61,7 +61,7 @@ def test_only_exact_answers_count(testbed, monkeypatch):
     def answer(responder, requests, batch_size, unit):
         limits.append(responder.sampling.max_new_tokens)
         outputs = [question.output for question in testbed.questions]
-        return [outputs[0] + " indeed", None, *outputs[2:]]  # with additional text, and without room for an answer
+        return [outputs[0] + " indeed", None, *outputs[2:]]  # None: the prompt left no room for an answer
 
     monkeypatch.setattr(measures, "generate_responses", answer)
     model, _ = load_llama(testbed.base)
@@ -100,7 +100,7 @@ def test_diverging_run_still_has_a_row(testbed, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_base_trains_like_float32(testbed, method):
-    """The trained parameters are float32, and the loss is close to that on a float32 base."""
+    """The trained parameters are float32, and the validation loss is within 2% of that on a float32 base."""
     bfloat16_testbed = replace(testbed, dtype=torch.bfloat16)
     setting = testbed.default._replace(method=method, lr=0.02)
     model, adapter, _, _ = set_up(setting, 0, bfloat16_testbed.base, bfloat16_testbed.dtype, bfloat16_testbed.device)

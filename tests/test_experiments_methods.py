@@ -52,7 +52,7 @@ def test_ungated_attention_is_one_softmax():
 
 
 def test_lora_starts_as_the_base():
-    """A LLaMA and an encoder are unchanged bit for bit. Initial values depend on the seed only, not on global state."""
+    """The outputs of a LLaMA and a ViT are unchanged bit for bit. Initial values depend on the given seed only."""
     model = make_model()
     tokens = make_tokens(model, 1, 6)
     before, state = model(tokens), torch.get_rng_state()
@@ -117,7 +117,7 @@ def test_adapter_of_the_lowest_layers_equals_the_reference():
 
 
 def test_full_tuning_has_the_gradient_of_every_weight():
-    """Compare with autograd on plain logits, for the output head and the embeddings as well."""
+    """Compare with autograd on plain logits. The output head and the embeddings are included."""
     examples = [make_example([1, 5, 9, 3, 8, 2], 3, "a"), make_example([1, 5, 7, 2], 2, "b")]
     model, other = make_model().requires_grad_(True), make_model().requires_grad_(True)
     loss = whole_model_loss(model, NoPrompts(model.parameters()), examples)
@@ -149,7 +149,7 @@ def test_no_prompts_contains_the_trained_parameters():
 
 
 def test_finite_steps_equal_the_loop_of_train_py(args, tiny_base, instructions, tmp_path):
-    """The losses are equal, and the adapter is equal bit for bit."""
+    """The losses and the trained adapter are equal bit for bit."""
     options = [*args, "--warmup-epochs", 1, "--seed", 3]
     assert run(*options).exit_code == 0
     theirs = load_file(tmp_path / "run" / "adapter.safetensors")
@@ -203,7 +203,7 @@ def test_every_method_starts_and_trains_as_described(testbed):
         assert (loss == start) == (method in (ZERO_INIT, LORA, FULL)), method
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert {id(p) for p in adapter.parameters() if p.requires_grad} == optimized
-        # exactly the parameters in the optimizer are trained
+        # The optimizer has all trainable parameters, and no other parameter changes.
         frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in optimized}
         gates = adapter.gates.clone() if method in METHODS[:3] else None
         before = mean_loss(model, adapter, testbed.training, TrainConfig())

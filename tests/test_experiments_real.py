@@ -1,4 +1,4 @@
-"""The experiment on a real LLaMA, run here on a tiny one: its parts, what is skipped, and resuming."""
+"""The experiment on a real LLaMA, run here on a tiny one: its parts, which are skipped if done, and resuming."""
 
 import json
 
@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 @pytest.fixture
 def sources(tiny_base, tmp_path, monkeypatch):
-    """Data files of a few sentences, with the experiment's sizes patched to match."""
+    """Sources with small data files. The sizes of the experiment are patched to match."""
     sentences = [f"a {word} film number {i}\t{i % 2}" for i, word in enumerate(["good", "bad", "long", "new"] * 4)]
     for name, rows in (("train", sentences), ("dev", sentences[:3])):
         (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows))
@@ -49,7 +49,7 @@ def test_later_parts_use_the_rates_of_the_first(sources, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in parts}
     assert set(found["rates"]["best"]) == set(reviews.TRIED)
-    # A single rate is at the edge of its grid, so another is tried.
+    # A single rate is at the edge of its grid, so the search tries a second one.
     assert len(found["rates"]["rows"]) == 2 * len(reviews.TRIED)
     assert found["methods"]["rows"][LORA]["setting"]["lr"] == found["rates"]["best"][LORA]
     assert len(found["methods"]["rows"][ZERO_INIT]["accuracy"]) == 2
@@ -82,13 +82,13 @@ def test_training_sets_are_nested_and_exclude_held_out_data(sources):
 
 @pytest.mark.parametrize("method", [ZERO_INIT, LORA, FULL])
 def test_resuming_equals_an_uninterrupted_run(sources, method, monkeypatch):
-    """The run is interrupted after the last step, and then after three steps."""
+    """One run fails after its last step was saved. A second run is interrupted after three steps and then resumed."""
     testbed = review_testbed(sources, 8, False)
     run = ReviewRun(testbed.default._replace(method=method, lr=0.01), 8)
     uninterrupted = reviews.run_review(sources, run, seed=0)
     monkeypatch.setattr(measures, "SAVE_EVERY", -1)
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "mean_loss", None)  # fails after the last step was saved
+        patch.setattr(measures, "mean_loss", None)  # called after the last step was saved
         with pytest.raises(TypeError):
             reviews.run_review(sources, run, seed=0)
     (checkpoint,) = reviews.CACHE.iterdir()
@@ -116,7 +116,7 @@ def test_resuming_equals_an_uninterrupted_run(sources, method, monkeypatch):
 
 
 def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
-    """The gradient is close to the one in float32, but not equal to it."""
+    """The gradient in mixed precision is within 5% of the one in float32, but not equal to it."""
     testbed = review_testbed(sources, 8, False)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -131,7 +131,7 @@ def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
 
 @pytest.mark.filterwarnings("ignore")
 def test_parts_on_other_tasks_write_their_files(sources, chat_base, tmp_path, monkeypatch):
-    """Run ScienceQA, three adapters mixed in a batch, Alpaca, and digits. Adapters are kept in the cache."""
+    """The parts are ScienceQA, three adapters mixed in a batch, Alpaca, and digits. Adapters are kept in the cache."""
     problems = save_problems(tmp_path)
     splits = {"train": ["12", "30"], "val": ["31"], "test": ["12", "30", "31"]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))

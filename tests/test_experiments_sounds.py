@@ -26,7 +26,7 @@ def encoder(name):
 
 @pytest.fixture
 def keyword_transformer(data, monkeypatch):
-    """The folder of the model and its real clips. KWT_MODEL is set to the model's path."""
+    """Folder of the model and ten real clips. KWT_MODEL is set to the path of the model."""
     pytest.importorskip("av")
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
     folder = data / "models" / "kwt1"
@@ -35,7 +35,10 @@ def keyword_transformer(data, monkeypatch):
 
 
 def save_tone(path, rate, seconds, pitch=440, before=0.0):
-    """Write a 16-bit tone that begins after `before` seconds of silence."""
+    """Save a WAV file (mono, 16 bits) with a tone after `before` seconds of silence; return its path.
+
+    `rate` is in samples per second, and `pitch` in Hz.
+    """
     sound = 0.5 * np.sin(2 * np.pi * pitch * np.arange(round(rate * seconds)) / rate)
     sound = np.concatenate([np.zeros(round(rate * before)), sound])
     with wave.open(str(path), "wb") as file:
@@ -49,7 +52,7 @@ def save_tone(path, rate, seconds, pitch=440, before=0.0):
 
 
 def test_all_ten_real_clips_are_recognized(keyword_transformer, tmp_path):
-    """The labels are in the experiment's order. Four of the words have the label "unknown"."""
+    """This shows that the experiment has the model's labels in the right order. Four words have the label "unknown"."""
     files = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     features = encode_with_function(files, encoder("label_scores"))
     examples = [Example("", "", "", str(file), file.name, features=one) for file, one in zip(files, features)]
@@ -57,7 +60,7 @@ def test_all_ten_real_clips_are_recognized(keyword_transformer, tmp_path):
 
 
 def test_scores_are_computed_from_the_last_class_token(keyword_transformer, tmp_path):
-    """If a layer were fused away, its tensor would contain other values."""
+    """If the runtime fused a layer with the next one, the tensor with its output would contain different values."""
     (file, *_) = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     tokens, scores = encoder("class_tokens")(file), encoder("label_scores")(file)
     assert tokens.shape == (4, 64) and scores.shape == (1, 12)
@@ -72,7 +75,7 @@ def test_scores_are_computed_from_the_last_class_token(keyword_transformer, tmp_
 def test_sounds_of_any_rate_are_resampled_to_16_khz(tmp_path, rate):
     pytest.importorskip("av")
     samples = encoder("read_sound")(save_tone(tmp_path / "x.wav", rate, 0.5, pitch=440))
-    assert abs(len(samples) - 8000) <= 2, "nothing is left in the resampler"
+    assert abs(len(samples) - 8000) <= 2  # the resampler was flushed
     assert np.abs(np.fft.rfft(samples)).argmax() * 16000 / len(samples) == pytest.approx(440, abs=2)
     assert np.abs(samples).max() == pytest.approx(0.5, abs=0.02)
 
@@ -162,7 +165,7 @@ def test_missing_espeak_ng_or_sounds_are_reported(tmp_path, monkeypatch):
 
 
 def test_sounds_command_writes_its_results(tiny_base, tmp_path, monkeypatch):
-    """Run it on generated tones, with stubbed answers that determine the table."""
+    """The sounds are generated tones, and stubbed answers determine the scores."""
     (tmp_path / "ear.py").write_text("import numpy as np\ndef rows(path): return np.arange(12.0)[None] ** 0.5\n")
     monkeypatch.setattr(sounds, "EXAMPLES", tmp_path)
     monkeypatch.setattr(sounds, "ENCODERS", {"an ear": "ear.py:rows", sounds.SCORES: "ear.py:rows"})
@@ -174,7 +177,7 @@ def test_sounds_command_writes_its_results(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(sounds, "other_sounds", lambda examples: [torch.zeros(12) for _ in examples])
 
     def stub_answers(model, tokenizer, adapter, requests):
-        """Answer correctly about "go" if the request has a sound, and about nothing else."""
+        """Return answers about "go" if a request has a sound, whatever the sound is, and "?" otherwise."""
         heard = [request.features is not None and bool(request.features.any()) for request in requests]
         responses = {"Which word do you hear?": "I hear the word go.", "Is it a number?": "Go is no number."}
         return [responses[request.instruction] if has_sound else "?" for request, has_sound in zip(requests, heard)]

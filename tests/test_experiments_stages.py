@@ -12,10 +12,12 @@ from experiments.__main__ import main
 
 @pytest.fixture
 def small_toy(small_digits, tiny_base, monkeypatch):
+    """Replace the toy's base by a tiny one, and its images by a few."""
     monkeypatch.setattr("experiments.stages.toy_base", lambda: tiny_base)
 
 
 def run_stages(tmp_path, *args):
+    """Run the command; return its standard output, and the values in stages.json."""
     args = ["stages", "--pictures", 4, "--epochs", 2, "--device", "cpu", "--out", tmp_path, *args]
     result = CliRunner().invoke(main, list(map(str, args)))
     assert result.exit_code == 0, result.output
@@ -23,7 +25,7 @@ def run_stages(tmp_path, *args):
 
 
 def test_each_stage_trains_on_its_own_data(small_toy, tmp_path, monkeypatch):
-    """Runs of one stage and of two use the same captions and questions. The second stage may freeze the projection."""
+    """Runs in one stage and in two have the same captions and questions. The last run freezes the projection."""
     adapters = []
 
     def evaluate(model, tokenizer, adapter):

@@ -43,7 +43,7 @@ def test_devices_and_pipes_are_not_read(tmp_path):
 
 
 def test_expanded_and_compressed_tensors_are_refused(tmp_path):
-    """One file is small but declares 4e11 numbers, the other is a compressed zip file."""
+    """One small file declares a tensor of 4e11 elements, and another one is a zip file with compressed entries."""
     from formats.adapters import load_adapter
 
     bomb = {"adapter_query.weight": torch.zeros(1).expand(10**8, 4096), "layers.0.attention.gate": torch.ones(4)}
@@ -160,7 +160,7 @@ def disk_full(*args, **options):
 
 
 def test_disk_full_error_names_the_file(tmp_path, monkeypatch):
-    """Python's own errors name the file if opening it fails, but not if writing to it fails."""
+    """Python's OSError names the file if opening it fails, but not if writing to it fails."""
     monkeypatch.setattr(Path, "write_text", disk_full)
     with pytest.raises(OSError, match="No space left on device: '.*/.lock-holder'"), locked(tmp_path):
         pass
@@ -187,7 +187,7 @@ def test_lock_is_released_in_a_folder_that_became_read_only(tmp_path, monkeypatc
 
 
 def test_locked_folder_without_its_holder_file_is_refused(tmp_path, monkeypatch):
-    """The holder may delete the file just before another process reads it."""
+    """The process that holds the lock may delete the file just before a second process reads it."""
     with locked(tmp_path):
         (tmp_path / ".lock-holder").unlink()
         with pytest.raises(ValueError, match="is in use by another process"), locked(tmp_path):

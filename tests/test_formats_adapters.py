@@ -1,4 +1,4 @@
-"""Third-party adapters: import, equal outputs, and export."""
+"""Adapter files of the authors, lit-llama and PEFT: import, equal outputs, export, and files that are refused."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def reference_logits(prompts, gates):
 
 @pytest.mark.parametrize("gate", ["tanh", "identity"])
 def test_authors_file_equals_the_reference(tmp_path, gate):
-    """adapter_query is (L*K, C), the lowest layer first. All layers have gates; only those of the topmost L count."""
+    """adapter_query is (L*K, C), lowest layer first. All layers have gates; those of the topmost L are used."""
     tensors = save_authors_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth", gate=gate, length=5).save(tmp_path / "ours.safetensors")
     adapter = load_adapter(tmp_path / "ours.safetensors")
@@ -104,7 +104,7 @@ def make_peft_model(config, layers=2, length=5):
     return model, theirs, options, peft
 
 
-@pytest.mark.parametrize("config", ["mha", "gqa"])  # with other head widths PEFT fails
+@pytest.mark.parametrize("config", ["mha", "gqa"])  # PEFT fails if H * D differs from C
 @pytest.mark.filterwarnings("ignore")
 def test_imported_peft_adapter_equals_peft(tmp_path, config):
     model, theirs, options, peft = make_peft_model(config)
@@ -316,7 +316,7 @@ def test_files_of_other_methods_are_named(tmp_path):
 
 
 def test_early_files_of_the_authors_have_one_gate_per_layer(tmp_path):
-    """The gate is for all heads, and is used without tanh unless `gate` says otherwise."""
+    """The gate applies to all heads, without tanh unless `gate` is "tanh"."""
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.25 * i) for i in range(3)}
     save_authors_file(tmp_path / "theirs.pth", **gates)
     with pytest.raises(ValueError, match="one gate for all heads"):
@@ -340,7 +340,7 @@ def test_export_of_a_projection_or_head_to_peft_is_refused(tmp_path, kind):
 
 
 def test_newer_litgpt_files_cause_a_warning(tmp_path, capsys):
-    """Newer files look like older ones, but their prompts are projected by other rows of the weights."""
+    """Newer files look like older ones, but litgpt projects their prompts with different rows of the weights."""
     save_lit_file(tmp_path / "theirs.pth")
     load_adapter(tmp_path / "theirs.pth")
     assert "theirs.pth: if litgpt v0.5.5 or later wrote this file, it does not work here" in capsys.readouterr().err

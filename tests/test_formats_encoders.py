@@ -77,7 +77,7 @@ def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision)
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_open_clip_files_equal_transformers(tmp_path, capsys, quick):
-    """The head width is not 64, and the activation is GELU by default. Neither can be read from the weights."""
+    """The heads are not 64 wide, and the default activation is GELU. The weights determine neither of the two."""
     theirs = save_open_clip(tmp_path, "quick_gelu" if quick else "gelu", {"quick_gelu": True} if quick else None)
     ours, images = load_vit(tmp_path / "open_clip_pytorch_model.bin"), make_images()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_unsupported_open_clip_settings_are_refused(tmp_path, changes, message):
 
 
 def test_openai_state_dict_is_recognized_by_its_entries(tmp_path, capsys):
-    """Other CLIP files without open_clip_config.json cause a warning, or an error if only open_clip has their width."""
+    """Without these entries and open_clip_config.json, a warning is printed, or a width of open_clip's is refused."""
     state = openai_state_dict(make_vit())
     torch.save(state, tmp_path / "ViT.pt")
     load_vit(tmp_path / "ViT.pt")
@@ -375,7 +375,7 @@ def test_roberta_equals_transformers(tmp_path, kind):
 
 
 def test_real_mnist_vit_has_its_known_accuracy(data):
-    """The accuracy on the MNIST test set is 97.94%, as with the code that the file was trained with."""
+    """The accuracy on the MNIST test set is 97.94%, as with the code that trained the model."""
     import gzip
 
     model, head = load_encoder(data / "vision" / "vit_mnist_ckpt" / "vit_mnist.pth")
@@ -388,13 +388,13 @@ def test_real_mnist_vit_has_its_known_accuracy(data):
         predictions = [head(model.encode(part)[:, 0]).argmax(1) for part in images.split(1000)]
     assert (torch.cat(predictions) == labels).float().mean().item() == pytest.approx(0.9794, abs=1e-6)
     parameters = [*model.named_parameters(), *head.named_parameters()]
-    # The file has no biases of queries, keys and values.
+    # The file has no biases of queries, keys and values; the loaded model has zeros.
     biases = sum(p.numel() for name, p in parameters if name.endswith(("wq.bias", "wk.bias", "wv.bias")))
     assert sum(p.numel() for _, p in parameters) - biases == 213_642
 
 
 def test_real_cifar10_vit_has_its_known_accuracy(tmp_path, data):
-    """17 of 25 images are right, as with its own code. The number of heads and the norm's eps come from config.json."""
+    """17 of 25 images are classified correctly, as by the model's own code. config.json has heads and eps."""
     folder = data / "models" / "vit_cifar10"
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}

@@ -26,7 +26,7 @@ from runtime.decoding import prepare_to_decode
 
 
 def run(*args, input=None):
-    """Run generate.py in this process; standard input is an empty pipe by default."""
+    """Run generate.py in this process, and return click's Result. Standard input is an empty pipe by default."""
     return CliRunner().invoke(main, [str(arg) for arg in args], input=input)
 
 
@@ -48,7 +48,7 @@ def test_batched_generation_equals_one_prompt_at_a_time():
 
 
 def test_compiled_decoding_equals_eager_decoding():
-    """Prompts and responses of other lengths need no recompilation."""
+    """After the second cache size, prompts and responses of different lengths need no recompilation."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     model = make_model()
@@ -74,7 +74,7 @@ def test_missing_compiler_is_a_one_line_error(tiny_adapter, monkeypatch):
 
 
 def test_each_row_stops_at_its_own_eos():
-    """The authors' inference code doesn't stop at EOS."""
+    """Decoding ends with the last row. (The authors' inference code does not stop at EOS.)"""
     model = make_model()
     rows = [make_tokens(model, 5, seed=n).tolist() for n in range(3)]
     full = generate(model, rows, max_new_tokens=12)
@@ -142,7 +142,7 @@ def test_text_pieces_end_before_a_stop_string(stop, expected):
 
 
 def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
-    """Every row has the same response as alone, and decoding ends with the last row."""
+    """Every row has the same response as alone, and decoding ends when the last row has ended."""
     _, _, adapters = loaded = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), torch.float32)
     unlimited = Responder(*loaded, max_new_tokens=30)
     requests = [Request(text, adapter=name) for text in ("Hi", "the cat sat", "Who?") for name in ("base", *adapters)]
@@ -287,7 +287,7 @@ def test_prompt_and_sampling_options_reach_the_model(tiny_adapter, tiny_base, mo
         tokens, sampling, used_step = seen.pop()
         assert tokens == [tokenizer.start_ids[0], *tokenizer.encode(text)]
         assert sampling.generator.initial_seed() == 0 and used_step is decode_step
-        # The defaults are the paper's (OGV 133).
+        # The defaults are the paper's (OpenGVLab issue 133).
         assert sampling[:4] == (256, 0.1, 0.75, set(tokenizer.end_ids))
     more = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--max-new-tokens", 3]
     run("--adapter", tiny_adapter, *more, "cat")
@@ -341,7 +341,7 @@ def test_piped_lines_get_the_same_responses_as_single_prompts(tiny_adapter):
 
 
 def test_closed_standard_input_is_an_error_only_without_a_prompt(tiny_adapter):
-    """Standard input is closed under cron, for example."""
+    """Standard input may be closed, for example under cron."""
     command = f"{sys.executable} generate.py --adapter {tiny_adapter} --max-new-tokens 2"
     for more, code in ((" hello", 0), ("", 2)):
         result = subprocess.run(
@@ -400,7 +400,7 @@ def test_extreme_sampling_options_are_greedy(sampling):
 
 @pytest.fixture(scope="module")
 def chef_and_poet(tiny_base, tmp_path_factory):
-    """Two adapters for one base, with different numbers of layers."""
+    """Paths of two adapters for one base, chef.safetensors with L = 3 and poet.safetensors with L = 1."""
     model, _ = load_llama(tiny_base)
     paths = []
     for name, layers, seed in (("chef", 3, 1), ("poet", 1, 5)):
@@ -412,7 +412,7 @@ def chef_and_poet(tiny_base, tmp_path_factory):
 
 
 def test_prompts_file_can_mix_adapters_in_one_batch(chef_and_poet, tiny_base, tmp_path, monkeypatch):
-    """Adapters of different depths and the base share a batch; every output equals that of a run of its own."""
+    """Adapters with different L and the base share a batch. Every output equals that of a separate run."""
     import generate as module
 
     chef, poet = chef_and_poet
@@ -543,9 +543,9 @@ def test_compare_prints_the_base_and_every_adapter(chef_and_poet):
 
 
 def test_twenty_adapters_need_only_their_own_memory(tmp_path):
-    """The adapters have LLaMA-7B's shape, 4.9 MB each, and their prompts are ready in bfloat16."""
+    """The adapters have LLaMA-7B's shape, 4.9 MB each in float32, and their output is also kept in bfloat16."""
     if not os.path.exists("/proc/self/status"):
-        pytest.skip("reads /proc")
+        pytest.skip("needs /proc")
     Adapter(layers=30, length=10, dim=4096, heads=32).save(tmp_path / "a.safetensors")
     code = (
         "import torch\n"
@@ -555,7 +555,7 @@ def test_twenty_adapters_need_only_their_own_memory(tmp_path):
         "with torch.no_grad(): first = ready(); before = anonymous(); twenty = [ready() for _ in range(20)]\n"
         "print(anonymous() - before)"
     )
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns freed memory at once
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # makes glibc return freed memory at once
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -39,7 +39,10 @@ def interleaved(weight, heads):
 
 
 def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, change=lambda writer: None, **options):
-    """Write a model of transformers and a tokenizer, by default a byte-level one, with ggml-org's GGUF writer."""
+    """Write a model of transformers and a tokenizer with ggml-org's GGUF writer, and return the path.
+
+    `tokenizer` and `change` are functions that add fields to the writer. The default tokenizer is a byte-level one.
+    """
     config = theirs.config
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(config.num_hidden_layers)
@@ -101,7 +104,7 @@ CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3"
 
 @pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_0), ("gqa", Q4_1)])
 def test_logits_equal_transformers(tiny_base, tmp_path, name, kind):
-    """transformers dequantizes the same file; for float32, the logits are also those of the original model."""
+    """Compare with transformers on the same file; for float32, with the model that was written to it."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS[name])
     architecture = name if name.startswith("qwen") else "llama"
@@ -126,7 +129,7 @@ def test_logits_equal_transformers(tiny_base, tmp_path, name, kind):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q6_K", "IQ4_NL"])
 def test_block_formats_of_llama_cpp_are_dequantized(tiny_base, tmp_path, kind):
-    """The blocks are random; each row of the file is a row of the weight."""
+    """The blocks are random bytes. Each row of blocks is a row of the weight."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     kind = gguf.GGMLQuantizationType[kind]
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -158,7 +161,7 @@ def test_scaled_rotary_embeddings_equal_transformers(tiny_base, tmp_path, name):
 
 
 def test_split_model_is_read_from_any_part(tiny_base, tmp_path):
-    """The model is named by its first part, by another part, or by the folder."""
+    """The path is that of the first part, of a later part, or of the folder."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     (tmp_path / "parts").mkdir()
     save_gguf(tmp_path / "parts" / "model.gguf", theirs, split_max_tensors=10)
@@ -281,7 +284,7 @@ def tokenizer_from_gguf(tmp_path, tiny_base, tokenizer):
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_byte_level_tokenizer_survives_a_round_trip(data, tiny_base, tmp_path, pre):
-    """The tokenizer is trained here with this pre-tokenizer, written to GGUF, and read."""
+    """A tokenizer with this pre-tokenizer is trained, written to GGUF, and read; the ids stay the same."""
     original = Tokenizer(models.BPE())
     original.pre_tokenizer = SPLITS[pre]
     original.decoder = decoders.ByteLevel()
@@ -305,7 +308,7 @@ def test_byte_level_tokenizer_survives_a_round_trip(data, tiny_base, tmp_path, p
 
 
 def test_llama3_tokenizer_equals_tiktoken(data, tiny_base, tmp_path):
-    """transformers derives the merges from Meta's file; a piece that is itself a token needs none."""
+    """The merges in the file were derived from Meta's file by transformers. The ids equal those of Meta's tokenizer."""
     converter = pytest.importorskip("transformers.convert_slow_tokenizer")
     original = tmp_path / "tokenizer.model"  # with its first 12,000 tokens only
     with open(data / "tokenizers" / "llama3_tokenizer.model", "rb") as file:
@@ -398,7 +401,7 @@ def test_train_and_generate_accept_a_gguf_file(tiny_base, instructions, tmp_path
 
 
 def test_norms_are_dequantized_and_empty_tensors_refused(tiny_base, tmp_path):
-    """Norms are dequantized whatever they are stored in; a tensor without elements is a one-line error."""
+    """A vector is dequantized, whatever its format in the file. A tensor without elements is refused."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "a.gguf", theirs, kind=Q8_0)
     place = read_header(path).tensors["blk.0.ffn_gate.weight"]

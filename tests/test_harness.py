@@ -1,4 +1,4 @@
-"""evaluate.py harness, compared with lm_eval's own model `hf` on transformers and PEFT."""
+"""evaluate.py harness, compared with lm_eval's model `hf`, which uses transformers and PEFT."""
 
 import json
 import os
@@ -35,12 +35,12 @@ def harness():
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base):
-    """A base with a context of 48 tokens, so that some texts are longer."""
+    """The tiny base and its tokenizer, with a context of 48 tokens, so that some texts are longer."""
     model, tokenizer = load_llama(tiny_base)
     model.config = replace(model.config, max_seq_len=48)
     with torch.no_grad():
         model.output.weight *= 8
-        model.output.weight[3:259] = 0  # no byte tokens: tokenizers decode incomplete characters differently
+        model.output.weight[3:259] = 0  # suppresses byte tokens, because tokenizers differ in incomplete characters
     return model.requires_grad_(False), tokenizer
 
 
@@ -55,7 +55,7 @@ def adapter(loaded):
 
 
 def hf_model(model, folder, theirs=None):
-    """Return lm_eval's `hf` model with the same weights and tokenizer."""
+    """Return lm_eval's `hf` for `theirs`, by default `model` in transformers, with the tokenizer in `folder`."""
     transformers, peers = pytest.importorskip("transformers"), pytest.importorskip("benchmarks.peers")
     from lm_eval.models.huggingface import HFLM
 
@@ -86,7 +86,7 @@ def tokenizer_folder(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["base", "adapter"])
 def both(request, harness, loaded, adapter, tokenizer_folder, tmp_path_factory):
-    """The project's model and `hf`, for the base and with the adapter in PEFT."""
+    """The project's model for the harness, and `hf`: both with the base alone, or both with the adapter (in PEFT)."""
     if request.param == "base":
         return our_model(harness, loaded), hf_model(loaded[0], tokenizer_folder)
     peft, peers = pytest.importorskip("peft"), pytest.importorskip("benchmarks.peers")
@@ -98,7 +98,7 @@ def both(request, harness, loaded, adapter, tokenizer_folder, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore")
 def test_log_likelihoods_equal_those_of_hf(both):
-    """Contexts may be empty, shared or too long for the base; continuations have one token or several."""
+    """Contexts are empty, shared, or too long for the base. Continuations have one token or several."""
     rows = [(context, continuation) for context, continuations in QUESTIONS for continuation in continuations]
     rows += [("", "Lima is a capital"), (WORDS * 4, " Lima, the capital"), (WORDS * 4, " owl"), ("What ", "is")]
     found, expected = (model.loglikelihood(requests("loglikelihood", rows), disable_tqdm=True) for model in both)
@@ -111,7 +111,7 @@ def test_log_likelihoods_equal_those_of_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_greedy_continuations_are_recognized(both):
-    """The continuations are the three most likely tokens, and the same with another last token."""
+    """The first continuation is the greedy one of three tokens; the second differs from it in the last token."""
     model, _ = both
     context = model.tok_encode(WORDS[:30])
     ids = []
@@ -149,7 +149,7 @@ def test_generated_texts_equal_those_of_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_third_party_model_scores_as_with_hf(harness, data, tmp_path):
-    """tinystories3.8M scores which sentence continues a story, scores whole stories, and continues them."""
+    """tinystories3.8M scores the sentences that may continue a story, scores whole stories, and continues them."""
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
@@ -166,14 +166,14 @@ def test_third_party_model_scores_as_with_hf(harness, data, tmp_path):
         found, expected = (getattr(each, kind)(requests(kind, prompts), disable_tqdm=True) for each in both)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-4)
     scores = torch.tensor(both[0].loglikelihood(requests("loglikelihood", rows), disable_tqdm=True))[:, 0].view(6, 6)
-    assert (scores.argmax(dim=1) == torch.arange(6)).sum() > 3, "what is asked is what the model knows"
+    assert (scores.argmax(dim=1) == torch.arange(6)).sum() > 3  # for most stories, their own sentence is most likely
     prompts = [(story[:60], {"until": ["."], "max_gen_toks": 30}) for story in stories]
     found, expected = (each.generate_until(requests("generate_until", prompts), disable_tqdm=True) for each in both)
     assert found == expected and len(set(found)) > 3
 
 
 def test_shared_context_is_processed_once(harness, loaded, monkeypatch):
-    """Three continuations share one context; the last token of a continuation is not processed."""
+    """Three continuations share one context. The last token of a continuation is predicted, but not processed."""
     model, positions = our_model(harness, loaded), []
     forward = type(model.model).hidden_states
     monkeypatch.setattr(
@@ -182,7 +182,7 @@ def test_shared_context_is_processed_once(harness, loaded, monkeypatch):
     )  # fmt: skip
     rows = [(None, list(range(5, 25)), [7, 8]), (None, list(range(5, 25)), [9, 8]), (None, list(range(5, 25)), [3])]
     model._loglikelihood_tokens(rows, disable_tqdm=True)
-    assert positions == [20, 3]  # the continuation of one token is padded
+    assert positions == [20, 3]  # the context, and one token per continuation (padding, if it has only one)
 
 
 def test_alpaca_token_ids_equal_those_of_training(harness, loaded, adapter):
@@ -231,7 +231,7 @@ def test_unsupported_requests_are_refused(harness, loaded, call, message):
 
 
 def test_sampling_is_seeded_by_the_harness(harness, loaded):
-    """Only the start of a run is seeded, so its batches draw different numbers."""
+    """The harness seeds only the start of a run, so that its batches draw different numbers."""
     model = our_model(harness, loaded)
     rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})] * 12
     texts = []
@@ -256,7 +256,7 @@ def test_equal_strengths_are_one_column(harness, loaded, adapter):
 
 @pytest.fixture
 def task(tmp_path):
-    """A task with Python code that imports Hugging Face's `evaluate`."""
+    """Path of a task with Python code that imports Hugging Face's `evaluate`."""
     path = save_harness_task(tmp_path)
     (tmp_path / "code.py").write_text(
         "import evaluate\n\ndef question(doc):\n    return evaluate.load.__name__ and doc['question']\n"
@@ -296,7 +296,7 @@ def test_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path,
 
 @pytest.mark.filterwarnings("ignore")
 def test_only_the_first_rank_writes(harness, tiny_base, tmp_path, monkeypatch):
-    """This also holds for the first rank of another machine."""
+    """Rank 1 writes nothing, even if it is the first rank of a second machine."""
     monkeypatch.setattr(harness, "rank", lambda: 1)
     args = ["harness", "--base", tiny_base, "--tasks", save_harness_task(tmp_path), "--out", tmp_path / "out"]
     result = CliRunner().invoke(evaluate.main, [*map(str, args)])

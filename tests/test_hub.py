@@ -1,4 +1,4 @@
-"""Bases that are named as on the Hugging Face Hub, served by a small local server in its place."""
+"""Bases given by their name on the Hugging Face Hub. A local server takes the place of the Hub."""
 
 import hashlib
 import json
@@ -29,7 +29,11 @@ OTHER_COMMIT = "c0ffee" + "1" * 34
 
 
 class Server:
-    """A Hub with one model, the files of a folder. `requests` records (method, path, token) of each request."""
+    """A Hub with one model, owner/model, whose files are those of a folder.
+
+    `requests` has (method, path, authorization header) of each request. If `status` is set, every request gets it;
+    of the file named `broken`, only the first half is sent.
+    """
 
     def __init__(self, folder):
         self.folder, self.requests, self.status, self.broken = folder, [], 200, None
@@ -87,7 +91,7 @@ class Server:
 
 
 def set_hub(url, cache, patch=setattr):
-    """Make the server the Hub of this process, which read $HF_ENDPOINT and $HF_HOME at import."""
+    """Make the server the Hub of this process. huggingface_hub has read $HF_ENDPOINT and $HF_HOME at import."""
     patch(constants, "ENDPOINT", url)
     patch(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch(constants, "HF_HUB_CACHE", str(cache))
@@ -153,7 +157,7 @@ def test_missing_shards_are_downloaded(server, tmp_path):
 
 
 def test_incomplete_cache_is_completed(server):
-    """Another program may have cached no tokenizer; if the rest cannot be downloaded, the error names it."""
+    """The missing files are downloaded (a different program may have cached only the weights), or named in an error."""
     folder = find_base("owner/model")
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).resolve().unlink()
@@ -220,7 +224,7 @@ def no_weights(server):
     ],
 )
 def test_failed_download_is_a_one_line_error(server, monkeypatch, name, spoil, message):
-    monkeypatch.setattr("time.sleep", lambda _: None)  # the pauses between the library's attempts
+    monkeypatch.setattr("time.sleep", lambda _: None)  # skips the library's pauses between attempts
     spoil(server)
     result = run_generate("--base", name)
     lines = [line for line in re.split("[\r\n]+", result.stderr) if "error" in line.lower()]
@@ -250,7 +254,7 @@ def test_missing_library_error_shows_the_download_command(monkeypatch):
 
 
 def test_adapter_remembers_the_name_of_its_base(server, args, tmp_path, chat_base):
-    """Training with a name stores it; generation then needs only the adapter and the cache."""
+    """The adapter file contains the name and the commit. Generation then needs only the adapter and the cache."""
     args = [*args, "--base", "owner/model"]
     result = run(*args)
     assert result.exit_code == 0, result.stderr
@@ -266,7 +270,7 @@ def test_adapter_remembers_the_name_of_its_base(server, args, tmp_path, chat_bas
 
 
 def test_adapter_uses_the_commit_it_was_trained_on(server, tmp_path, chat_base):
-    """The name may refer to other weights by now; `--base NAME` uses what is cached, or else the newest commit."""
+    """The newest commit of the name may have different weights. `--base NAME` uses the cached commit, or the newest."""
     adapter = make_adapter(load_llama(chat_base)[0])
     adapter.save(tmp_path / "a.safetensors", base="owner/model", base_commit=OTHER_COMMIT)
     assert find_base("owner/model").name == COMMIT

@@ -30,7 +30,7 @@ def test_logits_equal_transformers(tiny_base, tmp_path, kind, shard_size):
 
 
 @pytest.mark.parametrize(
-    "changes, sees",
+    "changes, context_length",
     [
         (dict(model_type="mistral", sliding_window=100), 100),
         (dict(model_type="mistral", sliding_window=None), 256),
@@ -38,12 +38,12 @@ def test_logits_equal_transformers(tiny_base, tmp_path, kind, shard_size):
         (dict(sliding_window=100, use_sliding_window=True), 100),
     ],
 )
-def test_sliding_window_limits_the_context_length(tiny_base, tmp_path, changes, sees):
-    """Within the window the model is the same with and without it; longer prompts are refused."""
+def test_sliding_window_limits_the_context_length(tiny_base, tmp_path, changes, context_length):
+    """Up to the length of the window, a model with a sliding window computes the same as one without."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    assert load_llama(tmp_path / "hf")[0].config.max_seq_len == sees
+    assert load_llama(tmp_path / "hf")[0].config.max_seq_len == context_length
 
 
 def test_config_json_of_earlier_versions_is_read(tiny_base, tmp_path):
@@ -61,7 +61,7 @@ def test_config_json_of_earlier_versions_is_read(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("rope_type", ["linear", "llama3"])
 def test_rope_scaling_overrides_rope_parameters(tiny_base, tmp_path, rope_type):
-    """Users add rope_scaling to a file that transformers 5 wrote; transformers then uses it as well."""
+    """Users may add rope_scaling to a file that transformers 5 wrote. transformers then uses it, and so do we."""
     transformers = pytest.importorskip("transformers")
     before = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
@@ -181,7 +181,7 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_pytorch_model_bin_is_read_without_running_code(tiny_base, tmp_path, shards):
-    """Older repositories, many of Vicuna's among them, contain only pickles: tensors are loaded, code is not run."""
+    """Older repositories, such as many of Vicuna's, have only pickles. A file that contains code is refused."""
     folder = tmp_path / "hf"
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     expected, _ = load_llama(folder)
@@ -225,7 +225,7 @@ def logits_of(model):
 
 
 def test_weight_files_have_the_same_priority_as_in_transformers(tiny_base, tmp_path, capsys):
-    """The files that save_pretrained or a merge wrote last are loaded; a warning names the others."""
+    """The folder has files of an older and a newer save_pretrained. A warning names the files that are ignored."""
     transformers = pytest.importorskip("transformers")
     save_hugging_face(tmp_path / "old", tiny_base, shard_size="30KB", **KINDS["gqa"])
     save_hugging_face(tmp_path / "new", tiny_base, **KINDS["gqa"])
@@ -280,7 +280,7 @@ def test_missing_output_head_is_named_as_in_the_file(tiny_base, tmp_path):
 
 
 def test_cloned_mistral_folder_is_read(tiny_base, tmp_path):
-    """params.json and consolidated.safetensors belong to another layout, which is ignored beside config.json."""
+    """If there is a config.json, params.json and consolidated.safetensors (Mistral's own layout) are ignored."""
     save_hugging_face(tmp_path / "m", tiny_base, **KINDS["gqa"])
     expected = logits_of(load_llama(tmp_path / "m")[0])
     (tmp_path / "m" / "params.json").write_text('{"dim": 64}')

@@ -22,7 +22,7 @@ BASE = Config(16, 3, 2, 2, 8, 48, 100)
 
 @pytest.fixture
 def first(args, tmp_path):
-    """Train an adapter with L = 2, K = 3; return its folder, and the options of another run on the same data."""
+    """Train an adapter with L = 2, K = 3; return its folder, and the options of a second run on the same data."""
     assert run(*args, "--layers", 2).exit_code == 0
     return tmp_path / "run", [*args, "--out", tmp_path / "second"]
 
@@ -32,7 +32,7 @@ def validation_losses(out):
 
 
 def test_run_starts_from_the_initial_adapter(first, tmp_path):
-    """The new run takes L and K from the adapter, which is named by its folder or its file."""
+    """The new run takes L and K from the adapter. `--init` is its folder or its file."""
     folder, args = first
     result = run(*args, "--init", folder, "--length", 7)
     assert result.exit_code == 0, result.output
@@ -49,7 +49,7 @@ def test_run_starts_from_the_initial_adapter(first, tmp_path):
 
 @pytest.mark.parametrize("part, other", [("prompts", "gates"), ("gates", "prompts")])
 def test_frozen_parts_stay_bit_for_bit(first, tmp_path, part, other):
-    """Weight decay, which needs no gradient, does not change them either."""
+    """Weight decay does not change them either."""
     folder, args = first
     assert run(*args, "--init", folder, "--freeze", part, "--weight-decay", 0.5).exit_code == 0
     before, after = (load_file(out / "adapter.safetensors") for out in (folder, tmp_path / "second"))
@@ -90,7 +90,7 @@ def initialize(path, adapter):
 @pytest.mark.parametrize("initial", ["text", "images"])
 @pytest.mark.parametrize("new", ["text", "images"])
 def test_text_and_image_adapters_can_initialize_each_other(tmp_path, initial, new):
-    """Everything in the first adapter is kept; a projection that it does not have keeps its new initialization."""
+    """All tensors of the first adapter are kept. A projection that it does not have is newly initialized."""
     source, adapter = make_random_adapter(initial, 1, gate_activation="identity"), make_random_adapter(new, 2)
     source.save(tmp_path / "a.safetensors")
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
@@ -141,7 +141,7 @@ def test_different_base_or_template_causes_a_warning(tmp_path, capsys):
 
 
 def test_projection_is_frozen_as_one_part():
-    """The projection counts as one part; freezing a missing part, or all parts, is an error."""
+    """Freezing a part that the adapter does not have, or all parts, is an error."""
     adapter = make_random_adapter("images", 1)
     freeze_parts(adapter, ["projection"])
     frozen = {name for name, parameter in adapter.named_parameters() if not parameter.requires_grad}

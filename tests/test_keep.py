@@ -38,7 +38,10 @@ def stop_before(patch, step):
 
 @pytest.fixture
 def best(args, tmp_path, monkeypatch):
-    """A finished run of 15 steps whose last adapter is not the best; such a small base does not overfit by itself."""
+    """Train 15 steps with a faked loss, so that the last adapter is not the best; return the best step, and the losses.
+
+    Without the fake, training would not over-fit such a small base.
+    """
     monkeypatch.setattr(train, "mean_loss", loss_with_minimum)
     result = run(*args, *BEST)
     assert result.exit_code == 0, result.output
@@ -114,7 +117,7 @@ def test_checkpoint_with_an_invalid_best_adapter_is_refused(args, tmp_path, monk
 
 
 def test_initial_adapter_is_kept_if_no_loss_is_lower(args, tmp_path, monkeypatch):
-    """The loss must be strictly lower; of equal losses the first counts."""
+    """A later adapter is kept only if its loss is strictly lower."""
     monkeypatch.setattr(train, "mean_loss", lambda *_: 3.0)
     result = run(*args, "--keep", "best", "--epochs", 1)
     assert result.exit_code == 0 and "no step reached a lower validation loss" in result.stderr
@@ -131,7 +134,7 @@ def test_keep_best_needs_validation_examples(args, tmp_path):
 
 
 def read_scalars(folder):
-    """Return the values that TensorBoard shows, by name and step."""
+    """Return the values that TensorBoard shows, as a dict from names to a dict from steps."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -150,7 +153,7 @@ def read_events(folder):
 
 
 def test_tensorboard_equals_metrics_jsonl(args, tmp_path, monkeypatch):
-    """A kill between two checkpoints changes nothing but the speed of the repeated steps."""
+    """This also holds after a run that lost the steps since its last checkpoint, and repeated them."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0

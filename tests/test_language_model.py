@@ -1,4 +1,4 @@
-"""The toy's pretrained base in the repository can be reproduced, and knows the almanac."""
+"""The toy's pretrained base: the files in the repository are reproducible, and it knows the almanac."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ from toy import language_model
 from toy.almanac import KINDS, capitalized
 from toy.language_model import BASE, make_base, pretrain_base, train_tokenizer
 
-LOSSES = json.loads(Path(__file__).with_name("toy_losses.json").read_text())  # of the first 50 steps of `python -m toy`
+# Losses of the first 50 steps of the pretraining by `python -m toy`.
+LOSSES = json.loads(Path(__file__).with_name("toy_losses.json").read_text())
 
 
 def test_tokenizer_is_reproducible(tmp_path):
@@ -21,14 +22,14 @@ def test_tokenizer_is_reproducible(tmp_path):
 
 
 def test_first_losses_are_reproducible():
-    """The losses are equal on any number of cores, and on other CPUs up to rounding."""
+    """They do not depend on the number of cores. On different CPUs they are equal up to rounding."""
     _, losses = pretrain_base(load_tokenizer(BASE), stop_after=50)
     assert len(LOSSES) == 50 and max(abs(a - b) for a, b in zip(losses, LOSSES)) < 1e-3
     assert losses[-1] < 4 < losses[0]
 
 
 def test_base_knows_the_almanac():
-    """Greedy decoding completes at least 99% of the facts, of all kinds."""
+    """Greedy decoding completes at least 99% of the facts."""
     model, tokenizer = load_llama(BASE)
     assert sum(p.numel() for p in model.parameters()) == 1_053_824
     rows, expected = [], []

@@ -1,4 +1,4 @@
-"""The layout: places of files, directions of imports, and what the commands import."""
+"""The layout of the repository: where files are, which modules they import, and what importing a command loads."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-# A file imports only from lower ranks, or from its own folder.
+# A file imports only modules of lower ranks, or of its own folder.
 RANKS = {
     "runtime": 1,
     "adapter": 2,
@@ -35,12 +35,12 @@ FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern) if pa
 
 
 def component(path):
-    """Return the key of a file in RANKS."""
+    """Return the folder or module at the top level to which a file belongs, a key of RANKS."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imports(path):
-    """Yield the first part of the name of every imported module, at the top level or in a function."""
+    """Yield the first part of the name of every module that a file imports, at its top level or in a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -49,7 +49,7 @@ def imports(path):
 
 
 def loaded_by(module):
-    """Return the names of the modules that are loaded by importing `module`, and the project's files among them."""
+    """Return the set of all modules that importing `module` loads, and the list of those that are project files."""
     code = f"import {module}, json, sys; modules = list(sys.modules.items()); "
     code += "print(json.dumps([[name, getattr(module, '__file__', None)] for name, module in modules]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -65,7 +65,7 @@ def test_top_level_is_as_listed_and_every_component_has_a_rank():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    if component(path) != "docs":  # the examples there are files of a user
+    if component(path) != "docs":  # docs/examples has files that a user might write
         rank = RANKS[component(path)]
         backwards = [
             name for name in imports(path) if name in RANKS and name != component(path) and RANKS[name] >= rank
@@ -75,7 +75,7 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("module", ["train", "generate"])
 def test_importing_a_command_loads_nothing_heavy(module):
-    """No toy, task, plotting library or code of other commands is imported."""
+    """train.py loads no toy, task or plotting library, generate.py no training code, and neither a larger command."""
     names, files = loaded_by(module)
     heavy = {"matplotlib", "sklearn", "transformers", "lm_eval", "gradio", "av"}
     heavy |= {"toy.almanac", "toy.toys", "tasks.scienceqa", "tasks.captions", "tasks.responses", "experiments"}

@@ -41,7 +41,7 @@ def test_preprocessing_equals_vit_of_transformers(size):
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    """EXIF orientation 6 means that the image must be rotated by 90 degrees."""
+    """EXIF orientation 6 means that the image must be rotated clockwise by 90 degrees."""
     image, exif = make_picture(), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "x.png", exif=exif)
@@ -87,7 +87,7 @@ def save_animation(path, colors, **options):
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_frames_of_an_animation_are_sampled(tmp_path, suffix):
-    """Eight frames are used, evenly spread, or all if there are fewer; transparent parts become white."""
+    """Eight evenly spread frames are used, or all if there are fewer. Transparent parts become white."""
     many = [(10 * i, 255 - 10 * i, 128) for i in range(20)]
     for colors, expected in ((many, [1, 3, 6, 8, 11, 13, 16, 18]), (many[:3], [0, 1, 2]), (many[:1], [0])):
         save_animation(tmp_path / f"x{suffix}", colors)
@@ -185,7 +185,7 @@ def test_frames_are_spread_over_a_video(tmp_path, suffix):
     ids=["as it is", "clockwise", "upside down", "counterclockwise"],
 )
 def test_rotation_of_a_video_is_applied(tmp_path, matrix, turns):
-    """A phone's video has a matrix (a, b, c, d) in its track header: (x, y) is shown at (ax + cy, bx + dy), y down."""
+    """Phones write a matrix (a, b, c, d) to the track header. Pixel (x, y) is shown at (ax + cy, bx + dy), y down."""
     av = pytest.importorskip("av")
     pixels = np.zeros((48, 64, 3), np.uint8)
     pixels[:16, :16] = 255  # marks the upper left corner
@@ -261,7 +261,7 @@ def test_pixel_types_without_a_known_range_are_refused(tmp_path, kind, said):
 
 
 def test_unsupported_image_formats_are_refused(tmp_path):
-    """Pillow would pass an EPS file to Ghostscript; in a folder, such files are skipped."""
+    """An example is EPS, which Pillow would pass to Ghostscript. In a folder, such files are skipped."""
     make_picture().save(tmp_path / "x.eps")
     make_picture().save(tmp_path / "y.png")
     with pytest.raises(ValueError, match="x.eps: is not an image in a supported format .PNG, JPEG"):
@@ -277,7 +277,7 @@ def test_large_video_frames_are_refused(tmp_path, monkeypatch):
 
 
 def test_16_bit_grayscale_is_rounded(tmp_path):
-    """Every value is compared with its rounding in float64."""
+    """All 65,536 values are compared with their rounded values in float64."""
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "x.png")
     found = np.asarray(open_image(tmp_path / "x.png"))[:, :, 0]
@@ -312,7 +312,7 @@ def test_file_names_are_not_parsed_as_urls(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("suffix, in_time", [("mp4", 0), ("mkv", 0), ("mkv", 15)])
 def test_decoding_time_of_a_video_is_limited(tmp_path, monkeypatch, suffix, in_time):
-    """A Matroska file does not state its number of frames, so it is read twice within the same limit."""
+    """A Matroska file does not state its number of frames, so it is read twice. The limit is for both together."""
     save_video(tmp_path / f"x.{suffix}", ["red", "blue"])
     times = iter([0, *[0] * in_time, *[1000] * 9])
     monkeypatch.setattr("encoders.media.monotonic", lambda: next(times))

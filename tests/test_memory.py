@@ -1,4 +1,4 @@
-"""The number of positions per forward pass: limited by memory, equal on all ranks, and kept on resuming."""
+"""The number of positions per forward pass is limited by memory, equal on all ranks, and kept by a resumed run."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,12 +17,13 @@ from training.memory import activation_bytes, choose_micro_batch_tokens, positio
 
 @pytest.fixture(scope="module")
 def model():
+    """LLaMA-7B in bfloat16 on the meta device."""
     with torch.device("meta"):
         return LLaMA(SIZES["LLaMA-7B"]).to(torch.bfloat16)
 
 
 def test_activation_bytes_equal_what_autograd_saves(model):
-    """The formula is compared with what autograd saves in small layers with the proportions of LLaMA-7B."""
+    """The formula is within 2% of the bytes that autograd saves in small layers with the proportions of LLaMA-7B."""
     small = replace(SIZES["LLaMA-7B"], dim=256, n_heads=2, n_kv_heads=2, hidden_dim=688)
     for checkpointed in (False, True):
         per_layer = activation_bytes(small, 11, 4, checkpointed) - activation_bytes(small, 10, 4, checkpointed)
@@ -39,7 +40,7 @@ def test_positions_depend_on_the_remaining_memory(model, gigabytes, again, expec
 
 
 def test_ranks_agree_on_the_smallest_number_of_positions(model, monkeypatch, capsys):
-    """A rank with 80 GB uses the number of a rank with 24 GB."""
+    """A rank with a GPU of 80 GB uses the number of a rank with 24 GB."""
     assert choose_micro_batch_tokens(SimpleNamespace(device=torch.device("cpu")), 30, False) == 8192
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * num_parameters(model.config))
@@ -50,7 +51,7 @@ def test_ranks_agree_on_the_smallest_number_of_positions(model, monkeypatch, cap
 
 
 def test_resumed_run_keeps_its_micro_batches(args, tmp_path, monkeypatch):
-    """Sums in another order would differ in the last bits."""
+    """With different micro-batches, sums are computed in a different order and differ in the last bits."""
     assert run(*args, "--out", tmp_path / "whole", "--micro-batch-tokens", 60).exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "choose_micro_batch_tokens", lambda *arguments: 60)

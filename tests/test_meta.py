@@ -91,7 +91,7 @@ def test_broken_checkpoints_are_refused(tiny_base, tmp_path, capsys):
 
 
 def test_every_field_of_params_json_is_used(tiny_base, tmp_path):
-    """The checkpoint also contains LLaMA 1's own table of RoPE frequencies."""
+    """The checkpoint also contains rope.freqs, a table in LLaMA 1's files, which is ignored."""
     folder = copy_base(
         tiny_base, tmp_path / "base", n_heads=4, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, ffn_dim_multiplier=1.3
     )
@@ -109,7 +109,7 @@ def test_scaled_rope_of_llama_31_is_read(tiny_base, tmp_path):
 
 
 def test_sizes_equal_those_of_params_json():
-    """The table of sizes is compared with the params.json files that Meta ships with the weights."""
+    """SIZES is compared with the params.json of Meta's weights, and with the published numbers of parameters."""
     assert meta_config(LLAMA_2_70B, 32000) == replace(SIZES["Llama-2-70B"], max_seq_len=None)
     assert meta_config(LLAMA_13B, 32000) == replace(SIZES["LLaMA-13B"], max_seq_len=None)
     num_parameters = {
@@ -137,7 +137,7 @@ def test_invalid_weights_are_refused(tiny_base, tmp_path, weight):
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("vocabulary_first", [False, True])  # LLaMA 1 and 2 split embeddings by width, Llama 3 by token
 def test_model_parallel_shards_are_joined(tiny_base, tmp_path, n, vocabulary_first):
-    """LLaMA-13B has 2 files, 33B has 4, 65B and 70B have 8 (OGV 86, 134, 131; lit-llama 405)."""
+    """LLaMA-13B has 2 files, 33B has 4, 65B and 70B have 8 (OpenGVLab issues 86, 131 and 134; lit-llama issue 405)."""
     config = Config(64, 2, 8, 8, 8, 176, 1024)
     model = make_model(config)
     folder = copy_base(tiny_base, tmp_path / "base", dim=64, n_layers=2, n_heads=8, multiple_of=16)
@@ -149,7 +149,7 @@ def test_model_parallel_shards_are_joined(tiny_base, tmp_path, n, vocabulary_fir
 
 
 def test_inconsistent_shards_are_refused(tiny_base, tmp_path):
-    """A file may be repeated, the parts may not add up to the width, or the norms may differ."""
+    """A file is repeated, the parts do not add up to the configured width, or the norms differ."""
     model = make_model(Config(64, 2, 8, 8, 8, 176, 1024))
     params = dict(dim=64, n_layers=2, n_heads=8, multiple_of=16)
     whole = model.state_dict()

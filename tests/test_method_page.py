@@ -1,4 +1,4 @@
-"""The program in docs/method.md, on an untrained base; most checks are the page's own assertions."""
+"""The program in docs/method.md, run with an untrained base. Most checks are the assertions on the page."""
 
 import re
 import traceback
@@ -31,7 +31,7 @@ def runner(monkeypatch):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A copy of the toy's base with random weights."""
+    """Folder of a copy of the toy's base with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
     for name in ("tokenizer.model", "config.json"):
         (folder / name).write_bytes((BASE / name).read_bytes())
@@ -57,7 +57,7 @@ def page(untrained, tmp_path, monkeypatch):
 
 
 def test_page_runs_and_shows_its_output(page, runner, tmp_path):
-    """Printed shapes equal those on the page; other figures are those of the trained base."""
+    """Every block that shows an output prints one. The shapes are equal; other numbers depend on the trained base."""
     shown = [found[1] or "" for found in SHOWN.finditer(PAGE)]
     printed = list(runner.run_blocks(page, "method.md"))
     assert [bool(text) for text in printed] == [bool(text) for text in shown]

@@ -22,7 +22,7 @@ def test_logits_equal_transformers(config):
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
 def test_cached_decoding_equals_uncached(config, form, device):
-    """Rows have unequal lengths, and the gates are nonzero (nanoGPT 613)."""
+    """Rows have unequal lengths, and the gates are nonzero (nanoGPT issue 613)."""
     model = make_model(config, **form).to(device)
     adaption_prompts = make_adapter(model).to(device)()
     tokens = make_tokens(model, 3, 12).to(device)
@@ -31,7 +31,7 @@ def test_cached_decoding_equals_uncached(config, form, device):
 
     cache = KVCache(model, batch=3, capacity=16)
     padded = tokens[:, :7].clone()
-    padded[1, 4:], padded[2, 1:] = 0, 0  # padding must not matter
+    padded[1, 4:], padded[2, 1:] = 0, 0  # padding must have no effect
     logits = model(padded, adaption_prompts, cache)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(logits[row, :length], uncached[row, :length], rtol=1e-4, atol=1e-5)
@@ -78,7 +78,7 @@ def test_adaption_prompts_for_too_many_layers_are_refused():
 
 
 def test_rope_angles_are_float32_in_a_bfloat16_model(monkeypatch):
-    """A table stored in the model would be rounded with it, which confuses positions beyond 256."""
+    """A table stored in the model would be cast with it, and bfloat16 does not distinguish positions beyond 256."""
     model = make_model().bfloat16()
     seen = []
     monkeypatch.setattr("model.apply_rope", lambda x, cos, sin: seen.append((cos, sin)) or apply_rope(x, cos, sin))
@@ -103,7 +103,7 @@ def test_rope_keeps_norms_and_depends_only_on_distance():
 
 
 def test_rms_norm_of_large_values_does_not_overflow():
-    """Squares of activations can exceed 65504 (OGV 124), so they must not be computed in float16."""
+    """Squares of activations can exceed 65504 (OpenGVLab issue 124), so they must not be computed in float16."""
     norm = make_model().norm.half()
     x = torch.full((1, 32), 3000.0, dtype=torch.float16)
     torch.testing.assert_close(norm(x), norm.weight.detach()[None], rtol=1e-3, atol=1e-3)

@@ -81,7 +81,7 @@ def test_number_of_parameters_equals_the_paper():
 
 @pytest.mark.parametrize("config", ["gqa", "mha"])
 def test_each_sample_uses_its_own_image_or_none(config):
-    """A sample has the same logits in a batch as alone; without an image, the adapter is the text-only one."""
+    """Each sample has the same logits in a batch as alone. Without an image, nothing is added to its prompts."""
     model = make_model(config)
     adapter = make_image_adapter(model)
     features = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
@@ -115,7 +115,7 @@ def test_same_generator_gives_the_same_adapter():
 
 
 def test_adapter_file_contains_the_projection(tmp_path):
-    """Text-only adapters and image adapters cannot be loaded as each other."""
+    """Adapter refuses the file of an image adapter, and ImageAdapter that of a text-only one."""
     model = make_model()
     adapter = make_image_adapter(model)
     adapter.save(tmp_path / "a.safetensors", encoder="ViT-L/14")
@@ -148,7 +148,7 @@ def test_adapter_file_contains_the_projection(tmp_path):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """A folder with a vision encoder and a data file: 48 questions about the color of an image, 12 without an image."""
+    """Folder with a vision encoder and a data file: 48 questions about the color of an image, 12 without an image."""
     folder = tmp_path_factory.mktemp("album")
     torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), folder / "ViT.pt")
     (folder / "pictures").mkdir()
@@ -179,7 +179,7 @@ def run(command, *args):
 
 
 def test_colors_of_images_are_learned(train_args, album, tmp_path, monkeypatch):
-    """The trained adapter prefers the right color of three images, and a second run uses cached features."""
+    """The trained adapter prefers the right colors for three images. A second run uses cached features."""
     result = run(train, *train_args)
     assert result.exit_code == 0, result.output
     adapter = ImageAdapter.load(tmp_path / "run" / "adapter.safetensors")
@@ -262,7 +262,7 @@ def test_image_paths_cannot_leave_the_image_folder(train_args, album, tmp_path, 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_resumed_run_needs_the_same_images(train_args, album, tmp_path, finished):
-    """Contents count: another image of the same name is refused, the same image in another folder is not."""
+    """A different image of the same name is refused. The same images in a different folder are accepted."""
     shutil.copytree(album / "pictures", tmp_path / "album" / "pictures")
     args = [*train_args, "--epochs", 2, "--images", tmp_path / "album"]
     assert run(train, *args, *([] if finished else ["--max-minutes", 1e-9])).exit_code == 0
@@ -316,7 +316,7 @@ def test_held_out_image_alone_gives_a_projection(train_args, album, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_with_images_equal_a_single_process(forks, train_args, tmp_path, strategy):
-    """Ranks often have no image in batches of 3, but the projection's gradient is reduced over all of them."""
+    """In batches of 3, a rank often has no image, but the gradient of the projection is reduced over all ranks."""
     args = [*train_args, "--epochs", 2, "--batch-size", 3]
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy]).results()
     assert [code for code, _, _ in results] == [0, 0], results
@@ -381,7 +381,7 @@ def test_video_features_are_the_mean_over_frames(tmp_path):
     ids=lambda change: next(iter(change)),
 )
 def test_feature_cache_depends_on_preprocessing_and_configuration(tmp_path, monkeypatch, change):
-    """Encoders with equal weights but other preprocessing or heads do not share cached features."""
+    """Encoders with equal weights but different preprocessing, activation or heads do not share cached features."""
     make_picture().save(tmp_path / "y.png")
     one, other = make_vit(FOUR_LAYER_VIT), make_vit(replace(FOUR_LAYER_VIT, **change))
     cached = [encode_images([tmp_path / "y.png"], each, cache=tmp_path / "cache")[0] for each in (one, other, one)]
@@ -479,7 +479,7 @@ def test_sounds_are_learned_with_the_example_encoder(tiny_base, tmp_path, monkey
     ]  # fmt: skip
     result = run(*args)
     assert result.exit_code == 0, result.output
-    with monkeypatch.context() as patch:  # encoding may take hours: other checks come first
+    with monkeypatch.context() as patch:  # encoding may take hours, so all other checks come before it
         patch.setattr(FunctionEncoder, "encode", None)
         assert "is finished" in run(*args, "--resume").stderr
         for more in (["--layers", 99], ["--warmup-epochs", 50], ["--init", "nowhere"]):

@@ -1,6 +1,6 @@
-"""Run every option of every command at least once, from the command line to exit code 0.
+"""Every option of every command is run at least once, from the command line to exit code 0.
 
-The options are read from the commands themselves, so that a new option without a line here is detected.
+The options are read from the commands, so that a new option without a line in this file is detected.
 """
 
 import json
@@ -52,7 +52,7 @@ TESTBED = (
     "--base {base} --data {forty} --task instructions --text {text} --limit 16 --held-out 3 --max-seq-len 300 "
     "--batch-size 16 --lr 0.05 --layers 2 --length 3 --epochs 3 --device cpu --dtype float32 --seeds 1 --out {new}"
 )
-# The lines to run of each command; every option occurs in one of them.
+# The lines to run for each command. Every option occurs in one of them.
 LINES = {
     "train": [
         f"--base {{base}} --data {{forty}} --task instructions --limit 30 --out {{new}} {ADAPTER} {RUN} --lr 0.05 "
@@ -166,10 +166,10 @@ LINES = {
         "--base {vit} --train {digits}.npz --test {digits}.npz --epochs 2 --search --out {new}",
     ],
 }  # fmt: skip
-# Commands with the options of another one; test_experiments.py and test_experiments_encoders.py run them.
+# Commands whose options are those of `experiments gates`. test_experiments.py runs them.
 SAME_AS = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
 
-ELSEWHERE = {  # run by their own tests
+ELSEWHERE = {  # commands that have test files of their own
     "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --host --port",
     "experiments stages": "--pictures --epochs --seeds --device --out",
     "experiments stories": "--base --data --per-kind --max-tokens --epochs --layers --length --batch-size --seeds "
@@ -192,7 +192,7 @@ COMMANDS = {name: command for program, main in PROGRAMS.items() for name, comman
 
 
 def options_of(command):
-    """Return the options in the command's help; hidden ones are names of earlier versions."""
+    """Return the options that the command's help shows. Hidden options are names of earlier versions."""
     shown = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     return {option for param in shown for option in param.opts} - {"--help"}
 
@@ -202,7 +202,7 @@ def test_every_option_has_a_help_text_and_a_line(name):
     command = COMMANDS[name]
     subcommand = name.split()[-1] if name.startswith("experiments") else ""
     if " " in name:
-        assert "..." not in command.get_short_help_str(limit=60), "its first sentence is cut in the list of commands"
+        assert "..." not in command.get_short_help_str(limit=60), "the list of commands truncates its first sentence"
     if subcommand in SAME_AS:
         assert options_of(command) == options_of(COMMANDS[f"experiments {SAME_AS[subcommand]}"])
         return

@@ -25,7 +25,7 @@ def test_every_version_is_pinned_once():
 
 
 def test_extras_equal_requirements_dev():
-    """Names and versions are equal; the build reads requirements.txt itself."""
+    """The packages of all extras, with their versions, are those of requirements-dev.txt."""
     all_extras, *dev_tools = EXTRAS["dev"]
     others = [name for name in EXTRAS if name != "dev"]
     assert all_extras == f"llama-adapter[{','.join(others)}]"

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def args(args):
-    """Options with a learning rate that is high enough to reveal errors."""
+    """Options with L = 2 and a high learning rate, so that small errors in the gradients become visible."""
     return [*args, "--layers", 2, "--lr", 0.5]
 
 
@@ -69,7 +69,7 @@ def assert_same_run(one, other):
     ids=lambda how: " ".join(map(str, how)) if isinstance(how, list) else str(how),
 )
 def test_ranks_equal_a_single_process(forks, args, tmp_path, world, how):
-    """Shares are unequal or split into micro-batches, and with batches of 2 a rank has no data."""
+    """The ranks have unequal shares of a batch, in one or more micro-batches. With batches of 2, a rank has no data."""
     results = Ranks(forks, world, train_command, [*args, *how]).results()
     assert [code for code, _, _ in results] == [0] * world, results
     assert f"over {world} ranks" in results[0][2] and "validation loss" in results[0][2]
@@ -118,7 +118,12 @@ def test_validation_loss_is_bit_identical_for_any_world_size(forks):
 
 
 def one_step(strategy):
-    """Run one step; return the number of elements by collective operation, and sizes of what a rank keeps."""
+    """Run one training step; return its communication and what this rank keeps, as a dict.
+
+    "numbers" has the number of elements for each collective operation. "adapter" and "layer" are numbers of parameters,
+    "here" is the number of those of all layers on this rank. "gradients" names the base's weights that have one, and
+    "state" is 0 if exactly the adapter's parameters have an optimizer state.
+    """
     from torch.profiler import profile
 
     torch.set_num_threads(1)
@@ -157,7 +162,7 @@ def test_one_step_communicates_and_stores_no_more_than_it_needs(forks, strategy)
         expected = {"gloo:all_reduce": result["adapter"] + 2}
         if strategy == "fsdp":
             assert result["here"] == 3 * result["layer"] / 2
-            # 3 layers forward, the 2 adapted ones backward, and 1 that FSDP prefetches in vain
+            # 3 layers forward, the 2 adapted ones backward, and 1 that FSDP prefetches without need
             expected["gloo:all_gather"] = 6 * result["layer"] / 2
         assert result["numbers"] == expected
 
@@ -208,7 +213,7 @@ def no_room_for_the_folder(rank):
     ],
 )
 def test_startup_error_of_one_rank_is_reported_once(forks, args, spoil, more, message, strategy):
-    """Only the cause is printed, no file is left behind, and the other ranks end."""
+    """The other ranks end without a message of their own, and no file is left behind."""
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy, *more], spoil).results()
     (line,) = error_lines(results)
     assert line.startswith(f"error: {message.format(data=args[3])}")
@@ -297,7 +302,7 @@ def test_failing_rank_ends_training_on_all_ranks(forks, args, tmp_path, strategy
         lines.remove(reported)
     (line,) = lines
     assert line.startswith(f"error: {further} (") and "; to continue, add --resume" in line
-    if "rank 1" in further:  # it cannot know whether the first rank has saved anything
+    if "rank 1" in further:  # rank 1 does not know whether rank 0 has saved a checkpoint
         assert line.endswith(" auto")
     assert "Traceback" not in "".join(stderr for _, _, stderr in results)
     saved = 5 if spoil in (killed_0, full_disk) else 7
@@ -308,7 +313,7 @@ def test_failing_rank_ends_training_on_all_ranks(forks, args, tmp_path, strategy
 
 
 def first_rank_finished(path):
-    """Return whether the first rank has finished its block when this rank enters its own."""
+    """Return whether the first rank had finished its block when this rank entered the block."""
     with process_group():
         with local_rank0_first():
             there = path.exists()
@@ -357,7 +362,7 @@ def slow_to_finish(path, rank):
         exit_run = train.Run.__exit__
 
         def checked_exit(*args):
-            assert path.exists(), "left before the first rank had finished"
+            assert path.exists(), "a rank exited before the first rank had finished"
             return exit_run(*args)
 
         train.Run.__exit__ = checked_exit
@@ -393,7 +398,7 @@ def other_micro_batches(rank):
 
 @pytest.mark.parametrize("spoil, name", [(other_data, "data_hash"), (other_micro_batches, "micro_batch_tokens")])
 def test_ranks_with_different_data_or_options_are_refused(forks, args, spoil, name):
-    """Validation sums one loss per micro-batch, so that ranks must agree on the micro-batches."""
+    """Ranks must have the same micro-batches, because the validation loss has one term per micro-batch."""
     (line,) = error_lines(Ranks(forks, 2, train_command, args, spoil).results())
     assert line.startswith(f"error: rank 1: {name} is ") and "on the first rank" in line
 
@@ -456,7 +461,7 @@ def test_non_finite_loss_is_reported_by_one_rank(forks, args):
     "spoil, code, said", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
 )
 def test_signal_stops_all_ranks_and_a_different_world_size_can_resume(forks, args, tmp_path, spoil, code, said):
-    """The signals are SIGTERM to one rank, and Ctrl-C twice to all ranks, as through torchrun."""
+    """The signals are SIGTERM to one rank, and SIGINT twice to all ranks, as from Ctrl-C and torchrun."""
     results = Ranks(forks, 2, train_command, args, spoil).results()
     assert [result[0] for result in results] == [code, code]
     assert results[0][2].splitlines()[-1] == f"{said} after step 8: to continue, add --resume" and results[1][2] == ""
@@ -492,13 +497,13 @@ def test_sharded_base_gives_the_same_logits(forks, tiny_base):
 
 def measure_loading(tiny_base, base):
     init_distributed()
-    load_llama(tiny_base, prepare_layer=fsdp_sharder(CPU))  # so that the libraries' own memory is not counted
+    load_llama(tiny_base, prepare_layer=fsdp_sharder(CPU))  # allocates the libraries' own memory, which must not count
     (model, _), peak = peak_anonymous(lambda: load_llama(base, prepare_layer=fsdp_sharder(CPU)))
     return sum(weight.numel() * weight.element_size() for weight in model.parameters()), peak
 
 
 def test_loading_a_sharded_base_holds_one_whole_layer_at_a_time(forks, tiny_base, large_base):
-    """One of two ranks holds at most its half of the 10 layers, the layer being read, and what malloc keeps."""
+    """Each of two ranks holds half of the 10 layers, the layer that is being read, and memory that malloc keeps."""
     for size, peak in Ranks(forks, 2, measure_loading, tiny_base, large_base).results():
         assert 0.5 * size < peak < 0.85 * size
 
