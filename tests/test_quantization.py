@@ -1,4 +1,4 @@
-"""Bases quantized to 8 or 4 bits: rounding, products, gradients, and the commands."""
+"""Bases quantized to 8 or 4 bits: rounding, outputs and gradients of layers and models, and the commands."""
 
 import json
 
@@ -38,7 +38,7 @@ def dequantized(layer):
 @pytest.mark.parametrize("bits, values", [(8, 255), (4, 16)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_weights_are_rounded_to_the_nearest_value(bits, values, N, K):
-    """The error is at most half the distance between two values, which follows from the range of the group."""
+    """The error is at most half the distance between adjacent values, which follows from the range of the group."""
     layer = linear(N, K)
     quantized = quantize(layer, bits)
     found = dequantized(quantized)
@@ -62,7 +62,7 @@ def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_outputs_and_gradients_equal_those_of_the_dequantized_weight(monkeypatch, bits, dtype, tolerance, N, K):
-    """Inputs have one row or several, the weight is processed in many chunks, and there is a bias."""
+    """Inputs have one row or several, the weight is dequantized in chunks of 1,000 elements, and there is a bias."""
     monkeypatch.setitem(__import__("runtime.quantization").quantization.CHUNK, "cpu", 1000)
     layer = linear(N, K, bias=True).to(dtype)
     quantized = quantize(layer, bits)
@@ -93,7 +93,7 @@ def test_no_dequantized_weight_is_saved_for_backward(bits):
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("checkpoint_activations", [True, False])
 def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activations):
-    """Gradients of prompts and nonzero gates are exact, and close to those of the unquantized model."""
+    """The gradients of prompts and gates are also close to those of the unquantized model. The gates are nonzero."""
     model, quantized, dequantized_model = make_model(SHAPE), make_model(SHAPE), make_model(SHAPE)
     quantizer(bits)(quantized.layers)
     for name, layer in quantized.named_modules():
@@ -113,7 +113,7 @@ def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activati
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_cached_decoding_equals_one_forward_pass(bits):
-    """Decoding with the cache agrees with one pass; zero gates give the base's logits bit for bit."""
+    """A strength of zero gives the logits of the quantized base bit for bit."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     adapter, tokens = make_adapter(model), make_tokens(model, 12)
@@ -129,7 +129,7 @@ def test_weights_and_bytes_are_counted():
     count, float_bytes = num_weights(model), held_bytes(model.layers)
     quantizer("4")(model.layers)
     assert num_weights(model) == count == sum(p.numel() for p in make_model(SHAPE).parameters())
-    assert 4.9 < float_bytes / held_bytes(model.layers) < 5.4  # 32 bits to 4, plus scale and offset of 32 weights
+    assert 4.9 < float_bytes / held_bytes(model.layers) < 5.4  # 32 bits to 4 + (32 + 32) / 32: scale, offset
 
 
 def test_unquantized_model_is_never_held_as_a_whole(tiny_base, tmp_path, monkeypatch):
@@ -157,22 +157,23 @@ def hf_args(args, tiny_base, tmp_path):
 @pytest.mark.parametrize("how", [["--int8"], ["--bits", "8"], ["--bits", "4", "--checkpoint-activations"]])
 def test_training_on_a_quantized_base_is_close_to_training_on_the_unquantized_one(hf_args, tmp_path, how):
     """The base's fingerprint is that of the unquantized weights."""
-    results = [run(*hf_args, "--out", tmp_path / name, *extra) for name, extra in (("wide", []), ("few", how))]
+    names = ("unquantized", "quantized")
+    results = [run(*hf_args, "--out", tmp_path / name, *extra) for name, extra in zip(names, ([], how))]
     assert [result.exit_code for result in results] == [0, 0], results[1].output
     frozen = [next(line for line in result.stderr.splitlines() if "frozen" in line) for result in results]
     assert frozen[0] == frozen[1]
-    unquantized, quantized = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("wide", "few"))
+    unquantized, quantized = (json.loads((tmp_path / name / "summary.json").read_text()) for name in names)
     bits = "4" if "4" in how else "8"
     assert unquantized["options"] == quantized["options"] | {"bits": None}
     assert quantized["val_loss_after"] == pytest.approx(unquantized["val_loss_after"], rel=0.2)
     assert quantized["val_loss_after"] != unquantized["val_loss_after"]
-    adapters = [Adapter.load(tmp_path / name / "adapter.safetensors") for name in ("wide", "few")]
+    adapters = [Adapter.load(tmp_path / name / "adapter.safetensors") for name in names]
     assert [adapter.metadata.get("bits") for adapter in adapters] == [None, bits]
-    for name in ("wide", "few"):
+    for name in names:
         for extra in ([], ["--bits", bits]):
             args = [str(arg) for arg in ("--adapter", tmp_path / name, *extra, "--greedy", "--max-new-tokens", 9, "Hi")]
             result = CliRunner().invoke(generate_command, args)
-            assert result.exit_code == 0 and result.stderr == "" and result.stdout  # the same weights: no warning
+            assert result.exit_code == 0 and result.stderr == "" and result.stdout  # no warning about the base
 
 
 def test_resumed_run_needs_the_same_bits(hf_args, tmp_path):

@@ -1,4 +1,4 @@
-"""Conversations of generate.py: their history and cache, and responses equal to those of a fresh run."""
+"""Conversations of generate.py: history, cache, and responses that equal those of a fresh run on the whole history."""
 
 import json
 
@@ -13,7 +13,7 @@ from generate import Conversation, Responder
 
 
 def run(*args, input=None):
-    """Run generate.py in this process."""
+    """Run generate.py in this process, and return click's Result."""
     return CliRunner().invoke(generate.main, [str(arg) for arg in args], input=input)
 
 
@@ -22,21 +22,21 @@ QUESTIONS = ["Hi", "Why is the cat on the mat?", "naïve 🦙", "And then?"]
 
 @pytest.fixture
 def responder(chat_base, device):
-    """A Responder on each device. On a GPU, tokens are read eight at a time, so the cache may be ahead of the text."""
+    """A Responder on each device. On a GPU, tokens are read eight at a time, so the cache may have later tokens."""
     model, tokenizer = load_llama(chat_base, device=device)
     adapters = {"a": make_adapter(model).to(device), "b": make_adapter(model, seed=7).to(device)}
     return Responder(model, tokenizer, adapters, template="auto", max_new_tokens=12)
 
 
 def rerun(responder, question, **options):
-    """Return the response of a run that processes the whole history."""
+    """Return the response of a fresh run, which processes the whole history."""
     return next(responder.respond_all([Request(question, **options)], 1, "request"))
 
 
 @pytest.mark.parametrize("adapter", ["a", "base"])
 @pytest.mark.parametrize("template", ["auto", "chatml", "llama-2"])
 def test_response_equals_a_fresh_run_with_the_whole_history(chat_base, monkeypatch, adapter, template):
-    """Responses are equal token for token with nonzero gates, and only tokens of the new turn are processed."""
+    """The gates are nonzero. Except for retokenized responses, only the tokens of the new turn are processed."""
     model, tokenizer = load_llama(chat_base)
     responder = Responder(model, tokenizer, {"a": make_adapter(model)}, template=template, max_new_tokens=12)
     processed, prefill = [], generate.prefill
@@ -50,7 +50,7 @@ def test_response_equals_a_fresh_run_with_the_whole_history(chat_base, monkeypat
         assert response == rerun(responder, question, adapter=adapter, history=history)
         history += [Turn("user", question), Turn("assistant", response)]
         assert conversation.turns == history
-    new_lengths = [len(rows[0]) for rows in processed[::2]]  # every other call is that of the fresh run
+    new_lengths = [len(rows[0]) for rows in processed[::2]]  # processed[1::2] are the calls of the fresh runs
     assert new_lengths[0] == prompt_lengths[0] and [len(rows[0]) for rows in processed[1::2]] == prompt_lengths
     # Earlier tokens are processed again only if the text of the response is tokenized differently.
     assert sum(new_lengths) < prompt_lengths[-1] + 4 * 12 < sum(prompt_lengths)
@@ -73,7 +73,7 @@ def test_system_turn_can_change_and_history_can_be_cleared(responder):
 
 
 def test_truncated_response_stays_in_the_history(responder):
-    """A truncated response is a turn like any other. A long prompt enlarges the cache."""
+    """Later responses are conditioned on the truncated one. A long prompt enlarges the cache."""
     responder.sampling = responder.sampling._replace(end_ids=())
     conversation = Conversation(responder, "a")
     first = "".join(conversation.respond("Hi"))
@@ -87,7 +87,7 @@ def test_truncated_response_stays_in_the_history(responder):
 
 
 def test_stop_string_and_penalty_equal_a_fresh_run(responder):
-    """The turn is truncated but the cache is not, and the penalty covers cached tokens."""
+    """The turn ends before the stop string, but the cache contains it. The penalty also applies to cached tokens."""
     responder.sampling = responder.sampling._replace(end_ids=(), repetition_penalty=1.4)
     full = "".join(Conversation(responder, "a").respond("Hi"))
     responder.stop = [full[3:6]]
@@ -110,7 +110,7 @@ def adapters(chat_base, tmp_path):
 
 
 def test_terminal_conversation_equals_the_same_prompts_file(adapters, tmp_path):
-    """Each adapter has its own history, which /reset deletes. The same conversations in a file give equal responses."""
+    """Each adapter has a history of its own, which /reset deletes. The file has the same conversations."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
     stdout, stderr = chat_in_process(lines, *adapters)
     assert stderr.count("Every line is a turn of one conversation. /reset: start a new one. /system TEXT") == 1

@@ -1,4 +1,4 @@
-"""Batches of requests: responses and likelihoods equal to those of single requests, and requests that do not fit."""
+"""Batches of requests give the responses and likelihoods of single requests. Requests that do not fit give None."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def responder(tiny_base):
 
 
 def log_likelihood(responder, request, response):
-    """Return the log-likelihood of a response and its <eos>, from one forward pass, in float64."""
+    """Return the log-likelihood of a response and its <eos>, from one forward pass, summed in float64."""
     prompt = responder.prompt_ids(request)
     ids = prompt + responder.tokenizer.encode(response) + [responder.tokenizer.eos_id]
     with torch.no_grad():
@@ -30,7 +30,7 @@ def log_likelihood(responder, request, response):
 
 
 def test_batched_likelihoods_equal_single_ones(responder):
-    """Requests with and without an adapter share batches, and so do contexts of any length."""
+    """Requests with and without an adapter, and contexts of different lengths, share batches."""
     rows = [
         (Request("Hi", "", "a"), ["Yes, no.", "", "Yes"]),
         (Request("Hello you", "", "base"), ["No", "No, it is not so at all"]),
@@ -72,7 +72,7 @@ def test_choices_about_different_images_can_share_a_batch(tiny_base):
 
 
 def test_most_likely_choices_equal_single_requests(responder):
-    """Results are in the order of the requests, which differ in length, for any batch size."""
+    """The results have the order of the requests, which are batched by length, at any batch size."""
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
     choices = [["Yes", "No"], ["a b", "c", "d"], ["No", "Yes"], ["", "x"], ["z", "y"], ["y", "z"]]
     expected = [max(texts, key=lambda text: log_likelihood(responder, r, text)) for r, texts in zip(requests, choices)]
@@ -90,7 +90,7 @@ def test_generated_responses_equal_single_requests(responder):
 
 
 def test_choices_must_fit_into_the_context(responder):
-    """The base's last position may hold the last token of a choice, because it predicts <eos>."""
+    """The last token of a choice may be at the last position of the context, from which <eos> is predicted."""
     request, choice = Request("Hi"), "Yes, yes."
     needed = len(responder.prompt_ids(request)) + len(responder.tokenizer.encode(choice))
     for spare, expected in ((-1, [None]), (0, [choice])):

@@ -1,4 +1,4 @@
-"""Runs that are interrupted in any way, and resumed: the result equals that of an uninterrupted run."""
+"""Runs that are killed, stopped or interrupted and then resumed give the result of an uninterrupted run."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ from training.run_files import WRITTEN, check_options
 
 
 class Child:
-    """train.py in a process of its own. The event `at_step` is set when its n-th step begins."""
+    """train.py in a separate process. The event `at_step` is set when the n-th step of the process begins."""
 
     def __init__(self, forks, args, spoil=None, n=1):
         self.at_step = forks.Event()
@@ -44,7 +44,10 @@ class Child:
 
 
 class KillAtWrite:
-    """Kill the process from the n-th fsync on, when a file is half written, not yet renamed, or just renamed."""
+    """Kill the process at a write, from the n-th fsync on.
+
+    `how` is "half" (the file is half written), "written" (not renamed yet) or "renamed" (just renamed).
+    """
 
     def __init__(self, n, how):
         self.n, self.how = n, how
@@ -70,7 +73,7 @@ class KillAtWrite:
 
 
 def test_run_survives_twenty_kills(forks, args, tmp_path):
-    """The process gets SIGKILL ten times at random and ten times during a write; files are whole each time."""
+    """The process gets SIGKILL ten times at random moments and ten times during a write. All files stay readable."""
     args += ["--epochs", 40, "--save-every", 1]
     assert Child(forks, [*args, "--out", tmp_path / "whole"]).exit_code() == 0
 
@@ -112,7 +115,7 @@ def test_sigterm_saves_and_exits_with_0(args, tmp_path, monkeypatch):
 
 
 def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
-    """A run in as many pieces as steps equals a single run, and a finished run is not changed."""
+    """Each piece has one step. A finished run is not changed by any resumption."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     for step in range(1, 16):
         result = run(*args, "--resume", "auto", "--max-minutes", 1e-9)
@@ -142,7 +145,7 @@ def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
 
 
 def test_signals_outside_of_training_steps_are_handled(args, monkeypatch):
-    """While the base is loaded, nothing is saved yet; while the curves are drawn, everything is."""
+    """The signal arrives while the base is loaded, before any checkpoint, or while the curves are drawn, after the last."""
 
     def send_sigterm(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -166,7 +169,7 @@ OPERATIONS = ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink
 
 
 def tiny_run(out, resume, seed):
-    """Run four steps with the file operations of a real run, but without a base, data or a plot."""
+    """Take four steps with the file operations of a real run, but without a base and data."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, generator=torch.Generator().manual_seed(seed))
     optimizer = train.make_optimizer(adapter, 0.0)
     with run_module.Run(RunOptions(out, resume, save_every=2)) as run:
@@ -194,7 +197,7 @@ def tiny_run(out, resume, seed):
 
 
 def crashing_run(out, seed, kill_at, after):
-    """Run `tiny_run`, and kill the process at file operation number `kill_at`. If there are fewer, it exits with 0."""
+    """Run `tiny_run`, and kill the process before or after file operation number `kill_at`, if there are that many."""
     calls = []
 
     def counted(operation):
@@ -224,9 +227,9 @@ def contents(out):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("occupied", [False, True], ids=["new folder", "finished run there"])
 def test_run_survives_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
-    """After SIGKILL at any file operation, --resume auto or the same command gives the result of an undisturbed run.
+    """After SIGKILL at any file operation, --resume auto or the same command gives the result of an uninterrupted run.
 
-    No file of a finished run, of another process or of the user is lost, and no temporary file remains.
+    No file of a finished run, of a different process or of the user is lost, and no temporary file of the run remains.
     """
     monkeypatch.setattr(curves, "draw_curves", lambda metrics, adapter, path: path.write_bytes(b"a picture"))
     tiny_run(tmp_path / "whole", None, seed=2)
@@ -249,7 +252,7 @@ def test_run_survives_every_crash_point(forks, tmp_path, monkeypatch, occupied, 
         assert process.exitcode == -signal.SIGKILL
         try:
             tiny_run(out, "auto", seed=2)
-        except ValueError as error:  # killed before the finished run was moved
+        except ValueError as error:  # the process was killed before it moved the finished run
             assert occupied and "was made with seed = 1" in str(error)
             tiny_run(out, None, seed=2)
         now = contents(out)
@@ -266,7 +269,7 @@ def test_run_survives_every_crash_point(forks, tmp_path, monkeypatch, occupied, 
 
 
 def test_files_show_the_state_of_a_run(args, tmp_path, monkeypatch):
-    """An adapter alone is not a finished run, and an interrupted move of a run is completed."""
+    """A folder with only an adapter file is not a finished run. An interrupted move of a run is completed."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "adapter.safetensors").write_bytes(b"of a run that was killed before its first checkpoint")
@@ -282,7 +285,7 @@ def test_files_show_the_state_of_a_run(args, tmp_path, monkeypatch):
 
 
 def test_resuming_at_the_last_step_writes_the_same_file(args, tmp_path, monkeypatch):
-    """The files are equal including their metadata."""
+    """The adapter files are equal byte for byte, including their metadata."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", before_step(15, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -309,7 +312,7 @@ def test_malformed_options_in_a_checkpoint_are_a_one_line_error(args, tmp_path, 
 
 
 def run_out_of_memory(machine):
-    """Run out of memory as a GPU does, with OutOfMemoryError, or as a CPU does, with RuntimeError."""
+    """Raise torch.OutOfMemoryError, as a GPU does, or the RuntimeError of a failed allocation on a CPU."""
     if machine == "gpu":
         raise torch.OutOfMemoryError("out of memory")
     torch.empty(2**50)
@@ -318,7 +321,7 @@ def run_out_of_memory(machine):
 @pytest.mark.parametrize("machine", ["gpu", "cpu"])
 @pytest.mark.parametrize("where, kept", [("train.chunked_cross_entropy", 6), ("torch.optim.AdamW.step", 4)])
 def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, where, kept, machine):
-    """No step is lost in the forward pass. The optimizer's step may be half done, so the last checkpoint is kept."""
+    """In the forward pass, no step is lost. The optimizer's step may be half done, so the last checkpoint stays."""
     args += ["--val-size", 0]
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     function, calls = train.chunked_cross_entropy if kept == 6 else torch.optim.AdamW.step, []
@@ -353,7 +356,7 @@ def test_running_out_of_memory_in_the_first_step_is_reported(args, monkeypatch):
 
 
 def test_base_weights_are_released_before_the_loop(args, monkeypatch):
-    """Older .pth files cannot be memory-mapped, so their tensors would stay in memory beside the model."""
+    """Old .pth files cannot be memory-mapped, so that their tensors would stay in memory in addition to the model."""
     read_base, references = train.read_base, []
 
     def tracked_read(path):
@@ -384,7 +387,7 @@ def test_metrics_with_a_gap_are_refused(args, tmp_path):
 
 @pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
 def test_full_disk_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
-    """RLIMIT_FSIZE imitates a full disk: from step 8 on, no file can grow."""
+    """RLIMIT_FSIZE imitates a full disk: from step 8 on, no file can become larger than `full` is."""
     resource = pytest.importorskip("resource")
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -409,17 +412,17 @@ def test_full_disk_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full)
 def test_files_are_synced_before_they_are_renamed(args, tmp_path, monkeypatch):
     """Checkpoint, adapter and metrics are synced to disk before the checkpoint replaces the previous one."""
     events, fsync, replace = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(("sure", Path(file.name).suffix)) or fsync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(("synced", Path(file.name).suffix)) or fsync(file))
     monkeypatch.setattr(
-        Path, "replace", lambda path, target: events.append(("in place", target.name)) or replace(path, target)
+        Path, "replace", lambda path, target: events.append(("renamed", target.name)) or replace(path, target)
     )
     assert run(*args, "--save-every", 15).exit_code == 0
-    place = events.index(("in place", "checkpoint.pt"))
+    place = events.index(("renamed", "checkpoint.pt"))
     assert events[place - 4 : place] == [
-        ("sure", ".unfinished"),
-        ("in place", "adapter.safetensors"),
-        ("sure", ".jsonl"),
-        ("sure", ".unfinished"),
+        ("synced", ".unfinished"),
+        ("renamed", "adapter.safetensors"),
+        ("synced", ".jsonl"),
+        ("synced", ".unfinished"),
     ]
 
 
@@ -436,7 +439,7 @@ def test_summary_contains_the_options(args, tmp_path):
 
 
 def test_resuming_with_a_different_tokenizer_is_refused(args, chat_base, tmp_path, monkeypatch):
-    """Later steps would train other tokens as the end of a response."""
+    """The remaining steps would train a different token as the end of a response."""
     base = tmp_path / "base"
     shutil.copytree(args[1], base)
     args[1] = base
@@ -463,6 +466,7 @@ def test_second_run_in_a_locked_folder_is_refused(forks, args, tmp_path):
 
 @contextmanager
 def locked_by_another_process(forks, folder):
+    """Create the folder, and yield a process that holds its lock."""
     folder.mkdir()
     is_locked = forks.Event()
     process = forks.Process(target=hold_lock, args=(folder, is_locked))

@@ -1,4 +1,4 @@
-"""RoBERTa's tokenizer: ids and offsets of tokens, in both layouts."""
+"""RoBERTa's tokenizer: ids and character offsets of tokens, from the files of Hugging Face or of fairseq."""
 
 import json
 
@@ -32,7 +32,10 @@ def test_real_tokenizer_gives_known_ids(data):
 
 
 def fairseq_layout(bpe, folder, order):
-    """Save the same merges with GPT-2's ids in encoder.json, and fairseq's order of the ids in dict.txt."""
+    """Save the same merges in fairseq's layout: GPT-2's ids in encoder.json, and fairseq's order of them in dict.txt.
+
+    `order` selects and orders the ids for dict.txt. Returns GPT-2's ids by token.
+    """
     folder.mkdir()
     tokens = [token for token in json.loads((bpe / "vocab.json").read_text()) if not token.startswith("<")] + ["<"]
     (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -43,7 +46,7 @@ def fairseq_layout(bpe, folder, order):
 
 
 def test_fairseq_layout_is_read(bpe, tmp_path):
-    """An id is 4 plus the position in dict.txt of GPT-2's id; ids that are missing there become <unk>."""
+    """RoBERTa's id is 4 plus the line number of GPT-2's id in dict.txt, from 0. Ids that are not there become <unk>."""
     text = "the km, Añil"
     numbers = fairseq_layout(bpe, tmp_path / "backwards", lambda numbers: reversed(numbers))
     ids, offsets = RobertaTokenizer(tmp_path / "backwards").encode_with_offsets(text)
@@ -86,7 +89,7 @@ def test_missing_files_are_named(bpe, tmp_path):
 
 
 def test_offsets_cover_the_text(data):
-    """Offsets cover the whole text; the byte tokens of one character share its offsets."""
+    """Byte tokens of the same character have the same offsets."""
     tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
     for text in ("Añil's 12 km 🙂\n\n  the\u00a0end", "字 e\u0301 \u2028x", ""):
         ids, offsets = tokenizer.encode_with_offsets(text)

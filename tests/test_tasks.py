@@ -1,4 +1,4 @@
-"""Tasks: images of examples, training on ScienceQA, files of results, and adding a task as in docs/tasks.md."""
+"""Tasks: images of examples, training on ScienceQA, result files, and adding a task as docs/tasks.md describes."""
 
 import json
 import re
@@ -71,7 +71,6 @@ def test_features_are_attached_to_examples_of_a_task(problems, tmp_path):
 
 
 def test_training_on_scienceqa_increases_the_likelihood_of_the_answer(tiny_base, tmp_path):
-    """Training increases the likelihood of the right answer."""
     path = save_problems(tmp_path)
     args = [
         "--data", path, "--task", "scienceqa", "--base", tiny_base, "--out", tmp_path / "run",
@@ -108,7 +107,7 @@ def test_scores_and_results_of_any_task_are_written(tmp_path, capsys):
 
 
 def test_task_is_added_by_one_file_and_one_line(tiny_base, tmp_path, monkeypatch):
-    """train.py and evaluate.py accept the task after the file and the line of docs/tasks.md are added."""
+    """train.py and evaluate.py accept the task of docs/tasks.md after its file and its line in TASKS are added."""
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     file, line = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "boolq.py").write_text(file)
@@ -116,10 +115,10 @@ def test_task_is_added_by_one_file_and_one_line(tiny_base, tmp_path, monkeypatch
     monkeypatch.delitem(sys.modules, "boolq", raising=False)
     for name, module in eval(f"{{{line}}}").items():
         monkeypatch.setitem(TASKS, name, module.removeprefix("tasks."))
-    monkeypatch.delitem(sys.modules, "training.options")  # it has read the table of tasks
+    monkeypatch.delitem(sys.modules, "training.options")  # this module has read TASKS at import
 
     def program(*args):
-        main = runpy.run_path(str(ROOT / args[0]), run_name="fresh")["main"]  # reads the table again
+        main = runpy.run_path(str(ROOT / args[0]), run_name="fresh")["main"]  # reads TASKS again
         return CliRunner().invoke(main, [str(arg) for arg in args[1:]])
 
     data, out = tmp_path / "train.jsonl", tmp_path / "out"

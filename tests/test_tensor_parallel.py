@@ -42,7 +42,7 @@ def test_rank_copies_its_part_from_any_number_of_files(pieces, ranks, cut, dim):
 
 
 def save_base(kind, folder, tiny_base):
-    """Save a base of this kind in Hugging Face's layout, or one in Meta's layout with two files."""
+    """Save a random base of a kind in KINDS in Hugging Face's layout, or "two files" in Meta's; return its folder."""
     if kind != "two files":
         save_hugging_face(folder, tiny_base, **KINDS[kind])
         return folder
@@ -56,7 +56,7 @@ def save_base(kind, folder, tiny_base):
 
 
 def save_adapters(base, folder):
-    """Save a text-only and an image adapter of different depths, with nonzero gates; return their paths."""
+    """Save a text-only adapter with L = 2 and an image adapter with L = 3, with nonzero gates; return their paths."""
     model, _ = load_llama(base)
     config = model.config
     shape = dict(length=5, dim=config.dim, heads=config.n_heads)
@@ -78,10 +78,10 @@ def make_requests():
 
 @torch.no_grad()
 def respond(base, adapters, bits=None):
-    """Return the logits after the prompts, the responses, the shapes of the weights, and the bytes of the layers."""
+    """Return the logits after the prompts, the responses, the shapes of this rank's weights, and its layers' bytes."""
     torch.set_num_threads(1)
     with inference_ranks():
-        # With bits, whether tiny layers are packed would depend on a measurement, and vary from run to run.
+        # With `bits`, a speed measurement decides whether layers are packed, and for tiny layers its result varies.
         options = {"bits": bits, "decoding": bits is None}
         model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, **options)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)
@@ -99,7 +99,7 @@ def respond(base, adapters, bits=None):
     "kind, world", [("mha", 2), ("mha", 4), ("gqa", 2), ("qwen2", 2), ("qwen3", 2), ("two files", 2)]
 )
 def test_ranks_give_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_path):
-    """Adapters of different depths, the base and an image share a batch; all ranks agree bit for bit."""
+    """Adapters with different L, the base and a request with an image share a batch. All ranks agree bit for bit."""
     base = save_base(kind, tmp_path / "base", tiny_base)
     adapters = save_adapters(base, tmp_path)
     logits, texts, shapes, _ = respond(base, adapters)
@@ -116,7 +116,7 @@ def test_ranks_give_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_quantized_parts_are_close_and_small(forks, bits, tiny_base, tmp_path):
-    """Each rank quantizes its part by itself: logits are close to those of the whole, in half the memory."""
+    """Each rank quantizes its own part. The error of the logits is like that of one process, in half the memory."""
     base = save_base("mha", tmp_path / "base", tiny_base)
     adapters = save_adapters(base, tmp_path)
     results = Ranks(forks, 2, respond, base, adapters, bits).results()
@@ -140,21 +140,27 @@ def run_alone(program, stdin, *args):
 
 
 def run_as_rank(program, stdin, args, spoil=None):
-    """Run a command as one of several ranks; only the first has standard input and an existing output folder."""
+    """Run a command as one of several ranks.
+
+    Only rank 0 reads `stdin`. On the other ranks, the folder for output does not exist, because they must not write.
+    """
     if os.environ["RANK"] != "0":
         args = [str(arg).replace("two", "nowhere/two") for arg in args]
     launch(PROGRAMS[program].main, args, spoil, stdin or "")
 
 
 def run_together(forks, world, program, stdin, *args):
-    """Run a command on several ranks, check that only the first prints, and return its exit code and output."""
+    """Run a command on `world` ranks; return the first rank's exit code, standard output and standard error.
+
+    All ranks must have the same exit code, and only the first may print.
+    """
     first, *others = Ranks(forks, world, run_as_rank, program, stdin, args).results()
     assert all(code == first[0] and stdout == stderr == "" for code, stdout, stderr in others), others
     return first
 
 
 def test_generate_on_ranks_equals_a_single_process(forks, tiny_base, tiny_adapter, tmp_path):
-    """A prompt, piped lines and a file are sampled; only the first rank reads standard input."""
+    """Responses to a prompt, to piped lines and to a file are sampled. Only the first rank reads standard input."""
     options = ["--adapter", tiny_adapter, "--device", "cpu", "--max-new-tokens", 6, "--temperature", 1]
     for more, stdin in ((["What?", "--compare"], None), ([], "What?\n\nWho is it?\n")):
         alone = run_alone("generate", stdin, *options, *more)
@@ -197,7 +203,7 @@ def test_bad_input_is_reported_once(forks, tiny_base, tmp_path, more, message):
 
 
 def kill_at_fourth_token(_):
-    """Kill the second rank at its fourth token."""
+    """Make rank 1 kill itself at its fourth decoding step."""
     decode_step, calls = generate.decode_step, []
 
     def killing_step(*args):
@@ -218,7 +224,7 @@ def test_lost_rank_ends_all_ranks(forks, tiny_base):
 
 
 def hide_gpu_of_rank_1(rank):
-    """Make the GPU of rank 1 unavailable, as with more ranks than GPUs."""
+    """Make the GPU of rank 1 unavailable, as if there were more ranks than GPUs."""
 
     def fail(*_):
         raise ValueError("device 'cuda:1' is not available")
@@ -243,6 +249,7 @@ def test_unexpected_weight_is_a_one_line_error(tiny_base, tmp_path):
 
 
 def measure_loading(tiny_base, base):
+    """Load a base, or this rank's part of it; return the bytes of the weights, and the peak while loading."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         init_distributed()
@@ -250,7 +257,7 @@ def measure_loading(tiny_base, base):
     def load(path):
         return load_part_of_rank(path, *read_base(path), torch.float32, CPU)
 
-    load(tiny_base)  # so that the libraries' own memory is not counted
+    load(tiny_base)  # allocates the libraries' own memory, which must not be counted
     model, peak = peak_anonymous(lambda: load(base))
     return held_bytes(model), peak
 

@@ -1,4 +1,4 @@
-"""JSON files beside a tokenizer: special tokens, <bos>, and the tokens that end a response."""
+"""JSON files in a tokenizer's folder: they determine special tokens, <bos>, and the tokens that end a response."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ TURNS = [Turn("user", "Hi there,\n friend"), Turn("assistant", "Hello, my lord. 
 
 @pytest.fixture(scope="module")
 def markers(tmp_path_factory):
-    """A tokenizer.model with chat markers as control symbols."""
+    """Path of a tokenizer.model with chat markers as control symbols."""
     folder = tmp_path_factory.mktemp("markers")
     (folder / "corpus.txt").write_text("\n".join([*SAMPLES, "Hello there, user, assistant, system: what news?"] * 20))
     SentencePieceTrainer.train(
@@ -78,7 +78,7 @@ def test_chat_markers_of_a_tokenizer_model_equal_transformers(markers, tmp_path,
 
 
 def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
-    """transformers stores added tokens in another form since version 4, which can also rename pieces."""
+    """They are in added_tokens.json, or (newer) in added_tokens_decoder, which can also rename existing pieces."""
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<|turn|>": 500}, tokenizer_config={"eos_token": "<|turn|>"})
     tokenizer = load_tokenizer(tmp_path)
@@ -91,7 +91,7 @@ def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
 
 
 def test_bos_is_not_a_token_that_ends_a_text(data, tmp_path):
-    """A published config.json names <s> as the end, and the file beside it has empty strings."""
+    """A published config.json has <s> as its eos_token_id, and its tokenizer_config.json has empty strings."""
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     empty = {"bos_token": "", "eos_token": ""}
     save_settings(tmp_path, config={"eos_token_id": 1}, tokenizer_config=empty, special_tokens_map=empty)
@@ -108,7 +108,7 @@ def test_bos_is_not_a_token_that_ends_a_text(data, tmp_path):
 
 
 def test_tokenizer_json_overrides_tokenizer_model(data, tmp_path, capsys):
-    """The two files of Mistral v0.3 treat leading spaces differently, and no special token may be lost."""
+    """Mistral v0.3 has both files, which differ in leading spaces. Special tokens of tokenizer.json are kept."""
     save_llama2_json(data, tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -131,7 +131,7 @@ def test_eos_token_can_be_missing_in_tokenizer_json(data, tmp_path):
 
 
 def test_llama3_tokenizer_takes_its_eos_from_hugging_faces_files(data, tmp_path):
-    """Responses are trained to end with eos_token; <|eom_id|> of Llama 3.1 ends a message to a tool."""
+    """Responses are trained to end with it. All tokens that end a text, also Llama 3.1's <|eom_id|>, end a response."""
     (tmp_path / "original").mkdir()
     shutil.copy(data / "tokenizers" / "llama3_tokenizer.model", tmp_path / "original" / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)

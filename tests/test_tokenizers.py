@@ -39,7 +39,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(tiny_base):
 
 
 def convert_tiktoken(path):
-    """Convert the same file with transformers; the pattern is that of Llama 3's model card."""
+    """Convert a tiktoken file to a BPE of `tokenizers` with transformers. The pattern is that of Llama 3."""
     pytest.importorskip("transformers")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -56,7 +56,7 @@ def convert_tiktoken(path):
     ],
 )
 def test_real_tokenizers_equal_other_implementations(data, tmp_path, name, kind, oracle, vocabulary):
-    """The kind is recognized by the content, because both files are named tokenizer.model."""
+    """Both files are named tokenizer.model. The kind of tokenizer is recognized by the content."""
     (tmp_path / "tokenizer.model").write_bytes((data / "tokenizers" / name).read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert type(tokenizer) is kind
@@ -170,7 +170,7 @@ def test_start_token_beyond_the_vocabulary_is_refused(tmp_path):
 
 
 def test_long_texts_are_split_as_by_metas_tokenizer(data):
-    """Runs of spaces, or of other characters, are split after 25,000; shorter texts are encoded as a whole."""
+    """Runs of whitespace or of other characters are split after every 25,000 characters. Shorter runs are not split."""
     tokenizer = TiktokenTokenizer(data / "tokenizers" / "llama3_tokenizer.model")
     encode = tokenizer.model.encode_ordinary
     assert tokenizer.encode(" " * 60_000) == 2 * encode(" " * 25_000) + encode(" " * 10_000)

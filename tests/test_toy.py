@@ -1,4 +1,4 @@
-"""The toys that train.py uses without --data: their examples, and their commands from the options to the tables."""
+"""The toys, which train.py uses without --data: their examples, and the commands that train and evaluate on them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Options:
 
 
 def test_each_toy_has_its_examples(small_digits, tmp_path):
-    """Examples are numbered. The blind toy has those of the image toy, but no vision encoder."""
+    """Examples are named by their number. The blind toy has the examples of the image toy, but no vision encoder."""
     text, options = toys.TOYS["text"].examples(Options())
     assert options == Options() and [example.name for example in text[:2]] == ["toy question 0", "toy question 1"]
     assert [e.output for e in text] == [question.example.output for question in almanac.instructions()["training"]]

@@ -40,7 +40,7 @@ def make_examples(vocab_size, lengths=((3, 9), (7, 8), (2, 30), (12, 17), (5, 6)
 
 
 def loss_and_gradient(model, adapter, examples, max_tokens, checkpoint_activations=False):
-    """Return train_step's loss at a learning rate of zero; the gradient stays in the unchanged adapter."""
+    """Return train_step's loss at a learning rate of zero. The gradient is left in the adapter's parameters."""
     optimizer = torch.optim.SGD([{"params": list(adapter.parameters()), "lr_scale": 1.0}], lr=0.0)
     config = TrainConfig(micro_batch_tokens=max_tokens, checkpoint_activations=checkpoint_activations)
     return train_step(model, adapter, optimizer, examples, 0.0, config)
@@ -89,7 +89,7 @@ def test_equal_rows_give_the_naive_loss_and_gradient(ids, number):
 
 
 def test_compiled_layers_equal_eager_layers():
-    """Other lengths and numbers of rows need no recompilation."""
+    """Different lengths and numbers of rows need no recompilation."""
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     eager, compiled = make_model(), make_model()
@@ -107,7 +107,7 @@ def test_compiled_layers_equal_eager_layers():
 
 
 def test_schedule_reaches_its_rate_and_ends_near_zero():
-    """A warm-up that counts the wrong steps never reaches the peak (litgpt 132)."""
+    """A warm-up that counts the wrong steps never reaches the peak (litgpt issue 132)."""
     rates = [learning_rate(step, peak=2.0, warmup=4, total=12) for step in range(12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4:] == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(8)])
@@ -191,7 +191,7 @@ def test_run_uses_the_device_and_its_default_dtype(args, tmp_path, device):
 
 
 def test_reported_losses_are_those_of_the_saved_adapter(args, tmp_path, tiny_base):
-    """The saved adapter has the reported loss after training, and with zero gates the loss before training."""
+    """The saved adapter has the reported loss after training; with its gates set to zero, the loss before training."""
     run(*args)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     model, tokenizer = load_llama(tiny_base)
@@ -216,7 +216,7 @@ def test_only_the_adapter_is_trained(tiny_base, tmp_path):
 
 
 def test_no_example_is_both_trained_on_and_held_out():
-    """The authors validate on the first 200 examples, on which they also train."""
+    """In the authors' code, the first 200 examples are both."""
     examples = make_examples(50, lengths=[(2, 5)] * 30)
     for size, number in ((0, 0), (0.1, 3), (7, 7)):
         training, held_out = hold_out(examples, size, seed=0)
@@ -255,7 +255,7 @@ def test_every_epoch_has_all_examples_in_a_different_order(args, monkeypatch):
 
 
 def test_seed_determines_prompts_and_split(args, tmp_path):
-    """Prompts stay as they were initialized at a learning rate of zero."""
+    """At a learning rate of zero, the prompts stay as they were initialized."""
     prompts, first_losses = [], []
     for seed in (0, 1):
         assert run(*args, "--lr", 0, "--out", tmp_path / str(seed), "--seed", seed).exit_code == 0
@@ -282,7 +282,7 @@ def is_same_run(one, other):
 
 @pytest.mark.parametrize("stop_at", [3, 5, 15])
 def test_resumed_run_equals_an_uninterrupted_one(args, tmp_path, monkeypatch, stop_at):
-    """Data order must not repeat (nanoGPT 467), and the optimizer's state must be restored (litgpt 1354)."""
+    """The data order must not restart (nanoGPT issue 467); the optimizer state must be restored (litgpt issue 1354)."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         stop_after(patch, stop_at)  # within an epoch, at the end of one, at the end of all
@@ -312,7 +312,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
-    """Send this process a signal during the given step, counted from now."""
+    """Send this process a signal in its `steps`-th training step from now, after which the run stops."""
     monkeypatch.setattr("train.train_step", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
 
 
@@ -350,7 +350,7 @@ def test_resumed_run_cannot_change_its_options(args, tiny_base, tmp_path, monkey
 
 @pytest.mark.parametrize("every, last", [(2, 4), (5, 5)])
 def test_killed_run_resumes_from_its_last_checkpoint(args, tmp_path, every, last):
-    """The checkpoint may be at the end of an epoch; later lines of metrics.jsonl are replaced."""
+    """The last checkpoint is within an epoch or at its end. Later lines of metrics.jsonl are replaced."""
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     code = (
         "import sys; sys.path.insert(0, 'tests'); import os, train; step, calls = train.train_step, []\n"
@@ -416,7 +416,7 @@ def test_ctrl_c_saves_a_checkpoint(args, tmp_path):
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_non_finite_values_stop_the_run_and_keep_the_last_adapter(args, tmp_path, monkeypatch, broken):
-    """The authors' code stops with "Loss is nan, stopping" (OGV 144, 67, 59); this error names the records."""
+    """The error names the records. (The authors' "Loss is nan, stopping" does not: OpenGVLab issues 144, 67, 59.)"""
     clip, calls, adapters = torch.nn.utils.clip_grad_norm_, [], []
 
     def spoil(parameters, *more):
@@ -537,7 +537,7 @@ def test_dropped_and_truncated_examples_are_reported(args, tmp_path, tiny_base):
 
 
 def test_default_learning_rate_is_the_papers(args, tmp_path):
-    """The paper's 9e-3 is a base rate; the learning rate is 9e-3 * batch / 256 (OGV 90)."""
+    """The paper's 9e-3 is a base rate. The learning rate is 9e-3 * batch size / 256 (OpenGVLab issue 90)."""
     position = args.index("--lr")
     without = [*args[:position], *args[position + 2 :], "--epochs", 1, "--warmup-epochs", 0]
     for more, blr in (([], 9e-3), (["--blr", 1e-3], 1e-3)):
@@ -546,7 +546,7 @@ def test_default_learning_rate_is_the_papers(args, tmp_path):
 
 
 def test_toy_is_trained_and_evaluated_by_default(tmp_path, monkeypatch, tiny_base):
-    """The toy's own options apply unless others are given, and the toy is evaluated at the end."""
+    """The defaults of the options are those of the toy. The held-out accuracy is printed and in the summary."""
     training = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
     monkeypatch.setattr("train.TRAINING", training)
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
@@ -563,7 +563,7 @@ def test_toy_is_trained_and_evaluated_by_default(tmp_path, monkeypatch, tiny_bas
 
 
 def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_base):
-    """Users forget --base, but the toy's LLaMA learns nothing useful from Alpaca."""
+    """Without --base, the toy's LLaMA is trained, which learns nothing useful from real data such as Alpaca."""
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     i = args.index("--base")
     result = run(*args[:i], *args[i + 2 :])
@@ -572,7 +572,7 @@ def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_b
 
 
 def test_four_functions_lead_from_the_command_to_backward(args, monkeypatch):
-    """The functions between the command and the first backward pass are all in train.py."""
+    """All of them are in train.py: main, train, training_steps, train_step."""
     frames = []
 
     def record_frames(self):
@@ -586,7 +586,7 @@ def test_four_functions_lead_from_the_command_to_backward(args, monkeypatch):
 
 
 def test_real_model_learns_from_real_alpaca_data(data, tmp_path):
-    """stories260K learns the form of real instructions within a few steps."""
+    """The validation loss of stories260K on Alpaca falls by more than 0.1 in two epochs of 160 examples."""
     result = run(
         "--base", data / "stories260K", "--data", data / "instructions" / "alpaca_data.json.xz", "--limit", 200,
         "--out", tmp_path / "run", "--epochs", 2, "--lr", 0.02, "--warmup-epochs", 0.5, "--val-size", 40,
@@ -605,7 +605,7 @@ def test_base_without_data_is_an_error(args, tiny_base):
 
 
 def test_context_length_limits_max_seq_len(instructions, tmp_path, data):
-    """The default is the context length, at most 512 tokens; more than the context is an error."""
+    """The default is the context length, or 512 tokens if that is less. A value above the context length is refused."""
     args = ["--base", data / "stories260K", "--data", instructions, "--out", tmp_path / "run", "--epochs", 3]
     result = run(*args, "--limit", 20, "--max-seq-len", 513)
     assert (
@@ -628,7 +628,7 @@ def test_extreme_learning_rate_causes_a_warning(args, more):
 
 @pytest.mark.parametrize("losses, worse", [([2.0, 1.5, 2.5, 2.125], True), ([2.0, 2.5, 2.5, 1.9], False)])
 def test_adapter_that_increases_the_loss_causes_a_warning(args, monkeypatch, losses, worse):
-    """This happens on real text with --lr 1000; the losses are fake, because any training helps the random base."""
+    """The losses are faked, because any training improves a random base. (On real text, --lr 1000 has this effect.)"""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
     warning = "warning: the validation loss is 2.1250, but was 2.0000 before training: the adapter makes the base worse"

@@ -1,4 +1,4 @@
-"""python -m benchmarks checkpoint and load, with small shapes."""
+"""python -m benchmarks checkpoint and load, with a small shape."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,10 @@ def run(*args):
 
 @pytest.fixture
 def checkpoint(tiny_base, tmp_path, monkeypatch):
-    """A checkpoint in several shards, with a small shape in place of TinyLlama's."""
+    """Write a checkpoint in several shards, with a small shape in place of TinyLlama's.
+
+    Returns the shape, the folder, and the command's standard output.
+    """
     shape = replace(CONFIGS["wide"], vocab_size=1100, dim=64, hidden_dim=96, norm_eps=2e-5, rope_theta=7e4)
     shape = replace(shape, rope_factors=llama3_rope_factors(12, 7e4, 32.0), max_seq_len=300)
     monkeypatch.setitem(true_size.SIZES, "TinyLlama-1.1B", shape)
