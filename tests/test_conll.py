@@ -178,7 +178,7 @@ def test_logits_and_loss_equal_transformers(bpe, tmp_path):
 
 
 def test_pretrained_head_of_a_base_is_used(bpe, tmp_path):
-    """The tags equal those of transformers, and training starts from the head. A head for another task is refused."""
+    """The tags equal those of transformers, and training starts from the head. A head for other tasks is refused."""
     pytest.importorskip("seqeval")
     theirs = save_tagger(tmp_path / "tagger", bpe)
     args = ["--task", "token-classification", "--base", tmp_path / "tagger", "--device", "cpu"]

@@ -69,7 +69,7 @@ def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
         "random-init attention: 40.77" in result.output
         and "10: 55.95, 20: 73.36, 30: 83.85, 32: 81.03" in result.output
     )
-    # a setting has the same row in every experiment
+    # The same setting has the same row in every experiment.
     default = values["methods"]["rows"][ZERO_INIT]
     assert values["design"]["rows"]["as it is"] == default == values["zero_init"]["rows"][f"{ZERO_INIT}, 0.05"]
     assert values["layers"]["rows"]["K = 3"] == default and default["setting"]["lr"] == 0.05

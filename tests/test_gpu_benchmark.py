@@ -119,7 +119,7 @@ def test_only_quantized_variants_copy_the_weights():
 
 
 def test_step_operations_are_close_to_those_counted_by_pytorch():
-    """They are within 15% for a step without recomputation.
+    """Both counts agree to 15% for a step without recomputation.
 
     The step has a forward pass, a backward pass through the adapted layers, and the output head at response tokens.
     """

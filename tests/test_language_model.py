@@ -22,7 +22,7 @@ def test_tokenizer_is_reproducible(tmp_path):
 
 
 def test_first_losses_are_reproducible():
-    """They do not depend on the number of cores. On different CPUs they are equal up to rounding."""
+    """The losses do not depend on the number of cores. On different CPUs they are equal up to rounding."""
     _, losses = pretrain_base(load_tokenizer(BASE), stop_after=50)
     assert len(LOSSES) == 50 and max(abs(a - b) for a, b in zip(losses, LOSSES)) < 1e-3
     assert losses[-1] < 4 < losses[0]

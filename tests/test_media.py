@@ -253,10 +253,10 @@ def test_16_bit_grayscale_is_scaled_to_8_bits(tmp_path, ending, order):
     assert read.shape == (16, 16, 3) and np.array_equal(read[..., 1].flatten(), np.arange(256))
 
 
-@pytest.mark.parametrize("kind, said", [("i4", "32-bit integers"), ("f4", "32-bit floating-point numbers")])
-def test_pixel_types_without_a_known_range_are_refused(tmp_path, kind, said):
+@pytest.mark.parametrize("kind, name", [("i4", "32-bit integers"), ("f4", "32-bit floating-point numbers")])
+def test_pixel_types_without_a_known_range_are_refused(tmp_path, kind, name):
     Image.fromarray(np.arange(256).reshape(16, 16).astype(kind)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=f"x.tif: .*{said}"):
+    with pytest.raises(ValueError, match=f"x.tif: .*{name}"):
         open_image(tmp_path / "x.tif")
 
 

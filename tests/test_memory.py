@@ -51,7 +51,7 @@ def test_ranks_agree_on_the_smallest_number_of_positions(model, monkeypatch, cap
 
 
 def test_resumed_run_keeps_its_micro_batches(args, tmp_path, monkeypatch):
-    """With different micro-batches, sums are computed in a different order and differ in the last bits."""
+    """Different micro-batches would change the order of sums, and with it their last bits."""
     assert run(*args, "--out", tmp_path / "whole", "--micro-batch-tokens", 60).exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "choose_micro_batch_tokens", lambda *arguments: 60)

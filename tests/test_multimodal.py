@@ -316,7 +316,7 @@ def test_held_out_image_alone_gives_a_projection(train_args, album, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_with_images_equal_a_single_process(forks, train_args, tmp_path, strategy):
-    """In batches of 3, a rank often has no image, but the gradient of the projection is reduced over all ranks."""
+    """A rank often has no image in batches of 3, but the gradient of the projection is reduced over all ranks."""
     args = [*train_args, "--epochs", 2, "--batch-size", 3]
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy]).results()
     assert [code for code, _, _ in results] == [0, 0], results

@@ -458,13 +458,14 @@ def test_non_finite_loss_is_reported_by_one_rank(forks, args):
 
 
 @pytest.mark.parametrize(
-    "spoil, code, said", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
+    "spoil, code, message", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
 )
-def test_signal_stops_all_ranks_and_a_different_world_size_can_resume(forks, args, tmp_path, spoil, code, said):
+def test_signal_stops_all_ranks_and_a_different_world_size_can_resume(forks, args, tmp_path, spoil, code, message):
     """The signals are SIGTERM to one rank, and SIGINT twice to all ranks, as from Ctrl-C and torchrun."""
     results = Ranks(forks, 2, train_command, args, spoil).results()
     assert [result[0] for result in results] == [code, code]
-    assert results[0][2].splitlines()[-1] == f"{said} after step 8: to continue, add --resume" and results[1][2] == ""
+    assert results[0][2].splitlines()[-1] == f"{message} after step 8: to continue, add --resume"
+    assert results[1][2] == ""
     results = Ranks(forks, 3, train_command, [*args, "--resume", "--strategy", "fsdp"]).results()
     assert [result[0] for result in results] == [0, 0, 0]
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0

@@ -145,7 +145,7 @@ def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
 
 
 def test_signals_outside_of_training_steps_are_handled(args, monkeypatch):
-    """The signal arrives while the base is loaded, before any checkpoint, or while the curves are drawn, after the last."""
+    """The signal arrives while the base is loaded, or after the last checkpoint, while the curves are drawn."""
 
     def send_sigterm(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -321,7 +321,7 @@ def run_out_of_memory(machine):
 @pytest.mark.parametrize("machine", ["gpu", "cpu"])
 @pytest.mark.parametrize("where, kept", [("train.chunked_cross_entropy", 6), ("torch.optim.AdamW.step", 4)])
 def test_running_out_of_memory_keeps_a_checkpoint(args, tmp_path, monkeypatch, where, kept, machine):
-    """In the forward pass, no step is lost. The optimizer's step may be half done, so the last checkpoint stays."""
+    """An error in the forward pass loses no step. After one in the optimizer's step, the last checkpoint is kept."""
     args += ["--val-size", 0]
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     function, calls = train.chunked_cross_entropy if kept == 6 else torch.optim.AdamW.step, []

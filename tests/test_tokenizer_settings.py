@@ -78,7 +78,7 @@ def test_chat_markers_of_a_tokenizer_model_equal_transformers(markers, tmp_path,
 
 
 def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
-    """They are in added_tokens.json, or (newer) in added_tokens_decoder, which can also rename existing pieces."""
+    """Added tokens are in added_tokens.json or, newer, in added_tokens_decoder, which can also rename pieces."""
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<|turn|>": 500}, tokenizer_config={"eos_token": "<|turn|>"})
     tokenizer = load_tokenizer(tmp_path)

@@ -216,7 +216,7 @@ def test_only_the_adapter_is_trained(tiny_base, tmp_path):
 
 
 def test_no_example_is_both_trained_on_and_held_out():
-    """In the authors' code, the first 200 examples are both."""
+    """The authors' code also trains on the 200 examples on which it validates."""
     examples = make_examples(50, lengths=[(2, 5)] * 30)
     for size, number in ((0, 0), (0.1, 3), (7, 7)):
         training, held_out = hold_out(examples, size, seed=0)
@@ -255,7 +255,7 @@ def test_every_epoch_has_all_examples_in_a_different_order(args, monkeypatch):
 
 
 def test_seed_determines_prompts_and_split(args, tmp_path):
-    """At a learning rate of zero, the prompts stay as they were initialized."""
+    """The learning rate is zero, so that the prompts stay as they were initialized."""
     prompts, first_losses = [], []
     for seed in (0, 1):
         assert run(*args, "--lr", 0, "--out", tmp_path / str(seed), "--seed", seed).exit_code == 0
