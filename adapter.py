@@ -1,6 +1,6 @@
 """LLaMA-Adapter (Zhang et al., 2023, arXiv 2303.16199): gated attention, the adapter, and its file format.
 
-A frozen transformer is adapted by K learned adaption prompts and one learned gate per head in each
+A frozen transformer is adapted by K learned prompt embeddings and one learned gate per head in each
 of its topmost L layers:
 
     q = rope(Wq x)   k = rope(Wk x)   v = Wv x           as in plain LLaMA
@@ -15,7 +15,7 @@ pretrained one when training starts ("zero-init attention", section 3.2).
 Notation, here and in every other file:
     B batch   T tokens   S key length: T, or the capacity of the cache   C model width   V vocabulary size
     H query heads   Hkv key/value heads   D head dimension   N layers   L adapted layers
-    K number of adaption prompts per layer
+    K number of prompts per layer; the K prompts of one layer are its adaption prompt P (K, C)
 """
 
 import math
@@ -31,7 +31,7 @@ from runtime.files import write_tensors
 
 
 class AdaptionPrompt(NamedTuple):
-    """Prompt embeddings and gate of one layer. The layer projects the embeddings with its own frozen Wk and Wv.
+    """Prompt embeddings and gate values of one layer, which projects the embeddings with its own frozen Wk and Wv.
 
     The first dimension is 1 if the batch shares the adaption prompt, and B if each sample has its own.
     """
@@ -88,8 +88,8 @@ def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) 
     """Compute the same as `gated_attention_paper`, but with fused attention, which does not store the weights.
 
     With g the gate value, A the softmax over the prompts, and W the softmax over the tokens, the output is
-    [g A ; W] [vp ; v] = g (A vp) + W v. If the gate is zero, it equals the output of the frozen layer bit for bit;
-    that of `gated_attention_paper` equals it only up to rounding.
+    [g A ; W] [vp ; v] = g (A vp) + W v. If the gate value is zero, the output equals plain attention to the tokens
+    bit for bit; that of `gated_attention_paper` equals it only up to rounding.
     """
     prompt_term = prompt_attention(q, prompt_k, prompt_v, gate)  # g A vp (B, H, T, D)
     return attend(q, k, v, mask, causal) + prompt_term
@@ -108,11 +108,12 @@ ATTENTIONS = {"fused": gated_attention, "paper": gated_attention_paper}  # the v
 
 
 class Adapter(nn.Module):
-    """The trainable parameters: K adaption prompts and H gates for each of the topmost L layers.
+    """The trainable parameters: K prompts and H gates for each of the topmost L layers.
 
     There are L*K*C + L*H parameters, 1,229,760 for LLaMA-7B with K = 10 and L = 30. They are float32, whatever the
     dtype of the base. Row 0 of both tensors belongs to the lowest adapted layer, N - L. Prompts are initialized from a
-    standard normal distribution, and gates to zero. The dict `metadata` is stored in the safetensors file.
+    standard normal distribution, and gates to zero. The arguments `layers`, `length`, `dim` and `heads` are L, K, C and
+    H. The dict `metadata` (str to str) is stored in the adapter file.
     """
 
     # The published implementations disagree on the activation of the gate; see docs/method.md.
@@ -137,10 +138,10 @@ class Adapter(nn.Module):
     def forward(
         self, condition: Tensor | None = None, gate_scale: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[AdaptionPrompt]:
-        """Return the adaption prompts of the L adapted layers, lowest layer first, cast to `dtype`, that of the base.
+        """Return the adaption prompts of the L adapted layers, lowest layer first, in `dtype` (by default float32).
 
-        `condition` (B, C), such as a projected image, is added to every adaption prompt (section 3.3). `gate_scale`
-        multiplies the gate values; with 0, the model computes the output of the frozen base.
+        `condition` (B, C), such as a projected image, is added to all K prompts of every layer (section 3.3).
+        `gate_scale` multiplies the gate values; with 0, the model computes the output of the frozen base.
         """
         embeddings = self.prompts.unsqueeze(1)  # (L, 1, K, C)
         if condition is not None:
@@ -160,12 +161,13 @@ class Adapter(nn.Module):
         made_for["layers"] = int(self.metadata.get("base_layers", layers))
         for name, number in made_for.items():
             if number != base[name]:
-                raise ValueError(f"the adapter was made for {name} {number}, but the base has {name} {base[name]}")
+                expected = f"the adapter was made for a base with {name} {number}"
+                raise ValueError(f"{expected}, but this base has {name} {base[name]}")
         if len(self.gates) > layers:
             raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, but the base has {layers} layers")
 
     def save(self, path: str | Path, **metadata) -> None:
-        """Add `metadata` to the adapter's metadata, and write the adapter file atomically."""
+        """Add the keywords, converted to strings, to the metadata, and write the adapter file atomically."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
             "format": "llama-adapter",
@@ -186,9 +188,10 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
-        """Build an adapter from the tensors and metadata of its file. Every tensor must have the expected shape.
+        """Build an adapter from the tensors and metadata of its file.
 
-        `extra` are further constructor arguments, which a subclass infers from the tensors.
+        `extra` are further constructor arguments, which a subclass infers from the tensors. Raises RuntimeError if a
+        tensor is missing, unknown or has the wrong shape.
         """
         layers, length, dim = tensors["prompts"].shape
         heads = tensors["gates"].shape[1]

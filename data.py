@@ -35,7 +35,7 @@ ALPACA = {
 class Turn(NamedTuple):
     """A message of a conversation. The first one may be a system message; then user and assistant alternate."""
 
-    role: str
+    role: str  # "system", "user" or "assistant"
     content: str
     learned: bool = True  # False for an assistant's response that the loss does not cover
 
@@ -50,7 +50,7 @@ class Example:
     image: str = ""  # the file name of an image, video or sound, if there is one
     name: str = ""  # a label for error messages, such as "record 3"
     turns: tuple[Turn, ...] = ()  # a conversation; if it has two turns, they are also in instruction and output
-    features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of its image
+    features: Tensor | None = field(default=None, repr=False, compare=False)  # (F,), features of the image
 
 
 class Request(NamedTuple):
@@ -59,17 +59,17 @@ class Request(NamedTuple):
     instruction: str
     input: str = ""
     adapter: str = "base"  # the name of the adapter that responds
-    features: Tensor | None = None  # (F,), features of its image, if it has one
-    history: Sequence[Turn] = ()  # earlier turns
+    features: Tensor | None = None  # (F,), features of the image, if there is one
+    history: Sequence[Turn] = ()  # earlier turns, oldest first
 
 
 class TokenizedExample(NamedTuple):
-    """The token ids of one example."""
+    """The token ids of one example, and the positions that the loss covers."""
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
     loss_mask: list[bool]  # True for the tokens of responses, including their <eos>
     name: str  # label of the example, for error messages
-    features: Tensor | None = None  # (F,), features of its image
+    features: Tensor | None = None  # (F,), features of the image, if there is one
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T), IGNORE at prompts and padding
     features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has an image
-    has_image: Tensor | None = None  # (B,)
+    has_image: Tensor | None = None  # (B,), bool; None if no row has an image
 
 
 class Tokenizer(Protocol):
@@ -110,7 +110,10 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of the ids. Ids outside the vocabulary, which a padded output head can produce, have none."""
+        """Return the text of the ids, without special tokens.
+
+        Ids outside the vocabulary, which a padded output head can produce, are skipped.
+        """
 
     def token_id(self, token: str) -> int | None:
         """Return the id of the special token with this text; None if there is no such token."""
@@ -126,9 +129,9 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def read_records(path: str | Path) -> list:
-    """Read the values of a JSON list or a JSONL file, which may be compressed as .gz or .xz.
+    """Return the values of a JSON list or a JSONL file, which may be compressed as .gz or .xz.
 
-    Raises OSError, or a ValueError that names the line.
+    Raises OSError, or a ValueError that names the file, and the line if it is not JSON.
     """
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
         conversion = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
@@ -219,7 +222,7 @@ def format_prompt(instruction: str, input: str = "") -> str:
 class Exchange(NamedTuple):
     """A prompt and its response, as token ids."""
 
-    prompt_ids: list[int]  # tokens between the previous response and this one
+    prompt_ids: list[int]  # tokens since the previous exchange, including responses that the loss does not cover
     response_ids: list[int]  # the response with its <eos>; the loss covers these tokens
 
 
@@ -253,19 +256,21 @@ class AlpacaTemplate(Template):
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         for example in examples:
             if example.turns and not example.output:
-                expected = (
-                    "alpaca takes one instruction and its response; use --template auto, llama-2, llama-3 or chatml"
+                expected = "the template alpaca takes one instruction and its response"
+                advice = "use --template auto, llama-2, llama-3 or chatml"
+                raise ValueError(
+                    f"{example.name}: is a conversation of {len(example.turns)} turns, but {expected}; {advice}"
                 )
-                raise ValueError(f"{example.name}: is a conversation of {len(example.turns)} turns, but {expected}")
             response_ids = self.tokenizer.encode(example.output) + [self.tokenizer.eos_id]
             yield [Exchange(self.encode_prompt(example.instruction, example.input), response_ids)]
 
 
 def tokenize(template: Template, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedExample], int]:
-    """Tokenize the examples, each with at most `max_length` tokens; also return the number of truncated examples.
+    """Return the tokenized examples, at most `max_length` tokens each, and the number of truncated ones.
 
-    Truncation shortens a response, which then has no <eos>, or removes whole exchanges from the end of a conversation.
-    An example whose prompt leaves no room for a response is dropped.
+    Truncation removes whole exchanges from the end of a conversation. If the first response is too long, it is
+    shortened and has no <eos>. An example whose prompt leaves no room for a response is dropped, which does not count
+    as truncated.
 
     Prompt and response are tokenized separately and joined as ids. If they were tokenized together, a token could span
     both (as in 3.3 % of Alpaca), so the prompt in training would differ from the one that generation starts from.
@@ -293,7 +298,7 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     Raises ValueError if the training set would be empty.
     """
     if not examples:
-        raise ValueError("no example leaves room for a response in --max-seq-len tokens; increase it")
+        raise ValueError("no example leaves room for a response in --max-seq-len tokens; increase --max-seq-len")
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
         raise ValueError(
@@ -321,9 +326,9 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 
 
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
-    """Split a batch into one shard per rank. All shards have about the same number of tokens.
+    """Split a batch into one shard per rank, the shortest examples first.
 
-    The examples of a shard have similar lengths.
+    All shards have about the same number of tokens, and the examples of a shard have similar lengths.
     """
     parts = [[] for _ in range(world_size)]
     total = sum(example.num_tokens for example in examples)
@@ -346,7 +351,7 @@ def group_by_length(examples: Sequence, max_tokens: int | None = None) -> list[l
     max_tokens = max_tokens or MICRO_BATCH_TOKENS
     groups = []
     for example in sorted(examples, key=lambda example: example.num_tokens):
-        padded = example.num_tokens  # sorted: this one sets the padded length
+        padded = example.num_tokens  # the longest of its group so far, because the examples are sorted
         if not groups or (len(groups[-1]) + 1) * padded > max_tokens:
             groups.append([])
         groups[-1].append(example)
@@ -357,7 +362,7 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     """Pad the examples to a batch, where targets[b, t] is the token after inputs[b, t].
 
     Targets in prompts and in the padding are IGNORE. The padding is on the right, where causal attention never sees it,
-    so its id does not matter. For an empty list, the batch is one position whose target is IGNORE.
+    so that its token id does not matter. For an empty list, the batch is one position whose target is IGNORE.
     """
     if not examples:
         return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE))

@@ -20,7 +20,7 @@ from runtime.schema import require_number
 
 @dataclass(frozen=True)
 class Config:
-    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if they are inconsistent."""
+    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if they are invalid."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -48,7 +48,8 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but the rotary embedding needs an even number")
         if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
-            raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers, not half of head_dim {self.head_dim}")
+            expected = f"{self.head_dim // 2}, half of head_dim"
+            raise ValueError(f"rope_factors has {len(self.rope_factors)} numbers; expected {expected}")
         for factor in self.rope_factors or ():
             require_number("an element of rope_factors", factor, 1e-30, 1e12)
 
@@ -64,7 +65,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Return the cosine and sine (B, T, 1, D/2), in float32, of the rotary angles at positions (B, T).
+    """Return the cosine and sine (1|B, T, 1, D/2), in float32, of the rotary angles at positions (1|B, T).
 
     They are recomputed in every forward pass, once for all layers, because a table stored in the module would be
     rounded by `model.bfloat16()`.
@@ -76,7 +77,7 @@ def rope_cos_sin(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         # The factors are filled in on the device, because a copy from the host could not be recorded in a CUDA graph.
         factors = [torch.full((length,), factor, device=positions.device) for factor, length in runs]
         frequencies = frequencies / torch.cat(factors)  # (D/2,)
-    angles = positions[:, :, None, None] * frequencies  # (B, T, 1, D/2)
+    angles = positions[:, :, None, None] * frequencies  # (1|B, T, 1, D/2)
     return angles.cos(), angles.sin()
 
 
@@ -102,7 +103,7 @@ class LayerCache:
 
 
 class KVCache:
-    """Key/value cache of fixed size for one generation, created and owned by the caller.
+    """Key/value cache with room for `capacity` tokens per row, created and owned by the caller.
 
     `lengths` (B,), in int64, is the number of valid tokens in each row. `LLaMA.forward` writes the new keys and values
     after them, and the caller then increases `lengths`. Rows of different lengths are padded on the right; each row is
@@ -120,7 +121,7 @@ class KVCache:
         self.empty = True
 
     def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
-        """Return a copy with room for `capacity` tokens.
+        """Return a copy with room for `capacity` tokens per row, at least as many as before.
 
         `rows` selects rows of the batch, in any order and with repeats; by default all rows are copied.
         """
@@ -166,7 +167,10 @@ class Attention(nn.Module):
     def project_adaption_prompt(
         self, adaption_prompt: AdaptionPrompt, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
-        """Project an adaption prompt to keys and values (1|B, Hkv, K, D). It has no position, hence no RoPE."""
+        """Return the keys and values of an adaption prompt, (1|B, Hkv, K, D) each.
+
+        Prompts have no position, hence no RoPE. With a cache, they are projected once and then read from the cache.
+        """
         if cache is not None and cache.prompt_kv is not None:
             return cache.prompt_kv
         k = self.k_norm(self.split_heads(self.wk(adaption_prompt.embeddings))).transpose(1, 2)  # (1|B, Hkv, K, D)
@@ -253,11 +257,11 @@ class LLaMA(nn.Module):
         cache: KVCache | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
-        """Return the final hidden states (B, T, C).
+        """Return the final hidden states after the norm (B, T, C), the input of the output head.
 
-        Each of the topmost len(adaption_prompts) layers gets one adaption prompt. With `checkpoint_activations`, a
-        layer stores only its input, and is recomputed in the backward pass. Raises ValueError if there are more
-        adaption prompts than layers.
+        Each of the topmost len(adaption_prompts) layers gets one adaption prompt. With a `cache`, the tokens follow the
+        cached ones. With `checkpoint_activations`, a layer stores only its input, and is recomputed in the backward
+        pass. Raises ValueError if there are more adaption prompts than layers.
         """
         first_adapted = len(self.layers) - len(adaption_prompts)
         if first_adapted < 0:
@@ -291,6 +295,6 @@ class LLaMA(nn.Module):
 
 
 def num_parameters(config: Config) -> int:
-    """Count the parameters of a LLaMA without allocating it."""
+    """Return the number of parameters of a LLaMA, without allocating them. A tied output head counts as well."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in LLaMA(config).parameters())

@@ -1,4 +1,4 @@
-"""Image conditioning (section 3.3): an image becomes one vector, which is added to every adaption prompt.
+"""Image conditioning (section 3.3): an image becomes one vector, which is added to every prompt embedding.
 
     features  = class tokens of a frozen vision encoder at M depths, each normalized, concatenated
     I         = projection(features)          a small trained MLP
@@ -30,7 +30,7 @@ DEPTHS = 4  # M
 
 
 class ImageAdapter(Adapter):
-    """An adapter for images or other media, whose features are projected to a shift of the adaption prompts.
+    """An adapter for images or other media, whose features are projected to a shift I of the prompt embeddings.
 
     The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths and LLaMA-7B, it
     has 593,992 parameters. The whole adapter with K = 10 and L = 30 has 1,823,752 parameters, the paper's 1.8 million.
@@ -52,7 +52,7 @@ class ImageAdapter(Adapter):
         """Return the adaption prompts as `Adapter.forward` does, shifted by the image of each sample.
 
         `features` (B, F) are the features of one image per sample. Samples for which `has_image` (B,) is False are not
-        shifted; without `features`, no sample is shifted.
+        shifted. Without `features`, no sample is shifted.
         """
         if features is None:
             return super().forward(gate_scale=gate_scale, dtype=dtype)
@@ -67,7 +67,7 @@ class ImageAdapter(Adapter):
             raise ValueError("has no projection: it is not an adapter for images")
         depths = whole_number("vision_encoder_depths", metadata.get("vision_encoder_depths", "1"))
         if down.shape[1] % depths:
-            raise ValueError(f"vision_encoder_depths, {depths}, does not divide the {down.shape[1]} features")
+            raise ValueError(f"vision_encoder_depths is {depths}, which does not divide the {down.shape[1]} features")
         return super().from_tensors(tensors, metadata, bottleneck=down.shape[0], features=down.shape[1])
 
 
@@ -160,9 +160,9 @@ def read_features(path: Path, number: int) -> Tensor | None:
 
 
 def load_function(where: str) -> Callable[[Path], object]:
-    """Import the user's function FILE.py:NAME, which returns features (M, Cv) for a file.
+    """Import the user's function, which returns features (M, Cv) for a file. `where` is FILE.py:NAME.
 
-    Raises OSError or ValueError.
+    Raises FileNotFoundError, or ValueError if the file cannot be imported or has no such function.
     """
     file, _, name = where.rpartition(":")
     if not file or not Path(file).is_file():
@@ -176,7 +176,7 @@ def load_function(where: str) -> Callable[[Path], object]:
     except (Exception, SystemExit) as error:  # the user's code can raise anything
         raise ValueError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"{file}: has no function {name!r}")
+        raise ValueError(f"{file}: has no function {name!r}; write the encoder as FILE.py:NAME")
     return getattr(module, name)
 
 
@@ -200,6 +200,7 @@ def encode_with_function(paths: Sequence[str | Path], encode: Callable[[Path], o
         first = next(iter(by_path.values()))
         if len(by_path[path]) != len(first):
             raise ValueError(
-                f"{path}: the encoder returns {len(by_path[path])} features, but {len(first)} for the first file"
+                f"{path}: the encoder returned {len(by_path[path])} features, but {len(first)} for the first file; "
+                "it must return the same number for all files"
             )
     return [by_path[Path(path)] for path in paths]

@@ -239,7 +239,7 @@ def test_alpaca_template_takes_a_single_round(tiny_base):
     template = AlpacaTemplate(tokenizer)
     assert list(template.encode_exchanges([one_round])) == list(template.encode_exchanges([Example("Hi", "", "Ho")]))
     with pytest.raises(
-        ValueError, match="^record 1: is a conversation of 5 turns, but alpaca takes one instruction and its response"
+        ValueError, match="^record 1: is a conversation of 5 turns, but the template alpaca takes one instruction"
     ):
         list(template.encode_exchanges([read_conversation(HISTORY, "a.json", "record 1")]))
 
@@ -296,7 +296,7 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
         ),
         (
             ("--template", "alpaca"),
-            "chats.json: record 0: is a conversation of 5 turns, but alpaca takes one instruction",
+            "chats.json: record 0: is a conversation of 5 turns, but the template alpaca takes one instruction",
         ),
         (
             ("--template", "chatml"),

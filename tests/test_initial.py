@@ -117,8 +117,8 @@ def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(dim=8), "was made for dim 8, but the base has dim 16"),
-        (dict(heads=4), "was made for heads 4, but the base has heads 2"),
+        (dict(dim=8), "was made for a base with dim 8, but this base has dim 16"),
+        (dict(heads=4), "was made for a base with heads 4, but this base has heads 2"),
         (dict(features=4), "takes 4 features of an image, but this run has 6"),
     ],
 )

@@ -118,7 +118,7 @@ def test_rms_norm_of_large_values_does_not_overflow():
         (dict(n_layers=10**30), "n_layers is 10"),
         (dict(norm_eps=float("nan")), "norm_eps is nan"),
         (dict(rope_theta="10000"), "rope_theta is '10000'"),
-        (dict(rope_factors=(1.0, 2.0)), "rope_factors has 2 numbers, not half of head_dim 128"),
+        (dict(rope_factors=(1.0, 2.0)), "rope_factors has 2 numbers; expected 64, half of head_dim"),
         (dict(rope_factors=(0.0,) * 64), "an element of rope_factors is 0.0"),
         (dict(n_kv_heads=3), "n_heads 32 is not a multiple of n_kv_heads 3"),
         (dict(head_dim=127), "head_dim is 127"),

@@ -438,7 +438,7 @@ def test_user_defined_encoder_is_called_and_its_errors_are_reported(tmp_path):
     assert one.shape == (16,) and torch.equal(one, same) and not torch.equal(one, other)
     torch.testing.assert_close(one[:8], (torch.arange(8) - 3.5) / 5.25**0.5)  # normalized
     for name, message in (
-        ("rows", r"c.wav: the encoder returns 8 features, but 16 for the first file"),
+        ("rows", r"c.wav: the encoder returned 8 features, but 16 for the first file"),
         ("flat", r"a.wav: the encoder must return a matrix .* it returned values of shape \(8,\), 8 of them"),
         ("fails", "a.wav: the encoder failed: RuntimeError: no ear"),
         ("leaves", "a.wav: the encoder failed: SystemExit: 3"),
