@@ -52,8 +52,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     if temperature < 1e-6:  # the division would overflow in float32
         return logits.argmax(dim=-1)
     probabilities, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    # Exclusive cumulative sum, in float64 except on MPS, which lacks it: sums on a GPU differ in their last bits, and
-    # all ranks must choose the same token.
+    # Exclusive cumulative sum, in float64 except on MPS, which lacks float64: sums on a GPU differ in their last bits,
+    # and all ranks must choose the same token.
     dtype = torch.float32 if probabilities.device.type == "mps" else torch.float64
     before = probabilities.cumsum(dim=-1, dtype=dtype) - probabilities
     probabilities[before >= max(top_p, 1e-6)] = 0  # this never excludes the most likely token
@@ -78,7 +78,7 @@ def prefill(
 ) -> Tensor:
     """Process B rows of token ids, which follow the tokens in the cache; return the logits of the next tokens (B, V).
 
-    The rows may differ in length.
+    The rows may differ in length. `cache.lengths` is advanced by the length of each row.
     """
     lengths = torch.tensor([len(row) for row in tokens], device=model.device)
     longest = max(map(len, tokens))
@@ -89,7 +89,7 @@ def prefill(
 
 
 def decode_step(model: LLaMA, ids: Tensor, adaption_prompts: Sequence[AdaptionPrompt], cache: KVCache) -> Tensor:
-    """Process the newest token of every row, ids (B,); return the logits of the next tokens (B, V)."""
+    """Process the newest token of every row, ids (B,), and advance `cache.lengths` by 1. Return logits (B, V)."""
     hidden = model.hidden_states(ids[:, None], adaption_prompts, cache)  # (B, 1, C)
     cache.lengths += 1
     return model.output(hidden[:, 0])
@@ -107,11 +107,11 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Continue each of B rows of token ids, which may differ in length.
 
-    Yields B ids per step; the id of a row that has ended is None. `decode_step` is the function above, plain or
-    compiled.
-    If a `cache` is given, it contains the tokens before the rows, processed with the same adaption prompts, and has
-    room for the rows and the new tokens. `cached` are the ids of the tokens in the cache, for the repetition penalty.
-    Raises ValueError if a row is empty.
+    Yields B ids per step; the id of a row that has ended is None. Stops when all rows have ended, or after
+    `sampling.max_new_tokens` steps. `decode_step` is the function above, plain or compiled. If a `cache` is given, it
+    contains the tokens before the rows, processed with the same adaption prompts, and has room for the rows and the new
+    tokens. `cached` are the ids of the tokens in the cache, for the repetition penalty. Raises ValueError if a row is
+    empty.
     """
     if not all(tokens):
         raise ValueError("a prompt has no tokens; begin it with <bos>")
@@ -152,7 +152,7 @@ def generate(
     decode_step: Callable[..., Tensor] = decode_step,
     **sampling,
 ) -> list[list[int]]:
-    """Generate a continuation of every row, and return its ids. The keywords `sampling` are fields of Sampling."""
+    """Return the generated ids of every row, without the end token. The keywords `sampling` are fields of Sampling."""
     responses: list[list[int]] = [[] for _ in tokens]
     for ids in stream(model, tokens, adaption_prompts, Sampling(**sampling), decode_step):
         for response, id in zip(responses, ids):
@@ -209,7 +209,7 @@ def text_pieces(
 # From a request to a response
 
 
-# Assumed context length, in tokens, of a base that does not state it. The cache for it is allocated in advance.
+# Assumed context length, in tokens, of a base that does not state it. It limits the size of the KV cache.
 UNSTATED_CONTEXT = 2**15
 
 
@@ -222,13 +222,14 @@ class LoadedAdapter(NamedTuple):
 
 
 class Responder:
-    """Turn requests into responses, with a base and named adapters over it.
+    """Turn requests into responses, with a base and named adapters for it.
 
     The name "base" selects the base alone. A prompt is formatted with the template that its adapter was trained with;
-    prompts to the base alone use the template of the first adapter. `template` names another template for all prompts,
-    and `raw` uses none. `gate_scale` multiplies the gates. A response ends before the first occurrence of a string in
-    `stop`. With `compiled`, the decoding step is compiled. Raises ValueError if the base does not have the tokens of
-    the template, or if a stop string is empty.
+    prompts to the base alone use the template of the first adapter. `template` names a different template for all
+    prompts; with `raw`, prompts have no template. `gate_scale` multiplies the gate values. A response ends before the
+    first occurrence of a string in `stop`. With `compiled`, the decoding step is compiled. The keywords `sampling` are
+    fields of Sampling. Raises ValueError if the base does not have the tokens of the template, or if a stop string is
+    empty.
     """
 
     def __init__(
@@ -245,7 +246,7 @@ class Responder:
         **sampling,
     ):
         if not all(stop):
-            raise ValueError("--stop: the string is empty")
+            raise ValueError("--stop: the string is empty; expected at least one character")
         self.stop = stop
         self.model = model
         self.tokenizer = tokenizer
@@ -313,7 +314,7 @@ class Responder:
         return self.loaded[adapter].template.has_turns and not self.raw
 
     def respond_batch(self, requests: Sequence[Request]) -> list[str]:
-        """Return the responses to several requests, which may have different adapters and images."""
+        """Return the responses to several requests, which may have different images, and adapters of the same K."""
         tokens, limits = zip(*map(self.prompt_ids_and_limit, requests))
         adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
         sampling = self.sampling._replace(max_new_tokens=max(limits))
@@ -334,10 +335,10 @@ class Responder:
 
 
 def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
-    """Concatenate the adaption prompts of a batch along B. The samples may have different adapters of the same K.
+    """Concatenate the adaption prompts of a batch along B. The adapters of the samples must have the same K.
 
-    A sample with fewer adapted layers than another, or none (the base), gets zero gates in the lower layers. If all
-    samples share one adapter, its adaption prompts are returned without copies.
+    A sample that has no adapter, or an adapter of fewer layers, gets zero gates in the layers below. If all samples
+    share one adapter, its adaption prompts are returned without copies.
     """
     if all(prompts is sets[0] for prompts in sets):
         return list(sets[0])
@@ -377,7 +378,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Probability mass of nucleus sampling."),
     option("--greedy", is_flag=True, help="Same as --temperature 0."),
     option(
-        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor of the gates; 0 gives the base alone."
+        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor for the gates; 0 gives the base alone."
     ),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
     *ending_options,
@@ -394,7 +395,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option(
         "--images", "folder", type=click.Path(), help="Folder of the records' images.  [default: the file's folder]"
     ),
-    option("--out", type=click.Path(), help="File to write: the records, each with its response as output."),
+    option("--out", type=click.Path(), help="Output file: the records, each with its response in the field output."),
     option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
 @option_group(
@@ -414,7 +415,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
     Without PROMPT, lines are read from standard input. On a terminal this is a conversation, in which /adapter NAME or
     /none selects the adapter. Earlier turns are remembered if the template supports conversations; with alpaca, every
     line is a separate instruction. If the lines come from a pipe, the response to each is exactly one line, with \\n
-    for line breaks. With --prompts, records that name different adapters (or null for the base) share a batch.
+    for line breaks. With --prompts, records that name different adapters (or null for the base) can share a batch.
     """
     with one_line_errors(), inference_ranks():
         if compare and not adapter_paths:
@@ -468,7 +469,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
 
 def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
-    """Print the response to the prompt for every file. With several files, each response is one line after its name."""
+    """Print the response for every image, video or sound. With several, each is one line: file name and response."""
     from encoders.media import files_in
     from formats.requests import attach_images
 
@@ -482,7 +483,7 @@ def respond_about_media(responder: Responder, prompt: str, input: str, media: Se
 
 
 def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, compare: bool, input: str) -> None:
-    """Raise ValueError if other options contradict --prompts and --out, or OSError if --out cannot be written."""
+    """Raise ValueError if other options contradict --prompts and --out. Raise OSError if --out cannot be written."""
     if jsonl is None or out is None:
         raise ValueError("--prompts and --out must be used together")
     if prompt is not None or compare or input:
@@ -492,9 +493,9 @@ def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, c
 
 
 def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
-    """Respond to the records of a file, and write them with the responses.
+    """Respond to the records of the file `jsonl`, and write them with the responses to the file `out`.
 
-    Raises OSError, or a ValueError that names the record.
+    Raises OSError, or a ValueError that names the file and, if only one record is invalid, the record.
     """
     from formats.requests import attach_images, read_requests, write_responses
 
@@ -506,7 +507,10 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{jsonl}: adapters with different numbers of prompts cannot share a batch: {lengths}")
+        advice = "split the records into one file per number"
+        raise ValueError(
+            f"{jsonl}: adapters with different numbers of prompts cannot share a batch: {lengths}; {advice}"
+        )
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
     write_responses(out, records, responder.respond_all(requests, options["batch_size"], "record"))
 
@@ -527,7 +531,7 @@ class Conversation:
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
-        """Yield the response, piece by piece; prefill only the tokens that are not cached."""
+        """Yield the response, piece by piece, then store both turns. Prefills only the tokens that are not cached."""
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)
@@ -589,7 +593,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
             else:
                 with prefix_errors(f"standard input: line {number}"):
                     print_one_line(responder, text, input, names)
-        except ValueError as error:  # it concerns only this line
+        except ValueError as error:  # the error concerns only this line
             click.echo(f"error: {error_line(error)}", err=True)
             click.echo()
 

@@ -58,17 +58,21 @@ from training.sharding import choose_strategy, fsdp_sharder
 class TrainConfig:
     """Hyper-parameters. The defaults are those of the paper, where it states them (section 4.1)."""
 
-    layers: int | None = setting(None, "L, number of topmost layers to adapt.  [default: all but two]", Count())
-    length: int = setting(10, "K, number of adaption prompts per layer.", click.IntRange(1, 4096))
+    layers: int | None = setting(
+        None, "L, number of topmost layers to adapt.  [default: all but the two lowest]", Count()
+    )
+    length: int = setting(10, "K, number of prompts per layer.", click.IntRange(1, 4096))
     epochs: int = setting(5, "Passes over the training data.", Count())
     warmup_epochs: float = setting(2, "Epochs of linear warm-up, followed by cosine decay to 0.", Real(0))
     batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
-    blr: float = setting(9e-3, "Base learning rate: lr = blr * batch size / 256.", Real(0, 1e3))
+    blr: float = setting(9e-3, "Base learning rate: the peak is --blr * --batch-size / 256.", Real(0, 1e3))
     lr: float | None = setting(None, "Peak learning rate.  [default: from --blr]", Real(0, 1e3))
     weight_decay: float = setting(0.02, "Weight decay; gates have none, because it would pull them to 0.", Real(0, 1e3))
     gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
     max_seq_len: int | None = setting(
-        None, "Maximum tokens per example; longer ones are truncated.  [default: 512, or the base's context]", Count(2)
+        None,
+        "Maximum tokens per example; longer examples are truncated.  [default: 512, or the base's context if less]",
+        Count(2),
     )
     val_size: float = setting(0.02, "Size of the validation set: a fraction if below 1, otherwise a count.", Real(0))
     eval_every: int | None = setting(None, "Steps between validations.  [default: one epoch]", Count())
@@ -84,9 +88,10 @@ class TrainConfig:
         return self.blr * self.batch_size / 256 if self.lr is None else self.lr
 
     def for_base(self, base: Path | str, n_layers: int, context: float) -> "TrainConfig":
-        """Fill in the defaults that depend on the base, and validate; `context` is its context length in tokens.
+        """Return the config with the defaults that depend on the base filled in.
 
-        Warns about an unusually high learning rate.
+        `context` is the context length of the base in tokens, or infinity. Raises ValueError if the base has too few
+        layers or a shorter context, or if the warm-up takes all epochs. Warns if the peak learning rate is above 0.1.
         """
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
@@ -109,7 +114,7 @@ LINEAR_LR_SCALE = 0.1
 
 
 def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters of the adapter.
+    """Return AdamW for the trainable parameters of the adapter.
 
     The `lr_scale` of a parameter group multiplies the scheduled learning rate.
     """
@@ -125,7 +130,7 @@ def make_optimizer(adapter: Adapter, weight_decay: float) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Return the learning rate of a step, 0 .. total-1: linear warm-up over `warmup` steps, then cosine decay to 0."""
+    """Return the learning rate of `step` (from 0): linear warm-up over `warmup` steps, cosine decay to 0 at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -141,7 +146,7 @@ def response_loss(
     """Return the cross entropy, summed over the R response tokens of the examples, as a float32 scalar.
 
     The output head runs only at positions with a target, because half of Alpaca's tokens are in prompts. Without
-    examples, the loss is a zero that depends on all layers.
+    examples, the loss is 0, but its backward pass runs through all layers.
     """
     batch = collate(examples)
     rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)  # (R,), on the CPU, so as not to wait for a GPU
@@ -168,10 +173,10 @@ def train_step(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Take one optimizer step on a batch, which is split over ranks and into micro-batches.
+    """Take one optimizer step on the batch `examples`; return its mean loss before the step.
 
-    Return the mean loss before the step. Raises FloatingPointError, with the adapter unchanged, if the loss or its
-    gradient is not finite.
+    The batch is the same on all ranks. It is split over them, and then into micro-batches. Raises FloatingPointError,
+    with the adapter unchanged, if the loss or its gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     for parameter in parameters:  # on a rank without images, the projection gets no gradient of its own
@@ -210,7 +215,7 @@ def mean_loss(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Return the mean loss over all targets of the examples. It is bit for bit the same for any number of ranks."""
+    """Return the mean loss over all targets of the examples, bit for bit the same for any number of ranks."""
     micro_batches = group_by_length(examples, config.micro_batch_tokens)
     micro_batches += [[]] * (-len(micro_batches) % world_size())
     loss_sums = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)
@@ -227,7 +232,7 @@ class Step(NamedTuple):
     epoch: int  # counted from 0
     loss: float  # before the step
     lr: float
-    num_tokens: int
+    num_tokens: int  # of the batch, prompts included
     seconds: float
 
 
@@ -240,7 +245,7 @@ def training_steps(
     loss_fn: Callable[..., Tensor] = response_loss,
     first_step: int = 0,
 ) -> Iterator[Step]:
-    """Run the optimizer steps from `first_step` on, yielding a Step after each.
+    """Run the optimizer steps from `first_step` on, counted from 0, and yield a Step after each.
 
     The order of examples and the learning rate depend only on the configuration and the step, so that resuming is
     exact, on any number of ranks. Raises FloatingPointError, as `train_step` does.
@@ -265,14 +270,14 @@ def training_steps(
 
 
 def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -> None:
-    """Train an adapter over a frozen LLaMA. `run` manages the folder --out: it resumes, logs and saves.
+    """Train an adapter for a frozen LLaMA. `run` manages the folder --out: it resumes, logs and saves.
 
     Raises OSError or ValueError.
     """
     device, dtype = select_device(base.device, base.dtype)
 
-    # Data, headers and template are checked first, because that takes a second, while the weights may take minutes.
-    with local_rank0_first():  # it downloads the base, and the other ranks reuse it
+    # The data, the headers of the base and the template are checked first; to load the weights may take minutes.
+    with local_rank0_first():  # the first rank downloads the base, and the others reuse the files
         examples, data = read_training_data(data)  # one Example per record
         path = find_training_base(base, data)
     model_config, weights = read_base(path)  # model.Config, and one function per weight that reads it
@@ -320,8 +325,8 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     counts |= {"dropped": len(examples) - len(tokenized), "truncated": num_truncated}
     print_overview(model, adapter, config, counts, strategy)
     num_steps = config.epochs * math.ceil(len(training) / config.batch_size)
-    fixed["base"] = resolved(base.base)  # for the summary; not compared, because the files may move
-    run.begin(adapter, optimizer, fixed, counts, num_steps)  # on --resume, fills both from checkpoint.pt
+    fixed["base"] = resolved(base.base)  # for the summary; --resume does not compare it, because files may move
+    run.begin(adapter, optimizer, fixed, counts, num_steps)  # with --resume, loads checkpoint.pt into the first two
     if config.micro_batch_tokens is None:
         positions = run.micro_batch_tokens or choose_micro_batch_tokens(
             model, config.layers, config.checkpoint_activations
@@ -373,7 +378,7 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
     if len(kept) < len(examples):
         print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} examples skipped: image not found")
     if not any(example.image for example in kept):
-        raise ValueError(f"{data.data}: none of its {len(examples)} examples names an image")
+        raise ValueError(f"{data.data}: none of its {len(examples)} examples names an image; omit --clip and --encoder")
     return kept, data
 
 
@@ -382,7 +387,7 @@ def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
     if base.base is not None:
         return find_base(base.base)
     if data.data is not None:
-        print_rank0("no --base: training over the toy's LLaMA of 1M parameters; see docs/base_models.md for real bases")
+        print_rank0("no --base: using the toy's LLaMA of 1M parameters; see docs/base_models.md for real bases")
     return load_toy(data.toy).base
 
 
@@ -404,7 +409,7 @@ def load_frozen(
     prepare_layer = quantizer(base.bits)
     if strategy == "fsdp":
         if prepare_layer or base.compile:
-            raise ValueError("--bits and --compile need the whole base on every rank; use --strategy ddp")
+            raise ValueError("--bits and --compile need the whole base on every rank; omit them, or use --strategy ddp")
         prepare_layer = fsdp_sharder(device)
     keep_blocks = base.bits is None and strategy == "ddp"  # a GGUF file's weights stay quantized
     attention = ATTENTIONS[base.attention]
@@ -417,7 +422,7 @@ def load_frozen(
 
 
 def make_adapter(config: TrainConfig, model_config: Config, examples: Sequence[TokenizedExample]) -> Adapter:
-    """Create the adapter: an ImageAdapter if any example has the features of an image."""
+    """Create the initial adapter: an ImageAdapter if any example has the features of an image."""
     generator = torch.Generator().manual_seed(config.seed)
     dimensions = {
         "layers": config.layers,
@@ -464,7 +469,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:
-    """Print the numbers of parameters and of examples."""
+    """Print the numbers of parameters and examples, the device, the dtype and the ranks."""
     trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     frozen = num_weights(model)
     ranks = f", {strategy} over {world_size()} ranks" if world_size() > 1 else ""
@@ -486,11 +491,11 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 @options_of(RunOptions, "Run")
 @click.pass_context
 def main(context, **options):
-    """Train a LLaMA-Adapter over a frozen base.
+    """Train a LLaMA-Adapter for a frozen base.
 
     Without --data, the base is a tiny LLaMA that was pretrained on an almanac, and the trained adapter is evaluated on
     questions about it. The defaults are then 12 epochs, 1 of them warm-up, all 4 layers, batches of 32, and --lr 0.05.
-    Without --base, your data is used with the same tiny LLaMA.
+    With --data but without --base, the adapter is trained for the same tiny LLaMA.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)

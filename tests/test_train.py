@@ -567,7 +567,7 @@ def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_b
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     i = args.index("--base")
     result = run(*args[:i], *args[i + 2 :])
-    assert result.exit_code == 0 and result.stderr.splitlines()[0].startswith("no --base: training over the toy's")
+    assert result.exit_code == 0 and result.stderr.splitlines()[0].startswith("no --base: using the toy's")
     assert "no --base" not in run(*args).stderr
 
 
