@@ -14,9 +14,9 @@ from training.curves import draw_gates
 
 
 def adapter_summary(adapter: Adapter) -> str:
-    """Describe the shape, gates and metadata of an adapter, one per line, followed by a character plot of its gates.
+    """Return the shape, gates and metadata of an adapter, one item per line, and a character plot of its gate values.
 
-    The plot has one row per layer, topmost first, and one character per head.
+    The plot shows absolute values, with one row per layer, topmost first, and one character per head.
     """
     (layers, length, dim), heads = adapter.prompts.shape, adapter.gates.shape[1]
     gates = adapter.gate_values().detach().abs()
@@ -43,7 +43,7 @@ def main():
 
 
 def reading_options(command):
-    """Add the options for information that third-party files do not contain."""
+    """Add options for what third-party files do not state: heads, gate activation and K."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
         click.option("--heads", type=click.IntRange(1), help="Number of heads, if the file has one gate per layer."),

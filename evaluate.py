@@ -31,7 +31,7 @@ from tasks.images import attach_features, with_images
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The options of a task's command."""
+    """The options of the command that scores a task."""
 
     data: Path
     out: Path
@@ -134,7 +134,7 @@ image_options = option_group(
 
 
 class TaskCommands(click.Group):
-    """A group with a command for every task that can be scored. A task is imported only when it is needed."""
+    """A group with a command for every task that can be scored. Tasks are imported when a command is looked up."""
 
     command_class = cloup.Command
 
@@ -259,7 +259,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
 def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, strengths, compare, template, **options):
     """Score with EleutherAI's lm-evaluation-harness.
 
-    One run can compare several adapters, each at several strengths, and the base. It requires the package lm_eval: pip
+    One run can compare several adapters, each at several strengths, and the base. Requires the package lm_eval: pip
     install lm_eval.
     """
     with one_line_errors(), inference_ranks():
@@ -278,6 +278,6 @@ def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, stren
 
 
 if __name__ == "__main__":
-    # Some of the harness's tasks import Hugging Face's package `evaluate`, so this file's folder is searched last.
+    # Some of the harness's tasks import Hugging Face's package `evaluate`, not this file: search this folder last.
     sys.path.sort(key=lambda folder: Path(folder).resolve() == Path(__file__).resolve().parent)
     run_command(main)

@@ -507,7 +507,7 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
-        advice = "split the records into one file per number"
+        advice = "write one file of records per number of prompts"
         raise ValueError(
             f"{jsonl}: adapters with different numbers of prompts cannot share a batch: {lengths}; {advice}"
         )

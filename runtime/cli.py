@@ -111,7 +111,7 @@ encoder_options = [  # the arguments of `formats.image_encoders.load_image_encod
 
 
 class PromptCommand(Command):
-    """A command whose argument is a prompt. If a prompt begins with a dash, the error message explains how."""
+    """A command whose argument is a prompt. If the prompt begins with a dash, the error message says how to pass it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -132,7 +132,10 @@ def warn(text: str) -> None:
 
 @contextmanager
 def one_line_errors():
-    """Report an error of the input, files, memory or other ranks as one line on standard error; exit with code 2."""
+    """Report errors that a user can act on as one line on standard error, and exit with code 2.
+
+    These are ValueError, OSError, out of memory, and the loss of another rank. Any other error propagates.
+    """
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -148,7 +151,7 @@ def one_line_errors():
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error, preceded by the rank if there are several."""
+    """Print an error as one line, which names the rank if there are several."""
     if launched_world_size() == 1:
         click.echo(f"error: {error_line(error)}", err=True)
         return
@@ -158,7 +161,7 @@ def print_error(error: BaseException) -> None:
 
 
 def report_lost_rank(error: BaseException, advice: str = "") -> None:
-    """Print that another rank has ended. Only one rank prints this; lower ranks try first."""
+    """Print that another rank has ended, followed by `advice`. Only one rank prints this; lower ranks try first."""
     time.sleep(0.5 * rank())
     if is_first_to_report():
         click.echo(f"\nerror: rank {rank()}: another rank has ended ({error_line(error)[:100]} ...){advice}", err=True)

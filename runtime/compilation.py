@@ -24,8 +24,8 @@ def prepare_to_compile(device: torch.device) -> None:
 def compile_layers(layers: nn.ModuleList) -> None:
     """Compile every layer in place, with dynamic lengths and batch sizes.
 
-    A layer is compiled once for each of a few kinds of calls: with or without an adaption prompt, for one row or for
-    several, and with or without gradients.
+    A layer is compiled once for each kind of call: with or without an adaption prompt, for one row or for several, and
+    with or without gradients.
     """
     for layer in layers:
         layer.compile(dynamic=True)
@@ -34,16 +34,17 @@ def compile_layers(layers: nn.ModuleList) -> None:
 def transpose_output_head(head: nn.Linear) -> None:
     """Store the weight (V, C) transposed in memory, as (C, V); its shape stays the same.
 
-    In float32 on a CPU, this makes the product with one row up to three times as fast. In bfloat16 it would take four
-    times as long.
+    In float32 on a CPU, this makes the head up to three times as fast for a single row of inputs. In bfloat16, it
+    would make the head four times as slow.
     """
     head.weight.data = head.weight.data.T.contiguous().T
 
 
 def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
-    """Compile `decode_step(model, ids, adaption_prompts, cache)`, and return it.
+    """Return a compiled `decode_step(model, ids, adaption_prompts, cache)`.
 
-    On a GPU, the first step of each generation is recorded as a CUDA graph, which all steps replay.
+    On a GPU, the first step with a cache and its adaption prompts is recorded as a CUDA graph. That step and all later
+    ones with the same cache and adaption prompts replay the graph.
     """
     compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":
@@ -75,7 +76,7 @@ def record_cuda_graph(
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
-        # This call compiles. The first replay overwrites the keys and values that it writes.
+        # The first call compiles. The first replay overwrites the keys and values that this call writes.
         decode_step(model, newest, adaption_prompts, cache)
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Linear layers for decoding, where few rows are multiplied by a weight, and most of the time is spent on reading it.
+"""Linear layers for decoding, where few rows are multiplied by a weight, and reading the weight takes most of the time.
 
 A packed weight has a layout that suits the instructions of the CPU or GPU. Weights are packed after a model is loaded,
 and only if a measurement on this machine shows that this is faster. A weight is (N, K), with N outputs and K inputs.
@@ -25,16 +25,16 @@ LARGE = 2**20  # number of weights; the speed of smaller layers hardly matters, 
 class PackedLinear(nn.Module):
     """A quantized layer with a packed copy of its weight for few rows; more rows go through `layer`.
 
-    PyTorch has a matrix product for packed 4-bit weights, in bfloat16. An 8-bit weight is packed as two 4-bit weights,
-    its upper and its lower four bits, with 2N rows in all; the two products are added. By default, `layer` is the
-    quantized layer.
+    PyTorch has a kernel for matrix multiplication with packed 4-bit weights, in bfloat16. An 8-bit weight is packed as
+    two 4-bit weights, its upper and its lower four bits, with 2N rows in all; the two results are added. By default,
+    `layer` is the quantized layer.
     """
 
     def __init__(self, quantized: QuantizedLinear, layer: nn.Linear | None = None):
         super().__init__()
         self.layer = quantized if layer is None else layer
         self.bits, self.in_features, self.out_features = quantized.bits, quantized.in_features, quantized.out_features
-        # The product computes w = (nibble - 8) * scale + zero.
+        # The kernel dequantizes a weight as w = (nibble - 8) * scale + zero.
         q, d = quantized.q, quantized.scales
         if self.bits == 4:
             nibbles = [unpack_nibbles(q)]  # (N, K/32, 32)
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
 def pack(nibbles: Tensor) -> Tensor:
     """Pack a uint8 weight (N, K) with values from 0 to 15. N must be a multiple of 16, and K of 32."""
     if nibbles.device.type == "cpu":
-        # The operator needs 4 bytes per value, so it gets 1,024 rows at a time. Its tiles have at most 64 rows.
+        # The operator needs 4 bytes per value, so it gets 1,024 rows at a time, a multiple of its tile height.
         return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(n.int(), 1) for n in nibbles.split(1024)])
     return torch.ops.aten._convert_weight_to_int4pack(nibbles[:, ::2] << 4 | nibbles[:, 1::2], 2)
 
@@ -132,7 +132,8 @@ def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:
 def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: torch.dtype, device) -> bool:
     """Return True if make(layer) takes less than nine tenths of the time that `layer` takes for one row.
 
-    Also return False if PyTorch lacks the product, or if the result is wrong. Raises RuntimeError if memory runs out.
+    Return False if PyTorch lacks the operator, or if the results differ by more than 5 % (relative L2 norm). Raises
+    RuntimeError if memory runs out.
     """
     row = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=device)[None]
     try:
@@ -158,9 +159,10 @@ def seconds_of(layer: nn.Module, row: Tensor) -> float:
 def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
     """Replace the linear layers of a LLaMA with packed ones, in place, if these are faster.
 
-    If there are quantized layers, the output head gets a copy in 8 bits for few rows. `compiled` means that the
-    decoding step will be compiled. The first rank measures for all, because ranks with different output heads would
-    choose different tokens. Warns if this machine has no fast product for large quantized layers.
+    If quantized layers are replaced, the output head gets a copy in 8 bits for few rows. `compiled` means that the
+    decoding step will be compiled; on a CPU, layers that are not quantized then become a RowLinear. The first rank
+    measures for all, because ranks with different output heads would choose different tokens. Warns if this machine
+    has no fast kernel for large quantized layers.
     """
     on_cpu = model.device.type == "cpu"
     quantized, linear = largest_linear(model, QuantizedLinear), largest_linear(model, nn.Linear)
@@ -168,11 +170,9 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
         if broadcast_from_rank0(lambda: is_faster(PackedLinear, quantized, model.dtype, model.device)):
             replace_linear(model.layers, QuantizedLinear, PackedLinear)
             model.output = PackedLinear(quantize(model.output, 8), model.output)
-            linear = largest_linear(model.layers, nn.Linear)  # one that is not quantized, if there is any
+            linear = largest_linear(model.layers, nn.Linear)  # the largest layer that is not quantized, if there is one
         elif rank() == 0 and quantized.in_features * quantized.out_features >= LARGE:
-            warn(
-                f"this machine has no fast product for {quantized.bits}-bit weights; dequantizing them for every token"
-            )
+            warn(f"this machine has no fast kernel for {quantized.bits}-bit weights; dequantizing them for every token")
     if linear is None or not on_cpu:
         return
     rest = model if quantized is None else model.layers

@@ -15,12 +15,12 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     """Return the device and dtype of the base.
 
     The default is a CUDA GPU with bfloat16; if there is none, it is Apple's GPU or the CPU with float32. With several
-    ranks, each one gets its own GPU. Prints advice if other processes use much of the CPU. Raises ValueError if the
-    device is not available.
+    ranks, each one gets its own GPU. Disables TF32 for the whole process. Prints advice if other processes use much of
+    the CPU. Raises ValueError if the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32; use bfloat16 for speed
     torch.backends.cudnn.allow_tf32 = False  # the same for the convolution of a vision encoder
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would build a plan for each new batch shape, up to 0.5 s each
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would build a plan for each new batch shape, up to 0.5 s each
     if world_size() > 1 and device != "cpu" and (device != "auto" or torch.cuda.is_available()):
         if device not in ("auto", "cuda"):
             raise ValueError(
@@ -74,7 +74,7 @@ def busy_cores() -> float:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU to the device. The host does not wait for a CUDA GPU."""
+    """Return the tensor, copied from the CPU to the device. The host does not wait for a CUDA GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -68,9 +68,9 @@ def process_group(timeout: timedelta | None = None):
 
 
 def run_command(command: click.Command, **options) -> NoReturn:
-    """Run a click command, then end the process. Under torchrun, it ends at once, without PyTorch's cleanup.
+    """Run a click command, then end the process. Under torchrun, the process skips PyTorch's cleanup.
 
-    Otherwise, threads of the process group could outlive the group, and abort a process that has finished its work.
+    During that cleanup, threads of the process group could outlive the group, and abort a process that has finished.
     """
     try:
         command(**options)

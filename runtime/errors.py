@@ -15,11 +15,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-LINE = 1000  # maximum number of characters of an error line; a value that it quotes may have millions
+LINE = 1000  # maximum number of characters of an error line; a quoted value may have millions
 
 
 def error_line(error: BaseException) -> str:
-    """Return the error's message as one printable line. For an OSError, it begins with the file name."""
+    """Return the error's message as one printable line, shortened if it is long.
+
+    For an OSError, the line begins with the file name.
+    """
     message = str(error)
     if isinstance(error, OSError) and error.filename:
         message = f"{error.filename}: {error.strerror}"
@@ -32,5 +35,5 @@ def error_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, because names in third-party files may contain terminal commands."""
+    """Escape nonprintable characters, because names in third-party files may contain terminal control sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins the files of a repository cloned without Git LFS
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of a file that Git LFS has not downloaded
 
 
 def require_file(path: str | Path, what: str = "file") -> Path:
@@ -54,7 +54,7 @@ def require_writable(path: str | Path, folder: bool = False) -> Path:
     while folder and not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise ValueError(f"{path}: {above} is not a folder")
+        raise ValueError(f"{path}: {above} is not a folder; choose a path in an existing folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: {above} is not writable")
     return path
@@ -82,9 +82,9 @@ def named_errors(path: str | Path):
 def atomic_write(path: str | Path):
     """Yield a temporary path to write to, and rename it to `path` at the end.
 
-    A reader sees either the old file or the new one.
-
-    The temporary name is unique, so that two processes that write the same file do not disturb each other.
+    A reader sees either the old file or the new one. If the block raises, the old file stays. The temporary name is
+    unique, so that two processes that write the same file do not disturb each other. Raises ValueError if `path` is not
+    a regular file.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -122,7 +122,7 @@ def locked(folder: Path):
         who = "another process"
         with suppress(OSError):  # the process may end at this moment
             who = holder.read_text() or who
-        raise ValueError(f"{folder}: is in use by {who}; use another --out, or wait until it has ended") from None
+        raise ValueError(f"{folder}: is in use by {who}; use a different --out, or wait until it has ended") from None
     try:
         with named_errors(holder):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -149,7 +149,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Equal tensors and metadata give equal bytes.
 
-    The library writes metadata in a different order at each call, so its keys are sorted here. The file begins with
+    safetensors writes metadata in a different order at each call, so the keys are sorted here. The file begins with
     the length of its JSON header.
     """
     content = save(dict(tensors), None if metadata is None else dict(metadata))
@@ -166,8 +166,8 @@ def hash_tensors(tensors: Sequence[Tensor]) -> str:
     return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
-# Maximum size of a file that is read into memory, because a small compressed file can unpack to any size. Files of
-# weights are memory-mapped, and have no limit.
+# Maximum bytes of a file that is read into memory, because a small compressed file can decompress to any size. Files
+# of weights are memory-mapped, and have no limit.
 MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
@@ -234,7 +234,7 @@ def first_line(error: Exception) -> str:
 
 
 def resolved(path: str | Path | None) -> str | None:
-    """Return the absolute path, for records. A name that is not a local path is returned unchanged."""
+    """Return the absolute path as a string. None, or a name that is not a local path, is returned unchanged."""
     if path is None or not Path(path).exists():
         return path if path is None else str(path)
     return str(Path(path).resolve())

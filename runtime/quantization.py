@@ -3,7 +3,7 @@
 The weight of a layer is (N, K), with N outputs and K inputs. Each group of 32 columns of a row has a scale d and, with
 4 bits, an offset m. A weight is w = d*q + m, where q is an integer. These are the blocks Q8_0 and Q4_1 of GGUF, but
 with scales in float32. Weights are dequantized when they are used. On a CPU, this is done for a few rows at a time, so
-that the whole dequantized matrix never exists. runtime/decoding.py has a faster product for few rows of inputs.
+that the whole dequantized matrix never exists. runtime/decoding.py has a faster matmul for few rows of inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype
 
 
 class ChunkedProduct(torch.autograd.Function):
-    """The product x @ w.T, and the gradient with respect to x. Only the quantized weight is saved for backward."""
+    """x @ w.T for a quantized weight w, and the gradient with respect to x. Only w is saved for backward, quantized."""
 
     @staticmethod
     def forward(context, x: Tensor, q: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ class ChunkedProduct(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor):
         q, scales, offsets = context.saved_tensors
-        total, start = 0.0, 0  # a sum in float32
+        total, start = 0.0, 0  # accumulated in float32
         for piece in chunks(q, scales, offsets, gradient.dtype):
             total = total + (gradient[..., start : start + len(piece)] @ piece).float()
             start += len(piece)
@@ -121,7 +121,7 @@ def round_to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
-    """Quantize the weight of a linear layer to 8 or 4 bits, a few rows at a time."""
+    """Return the linear layer with its weight quantized to 8 or 4 bits, a few rows at a time. The bias is kept."""
     weight = linear.weight.detach()
     N, K = weight.shape
     round_rows = {8: round_to_8_bits, 4: round_to_4_bits}[bits]
@@ -132,7 +132,7 @@ def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
 
 
 def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace all layers of type `kind` inside the model, in place.
+    """Replace each layer of exactly the type `kind` inside the model with make(layer), in place.
 
     The layers of one module are freed before those of the next one are replaced.
     """

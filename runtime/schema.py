@@ -12,7 +12,7 @@ RENAMED = {
 
 
 def renamed(values: dict[str, object]) -> dict[str, object]:
-    """Return the dict with the current names of its keys."""
+    """Return the dict with old keys replaced by their current names."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
@@ -24,7 +24,7 @@ def require_number(name: str, value: object, least: float, most: float, whole: b
 
 
 def whole_number(name: str, text: str, least: int = 1, most: int = 2**24) -> int:
-    """Parse a metadata string. Raises ValueError if it is not an integer from `least` to `most`."""
+    """Return the integer in a metadata string. Raises ValueError if it is not an integer from `least` to `most`."""
     value = int(text) if text.isdecimal() and len(text) < 20 else text
     require_number(name, value, least, most, whole=True)
     return value

@@ -1,8 +1,8 @@
 """Tensor parallelism (Megatron-LM, Shoeybi et al., 2019): each rank has an equal shard of every layer.
 
-A rank has some of the heads and some of the feed-forward's hidden units: the rows of wq, wk, wv, w1 and w3 that compute
-them, and the columns of wo and w2 that read them. This shard is a narrower layer of the same kind. The outputs of its
-attention and of its feed-forward are summed over the ranks, with two all-reduces per layer. Norms, residuals,
+A rank has an equal share of the heads and of the feed-forward's hidden units: the rows of wq, wk, wv, w1 and w3 that
+compute them, and the columns of wo and w2 that read them. This shard is a narrower layer of the same kind. The outputs
+of its attention and of its feed-forward are summed over the ranks, with two all-reduces per layer. Norms, residuals,
 embeddings and output head are replicated on every rank.
 
 Adapters need no special treatment: the adaption prompts are projected with the rank's wk and wv, and each rank uses
@@ -40,7 +40,7 @@ WHOLE = Part(dim=0, index=0, number=1)
 
 
 def base_of_rank(config, weights: dict) -> tuple:
-    """Return this rank's shard of a base: its Config, and the functions that fill its weights, as from `read_base`.
+    """Return this rank's shard of a base: its Config, and the functions that read its weights, as from `read_base`.
 
     Raises ValueError if the base cannot be split evenly.
     """

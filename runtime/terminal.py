@@ -22,7 +22,7 @@ def read_line(stdin: TextIO) -> str:
 
 
 def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tuple[str, str]]:
-    """Yield every line as ("", line); on a terminal, yield a slash command and its text as (command, text).
+    """Yield every line as ("", line). On a terminal, yield a slash command as (command, text), and skip empty lines.
 
     A help line is printed on a terminal at the start and at /help; `has_turns` selects its wording. The first rank
     reads for all ranks. Raises ValueError if standard input is an empty pipe.

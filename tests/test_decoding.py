@@ -99,7 +99,7 @@ def test_fast_matmul_with_a_wrong_result_is_not_used(monkeypatch, capsys):
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
     prepare_to_decode(model)
-    assert type(model.output) is torch.nn.Linear and "no fast product" in capsys.readouterr().err
+    assert type(model.output) is torch.nn.Linear and "no fast kernel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", ["gqa", "qwen2"])
@@ -127,7 +127,7 @@ def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
         kinds = [type(module) for module in each.modules()]
         prepare_to_decode(each)
         assert [type(module) for module in each.modules()] == kinds
-    assert capsys.readouterr().err.count("no fast product for 4-bit weights; dequantizing") == 1
+    assert capsys.readouterr().err.count("no fast kernel for 4-bit weights; dequantizing") == 1
 
 
 def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
@@ -138,7 +138,7 @@ def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
     model = make_model(SHAPE)
     quantizer("8")(model.layers)
     prepare_to_decode(model)
-    assert type(model.layers[0].attention.wq) is QuantizedLinear and "no fast product" in capsys.readouterr().err
+    assert type(model.layers[0].attention.wq) is QuantizedLinear and "no fast kernel" in capsys.readouterr().err
 
 
 def test_compiled_layers_are_single_graphs_with_equal_outputs():
