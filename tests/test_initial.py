@@ -164,7 +164,7 @@ def test_bad_initial_adapters_are_one_line_errors(first, tmp_path):
         (["--init", tmp_path / "junk"], "junk: not a complete safetensors file"),
         (["--init", tmp_path / "head.safetensors"], "head.safetensors: is for an encoder, not for a LLaMA"),
         (["--init", folder, "--layers", 1], "--layers 1: "),
-        (["--init", folder, "--out", folder], "is in the folder that this run writes to; choose another --out"),
+        (["--init", folder, "--out", folder], "is in the folder that this run writes to; choose a different --out"),
         (["--init", folder / "adapter.safetensors", "--out", folder], "is in the folder that this run writes to"),
     ):
         result = run(*args, *more)

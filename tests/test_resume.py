@@ -131,7 +131,7 @@ def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
     result = run(*args, "--resume", "auto", "--epochs", 4)
     assert result.exit_code == 2 and "summary.json: was made with epochs = 3, not 4" in result.stderr
     init = f"--init {tmp_path / 'run' / 'adapter.safetensors'}"
-    assert f"to train its adapter further, use {init} and another --out" in result.stderr
+    assert f"to train its adapter further, use {init} and a different --out" in result.stderr
     assert run(*args, *init.split(), "--epochs", 4, "--out", tmp_path / "further").exit_code == 0
     result = run(*args, "--resume", "auto", "--limit", 30)
     assert result.exit_code == 2 and "limit = None, not 30" in result.stderr

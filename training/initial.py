@@ -19,7 +19,7 @@ def load_initial(path: str, base: Config, out: Path) -> Adapter:
     Raises OSError, or ValueError if the adapter does not fit the base, or if the run would overwrite it.
     """
     if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise ValueError(f"--init {path} is in the folder that this run writes to; choose another --out")
+        raise ValueError(f"--init {path}: is in the folder that this run writes to; choose a different --out")
     initial = load_adapter(path, heads=base.n_heads)
     if isinstance(initial, HeadAdapter):
         raise ValueError(f"--init {path}: is for an encoder, not for a LLaMA")
@@ -31,7 +31,7 @@ def load_initial(path: str, base: Config, out: Path) -> Adapter:
 
 
 def shaped_as(initial: Adapter, config, path: str):
-    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if --layers is another number."""
+    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if --layers differs from L."""
     layers, length, _ = initial.prompts.shape
     if config.layers not in (None, layers):
         raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; omit --layers")
@@ -46,14 +46,14 @@ def adapter_fingerprint(adapter: Adapter) -> str:
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    The result has a projection if either of the two has one. Warns if `initial` was trained over another base, or with
-    another template. Raises ValueError if the two projections have different shapes.
+    The result has a projection if either of the two has one. Warns if `initial` was trained for a different base,
+    or with a different template. Raises ValueError if the two projections expect different numbers of features.
     """
     metadata = initial.metadata
     for name, what in (("base_fingerprint", "for a different base"), ("prompt_template", "with a different template")):
         here = adapter.metadata.get(name)
         if rank() == 0 and metadata.get(name, here) != here:
-            warn(f"--init {path} was trained {what}: {name} is {metadata[name]}, but this run has {here}")
+            warn(f"--init {path}: was trained {what}; {name} is {metadata[name]}, but this run has {here}")
     if isinstance(adapter, ImageAdapter) and isinstance(initial, ImageAdapter):
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ROWS = {"cpu": 256, "cuda": 1024}  # positions whose logits are in memory at a time
+ROWS = {"cpu": 256, "cuda": 1024}  # number of positions whose logits are in memory at a time
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -35,7 +35,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tens
 
     hidden (R, C) are the hidden states, head (V, C) is the weight of the output head, and targets (R,) are token ids.
     The result equals `F.cross_entropy(hidden @ head.T, targets, reduction="sum")` with the softmax in float32. With a
-    vocabulary of 32,000 or more, that function would take gigabytes for the logits of a whole batch and their gradient.
-    The head gets no gradient.
+    vocabulary of 32,000 or more, F.cross_entropy would take gigabytes for the logits of a batch and their gradient. The
+    head gets no gradient.
     """
     return ChunkedCrossEntropy.apply(hidden, head, targets)

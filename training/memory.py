@@ -12,7 +12,7 @@ def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_act
     """Return the bytes of activations per position: those saved for backward, plus those of the layer being computed.
 
     Each of the `adapted` layers saves seven vectors of width C and three of the feed-forward width, with `itemsize`
-    bytes per number. With checkpointing it saves only its input, and one layer at a time is recomputed.
+    bytes per number. With checkpointing, a layer saves only its input, and one layer at a time is recomputed.
     """
     layer = 7 * config.dim + 3 * config.hidden_dim
     if checkpoint_activations:
@@ -44,7 +44,7 @@ def positions_that_fit(
 def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations: bool) -> int:
     """Choose the number of positions per forward pass from the memory of the model's GPU, and print it.
 
-    All ranks use the smallest of their numbers. On other devices than CUDA GPUs, it is 8,192, and is not printed.
+    All ranks use the smallest of their numbers. On devices other than CUDA GPUs, it is 8,192 and is not printed.
     """
     if model.device.type != "cuda":
         return MICRO_BATCH_TOKENS

@@ -43,7 +43,7 @@ class DataOptions:
     features: Path = setting(Path("features"), "The folder for cached image features.", PATH)
 
     def checked(self, base: str | None) -> "DataOptions":
-        """Return the options with the toy filled in. Raises ValueError if they contradict each other."""
+        """Return the options with the default toy filled in. Raises ValueError if they contradict each other."""
         if self.vision_encoder is not None and self.encoder is not None:
             raise ValueError("--clip and --encoder both compute the features of an image; use only one of them")
         if self.data is not None and self.toy is not None:
@@ -63,7 +63,7 @@ STRATEGY_HELP = "With torchrun: replicate the base (ddp) or shard it (fsdp); aut
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """The frozen base, its form in memory, and the adapter that training is initialized from."""
+    """The frozen base, how it is loaded, and the adapter that training is initialized from."""
 
     base: str | None = setting(None, "The model to adapt.  [default: the toy's base]", click.Path())
     init: str | None = setting(None, "An adapter to initialize from, in a new run; its L and K are used.", click.Path())
@@ -85,7 +85,7 @@ RESUME_HELP = "Continue from the checkpoint in --out, with the same options; aut
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The folder of a run, and the times at which it saves and stops. A resumed run may change these options."""
+    """The folder of a run, and when the run saves, logs and stops. A resumed run may change these options."""
 
     out: Path = setting(Path("out"), "The folder for adapter, metrics and checkpoints.", PATH)
     resume: str | None = setting(None, RESUME_HELP, click.Choice(["yes", "auto"]), is_flag=False, flag_value="yes")

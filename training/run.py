@@ -46,20 +46,20 @@ class Run:
 
     def __init__(self, options: RunOptions, less_memory: str = LESS_MEMORY):
         self.options = options
-        self.less_memory = less_memory  # advice for when memory runs out
+        self.less_memory = less_memory  # what the error message advises if memory runs out
         self.out = options.out
         self.metrics = self.out / "metrics.jsonl"
         self.step = 0  # completed steps; adapter and optimizer are in this state
         self.tokens = 0
         self.seconds = 0.0  # time spent in the steps
-        self.micro_batch_tokens: int | None = None  # a resumed run keeps it, unless the option is given
+        self.micro_batch_tokens: int | None = None  # a resumed run keeps it, unless --micro-batch-tokens is given
         self.saved_step = 0  # the step of the last checkpoint
         self.val_losses: list[float] = []
         self.best: Kept | None = None  # with --keep best
         self.tensorboard = None
         self.in_loop = False
-        self.requested = 0  # the highest reason to stop that was signaled so far
-        self.stopped = 0  # the reason for which the run has stopped
+        self.requested = 0  # the highest of REASONS that was signaled so far
+        self.stopped = 0  # the one of REASONS for which the run has stopped, or 0
 
     @property
     def exit_code(self) -> int:
@@ -94,7 +94,7 @@ class Run:
             print_rank0(f"{REASONS[self.stopped][0]} after step {self.step}: {advice}")
 
     def on_signal(self, number: int, frame) -> None:
-        """During training, record the signal, to stop after the step. At other times, interrupt at once.
+        """During training, record the signal, so that the run stops after the step. At other times, interrupt at once.
 
         A second Ctrl-C interrupts at once as well, except under torchrun, which forwards the first one.
         """
@@ -105,19 +105,20 @@ class Run:
         self.requested = max(self.requested, reason)
 
     def is_finished(self, fixed: dict) -> bool:
-        """Return True if the run to resume is finished. Raises ValueError if it had other options."""
+        """Return True if the run to resume is finished. Raises ValueError if its options differ from `fixed`."""
         if self.state == "finished" and rank() == 0:
             try:
                 check_options(read_json_object(self.out / SUMMARY).get("options"), fixed, self.out / SUMMARY)
             except ValueError as error:
-                how = f"to train its adapter further, use --init {self.out / 'adapter.safetensors'} and another --out"
+                init = f"--init {self.out / 'adapter.safetensors'}"
+                how = f"to train its adapter further, use {init} and a different --out"
                 raise ValueError(f"{error}; {how}") from None
         return self.state == "finished"
 
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
         """Prepare the folder; with --resume, load the state of adapter and optimizer from checkpoint.pt.
 
-        `counts`, the numbers of examples, go into the summary. Raises OSError, or ValueError if the files do not match,
+        `counts` are the numbers of examples, for the summary. Raises OSError, or ValueError if the files do not match,
         or if there are no validation examples for --keep best.
         """
         self.adapter = adapter
@@ -142,7 +143,7 @@ class Run:
             if self.options.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                purge_step = self.step + 1 if self.step else None  # hides what a killed run wrote later
+                purge_step = self.step + 1 if self.step else None  # hides what a killed run wrote after its checkpoint
                 self.tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=purge_step)
                 self.stack.callback(self.tensorboard.close)
 
@@ -174,14 +175,17 @@ class Run:
             self.save_checkpoint()
 
     def explain(self, error: Exception) -> None:
-        """Raise ValueError, or exit, with the cause, the saved step, and advice. Return if the error is unexpected."""
+        """Report a failed step with its cause, the saved step, and advice.
+
+        Raises ValueError, or exits with code 2 if another rank has ended. Returns if the error is unexpected.
+        """
         saved = "nothing was saved yet"
         to_continue = ""
         if self.saved_step:
             saved = f"{self.out}/{CHECKPOINT} and adapter.safetensors were saved after step {self.saved_step}"
             to_continue = "; to continue, add --resume"
         if isinstance(error, FloatingPointError):
-            advice = "try a lower --lr and another --out"
+            advice = "try a lower --lr and a different --out"
             raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
         if rank() > 0:  # the first rank may be saving at this moment, or may have ended before it could
             saved = f"the last saved step is in {self.out}"

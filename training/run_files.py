@@ -23,7 +23,7 @@ from runtime.schema import renamed, require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
 TENSORBOARD = "tensorboard"  # a folder
-WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png", TENSORBOARD)  # files of a finished run
+WRITTEN = ("adapter.safetensors", SUMMARY, "metrics.jsonl", "curves.png", TENSORBOARD)  # moved to run-N by a new run
 
 
 class Progress(NamedTuple):
@@ -44,13 +44,14 @@ class Kept(NamedTuple):
 
 
 def run_state(out: Path, resume: str | None) -> str:
-    """Return "new", "begun" or "finished". checkpoint.pt exists from the first save until the summary is written.
+    """Return "begun" if there is a checkpoint, "finished" if there is only a summary to resume from, else "new".
 
-    `resume` is None, "yes" or "auto". Raises ValueError if it contradicts the state.
+    checkpoint.pt exists from the first save until the summary is written. `resume` is None, "yes" or "auto". Raises
+    ValueError if there is a checkpoint but `resume` is None, or if there is none to resume from and it is "yes".
     """
     if (out / CHECKPOINT).exists():
         if resume is None:
-            advice = "continue it with --resume, or use another --out"
+            advice = "continue it with --resume, or use a different --out"
             raise ValueError(f"{out / CHECKPOINT}: is the checkpoint of an unfinished run; {advice}")
         return "begun"
     if resume is not None and (out / SUMMARY).exists():
@@ -61,10 +62,13 @@ def run_state(out: Path, resume: str | None) -> str:
 
 
 def check_options(before: object, fixed: dict, path: Path) -> None:
-    """Raise ValueError if the run that wrote `path` had other options. Only the path of its base may differ."""
+    """Raise ValueError if the options `before`, read from `path`, differ from `fixed`.
+
+    Options of earlier versions get defaults, and the path of the base is not compared.
+    """
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
-    # Defaults for what files of earlier versions do not state.
+    # Defaults for options that files of earlier versions do not state.
     before = {
         "keep": "last",
         "eval_every": None,
@@ -207,7 +211,7 @@ def load_checkpoint(
     """Load the state of adapter and optimizer; return the progress, and the best adapter so far if it was kept.
 
     The first rank reads the file for all ranks. Raises FileNotFoundError, or ValueError if the file is invalid or
-    belongs to a run with other options.
+    belongs to a run with different options.
     """
     checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
     invalid = f"{path}: is not a checkpoint of train.py"
@@ -224,7 +228,7 @@ def load_checkpoint(
         if progress.micro_batch_tokens is not None:  # checkpoints of earlier versions do not state it
             require_number("micro_batch_tokens", progress.micro_batch_tokens, 1, 2**40, whole=True)
         best = checkpoint.get("best") and Kept(*(checkpoint["best"][name] for name in Kept._fields))
-        for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # the latter is loaded last
+        for tensors in ([best.tensors] if best else []) + [checkpoint["adapter"]]:  # the current adapter is loaded last
             for tensor in tensors.values():
                 require_dense(tensor)
             adapter.load_state_dict(tensors)
@@ -233,14 +237,14 @@ def load_checkpoint(
             require_number("the loss of the best adapter", best.loss, -1e30, 1e30)
         load_optimizer(optimizer, checkpoint["optimizer"]["state"], progress.step)
         return progress, best or None
-    except Exception as error:  # any field may be missing or have another form
+    except Exception as error:  # any field may be missing or have an unexpected type
         raise ValueError(f"{invalid}: {first_line(error)}") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) -> None:
     """Load AdamW's moments after `steps` steps, and keep the hyper-parameters of the given optimizer.
 
-    Raises ValueError if a moment has another shape, is not finite, or belongs to another step.
+    Raises ValueError if a moment has the wrong shape, is not finite, or belongs to a different step.
     """
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:
