@@ -53,7 +53,7 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     for name, what in (("base_fingerprint", "for a different base"), ("prompt_template", "with a different template")):
         here = adapter.metadata.get(name)
         if rank() == 0 and metadata.get(name, here) != here:
-            warn(f"--init {path}: was trained {what}; {name} is {metadata[name]}, but this run has {here}")
+            warn(f"--init {path}: was trained {what}: {name} is {metadata[name]}, but this run has {here}")
     if isinstance(adapter, ImageAdapter) and isinstance(initial, ImageAdapter):
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features
