@@ -1,9 +1,9 @@
 """Run the paper's experiments at a scale that is feasible on two CPU cores: python -m experiments all.
 
-Every command prints a table, and writes its results (JSON) and usually a plot (PNG) to experiments/results/. The JSON
-file also contains the paper's numbers where there are any. Most commands train adapters for the toy's base on the toy's
-instructions, or for another base on other data with --base and --data. If a command is interrupted and started again,
-it skips the runs that have finished.
+Every command prints a table, and writes its results (JSON) and usually a plot (PNG) to the folder --out, by default
+experiments/results/. The JSON file also contains the paper's numbers where there are any. `all`, its six experiments
+and `rates` train on the toy's base and instructions or, with --base and --data, on a different base and other data. If
+a command is interrupted and started again with the same options, it skips the runs that have finished.
 """
 
 import inspect
@@ -66,7 +66,7 @@ def run_all(runs: Runs, **options) -> None:
         compare(runs, testbed)
     minutes = (time.perf_counter() - start) / 60
     runs.save("all", {"minutes": minutes})
-    click.echo(f"{minutes:.1f} minutes")
+    click.echo(f"all experiments: {minutes:.1f} minutes")
 
 
 @cloup.group(

@@ -34,7 +34,10 @@ COLUMNS = (
 def compare_settings(
     runs: Runs, testbed: Testbed, settings: dict[str, Setting], in_rounds: bool = False
 ) -> dict[str, dict]:
-    """Train and measure every setting with every seed. Return the results of `run_setting` as lists over the seeds."""
+    """Train and measure every setting with every seed.
+
+    Returns by label the results of `run_setting`, as lists over the seeds, and the setting as a dictionary ("setting").
+    """
     rows = runs.table(COLUMNS, settings, partial(run_setting, testbed), in_rounds=in_rounds)
     return {label: row | {"setting": settings[label]._asdict()} for label, row in rows.items()}
 
@@ -87,8 +90,8 @@ def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
 def compare_shapes(runs: Runs, testbed: Testbed) -> None:
     """Compare adapted layers and numbers of prompts.
 
-    Reproduces Table 4: adapts the topmost or the lowest L layers, and varies K, the number of adaption prompts per
-    layer.
+    Reproduces Table 4, which adapts the topmost L layers. Also adapts the lowest L layers, and varies K, the number of
+    adaption prompts per layer.
 
     Runs on the lowest layers take longer than necessary, because the layers above them have prompts with zero gates.
     """
@@ -222,7 +225,7 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
     Reproduces Table 1 (v1: Table 3), and also trains prompts without gates. Reports the number of trained parameters,
     their size in bytes, the training time and the forgetting.
     """
-    import_peft()  # raises an error before anything is trained
+    import_peft()  # fail before training if PEFT is missing
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
     rows = compare_settings(runs, testbed, settings, in_rounds=True)
     before, _ = base_measures(testbed)
@@ -262,8 +265,8 @@ def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
 def search_rates(runs: Runs, testbed: Testbed) -> None:
     """Search for the best learning rate of each method.
 
-    Trains each method of the command `methods` at five learning rates, and reports accuracy and perplexity. They are
-    measured on a part of the training data, not on the held-out questions of the other commands.
+    Trains each method of the command `methods` at five learning rates, and reports accuracy and perplexity. The
+    accuracy is measured on a part of the training data, not on the held-out questions of the other commands.
     """
     import_peft()
     settings = {}

@@ -52,7 +52,9 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
         "Options",
         option("--base", "bases", type=PATH, multiple=True, required=True, help="Base model; repeatable."),
         option("--text", type=PATH, required=True, help="Text similar to what the bases were pretrained on."),
-        option("--rows", type=Count(), default=64, help="Maximum number of rows of text; each has up to 128 tokens."),
+        option(
+            "--rows", type=Count(), default=64, help="Number of rows of text, at most 64; each has up to 128 tokens."
+        ),
         device_options[0],
     ),
     seeds=False,

@@ -126,7 +126,7 @@ def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
 
 def compare_encoders(runs: Runs, sets: LabelledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
     """Train every method with every seed. Return the results of `train_and_score` as lists over the seeds."""
-    import_peft()  # raises an error before anything is trained
+    import_peft()  # fail before training if PEFT is missing
     settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
     return runs.table(COLUMNS, settings, partial(train_and_score, sets))
 
@@ -141,7 +141,7 @@ def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: in
     import_peft()
     if len(sets.training) < 10:
         raise ValueError(
-            f"found {len(sets.training)} training examples; the search needs at least 10, because it holds out a tenth"
+            f"--train: has {len(sets.training)} examples; the search needs at least 10, because it holds out a tenth"
         )
     settings = {
         f"{method}, {lr:g}": EncoderRun(method, lr, epochs, number, on_tenth=True)
@@ -285,7 +285,7 @@ def token_rows(texts: Sequence[str], tokenizer: RobertaTokenizer) -> Tensor:
     ids = [id for text in texts for id in tokenizer.encode(text)]
     number = len(ids) // (ROW - 2)
     if not number:
-        raise ValueError(f"--text has {len(ids)} tokens; at least {ROW - 2} are needed to pretrain")
+        raise ValueError(f"--text: has {len(ids)} tokens; at least {ROW - 2} are needed to pretrain; give more text")
     rows = torch.tensor(ids[: number * (ROW - 2)]).view(number, -1)
     edge = torch.ones(number, 1, dtype=torch.long)
     return torch.cat([tokenizer.bos_id * edge, rows, tokenizer.eos_id * edge], dim=1)

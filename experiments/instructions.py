@@ -123,7 +123,11 @@ COLUMNS = (
 def train_and_evaluate(
     testbed: StoryTestbed, instructions: Sequence[StoryInstruction], run: StoryRun, seed: int
 ) -> dict:
-    """Train with one seed. Return the scores, the perplexity on other stories, the responses, and further results."""
+    """Train with one seed, unless the run is the base without training, and evaluate. Return the results by name.
+
+    These are the values of `score_stories`, the perplexity on other stories, the number of trained parameters, the
+    training time in seconds, the learning rate, and the responses.
+    """
     start = time.perf_counter()
     if run.method in (RAW_BASE, TEMPLATE_BASE):
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
@@ -233,12 +237,12 @@ def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
     There are five kinds of instructions. For every method, the command measures how many responses are stories that
     follow their instructions, and how much the base forgets.
     """
-    import_peft()  # raises an error before anything is trained
+    import_peft()  # fail before training if PEFT is missing
     testbed = make_story_testbed(**options)
     instructions = testbed.sets.validation if search else testbed.sets.testing
     click.echo(
         f"{len(testbed.sets.training):,} training instructions, {len(instructions):,} held-out instructions, "
-        f"{len(testbed.text):,} rows of other stories\n"
+        f"{len(testbed.text):,} rows of other stories for the perplexity\n"
     )
     planned = planned_runs(search, curve)
     once = planned if search else [RAW_BASE, TEMPLATE_BASE]

@@ -29,7 +29,7 @@ def share_equal(texts: Sequence[str | None], expected: Sequence[str | None]) -> 
 
 
 def exact_accuracy(testbed: Testbed, model: LLaMA, adapter: nn.Module | None) -> float:
-    """Return the share of held-out questions whose response equals the expected response exactly.
+    """Return the share of held-out questions whose greedy response equals the expected response exactly.
 
     If `adapter` is None, the base responds alone.
     """
@@ -87,7 +87,7 @@ def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Modu
 
 
 def recovered_after_merging(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool | None:
-    """Merge LoRA into the weights, unmerge it, and return `base_recovered`. Return None for other methods."""
+    """Return `base_recovered` after merging LoRA into the weights and unmerging it; None for other methods."""
     if method != LORA:
         return None
     for layer in lora_layers(model):

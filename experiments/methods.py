@@ -1,7 +1,7 @@
 """Baselines for zero-init attention: prompts without gates, prompts in the lowest layers, LoRA, full fine-tuning.
 
-All methods use the training loop of train.py. Methods that train weights of the base have no prompts; for them, a
-`NoPrompts` contains the trained weights, and replaces the adapter. The notation is that of adapter.py.
+All methods use the training loop of train.py. LoRA and full fine-tuning have no prompts; for them, a `NoPrompts`
+contains the trained weights, and replaces the adapter. The notation is that of adapter.py.
 """
 
 import math
@@ -38,14 +38,14 @@ class Setting(NamedTuple):
     layers: int  # L
     lr: float
     method: str = ZERO_INIT
-    where: str = "top"
+    where: str = "top"  # adapt the topmost L layers; "bottom": the lowest
     length: int = 10  # K
     epochs: int = 5  # the paper's value
     warmup_epochs: float = WARMUP_EPOCHS
     scale: float = 1.0  # prompts are initialized from N(0, scale^2)
-    activation: str = "tanh"
-    gate_per: str = "head"
-    gate_decay: float = 0.0
+    activation: str = "tanh"  # of the gates, a key of Adapter.ACTIVATIONS
+    gate_per: str = "head"  # or "layer"
+    gate_decay: float = 0.0  # weight decay of the gates
     rank: int = 8  # rank of LoRA
 
 
@@ -65,7 +65,7 @@ def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False
 
 
 class LowAdapter(Adapter):
-    """Adapter of the lowest layers. The `above` layers above them also get prompts, but their gates are zero."""
+    """Adapter of the lowest layers. The other layers, of which there are `above`, get prompts with zero gates."""
 
     def __init__(self, *, above: int, **dimensions):
         super().__init__(**dimensions)
@@ -78,7 +78,10 @@ class LowAdapter(Adapter):
 
 
 class NoPrompts(nn.Module):
-    """Replaces the adapter when weights of the base are trained; contains these weights, and the head of an encoder."""
+    """Replacement for the adapter of methods without prompts. Contains the trained weights, and the head of an encoder.
+
+    The weights are those of the base or of LoRA; forward() returns no adaption prompts.
+    """
 
     def __init__(self, trained: Iterable[nn.Parameter], head: nn.Module | None = None):
         super().__init__()
@@ -109,7 +112,7 @@ def whole_model_loss(
 
 
 def mixed_precision_loss(dtype: torch.dtype, model: LLaMA, *args, **options) -> Tensor:
-    """Compute `whole_model_loss` with matrix products in `dtype`; weights and their gradients remain in float32."""
+    """Compute `whole_model_loss` with matmuls in `dtype`; weights and their gradients remain in float32."""
     with torch.autocast(model.device.type, dtype):
         return whole_model_loss(model, *args, **options)
 
@@ -123,7 +126,9 @@ def import_peft():
     try:
         import peft
     except ImportError:
-        raise ValueError("the comparison with LoRA needs the package peft: pip install peft") from None
+        raise ValueError(
+            "the comparison with LoRA needs the package peft, which is not installed: pip install peft"
+        ) from None
     return peft
 
 
@@ -194,7 +199,7 @@ def make_adapter(model: LLaMA, setting: Setting, seed: int) -> Adapter:
 
 
 def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> ImageAdapter:
-    """Create an adapter for all layers; each of its images or sounds is encoded as `features` numbers."""
+    """Create an ImageAdapter for all layers of the model; `features` is the number of features of an image or sound."""
     dimensions = {"dim": model.config.dim, "heads": model.config.n_heads, "layers": model.config.n_layers}
     generator = torch.Generator().manual_seed(config.seed)
     adapter = ImageAdapter(features=features, length=config.length, generator=generator, **dimensions)
@@ -202,7 +207,10 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
 
 
 def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, first_step: int = 0) -> Iterator[Step]:
-    """Run the training steps with a progress bar. Stop before a step whose loss or gradient is not finite."""
+    """Run the training steps from `first_step` on, with a progress bar, yielding a Step after each.
+
+    Stops before a step whose loss or gradient is not finite.
+    """
     model, adapter, optimizer, loss_fn = trainable
     total = config.epochs * math.ceil(len(examples) / config.batch_size)
     steps = training_steps(model, adapter, optimizer, examples, config, loss_fn, first_step)

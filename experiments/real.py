@@ -50,7 +50,7 @@ PARTS = {
 @cloup.command("real", context_settings={"show_default": True})
 @option_group(
     "Data and model",
-    option("--base", type=PATH, required=True, help="LLaMA to train on, such as SmolLM2-135M-Instruct."),
+    option("--base", type=PATH, required=True, help="Base to adapt, a LLaMA such as SmolLM2-135M-Instruct."),
     option("--reviews", type=PATH, required=True, help="Folder with SST-2's train.tsv and dev.tsv."),
     option("--text", type=PATH, required=True, help="Text to measure the perplexity on: WikiText-2's validation set."),
     option("--problems", type=PATH, help="ScienceQA's problems.json, for the parts scienceqa and experts."),
@@ -84,7 +84,7 @@ def real(parts, out, **options):
     """
     sources = Sources(**options)
     with one_line_errors():
-        import_peft()  # raises an error before anything is trained
+        import_peft()  # fail before training if PEFT is missing
         for part in parts or PARTS:
             if (out / f"{part}.json").exists():
                 click.echo(f"{out} already contains {part}.json; this part is skipped")

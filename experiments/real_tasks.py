@@ -98,7 +98,10 @@ def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
 
 
 def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
-    """Train, and answer the test problems by generation and by the most likely option. Return the scores by name."""
+    """Train, unless the run is the base alone, and answer the test problems. Return the scores by name.
+
+    A problem is answered by generation ("written") and by the most likely option ("most_likely").
+    """
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
     if run.setting is not None and run.setting.method == LORA:
@@ -190,7 +193,7 @@ EXPERTS = ("reviews", "capitals", "scienceqa")
 
 
 def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) -> dict[str, dict]:
-    """Score each adapter and the base, alone and in mixed batches.
+    """Train the adapters, or load them from the cache, and score each of them and the base, alone and in mixed batches.
 
     Returns "rows", the scores, switching time and file size of each adapter, and "base", the scores of the base.
     """
@@ -284,7 +287,7 @@ def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
 
 
 def train_on_digits(runs: Runs, sources: Sources) -> None:
-    """Train on the toy's images of digits. Evaluate with the correct image, without an image, and with another one."""
+    """Train on the toy's images of digits. Evaluate with the correct image, without an image, and with a random one."""
     best = best_settings(runs, sources)[ZERO_INIT]
     planned = {f"{factor:g} times the rate": best._replace(lr=best.lr * factor) for factor in (1, 3)}
     columns = (Column("image", "image"), Column("no_image", "withheld"), Column("another_image", "another"))

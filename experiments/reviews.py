@@ -176,7 +176,7 @@ def best_rate(rows: dict[str, dict], method: str) -> float:
 
 
 def best_settings(runs: Runs, sources: Sources) -> dict[str, Setting]:
-    """Return each method's setting with its best learning rate. Raises ValueError if the part `rates` was not run."""
+    """Return each method's setting with its best learning rate. Raises ValueError if the part `rates` has not run."""
     path = runs.out / "rates.json"
     if not path.exists():
         raise ValueError(f"{path}: does not exist; search for the learning rates first, with --part rates")
@@ -269,7 +269,7 @@ TIMED_STEPS = 12
 
 
 def measure_price(runs: Runs, sources: Sources) -> None:
-    """Measure the seconds per step and the peak memory of each method; one process at a time uses all threads."""
+    """Measure the seconds per step and the peak memory of four methods; one process at a time uses all threads."""
     columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak bytes", ",.0f"))
     settings = {m: s for m, s in best_settings(runs, sources).items() if m != GATES_AT_ONE}
     rows = runs.table(columns, settings, partial(in_new_process, measure_steps, sources), in_rounds=True)

@@ -27,7 +27,10 @@ from train import TrainConfig, mean_loss
 def answer_problems(
     testbed: Testbed, problems: list[Problem], model: LLaMA, adapter: Adapter | None
 ) -> dict[str, list[str | None]]:
-    """Return the generated response ("written") and the most likely answer ("most_likely") for every problem."""
+    """Return the generated response ("written") and the most likely answer ("most_likely") for every problem.
+
+    A response or answer is None if the problem does not fit into the context.
+    """
     name, adapters = ("base", {}) if adapter is None else ("adapter", {"adapter": adapter})
     responder = Responder(model, testbed.tokenizer, adapters, max_new_tokens=16)
     requests = [Request(problem.instruction, problem.input, name) for problem in problems]

@@ -1,7 +1,7 @@
 """Train adapters to recognize spoken words, which a third-party Keyword Transformer encodes (docs/examples).
 
 espeak-ng speaks the words, in training voices and in held-out voices. Each question is evaluated with its sound,
-without a sound, and with the sound of another word. Without a sound, an adapter can only guess one of 14 words.
+without a sound, and with the sound of a different word. Without a sound, an adapter can only guess one of 14 words.
 """
 
 import os
@@ -187,7 +187,7 @@ def train_on_sounds(examples: list[Example], model: LLaMA, tokenizer: Tokenizer,
 
 
 def other_sounds(examples: Sequence[Example]) -> list[Tensor]:
-    """Return the features (F,) of the sound of another word for each example."""
+    """Return the features (F,) of a random sound of a different word for each example."""
     random, words = np.random.default_rng(0), [spoken_word(Path(example.name)) for example in examples]
     others = [[i for i, other in enumerate(words) if other != word] for word in words]
     return [examples[random.choice(choice)].features for choice in others]
@@ -198,7 +198,7 @@ def evaluate_sounds(
 ) -> dict[str, list[bool]]:
     """Return whether each question is answered exactly.
 
-    The keys are "heard" (with the sound), "another" (with the sound of another word) and "withheld" (without a sound).
+    The keys are "heard" (with the sound), "another" (with the sound of a different word) and "withheld" (no sound).
     """
     withheld = [Request(example.instruction, adapter="adapter") for example in examples]
     sounds = {"heard": [example.features for example in examples], "another": other_sounds(examples)}

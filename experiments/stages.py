@@ -101,7 +101,7 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
     """Compare training on images in one stage and in two stages.
 
     The adapters are trained on the toy's images of digits: on questions alone, on captions and questions at once, and
-    on captions followed by questions.
+    on captions followed by questions, with the image projection trained or frozen in the second stage.
     """
     device, _ = select_device(device, "float32")
     folder = cached_folder("digits", [], digits.write_pictures)

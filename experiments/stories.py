@@ -12,8 +12,9 @@ from data import Example, Tokenizer
 from runtime.files import read_text
 
 END = re.compile(r'[.!?]"?(?=\s|$)')  # end of a sentence
-# Text that begins like this is direct speech, or the continuation of a story.
+# A text that begins like this is direct speech, or the continuation of a story.
 CONTINUATION = re.compile(r'"|(?:He|She|They|His|Her|You|We|I|Yes|No|Then|But|And|So)\b|It (?!was)')
+# The kind of the hero, such as "girl" in "there was a little girl named", the hero's name, and a noun after an article.
 KIND = re.compile(
     r"\b(?:there was|there lived|lived|day,?) an? (?:[a-z]+,? ){0,3}?([a-z]{3,})(?= named| called| who|[.,])"
 )
@@ -36,7 +37,7 @@ class StoryInstruction(NamedTuple):
         return Example(instruction.format(listed), input.format(listed), self.story, name=name)
 
 
-# Instruction and input of each kind, from the easiest to the hardest kind.
+# Instruction and input of each kind. `spread_over_kinds` chooses training stories for the kinds in this order.
 KINDS = {
     "hero's kind": ("Write a story about a {}.", ""),
     "hero's name": ("Write a story about {}.", ""),
@@ -169,11 +170,11 @@ def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Story
     """Make `per_kind` training instructions of each kind. Return the instructions and the unused stories.
 
     Every instruction has a different story. Within a kind, requirements are repeated only if there are too few
-    different ones.
+    different ones. Raises ValueError if too few stories are left for a kind.
     """
     requirements = [requirements_met(story) for story in stories]
     training, used = [], set()
-    for kind in KINDS:  # these begin with the kinds for which the fewest stories are suitable
+    for kind in KINDS:  # first the kinds for which the fewest stories are suitable
         times: Counter = Counter()
         order = []
         for i, found in enumerate(requirements):

@@ -119,7 +119,8 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
     """Return training examples and held-out questions.
 
-    If `searching` is True, a fifth of the training subjects replaces the questions that are otherwise held out.
+    If `searching` is True, the questions about a fifth of the training subjects are held out instead, and are not
+    trained on.
     """
     sets = almanac.instructions()
     training, questions = sets["training"], [question for name in almanac.HELD_OUT for question in sets[name]]
@@ -138,15 +139,18 @@ def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
 def data_parts(options: TestbedOptions, searching: bool, questions: list[Example] | None) -> TestbedParts:
     """Return the parts of a testbed on --data. If `questions` is None, a tenth of the data is held out.
 
-    Raises OSError or ValueError if the base or the data cannot be read, or if there are too few examples.
+    If `searching` is True, a tenth of the training examples then replaces the held-out questions. Raises OSError or
+    ValueError if the base or the data cannot be read, or if there are too few examples.
     """
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
     training = examples = load_task(options.task or "instructions").read(options.data)
-    for _ in range((questions is None) + searching):  # a search holds out a tenth of the training examples
+    times = (questions is None) + searching  # how often a tenth of the training examples is held out
+    for _ in range(times):
         if len(training) < 2:
             raise ValueError(
-                f"{options.data}: has too few examples ({len(examples)}) to hold out some of them; give more data"
+                f"{options.data}: the number of examples is {len(examples)}, but at least {1 + times} are needed, "
+                f"because some are held out; give more data"
             )
         training, questions = hold_out(training, max(1, len(training) // 10), seed=0)
     documents = [] if options.text is None else [read_text(options.text)[:100_000]]
@@ -175,9 +179,10 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
 
 
 def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dtype: torch.dtype) -> Testbed:
-    """Create a testbed by tokenizing the parts in Alpaca's template. Examples that do not fit are dropped.
+    """Create a testbed by tokenizing the parts in Alpaca's template.
 
-    Raises OSError if the base cannot be read, or ValueError if no example is left or the base has too few layers.
+    Examples whose prompt leaves no room for a response are dropped. Raises OSError if the base cannot be read, or
+    ValueError if no example is left, the base has too few layers, or the text for the perplexity is too short.
     """
     default, training = parts.default, parts.training
     base, (config, _) = parts.base, read_base(parts.base)
@@ -193,7 +198,7 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
     if not tokens or not fitting:
         raise ValueError(
             f"{len(tokens)} of {len(training)} training examples and {len(fitting)} of {len(parts.questions)} "
-            f"questions fit into {max_length} tokens; at least one of each is needed"
+            f"questions fit into {max_length} tokens; at least one of each is needed; give shorter ones"
         )
     questions, held_out = map(list, zip(*fitting))
     text = text_rows(tokenizer, parts.documents, min(ROW, max_length))

@@ -80,7 +80,7 @@ def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
     assert sorted(held_out + training) == sorted(example.name for example in examples)
     assert len(recorder.scored) == 2 * len(encoders.METHODS) * len(encoders.TRIED_RATES)
     assert all([example.name for example in scored] == held_out for scored in recorder.scored)
-    with pytest.raises(ValueError, match="found 9 training examples; the search needs at least 10"):
+    with pytest.raises(ValueError, match="--train: has 9 examples; the search needs at least 10"):
         encoders.search_encoder_rates(Runs("search", tmp_path, 3, {}), replace(sets, training=examples[:9]), 2)
 
 
