@@ -14,7 +14,7 @@ from torch import Tensor
 from encoders.models import RESAMPLES, ViTConfig
 from runtime.files import require_file
 
-PREPROCESSING_VERSION = 2  # increase it if `frames_of` or `preprocess` returns other pixels: caches depend on it
+PREPROCESSING_VERSION = 2  # increase it if `frames_of` or `preprocess` returns different pixels: caches depend on it
 # Formats that Pillow decodes by itself. For EPS, for example, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 ANIMATED = ("GIF", "WEBP", "PNG")  # their frames are an animation; the frames of a TIFF are pages
@@ -65,14 +65,14 @@ def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not an image in a supported format ({', '.join(PICTURES)})") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: has more than {MAX_PIXELS:,} pixels") from None
+        raise ValueError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale the image down") from None
     except Exception as error:  # a broken file can cause any exception in a decoder
-        raise ValueError(f"{path}: is a broken image: {error}") from None
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
     return [require_visible(frame, path) for frame in frames]
 
 
 def check_size(image: Image.Image) -> None:
-    """Raise DecompressionBombError if the image has too many pixels."""
+    """Raise DecompressionBombError if the image has more than MAX_PIXELS pixels."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
 
@@ -110,13 +110,13 @@ def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
 def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     """Return `number` evenly spaced frames of a video in RGB, or all if it has fewer.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError, or ValueError if the file is not a valid video or PyAV is not installed.
     """
-    require_file(path, "image")
+    require_file(path, "video")
     try:
         import av
     except ImportError:
-        raise ValueError(f"{path}: reading videos needs PyAV: pip install av") from None
+        raise ValueError(f"{path}: reading videos needs PyAV, which is not installed: pip install av") from None
     try:
         # An absolute path, so that FFmpeg does not mistake a file name for a URL.
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
@@ -136,7 +136,7 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
                     break
                 total = seen
     except Exception as error:  # a broken file can cause any exception in a decoder
-        raise ValueError(f"{path}: is a broken video, or not a video: {error}") from None
+        raise ValueError(f"{path}: cannot be read as a video: {error}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return [require_visible(frame, path) for frame in frames]
@@ -153,7 +153,7 @@ def rotate_upright(frame) -> Image.Image:
 
 
 def decode_frames(file, stream, deadline: float) -> Iterator:
-    """Yield the frames of a stream. Raises ValueError if the deadline, in seconds of `monotonic`, has passed."""
+    """Yield the frames of a stream. Raises ValueError after the deadline, a time in seconds as from `monotonic`."""
     for frame in file.decode(stream):
         if monotonic() > deadline:
             raise ValueError(f"decoding takes more than {MAX_VIDEO_SECONDS} seconds")
@@ -161,7 +161,7 @@ def decode_frames(file, stream, deadline: float) -> Iterator:
 
 
 def check_frame(frame):
-    """Return `frame`, a video frame or a video stream. Raises ValueError if it has too many pixels per frame."""
+    """Return `frame`, a video frame or stream. Raises ValueError if a frame has more than MAX_FRAME_PIXELS pixels."""
     if frame.width * frame.height > MAX_FRAME_PIXELS:
         raise ValueError(f"a frame of {frame.width} x {frame.height} has more than {MAX_FRAME_PIXELS:,} pixels")
     return frame
@@ -170,7 +170,7 @@ def check_frame(frame):
 def frames_of(path: str | Path) -> list[Image.Image]:
     """Return up to eight evenly spaced frames of a video or an animation, or a list of one image.
 
-    Raises FileNotFoundError or ValueError.
+    Raises as `open_image` and `open_video` do.
     """
     return (open_video if Path(path).suffix.lower() in VIDEOS else open_picture)(path)
 

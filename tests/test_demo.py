@@ -172,7 +172,7 @@ def test_upload_is_used_and_deleted(demonstration, image_adapter, tmp_path):
 def test_broken_upload_is_reported_and_deleted(demonstration, tmp_path):
     image_bytes = save_upload(tmp_path).read_bytes()
     for content, message in (
-        (image_bytes[:100], "x.png: is a broken image"),
+        (image_bytes[:100], "x.png: cannot be read as an image"),
         (b"%!PS-Adobe-3.0 EPSF", "x.png: is not an"),
     ):
         (tmp_path / "x.png").write_bytes(content)
@@ -397,7 +397,7 @@ def test_page_works_in_a_browser(driver, tiny_adapter, image_adapter, tiny_base,
 
         (tmp_path / "half.png").write_bytes(image.read_bytes()[:100])
         page.find_all("#file input[type=file]")[0].send_keys(str(tmp_path / "half.png"))
-        page.wait_for_notice("half.png: is a broken image")
+        page.wait_for_notice("half.png: cannot be read as an image")
         assert page.requests_to_other_hosts() == []
         assert [path for path in server_folder.rglob("*.png")] == []  # uploads are deleted
         process.send_signal(signal.SIGINT)

@@ -110,7 +110,9 @@ def test_number_of_animation_pixels_is_limited(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr("encoders.media.MAX_ANIMATION_PIXELS", 3 * 16 * 12)
     assert len(frames_of(tmp_path / f"x{suffix}")) == 3
     monkeypatch.setattr("encoders.media.MAX_ANIMATION_PIXELS", 3 * 16 * 12 - 1)
-    with pytest.raises(ValueError, match=f"x{suffix}: is a broken image: its frames have more than 575 pixels"):
+    with pytest.raises(
+        ValueError, match=f"x{suffix}: cannot be read as an image: its frames have more than 575 pixels"
+    ):
         frames_of(tmp_path / f"x{suffix}")
     assert open_image(tmp_path / f"x{suffix}").size == (16, 12)
 
@@ -153,7 +155,7 @@ def save_bad_image(tmp_path, kind):
     "kind, message",
     [
         ("text", "text.jpg: is not an image"),
-        ("truncated", "truncated.jpg: is a broken image: "),
+        ("truncated", "truncated.jpg: cannot be read as an image: "),
         ("bomb", "bomb.jpg: has more than 67,108,864 pixels"),
         ("dot", "dot.jpg: has 1 x 1 pixels; expected at least 2"),
         ("thread", "thread.jpg: has 9000 x 3 pixels; expected at least 2 pixels per side"),
@@ -219,10 +221,10 @@ def test_fragmented_video_is_read_to_its_end(tmp_path, movflags):
 def test_bad_videos_are_reported(tmp_path, monkeypatch):
     pytest.importorskip("av")
     (tmp_path / "x.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match="x.mp4: is a broken video, or not a video: "):
+    with pytest.raises(ValueError, match="x.mp4: cannot be read as a video: "):
         frames_of(tmp_path / "x.mp4")
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ValueError, match="x.mp4: reading videos needs PyAV: pip install av"):
+    with pytest.raises(ValueError, match="x.mp4: reading videos needs PyAV, which is not installed: pip install av"):
         frames_of(tmp_path / "x.mp4")
 
 
@@ -290,7 +292,7 @@ def test_progressive_jpeg_with_many_scans_is_refused(tmp_path):
     assert open_image(tmp_path / "x.jpg").size == (300, 200) and content.count(b"\xff\xda") > 5
     scan = content[content.rfind(b"\xff\xda") : -2]
     (tmp_path / "bomb.jpg").write_bytes(content[:-2] + 300 * scan + content[-2:])
-    with pytest.raises(ValueError, match="bomb.jpg: is a broken image: it is a JPEG with more than 200 scans"):
+    with pytest.raises(ValueError, match="bomb.jpg: cannot be read as an image: it is a JPEG with more than 200 scans"):
         open_image(tmp_path / "bomb.jpg")
 
 
@@ -298,7 +300,7 @@ def test_progressive_jpeg_with_many_scans_is_refused(tmp_path):
 def test_playlists_cannot_open_other_files(tmp_path, playlist):
     save_video(tmp_path / "x.mp4", ["red", "blue"])
     (tmp_path / "list.mp4").write_text(playlist.format(tmp_path / "x.mp4"))
-    with pytest.raises(ValueError, match="list.mp4: is a broken video, or not a video"):
+    with pytest.raises(ValueError, match="list.mp4: cannot be read as a video"):
         frames_of(tmp_path / "list.mp4")
 
 
