@@ -86,7 +86,8 @@ def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         if not isinstance(record, dict) or "label" not in record or not {"text", "sentence"} & set(record):
-            raise ValueError(f"{where}: must have the fields 'text' (or 'sentence') and 'label'")
+            present = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise ValueError(f"{where}: must have the fields 'text' (or 'sentence') and 'label' (found: {present})")
         text, label = record.get("text", record.get("sentence")), record["label"]
         label = str(label) if type(label) is int else label
         check_text(text, where, "text")
@@ -113,7 +114,8 @@ def read_labelled(
 
     The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the outputs of the head. By
     default they are the labels that occur in the file; for token classification, they are the labels of the base's own
-    head if these include all tags of the file.
+    head if these include all tags of the file. `limit` is the maximum number of records, sampled at random. `stride` is
+    the number of context tokens that neighboring windows of a question share.
 
     Raises OSError, or ValueError that names the record.
     """
@@ -149,7 +151,7 @@ def read_labelled(
 
 
 def check_classes(classes: Sequence[str], data: Path) -> None:
-    """Raise ValueError if there is only one class."""
+    """Raise ValueError if there are fewer than two classes."""
     if len(classes) < 2:
         raise ValueError(f"{data}: has only one class, {classes[0]!r}; expected two or more")
 
@@ -157,5 +159,6 @@ def check_classes(classes: Sequence[str], data: Path) -> None:
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
     """Raise ValueError if the task needs the other kind of encoder: ViT for images, RoBERTa for text."""
     if isinstance(model, ViT) != (task == "image-classification"):
-        needed = "a vision transformer" if task == "image-classification" else "a RoBERTa"
-        raise ValueError(f"{base}: --task {task} needs {needed}")
+        kinds = ["a RoBERTa", "a vision transformer"]
+        found, needed = kinds[::-1] if isinstance(model, ViT) else kinds
+        raise ValueError(f"{base}: is {found}, but --task {task} needs {needed}")

@@ -17,7 +17,7 @@ class Labelled(NamedTuple):
 
     inputs: Tensor  # token ids (T,), or pixels (c, S, S)
     labels: tuple[int, ...]  # one class; first and last position of an answer; or T classes, some of them IGNORE
-    name: str  # a label for error messages; the windows of one question have the same name
+    name: str  # used in error messages and as key of predictions; the windows of one question have the same name
     num_tokens: int  # number of positions that the encoder processes
 
     @property
@@ -41,7 +41,7 @@ class LabelledData(NamedTuple):
 def roberta_tokenizer(model: Roberta, base: Path) -> RobertaTokenizer:
     """Load the tokenizer in the folder of the base.
 
-    Raises FileNotFoundError, or ValueError if the tokenizer does not fit the model.
+    Raises FileNotFoundError, or ValueError if the tokenizer is invalid or has ids without an embedding.
     """
     tokenizer = RobertaTokenizer(base)
     largest = max(tokenizer.ids)

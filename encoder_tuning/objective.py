@@ -69,7 +69,7 @@ def label_loss(
     """Return the cross entropy, summed over the labels of the examples.
 
     `score` is class_scores, tag_scores or span_scores. Without examples, the loss is a zero that depends on all
-    parameters of the adapter, so that their gradients are zero.
+    parameters of the adapter, so that their gradients are zero. `checkpoint_activations` is not used.
     """
     if not examples:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
@@ -92,7 +92,10 @@ LOSSES = {  # keyed by task
 
 @torch.no_grad()
 def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
-    """Return the index of the most likely class of each example."""
+    """Return the index of the most likely class of each example, in the order of the examples.
+
+    A batch has at most `max_tokens` positions, unless it is a single example.
+    """
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     batches = [collate_labelled(group) for group in group_by_length(examples, max_tokens)]
     predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
@@ -103,7 +106,10 @@ def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labe
 def predict_tags(
     model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
 ) -> list[list[int]]:
-    """Return the index of the most likely tag of each word, in one list per example."""
+    """Return the index of the most likely tag of each word, one list per example, in the order of the examples.
+
+    A batch has at most `max_tokens` positions, unless it is a single example.
+    """
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     predictions = []
     for group in group_by_length(examples, max_tokens):

@@ -77,7 +77,7 @@ class ContextWindow(NamedTuple):
 
     ids: list[int]
     first: int  # position of the first context token
-    offsets: list[tuple[int, int]]  # of each context token: its first character in the context, and the one after it
+    offsets: list[tuple[int, int]]  # per context token: index of its first character, and of its last character + 1
 
     def positions(self, start: int, end: int) -> tuple[int, int] | None:
         """Return the positions of the first and last token of context[start:end]; None if part of it is missing."""
@@ -103,7 +103,8 @@ def context_windows(
     room = max_length - len(prefix) - 1
     if len(ids) > room and stride >= room:
         left = f"{max(0, room)} of {max_length} tokens are left for the context"
-        raise ValueError(f"question {question.id}: {left}; choose a --stride smaller than that, not {stride}")
+        hint = "decrease --stride, or train with a larger --max-seq-len"
+        raise ValueError(f"question {question.id}: {left}, but --stride is {stride}; {hint}")
     windows = []
     for start in range(0, max(1, len(ids)), max(1, room - stride)):
         part = slice(start, start + room)

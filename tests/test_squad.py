@@ -145,7 +145,7 @@ def test_unanswerable_questions_are_labeled_at_the_start(bpe, tmp_path):
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
     question_length = len(tokenizer.encode("How deep?"))
     for max_length, room in ((30, 30 - question_length - 4), (10, 0)):
-        message = f"question c: {room} of {max_length} tokens are left for the context; choose a --stride"
+        message = f"question c: {room} of {max_length} tokens are left for the context, but --stride is {room}; "
         with pytest.raises(ValueError, match=message):
             labelled_questions(questions[2:], tokenizer, max_length, room)
     labelled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
@@ -278,7 +278,9 @@ def test_windows_and_unanswerable_questions_are_learned_and_scored(roberta, tmp_
     assert "1 unanswerable: exact match 0.00%" in always.stdout and "2 answerable: exact match 100.00%" in always.stdout
     wide = evaluate("--adapter", file, *args, "--stride", 40)
     assert wide.exit_code == 2 and "squad.json: question a: 32 of 45 tokens are left for the context" in wide.stderr
-    assert "choose a --stride smaller than that, not 40" in wide.stderr and len(wide.stderr.strip().splitlines()) == 1
+    assert (
+        "context, but --stride is 40; decrease --stride" in wide.stderr and len(wide.stderr.strip().splitlines()) == 1
+    )
     short = train(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)
     assert short.exit_code == 0, short.output
     assert "2 dropped (no window of 17 tokens contains the answer)" in short.stderr, short.output
