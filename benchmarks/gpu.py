@@ -1,4 +1,7 @@
-"""Benchmark a GPU with one command, within a time limit. The most important parts run first; each is saved at once."""
+"""Benchmark a GPU with one command, within a time limit. The most important parts run first.
+
+The results are saved after each part.
+"""
 
 import importlib.util
 import subprocess
@@ -28,7 +31,7 @@ from runtime.files import atomic_write, write_json
 from runtime.quantization import held_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-GOALS = {
+GOALS = {  # minimum shares of the peak speeds, and the maximum share of the decoding time for the adapter
     "training, of the matmul peak": 0.55,
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
@@ -103,7 +106,7 @@ class Bench:
     def peer(self, kind: str) -> dict:
         """Time training steps of PEFT's adaption prompt or LoRA on the first 16 examples of the same batches.
 
-        Returns an error instead if PEFT is not installed.
+        If PEFT is not installed, the result contains only an "error".
         """
         if importlib.util.find_spec("peft") is None:
             return {"error": "skipped, because the package peft is not installed"}
@@ -216,7 +219,8 @@ def summary_line(name: str, row: dict) -> str:
 @option_group(
     "Options",
     option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Size of the model; its weights are random."),
-    option("--minutes", type=Real(0, min_open=True), default=8.5, help="Time limit; parts that exceed it are skipped."),
+    option("--minutes", type=Real(0, min_open=True), default=8.5,
+           help="Time limit; parts that would probably exceed it are skipped."),
     option("--skip-tests", is_flag=True, help="Do not run the tests that need a GPU."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",
            show_default="benchmarks/results/gpu.json", help="JSON file for the results; a plot is written next to it."),

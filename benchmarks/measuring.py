@@ -39,18 +39,21 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the speed of a large matrix product in FLOP/s, from the fastest of eight runs."""
+    """Return the speed of a large matmul in FLOP/s, from the fastest of eight runs."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
 def sustained_matmul_speed(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Return the mean speed of large matrix products in FLOP/s over this many seconds; a GPU may lower its clock."""
-    products, operations = matmul_work(device, dtype)
+    """Return the mean speed of large matmuls in FLOP/s over at least `seconds` seconds.
+
+    It may be lower than `matmul_speed`, because a GPU lowers its clock under load.
+    """
+    matmuls, operations = matmul_work(device, dtype)
     start, number = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        seconds_of(products, device)
+        seconds_of(matmuls, device)
         number += 1
     return number * operations / (time.perf_counter() - start)
 
@@ -75,7 +78,7 @@ def read_work(device: torch.device) -> tuple[Callable[[], object], int]:
 
 
 def matmul_work(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """Return a function that computes four large matrix products, and the number of their floating-point operations."""
+    """Return a function that computes four large matmuls, and the number of their floating-point operations."""
     n = MATRIX.get(device.type, MATRIX["cpu"])
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return lambda: [a @ b for _ in range(4)], 4 * 2 * n**3
@@ -175,7 +178,7 @@ def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, di
 def read_figures(path: Path) -> dict[str, dict]:
     """Read the results of earlier benchmarks by title; return {} if the file does not exist.
 
-    Raises OSError if the file cannot be read, or ValueError if it has other content.
+    Raises OSError if the file cannot be read, or ValueError if it does not contain results of benchmarks.
     """
     known = read_json_object(path) if path.exists() else {}
     for title, part in known.items():
@@ -196,7 +199,7 @@ def is_row(row: object) -> bool:
 
 
 def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Return the path if results can be added to the file; raise click.BadParameter otherwise.
+    """Return the path if results can be added to the file. Raises click.BadParameter otherwise.
 
     This is the callback of --json, so that an unsuitable file is rejected before anything is measured.
     """
@@ -264,7 +267,7 @@ def draw_ratios(known: dict[str, dict], path: Path) -> None:
         bars = axes.barh(list(rows), middle, xerr=spread, capsize=3, color="C0")
         axes.bar_label(bars, [f"{value:.2f}" for value in middle], padding=6)
         axes.invert_yaxis()
-        axes.set(title=title, xlabel="time relative to ours (less is better)")
+        axes.set(title=title, xlabel="time relative to ours (lower is better)")
         axes.margins(x=0.12)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -27,7 +27,7 @@ from training.sharding import too_large
 def kept_per_token(config: Config, checkpoint_activations: bool) -> int:
     """Return how many numbers autograd saves per token in one adapted layer.
 
-    This is the difference between models with three and with two adapted layers.
+    It is computed as the difference between models with three and with two adapted layers.
     """
     two, three = (kept_numbers(config, layers, 256, checkpoint_activations) for layers in (2, 3))
     return (three - two) // 256
@@ -85,7 +85,7 @@ def measure_step(
 ) -> int:
     """Return the peak memory of a training step in bytes, including the weights.
 
-    The examples have 128 tokens each; the second half of each example is the response.
+    Each example has 128 positions, about half of them in the response.
     """
     model, adapter = random_model(config, device, dtype), random_adapter(config, device)
     optimizer = make_optimizer(adapter, 0.02)
@@ -147,7 +147,7 @@ def step_operations(config: Config, tokens: float, responses: float, checkpointe
 
     In the forward pass, a layer needs two operations per weight and token. All but two layers are adapted: they need
     the same number in the backward pass, and with checkpointing also for the recomputation. The output head runs
-    forward and backward on the `responses` response tokens only. Products of queries, keys and values are not counted.
+    forward and backward on the `responses` response tokens only. The matmuls with keys and values are not counted.
     """
     heads = config.n_heads + config.n_kv_heads
     layer = 2 * config.dim * config.head_dim * heads + 3 * config.dim * config.hidden_dim  # number of weights
@@ -203,9 +203,9 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Assumed share of --peak."),
 )
 def plan_runs(gpu_memory, peak, utilisation):
-    """Estimate the paper's training for other model sizes.
+    """Estimate the paper's training for several model sizes.
 
-    Estimates memory, time and traffic of 5 epochs on Alpaca with batch size 64, for several sizes of the base and for 1
+    Estimates memory, time and traffic of 5 epochs on Alpaca with batch size 64, for bases of 7B to 65B parameters, on 1
     and 8 GPUs.
     """
     rows = {

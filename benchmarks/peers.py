@@ -79,7 +79,7 @@ class Adapted(Contestant):
 class Ours(Adapted):
     """This implementation: trains as train.py does, on batches of similar length, and decodes as generate.py does.
 
-    The weights share memory with those of `model`, unless the variant has another dtype or quantized weights.
+    The weights share memory with those of `model`, unless the variant has a different dtype or quantized weights.
     """
 
     groups_by_length = True

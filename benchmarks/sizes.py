@@ -1,4 +1,4 @@
-"""Configurations of the published LLaMA models, for benchmarks and tests. Loading a checkpoint does not use them."""
+"""Configurations of published LLaMA models, for benchmarks and tests. Loading a checkpoint does not use them."""
 
 from formats.rope import llama3_rope_factors
 from model import Config
@@ -11,7 +11,7 @@ def scaled(size: str, head_dim: int) -> tuple[float, ...]:
 
 
 SIZES = {
-    #                 dim  layers heads kv  D  hidden   vocab   eps    theta     rope factors
+    #                 dim  layers heads kv  D  hidden   vocab   eps    theta rope factors, context
     "TinyLlama-1.1B": Config(2048, 22, 32, 4, 64, 5632, 32000, 1e-5, 1e4, None, 2048),
     "Llama-3.2-1B": Config(2048, 16, 32, 8, 64, 8192, 128256, 1e-5, 5e5, scaled("Llama-3.2-1B", 64), 131072),
     "Llama-3.2-3B": Config(3072, 28, 24, 8, 128, 8192, 128256, 1e-5, 5e5, scaled("Llama-3.2-3B", 128), 131072),

@@ -75,7 +75,7 @@ def write_checkpoint(size, tokenizer, out, gguf):
     """Write a checkpoint of random weights.
 
     The checkpoint has Hugging Face's layout, with bfloat16 weights in shards of about 1 GB. Only one shard is in memory
-    at a time.
+    at a time. With --gguf, the checkpoint is one GGUF file.
     """
     if gguf:
         write_gguf((SIZES | CONFIGS)[size], tokenizer, out)
@@ -164,7 +164,13 @@ def write_gguf(config: Config, tokenizer: Path, out: Path) -> None:
 @option_group(
     "Options",
     option("--base", type=click.Path(path_type=Path), required=True, help="Base to load; its weights may be random."),
-    option("--tokens", "number", type=Count(2), default=64, help="Length of the training example and the prompt."),
+    option(
+        "--tokens",
+        "number",
+        type=Count(2),
+        default=64,
+        help="Number of tokens of the training example, and of the prompt.",
+    ),
     option("--new", type=Count(2), default=4, help="Number of tokens to generate."),
     *device_options,
     *bits_options,
@@ -203,7 +209,8 @@ def measure_base(
 ) -> dict[str, float]:
     """Measure loading, training and decoding. Return the seconds and bytes by name.
 
-    Bytes are those of the rank that needs the most. Raises OSError or ValueError if the base cannot be loaded.
+    Training is measured only in a single process. Bytes are those of the rank that needs the most. Raises OSError or
+    ValueError if the base cannot be loaded.
     """
     row: dict[str, float] = {}
     model_config, weights = read_base(base)

@@ -43,7 +43,7 @@ class Workload:
     repeat: int  # number of rounds
     peers: bool  # also measure other implementations
     compiled: bool  # also measure this implementation with torch.compile
-    precisions: bool  # also measure this implementation in the other dtype and quantized
+    precisions: bool  # also measure this implementation in the other of float32 and bfloat16, and quantized
     device: torch.device
     dtype: torch.dtype  # dtype of the base
 
@@ -84,12 +84,14 @@ class Workload:
 
 compile_option = option("--compile", "compiled", is_flag=True, help="Also time this implementation with torch.compile.")
 precisions_option = option(
-    "--precisions", is_flag=True, help="Also time this implementation in the other dtype, in 8 bits and in 4 bits."
+    "--precisions",
+    is_flag=True,
+    help="Also time this implementation in the other of float32 and bfloat16, and with 8-bit and 4-bit layers.",
 )
 
 
 def precisions(workload: Workload, variant: Variant) -> dict[str, Variant]:
-    """Return the variants of this implementation in the other dtype, in 8 bits and in 4 bits.
+    """Return the variants of this implementation in the other of float32 and bfloat16, and in 8 and 4 bits.
 
     Returns {} if the workload does not include them.
     """
