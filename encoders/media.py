@@ -18,10 +18,10 @@ PREPROCESSING_VERSION = 2  # increase it if `frames_of` or `preprocess` returns 
 # Formats that Pillow decodes by itself. For EPS, for example, it would run Ghostscript.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 ANIMATED = ("GIF", "WEBP", "PNG")  # their frames are an animation; the frames of a TIFF are pages
-MAX_PIXELS = 2**26  # of an image
-MAX_ANIMATION_PIXELS = 2**30  # of all frames together
-MAX_SCANS = 200  # of a progressive JPEG, which usually has ten; each takes as long as decoding the whole image
-MAX_FRAME_PIXELS = 2**25  # of a video; 8K has 33,177,600
+MAX_PIXELS = 2**26  # maximum per image
+MAX_ANIMATION_PIXELS = 2**30  # maximum over the frames that are decoded
+MAX_SCANS = 200  # a progressive JPEG usually has ten; each takes as long as decoding the whole image
+MAX_FRAME_PIXELS = 2**25  # maximum per video frame; 8K has 33,177,600
 MAX_VIDEO_SECONDS = 120  # time to decode a video
 # FFmpeg's formats that consist of one file. A playlist, for example, would open other files.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,h264,hevc,m4v"

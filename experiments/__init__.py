@@ -1,1 +1,1 @@
-"""Reproduce the paper's tables and figures: python -m experiments COMMAND. The results are saved in results/."""
+"""Reproduce the paper's tables and figures: python -m experiments COMMAND. Results are in experiments/results/."""

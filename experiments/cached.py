@@ -28,7 +28,7 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
 
 
 def toy_base(seed: int = 0, n_layers: int = N_LAYERS) -> Path:
-    """Return the folder of the toy's base, or of a cached base with another seed or another number of layers."""
+    """Return the folder of the toy's base, or of a cached base with a different seed or number of layers."""
     if (seed, n_layers) == (0, N_LAYERS):
         return BASE
     return cached_folder("toy-base", [seed, n_layers], lambda folder: make_base(folder, seed, n_layers))

@@ -43,8 +43,8 @@ class Setting(NamedTuple):
     epochs: int = 5  # the paper's value
     warmup_epochs: float = WARMUP_EPOCHS
     scale: float = 1.0  # prompts are initialized from N(0, scale^2)
-    activation: str = "tanh"  # of the gates, a key of Adapter.ACTIVATIONS
-    gate_per: str = "head"  # or "layer"
+    activation: str = "tanh"  # activation of the gates, a key of Adapter.ACTIVATIONS
+    gate_per: str = "head"  # one gate per head, or per "layer"
     gate_decay: float = 0.0  # weight decay of the gates
     rank: int = 8  # rank of LoRA
 
