@@ -157,7 +157,7 @@ def gpu_tests(tests: str = "tests") -> dict:
     """Run the tests that need a GPU in a separate process. Return its exit code and the last lines of its output."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    return {"exit_code": result.returncode, "said": (result.stdout or result.stderr).strip().splitlines()[-8:]}
+    return {"exit_code": result.returncode, "output": (result.stdout or result.stderr).strip().splitlines()[-8:]}
 
 
 def all_parts(bench: Bench) -> dict[str, Callable[[], dict]]:

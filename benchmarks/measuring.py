@@ -175,7 +175,7 @@ def compare_seconds(seconds: dict[str, list[float]], first: str) -> dict[str, di
     return rows
 
 
-def read_figures(path: Path) -> dict[str, dict]:
+def read_results(path: Path) -> dict[str, dict]:
     """Read the results of earlier benchmarks by title; return {} if the file does not exist.
 
     Raises OSError if the file cannot be read, or ValueError if it does not contain results of benchmarks.
@@ -198,14 +198,14 @@ def is_row(row: object) -> bool:
     return 0 <= ratio["least"] <= ratio["median"] <= ratio["most"] < 1e12
 
 
-def check_figures(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+def check_results(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Return the path if results can be added to the file. Raises click.BadParameter otherwise.
 
     This is the callback of --json, so that an unsuitable file is rejected before anything is measured.
     """
     if path is not None:
         try:
-            read_figures(path)
+            read_results(path)
         except (OSError, ValueError) as error:
             raise click.BadParameter(error_line(error)) from None
     return path
@@ -215,7 +215,7 @@ json_option = option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
-    callback=check_figures,
+    callback=check_results,
     help="JSON file to which the results are added; a plot with the same name is written next to it.",
 )
 
@@ -246,7 +246,7 @@ def publish(
     for name, row in rows.items():
         click.echo(f"| {name} | " + " | ".join(text(row) for text in columns.values()) + " |")
     if json_path is not None:
-        known = read_figures(json_path)
+        known = read_results(json_path)
         special = [name for name in ("checkpoint_activations", "check") if about.get(name)]
         known[" ".join([kind, about["size"], about["dtype"], *special])] = about | {"rows": rows}
         write_json(json_path, known)

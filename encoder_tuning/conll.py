@@ -88,11 +88,11 @@ def labelled_sentences(
             ids += pieces
             labels += [classes.index(tag)] + [IGNORE] * (len(pieces) - 1)
         room = max_length - 2
-        num_truncated += len(ids) > room
         inputs = torch.tensor([tokenizer.bos_id, *ids[:room], tokenizer.eos_id])
         if room < 1:
             dropped += 1
         else:
+            num_truncated += len(ids) > room
             examples.append(Labelled(inputs, (IGNORE, *labels[:room], IGNORE), sentence.name, len(inputs)))
     return LabelledData(examples, list(classes), num_truncated, dropped)
 

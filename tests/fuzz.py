@@ -812,9 +812,9 @@ def figures(folder):
 
 
 def read_figures_file(path):
-    from benchmarks.measuring import draw_ratios, read_figures
+    from benchmarks.measuring import draw_ratios, read_results
 
-    draw_ratios(read_figures(path), path.with_suffix(".png"))
+    draw_ratios(read_results(path), path.with_suffix(".png"))
 
 
 def features(folder):

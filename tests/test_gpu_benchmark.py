@@ -42,7 +42,7 @@ def run(tmp_path, *args):
 
 def test_every_part_runs(tiny, tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "said": ["1 passed"]})
+    monkeypatch.setattr(gpu, "gpu_tests", lambda: {"exit_code": 0, "output": ["1 passed"]})
     found, printed = run(tmp_path)
     measures = found["measures"]
     assert list(measures) == list(gpu.ORDER) and len(measures) == 1 + len(gpu.TRAINED) + len(gpu.DECODED) + 2
@@ -103,7 +103,7 @@ def test_batches_have_examples_of_similar_length():
 def test_gpu_test_cases_are_found():
     """Without a GPU all cases are collected and skipped, and pytest exits with 0."""
     found = gpu.gpu_tests("tests/test_model.py")
-    assert found["exit_code"] == 0 and "14 " in found["said"][-1], found
+    assert found["exit_code"] == 0 and "14 " in found["output"][-1], found
 
 
 def test_only_quantized_variants_copy_the_weights():
