@@ -76,7 +76,7 @@ def load_own(path: Path) -> Adapter:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                # Checked before the tensors are read: a sparse file may contain any number of zeros.
+                # Checked before the tensors are read, because a sparse file can declare more zeros than fit in memory.
                 for name in {"prompts"} & set(file.keys()):
                     shape = file.get_slice(name).get_shape()
                     if len(shape) == 3 and shape[1] > MAX_LENGTH:
@@ -136,14 +136,14 @@ PEFT = (r".*\.layers\.(\d+)\.self_attn\.adaption_prompt", r".*\.layers\.(\d+)\.s
 
 
 def refuse_other_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError if a tensor matches no pattern in `names`, because ignoring it would change the model."""
+    """Raise ValueError if the name of a tensor matches no pattern in `names`: ignoring it would change the model."""
     rest = sorted(name for name in tensors if not any(re.fullmatch(known, name) for known in names))
     if rest:
         raise ValueError(f"has tensors that do not belong to an adapter: {rest[0]} ...{guess_method(rest)}")
 
 
 def guess_method(names: Iterable[str]) -> str:
-    """Return a sentence that guesses the method of a file from its tensor names, or an empty string."""
+    """Guess the method of a file from its tensor names. Return a sentence that begins with a space, or ""."""
     names = " ".join(names)
     if re.search(r"image_bind|imagebind|prefix_query", names):
         return " This looks like ImageBind-LLM"
@@ -155,7 +155,10 @@ def guess_method(names: Iterable[str]) -> str:
 
 
 def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -> LayerTensors | None:
-    """Read a file of the authors' release, or return None if it is another file. Raises ValueError if it is invalid."""
+    """Read a file of the authors' release; return None for any other format. Raises ValueError if it is invalid.
+
+    `gate` and `length` are those of `load_adapter`.
+    """
     query = tensors.get(AUTHORS[0])
     if query is None:
         return None
@@ -170,7 +173,7 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
     gates = by_layer(tensors, AUTHORS[1])
     layers = len(query) // length
     if len(gates) < layers:
-        raise ValueError(f"has {length} prompts for each of {layers} layers, but gates for only {len(gates)}")
+        raise ValueError(f"has {length} prompts for each of {layers} layers, but gates for only {len(gates)} layers")
     topmost = sorted(gates)[-layers:]
     prompts, gates = dict(zip(topmost, query.split(length))), {i: gates[i] for i in topmost}
     if gate is None:
@@ -179,7 +182,7 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
 
 
 def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
-    """Read a file of lit-llama or litgpt, or return None if it is another file. Raises ValueError if it is invalid."""
+    """Read a file of lit-llama or litgpt; return None for any other format. Raises ValueError if it is invalid."""
     prompts, gates = (by_layer(tensors, pattern) for pattern in LIT)
     if not prompts:
         return None
@@ -188,7 +191,7 @@ def read_lit(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
 
 
 def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
-    """Read a PEFT AdaptionPrompt file, or return None if it is another file. Raises ValueError if it is invalid."""
+    """Read a PEFT AdaptionPrompt file; return None for any other format. Raises ValueError if it is invalid."""
     prompts, gates = (by_layer(tensors, pattern) for pattern in PEFT)
     if not prompts:
         return None
@@ -209,7 +212,11 @@ def by_layer(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
 
 
 def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
-    """Build an adapter. Raises ValueError if prompts and gates do not fit each other or the base's number of heads."""
+    """Build an adapter from a third-party file. `heads` is the base's H, or None if it is unknown.
+
+    Raises ValueError if a tensor is invalid, if prompts and gates do not fit each other or the base's number of heads,
+    or if each layer has one gate for all heads and `heads` is None.
+    """
     _, prompts, gates, activation = layers
     numbers = sorted(prompts)
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers != sorted(gates):
@@ -237,7 +244,9 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
         )
     heads = heads or max(widths)
     if not widths <= {1, heads} or 0 in widths:
-        raise ValueError(f"the layers have {sorted(widths)} gates each, but the base has {heads} heads")
+        raise ValueError(
+            f"the layers have {sorted(widths)} gates; expected one per layer, or one for each of {heads} heads"
+        )
     length, dim = prompts[numbers[0]].shape
     if length > MAX_LENGTH:
         raise ValueError(TOO_LONG.format(length))
@@ -250,10 +259,10 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
 
 
 def describe_reading(adapter: Adapter) -> str:
-    """Describe in one line how a third-party file was interpreted, because the file does not state everything."""
+    """Return one line that says how a third-party file was interpreted, because the file does not state everything."""
     layers, length, dim = adapter.prompts.shape
-    origin = adapter.metadata.get("imported_from", "an adapter of this project")
-    return f"{origin}: read as {layers} layers of {length} prompts of width {dim}, gates with {adapter.gate_activation}"
+    origin, activation = adapter.metadata.get("imported_from", "an adapter of this project"), adapter.gate_activation
+    return f"{origin}: read as {layers} layers of {length} prompts of width {dim}, gate activation {activation}"
 
 
 # ---------------------------------------------------------------------------------------------------

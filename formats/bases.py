@@ -40,7 +40,8 @@ def load_llama(
     """Load a frozen LLaMA and its tokenizer from `path`:
 
     - a folder in Meta's layout: params.json, consolidated.*.pth (one or several), tokenizer.model;
-    - a folder in Hugging Face's layout: config.json, model*.safetensors or pytorch_model*.bin, tokenizer.model;
+    - a folder in Hugging Face's layout: config.json, model*.safetensors or pytorch_model*.bin, and tokenizer.json or
+      tokenizer.model;
     - a llama2.c .bin of either float32 layout with tokenizer.model beside it, or its folder;
     - a .gguf file, which includes the tokenizer, or its folder.
 
@@ -54,7 +55,7 @@ def load_llama(
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
-    """Read the headers of the base at `path`. Return its Config, and for each weight a function that copies it.
+    """Read the headers of the base at `path`. Return its Config, and for each weight a function that loads it.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -63,7 +64,7 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     if path.is_file():
         from formats.gguf import is_gguf
 
-        module = "formats.gguf" if is_gguf(path) else "formats.llama2c"  # its older layout has no magic number
+        module = "formats.gguf" if is_gguf(path) else "formats.llama2c"  # llama2.c's older layout has no magic number
     else:
         found = (name for name, patterns in FORMATS.items() if any(any(path.glob(each)) for each in patterns))
         module = next(found, "formats.meta" if (path / "params.json").is_file() else None)

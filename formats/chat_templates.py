@@ -63,9 +63,9 @@ OPEN, CLOSE = "\ufdd2", "\ufdd3"
 def load_template(name: str, tokenizer: Tokenizer) -> Template:
     """Load the template `name`, one of NAMES; "auto" is the base's own chat_template.
 
-    An adapter file stores "auto:" followed by a hash of the template. A warning is printed if the hash of the base's
-    current template differs. Raises ValueError if the name is unknown, or if the tokenizer has no chat_template or
-    lacks a special token that the template needs.
+    The name may also be "auto:" followed by a hash of the template, as an adapter file stores it. A warning is printed
+    if the base's template has a different hash. Raises ValueError if the name is unknown, if the tokenizer has no
+    chat_template or lacks a special token that the template needs, or if the template is invalid.
     """
     name, _, trained_with = name.partition(":")
     if name == "alpaca":
@@ -89,7 +89,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
             f"--template {name} does not fit this base: {found}; use alpaca or llama-2, which do not need it"
         )
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
-    # Not the token that is named "bos_token": some tokenizers name one, but do not begin text with it.
+    # The start tokens, not the token named "bos_token": some tokenizers name one, but do not begin text with it.
     start = "".join(spelling[id] for id in tokenizer.start_ids)
     return ChatTemplate(name, TEMPLATES[name], tokenizer, {"bos_token": start, "eos_token": spelling[tokenizer.eos_id]})
 
@@ -131,7 +131,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class RewrittenTurn(ValueError):
-    """Raised if a template writes a turn differently when others follow, or a prompt differently in generation."""
+    """Raised if a template changes a turn when later turns follow, or writes a prompt differently in generation."""
 
 
 class ChatTemplate(Template):
@@ -143,7 +143,7 @@ class ChatTemplate(Template):
     """
 
     has_turns = True
-    MAX_CHARACTERS = 10_000_000  # of a rendered conversation
+    MAX_CHARACTERS = 10_000_000  # maximum length of a rendered conversation
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer, variables: dict[str, str]):
         self.name = name
@@ -198,7 +198,7 @@ class ChatTemplate(Template):
             if len(pairs) != len(learned) or not all(response_ids for _, response_ids in pairs):
                 raise ValueError(f"{example.name}: the template {self.kind} omits a response")
             exchanges = []
-            context: list[int] = []  # responses that are not learned belong to the next prompt
+            context: list[int] = []  # a response that the loss does not cover is a part of the next prompt
             for (prompt_ids, response_ids), is_learned in zip(pairs, learned):
                 context += prompt_ids
                 if is_learned:
@@ -210,7 +210,7 @@ class ChatTemplate(Template):
 
     @contextmanager
     def errors(self, name: str):
-        """Convert any exception of a template to a ValueError whose message begins with the name of the example."""
+        """Convert any exception of a template to a ValueError whose message begins with `name`, that of the example."""
         try:
             yield
         except ValueError as error:
@@ -254,7 +254,7 @@ class ChatTemplate(Template):
     def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
         """Split a rendered conversation at the beginning and the end of each response.
 
-        The loss covers every second part. Raises RewrittenTurn, or ValueError if a rendered text is too long.
+        The parts at odd indices are the responses. Raises RewrittenTurn, or ValueError if a rendered text is too long.
         """
         if self.marks_responses:
             return re.split(f"[{BEGIN}{END}]", text)
@@ -265,7 +265,7 @@ class ChatTemplate(Template):
             if not (text.startswith(after) and after.startswith(before)) or len(before) < position:
                 first, second = (text, after) if after.startswith(before) else (after, before)
                 same = len(os.path.commonprefix([first, second]))
-                how = f"the template {self.kind} writes a turn differently when others follow, or in generation"
+                how = f"the template {self.kind} writes a turn differently when later turns follow, or in generation"
                 difference = f"{first[same : same + 30]!r} in place of {second[same : same + 30]!r}"
                 raise RewrittenTurn(f"{how} ({difference}); use --template chatml, llama-2 or llama-3")
             response = after[len(before) :]
@@ -312,7 +312,7 @@ class ChatTemplate(Template):
 
 
 def conversation(example: Example) -> Sequence[Turn]:
-    """Return the turns of an example; an instruction and its response become two turns."""
+    """Return the turns of an example. If it has none, its instruction and output become two turns."""
     prompt = Turn("user", user_text(example.instruction, example.input))
     return example.turns or (prompt, Turn("assistant", example.output))
 

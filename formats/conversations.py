@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import MEDIA, Example, Turn, check_record, check_text
 
-# The role of a turn, by its name in a record.
+# Names of roles in records, and the roles of Turn.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 # The field of a record that contains its turns, and the fields of each turn for role and content.
 LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
@@ -22,7 +22,8 @@ PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER
 def read_conversation(record: object, path: str | Path, name: str) -> Example:
     """Convert a record to an Example. A record is a conversation, a prompt and completion, or Alpaca's fields.
 
-    Raises ValueError, naming the record and the turn, if the record is invalid.
+    `name` is the label of the record, such as "record 3". Raises a ValueError that names the record and the turn if the
+    record is invalid.
     """
     where = f"{path}: {name}"
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():

@@ -70,7 +70,8 @@ HUGGING_FACE_VIT, ROBERTA = columns("""
     w2.              output.dense.                           output.dense.
     norm.            layernorm.                              -
 """)
-# Fields of ViTConfig and RobertaConfig, and their names in config.json. The defaults are the same in both.
+# Fields of ViTConfig and RobertaConfig, and their names in config.json. A field that config.json does not contain has
+# the default of its class.
 CONFIG_NAMES = dict(
     pair.split("=")
     for pair in """
@@ -79,13 +80,14 @@ CONFIG_NAMES = dict(
         hidden_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act
     """.split()
 )
-HUGGING_FACE = {  # keyed by model_type: configuration class, names, and their prefix in a model with a head
+HUGGING_FACE = {  # keyed by model_type: configuration class, names, and their prefix in a model with further parts
     "clip": (ViTConfig, CLIP, "vision_model."),
     "clip_vision_model": (ViTConfig, CLIP, "vision_model."),
     "vit": (ViTConfig, HUGGING_FACE_VIT, "vit."),
     "roberta": (RobertaConfig, ROBERTA, "roberta."),
 }
 HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
+# Fields of ViTConfig in which all other vision transformers differ from CLIP.
 NOT_CLIP = {"clip": False, "squeezed": True, "resample": "bilinear"}
 
 Tensors = dict[str, Callable[[], Tensor]]  # functions that read the tensors, keyed by their names in a file
@@ -97,14 +99,14 @@ class Source:
 
     config: ViTConfig | RobertaConfig
     tensors: Tensors
-    names: dict[str, str]  # from parts of names in this project to those in the file
-    prefix: str = ""  # of all names in the file
+    names: dict[str, str]  # maps parts of names in this project to those in the file
+    prefix: str = ""  # beginning of all names in the file
     head: Sequence[str] = ()  # names of the linear layers of the head
     head_activation: str = "tanh"
     used: set[str] = field(default_factory=set)  # names of the tensors that were fetched
 
     def fetch(self, name: str) -> Tensor:
-        """Return the tensor with this name in this project. Raises KeyError if it is missing, ValueError if invalid."""
+        """Return the tensor that has this name in this project. Raises KeyError if it is missing, or ValueError."""
         packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
         theirs = self.prefix + renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
         self.used.add(theirs)
@@ -156,7 +158,9 @@ def load_encoder(
     load_parameters(model, source.fetch, path, dtype, device)
     unused = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
     if unused:
-        raise ValueError(f"{path}: has weights that do not belong to such an encoder: {unused[0]} ...")
+        raise ValueError(
+            f"{path}: has unknown weights in its layers, {unused[0]} ...; this architecture is not supported"
+        )
     return model.requires_grad_(False), read_head(source, path, device) if source.head else None
 
 
@@ -200,7 +204,10 @@ def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
 def load_parameters(
     model: nn.Module, fetch: Callable[[str], Tensor], path: Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Load every parameter of a model. Raises ValueError if a weight is missing or has the wrong shape."""
+    """Replace every parameter of a model by the tensor that `fetch` returns for its name, frozen, in `dtype`.
+
+    Raises ValueError if a weight is missing, has the wrong shape, or is not finite. Messages begin with `path`.
+    """
     weights = {}
     with prefix_errors(path, "weight"):
         for name, parameter in model.named_parameters():
@@ -211,7 +218,7 @@ def load_parameters(
 
 
 def save_encoder(model: ViT | Roberta, folder: Path) -> None:
-    """Write a CLIP vision encoder as Hugging Face's CLIPVisionModel, or a RoBERTa as its RobertaModel."""
+    """Write a CLIP vision encoder as Hugging Face's CLIPVisionModel, or a RoBERTa as RobertaModel."""
     names, values = ROBERTA, {"model_type": "roberta", "type_vocab_size": 1}
     if isinstance(model, ViT):
         names, values = CLIP, {"model_type": "clip_vision_model"}
@@ -225,7 +232,10 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> Source:
-    """Read a folder of timm, or of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor... classes."""
+    """Read a folder of timm, or of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor... classes.
+
+    Raises OSError, or ValueError if the encoder is not supported.
+    """
     file = folder / "config.json"
     values = read_json_object(file)
     if values.get("model_type") is None and "architecture" in values:  # timm
@@ -302,7 +312,7 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
 def side_length(name: str, size: object, keys: Sequence[str]) -> object:
     """Return the side length in pixels. `size` is a number, or a dict with the same number under all `keys`.
 
-    Raises ValueError for any other dict.
+    Raises ValueError for any other dict. A value that is not a dict is returned unchecked.
     """
     if not isinstance(size, dict):
         return size
@@ -324,7 +334,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
 
     The tensors do not determine the whole configuration: for example, heads are assumed to be 64 wide. Such defaults
     are overridden by `pixels` and `args`, the `pretrained_cfg` and `model_args` of a timm folder, and by an
-    open_clip_config.json beside the file. Raises ValueError if the encoder is not supported.
+    open_clip_config.json beside `file`. Raises ValueError if the encoder is not supported.
     """
     is_openai = {"input_resolution", "context_length"} <= set(tensors)  # open_clip has neither
     prefix = "visual." if "visual.conv1.weight" in tensors else ""  # in a complete CLIP of OpenAI or open_clip
@@ -369,7 +379,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
     return kind(config, tensors, names, head=head, head_activation="gelu")
 
 
-OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # of ViT-H/14, g/14 and bigG/14, whose heads are 80, 88 and 104 wide
+OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # ViT-H/14, g/14 and bigG/14, whose heads are 80, 88 and 104 wide
 
 
 def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
@@ -381,7 +391,7 @@ def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
     if not file.exists():
         needed = f"an encoder of open_clip needs its {file.name} in the same folder"
         if dim in OPEN_CLIP_WIDTHS:
-            raise ValueError(f"has width {dim}, as only encoders of open_clip do; {needed}")
+            raise ValueError(f"has width {dim}, which only encoders of open_clip have; {needed}")
         if rank() == 0:
             warn(f"the vision encoder is assumed to be OpenAI's, with QuickGELU and heads 64 wide; {needed}")
         return {}

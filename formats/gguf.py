@@ -68,7 +68,7 @@ class Header(NamedTuple):
 
 
 class Cursor:
-    """Reader of consecutive values in a header. Its methods raise ValueError if the file ends too early."""
+    """Reader of consecutive values in a header. Its methods raise ValueError if the file ends or a type is unknown."""
 
     def __init__(self, content: np.ndarray):
         self.content = content
@@ -134,7 +134,7 @@ def find_file(path: Path) -> Path | None:
 def read_header(file: Path) -> Header:
     """Read the header of a model, merged from all files that the model is split over.
 
-    Raises OSError, or ValueError if a file is not a GGUF file.
+    Raises OSError, or ValueError if a file is not a GGUF file or its header is invalid.
     """
     header = read_part(file)
     number = header.values.get("split.count", 1)
@@ -154,10 +154,13 @@ def read_part(file: Path) -> Header:
 
 @lru_cache(maxsize=8)
 def parse_part(file: Path, size: int, modified: int) -> Header:
-    """Parse the header of one file. It is cached until the file changes, because the tokenizer is read from it too."""
+    """Parse the header of one file. The result is cached, because the tokenizer is read from the header, too.
+
+    `size` and `modified` belong to the key of the cache, so that a file that has changed is parsed again.
+    """
     with prefix_errors(file):
         if size < 24:
-            raise ValueError(f"is not a GGUF file: it has only {size} bytes")
+            raise ValueError(f"is not a GGUF file: it has only {size} bytes; expected at least 24")
         cursor = Cursor(np.memmap(file, mode="r"))
         if cursor.bytes(4) != MAGIC:
             raise ValueError("is not a GGUF file: it does not begin with the bytes 'GGUF'")
@@ -196,7 +199,7 @@ def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
         raise ValueError(f"has the unknown block type {info.block_type}") from None
     if not info.shape or not all(info.shape) or info.shape[-1] % per_block:
         raise ValueError(
-            f"has shape {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block}"
+            f"has shape {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block} values"
         )
     number = prod(info.shape) // per_block * block_bytes
     if info.offset + number > info.file.stat().st_size:
@@ -206,7 +209,10 @@ def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Read a tensor, dequantized to float32. Raises ValueError if the file does not contain the whole tensor."""
+    """Read a tensor, dequantized to float32.
+
+    Raises ValueError if the file does not contain the whole tensor, or if its type is unknown or cannot be dequantized.
+    """
     from gguf import dequantize
 
     block_type, content = read_blocks(info)
@@ -229,7 +235,9 @@ class StoredWeight(NamedTuple):
             copy_in_pairs(read_tensor(self.info), target, self.halves_of, part)
 
     def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
-        """Return a linear layer that uses the blocks of this weight unchanged, or None if it cannot use their type.
+        """Return a linear layer that uses the blocks of this weight unchanged.
+
+        Returns None for a weight that is not a matrix, and for any type but Q8_0, Q4_0 and Q4_1.
 
         Raises ValueError if the weight does not have this shape, or if a scale or offset is not finite.
         """
@@ -253,7 +261,7 @@ class StoredWeight(NamedTuple):
             offsets, start = blocks[..., 2:4].contiguous().view(torch.float16).float(), 4
         q = blocks[..., start:].contiguous()
         if not all(each.isfinite().all() for each in (scales, offsets) if each is not None):
-            raise ValueError("contains values that are not finite")
+            raise ValueError("contains scales or offsets that are not finite")
         return QuantizedLinear(q.view(torch.int8) if offsets is None else q, scales, offsets, K)
 
 
@@ -283,21 +291,21 @@ def read(path: Path) -> tuple[Config, Weights]:
 def gguf_config(header: Header) -> Config:
     """Convert the metadata to a Config.
 
-    Raises KeyError if a value is missing, or ValueError if the model is not supported.
+    Raises KeyError if a value is missing, or ValueError if a value is invalid or the model is not supported.
     """
     values = header.values
     if values.get("general.type", "model") != "model":
-        raise ValueError(f"has the type {values['general.type']!r}; expected 'model'")
+        raise ValueError(f"general.type is {values['general.type']!r}; expected 'model'")
     architecture = values["general.architecture"]
     if architecture not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"has the architecture {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
+        raise ValueError(f"general.architecture is {architecture!r}; only 'llama', 'qwen2' and 'qwen3' are supported")
 
     def get(name: str, *default: object) -> object:
         name = f"{architecture}.{name}"
         return values.get(name, *default) if default else values[name]
 
     if get("expert_count", 0):
-        raise ValueError("is a mixture of experts, which is not supported")
+        raise ValueError(f"{architecture}.expert_count is {get('expert_count')}; a mixture of experts is not supported")
     dim, n_heads = get("embedding_length"), get("attention.head_count")
     for name, value in (("embedding_length", dim), ("attention.head_count", n_heads)):
         require_number(name, value, 1, 2**24, whole=True)

@@ -12,7 +12,7 @@ from formats.gguf import find_file, read_header
 from formats.tensors import prefix_errors
 from formats.tokenizers import JsonTokenizer, TiktokenTokenizer, library_errors
 
-CONTROL, USER_DEFINED = 3, 4  # types of tokens
+CONTROL, USER_DEFINED = 3, 4  # two of the values in tokenizer.ggml.token_type
 
 QWEN2 = TiktokenTokenizer.PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # as in Llama 3, but each digit is separate
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,9 +34,10 @@ SPLITS = {
 
 
 def find_gguf_tokenizer(base: Path) -> JsonTokenizer | None:
-    """Load the tokenizer of the GGUF file at `base` or in that folder.
+    """Load the tokenizer of the GGUF file `base`, or of the only GGUF model in the folder `base`.
 
-    Return None if there is no such file, or if the folder also contains another model.
+    Returns None if there is no GGUF file, or if the folder contains a tokenizer or a configuration in another format.
+    Raises OSError or ValueError.
     """
     if base.is_dir() and any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "config.json")):
         return None
@@ -56,7 +57,8 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
             raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'llama' and 'gpt2' are supported")
         rules = values["tokenizer.ggml.scores" if model == "llama" else "tokenizer.ggml.merges"]
         if len(types) != len(tokens) or (model == "llama" and len(rules) != len(tokens)):
-            raise ValueError(f"has {len(tokens)} tokens, but a different number of token types or scores")
+            found = f"{len(tokens)} tokens, {len(types)} token types" + f", {len(rules)} scores" * (model == "llama")
+            raise ValueError(f"has {found}; expected equal numbers")
         with library_errors("cannot be read as a tokenizer"):
             if model == "llama":
                 tokenizer = sentencepiece_model(values, tokens, rules)
@@ -80,7 +82,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
         loaded.start_ids = named["bos_token"]
     loaded.end_ids = list(dict.fromkeys(ids("eos", "eot", "eom")))
     if not loaded.end_ids:
-        raise ValueError(f"{file}: does not state which token ends text")
+        raise ValueError(f"{file}: does not state which token ends text; expected tokenizer.ggml.eos_token_id")
     loaded.eos_id = loaded.end_ids[0]
     loaded.special_ids |= {tokens[id]: id for id in (*loaded.start_ids, *loaded.end_ids)}
     template = values.get("tokenizer.chat_template")
@@ -89,7 +91,10 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
 
 
 def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer:
-    """Build a byte-level BPE like GPT-2's. A rule consists of the two tokens to merge, separated by a space."""
+    """Build a byte-level BPE like GPT-2's. A rule consists of the two tokens to merge, separated by a space.
+
+    `pre` is a key of SPLITS.
+    """
     merges = [tuple(rule.split(" ", 1)) for rule in rules]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))

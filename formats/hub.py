@@ -19,7 +19,7 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
 
     A complete download in the cache is used without a request, because an adapter belongs to one set of weights.
     Otherwise `commit` is downloaded, by default the newest. Without huggingface_hub, the path is returned unchanged.
-    Raises ValueError, with a one-line message, if the base cannot be downloaded.
+    Raises ValueError if the base cannot be downloaded, or if the repository has no safetensors.
     """
     path, name = Path(base), str(base)
     if path.exists() or not re.fullmatch(NAME, name):

@@ -40,9 +40,9 @@ TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
 # Weights whose rows are rotated in pairs: rows i and i + D/2 of a head in Hugging Face's order, 2i and 2i+1 in Meta's.
 ROTATED = (".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias", ".q_norm.weight", ".k_norm.weight")
 
-# Fields of Config by model_type.
+# The supported architectures, keyed by model_type, and the fields of Config that are the same for all their models.
 ARCHITECTURES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-# Reasons why other models are not supported, by the beginning of their model_type.
+# Reasons why other models are not supported, keyed by the beginning of their model_type.
 UNSUPPORTED = {
     "gemma": "its embeddings are scaled, and its norms add one to their weights",
     "phi": "its q, k and v are in one matrix (Phi-3), or it rotates only a part of each head",
@@ -58,7 +58,10 @@ UNSUPPORTED = {
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
-    """Translate the name of a weight or bias into the other layout. An unknown name is returned unchanged."""
+    """Translate the name of a weight or bias into a different layout. An unknown name is returned unchanged.
+
+    `modules` maps the names of modules to those in the different layout, with {} in place of a layer's index.
+    """
     numbers, (place, _, kind) = re.findall(r"(?:layers|blk)\.(\d+)\.", name), name.rpartition(".")
     module = modules.get(re.sub(r"(layers|blk)\.\d+\.", r"\1.{}.", place + ".").removesuffix("."))
     return f"{module.replace('{}', ''.join(numbers))}.{kind}" if module else name
@@ -70,7 +73,10 @@ def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def copy_in_pairs(source: Tensor, target: Tensor, head_dim: int, part: Part | None = None) -> None:
-    """Copy wq or wk from Hugging Face's row order (halves of each head) to Meta's (pairs). Raises as `copy` does."""
+    """Copy wq or wk, a bias, or a q or k norm from Hugging Face's row order (halves of each head) to Meta's (pairs).
+
+    Raises as `copy` does.
+    """
     if source.shape == (part.whole_shape(target.shape) if part else target.shape):  # otherwise `copy` raises
         source = source.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # a part consists of whole heads
         target = target.unflatten(0, (-1, head_dim // 2, 2))
@@ -78,7 +84,7 @@ def copy_in_pairs(source: Tensor, target: Tensor, head_dim: int, part: Part | No
 
 
 def config_values(config: Config) -> dict[str, int | float]:
-    """Return the dimensions of a LLaMA and the epsilon of its norms, by their names in config.json."""
+    """Return the dimensions of a LLaMA and the epsilon of its norms, keyed by their names in config.json."""
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
@@ -92,7 +98,7 @@ def config_values(config: Config) -> dict[str, int | float]:
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Convert the weights of a LLaMA to those of LlamaForCausalLM."""
+    """Convert the names and row orders of a LLaMA's weights to those of LlamaForCausalLM."""
     weights = {}
     for name, weight in state_dict.items():
         if name.endswith(ROTATED):
@@ -110,7 +116,7 @@ QUANTIZED = {
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError if the weights are quantized, or their names have the prefix of a wrapper module."""
+    """Raise ValueError if the names show that the weights are quantized, or have the prefix of a wrapper module."""
     for name in names:
         for suffixes, method in QUANTIZED.items():
             if name.endswith(suffixes):
@@ -167,7 +173,7 @@ def read(folder: Path) -> tuple[Config, Weights]:
 def hugging_face_config(values: dict) -> Config:
     """Convert config.json to a Config.
 
-    Raises KeyError if a field is missing, or ValueError if the architecture is not supported.
+    Raises KeyError if a field is missing, or ValueError if a field is invalid or not supported.
     """
     kind = values.get("model_type", "llama")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -225,7 +231,10 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
 
 
 def context_length(values: dict) -> int | None:
-    """Return the context length in tokens, at most the sliding window of the attention; None if neither is known."""
+    """Return the context length in tokens, limited to the sliding window of the attention, or None if neither is known.
+
+    Raises ValueError if the sliding window is used, and it or the context length is invalid.
+    """
     length, window = values.get("max_position_embeddings"), values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):
         return length

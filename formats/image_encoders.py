@@ -43,14 +43,21 @@ class VisionEncoder:
 
 
 class FunctionEncoder:
-    """A user-defined function, FILE.py:NAME. Its features are not cached, because their dependencies are unknown."""
+    """A user-defined function, FILE.py:NAME. Its features are not cached, because what they depend on is unknown.
+
+    If `num_features` is given, it is the number of features F that the adapter expects. Raises OSError or ValueError if
+    the function cannot be imported.
+    """
 
     def __init__(self, where: str, num_features: int | None = None):
         self.where, self.function, self.num_features = where, load_function(where), num_features
         self.metadata = {"encoder": where}
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
-        """Return the features (F,) of each file. Raises OSError, or ValueError if the adapter expects another F."""
+        """Return the features (F,) of each file; `cache` is not used.
+
+        Raises OSError, or ValueError if the function fails or the adapter expects a different F.
+        """
         features = encode_with_function(paths, self.function)
         if self.num_features not in (None, len(features[0])):
             made_for = f"the adapter was made for {self.num_features}"
@@ -71,8 +78,8 @@ def load_image_encoder(
 ) -> VisionEncoder | FunctionEncoder:
     """Load the vision encoder at the path `vision_encoder`, or the function `encoder`, FILE.py:NAME.
 
-    The default is the vision encoder that the adapter names. Warns if the adapter was trained with another encoder.
-    Raises OSError, or ValueError if the adapter does not fit the encoder.
+    The default is the vision encoder that the adapter names. Warns if the adapter was trained with a different encoder.
+    Raises OSError, or ValueError if both are given, if there is no encoder, or if the adapter does not fit it.
     """
     if vision_encoder is not None and encoder is not None:
         raise ValueError("--clip and --encoder exclude each other; give only one of them")

@@ -16,7 +16,8 @@ from runtime.files import require_file
 def read(path: Path) -> tuple[Config, Weights]:
     """Read the header, and memory-map the weights, of a file or of the only .bin file in a folder.
 
-    Raises ValueError if the header is invalid, or if the size of the file does not match the header.
+    Raises OSError, or ValueError if the header is invalid, if the size of the file does not match the header, or if the
+    folder contains several .bin files.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if len(files) > 1:
@@ -30,7 +31,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     modern = raw[:4] == b"24ka"  # "ak42", little-endian
     start = 256 if modern else 28  # offset of the first tensor
     if size < start:
-        raise ValueError(f"{file}: has only {size} bytes, too few for a llama2.c checkpoint")
+        raise ValueError(f"{file}: has only {size} bytes; a llama2.c checkpoint begins with a header of {start}")
     version = struct.unpack("<i", raw[4:8])[0]
     if modern and version != 1:
         raise ValueError(
@@ -66,7 +67,10 @@ def read(path: Path) -> tuple[Config, Weights]:
 
 
 def layout(config: Config, modern: bool, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors, in the order of the file."""
+    """Return the shape of every tensor, keyed by name, in the order of the file.
+
+    `modern` is True for version 1, which begins with a magic number. A file with a tied head has no `output`.
+    """
     C, N, D, hidden, V = config.dim, config.n_layers, config.head_dim, config.hidden_dim, config.vocab_size
     kv = config.n_kv_heads * D
     attention_norm, ffn_norm = {"layers.attention_norm": (N, C)}, {"layers.ffn_norm": (N, C)}

@@ -38,7 +38,7 @@ def load_with_adapters(
 
     Returns the base, its tokenizer, and the adapters keyed by name. `bits` is the value of --bits. With `decoding`, the
     base is prepared for decoding steps, which are compiled if `compiled`. With several ranks, each loads its shard of
-    every layer. Warns if an adapter was trained with other base weights, and prints how third-party files were
+    every layer. Warns if an adapter was trained with different base weights, and prints how third-party files were
     interpreted. Raises OSError, or ValueError if the files do not fit each other.
     """
     if compiled:
@@ -79,7 +79,7 @@ def load_with_adapters(
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
-    """Return the adapter files keyed by name. Each path is NAME=FILE, or FILE, whose adapter is named after the file.
+    """Return the adapter files keyed by name. Each path is NAME=FILE, or a path that also names the adapter.
 
     Raises ValueError if two adapters have the same name, or one is named "base".
     """
@@ -89,7 +89,7 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
         if not file or Path(path).exists():
             name, file = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem, path
         if name in files or name == "base":
-            raise ValueError(f"{file}: the name {name!r} is taken; choose another one with --adapter NAME={file}")
+            raise ValueError(f"{file}: the name {name!r} is taken; choose a different one with --adapter NAME={file}")
         files[name] = file
     return files
 
@@ -106,7 +106,10 @@ def load_part_of_rank(
 
 
 def check_adapter(adapter: Adapter, path: str, base: str, config: Config, fingerprint: str) -> None:
-    """Raise ValueError if the adapter does not fit the base. Warn if it was trained with other base weights."""
+    """Raise ValueError if the adapter does not fit the base. Warn if it was trained with different base weights.
+
+    If the adapter is from a third-party file, print how the file was interpreted.
+    """
     metadata = adapter.metadata
     if isinstance(adapter, HeadAdapter):
         task = metadata.get("task", "an encoder task")
@@ -116,10 +119,10 @@ def check_adapter(adapter: Adapter, path: str, base: str, config: Config, finger
     try:
         adapter.check_base(layers=config.n_layers, dim=config.dim, heads=config.n_heads)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit {base}: {error}") from None
+        raise ValueError(f"{path}: does not fit the base {base}: {error}") from None
     if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
         raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
     if metadata.get("base_fingerprint", fingerprint) != fingerprint:
-        warn(f"{path} was trained with other weights than those of {base}")
+        warn(f"{path}: was trained with other weights than those of {base}")
     if "format" not in metadata:  # a third-party file
         click.echo(printable(f"{path}: {describe_reading(adapter)}"), err=True)

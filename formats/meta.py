@@ -20,7 +20,7 @@ PARAMS = "params.json"
 def read(folder: Path) -> tuple[Config, Weights]:
     """Read params.json and memory-map the weights. Raises OSError or ValueError.
 
-    If there are n .pth files, each contains one of n slices of every matrix, because Meta's code runs on n GPUs.
+    If there are n .pth files, each contains one of n slices of every matrix, because Meta's code runs them on n GPUs.
     """
     params = read_json_object(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -44,17 +44,17 @@ def read(folder: Path) -> tuple[Config, Weights]:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     with prefix_errors(folder / PARAMS):
         if params.get("vocab_size", -1) not in (-1, vocab_size):
-            raise ValueError(f"vocab_size is {params['vocab_size']}, but the embeddings have {vocab_size} rows")
+            raise ValueError(f"vocab_size is {params['vocab_size']}, but the weights are for {vocab_size} tokens")
         return meta_config(params, vocab_size), weights
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
     """Return the memory-mapped tensors of a file, keyed by name. Raises FileNotFoundError or ValueError."""
     tensors = load_pth(file)
-    tensors.pop("rope.freqs", None)  # in LLaMA 1; rope_cos_sin computes it
+    tensors.pop("rope.freqs", None)  # in LLaMA 1's files; rope_cos_sin computes the frequencies
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2):
-            raise ValueError(f"{file}: {name} is not a vector or matrix")
+            raise ValueError(f"{file}: {name} is not a vector or matrix; expected the weights of a LLaMA")
     return tensors
 
 
@@ -100,7 +100,7 @@ def meta_config(params: dict, vocab_size: int) -> Config:
     hidden_dim += -hidden_dim % params["multiple_of"]  # round up to a multiple
     theta = params.get("rope_theta", 10000.0)
     factors = None
-    if params.get("use_scaled_rope"):  # only Meta's code has the factor: 8 for Llama 3.1, 32 for 3.2 1B and 3B
+    if params.get("use_scaled_rope"):  # the factor is only in Meta's code: 8 for Llama 3.1, 32 for 3.2 1B and 3B
         factors = llama3_rope_factors(dim // n_heads, theta, factor=32.0 if dim < 4096 else 8.0)
     return Config(
         dim=dim,

@@ -16,8 +16,8 @@ def read_requests(
 ) -> tuple[list[dict], list[Request], dict[int, Path]]:
     """Read a file of requests. Return its records, one Request per record, and the image paths keyed by record index.
 
-    Images are in `folder`, by default the folder of the file. `names` are the names of the loaded adapters, and
-    `default` is the adapter for records that name none. Raises OSError, or ValueError that names the record.
+    Images are in `folder`, by default the folder of the file. `names` are the names of the loaded adapters and "base",
+    and `default` is the name for records without one. Raises OSError, or a ValueError that names the record.
     """
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
@@ -51,10 +51,11 @@ def read_requests(
 def attach_images(
     requests: Sequence[Request], images: dict[int, Path], responder, vision_encoder: str | None, encoder: str | None
 ) -> list[Request]:
-    """Return the requests with the features of their images, encoded as in the training of the request's adapter.
+    """Return the requests with the features of their images, from the image encoder of each request's adapter.
 
-    `images` maps the indices of requests to image paths. `responder` is a generate.Responder. Raises OSError, or
-    ValueError if an adapter has no projection.
+    `images` maps the indices of requests to image paths. `responder` is a generate.Responder. `vision_encoder` and
+    `encoder` are the options --clip and --encoder. Raises OSError, or ValueError if an adapter has no projection or
+    does not fit the encoder.
     """
     requests = list(requests)
     model = responder.model

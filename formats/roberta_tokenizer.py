@@ -11,9 +11,9 @@ from runtime.files import read_json_object, read_text
 
 
 class RobertaTokenizer:
-    """RoBERTa's tokenizer, from Hugging Face's files or the original ones.
+    """RoBERTa's tokenizer, loaded from a folder with Hugging Face's files or the original ones.
 
-    Hugging Face's are vocab.json and merges.txt. The original ones are GPT-2's encoder.json and vocab.bpe, and
+    Hugging Face's files are vocab.json and merges.txt. The original ones are GPT-2's encoder.json and vocab.bpe, and
     fairseq's dict.txt. Raises FileNotFoundError or ValueError.
     """
 

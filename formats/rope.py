@@ -20,11 +20,12 @@ def llama3_rope_factors(
     """Return the D/2 divisors of Llama 3.1.
 
     `context` is the context length of pretraining in tokens. A pair of dimensions that rotates more than `high` times
-    within it keeps its frequency. The frequency of a pair that rotates less than `low` times is divided by `factor`,
-    and pairs in between are interpolated. Raises ValueError if a parameter is invalid.
+    within that context keeps its frequency. The frequency of a pair that rotates less than `low` times is divided by
+    `factor`, and pairs in between are interpolated. Raises ValueError if a parameter is invalid.
     """
-    for value in (theta, factor, low, high, context):
-        require_number("a parameter of the scaled rotary embedding", value, 1e-30, 1e12)
+    values = {"rope_theta": theta, "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    for name, value in (values | {"original_max_position_embeddings": context}).items():
+        require_number(f"{name} of the rotary embedding", value, 1e-30, 1e12)
     if low >= high:
         raise ValueError(f"low_freq_factor is {low}; it must be smaller than high_freq_factor, {high}")
     factors = []

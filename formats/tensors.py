@@ -1,6 +1,7 @@
 """Read named tensors from safetensors files and torch.save files; shared by all formats.
 
-Files are memory-mapped, except those from before PyTorch 1.6: a tensor is read when it is copied into a parameter.
+Files are memory-mapped, so that a tensor is read only when it is copied into a parameter. Files that a PyTorch before
+1.6 saved are read into memory.
 """
 
 import io
@@ -29,10 +30,10 @@ Weights = dict[str, Callable[..., None]]
 
 @contextmanager
 def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
-    """Prefix error messages with the name of a file.
+    """Prefix error messages with the name of a file, or with any other string that says where an error occurred.
 
-    A ValueError stays a ValueError. A KeyError becomes a ValueError that names the missing item; `kind` is the word for
-    such an item. An out-of-memory error becomes a MemoryError.
+    A ValueError stays a ValueError, with `separator` after the prefix. A KeyError becomes a ValueError that names the
+    missing item; `kind` is the word for such an item. An out-of-memory error becomes a MemoryError.
     """
     try:
         yield
@@ -47,7 +48,7 @@ def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
 
 
 def download_hint(path: Path) -> str:
-    """Return a hint on how to download a missing path, if it looks like a name on the Hugging Face Hub."""
+    """Return a hint on how to download a missing path that looks like a name on the Hugging Face Hub, otherwise ""."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
     command = f"hf download {path} --local-dir {path.name}"
@@ -55,7 +56,10 @@ def download_hint(path: Path) -> str:
 
 
 def check_layers(path: Path, names: Iterable[str], prefix: str, expected: int) -> None:
-    """Raise ValueError if the weights are not for `expected` layers. To be called before the model is built."""
+    """Raise ValueError if the weight names that begin with `prefix` are not for `expected` layers.
+
+    Call this before the model is built, because the configuration may state any number of layers.
+    """
     found = len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
     if found != expected:
         raise ValueError(f"{path}: has weights for {found} layers, but the configuration requires {expected}")
@@ -95,7 +99,7 @@ def frozen_parameter(
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
         write(target)
-        if not target.sum().isfinite():  # one fast pass: the sum of finite weights is finite
+        if not target.sum().isfinite():  # one fast pass; any NaN or infinity makes the sum NaN or infinite
             raise ValueError("contains values that are not finite")
     except (ValueError, TypeError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{where} {first_line(error)}") from None
@@ -103,9 +107,10 @@ def frozen_parameter(
 
 
 def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
-    """Load a dict that torch.save wrote, from a file or from the bytes `content`, without running code.
+    """Load a dict that torch.save wrote, without running code that it contains.
 
-    The tensors of a file are memory-mapped. Raises FileNotFoundError, or ValueError if the file is invalid.
+    If `content` is given, it is loaded instead of the file, which is only named in error messages. The tensors of a
+    file are memory-mapped. Raises FileNotFoundError, or ValueError if the file is invalid.
     """
     if content is None:
         require_file(file)

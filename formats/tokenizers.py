@@ -18,7 +18,10 @@ from runtime.files import first_line, parse_json, read_bytes, read_json_object, 
 
 @contextmanager
 def library_errors(what: str):
-    """Convert exceptions of a tokenizer library to ValueError. Rust panics are not subclasses of Exception."""
+    """Convert exceptions of a tokenizer library to a ValueError whose message begins with `what`.
+
+    Rust panics are converted, too, although they are not subclasses of Exception. An OSError is raised unchanged.
+    """
     try:
         yield
     except BaseException as error:
@@ -28,8 +31,8 @@ def library_errors(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
-# Libraries insert a space before the first character of their input. If the input begins with this mark, which no token
-# contains, the ids of both the space and the mark can be removed.
+# Tokenizer libraries insert a space before the first character of their input. If the input begins with this mark,
+# which no token contains, the ids of both the space and the mark can be removed.
 MARK = "\ufdd4"
 
 
@@ -83,12 +86,13 @@ class TiktokenTokenizer(Tokenizer):
     Raises ValueError if the file is not a tiktoken file.
     """
 
-    # How Llama 3 splits text before merging bytes.
+    # The regular expression by which Llama 3 splits text before merging bytes.
     PATTERN = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    # Longer runs overflow the library's stack. Meta's tokenizer splits them at the same length.
+    # Longer runs of whitespace, or of other characters, overflow the library's stack. Meta's tokenizer splits them at
+    # the same length.
     LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
     SPECIAL = {
         0: "<|begin_of_text|>",
@@ -159,7 +163,7 @@ class JsonTokenizer(Tokenizer):
         self.start_ids = ids[: next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)]
         if max(self.start_ids, default=0) >= self.vocab_size:
             raise ValueError(f"{path}: its start token {max(self.start_ids)} is not among its {self.vocab_size} tokens")
-        self.end_ids = []  # set later, from the files beside this one
+        self.end_ids = []  # set later by `apply_settings` or `load_gguf_tokenizer`
         self.named_tokens = {}
         added = self.model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special and token.content}
@@ -216,7 +220,7 @@ def read_tokenizer_json(path: Path) -> JsonTokenizer:
 
 
 MAX_GROWTH = 100  # largest factor by which normalizers may lengthen text
-MAX_TOKENS = 2**24  # upper limit of token ids
+MAX_TOKENS = 2**24  # all token ids must be smaller
 
 
 def max_growth(normalizer: object) -> float:
@@ -268,7 +272,7 @@ def token_content(token: object) -> str | None:
 
 
 def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dict[str, int]:
-    """Return the ids of the special tokens that the files beside a tokenizer add or name."""
+    """Return the ids of the special tokens that the files beside a tokenizer add or name, keyed by the tokens' text."""
     added = read_settings(folder / "added_tokens.json")
     decoder = settings.get("added_tokens_decoder")
     for id, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -301,7 +305,7 @@ def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int
     end_ids = [id for id in found if id in known or tokenizer.token_text(id)]
     if not end_ids:
         files = "tokenizer_config.json, generation_config.json, config.json"
-        raise ValueError(f"{folder}: none of {files} states which token ends text")
+        raise ValueError(f"{folder}: none of {files} states which token ends text; add an eos_token_id")
     start_ids = {*tokenizer.start_ids, tokenizer.special_ids.get(bos)}
     return [id for id in end_ids if id not in start_ids] or end_ids  # some bases have one token for both
 
@@ -321,11 +325,12 @@ def read_chat_template(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+# Sample texts that show whether two tokenizers encode alike.
 PROBES = ("Below is an instruction.", "  two spaces,\ttab\n\nlines", "naïve 漢字 🦙 3.14159", "def f(x): return x['a']")
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a hash of the special tokens, and of the ids of sample texts."""
+    """Return a hash of the special tokens, the vocabulary size, and the ids of sample texts."""
     ids = [tokenizer.encode(text) for text in PROBES]
     special = sorted(tokenizer.special_ids.items())
     content = repr((tokenizer.start_ids, tokenizer.end_ids, special, tokenizer.vocab_size, ids))
@@ -333,10 +338,11 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a base: tokenizer.json or tokenizer.model beside it, or the one in a GGUF file.
+    """Load the tokenizer of a base: tokenizer.json or tokenizer.model in its folder, or the one in a GGUF file.
 
-    If both tokenizer.json and tokenizer.model exist, tokenizer.json is used, as in transformers. Raises
-    FileNotFoundError, or ValueError if a file is invalid or the base has too few embeddings for the tokens.
+    If both tokenizer.json and tokenizer.model exist, tokenizer.json is used, as in transformers. If `num_embeddings` is
+    given, special tokens without an embedding are omitted. Raises FileNotFoundError, or ValueError if a file is invalid
+    or the base has too few embeddings for the other tokens.
     """
     base = Path(base)
     tokenizer = None

@@ -107,7 +107,9 @@ def test_template_that_rewrites_earlier_turns_can_train_on_one_round_only(tmp_pa
     ((prompt, response),) = next(template.encode_exchanges([Example(turns=turns[:2], name="record 0")]))
     assert tokenizer.decode(prompt) == "user\nHi\nassistant\n" and tokenizer.decode(response) == "[no thoughts] Ho"
     assert response[-1] == 2
-    with pytest.raises(ValueError, match="^record 1: the template auto writes a turn differently when others follow"):
+    with pytest.raises(
+        ValueError, match="^record 1: the template auto writes a turn differently when later turns follow"
+    ):
         list(template.encode_exchanges([Example(turns=turns, name="record 1")]))
     generation_prompt = template.encode_prompt("Why?", history=turns[:2])
     assert tokenizer.decode(generation_prompt) == "user\nHi\nassistant\nHo\nuser\nWhy?\nassistant\n"

@@ -34,7 +34,7 @@ def test_import_writes_our_format_and_reports_what_it_read(tmp_path):
     torch.save(tensors, tmp_path / "theirs.pth")
     result = run("import", tmp_path / "theirs.pth", tmp_path / "ours.safetensors", "--gate", "identity", "--length", 5)
     assert result.exit_code == 0
-    assert "theirs.pth: read as 2 layers of 5 prompts of width 32, gates with identity" in result.stderr
+    assert "theirs.pth: read as 2 layers of 5 prompts of width 32, gate activation identity" in result.stderr
     adapter = Adapter.load(tmp_path / "ours.safetensors")
     assert adapter.gate_activation == adapter.metadata["gate_activation"] == "identity"
     assert adapter.gate_values()[:, 0].tolist() == [0.25, 0.5]

@@ -186,7 +186,7 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
 
     save_authors_file(path)
     check_refused("expected a multiple of 10000 rows", length=10000)
-    check_refused("2 prompts for each of 5 layers, but gates for only 3", length=2)
+    check_refused("2 prompts for each of 5 layers, but gates for only 3 layers", length=2)
     save_authors_file(path, **{"layers.2.attention.gate": random_values(1, 3, 1, 1)})
     check_refused(r"layers have \[3, 4\] gates", length=5)
     for gate in (
@@ -203,7 +203,7 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
     save_authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
     check_refused("layer 1: contains values that are not finite", length=5)
     save_lit_file(path)
-    check_refused(r"layers have \[4\] gates each, but the base has 8 heads", heads=8)
+    check_refused(r"layers have \[4\] gates; expected one per layer, or one for each of 8 heads", heads=8)
     save_lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
     check_refused(r"prompts have shape \(4, 32\) in layer 2, but \(5, 32\) in layer 1")
     save_lit_file(path, **{"transformer.h.7.attn.adapter_wte.weight": random_values(5, 32)})
@@ -281,7 +281,7 @@ def test_our_file_may_begin_like_a_pickle_or_zip(start, tmp_path):
 def test_description_of_an_import_is_one_line(tmp_path):
     save_authors_file(tmp_path / "theirs.pth")
     line = describe_reading(load_adapter(tmp_path / "theirs.pth", length=5))
-    assert line == "the authors' release: theirs.pth: read as 2 layers of 5 prompts of width 32, gates with tanh"
+    assert line == "the authors' release: theirs.pth: read as 2 layers of 5 prompts of width 32, gate activation tanh"
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_timm_files_are_read(tmp_path, folder):
         "blocks.0.ls1.gamma": torch.ones(128)
     }  # as in DINOv2, with a scale per layer
     torch.save(extra, tmp_path / "more.pth")
-    with pytest.raises(ValueError, match="more.pth: has weights that do not belong to such an encoder: blocks.0.ls1"):
+    with pytest.raises(ValueError, match="more.pth: has unknown weights in its layers, blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")
     images = make_images()
     assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))

@@ -190,17 +190,23 @@ def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(architecture="gemma2"), "has the architecture 'gemma2'; only 'llama', 'qwen2' and 'qwen3'"),
-        (dict(change=lambda w: w.add_type("adapter")), "has the type 'adapter'; expected 'model'"),
-        (dict(change=lambda w: w.add_type("mmproj")), "has the type 'mmproj'; expected 'model'"),
-        (dict(change=lambda w: w.add_expert_count(8)), "is a mixture of experts"),
+        (dict(architecture="gemma2"), "general.architecture is 'gemma2'; only 'llama', 'qwen2' and 'qwen3'"),
+        (dict(change=lambda w: w.add_type("adapter")), "general.type is 'adapter'; expected 'model'"),
+        (dict(change=lambda w: w.add_type("mmproj")), "general.type is 'mmproj'; expected 'model'"),
+        (
+            dict(change=lambda w: w.add_expert_count(8)),
+            "llama.expert_count is 8; a mixture of experts is not supported",
+        ),
         (dict(change=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)), "rope.scaling.type is 'yarn'"),
         (
             dict(change=lambda w: w.add_rope_dimension_count(8)),
             "rope.dimension_count is 8; only the head dimension, 16, is",
         ),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], [], [1], "grok")), "tokenizer.ggml.pre is 'grok'; only"),
-        (dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a a"], [1, 1], "gpt-2")), "has 1 tokens, but a different"),
+        (
+            dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a a"], [1, 1], "gpt-2")),
+            "has 1 tokens, 2 token types; expected",
+        ),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], ["a b"], [1], "gpt-2")), "cannot be read as a tokenizer"),
         (dict(tokenizer=lambda w: w.add_tokenizer_model("gpt2")), "has no field 'tokenizer.ggml.tokens'"),
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], [], [1], "gpt-2")), "has no field 'tokenizer.ggml.merges'"),

@@ -116,7 +116,7 @@ def test_meta_and_hugging_face_layouts_give_the_same_model(tiny_base, tmp_path):
         (dict(rope_parameters={"rope_type": "llama3"}), "config.json: has no field 'factor'"),
         (
             dict(rope_parameters=LLAMA3_ROPE | {"factor": "8"}),
-            "config.json: a parameter of the scaled rotary embedding is '8'",
+            "config.json: factor of the rotary embedding is '8'",
         ),
         (
             dict(rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 0.5}),

@@ -45,7 +45,7 @@ LLAMA_31_8B = dict(
         (dict(n_heads=1, n_kv_heads=3), "params.json: n_heads 1 is not a multiple of n_kv_heads 3"),
         (dict(norm_eps="x"), "params.json: norm_eps is 'x'"),
         (dict(rope_theta=0), "params.json: rope_theta is 0"),
-        (dict(vocab_size=7), "params.json: vocab_size is 7, but the embeddings have 1024"),
+        (dict(vocab_size=7), "params.json: vocab_size is 7, but the weights are for 1024 tokens"),
         (
             dict(dim=32),
             r"attention_norm.weight has shape \(16,\), but the configuration requires \(32,\)|shape \(1024, 16\), but",
