@@ -18,8 +18,8 @@ TASKS = {  # values of --task, each with the module that defines TASK, which is 
 class Task:
     """Reader and scorer of one task; only `read` is required.
 
-    `read(path, images=None, split=None)` returns Examples, by default those to train on. The image of an Example is
-    relative to the folder `images`. `score(examples, responses)` returns scores by name. A response is a string, or
+    `read(path, images=None, split=None)` returns Examples, by default those to train on. The image path of an Example
+    is relative to the folder `images`. `score(examples, responses)` returns scores by name. A response is a string, or
     None if the prompt fills the context. A task without `score` has no command in evaluate.py; the docstring of `score`
     is the command's help. Both functions raise OSError, or ValueError with a one-line message.
     """
@@ -36,7 +36,7 @@ class Task:
     needs_images: bool = False  # reject an adapter without a projection
     max_new_tokens: int = 64
     data_help: str = "File of examples, in the same format as for train.py."
-    unit: str = "example"  # of the progress bar
+    unit: str = "example"  # unit of the progress bar
 
 
 def load_task(name: str) -> Task:

@@ -30,7 +30,7 @@ class Picture(Example):
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
-    """Return one training example per caption. Raises the errors of `read_pictures`."""
+    """Return one training example per caption. Raises as `read_pictures` does."""
     return [
         Example(picture.instruction, output=caption, image=picture.image, name=picture.name)
         for picture in read_pictures(path)
@@ -39,7 +39,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
 
 
 def read_for_scoring(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Picture]:
-    """Return one example per image, to be scored. Raises the errors of `read_pictures` and of `coco_scorers`."""
+    """Return one example per image, to be scored. Raises as `read_pictures` and `coco_scorers` do."""
     coco_scorers()
     return read_pictures(path)
 
@@ -55,7 +55,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
     files: dict[int, str] = {}
     for index, record in enumerate(fields["images"]):
         if not isinstance(record, dict) or type(record.get("id")) is not int or not record.get("file_name"):
-            raise ValueError(f"{path}: images[{index}]: needs a numeric 'id' and a string 'file_name'")
+            raise ValueError(f"{path}: images[{index}]: expected an integer 'id' and a string 'file_name'")
         check_text(record["file_name"], f"{path}: images[{index}]", "file_name")
         files[record["id"]] = record["file_name"]
     captions: dict[int, list[str]] = {}
@@ -64,7 +64,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
         if not isinstance(record, dict) or not record.get("caption"):
             raise ValueError(f"{where}: expected an object with a non-empty string 'caption'")
         if type(record.get("image_id")) is not int or record["image_id"] not in files:
-            raise ValueError(f"{where}: image_id {record.get('image_id')} is not the id of an image")
+            raise ValueError(f"{where}: image_id {record.get('image_id')} is not an id in 'images'")
         check_text(record["caption"], where, "caption")
         captions.setdefault(record["image_id"], []).append(record["caption"].strip())
     if not captions:
@@ -84,7 +84,7 @@ def read_responses(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     values = read_json(path)
     valid = isinstance(values, list) and all(isinstance(v, dict) and {"image_id", "caption"} <= set(v) for v in values)
     if not valid or not all(isinstance(v["caption"], str) and type(v["image_id"]) is int for v in values):
-        raise ValueError(f"{path}: is not a list of objects with a numeric 'image_id' and a string 'caption'")
+        raise ValueError(f"{path}: is not a list of objects with an integer 'image_id' and a string 'caption'")
     responses = {value["image_id"]: value["caption"] for value in values}
     require_responses(path, [picture.id for picture in pictures], responses, "image")
     return [responses[picture.id] for picture in pictures]
@@ -107,11 +107,11 @@ def coco_scorers() -> list[tuple[list[str], object]]:
 
 
 def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[str, float]:
-    """Score captions with BLEU, ROUGE-L and CIDEr.
+    """Score captions with COCO's own implementations of BLEU, ROUGE-L and CIDEr.
 
-    COCO's own implementations are used. The best possible score is 1, or 10 for CIDEr.
+    The best possible score is 1, or 10 for CIDEr.
 
-    Writes results.json, in COCO's format, and scores.json.
+    The command writes results.json, in COCO's format, and scores.json.
     """
     scorers = coco_scorers()
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

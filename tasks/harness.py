@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
         return ids if add_special_tokens is False or has_bos else [*start, *ids]
 
     def encode(self, string: str) -> list[int]:
-        """Tokenize without <bos>. With a chat template, names of special tokens become these tokens."""
+        """Tokenize without adding <bos>. With a chat template, text that spells a special token becomes that token."""
         if isinstance(self.template, ChatTemplate):
             return self.template.encode([string], escaped=[])[0]
         return self.text_tokenizer.encode(string)
@@ -88,15 +88,15 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Scored]:
-        """Score requests. Each one has the texts, which are not used, and the ids of the context and the continuation.
+        """Score requests. Each one has its texts, which are not used, and the ids of the context and the continuation.
 
-        If context and continuation together do not fit into the base's context, the former is truncated on the left.
-        Raises ValueError if the continuation alone does not fit, or if it is empty.
+        If both together are longer than the base's context length, the request's context is truncated on the left.
+        Raises ValueError if the continuation alone is longer, or if it is empty.
         """
         contexts, continuations = [], []
         for _, context, ids in requests:
             if not 0 < len(ids) <= self.max_length:
-                raise ValueError(f"a continuation has {len(ids)} tokens, but the base takes 1 to {self.max_length}")
+                raise ValueError(f"a continuation has {len(ids)} tokens; the base takes 1 to {self.max_length}")
             surplus = len(context) + len(ids) - 1 - self.max_length  # the last token is only predicted
             contexts.append(context[max(0, surplus) :])
             continuations.append(ids)
@@ -105,9 +105,9 @@ class HarnessModel(TemplateLM):
             return score_continuations(self.model, contexts, continuations, adaption_prompts, self.batch_size, bar)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, scored in consecutive windows as long as the base's context.
+        """Return the log-likelihood of each whole text, in nats.
 
-        Each token is scored once.
+        A text is scored in consecutive windows as long as the base's context. Each token is scored once.
         """
         windows, text_indices = [], []
         for i, (text,) in enumerate(request.args for request in requests):
@@ -124,7 +124,8 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate a response to each request until one of its stop strings, greedily by default.
 
-        Contexts are truncated on the left. Raises ValueError if a task uses a setting that is not supported.
+        A context that leaves no room for the new tokens is truncated on the left. Raises ValueError if a task uses a
+        setting that is not supported.
         """
         settings: dict[str, list[int]] = defaultdict(list)  # request indices by generation settings
         for i, request in enumerate(requests):
@@ -152,13 +153,14 @@ class HarnessModel(TemplateLM):
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
         if limit >= self.max_length:
-            raise ValueError(f"{limit} new tokens leave no room for a prompt, because the context is {self.max_length}")
+            found = f"generation_kwargs: max_gen_toks is {limit}"
+            raise ValueError(f"{found}, but the base's context has {self.max_length} tokens; use a smaller number")
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
         if not kwargs.pop("do_sample"):
             kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
         elif not kwargs.get("temperature"):
-            raise ValueError("generation_kwargs: do_sample needs a temperature")
+            raise ValueError("generation_kwargs: do_sample needs a temperature above 0")
         sampling = {"repetition_penalty": self.repetition_penalty}
         known = ("temperature", "top_p", "repetition_penalty")
         sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
@@ -179,7 +181,7 @@ class HarnessModel(TemplateLM):
     # -- Templates, and the description of the model in results.json
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Format messages with the template. The last may be the beginning of the response, written by the task.
+        """Format messages with the template. The last message may be the beginning of a response, which the task sets.
 
         Raises ValueError if the template does not support these messages.
         """
@@ -246,7 +248,7 @@ def run_harness(
     template: str | None,
     **options,
 ) -> dict[str, dict]:
-    """Run the harness for every column, and return a dict of its results, which is empty on all ranks but the first.
+    """Run the harness for every column. Return the results keyed by column on the first rank, and {} on all others.
 
     The first rank writes results.json into a folder for each column, and every response if `samples` is True. `tasks`
     are names or YAML files; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.

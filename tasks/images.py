@@ -53,8 +53,9 @@ def attach_features(
     encoder: VisionEncoder | FunctionEncoder,
     cache: Path | None = None,
 ) -> list[AnyExample]:
-    """Return the examples, each with the features (F,) of its image. An image that examples share is encoded once.
+    """Return the examples, each with the features (F,) of its image, or None if it has no image.
 
+    An image that several examples share is encoded once.
     `cache` is a folder that keeps the features for later runs. Raises OSError or ValueError.
     """
     paths = [Path(folder) / example.image if example.image else None for example in examples]
@@ -71,6 +72,6 @@ def encode_images(
     `data` is a training.options.DataOptions. Raises OSError or ValueError.
     """
     encoder = load_image_encoder(data.vision_encoder, data.encoder, dtype, device)
-    with local_rank0_first():  # it fills the cache for the other ranks
+    with local_rank0_first():  # the first rank fills the cache, and the others read it
         examples = attach_features(examples, data.images, encoder, cache=data.features)
     return examples, encoder

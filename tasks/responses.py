@@ -19,7 +19,10 @@ from tasks.scoring import score_continuations
 def generate_responses(
     responder: Responder, requests: Sequence[Request], batch_size: int = 64, unit: str = "request"
 ) -> list[str | None]:
-    """Generate a response to each request, in batches of similar length. It is None if the prompt fills the context."""
+    """Return a response to each request, in the order of the requests, or None if its prompt fills the context.
+
+    The prompts of a batch have similar lengths.
+    """
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     lengths = [len(responder.prompt_ids(request)) for request in requests]
     order = sorted((i for i, length in enumerate(lengths) if length < context), key=lengths.__getitem__)
@@ -75,7 +78,7 @@ def most_likely_choices(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[str | None]:
-    """Return the most likely choice for each request, or None if one of its choices does not fit into the context."""
+    """Return the most likely choice for each request, or None if one of the choices does not fit into the context."""
     likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size, unit)
     return [None if log_p is None else texts[log_p.index(max(log_p))] for log_p, texts in zip(likelihoods, choices)]
 
@@ -90,14 +93,14 @@ class Responses:
     texts: Sequence[str | None]  # None: the prompt left no room for a response
     method: str
     generated: bool  # True if the model generated the texts
-    model_name: str  # the name of the adapter, "base", or the name of the file of responses
+    model_name: str  # the name of the adapter, "base", or the name of the file of responses without its suffix
     num_parameters: int | None = None  # trained parameters, 0 for the base alone; None if unknown
 
 
 def write_scores(responses: Responses, scores: dict[str, float | None], folder: Path) -> None:
-    """Print the scores. Write scores.json, and results.json, which maps the names of examples to their responses.
+    """Print the scores, and write them to scores.json in `folder`.
 
-    Raises OSError.
+    Also writes results.json, which maps the names of examples to their responses. Raises OSError.
     """
     number = len(responses.examples)
     click.echo(f"{responses.task}, {number:,} examples; responses: {responses.method}\n")
@@ -111,14 +114,17 @@ def write_scores(responses: Responses, scores: dict[str, float | None], folder: 
 
 
 def require_responses(path: str | Path, names: Sequence, found: Collection, unit: str) -> None:
-    """Raise ValueError if a file of responses has none for one of the names."""
+    """Raise ValueError if one of the `names` is not in `found`, the names that a file of responses contains.
+
+    `unit` is the singular noun for what is named, such as "example".
+    """
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"{path}: has no response to {len(missing)} of {len(names)} {unit}s, for example {missing[0]}")
 
 
 def read_responses(path: str | Path, examples: Sequence[Example]) -> list[str | None]:
-    """Read the response to each example from a results.json of `write_scores`. Raises OSError or ValueError."""
+    """Read the response to each example from a results.json that `write_scores` wrote. Raises OSError or ValueError."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(text, str | None) for text in results.values()):
         raise ValueError(f"{path}: is not an object that maps the names of examples to responses")

@@ -36,7 +36,7 @@ class Problem(Example):
         return [f"The answer is ({letter})" for letter in LETTERS[: len(self.choices)]]
 
     def chosen(self, text: str | None) -> int | None:
-        """Return the index of the choice that a response names; None if it names none of them."""
+        """Return the index of the choice that a response names, or None if the response names none of the choices."""
         found = re.search(r"[Tt]he answer is \(?([A-Z])\b", text or "")
         index = LETTERS.find(found[1]) if found else -1
         return index if 0 <= index < len(self.choices) else None
@@ -83,8 +83,8 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
     """Read the problems of one split, by default "train".
 
     The split is defined by pid_splits.json in the same folder or, if there is no such file, by the field "split" of
-    each problem. Images are at SPLIT/ID/image.png in the folder `images`, by default the folder of the problems. If it
-    has no folder SPLIT, they are at ID/image.png. Raises OSError, or a ValueError that names the problem.
+    each problem. Images are at SPLIT/ID/image.png in the folder `images`, by default the folder of the problems. If
+    `images` has no folder SPLIT, they are at ID/image.png. Raises OSError, or a ValueError that names the problem.
     """
     path, split = Path(path), split or "train"
     folder = Path(images or path.parent)
@@ -150,12 +150,12 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 
 
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
-    """Measure the accuracy on ScienceQA.
+    """Measure the accuracy on ScienceQA, in percent, for the nine columns of the paper's Table 2.
 
-    The accuracy is given in percent, in the nine columns of the paper's Table 2, whose rows are printed for comparison.
+    An answer that names none of the choices is wrong. The score of a column without problems is None.
 
-    Writes results.json, in the official format and with the accuracies, and wrong.txt, a readable list of wrong
-    answers. An answer that names none of the choices is wrong. The score of a column without problems is None.
+    The command prints the paper's rows for comparison. It writes results.json, in the official format and with the
+    accuracies, and wrong.txt, a readable list of wrong answers.
     """
     right = [problem.chosen(text) == problem.answer for problem, text in zip(problems, answers)]
     scores: dict[str, float | None] = {}
@@ -229,13 +229,13 @@ def print_table(answers: Responses, scores: dict[str, float | None]) -> None:
 
 
 def wrong_answers(answers: Responses) -> list[str]:
-    """Describe each problem with a wrong answer: the problem, the right answer, and the given answer."""
+    """Return one text per wrong answer: the problem, the right answer, and the answer that was given."""
     wrong = []
     for problem, text in zip(answers.examples, answers.texts):
         index = problem.chosen(text)
         if index != problem.answer:
             given = "too long" if text is None else "none of them" if index is None else problem.answers()[index]
-            given += f", of: {text!r}" if answers.generated and text is not None else ""
+            given += f", parsed from {text!r}" if answers.generated and text is not None else ""
             wrong.append(f"{problem.name} {problem.image}\n{problem.instruction}\n{problem.output}; {given}")
     return wrong
 

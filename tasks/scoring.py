@@ -67,7 +67,7 @@ def score_rows(
     """Score R continuations, which are sorted longest first.
 
     `rows` (R,), in int64, are the rows of the cache that contain the contexts of the continuations. `logits` (R, V) are
-    the logits after each context.
+    the logits after each context. The adaption prompts are those of the R continuations, or shared by all.
     """
     T, device = len(continuations[0]), model.device
     ids = torch.tensor([[*ids] + [0] * (T - len(ids)) for ids in continuations], device=device)  # (R, T)
@@ -79,7 +79,7 @@ def score_rows(
     if T > 1:
         longer = cache.longer_copy(cache.capacity + T - 1, rows)
         hidden = model.hidden_states(ids[:, :-1], adaption_prompts, longer)[later]  # (tokens, C)
-        parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # V is large
+        parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # their logits would need much memory
         scores = [token_scores(model.output(part), predicted) for part, predicted in parts]
         log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*scores))
     return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))

@@ -36,8 +36,8 @@ def test_images_are_read_with_their_captions(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"annotations": [{"image_id": 4, "caption": "x"}]}, r"annotations\[0\]: image_id 4 is not the id of an image"),
-        ({"annotations": [{"image_id": [5], "caption": "x"}]}, r"annotations\[0\]: image_id \[5\] is not the id"),
+        ({"annotations": [{"image_id": 4, "caption": "x"}]}, r"annotations\[0\]: image_id 4 is not an id in 'images'"),
+        ({"annotations": [{"image_id": [5], "caption": "x"}]}, r"annotations\[0\]: image_id \[5\] is not an id"),
         ({"annotations": [{"image_id": 5}]}, r"annotations\[0\]: expected an object with a non-empty string 'caption'"),
         (
             {"annotations": [{"image_id": 5, "caption": ""}]},
@@ -52,7 +52,7 @@ def test_images_are_read_with_their_captions(tmp_path):
             r"annotations\[0\]: field 'caption' has an unpaired surr",
         ),
         ({"annotations": []}, "contains no captions"),
-        ({"images": [{"id": "5"}]}, r"images\[0\]: needs a numeric 'id'"),
+        ({"images": [{"id": "5"}]}, r"images\[0\]: expected an integer 'id'"),
         ({"images": [{"id": 5, "file_name": "\ud800"}]}, r"images\[0\]: field 'file_name' has an unpaired surrogate"),
         ({"images": None}, "has no list 'images'"),
     ],
@@ -122,5 +122,5 @@ def test_captions_are_read_from_a_results_file(tmp_path):
         read_responses(path, pictures)
     for bad in ({"5": "a"}, [{"image_id": [5], "caption": "a"}]):
         path.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match="is not a list of objects with a numeric 'image_id'"):
+        with pytest.raises(ValueError, match="is not a list of objects with an integer 'image_id'"):
             read_responses(path, pictures)
