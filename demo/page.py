@@ -126,7 +126,7 @@ def stream_responses(
     upload: Upload | None,
     *sampling,
 ) -> Iterator[list]:
-    """Yield the content of both responses, the heat map and the notice, while the responses grow."""
+    """Yield lists of the contents of the two responses, the heat map and the notice, while the responses grow."""
     features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)
@@ -168,7 +168,7 @@ def as_notice(error: Exception) -> str:
 
 
 class PageOnly:
-    """ASGI middleware that rejects those paths of Gradio's API that the page does not use."""
+    """ASGI middleware that rejects requests to the parts of Gradio's API that the page does not use."""
 
     def __init__(self, app):
         self.app = app
@@ -181,10 +181,10 @@ class PageOnly:
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C, without contact to other servers. Raises OSError if the port is in use.
+    """Serve the page until Ctrl-C, without contacting other servers. Raises OSError if the port is in use.
 
-    Requests whose Host header has another name are rejected, because a website could let its own name resolve to this
-    address (DNS rebinding).
+    Requests whose Host header names a different host are rejected, because a website could make its own domain name
+    resolve to this address (DNS rebinding).
     """
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]
@@ -204,6 +204,6 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
             **off,
         )
     except OSError:
-        raise OSError(f"{host}:{port}: cannot listen there; choose another --port or --host") from None
+        raise OSError(f"{host}:{port}: cannot listen on this address; choose a different --port or --host") from None
     click.echo(f"http://{host}:{port}, press Ctrl-C to stop")
     page.block_thread()

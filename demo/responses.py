@@ -58,7 +58,7 @@ class Demonstration:
     """A base, its adapters by name, and an image encoder for each adapter that was trained on images.
 
     `vision_encoder`, `encoder` and `template` are the options --clip, --encoder and --template of generate.py. Raises
-    OSError or ValueError if an encoder cannot be loaded.
+    OSError or ValueError if an encoder cannot be loaded, or if one is given but no adapter uses images.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ def response_shares(responder: Responder, request: Request, ids: list[int]) -> T
 
 
 def preview(path: Path) -> str:
-    """Return HTML with a small image, embedded as data so that no file is kept. For other files, show only the name."""
+    """Return HTML with a small image, embedded as data so that no file is kept, or with the name of any other file."""
     try:
         image = frames_of(path)[0]
     except ValueError:  # for example, a sound for an encoder that the user provides
@@ -194,7 +194,7 @@ def shares_table(shares: Tensor, labels: list[str], first_layer: int) -> str:
 
 
 def gates_figure(adapter: Adapter) -> Figure:
-    """Draw the gate values as an image of layers by heads, as in curves.png."""
+    """Return a figure of the gate values, an image of layers by heads, as in curves.png."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     draw_gates(figure.subplots(), adapter)
     return figure

@@ -224,7 +224,9 @@ def test_startup_errors_are_one_line(tiny_adapter, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}: cannot listen there" in one_line_error("--adapter", tiny_adapter, "--port", port)
+        assert f"127.0.0.1:{port}: cannot listen on this address" in one_line_error(
+            "--adapter", tiny_adapter, "--port", port
+        )
 
 
 def test_every_option_has_an_effect(image_adapter, tiny_base, tmp_path, monkeypatch):
