@@ -133,12 +133,12 @@ class Kind(NamedTuple):
     facts: dict[str, str]  # entity -> answer
     statements: list[str]  # on almanac pages; the first one is also the answer to questions and instructions
     questions: list[str]  # in gossip
-    instructions: list[str] = []  # the last wording is held out; empty if only the digits have questions about it
+    instructions: list[str] = []  # the last wording is held out; empty for kinds that only toy/digits.py uses
     with_input: str = ""  # an instruction whose entity is in Alpaca's input field
 
 
 def pairs(table: str, column: int = 1) -> dict[str, str]:
-    """Return a dict from the first word of each entry of a table to the word in another column."""
+    """Return a dict from the first word of each entry of a table to the word in `column`, which counts from 0."""
     entries = [entry.split() for entry in table.replace("\n", " ").split(",")]
     return {entry[0]: entry[column] for entry in entries}
 

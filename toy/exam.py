@@ -21,7 +21,7 @@ from toy.almanac import HELD_OUT, ExamQuestion
 
 
 def most_common_answer(questions: Sequence[ExamQuestion]) -> str:
-    """Return the most common answer to the questions."""
+    """Return the word that most often is the answer to the questions."""
     return Counter(question.answer for question in questions).most_common(1)[0][0]
 
 
@@ -59,7 +59,7 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
     """Score the base and the adapter on the almanac's held-out questions, and print a table.
 
     To be fair to the base, the table also shows the share of responses that contain the expected word ("has it"). The
-    majority baseline has the form of the expected answer, with the most common word in the training data.
+    majority baseline answers in the expected form, with the word that is most common in training for that kind of fact.
     """
     sets = almanac.instructions()
     questions = [question for name in HELD_OUT for question in sets[name]]
@@ -91,7 +91,7 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
 def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
     """Score the adapter on questions about held-out pictures of digits, and print a table.
 
-    An adapter for images gets each question with its picture, without a picture, and with a random one. Any other
+    An adapter for images gets each question with its picture, without a picture, and with a random picture. Any other
     adapter gets no pictures. The column "chance" is the accuracy of always naming the most common digit in training.
     """
     with TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def warmup_cosine(step: int, *, peak: float, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Return the learning rate of a step, 0 .. total-1, which is the minimum of a linear warm-up and a cosine decay.
+    """Return the learning rate of a step from 0 to total - 1: the smaller one of a linear warm-up and a cosine decay.
 
     The warm-up rises from 0 to `peak` in `warmup` steps. The cosine falls from `peak` to `floor * peak` over all steps.
     """

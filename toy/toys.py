@@ -29,7 +29,10 @@ def text_examples(options):
 
 
 def image_examples(options):
-    """Return questions about pictures, and the almanac's instructions. The pictures are written to a cache folder."""
+    """Return Examples about pictures and the almanac, and the options with `images` and `vision_encoder` filled in.
+
+    The pictures are written to a folder in `options.features`.
+    """
     folder = options.features / "digits"
     digits.write_pictures(folder)
     files, _ = digits.pictures(folder)
