@@ -204,7 +204,7 @@ def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
 def load_parameters(
     model: nn.Module, fetch: Callable[[str], Tensor], path: Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Replace every parameter of a model by the tensor that `fetch` returns for its name, frozen, in `dtype`.
+    """Replace every parameter of a model with the tensor that `fetch` returns for its name, frozen, in `dtype`.
 
     Raises ValueError if a weight is missing, has the wrong shape, or is not finite. Messages begin with `path`.
     """

@@ -31,7 +31,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     modern = raw[:4] == b"24ka"  # "ak42", little-endian
     start = 256 if modern else 28  # offset of the first tensor
     if size < start:
-        raise ValueError(f"{file}: has only {size} bytes; a llama2.c checkpoint begins with a header of {start}")
+        raise ValueError(f"{file}: has only {size} bytes; a llama2.c checkpoint begins with a header of {start} bytes")
     version = struct.unpack("<i", raw[4:8])[0]
     if modern and version != 1:
         raise ValueError(
