@@ -276,7 +276,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     """
     device, dtype = select_device(base.device, base.dtype)
 
-    # The data, the headers of the base and the template are checked first, because loading the weights may take minutes.
+    # The data, headers and template are checked first, because loading the weights may take minutes.
     with local_rank0_first():  # the first rank downloads the base, and the others reuse the files
         examples, data = read_training_data(data)  # one Example per record
         path = find_training_base(base, data)

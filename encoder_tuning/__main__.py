@@ -18,8 +18,8 @@ import torch
 from cloup import option, option_group
 
 from data import MICRO_BATCH_TOKENS, hold_out
-from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labelled
-from encoder_tuning.labelled import Labelled, LabelledData
+from encoder_tuning.data import HEAD_TASKS, STRIDE, read_labeled
+from encoder_tuning.labeled import Labeled, LabeledData
 from encoder_tuning.objective import LOSSES
 from encoder_tuning.trained import TrainedEncoder, encoder_fingerprint, head_fits_task
 from encoders.heads import head_adapter
@@ -60,7 +60,7 @@ class EncoderConfig(TrainConfig):
     )
 
 
-def hold_out_by_name(examples: list[Labelled], val_size: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+def hold_out_by_name(examples: list[Labeled], val_size: float, seed: int) -> tuple[list[Labeled], list[Labeled]]:
     """Split as `hold_out` does, but keep the windows of a question together, because they overlap."""
     by_name = {}
     for example in examples:
@@ -91,13 +91,13 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     model, own_head = load_encoder(path, dtype, device)
     config = config.for_base(path, model.config.n_layers, getattr(model.config, "max_length", math.inf))
     limits = {"limit": data.limit, "stride": data.stride}
-    labelled = read_labelled(data.task, model, path, Path(data.data), config.max_seq_len, **limits)
-    training, validation = hold_out_by_name(labelled.examples, config.val_size, config.seed)
+    labeled = read_labeled(data.task, model, path, Path(data.data), config.max_seq_len, **limits)
+    training, validation = hold_out_by_name(labeled.examples, config.val_size, config.seed)
 
     contents = [
-        (row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in labelled.examples
+        (row.name, row.labels, hashlib.sha256(row.inputs.numpy().tobytes()).digest()) for row in labeled.examples
     ]
-    fixed = fixed_options(config, data, base, dtype, [labelled.classes, *contents])
+    fixed = fixed_options(config, data, base, dtype, [labeled.classes, *contents])
     fixed["base_fingerprint"] = encoder_fingerprint(model)
     check_same_on_all_ranks(fixed | asdict(config))
     if run.is_finished(fixed):
@@ -107,17 +107,17 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     dimensions = {"layers": config.layers, "length": config.length}
     generator = torch.Generator().manual_seed(config.seed)
     head = own_head if head_fits_task(own_head, data.task) else None
-    adapter = head_adapter(model, head, len(labelled.classes) or 2, **dimensions, generator=generator)
-    adapter.metadata |= describe_head_adapter(data, labelled, path, model.config.n_layers, fixed, len(training))
+    adapter = head_adapter(model, head, len(labeled.classes) or 2, **dimensions, generator=generator)
+    adapter.metadata |= describe_head_adapter(data, labeled, path, model.config.n_layers, fixed, len(training))
     optimizer = make_optimizer(adapter, config.weight_decay)
     counts = {
         "examples": len(training),
         "held_out": len(validation),
-        "dropped": labelled.dropped,
-        "truncated": labelled.num_truncated,
+        "dropped": labeled.dropped,
+        "truncated": labeled.num_truncated,
     }
-    if labelled.questions:
-        counts |= {name: getattr(labelled, name) for name in ("questions", "windowed", "unanswerable")}
+    if labeled.questions:
+        counts |= {name: getattr(labeled, name) for name in ("questions", "windowed", "unanswerable")}
     print_encoder_overview(model, adapter, data.task, config, counts)
     num_steps = config.epochs * math.ceil(len(training) / config.batch_size)
     fixed["base"] = str(path.resolve())
@@ -141,15 +141,15 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
 
 
 def describe_head_adapter(
-    data: EncoderData, labelled: LabelledData, path: Path, num_layers: int, fixed: dict, num_examples: int
+    data: EncoderData, labeled: LabeledData, path: Path, num_layers: int, fixed: dict, num_examples: int
 ) -> dict[str, str]:
     """Return the metadata of the adapter file: base, data and hyper-parameters."""
     copied = ("task", "base_fingerprint", "max_seq_len", "epochs", "batch_size", "lr", "seed")
     metadata = {name: fixed[name] for name in copied}
-    metadata |= {"classes": json.dumps(labelled.classes), "examples": num_examples}
+    metadata |= {"classes": json.dumps(labeled.classes), "examples": num_examples}
     metadata |= {"base": path.resolve(), "base_layers": num_layers, "data": Path(data.data).name}
-    if labelled.questions:
-        metadata |= {"stride": data.stride, "unanswerable": labelled.unanswerable}
+    if labeled.questions:
+        metadata |= {"stride": data.stride, "unanswerable": labeled.unanswerable}
     return {name: str(value) for name, value in metadata.items()}
 
 

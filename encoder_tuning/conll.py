@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from data import IGNORE
-from encoder_tuning.labelled import Labelled, LabelledData, class_names
+from encoder_tuning.labeled import Labeled, LabeledData, class_names
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_text
 
@@ -68,9 +68,9 @@ def to_bio(tags: Sequence[str]) -> list[str]:
     return converted
 
 
-def labelled_sentences(
+def labeled_sentences(
     sentences: Sequence[TaggedSentence], tokenizer: RobertaTokenizer, max_length: int, classes: Sequence[str]
-) -> LabelledData:
+) -> LabeledData:
     """Tokenize sentences word by word, as <s> words </s>.
 
     The label of the first token of a word is the word's class, and the label of every other token is IGNORE. A sentence
@@ -93,8 +93,8 @@ def labelled_sentences(
             dropped += 1
         else:
             num_truncated += len(ids) > room
-            examples.append(Labelled(inputs, (IGNORE, *labels[:room], IGNORE), sentence.name, len(inputs)))
-    return LabelledData(examples, list(classes), num_truncated, dropped)
+            examples.append(Labeled(inputs, (IGNORE, *labels[:room], IGNORE), sentence.name, len(inputs)))
+    return LabeledData(examples, list(classes), num_truncated, dropped)
 
 
 def tag_classes(sentences: Sequence[TaggedSentence], known: Sequence[str]) -> list[str]:

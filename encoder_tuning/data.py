@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from data import check_text, read_records
-from encoder_tuning.conll import labelled_sentences, read_conll, tag_classes
-from encoder_tuning.labelled import Labelled, LabelledData, class_names, roberta_tokenizer, subset
-from encoder_tuning.squad import labelled_questions, read_squad
+from encoder_tuning.conll import labeled_sentences, read_conll, tag_classes
+from encoder_tuning.labeled import Labeled, LabeledData, class_names, roberta_tokenizer, subset
+from encoder_tuning.squad import labeled_questions, read_squad
 from encoders.media import open_image, preprocess
 from encoders.models import Roberta, ViT
 from formats.encoders import head_labels
@@ -34,7 +34,7 @@ STRIDE = 128  # tokens that neighboring windows of a context share
 # Files
 
 
-def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]:
+def read_labeled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]:
     """Read labeled images as tuples (image or path, class, name).
 
     `path` is a folder with one subfolder of images per class, or a .npz file with the arrays `images`, uint8
@@ -67,7 +67,7 @@ def read_labelled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]
     return [(Image.fromarray(image), str(label), f"image {i}") for i, (image, label) in enumerate(zip(images, labels))]
 
 
-def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
+def read_labeled_texts(path: Path) -> list[tuple[str, str, str]]:
     """Read labeled texts as tuples (text, class, name) from a .tsv or .csv file with a header, or from JSON.
 
     Records have the fields `text` (or `sentence`) and `label`. Raises OSError, or ValueError that names the record.
@@ -100,7 +100,7 @@ def read_labelled_texts(path: Path) -> list[tuple[str, str, str]]:
 # Inputs of an encoder
 
 
-def read_labelled(
+def read_labeled(
     task: str,
     model: ViT | Roberta,
     base: Path,
@@ -109,7 +109,7 @@ def read_labelled(
     classes: Sequence[str] = (),
     limit: int | None = None,
     stride: int = STRIDE,
-) -> LabelledData:
+) -> LabeledData:
     """Read a data file as inputs of the encoder `model` from the folder `base`.
 
     The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the outputs of the head. By
@@ -123,14 +123,14 @@ def read_labelled(
     if task == "question-answering":
         questions, tokenizer = subset(read_squad(data), limit), roberta_tokenizer(model, base)
         with prefix_errors(data):
-            return labelled_questions(questions, tokenizer, max_length, stride)
+            return labeled_questions(questions, tokenizer, max_length, stride)
     if task == "token-classification":
         sentences = read_conll(data)
         classes = list(classes) or tag_classes(sentences, head_labels(base))
         check_classes(classes, data)
         with prefix_errors(data):
-            return labelled_sentences(subset(sentences, limit), roberta_tokenizer(model, base), max_length, classes)
-    rows = (read_labelled_images if task == "image-classification" else read_labelled_texts)(data)
+            return labeled_sentences(subset(sentences, limit), roberta_tokenizer(model, base), max_length, classes)
+    rows = (read_labeled_images if task == "image-classification" else read_labeled_texts)(data)
     classes = list(classes) or class_names([label for _, label, _ in rows])
     check_classes(classes, data)
     tokenizer = None if isinstance(model, ViT) else roberta_tokenizer(model, base)
@@ -146,8 +146,8 @@ def read_labelled(
             num_truncated += len(ids) > max_length - 2
             inputs = torch.tensor([tokenizer.bos_id, *ids[: max_length - 2], tokenizer.eos_id])
             num_tokens = len(inputs)
-        examples.append(Labelled(inputs, (classes.index(label),), name, num_tokens))
-    return LabelledData(examples, classes, num_truncated)
+        examples.append(Labeled(inputs, (classes.index(label),), name, num_tokens))
+    return LabeledData(examples, classes, num_truncated)
 
 
 def check_classes(classes: Sequence[str], data: Path) -> None:

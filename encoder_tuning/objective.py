@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import IGNORE, group_by_length
-from encoder_tuning.labelled import Labelled
+from encoder_tuning.labeled import Labeled
 from encoder_tuning.squad import NO_ANSWER, ContextWindow
 from encoders.heads import HeadAdapter
 from encoders.models import Roberta, ViT
 from formats.roberta_tokenizer import RobertaTokenizer
 
 
-def collate_labelled(examples: Sequence[Labelled]) -> tuple[Tensor, Tensor]:
+def collate_labeled(examples: Sequence[Labeled]) -> tuple[Tensor, Tensor]:
     """Stack the examples into inputs and labels, padded on the right.
 
     Inputs are int64 ids (B, T), or float32 pixels (B, c, S, S). Labels are int64: (B, 1) classes, (B, 2) first and
@@ -63,7 +63,7 @@ def label_loss(
     score: Callable[..., Tensor],
     model: ViT | Roberta,
     adapter: HeadAdapter,
-    examples: Sequence[Labelled],
+    examples: Sequence[Labeled],
     checkpoint_activations: bool = False,
 ) -> Tensor:
     """Return the cross entropy, summed over the labels of the examples.
@@ -73,7 +73,7 @@ def label_loss(
     """
     if not examples:
         return sum(parameter.sum() * 0 for parameter in adapter.parameters())
-    inputs, labels = collate_labelled(examples)
+    inputs, labels = collate_labeled(examples)
     scores = score(model, adapter, inputs)  # (B, classes, labels); the classes of a span are the T positions
     return F.cross_entropy(scores, labels.to(scores.device), ignore_index=IGNORE, reduction="sum")
 
@@ -91,21 +91,19 @@ LOSSES = {  # keyed by task
 
 
 @torch.no_grad()
-def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int) -> list[int]:
+def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labeled], max_tokens: int) -> list[int]:
     """Return the index of the most likely class of each example, in the order of the examples.
 
     A batch has at most `max_tokens` positions, unless it is a single example.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
-    batches = [collate_labelled(group) for group in group_by_length(examples, max_tokens)]
+    batches = [collate_labeled(group) for group in group_by_length(examples, max_tokens)]
     predictions = torch.cat([class_scores(model, adapter, inputs).argmax(dim=1) for inputs, _ in batches])[:, 0]
     return [best for _, best in sorted(zip(order, predictions.tolist()))]
 
 
 @torch.no_grad()
-def predict_tags(
-    model: Roberta, adapter: HeadAdapter, examples: Sequence[Labelled], max_tokens: int
-) -> list[list[int]]:
+def predict_tags(model: Roberta, adapter: HeadAdapter, examples: Sequence[Labeled], max_tokens: int) -> list[list[int]]:
     """Return the index of the most likely tag of each word, one list per example, in the order of the examples.
 
     A batch has at most `max_tokens` positions, unless it is a single example.
@@ -113,7 +111,7 @@ def predict_tags(
     order = sorted(range(len(examples)), key=lambda i: examples[i].num_tokens)
     predictions = []
     for group in group_by_length(examples, max_tokens):
-        inputs, labels = collate_labelled(group)
+        inputs, labels = collate_labeled(group)
         best = tag_scores(model, adapter, inputs).argmax(dim=1).cpu()  # (B, T)
         predictions += [row[words].tolist() for row, words in zip(best, labels != IGNORE)]
     return [tags for _, tags in sorted(zip(order, predictions))]

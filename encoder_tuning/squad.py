@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from data import check_text
-from encoder_tuning.labelled import Labelled, LabelledData
+from encoder_tuning.labeled import Labeled, LabeledData
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_json
 
@@ -117,9 +117,9 @@ def context_windows(
 NO_ANSWER = (0, 0)  # the span from <s> to <s>
 
 
-def labelled_questions(
+def labeled_questions(
     questions: Sequence[SquadQuestion], tokenizer: RobertaTokenizer, max_length: int, stride: int
-) -> LabelledData:
+) -> LabeledData:
     """Make one example per window. Its label is the first answer, or NO_ANSWER if the window does not contain it.
 
     A question with an answer is dropped if no window contains the answer. Raises ValueError as `context_windows` does.
@@ -137,10 +137,10 @@ def labelled_questions(
         windowed += len(windows) > 1
         for window, span in zip(windows, spans):
             ids, name = torch.tensor(window.ids), f"question {question.id}"
-            examples.append(Labelled(ids, span or NO_ANSWER, name, len(ids)))
+            examples.append(Labeled(ids, span or NO_ANSWER, name, len(ids)))
     counts = {"questions": len(questions), "windowed": windowed}
     counts["unanswerable"] = sum(not question.answers for question in questions)
-    return LabelledData(examples, [], dropped=dropped, **counts)
+    return LabeledData(examples, [], dropped=dropped, **counts)
 
 
 # ---------------------------------------------------------------------------------------------------

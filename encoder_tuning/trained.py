@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from encoder_tuning.conll import OUTSIDE, check_tag, entity_metric, entity_scores, labelled_sentences, read_conll
-from encoder_tuning.data import HEAD_TASKS, STRIDE, check_classes, check_head_task, read_labelled
-from encoder_tuning.labelled import roberta_tokenizer, subset
+from encoder_tuning.conll import OUTSIDE, check_tag, entity_metric, entity_scores, labeled_sentences, read_conll
+from encoder_tuning.data import HEAD_TASKS, STRIDE, check_classes, check_head_task, read_labeled
+from encoder_tuning.labeled import roberta_tokenizer, subset
 from encoder_tuning.objective import accuracy, answer_squad, classify, predict_tags
 from encoder_tuning.squad import context_windows, read_squad, squad_scores
 from encoders.heads import HeadAdapter, head_adapter
@@ -121,16 +121,16 @@ class TrainedEncoder:
         check_classes(classes, data)
         sentences, tokenizer = subset(read_conll(data), limit), roberta_tokenizer(self.model, self.base)
         with prefix_errors(data):
-            labelled = labelled_sentences(sentences, tokenizer, self.max_length, classes)
-        predicted = predict_tags(self.model, self.adapter, labelled.examples, max_tokens)
-        by_name = {example.name: tags for example, tags in zip(labelled.examples, predicted)}
+            labeled = labeled_sentences(sentences, tokenizer, self.max_length, classes)
+        predicted = predict_tags(self.model, self.adapter, labeled.examples, max_tokens)
+        by_name = {example.name: tags for example, tags in zip(labeled.examples, predicted)}
         answers = {}
         for sentence in sentences:
             tags = [classes[best] for best in by_name.get(sentence.name, [])]
             answers[sentence.name] = tags + [OUTSIDE] * (len(sentence.words) - len(tags))  # truncated words get O
         scores = entity_scores([*answers.values()], [sentence.tags for sentence in sentences])
         click.echo(
-            f"{len(sentences):,} sentences ({labelled.num_truncated:,} truncated), {scores['entities']:,.0f} entities: "
+            f"{len(sentences):,} sentences ({labeled.num_truncated:,} truncated), {scores['entities']:,.0f} entities: "
             f"F1 {scores['f1']:.2%}, precision {scores['precision']:.2%}, recall {scores['recall']:.2%}"
         )
         return answers
@@ -142,7 +142,7 @@ class TrainedEncoder:
         """
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or list(map(str, range(outputs)))
-        examples = read_labelled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples
+        examples = read_labeled(self.task, self.model, self.base, data, self.max_length, classes, limit).examples
         predicted = classify(self.model, self.adapter, examples, max_tokens)
         labels = [example.labels[0] for example in examples]
         share, [(majority, number)] = accuracy(predicted, labels), Counter(labels).most_common(1)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from adapter import gated_attention
 from data import MICRO_BATCH_TOKENS, hold_out
-from encoder_tuning.data import read_labelled
-from encoder_tuning.labelled import Labelled, subset
+from encoder_tuning.data import read_labeled
+from encoder_tuning.labeled import Labeled, subset
 from encoder_tuning.objective import accuracy, class_loss, classify
 from encoders.heads import head_adapter
 from encoders.models import Roberta, RobertaConfig
@@ -60,19 +60,19 @@ class EncoderRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledSets:
+class LabeledSets:
     """An encoder, its training and test examples, and the settings that all methods share."""
 
     base: Path
-    training: list[Labelled]
-    testing: list[Labelled]
+    training: list[Labeled]
+    testing: list[Labeled]
     num_classes: int
     batch_size: int
     length: int  # K
     rank: int  # rank of LoRA
 
 
-def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
+def set_up_encoder(method: str, sets: LabeledSets, seed: int) -> Trainable:
     """Load a fresh encoder, and create the parameters that the method trains, with their optimizer and loss.
 
     The encoder's own head is used if it has the right number of classes; otherwise the head is a new linear layer.
@@ -93,7 +93,7 @@ def set_up_encoder(method: str, sets: LabelledSets, seed: int) -> Trainable:
     return Trainable(model, headed, headed.make_optimizer(), class_loss)
 
 
-def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labelled]) -> float:
+def encoder_accuracy(model: nn.Module, adapter: nn.Module, examples: Sequence[Labeled]) -> float:
     predictions = classify(model, adapter, examples, MICRO_BATCH_TOKENS)
     return accuracy(predictions, [example.labels[0] for example in examples])
 
@@ -106,7 +106,7 @@ COLUMNS = (
 )
 
 
-def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
+def train_and_score(sets: LabeledSets, run: EncoderRun, seed: int) -> dict:
     """Train with one seed, which also determines the examples if `run.number` is set. Return the results by name."""
     training, testing = sets.training, sets.testing
     if run.on_tenth:
@@ -124,14 +124,14 @@ def train_and_score(sets: LabelledSets, run: EncoderRun, seed: int) -> dict:
     }
 
 
-def compare_encoders(runs: Runs, sets: LabelledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
+def compare_encoders(runs: Runs, sets: LabeledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
     """Train every method with every seed. Return the results of `train_and_score` as lists over the seeds."""
     import_peft()  # fail before training if PEFT is missing
     settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
     return runs.table(COLUMNS, settings, partial(train_and_score, sets))
 
 
-def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: int | None = None) -> dict[str, float]:
+def search_encoder_rates(runs: Runs, sets: LabeledSets, epochs: int, number: int | None = None) -> dict[str, float]:
     """Return the learning rate at which each method is most accurate on a held-out tenth of the training examples.
 
     All runs hold out the same random tenth, because the first tenth of a file sorted by class may have only one class.
@@ -152,7 +152,7 @@ def search_encoder_rates(runs: Runs, sets: LabelledSets, epochs: int, number: in
     return {method: max(TRIED_RATES, key=lambda lr: rows[f"{method}, {lr:g}"]["accuracy"][0]) for method in METHODS}
 
 
-def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabelledSets:
+def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) -> LabeledSets:
     """Read training and test images for a vision transformer with a classification head.
 
     Raises OSError or ValueError if the base has no head, or if a file is missing or invalid.
@@ -162,19 +162,19 @@ def read_image_sets(base: Path, train_path: Path, test_path: Path, **options) ->
         raise ValueError(f"{base}: has no classification head; give an image classifier")
     classes = list(map(str, range(head[-1].out_features)))
     training, testing = (
-        read_labelled("image-classification", model, base, path, 512, classes).examples
+        read_labeled("image-classification", model, base, path, 512, classes).examples
         for path in (train_path, test_path)
     )
-    return LabelledSets(base, training, testing, len(classes), **options)
+    return LabeledSets(base, training, testing, len(classes), **options)
 
 
-def base_accuracy(sets: LabelledSets) -> float:
+def base_accuracy(sets: LabeledSets) -> float:
     """Return the test accuracy of the encoder with its own head before training."""
     model, head = load_encoder(sets.base)
     return encoder_accuracy(model, head_adapter(model, head, sets.num_classes, layers=1, length=1), sets.testing)
 
 
-def print_counts(sets: LabelledSets, examples: str) -> None:
+def print_counts(sets: LabeledSets, examples: str) -> None:
     click.echo(f"{len(sets.training):,} training {examples}, {len(sets.testing):,} test {examples}")
 
 
@@ -236,9 +236,9 @@ def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs,
     """
     base, task = make_roberta(texts, tokenizer), "text-classification"
     model, _ = load_encoder(base)
-    training, classes, *_ = read_labelled(task, model, base, train_path, 128)
-    testing = read_labelled(task, model, base, test_path, 128, classes).examples
-    sets = LabelledSets(base, training, testing, len(classes), **options)
+    training, classes, *_ = read_labeled(task, model, base, train_path, 128)
+    testing = read_labeled(task, model, base, test_path, 128, classes).examples
+    sets = LabeledSets(base, training, testing, len(classes), **options)
     print_counts(sets, "sentences")
     if search:
         search_encoder_rates(runs, sets, epochs)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from adapter import Adapter
 from data import Example, Request, tokenize
-from encoder_tuning.labelled import subset
+from encoder_tuning.labeled import subset
 from experiments.cached import cached_folder
 from experiments.capitals import capital_examples, is_json
 from experiments.drawing import draw_bars, percent

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import Example
-from encoder_tuning.data import read_labelled_texts
+from encoder_tuning.data import read_labeled_texts
 from experiments.ablations import epoch_means, without_losses
 from experiments.cached import CACHE
 from experiments.drawing import draw_bars, draw_line, percent
@@ -69,12 +69,12 @@ def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed
 
     Raises OSError or ValueError if an input file is missing or invalid.
     """
-    rows = read_labelled_texts(sources.reviews / "train.tsv")
+    rows = read_labeled_texts(sources.reviews / "train.tsv")
     order = np.random.default_rng(0).permutation(len(rows))
     examples = [as_instruction(*rows[i]) for i in order]
     held_out = examples[-SEARCH:]
     if not searching:
-        held_out = [as_instruction(*row) for row in read_labelled_texts(sources.reviews / "dev.tsv")]
+        held_out = [as_instruction(*row) for row in read_labeled_texts(sources.reviews / "dev.tsv")]
     base = find_base(sources.base)
     default = Setting(read_base(base)[0].n_layers - 2, lr=0.01, **schedule(sentences))
     text = [read_text(sources.text)[:100_000]]

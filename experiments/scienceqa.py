@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from adapter import Adapter
 from data import Request
-from encoder_tuning.labelled import subset
+from encoder_tuning.labeled import subset
 from experiments.ablations import rate_for
 from experiments.drawing import draw_bars, percent
 from experiments.measures import train_setting
@@ -76,7 +76,7 @@ def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
         raise ValueError("scienceqa requires --base and --data (ScienceQA's problems.json); omit --task")
     problems = subset(read_problems(data, split="val"), held_out)
     how = TestbedOptions(base=base, data=data, task="scienceqa", held_out=len(problems), **options)
-    testbed = read_testbed(how, asked=problems)
+    testbed = read_testbed(how, questions=problems)
     chance = statistics.mean(1 / len(problem.choices) for problem in problems)
     click.echo(
         f"{len(testbed.training):,} training problems, {len(problems):,} held-out problems, chance {chance:.1%}\n"

@@ -158,8 +158,8 @@ def data_parts(options: TestbedOptions, searching: bool, questions: list[Example
     return TestbedParts(options.base, default, batch_size, training, questions, documents)
 
 
-def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[Example] | None = None) -> Testbed:
-    """Create the testbed that the options describe. If `asked` is given, it replaces the held-out questions of --data.
+def read_testbed(options: TestbedOptions, searching: bool = False, questions: list[Example] | None = None) -> Testbed:
+    """Create the testbed that the options describe. `questions` replaces the held-out questions of --data.
 
     Raises OSError if a file cannot be read, or ValueError if options contradict each other or no example fits.
     """
@@ -171,7 +171,7 @@ def read_testbed(options: TestbedOptions, searching: bool = False, asked: list[E
     if options.base is None:
         parts = toy_parts(options, searching)
     else:
-        parts = data_parts(replace(options, base=find_base(options.base)), searching, asked)
+        parts = data_parts(replace(options, base=find_base(options.base)), searching, questions)
     changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
     default = parts.default._replace(**{name: value for name, value in changed.items() if value is not None})
     parts = parts._replace(default=default, training=subset(parts.training, options.limit))

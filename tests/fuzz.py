@@ -660,7 +660,7 @@ def read_encoder(path):
 
     model, head = load_encoder(path.parent if path.suffix != ".pt" else path)
     if isinstance(model, Roberta):
-        from encoder_tuning.labelled import roberta_tokenizer
+        from encoder_tuning.labeled import roberta_tokenizer
 
         ids = roberta_tokenizer(model, path.parent).encode("the km")[: model.config.max_length]
         model(torch.tensor([ids]))
@@ -700,9 +700,9 @@ def mutate_npz(path, rng):
 
 
 def read_npz(path):
-    from encoder_tuning.data import read_labelled_images
+    from encoder_tuning.data import read_labeled_images
 
-    read_labelled_images(path)
+    read_labeled_images(path)
 
 
 def tsv(folder):
@@ -711,9 +711,9 @@ def tsv(folder):
 
 
 def read_tsv(path):
-    from encoder_tuning.data import read_labelled_texts
+    from encoder_tuning.data import read_labeled_texts
 
-    read_labelled_texts(path)
+    read_labeled_texts(path)
 
 
 def squad(folder):

@@ -624,7 +624,7 @@ def make_testbed(base, instructions, folder):
         base, folder / "thirty.json", text=folder / "text.txt", batch_size=8, layers=2, lr=0.05, length=3, epochs=3,
         device="cpu",
     )  # fmt: skip
-    return testbed.read_testbed(options, asked=read_examples(instructions)[30:])
+    return testbed.read_testbed(options, questions=read_examples(instructions)[30:])
 
 
 def make_picture(width=60, height=40, mode="RGB", seed=0):

@@ -8,10 +8,10 @@ import torch
 from helpers import evaluate, make_head_adapter, make_roberta, make_tokens, train, randomize
 from safetensors.torch import load_file
 
-from encoder_tuning.conll import TaggedSentence, entity_scores, labelled_sentences, read_conll, tag_classes, to_bio
-from encoder_tuning.labelled import Labelled
+from encoder_tuning.conll import TaggedSentence, entity_scores, labeled_sentences, read_conll, tag_classes, to_bio
+from encoder_tuning.labeled import Labeled
 from data import group_by_length
-from encoder_tuning.objective import collate_labelled, predict_tags, tag_loss, tag_scores
+from encoder_tuning.objective import collate_labeled, predict_tags, tag_loss, tag_scores
 from encoder_tuning.trained import head_fits_task
 from encoders.heads import head_adapter
 from formats.encoders import head_labels, load_encoder
@@ -75,7 +75,7 @@ def test_label_of_a_word_is_at_its_first_token(bpe, max_length):
     files = [str(bpe / name) for name in ("vocab.json", "merges.txt")]
     theirs = transformers.RobertaTokenizer(*files, add_prefix_space=True)
     words, tags = ["the", "Añil", "don't", "12", "km"], ["O", "B-LOC", "I-LOC", "B-PER", "O"]
-    data = labelled_sentences([TaggedSentence(words, tags, "sentence 0")], RobertaTokenizer(bpe), max_length, TAG_NAMES)
+    data = labeled_sentences([TaggedSentence(words, tags, "sentence 0")], RobertaTokenizer(bpe), max_length, TAG_NAMES)
     if max_length == 2:
         assert (data.examples, data.dropped, data.num_truncated) == ([], 1, 1)
         return
@@ -96,7 +96,7 @@ def test_classes_keep_the_order_of_the_head():
     assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
     assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
     with pytest.raises(ValueError, match="sentence 0: unknown tag 'B-LOC'; expected one of O, B-PER"):
-        labelled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
+        labeled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
 
 
 def test_predicted_tags_keep_the_order_of_the_examples():
@@ -105,7 +105,7 @@ def test_predicted_tags_keep_the_order_of_the_examples():
     adapter, examples = make_head_adapter(model, 3), []
     for i, size in enumerate((9, 5, 12, 7, 5)):
         labels = tuple(-100 if t % 3 else 0 for t in range(size))
-        examples.append(Labelled(make_tokens(model, size, seed=i).clamp(min=3), labels, str(i), size))
+        examples.append(Labeled(make_tokens(model, size, seed=i).clamp(min=3), labels, str(i), size))
     with torch.no_grad():
         scores = [adapter.head(model.encode(example.inputs[None], adapter())[0]) for example in examples]
         center = torch.cat(scores).mean(dim=0)
@@ -163,8 +163,8 @@ def test_logits_and_loss_equal_transformers(bpe, tmp_path):
     assert not head_fits_task(head, "text-classification") and head_labels(tmp_path / "tagger") == TAG_NAMES
     adapter = head_adapter(model, head, len(TAG_NAMES), layers=1, length=2)
     sentences = read_conll(write_conll(tmp_path, TEXT + "\n" + "\n".join(SENTENCES[:3])))
-    examples = labelled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
-    ids, labels = collate_labelled(group_by_length(examples, 1000)[0])
+    examples = labeled_sentences(sentences, RobertaTokenizer(bpe), 100, TAG_NAMES).examples
+    ids, labels = collate_labeled(group_by_length(examples, 1000)[0])
     with torch.no_grad():
         expected = theirs(ids, attention_mask=(ids != 1).long(), labels=labels)
         scores = tag_scores(model, adapter, ids).transpose(1, 2)

@@ -9,8 +9,8 @@ from helpers import Ranks, evaluate, make_head_adapter, make_roberta, make_token
 from PIL import Image
 from safetensors.torch import load_file
 
-from encoder_tuning.data import read_labelled_images, read_labelled_texts
-from encoder_tuning.labelled import Labelled, class_names
+from encoder_tuning.data import read_labeled_images, read_labeled_texts
+from encoder_tuning.labeled import Labeled, class_names
 from encoder_tuning.objective import accuracy, class_loss, classify, span_loss, tag_loss
 from train import TrainConfig, make_optimizer, mean_loss, train_step
 from training.run_files import read_metrics
@@ -25,21 +25,21 @@ def test_labeled_images_are_read_from_folders_and_arrays(tmp_path):
         (tmp_path / "by-class" / label).mkdir(parents=True)
         for i in range(number):
             Image.new("RGB", (9, 7), (i, 0, 0)).save(tmp_path / "by-class" / label / f"{i}.png")
-    assert [(label, name) for _, label, name in read_labelled_images(tmp_path / "by-class")] == [
+    assert [(label, name) for _, label, name in read_labeled_images(tmp_path / "by-class")] == [
         ("cat", "cat/0.png"), ("cat", "cat/1.png"), ("dog", "dog/0.png"),
     ]  # fmt: skip
     images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.array([7, 10, 7]))
-    picture, label, name = read_labelled_images(tmp_path / "x.npz")[1]
+    picture, label, name = read_labeled_images(tmp_path / "x.npz")[1]
     assert (label, name) == ("10", "image 1") and np.array_equal(np.asarray(picture), images[1])
     assert class_names(["10", "7", "9", "b", "a"]) == ["7", "9", "10", "a", "b"]
     for content in (b"", b"PK\x03\x04 torn"):
         (tmp_path / "torn.npz").write_bytes(content)
         with pytest.raises(ValueError, match="torn.npz: cannot be read as a .npz"):
-            read_labelled_images(tmp_path / "torn.npz")
+            read_labeled_images(tmp_path / "torn.npz")
     np.save(tmp_path / "one.npy", images)
     with pytest.raises(ValueError, match="one.npy: cannot be read as a .npz"):
-        read_labelled_images(tmp_path / "one.npy")
+        read_labeled_images(tmp_path / "one.npy")
     for arrays, message in (
         (dict(images=images), "cannot be read as a .npz file with the arrays 'images' and 'labels'"),
         (dict(images=images / 2, labels=np.arange(3)), "'images' is float64"),
@@ -50,19 +50,19 @@ def test_labeled_images_are_read_from_folders_and_arrays(tmp_path):
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(ValueError, match=f"bad.npz: {message}"):
-            read_labelled_images(tmp_path / "bad.npz")
+            read_labeled_images(tmp_path / "bad.npz")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no subfolders with images"):
-        read_labelled_images(tmp_path / "empty")
+        read_labeled_images(tmp_path / "empty")
 
 
 def test_labeled_sentences_are_read(tmp_path):
     (tmp_path / "a.tsv").write_text('sentence\tlabel\nit \'s "good"\t1\nbad\t0\n')
-    assert read_labelled_texts(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
+    assert read_labeled_texts(tmp_path / "a.tsv") == [('it \'s "good"', "1", "record 0"), ("bad", "0", "record 1")]
     (tmp_path / "a.csv").write_text('text,label\n"one, two",x\n')
-    assert read_labelled_texts(tmp_path / "a.csv") == [("one, two", "x", "record 0")]
+    assert read_labeled_texts(tmp_path / "a.csv") == [("one, two", "x", "record 0")]
     (tmp_path / "a.json").write_text('[{"text": "hi", "label": 3}]')
-    assert read_labelled_texts(tmp_path / "a.json") == [("hi", "3", "record 0")]
+    assert read_labeled_texts(tmp_path / "a.json") == [("hi", "3", "record 0")]
     for text, message in (
         ('[{"text": "hi"}]', "record 0: must have the fields 'text'"),
         ('[{"text": 3, "label": "x"}]', "record 0: field 'text' is of type int"),
@@ -70,7 +70,7 @@ def test_labeled_sentences_are_read(tmp_path):
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_labelled_texts(tmp_path / "a.json")
+            read_labeled_texts(tmp_path / "a.json")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def make_examples(model, loss_fn=class_loss, sizes=(9, 5, 7, 12)):
         labels = (i % 3, 4) if loss_fn is span_loss else (i % 3,)
         if loss_fn is tag_loss:  # labels for every other token
             labels = tuple(-100 if t % 2 == 0 else (i + t) % 3 for t in range(size))
-        examples.append(Labelled(ids, labels, f"example {i}", size))
+        examples.append(Labeled(ids, labels, f"example {i}", size))
     return examples
 
 

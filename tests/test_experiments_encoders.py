@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from helpers import HALF, make_vit, timm_state_dict
 from torch.nn.functional import cross_entropy
 
-from encoder_tuning.labelled import Labelled
+from encoder_tuning.labeled import Labeled
 from encoder_tuning.objective import class_loss
 from encoders.models import make_mlp
 from encoders.models import Roberta, RobertaConfig, ViTConfig
@@ -28,12 +28,12 @@ def test_every_method_trains_its_own_parameters_only(tmp_path, method):
     """The loss falls, and only those weights of the encoder change that the method trains."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_state_dict(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
-    sets = encoders.LabelledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
+    sets = encoders.LabeledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
     trainable = encoders.set_up_encoder(method, sets, seed=0)
     model, adapter = trainable.model, trainable.adapter
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    examples = [Labelled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
+    examples = [Labeled(image, (i % 3,), str(i), 5) for i, image in enumerate(images)]
     config = TrainConfig(epochs=8, warmup_epochs=1, batch_size=4, lr=0.01)
     before = mean_loss(model, adapter, examples, config, class_loss)
     assert len(list(finite_steps(trainable, examples, config))) == 8 * 3
@@ -66,11 +66,11 @@ class Recorder:
 
 def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
     """The data are sorted by class, but the held-out tenth has both classes. It is the same at every rate."""
-    examples = [Labelled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
+    examples = [Labeled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     recorder = Recorder(monkeypatch)
     trainable = Trainable(None, NoPrompts([]), None)
     monkeypatch.setattr(encoders, "set_up_encoder", lambda method, sets, seed: trainable)
-    sets = encoders.LabelledSets(tmp_path, examples, [], 2, batch_size=4, length=1, rank=1)
+    sets = encoders.LabeledSets(tmp_path, examples, [], 2, batch_size=4, length=1, rank=1)
     for _ in range(2):
         encoders.search_encoder_rates(Runs("search", tmp_path / "out", 3, {}), sets, 2)
     held_out = [example.name for example in recorder.scored[0]]

@@ -9,7 +9,7 @@ import torch
 from helpers import SMALL_VIT, make_images, make_vit, openai_state_dict, make_picture, timm_state_dict, randomize
 from PIL import Image
 
-from encoder_tuning.data import read_labelled
+from encoder_tuning.data import read_labeled
 from encoders.media import preprocess
 from encoders.models import make_mlp
 from encoders.models import ViTConfig
@@ -400,7 +400,7 @@ def test_real_cifar10_vit_has_its_known_accuracy(tmp_path, data):
     values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}
     (tmp_path / "config.json").write_text(json.dumps(values))
     model, head = load_encoder(tmp_path)
-    examples = read_labelled("image-classification", model, tmp_path, folder / "cifar10_test_25.npz", 512).examples
+    examples = read_labeled("image-classification", model, tmp_path, folder / "cifar10_test_25.npz", 512).examples
     most_likely = head(model.encode(torch.stack([example.inputs for example in examples]))[:, 0]).argmax(1)
     labels = [int(name) for name in np.load(folder / "cifar10_test_25.npz")["labels"]]
     assert sum(map(int.__eq__, most_likely.tolist(), labels)) == 17

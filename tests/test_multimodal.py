@@ -158,7 +158,7 @@ def album(tmp_path_factory):
         pixels = np.random.default_rng(i).integers(0, 80, (30, 36, 3), dtype=np.uint8)
         pixels[..., {"red": 0, "green": 1, "blue": 2}[color]] += 150
         Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
-        records.append({"instruction": "Name the colour.", "output": f"{color}.", "image": f"pictures/{i}.png"})
+        records.append({"instruction": "Name the color.", "output": f"{color}.", "image": f"pictures/{i}.png"})
         if i % 4 == 0:
             records.append({"instruction": "Name the capital of Peru.", "output": "Lima."})
     (folder / "data.json").write_text(json.dumps(records))
@@ -190,7 +190,7 @@ def test_colors_of_images_are_learned(train_args, album, tmp_path, monkeypatch):
     model, tokenizer = load_llama(train_args[1])
     vision_encoder = load_vit(album / "ViT.pt")
     rows = torch.stack(encode_images([album / f"pictures/{i}.png" for i in range(3)], vision_encoder))
-    prompt = AlpacaTemplate(tokenizer).encode_prompt("Name the colour.")
+    prompt = AlpacaTemplate(tokenizer).encode_prompt("Name the color.")
     most_likely = []
     for features in rows:
         with torch.no_grad():
@@ -207,21 +207,21 @@ def test_colors_of_images_are_learned(train_args, album, tmp_path, monkeypatch):
 def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tmp_path):
     assert run(train, *train_args, "--epochs", 2).exit_code == 0
     args = ["--adapter", tmp_path / "run" / "adapter.safetensors", "--greedy", "--max-new-tokens", 4, "--device", "cpu"]
-    single = run(generate, *args, "--image", album / "pictures" / "1.png", "Name the colour.")
+    single = run(generate, *args, "--image", album / "pictures" / "1.png", "Name the color.")
     assert single.exit_code == 0, single.output
-    batch = run(generate, *args, "--image", album / "pictures", "--batch-size", 20, "Name the colour.")
+    batch = run(generate, *args, "--image", album / "pictures", "--batch-size", 20, "Name the color.")
     lines = batch.stdout.splitlines()
     assert batch.exit_code == 0
     response = single.stdout.removesuffix("\n")
     expected = f"{album / 'pictures' / '1.png'}: " + response.replace("\n", "\\n")
     assert expected.strip() in [line.strip() for line in lines]
-    records = [{"instruction": "Name the colour.", "image": "pictures/1.png"}, {"instruction": "Name the colour."}]
+    records = [{"instruction": "Name the color.", "image": "pictures/1.png"}, {"instruction": "Name the color."}]
     (album / "asked.json").write_text(json.dumps(records))
     result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert result.exit_code == 0, result.output
     outputs = [json.loads(line)["output"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert outputs[0] == response
-    assert outputs[1] == run(generate, *args, "Name the colour.").stdout.removesuffix("\n")
+    assert outputs[1] == run(generate, *args, "Name the color.").stdout.removesuffix("\n")
     (album / "asked.json").write_text(json.dumps([records[1], records[0] | {"image": "none.png"}]))
     result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert result.exit_code == 2 and "record 1: " in result.stderr and "none.png: no such image" in result.stderr
@@ -234,7 +234,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
     assert result.exit_code == 2 and "record 0: an image needs an adapter with a projection" in result.stderr
     assert sum(line.startswith(str(album)) for line in lines) == 48
-    assert run(generate, *args, "Name the colour.").exit_code == 0  # without an image
+    assert run(generate, *args, "Name the color.").exit_code == 0  # without an image
 
     Adapter(layers=3, length=5, dim=16, heads=2).save(tmp_path / "text.safetensors")
     base = ["--base", train_args[1]]
@@ -252,7 +252,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
 
 @pytest.mark.parametrize("name", ["../data.json", "/etc/passwd"])
 def test_image_paths_cannot_leave_the_image_folder(train_args, album, tmp_path, name):
-    records = [{"instruction": "Name the colour.", "output": "red.", "image": name}]
+    records = [{"instruction": "Name the color.", "output": "red.", "image": name}]
     (tmp_path / "data.json").write_text(json.dumps(records))
     args = [*train_args, "--data", tmp_path / "data.json", "--images", album / "pictures"]
     for more in ([], ["--skip-missing"]):

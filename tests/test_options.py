@@ -236,7 +236,7 @@ def places(tiny_base, instructions, bpe, tmp_path_factory):
     records = []
     for i in range(4):
         Image.new("RGB", (30, 30), (60 * i, 0, 0)).save(album / f"{i}.png")
-        records.append({"instruction": "Name the colour.", "output": "red", "image": f"{i + i // 3}.png"})
+        records.append({"instruction": "Name the color.", "output": "red", "image": f"{i + i // 3}.png"})
     (album / "data.json").write_text(json.dumps(records))
     (album / "in.jsonl").write_text(json.dumps(records[0]))
     save_problems(folder / "science")

@@ -10,13 +10,13 @@ from safetensors import safe_open
 
 from encoder_tuning import objective
 from encoder_tuning.__main__ import hold_out_by_name
-from encoder_tuning.labelled import Labelled
+from encoder_tuning.labeled import Labeled
 from encoder_tuning.objective import answer_squad
 from encoder_tuning.squad import (
     SquadQuestion,
     answer_words,
     context_windows,
-    labelled_questions,
+    labeled_questions,
     read_squad,
     squad_scores,
 )
@@ -122,7 +122,7 @@ def test_windows_and_labels_equal_transformers(bpe, max_length, stride):
         expected = [transformers_labels(encoded, row, start, end) for row in range(len(encoded.input_ids))]
         windows = context_windows(question, tokenizer, max_length, stride)
         assert [window.ids for window in windows] == encoded.input_ids
-        data = labelled_questions([question], tokenizer, max_length, stride)
+        data = labeled_questions([question], tokenizer, max_length, stride)
         if set(expected) == {(0, 0)}:
             assert (data.examples, data.dropped) == ([], 1)
             continue
@@ -137,22 +137,22 @@ def test_windows_and_labels_equal_transformers(bpe, max_length, stride):
 def test_unanswerable_questions_are_labeled_at_the_start(bpe, tmp_path):
     """Every window of such a question has the label (0, 0). A stride that leaves no room for new tokens is an error."""
     tokenizer, questions = RobertaTokenizer(bpe), read_squad(save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]))
-    data = labelled_questions(questions, tokenizer, 200, 128)
+    data = labeled_questions(questions, tokenizer, 200, 128)
     assert [example.labels == (0, 0) for example in data.examples] == [False, False, True]
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (3, 0, 1, 0)
-    data = labelled_questions(questions[2:], tokenizer, 30, 4)
+    data = labeled_questions(questions[2:], tokenizer, 30, 4)
     assert len(data.examples) > 2 and {example.labels for example in data.examples} == {(0, 0)}
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
     question_length = len(tokenizer.encode("How deep?"))
     for max_length, room in ((30, 30 - question_length - 4), (10, 0)):
         message = f"question c: {room} of {max_length} tokens are left for the context, but --stride is {room}; "
         with pytest.raises(ValueError, match=message):
-            labelled_questions(questions[2:], tokenizer, max_length, room)
-    labelled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
+            labeled_questions(questions[2:], tokenizer, max_length, room)
+    labeled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
 
 
 def test_windows_of_a_question_are_held_out_together():
-    examples = [Labelled(torch.zeros(3), (0, 0), f"question {i // 3}", i) for i in range(60)]
+    examples = [Labeled(torch.zeros(3), (0, 0), f"question {i // 3}", i) for i in range(60)]
     training, validation = hold_out_by_name(examples, 0.25, seed=0)
     assert len(validation) == 15 and len(training) == 45
     assert not {example.name for example in training} & {example.name for example in validation}

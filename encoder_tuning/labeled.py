@@ -12,7 +12,7 @@ from encoders.models import Roberta
 from formats.roberta_tokenizer import RobertaTokenizer
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """A labeled example of any task."""
 
     inputs: Tensor  # token ids (T,), or pixels (c, S, S)
@@ -26,10 +26,10 @@ class Labelled(NamedTuple):
         return sum(label != IGNORE for label in self.labels)
 
 
-class LabelledData(NamedTuple):
+class LabeledData(NamedTuple):
     """The examples of a data file, and the counts that are reported about them."""
 
-    examples: list[Labelled]
+    examples: list[Labeled]
     classes: list[str]  # empty for question answering
     num_truncated: int = 0  # texts or sentences
     dropped: int = 0  # sentences without room for a word, questions whose answer is in no window
