@@ -507,9 +507,9 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
-        advice = "write one file of records per number of prompts"
+        advice = "put the records for each K in a separate file"
         raise ValueError(
-            f"{jsonl}: adapters with different numbers of prompts cannot share a batch: {lengths}; {advice}"
+            f"{jsonl}: adapters with different K, the prompt length, cannot share a batch: {lengths}; {advice}"
         )
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
     write_responses(out, records, responder.respond_all(requests, options["batch_size"], "record"))

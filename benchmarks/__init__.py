@@ -1,1 +1,1 @@
-"""Benchmarks of the speed and memory of this implementation, and of others in the same run."""
+"""Benchmarks of speed and memory. Some can also measure other implementations in the same run."""

@@ -238,7 +238,7 @@ def train_command(**options):
         "--micro-batch-tokens",
         type=Count(),
         default=8192,
-        help="Maximum number of positions per forward pass; affects memory only.",
+        help="Maximum number of positions per forward pass; affects memory only. Question answering ignores it.",
     ),
 )
 def evaluate_command(

@@ -197,8 +197,14 @@ def encoder_options(*own_options, epochs: int) -> list[Callable]:
     data = option_group(
         "Data",
         *own_options,
-        option("--train", "train_path", type=PATH, required=True, help="File or folder of training data."),
-        option("--test", "test_path", type=PATH, required=True, help="File or folder of test data."),
+        option(
+            "--train",
+            "train_path",
+            type=PATH,
+            required=True,
+            help="Training data: a folder or .npz of images, or sentences as .tsv, .csv or .json.",
+        ),
+        option("--test", "test_path", type=PATH, required=True, help="Test data, in the same format."),
     )
     return [data, training_options(epochs=epochs, batch_size=64, length=10, rank=3)]
 

@@ -74,7 +74,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
 
     def ids(*names: str) -> list[int]:
         found = (values.get(f"tokenizer.ggml.{name}_token_id") for name in names)
-        return [id for id in found if type(id) is int and id < len(tokens)]
+        return [id for id in found if type(id) is int and 0 <= id < len(tokens)]
 
     named = {name: ids(short) for name, short in (("bos_token", "bos"), ("eos_token", "eos"))}
     loaded.named_tokens = {name: tokens[found[0]] for name, found in named.items() if found}

@@ -305,7 +305,7 @@ def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int
     end_ids = [id for id in found if id in known or tokenizer.token_text(id)]
     if not end_ids:
         files = "tokenizer_config.json, generation_config.json, config.json"
-        raise ValueError(f"{folder}: none of {files} states which token ends text; add an eos_token_id")
+        raise ValueError(f"{folder}: none of {files} states which token ends text; add an eos_token_id to config.json")
     start_ids = {*tokenizer.start_ids, tokenizer.special_ids.get(bos)}
     return [id for id in end_ids if id not in start_ids] or end_ids  # some bases have one token for both
 

@@ -155,7 +155,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 def is_first_to_report() -> bool:
-    """Return True if no other rank has reported the lost rank yet, according to a counter in torchrun's store."""
+    """Count a report of a lost rank in torchrun's store. Return True if it is the first, or the store is gone."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))

@@ -39,9 +39,9 @@ def interleaved(weight, heads):
 
 
 def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, change=lambda writer: None, **options):
-    """Write a model of transformers and a tokenizer with ggml-org's GGUF writer, and return the path.
+    """Write a transformers model and a tokenizer to a GGUF file, with ggml-org's writer. Return the path.
 
-    `tokenizer` and `change` are functions that add fields to the writer. The default tokenizer is a byte-level one.
+    `tokenizer` and `change` are functions that add fields to the writer. The default tokenizer is byte-level.
     """
     config = theirs.config
     writer = gguf.GGUFWriter(path, architecture, **options)

@@ -1,4 +1,4 @@
-"""Every option of every command is run at least once, from the command line to exit code 0.
+"""Run every command with each of its options, and expect exit code 0.
 
 The options are read from the commands, so that a new option without a line in this file is detected.
 """
