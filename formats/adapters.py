@@ -36,9 +36,11 @@ TOO_LONG = f"has {{:,}} prompts per layer; the maximum is {MAX_LENGTH:,}"
 def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None = None, length: int = 10) -> Adapter:
     """Load an adapter file, a third-party adapter, or the adapter in the folder of a run. The format is detected.
 
-    `heads` is the base's H, required if a file has one gate for all heads. `gate` (the activation of the gates) and
-    `length` (K) are used for the authors' files, which do not state them. `gate` defaults to tanh for one gate per
-    head, and to identity for one gate per layer. Raises FileNotFoundError or ValueError.
+    `heads` is the base's H, which is required if a third-party file has one gate per layer for all heads. `gate` (the
+    activation of the gates) and `length` (K) are used only for the authors' files, which do not state them. `gate`
+    defaults to tanh for one gate per head, and to identity for one gate per layer. Files of this project state all
+    three, so the arguments are ignored for them. Warns if the file is from lit-llama or litgpt. Raises
+    FileNotFoundError or ValueError.
     """
     path = Path(path)
     if (path / "adapter.safetensors").is_file():
@@ -168,7 +170,7 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
     if query.dim() != 2 or len(query) == 0 or len(query) % length:
         raise ValueError(
             f"{AUTHORS[0]} has shape {tuple(query.shape)}; expected a multiple of {length} rows, that is, "
-            f"{length} prompts per layer"
+            f"{length} prompts per layer; for a different number, use convert.py import --length"
         )
     gates = by_layer(tensors, AUTHORS[1])
     layers = len(query) // length
@@ -199,7 +201,7 @@ def read_peft(tensors: Mapping[str, Tensor]) -> LayerTensors | None:
     for i, prompt in prompts.items():
         if not isinstance(prompt, Tensor) or prompt.dim() != 3 or len(prompt) != 1:
             raise ValueError(
-                f"the prompt of layer {i} has shape {tuple(getattr(prompt, 'shape', ()))}; expected (1, K, C)"
+                f"the adaption prompt of layer {i} has shape {tuple(getattr(prompt, 'shape', ()))}; expected (1, K, C)"
             )
     prompts = {i: prompt[0] for i, prompt in prompts.items()}
     return LayerTensors("PEFT", prompts, gates, "identity")
@@ -276,7 +278,8 @@ def peft_weights(folder: Path) -> Path:
     """
     config = folder / "adapter_config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{config}: no such file, so {folder} is not a PEFT adapter")
+        expected = "adapter.safetensors (this project) nor adapter_config.json (PEFT)"
+        raise FileNotFoundError(f"{folder}: contains neither {expected}")
     try:
         kind = read_json_object(config)["peft_type"]
     except (ValueError, KeyError):
@@ -290,7 +293,7 @@ def peft_weights(folder: Path) -> Path:
 
 
 def write_peft(adapter: Adapter, folder: Path) -> None:
-    """Write a folder that PEFT can load.
+    """Write a folder that PEFT can load; create it if necessary, and replace an adapter that it contains.
 
     PEFT's format has no projection and no head, and only one gate for all heads of a layer. Raises ValueError if it
     cannot represent the adapter, or if the adapter's metadata does not state the number of layers of the base.

@@ -106,7 +106,7 @@ def load_model(
 
     `prepare_layer` is called on every layer after its weights are loaded, to quantize or shard it before the next layer
     is allocated. With `keep_blocks`, linear layers that a GGUF file stores in blocks of 8 or 4 bits stay quantized.
-    Raises ValueError, naming the weight, if a weight is missing, unknown, or has the wrong shape.
+    Raises ValueError, naming the weight, if a weight is missing or unknown, has the wrong shape, or is not finite.
     """
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)

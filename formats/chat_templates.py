@@ -139,7 +139,8 @@ class ChatTemplate(Template):
 
     The loss covers the text between {% generation %} and {% endgeneration %}. If the template does not have these tags,
     the loss covers the text that each assistant turn adds, up to and including the special token that ends the turn.
-    Raises ValueError if the template is invalid, or fails to render a conversation of two turns.
+    Warns if a response does not end with a special token, or begins differently in generation than in training. Raises
+    ValueError if the template is invalid, or fails to format a conversation of two turns.
     """
 
     has_turns = True
@@ -210,7 +211,10 @@ class ChatTemplate(Template):
 
     @contextmanager
     def errors(self, name: str):
-        """Convert any exception of a template to a ValueError whose message begins with `name`, that of the example."""
+        """Convert any exception of a template to a ValueError whose message begins with `name`, such as "record 3".
+
+        A RewrittenTurn stays a RewrittenTurn, with the same prefix.
+        """
         try:
             yield
         except ValueError as error:

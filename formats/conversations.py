@@ -22,8 +22,8 @@ PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER
 def read_conversation(record: object, path: str | Path, name: str) -> Example:
     """Convert a record to an Example. A record is a conversation, a prompt and completion, or Alpaca's fields.
 
-    `name` is the label of the record, such as "record 3". Raises a ValueError that names the record and the turn if the
-    record is invalid.
+    `name` is the label of the record, such as "record 3". Raises a ValueError that names the record, and the turn if
+    only one turn is invalid.
     """
     where = f"{path}: {name}"
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
@@ -54,11 +54,12 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
 
 
 def read_turns(record: object, path: str | Path, name: str, with_output: bool = True) -> list[Turn] | None:
-    """Check a record and return its turns, or None if it is a single instruction.
+    """Check a record and return its turns, or None if it is a single instruction or not an object.
 
-    The turns are those of `messages` or `conversations`, after an optional `system`. Alternatively they are Alpaca's
-    fields, after LLaMA-Factory's `system` and `history`; the `output` is included if `with_output`. Raises ValueError
-    if a field is not supported, a role is unknown, a content is empty, or the turns are in the wrong order.
+    The turns are those of `messages` or `conversations`, after an optional `system`. A record with Alpaca's fields has
+    turns only if it also has LLaMA-Factory's `system` or `history`, which come first; its `output` is included if
+    `with_output`. Raises ValueError if a field is missing, has the wrong type or is not supported, if a role is
+    unknown, if a content is empty, or if the turns are in the wrong order.
     """
     if not isinstance(record, dict):
         return None
@@ -120,7 +121,8 @@ def is_learned(value: dict, role: str, where: str) -> bool:
     if train not in (None, False, True):
         raise ValueError(f"{where}: field 'train' is {train!r}; expected true or false")
     if role != "assistant" and (weight or train):
-        raise ValueError(f"{where}: is marked for training, but only the assistant's turns can be trained on")
+        field = "weight" if weight else "train"
+        raise ValueError(f"{where}: field '{field}' selects a {role} turn for training; select only assistant turns")
     return not (weight == 0 or train is False)
 
 

@@ -106,7 +106,10 @@ class Source:
     used: set[str] = field(default_factory=set)  # names of the tensors that were fetched
 
     def fetch(self, name: str) -> Tensor:
-        """Return the tensor that has this name in this project. Raises KeyError if it is missing, or ValueError."""
+        """Return the tensor that has this name in this project, and add its name in the file to `used`.
+
+        Raises KeyError if it is missing, or ValueError if it is not a dense floating-point tensor.
+        """
         packed = re.search(r"(?<=attention\.w)[qkv](?=\.)", name) if "attention.qkv." in self.names else None
         theirs = self.prefix + renamed(name.replace(f"w{packed[0]}.", "qkv.") if packed else name, self.names)
         self.used.add(theirs)
@@ -218,7 +221,10 @@ def load_parameters(
 
 
 def save_encoder(model: ViT | Roberta, folder: Path) -> None:
-    """Write a CLIP vision encoder as Hugging Face's CLIPVisionModel, or a RoBERTa as RobertaModel."""
+    """Write config.json and model.safetensors of Hugging Face's CLIPVisionModel or RobertaModel into `folder`.
+
+    A ViT must have CLIP's architecture. Its preprocessing is not written.
+    """
     names, values = ROBERTA, {"model_type": "roberta", "type_vocab_size": 1}
     if isinstance(model, ViT):
         names, values = CLIP, {"model_type": "clip_vision_model"}
@@ -299,7 +305,7 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
         if is_cropped and side_length("crop_size", values.get("crop_size", S), ("height", "width")) != S:
             raise ValueError(f"crop_size is {values['crop_size']!r}, but the encoder's image_size is {S}")
         if not is_cropped and not (squeezed and resized == S):
-            raise ValueError(f"size is {size!r} without do_center_crop, but the encoder's image_size is {S}")
+            raise ValueError(f"size is {size!r} without do_center_crop; expected height and width {S}, the image_size")
 
         mean, std = (0.0,) * channels, (1.0,) * channels
         if values.get("do_normalize", True):
@@ -385,8 +391,9 @@ OPEN_CLIP_WIDTHS = (1280, 1408, 1664)  # ViT-H/14, g/14 and bigG/14, whose heads
 def open_clip_settings(file: Path, dim: int) -> dict[str, object]:
     """Return the fields of ViTConfig that open_clip_config.json specifies for an encoder of width `dim`.
 
-    If the file does not exist, a warning says that the encoder is assumed to be OpenAI's. Raises ValueError if only
-    open_clip has encoders of this width, or if the file contains a setting that is not supported.
+    If the file does not exist, the encoder is assumed to be OpenAI's: a warning says so, and the dict is empty. Raises
+    ValueError if the file does not exist and only open_clip has encoders of this width, or if the file contains a
+    setting that is not supported.
     """
     if not file.exists():
         needed = f"an encoder of open_clip needs its {file.name} in the same folder"

@@ -114,10 +114,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_file(path: Path) -> Path | None:
-    """Return `path` if it is a GGUF file, or the file of the only GGUF model in that folder; otherwise None.
+    """Return `path` if it is a GGUF file, or the file of the only GGUF model in the folder `path`; otherwise None.
 
-    If the model is split over several files, the first one is returned. Raises ValueError if the folder contains
-    several models.
+    If the model in the folder is split over several files, the first one is returned. Raises ValueError if the folder
+    contains several models.
     """
     if path.is_dir():
         files = [
@@ -188,7 +188,8 @@ def parse_part(file: Path, size: int, modified: int) -> Header:
 def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
     """Return the type of a tensor's blocks, and its memory-mapped bytes, uint8 (..., bytes per row).
 
-    Raises ValueError if the type is unknown, or if the file does not contain the whole tensor.
+    Raises ValueError if the type is unknown, if a row does not consist of whole blocks, or if the file does not contain
+    the whole tensor.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -211,7 +212,7 @@ def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
 def read_tensor(info: TensorInfo) -> Tensor:
     """Read a tensor, dequantized to float32.
 
-    Raises ValueError if the file does not contain the whole tensor, or if its type is unknown or cannot be dequantized.
+    Raises ValueError as `read_blocks` does, or if the package gguf cannot dequantize the type.
     """
     from gguf import dequantize
 
@@ -223,7 +224,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 class StoredWeight(NamedTuple):
-    """A weight in a file. Calling it copies the dequantized weight into a tensor."""
+    """A weight in a file. Calling it copies the dequantized weight, or only a part of it, into a tensor."""
 
     info: TensorInfo
     halves_of: int | None  # head dimension if the rows are in Hugging Face's order (halves of each head), else None
@@ -235,11 +236,10 @@ class StoredWeight(NamedTuple):
             copy_in_pairs(read_tensor(self.info), target, self.halves_of, part)
 
     def quantized(self, shape: torch.Size) -> QuantizedLinear | None:
-        """Return a linear layer that uses the blocks of this weight unchanged.
+        """Return a linear layer with the quantized numbers of the file, without quantizing the weight again.
 
-        Returns None for a weight that is not a matrix, and for any type but Q8_0, Q4_0 and Q4_1.
-
-        Raises ValueError if the weight does not have this shape, or if a scale or offset is not finite.
+        Returns None for a weight that is not a matrix, and for any type but Q8_0, Q4_0 and Q4_1. Raises ValueError as
+        `read_blocks` does, if the weight does not have this shape, or if a scale or offset is not finite.
         """
         if len(shape) != 2:
             return None
@@ -266,7 +266,10 @@ class StoredWeight(NamedTuple):
 
 
 def read(path: Path) -> tuple[Config, Weights]:
-    """Read the header of a GGUF model: a file, or the only model in a folder. Raises OSError or ValueError."""
+    """Read the header of a GGUF model: a file, or the only model in a folder.
+
+    Raises OSError, or ValueError if the model is invalid or not supported, or if the package gguf is not installed.
+    """
     file = find_file(path)
     try:
         import gguf  # noqa: F401
@@ -327,7 +330,7 @@ def gguf_config(header: Header) -> Config:
     context, window = get("context_length", None), get("attention.sliding_window", None)
     embeddings = header.tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
-        raise ValueError("has no weight token_embd.weight")
+        raise ValueError("the weight token_embd.weight is missing or is not a matrix")
     return Config(
         dim=dim,
         n_layers=get("block_count"),

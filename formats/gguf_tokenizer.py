@@ -82,7 +82,9 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
         loaded.start_ids = named["bos_token"]
     loaded.end_ids = list(dict.fromkeys(ids("eos", "eot", "eom")))
     if not loaded.end_ids:
-        raise ValueError(f"{file}: does not state which token ends text; expected tokenizer.ggml.eos_token_id")
+        found = values.get("tokenizer.ggml.eos_token_id")
+        expected = f"an id from 0 to {len(tokens) - 1}, the token that ends text"
+        raise ValueError(f"{file}: tokenizer.ggml.eos_token_id is {found!r}; expected {expected}")
     loaded.eos_id = loaded.end_ids[0]
     loaded.special_ids |= {tokens[id]: id for id in (*loaded.start_ids, *loaded.end_ids)}
     template = values.get("tokenizer.chat_template")

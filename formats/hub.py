@@ -18,8 +18,9 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
     """Return the path of a base. If `base` is a name on the Hub, this is the folder of its download.
 
     A complete download in the cache is used without a request, because an adapter belongs to one set of weights.
-    Otherwise `commit` is downloaded, by default the newest. Without huggingface_hub, the path is returned unchanged.
-    Raises ValueError if the base cannot be downloaded, or if the repository has no safetensors.
+    Otherwise a line is printed, and `commit` is downloaded, by default the newest. If huggingface_hub is not installed,
+    `base` is returned as a path. Raises ValueError if the base cannot be downloaded, or if the repository has no
+    safetensors.
     """
     path, name = Path(base), str(base)
     if path.exists() or not re.fullmatch(NAME, name):

@@ -131,7 +131,8 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
 def read(folder: Path) -> tuple[Config, Weights]:
     """Read config.json and the headers of the weight files.
 
-    Raises OSError, or ValueError if the model is not supported.
+    Warns, and uses lm_head.weight, if config.json ties the output head to the embeddings, but the two differ. Raises
+    OSError, or ValueError if a file is invalid or the model is not supported.
     """
     values = read_json_object(folder / CONFIG)
     with prefix_errors(folder / CONFIG):
@@ -183,7 +184,8 @@ def hugging_face_config(values: dict) -> Config:
     only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for name, value in only.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
+            advice = "; use the original model" if name == "quantization_config" else ""
+            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported{advice}")
     for name in ("hidden_size", "num_attention_heads"):
         require_number(name, values[name], 1, 2**24, whole=True)
     dim, n_heads = values["hidden_size"], values["num_attention_heads"]
@@ -210,7 +212,7 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
     """Return rope_theta, and the D/2 divisors of the rotary frequencies, or None if the frequencies are not scaled.
 
     As in transformers, `rope_scaling` takes precedence over `rope_parameters`, which transformers 5 writes. Raises
-    KeyError if a field is missing, or ValueError if the kind of scaling is not supported.
+    KeyError if a field is missing, or ValueError if a field is invalid or not supported.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -231,7 +233,9 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
 
 
 def context_length(values: dict) -> int | None:
-    """Return the context length in tokens, limited to the sliding window of the attention, or None if neither is known.
+    """Return the context length in tokens, or None if config.json does not state it.
+
+    If the attention uses a sliding window, the context length is at most the size of the window.
 
     Raises ValueError if the sliding window is used, and it or the context length is invalid.
     """

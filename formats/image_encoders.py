@@ -34,7 +34,10 @@ class VisionEncoder:
         }
 
     def encode(self, paths: Sequence[Path], cache: Path | None = None) -> list[Tensor]:
-        """Return the features (F,) of each image or video. Raises OSError or ValueError."""
+        """Return the features (F,) of each image or video. The folder `cache`, if given, keeps them for later calls.
+
+        Raises OSError or ValueError.
+        """
         return encode_images(paths, self.vit, self.depths, cache)
 
     def fixed_options(self, features: Sequence[Tensor]) -> dict[str, str]:

@@ -22,7 +22,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     files = [path] if path.is_file() else sorted(path.glob("*.bin"))
     if len(files) > 1:
         raise ValueError(
-            f"{path}: contains {len(files)} llama2.c files ({files[0].name} ...); give the path of one of them"
+            f"{path}: contains {len(files)} .bin files ({files[0].name} ...); give the path of one of them"
         )
     file = require_file(files[0])
     size = file.stat().st_size

@@ -36,10 +36,11 @@ def load_with_adapters(
 ) -> tuple[LLaMA, Tokenizer, dict[str, Adapter]]:
     """Load adapters and a base, by default the one that the first adapter names.
 
-    Returns the base, its tokenizer, and the adapters keyed by name. `bits` is the value of --bits. With `decoding`, the
-    base is prepared for decoding steps, which are compiled if `compiled`. With several ranks, each loads its shard of
-    every layer. Warns if an adapter was trained with different base weights, and prints how third-party files were
-    interpreted. Raises OSError, or ValueError if the files do not fit each other.
+    Returns the base, its tokenizer, and the adapters keyed by name. If the base is a name on the Hugging Face Hub, it
+    is downloaded once. `bits` is the value of --bits. With `decoding`, the base is prepared for decoding steps, which
+    are compiled if `compiled`. With several ranks, each loads its shard of every layer. Warns if an adapter was trained
+    with different base weights, and prints how third-party files were interpreted. Raises OSError, or ValueError if a
+    file is invalid or the files do not fit each other.
     """
     if compiled:
         prepare_to_compile(device)
@@ -79,7 +80,9 @@ def load_with_adapters(
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
-    """Return the adapter files keyed by name. Each path is NAME=FILE, or a path that also names the adapter.
+    """Return the adapter files keyed by name. A path is NAME=FILE, or only FILE.
+
+    Without NAME, the adapter is named after the file, without its suffix, or after the folder.
 
     Raises ValueError if two adapters have the same name, or one is named "base".
     """
@@ -121,7 +124,8 @@ def check_adapter(adapter: Adapter, path: str, base: str, config: Config, finger
     except ValueError as error:
         raise ValueError(f"{path}: does not fit the base {base}: {error}") from None
     if metadata.get("prompt_template", "alpaca").partition(":")[0] not in NAMES:
-        raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}")
+        expected = f"expected one of {', '.join(NAMES)}"
+        raise ValueError(f"{path}: unknown prompt template {metadata['prompt_template']!r}; {expected}")
     if metadata.get("base_fingerprint", fingerprint) != fingerprint:
         warn(f"{path}: was trained with other weights than those of {base}")
     if "format" not in metadata:  # a third-party file

@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[Config, Weights]:
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """Return the memory-mapped tensors of a file, keyed by name. Raises FileNotFoundError or ValueError."""
+    """Return the tensors of a file, keyed by name, without `rope.freqs`. Raises FileNotFoundError or ValueError."""
     tensors = load_pth(file)
     tensors.pop("rope.freqs", None)  # in LLaMA 1's files; rope_cos_sin computes the frequencies
     for name, tensor in tensors.items():
@@ -62,7 +62,7 @@ def join(pieces: list[Tensor], target: Tensor, part: Part | None = None) -> None
     """Join the pieces of a weight, one per file, and copy the weight, or this rank's shard of it, to `target`.
 
     The dimension along which the files split the weight follows from the shapes. Norms are not split: every file
-    contains a copy. Raises ValueError if the pieces do not make up the weight.
+    contains a copy. Raises ValueError if the pieces do not make up the weight, or are not dense floating-point tensors.
     """
     part = part or WHOLE
     n, shape, whole = len(pieces), tuple(pieces[0].shape), part.whole_shape(target.shape)

@@ -16,15 +16,16 @@ def read_requests(
 ) -> tuple[list[dict], list[Request], dict[int, Path]]:
     """Read a file of requests. Return its records, one Request per record, and the image paths keyed by record index.
 
-    Images are in `folder`, by default the folder of the file. `names` are the names of the loaded adapters and "base",
-    and `default` is the name for records without one. Raises OSError, or a ValueError that names the record.
+    Images are in `folder`, by default the folder of the file. `names` are the names of the loaded adapters and "base".
+    A record without the field `adapter` uses `default`, and one whose `adapter` is null uses "base". Raises OSError, or
+    a ValueError that names the record, or the line if it is not JSON.
     """
     records, requests, images = read_records(path), [], {}
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         turns = read_turns(record, path, f"record {index}", with_output=False)
         if turns is not None and (not turns or turns[-1].role != "user"):
-            raise ValueError(f"{where}: the last turn is not the user's, so there is nothing to respond to")
+            raise ValueError(f"{where}: does not end with a user turn, so there is nothing to respond to")
         example = check_record(record, path, f"record {index}", needed=[] if turns else ["instruction"])
         name = record.get("adapter", default)
         name = "base" if name is None else name

@@ -1,4 +1,4 @@
-"""RoBERTa's tokenizer: GPT-2's byte-level BPE, with ids of its own."""
+"""RoBERTa's tokenizer: GPT-2's byte-level BPE with different ids."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Read named tensors from safetensors files and torch.save files; shared by all formats.
 
-Files are memory-mapped, so that a tensor is read only when it is copied into a parameter. Files that a PyTorch before
-1.6 saved are read into memory.
+Files are memory-mapped, so that a tensor is read only when it is copied into a parameter. Files that were saved with a
+PyTorch version before 1.6 are read into memory.
 """
 
 import io
@@ -94,7 +94,8 @@ def frozen_parameter(
 ) -> nn.Parameter:
     """Create a frozen parameter with the shape and strides of `like`, and fill it with `write`.
 
-    Raises ValueError, with a message that begins with `where`, if the tensor cannot be read or is not finite.
+    Raises ValueError, with a message that begins with `where`, if the tensor cannot be allocated or read, or if one of
+    its values is not finite.
     """
     try:
         target = torch.empty_like(like, dtype=dtype, device=device)
@@ -109,8 +110,9 @@ def frozen_parameter(
 def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
     """Load a dict that torch.save wrote, without running code that it contains.
 
-    If `content` is given, it is loaded instead of the file, which is only named in error messages. The tensors of a
-    file are memory-mapped. Raises FileNotFoundError, or ValueError if the file is invalid.
+    If `content` is given, it is loaded instead of the file, which is only named in error messages. Otherwise the
+    tensors are memory-mapped, unless the file was saved with a PyTorch version before 1.6. Raises FileNotFoundError, or
+    ValueError if the file is invalid.
     """
     if content is None:
         require_file(file)
@@ -168,8 +170,8 @@ WEIGHT_FILES = (
 def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """Return the functions that read the tensors of a Hugging Face folder, keyed by tensor name.
 
-    The weights are one file or several shards. Prints a line if the folder also contains weights in another format,
-    which are ignored. Raises FileNotFoundError or ValueError.
+    The weights are one file or several shards. Prints a line if the folder contains several of WEIGHT_FILES, because
+    only the first one is loaded. Raises FileNotFoundError or ValueError.
     """
     found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not found:
@@ -187,7 +189,7 @@ def open_shards(folder: Path) -> dict[str, Callable[[], Tensor]]:
     for name in sorted(set(places.values())):
         file = folder / name
         if Path(name).name != name or not file.is_file():
-            raise FileNotFoundError(f"{file}: does not exist, but {index.name} lists it")
+            raise FileNotFoundError(f"{file}: is listed in {index.name}, but is not a file in this folder")
         tensors |= open_tensors(file)
     if missing := sorted(places.keys() - tensors.keys()):
         raise ValueError(f"{index}: lists {missing[0]} in {places[missing[0]]}, which does not contain it")

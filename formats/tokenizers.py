@@ -31,13 +31,16 @@ def library_errors(what: str):
         raise ValueError(f"{what}: {first_line(error)}") from None
 
 
-# Tokenizer libraries insert a space before the first character of their input. If the input begins with this mark,
-# which no token contains, the ids of both the space and the mark can be removed.
+# Some tokenizers insert a space before the first character of their input. If the input begins with this mark, which no
+# token contains, the ids of both the space and the mark can be removed.
 MARK = "\ufdd4"
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """The tokenizer of LLaMA 1 and 2. Raises ValueError if the file is not a SentencePiece model."""
+    """The tokenizer of LLaMA 1 and 2.
+
+    Raises ValueError if the file is not a SentencePiece model, or if the model has no <bos> or no <eos>.
+    """
 
     def __init__(self, path: str | Path):
         try:
@@ -143,13 +146,14 @@ class TiktokenTokenizer(Tokenizer):
         return self.special_ids.get(token)
 
     def token_text(self, id: int) -> str | None:
-        return None  # only special tokens have one, and `special_ids` contains all of them
+        return None  # other tokens consist of bytes, not text, and `special_ids` contains all special tokens
 
 
 class JsonTokenizer(Tokenizer):
     """A tokenizer of the library `tokenizers`, which was loaded from the file `path`, usually a tokenizer.json.
 
-    Text that spells a special token is encoded as plain text. Raises ValueError if the tokenizer does not work.
+    Text that spells a special token is encoded as plain text. Padding and truncation are turned off. Raises ValueError
+    if the tokenizer cannot encode text, or if its start token is not in its vocabulary.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, path: Path):
@@ -305,7 +309,8 @@ def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int
     end_ids = [id for id in found if id in known or tokenizer.token_text(id)]
     if not end_ids:
         files = "tokenizer_config.json, generation_config.json, config.json"
-        raise ValueError(f"{folder}: none of {files} states which token ends text; add an eos_token_id to config.json")
+        advice = "set eos_token_id in config.json to its id"
+        raise ValueError(f"{folder}: none of {files} names a token that ends text; {advice}")
     start_ids = {*tokenizer.start_ids, tokenizer.special_ids.get(bos)}
     return [id for id in end_ids if id not in start_ids] or end_ids  # some bases have one token for both
 
@@ -360,7 +365,8 @@ def load_tokenizer(base: str | Path, num_embeddings: int | None = None) -> Token
 def load_tokenizer_files(folder: Path) -> Tokenizer:
     """Load tokenizer.json, or tokenizer.model (SentencePiece or tiktoken), and apply the settings beside it.
 
-    If the folder is in Meta's layout, its parent may contain tokenizer.model. Raises FileNotFoundError or ValueError.
+    If the folder is in Meta's layout, its parent may contain tokenizer.model. Warns if both files exist and encode a
+    text differently. Raises FileNotFoundError or ValueError.
     """
     places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # original/ is in Llama 3's folders
     found: list[Tokenizer] = []
@@ -388,7 +394,8 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
 def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) -> None:
     """Omit special tokens without an embedding, such as a <pad> that was added after pretraining.
 
-    Raises ValueError if an ordinary token, <bos> or <eos> has no embedding.
+    They are omitted from `vocab_size` and `end_ids`, but stay in `special_ids`, so that an error names them if a chat
+    template writes one. Raises ValueError if an ordinary token, <bos> or <eos> has no embedding.
     """
     if tokenizer.vocab_size <= num_embeddings:
         return

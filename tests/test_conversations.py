@@ -126,7 +126,7 @@ def test_system_and_history_fields_become_turns():
         (with_turn(train="no"), "turn 2: field 'train' is 'no'; expected true or false"),
         (
             with_turn(role="user", weight=1),
-            "turn 1: is marked for training, but only the assistant's turns can be trained on",
+            "turn 1: field 'weight' selects a user turn for training; select only assistant turns",
         ),
     ],
 )

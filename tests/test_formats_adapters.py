@@ -237,7 +237,8 @@ def test_broken_peft_folders_are_named(tmp_path):
     for prompt in (torch.ones(5, 32), torch.ones(2, 5, 32), torch.ones(1, 1, 5, 32)):
         torch.save({prefix + "prompt": prompt, prefix + "gate": torch.ones(1)}, tmp_path / "adapter_model.bin")
         with pytest.raises(
-            ValueError, match=r"adapter_model.bin: the prompt of layer 2 has shape \(.*\); expected \(1, K, C\)"
+            ValueError,
+            match=r"adapter_model.bin: the adaption prompt of layer 2 has shape \(.*\); expected \(1, K, C\)",
         ):
             load_adapter(tmp_path, heads=4)
     torch.save(

@@ -252,7 +252,7 @@ def test_processor_config_json_takes_precedence(tmp_path):
         (
             "CLIP",
             {"do_center_crop": False},
-            "'shortest_edge': 24} without do_center_crop, but the encoder's image_size",
+            "'shortest_edge': 24} without do_center_crop; expected height and width 24",
         ),
         ("CLIP", {"crop_size": 22}, "crop_size is 22, but the encoder's image_size is 24"),
         (
@@ -266,7 +266,7 @@ def test_processor_config_json_takes_precedence(tmp_path):
             {"size": {"longest_edge": 24}},
             "size is {'longest_edge': 24}; expected an integer, or an object with only shortest_edge",
         ),
-        ("ViT", {"size": 32}, "size is 32 without do_center_crop, but the encoder's image_size is 24"),
+        ("ViT", {"size": 32}, "size is 32 without do_center_crop; expected height and width 24"),
         (
             "ViT",
             {"size": {"height": 24, "width": 48}},

@@ -358,7 +358,7 @@ def test_closed_standard_input_is_an_error_only_without_a_prompt(tiny_adapter):
         (["--base", "absent"], "absent: no such base model"),
         (["--adapter", "absent.safetensors"], "absent.safetensors: no such adapter file"),
         (["--compare", "--base", "BASE"], "--compare needs --adapter"),
-        (["--base", "BASE", "--adapter", ""], "is not a PEFT adapter"),
+        (["--base", "BASE", "--adapter", ""], "contains neither adapter.safetensors"),
         (["--base", "BASE", "--raw", "--input", "x"], "--input is a field of the template"),
         (["--adapter", "STRANGE"], "unknown prompt template 'strange'"),
         (["--adapter", "OTHER", "--base", "BASE"], "does not fit"),
@@ -501,7 +501,7 @@ def test_requests_can_contain_conversations_and_images(tmp_path):
     ]
     assert images.keys() == {1, 2}
     (tmp_path / "in.jsonl").write_text(json.dumps({"conversations": turns[:2]}))
-    with pytest.raises(ValueError, match="record 0: the last turn is not the user's"):
+    with pytest.raises(ValueError, match="record 0: does not end with a user turn"):
         read_requests(str(tmp_path / "in.jsonl"), ["base"], "base", None)
 
 

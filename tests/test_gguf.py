@@ -212,7 +212,7 @@ def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, 
         (dict(tokenizer=lambda w: add_byte_level(w, ["a"], [], [1], "gpt-2")), "has no field 'tokenizer.ggml.merges'"),
         (
             dict(tokenizer=lambda w: add_byte_level(w, ["a", "b", "ab"], ["a b"], [1] * 3, "gpt-2", 9, 9)),
-            "does not state which token ends text",
+            "tokenizer.ggml.eos_token_id is 9; expected an id from 0 to 2",
         ),
     ],
 )

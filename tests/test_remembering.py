@@ -167,8 +167,8 @@ UNANSWERED = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "W
 @pytest.mark.parametrize(
     "record, more, message",
     [
-        (ANSWERED, [], "the last turn is not the user's, so there is nothing to respond to"),
-        ({"messages": []}, [], "the last turn is not the user's, so there is nothing to respond to"),
+        (ANSWERED, [], "does not end with a user turn, so there is nothing to respond to"),
+        ({"messages": []}, [], "does not end with a user turn, so there is nothing to respond to"),
         ({"messages": [{"role": "cat", "content": "Hi"}]}, [], "turn 0: role 'cat' is not one of"),
         (
             UNANSWERED,

@@ -125,7 +125,7 @@ def test_end_tokens_come_from_several_files(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(tmp_path).end_ids == [0]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 10000, "x", null]}')
-    with pytest.raises(ValueError, match="none of tokenizer_config.json, .* states which token ends text"):
+    with pytest.raises(ValueError, match="none of tokenizer_config.json, .* names a token that ends text"):
         load_tokenizer(tmp_path)
 
 
