@@ -24,7 +24,11 @@ from runtime.device import select_device
 @option_group("Memory", *bits_options)
 @option_group(
     "Page",
-    option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 also accepts other machines."),
+    option(
+        "--host",
+        default="127.0.0.1",
+        help="Address to listen on; 0.0.0.0 also accepts connections from other machines.",
+    ),
     option("--port", type=click.IntRange(1, 65535), default=7860, help="Port of the page, http://HOST:PORT."),
 )
 def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, bits, host, port):

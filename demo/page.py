@@ -126,7 +126,10 @@ def stream_responses(
     upload: Upload | None,
     *sampling,
 ) -> Iterator[list]:
-    """Yield lists of the contents of the two responses, the heat map and the notice, while the responses grow."""
+    """Yield lists of the contents of the two responses, the heat map and the notice, while the responses grow.
+
+    `sampling` are the fields of `Sampling` after the strength. An error that the user can act on becomes a notice.
+    """
     features = upload.features.get(name) if upload else None
     request = Request(instruction, context, name, features=features)
     first_layer = len(demonstration.model.layers) - len(demonstration.adapters[name].gates)
@@ -145,7 +148,10 @@ def stream_responses(
 
 
 def encode_image(demonstration: Demonstration, path: str) -> list:
-    """Encode an uploaded file and delete it; return the new values of the image's controls and of the notice."""
+    """Encode an uploaded file and delete it; return the new values of the image's controls and of the notice.
+
+    An error that the user can act on becomes a notice, and the previous image is removed.
+    """
     try:
         upload = demonstration.encode_upload(Path(path))
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -98,8 +98,8 @@ class Demonstration:
     def respond(self, request: Request, sampling: Sampling) -> Iterator[SideBySide]:
         """Yield the responses while they grow, first that of the adapter, then that of the base.
 
-        Both use the adapter's template and the same seed; the base gets no image. Raises ValueError if the instruction
-        is empty or the prompt is too long.
+        Both use the same template and the same seed; the base gets no image. After the adapter's response is complete,
+        the shares of the prompts are computed. Raises ValueError if the instruction is empty or the prompt is too long.
         """
         if not request.instruction.strip():
             raise ValueError("The instruction is empty: type an instruction.")
@@ -165,7 +165,7 @@ def response_shares(responder: Responder, request: Request, ids: list[int]) -> T
 
 
 def preview(path: Path) -> str:
-    """Return HTML with a small image, embedded as data so that no file is kept, or with the name of any other file."""
+    """Return HTML: a small image, embedded as data so that no file is kept, or the name of any other file."""
     try:
         image = frames_of(path)[0]
     except ValueError:  # for example, a sound for an encoder that the user provides

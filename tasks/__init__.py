@@ -31,9 +31,9 @@ class Task:
     )
     choices: Callable[..., list[str]] | None = None  # all possible responses to an example, for --choose
     read_responses: Callable[[Path, Sequence], list[str | None]] | None = None  # reads the file of --results
-    write_results: Callable[[object, dict, Path], None] | None = None  # prints the scores and writes a folder
+    write_results: Callable[[object, dict, Path], None] | None = None  # prints the scores and writes them to a folder
     split: str | None = None  # the split to score by default; None: the file has no splits
-    needs_images: bool = False  # reject an adapter without a projection
+    needs_images: bool = False  # reject the base alone, and an adapter without a projection
     max_new_tokens: int = 64
     data_help: str = "File of examples, in the same format as for train.py."
     unit: str = "example"  # unit of the progress bar

@@ -1,6 +1,7 @@
 """COCO captions (Chen et al., 2015): images, each with captions by several people.
 
-They are read from the official annotation files, and scored with COCO's own code: pip install pycocoevalcap.
+The captions are read from the official annotation files. Responses are scored with COCO's own code: pip install
+pycocoevalcap.
 """
 
 import io
@@ -45,9 +46,9 @@ def read_for_scoring(path: str | Path, images: str | Path | None = None, split: 
 
 
 def read_pictures(path: str | Path) -> list[Picture]:
-    """Read the images that have captions from an annotation file, such as captions_val2017.json.
+    """Return a Picture for each image that has captions in an annotation file, such as captions_val2017.json.
 
-    Raises OSError, or a ValueError that names the annotation.
+    The image files are not opened. Raises OSError, or a ValueError that names the invalid image or annotation.
     """
     fields = values if isinstance(values := read_json(path), dict) else {}
     if missing := [key for key in ("images", "annotations") if not isinstance(fields.get(key), list)]:
@@ -109,7 +110,7 @@ def coco_scorers() -> list[tuple[list[str], object]]:
 def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[str, float]:
     """Score captions with COCO's own implementations of BLEU, ROUGE-L and CIDEr.
 
-    The best possible score is 1, or 10 for CIDEr.
+    The best possible score is 1, or 10 for CIDEr. A missing response counts as an empty caption.
 
     The command writes results.json, in COCO's format, and scores.json.
     """
@@ -117,7 +118,7 @@ def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     def tokenized(captions: dict[int, Sequence[str]]) -> dict[int, list[str]]:
-        """Return the captions as words separated by spaces. The Java program reads one caption per line."""
+        """Return the captions as words separated by spaces. The Java program requires captions without line breaks."""
         lines = {id: [{"caption": one_line(text)} for text in texts] for id, texts in captions.items()}
         return PTBTokenizer().tokenize(lines)
 
@@ -136,7 +137,7 @@ def one_line(text: str | None) -> str:
 
 
 def write_results(responses: Responses, scores: dict[str, float], folder: Path) -> None:
-    """Print the table; write results.json and scores.json. Raises OSError."""
+    """Print the table, and write results.json and scores.json to `folder`. Raises OSError."""
     pictures = responses.examples
     click.echo(f"captions of {len(pictures):,} images; the best score is 1, or 10 for CIDEr\n")
     click.echo("".join(f"{name:>9}" for name in scores))

@@ -1,8 +1,9 @@
-"""EleutherAI's lm-evaluation-harness for a base and its adapters. It is installed with pip install lm_eval.
+"""Evaluate a base and its adapters with EleutherAI's lm-evaluation-harness (pip install lm_eval).
 
-The harness has the tasks, the few-shot examples and the metrics. This file implements the harness's model interface:
-log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal those of the
-harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in training.
+The harness provides the tasks, the few-shot examples and the metrics. This file implements the harness's model
+interface: log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal
+those of the harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in
+training.
 """
 
 import json
@@ -41,7 +42,8 @@ RESPONSE = ALPACA["without_input"].splitlines()[-1]  # the last line of a prompt
 class HarnessModel(TemplateLM):
     """Model for the harness: the base of a responder with one of its adapters; the name "base" selects the base alone.
 
-    Requests of similar length share a batch, and a context is processed once for all of its continuations.
+    Requests of similar length share a batch, and a context is processed once for all of its continuations. `about` is
+    stored in results.json.
     """
 
     CONTEXT, NEW_TOKENS = 2048, 256  # the defaults of "hf", for numbers that the base or the task does not state
@@ -148,7 +150,8 @@ class HarnessModel(TemplateLM):
     def generation(self, kwargs: dict) -> tuple[list[str], Sampling]:
         """Return the stop strings and the Sampling for a task's `generation_kwargs`.
 
-        Raises ValueError if a setting is not supported.
+        Without do_sample, decoding is greedy, and temperature, top_p, top_k and min_p are ignored. Raises ValueError if
+        a setting is invalid or not supported.
         """
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
@@ -219,7 +222,7 @@ def make_columns(
     about: Mapping[str, object],
     **options,
 ) -> dict[str, HarnessModel]:
-    """Return a dict of models: one for each adapter at each strength, and one for the base alone.
+    """Return models keyed by column name: one for each adapter at each strength, and one for the base alone.
 
     The base is omitted if there are adapters and `compare` is False. `about` is stored in the results.json of each
     model; `options` are those of Responder. Raises ValueError if a name is taken, or cannot be the name of a folder.
@@ -250,8 +253,9 @@ def run_harness(
 ) -> dict[str, dict]:
     """Run the harness for every column. Return the results keyed by column on the first rank, and {} on all others.
 
-    The first rank writes results.json into a folder for each column, and every response if `samples` is True. `tasks`
-    are names or YAML files; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
+    The harness downloads the data of the tasks if necessary. The first rank writes results.json into a folder in `out`
+    for each column, and with `samples` also every prompt and response. `tasks` are names or YAML files; `include` is a
+    folder with further tasks; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
     for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe forever
@@ -265,7 +269,7 @@ def run_harness(
         manager.load([*tasks])  # downloads their data if necessary
     options |= {"apply_chat_template": template is not None, "fewshot_as_multiturn": template not in (None, "alpaca")}
     all_results = {}
-    for name, column in columns.items():  # the harness stores requests in the task, so each column loads its own
+    for name, column in columns.items():  # the harness stores requests in a task, so each column loads the tasks again
         try:
             results = simple_evaluate(column, tasks=[*tasks], task_manager=manager, log_samples=samples, **options)
         except (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:  # a faulty task

@@ -23,7 +23,8 @@ def with_images(
     """Return the examples whose image exists in the folder, and those without an image.
 
     If an image is missing, raises a FileNotFoundError that names the example, unless `skip_missing` is True. Raises
-    ValueError if no example remains. Messages begin with `path`, the file of the examples.
+    ValueError if an image is outside the folder or not a file, or if no example remains. Messages begin with `path`,
+    the file of the examples.
     """
     kept = []
     for example in examples:
@@ -55,8 +56,8 @@ def attach_features(
 ) -> list[AnyExample]:
     """Return the examples, each with the features (F,) of its image, or None if it has no image.
 
-    An image that several examples share is encoded once.
-    `cache` is a folder that keeps the features for later runs. Raises OSError or ValueError.
+    An image that several examples share is encoded once. `cache` is a folder that keeps the features for later runs.
+    Raises OSError or ValueError.
     """
     paths = [Path(folder) / example.image if example.image else None for example in examples]
     distinct = list(dict.fromkeys(path for path in paths if path is not None))

@@ -90,7 +90,7 @@ class Responses:
     task: str
     split: str | None
     examples: Sequence[Example]
-    texts: Sequence[str | None]  # None: the prompt left no room for a response
+    texts: Sequence[str | None]  # None: the prompt, or a choice after it, does not fit into the context
     method: str
     generated: bool  # True if the model generated the texts
     model_name: str  # the name of the adapter, "base", or the name of the file of responses without its suffix

@@ -168,7 +168,8 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
 def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
     """Read the answer to each problem from a results file in the official format, {"results": {id: index}}.
 
-    The answer is "" if no choice has the index. Raises OSError, or ValueError if a problem has no answer.
+    The answer is "" if the index is an integer but no choice has it. Raises OSError, or ValueError if a problem has no
+    answer, or one that is not an integer.
     """
     results = read_json(path)
     results = results.get("results") if isinstance(results, dict) else None
@@ -185,7 +186,7 @@ def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
 
 
 def write_results(answers: Responses, scores: dict[str, float | None], folder: Path) -> None:
-    """Print the table; write results.json and wrong.txt. Raises OSError."""
+    """Print the table, and write results.json and wrong.txt to `folder`. Raises OSError."""
     problems, texts = answers.examples, answers.texts
     chosen = [problem.chosen(text) for problem, text in zip(problems, texts)]
     too_long = [problem.id for problem, text in zip(problems, texts) if text is None]

@@ -25,9 +25,9 @@ def score_continuations(
 ) -> list[Scored]:
     """Score each continuation after its context, with its own adaption prompts.
 
-    All three lists have one entry per continuation. Contexts of similar length share a batch, and so do their
-    continuations. Equal contexts with the same adaption prompts are processed once. The bar advances by the number of
-    continuations.
+    All three lists have one entry per continuation. Contexts are batched by length, and the continuations after the
+    contexts of one batch again by length. Equal contexts with the same adaption prompts are processed once. The bar
+    advances by the number of continuations.
     """
     by_context = defaultdict(list)  # the indices of the continuations of each distinct context
     for i, (context, own) in enumerate(zip(contexts, adaption_prompts)):
@@ -79,7 +79,7 @@ def score_rows(
     if T > 1:
         longer = cache.longer_copy(cache.capacity + T - 1, rows)
         hidden = model.hidden_states(ids[:, :-1], adaption_prompts, longer)[later]  # (tokens, C)
-        parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # their logits would need much memory
+        parts = zip(hidden.split(1024), ids[:, 1:][later].split(1024))  # all logits at once would need much memory
         scores = [token_scores(model.output(part), predicted) for part, predicted in parts]
         log_p[:, 1:][later], greedy[:, 1:][later] = map(torch.cat, zip(*scores))
     return list(zip(log_p.sum(1).tolist(), greedy.all(1).tolist()))

@@ -70,8 +70,9 @@ zinc Zn
 """
 
 # The wordings of each kind of fact. The lines of a paragraph are the name of the kind, statements, questions,
-# instructions, and an instruction whose entity is in Alpaca's input field. {e} is the entity, {a} is the answer, and a
-# slash is a line break.
+# instructions, and an instruction whose entity is in Alpaca's input field. The last two are missing if only
+# toy/digits.py uses the kind. Wordings are separated by |. {e} is the entity, {a} is the answer, and a slash is a line
+# break.
 WORDINGS = """
 capital
 The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.

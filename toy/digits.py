@@ -58,7 +58,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the pictures for training, and the held-out ones, both in a fixed random order."""
+    """Return the paths of the pictures for training, and of the held-out ones, both in a fixed random order."""
     files = sorted((folder / "pictures").iterdir(), key=lambda file: file.stem[2:])
     order = np.random.default_rng(0).permutation(len(files))
     return [files[i] for i in order[HELD_OUT:]], [files[i] for i in order[:HELD_OUT]]

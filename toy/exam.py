@@ -50,16 +50,17 @@ def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corn
 
 
 def mean_scores(prefix: str, scores: dict[str, list[bool]]) -> dict[str, float]:
-    """Return the mean of each score, with the names that are used in summary.json as keys."""
+    """Return the mean of each score, keyed by `prefix` and the name of the score, as in summary.json."""
     return {f"{prefix}_{name.replace(' ', '_')}": sum(score) / len(score) for name, score in scores.items()}
 
 
 @torch.no_grad()
 def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
-    """Score the base and the adapter on the almanac's held-out questions, and print a table.
+    """Score the base and the adapter on the almanac's held-out questions, print a table, and return the mean scores.
 
     To be fair to the base, the table also shows the share of responses that contain the expected word ("has it"). The
     majority baseline answers in the expected form, with the word that is most common in training for that kind of fact.
+    A last line tells whether the adapter at strength 0 computes the logits of the base.
     """
     sets = almanac.instructions()
     questions = [question for name in HELD_OUT for question in sets[name]]
@@ -89,7 +90,7 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
 
 
 def evaluate_digits(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> dict[str, float]:
-    """Score the adapter on questions about held-out pictures of digits, and print a table.
+    """Score the adapter on questions about held-out pictures of digits, print a table, and return the mean scores.
 
     An adapter for images gets each question with its picture, without a picture, and with a random picture. Any other
     adapter gets no pictures. The column "chance" is the accuracy of always naming the most common digit in training.

@@ -39,7 +39,7 @@ OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
 def make_base(folder: Path, seed: int = 0, n_layers: int = N_LAYERS) -> list[float]:
     """Pretrain a base, write it to a folder in Hugging Face's layout, and return the losses.
 
-    This takes about four minutes.
+    This takes about four minutes on one core.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder / "tokenizer.model", seed)

@@ -41,7 +41,7 @@ def image_examples(options):
 
 
 def blind_examples(options):
-    """Return the examples of `image_examples` without a vision encoder, so that their images are ignored."""
+    """Return the Examples of `image_examples`, and unchanged options: without a vision encoder, images are ignored."""
     return image_examples(options)[0], options
 
 

@@ -3,9 +3,9 @@
     python docs/examples/reviews.py write SST-2/train.tsv SST-2/dev.tsv
     python docs/examples/reviews.py score answers.jsonl
 
-The first command writes reviews.json for training, and unseen.jsonl for `generate.py --prompts`. The second one counts
-the responses that are exactly right. Each line of SST-2's files contains a sentence and its label, 0 or 1, separated by
-a tab.
+The first command writes reviews.json for training, and unseen.jsonl for `generate.py --prompts`, to the current folder.
+The second one counts the responses that are exactly right. After the first line, which is a heading, each line of
+SST-2's files contains a sentence and its label, 0 or 1, separated by a tab.
 """
 
 import json
@@ -35,7 +35,7 @@ def read_sentences(path: str, number: int) -> list[dict[str, str]]:
 @click.option("--train-number", default=800, show_default=True, help="Number of sentences to train on.")
 @click.option("--unseen-number", default=400, show_default=True, help="Number of held-out sentences.")
 def write(train, unseen, train_number, unseen_number):
-    """Write reviews.json and unseen.jsonl."""
+    """Write reviews.json and unseen.jsonl to the current folder."""
     examples = [record | {"output": record.pop("right")} for record in read_sentences(train, train_number)]
     Path("reviews.json").write_text(json.dumps(examples, indent=1), encoding="utf-8")
     records = read_sentences(unseen, unseen_number)
@@ -45,7 +45,7 @@ def write(train, unseen, train_number, unseen_number):
 @main.command()
 @click.argument("answers")
 def score(answers):
-    """Print the share of responses that are exactly right."""
+    """Print the number and the percentage of responses that are exactly right."""
     records = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
     right = sum(record["output"].strip() == record["right"] for record in records)
     print(f"{right} of {len(records)} are exactly right: {right / len(records):.1%}")
