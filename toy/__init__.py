@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-TOYS = ("text", "images", "blind")  # the names of --toy; each is a Toy in toy/toys.py
+TOYS = ("text", "images", "blind")  # the values of --toy; each names a Toy in toy/toys.py
 TRAINING = {"layers": 4, "epochs": 12, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}  # defaults of all toys
 
 

@@ -39,7 +39,7 @@ def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list
 def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corner: str = " " * 34) -> None:
     """Print a table of mean scores, with one column per score.
 
-    Each row is a group of questions; `rows` maps its label to their indices.
+    Each row is a group of questions; `rows` maps the label of a group to the indices of its questions.
     """
     headings = ["has it" if name.endswith(" has it") else name for name in scores]  # "base has it" is next to "base"
     width = 2 + max(map(len, headings))

@@ -15,7 +15,7 @@ class Toy(NamedTuple):
     """A base, its training data, and its evaluation."""
 
     base: Path
-    # Takes DataOptions; returns Examples, and the options with `images` and `vision_encoder` filled in.
+    # Takes DataOptions; returns Examples and DataOptions. The toy "images" fills in `images` and `vision_encoder`.
     examples: Callable
     evaluate: Callable[..., dict[str, float]]  # takes model, tokenizer and adapter; prints tables, returns scores
 

@@ -1,7 +1,8 @@
 """Write two tasks for lm-evaluation-harness, made from the toy's almanac: python docs/examples/capitals.py
 
-Both contain the held-out questions about capitals. In capitals_chosen.yaml, the model chooses one of four cities; in
-capitals_written.yaml, it writes the answer. All files are written to the current folder.
+Both contain the held-out questions about capitals, except those with the country in the input field. In
+capitals_chosen.yaml, the model chooses one of four cities; in capitals_written.yaml, it writes the answer. All files
+are written to the current folder.
 """
 
 import json
