@@ -1,11 +1,12 @@
-"""Fuzzer for every kind of file that the project reads: a broken file is refused in one line, or read.
+"""Fuzzer for the kinds of files in KINDS: a broken file must be refused in one line, or read.
 
     python tests/fuzz.py --seed 1 --cases 3000 --cli 150
 
-A traceback, a hang and a killed process are failures. Mutations keep the structure of a file: they change a value in
-JSON, a tensor, a line of text, or a few bytes. A case depends only on the seed and its number, so `--seed 1 --only 17`
-repeats case 17. Cases run in a separate process, limited to MEMORY bytes and to SECONDS per case. With --cli, whole
-commands run as well, each in its own process for at most 120 seconds.
+A traceback, a hang, a killed process, and an empty or unprintable message are failures. Most mutations keep the
+structure of a file: they change a value in JSON, a tensor, a line of text, or a few bytes. A case depends only on the
+seed, its number and --kind, so `--seed 1 --only 17` repeats case 17 of a run without --kind. Cases run in a separate
+process, limited to MEMORY bytes and to SECONDS per case. With --cli, whole commands run as well, each in its own
+process for at most 120 seconds; --only and --kind do not apply to them.
 """
 
 import base64
@@ -85,7 +86,10 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_value(values, rng: random.Random):
-    """Change one value in JSON to a different type or size, or delete or rename its field; return the values."""
+    """Change one value in JSON to a different type or size, or delete or rename its field, in place; return the values.
+
+    If the random choice ends in an empty list or object, return a single value of STRANGE instead.
+    """
     inside = values
     while True:
         keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
@@ -107,7 +111,11 @@ def mutate_value(values, rng: random.Random):
 
 
 def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
-    """Change one tensor's shape, dtype, values or name, delete it, copy it to a new name, or swap it with another."""
+    """Return a copy in which one tensor has a different shape, dtype, name or values, or is missing.
+
+    The tensor may also be copied to a new name, or swapped with another tensor. An entry that is not a tensor is
+    replaced with a value of STRANGE.
+    """
     name = rng.choice(sorted(tensors))
     t = tensors[name]
     if not isinstance(t, torch.Tensor):
@@ -144,7 +152,10 @@ def mutate_tensors(tensors: dict, rng: random.Random) -> dict:
 
 
 def mutate_pickled(tensors: dict, rng: random.Random) -> dict:
-    """Change one entry, possibly to something that only a pickle can contain, such as an expanded or sparse tensor."""
+    """Return a copy with one entry changed, possibly to something that only a pickle can contain.
+
+    Examples are an expanded tensor, a sparse tensor and a list of tensors.
+    """
     if rng.random() < 0.7:
         return mutate_tensors(tensors, rng)
     name = rng.choice(sorted(tensors))
@@ -384,7 +395,7 @@ def hugging_face(folder):
 
 
 def gguf_file(folder):
-    """Create a GGUF file with a byte-level tokenizer and one layer, so that the header is longer than the weights."""
+    """Create a GGUF file of 30 kB with a byte-level tokenizer and one layer. The header takes a sixth of the file."""
     import gguf
     from tokenizers import pre_tokenizers
 
@@ -541,7 +552,10 @@ def run_files(folder):
 
 
 def read_run(path):
-    """Read the files of a run as `--resume` does."""
+    """Read the files of an unfinished run as `--resume` does, draw its curves, and take an optimizer step.
+
+    In the folder `done` of a finished run, read only the summary.
+    """
     from runtime.files import read_json_object
     from train import make_optimizer
     from training.curves import draw_curves
@@ -569,7 +583,7 @@ def clip(folder):
 
 
 def open_clip(folder):
-    """Create a CLIP file of open_clip, which lacks two of OpenAI's entries, and the configuration in their place."""
+    """Create a CLIP file without the two sizes that OpenAI's files have, and open_clip's configuration."""
     state = torch.load(clip(folder), weights_only=True)
     del state["input_resolution"], state["context_length"]
     torch.save(state, folder / "ViT.pt")
@@ -908,7 +922,10 @@ KINDS = {
 
 
 def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> str:
-    """Return "read", "refused", or a one-line description of the failure."""
+    """Create, mutate and read one file; return "read", "refused", or a description of the failure.
+
+    If `kind` is None, `number` determines the kind.
+    """
     kind = kind or list(KINDS)[number % len(KINDS)]
     rng = random.Random(f"{seed} {number} {kind}")
     make, change, read = KINDS[kind]
@@ -946,7 +963,7 @@ def run_worker(seed: int, numbers: list[int], kind: str | None, queue) -> None:
     """
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide the output of libraries
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide what libraries write to standard error
     with tempfile.TemporaryDirectory() as temporary:
         for number in numbers:
             queue.put((number, "begun"))
@@ -960,7 +977,8 @@ def run_worker(seed: int, numbers: list[int], kind: str | None, queue) -> None:
 def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[int, str]:
     """Run the cases in a separate process, and return the results by number.
 
-    After a hang or a killed process, a new process continues with the next case.
+    After a hang or a killed process, a new process continues with the next case. If a process fails before its first
+    case, the failure has the key None, and the remaining cases are not run.
     """
     results: dict[int, str] = {}
     context = multiprocessing.get_context("spawn")
@@ -970,10 +988,11 @@ def run_cases(seed: int, numbers: list[int], kind: str | None = None) -> dict[in
         process.start()
         current = None
         while True:
+            timeout = SECONDS + (60 if current is None else 0)  # the first message comes after the imports
             try:
-                number, result = queue.get(timeout=SECONDS + (60 if current is None else 0))
+                number, result = queue.get(timeout=timeout)
             except Exception:
-                failure = f"no result in {SECONDS} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
+                failure = f"no result in {timeout} s" if process.is_alive() else f"killed, exit code {process.exitcode}"
                 name = "?" if current is None else kind or list(KINDS)[current % len(KINDS)]
                 results[current] = f"{name}: {failure}"
                 process.kill()
@@ -1034,9 +1053,10 @@ VALUES = [
 
 
 def run_command(seed: int, number: int, base: Path) -> str:
-    """Run a command with a mutated file or, equally often, a bad value of an option.
+    """Run a command with a mutated file or, equally often, with an unusual value for one option.
 
-    Returns "read" (exit code 0), "refused" (exit code 2 and a one-line error), or a description of the failure.
+    If the command has no option with a value, its last argument is replaced. Returns "read" (exit code 0), "refused"
+    (exit code 2, no traceback, and an error in the last line of standard error), or a description of the failure.
     """
     kind = list(COMMANDS)[number % len(COMMANDS)]
     rng = random.Random(f"{seed} {number} {kind} command")
@@ -1079,10 +1099,10 @@ def run_command(seed: int, number: int, base: Path) -> str:
 @click.option("--seed", default=0)
 @click.option("--cases", default=1000, help="Number of files to mutate and read.")
 @click.option("--cli", default=0, help="Number of whole commands to run.")
-@click.option("--only", type=int, help="Run only the case with this number.")
-@click.option("--kind", type=click.Choice(list(KINDS)), help="Mutate only files of this kind.")
+@click.option("--only", type=int, help="Mutate only the file of this case, and ignore --cases.")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="Mutate only files of this kind; --cli ignores it.")
 def main(seed, cases, cli, only, kind):
-    """Mutate files of every kind, read them, and print the failures. The exit code is 1 if there are any."""
+    """Mutate files of every kind, read them, and print the failures and counts. With failures, the exit code is 1."""
     numbers = list(range(cases)) if only is None else [only]
     found = list(run_cases(seed, numbers, kind).items()) if cases or only is not None else []
     with tempfile.TemporaryDirectory() as base:

@@ -79,9 +79,11 @@ CHATML = (  # adds a system turn if there is none, as the templates of Qwen2.5 a
 
 
 def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
-    """Save a byte-level BPE like those of SmolLM2 and Qwen: no <bos>, and two tokens that end a text.
+    """Train a byte-level BPE on `texts`, and save it to `folder`.
 
-    `template` is the chat template, and `generation` has further fields of generation_config.json.
+    Like those of SmolLM2 and Qwen, it has no <bos> and two tokens that end a text. The files are tokenizer.json,
+    tokenizer_config.json with `template` as the chat template, and generation_config.json with further fields from
+    `generation`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -182,9 +184,9 @@ def subcommands(group):
 
 
 def run_spoiled(args, spoil=None):
-    """Call `spoil(rank)`, then run train.py; return its exit code, standard output and standard error.
+    """Call `spoil(rank)`, if given, and run train.py; return its exit code, standard output and standard error.
 
-    Raises the exceptions that train.py does not turn into an exit code.
+    PyTorch is limited to one thread. Raises the exceptions that train.py does not turn into an exit code.
     """
     torch.set_num_threads(1)
     if spoil is not None:
@@ -196,7 +198,7 @@ def run_spoiled(args, spoil=None):
 
 
 def before_step(n, act):
-    """Return a replacement for train.train_step that calls act() before its n-th step (from 1)."""
+    """Return a replacement for train.train_step that calls act() at the beginning of its n-th call (n from 1)."""
     import train
 
     train_step, calls = train.train_step, []
@@ -369,7 +371,10 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def launch(main, args, spoil=None, stdin=""):
-    """Call `spoil(rank)`, then run a command, which raises SystemExit. Rank 0 reads `stdin`, the others nothing."""
+    """Call `spoil(rank)`, if given, and run a command, which raises SystemExit.
+
+    Rank 0 reads `stdin`; the standard input of every other rank is empty. PyTorch is limited to one thread.
+    """
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", 0))
     if spoil is not None:
@@ -386,9 +391,10 @@ def train_command(args, spoil=None):
 
 
 def run_rank(rank, world, port, folder, results, target, args):
-    """Run target(*args) as one of several ranks, put (rank, its result) into the queue, and exit the process.
+    """Run target(*args) as one of several ranks, and exit the process.
 
-    Standard output and standard error go to the files stdout-RANK and stderr-RANK in `folder`.
+    If the target returns, (rank, its result) is put into the queue. Standard output and standard error go to the files
+    stdout-RANK and stderr-RANK in `folder`.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -424,12 +430,13 @@ class Ranks:
     def results(self, timeout=60):
         """Return a list with an entry for each rank.
 
-        The entry is the target's return value. If it did not return, it is (exit code, stdout, stderr). If a rank runs
-        longer than `timeout` seconds, or than 30 seconds after a rank has failed, the test fails.
+        The entry is the target's return value. If it did not return, it is (exit code, stdout, stderr). The test
+        fails if a rank is still running `timeout` seconds after the call, or 30 seconds after a rank has failed. The
+        files with the outputs are deleted, so this can be called only once.
         """
         returned, failed, deadline = {}, False, time.monotonic() + timeout
         while any(process.exitcode is None for process in self.processes):
-            assert time.monotonic() < deadline, f"a rank hangs: {[p.exitcode for p in self.processes]}"
+            assert time.monotonic() < deadline, f"a rank hangs; exit codes: {[p.exitcode for p in self.processes]}"
             with suppress(queue.Empty):
                 returned |= [self.queue.get(timeout=0.1)]
             if not failed and any(process.exitcode for process in self.processes):
@@ -485,9 +492,10 @@ KINDS = {
 
 
 def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama", **kind):
-    """Save a random model of transformers with logits of order 10, and the tokenizer of `tiny_base`; return the model.
+    """Save a random transformers model with logits of order 10, and the tokenizer of `tiny_base`; return the model.
 
-    `kind` is a value of KINDS: further fields of the config, and the architecture if it is not a LLaMA.
+    `architecture` and `kind`, further fields of the config, come from a value of KINDS. The test is skipped without
+    transformers.
     """
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -513,7 +521,7 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
 
 
 def save_harness_task(folder):
-    """Save a task of lm-evaluation-harness, three times the same multiple-choice question; return its YAML file."""
+    """Save a task of lm-evaluation-harness with three copies of one multiple-choice question; return its YAML file."""
     question = {"question": "Name the capital of Peru.", "right": 1}
     question["options"] = [" Lima", " The capital of Peru is Lima.", " owl"]
     (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
@@ -528,7 +536,10 @@ def save_harness_task(folder):
 
 
 def chat_on_terminal(lines, *args):
-    """Type `lines` and Ctrl-D into generate.py on a pseudo-terminal; return its standard output and standard error."""
+    """Type `lines` and Ctrl-D into generate.py on a pseudo-terminal; return its standard output and standard error.
+
+    Responses are greedy and have at most 5 tokens. Asserts that the exit code is 0.
+    """
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     command = [sys.executable, "generate.py", *map(str, args), "--greedy", "--max-new-tokens", "5"]
@@ -551,7 +562,7 @@ class Terminal(io.StringIO):
 def chat_in_process(lines, *args):
     """Run generate.py in this process, with `lines` from a standard input that claims to be a terminal.
 
-    Returns its standard output and standard error.
+    Responses are greedy and have at most 5 tokens. Returns its standard output and standard error.
     """
     import generate
 
@@ -603,7 +614,7 @@ COCO = {
 
 
 def save_coco(folder, **changes):
-    """Save captions.json, with the lists in `changes` replaced, and return its path."""
+    """Save COCO as captions.json, with its lists replaced by those in `changes`; return the path."""
     path = folder / "captions.json"
     path.write_text(json.dumps(COCO | changes))
     return path
@@ -612,7 +623,7 @@ def save_coco(folder, **changes):
 def make_testbed(base, instructions, folder):
     """Return a testbed of the experiments on `base`, with L = 2, K = 3 and three epochs.
 
-    30 of the instructions are for training and 10 are held out. The text is for the perplexity.
+    30 of the instructions are for training and 10 are held out. text.txt, for the perplexity, has 100 equal lines.
     """
     from data import read_examples
     from experiments import testbed

@@ -52,7 +52,7 @@ def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
 def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
     """Return the logits (T, V) of one sequence. The last L layers have prompts (L, K, C) and gates (L, H), before tanh.
 
-    If `terms` is a dict, terms[layer, token] is set to both `attention_terms`, heads concatenated to (H*D,) each.
+    If `terms` is a dict, terms[layer, position] is set to the pair `attention_terms`, with all heads in (H*D,) each.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
