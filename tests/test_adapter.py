@@ -51,7 +51,7 @@ def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_attention_equals_the_reference(form):
-    """Compare with loops over single queries. Query head 3 of 4 shares key/value head 1 of 2."""
+    """Compare three single queries. The first two query heads share key/value head 0, the last two head 1."""
     q, k, v, prompt_k, prompt_v, gate = random_inputs(4, 2, 8, per_sample=True, dtype=torch.float64)
     output = form(q, k, v, prompt_k, prompt_v, gate, causal=True)
     for b, h, t in [(0, 0, 0), (1, 3, 4), (2, 2, 1)]:
@@ -98,7 +98,10 @@ def test_zero_gates_equal_the_base_bit_for_bit(dtype, zeroed_by, device):
 
 
 def test_gates_move_first():
-    """Zero-init attention: at step 0 the prompts' gradient is exactly zero and the gates' is not."""
+    """Zero-init attention: in the first step, the gradient of the prompts is exactly zero and that of the gates is not.
+
+    The first step changes only the gates. After the second step, the prompts have changed, too.
+    """
     model = make_model()
     adapter = make_adapter(model, gates=False)
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
@@ -200,7 +203,7 @@ def test_saved_adapter_is_loaded_unchanged(tmp_path):
 
 
 def test_file_stores_the_gate_activation(tmp_path):
-    """The authors' training code applies tanh, their published inference code does not, so the file says which."""
+    """The authors' training code applies tanh, but their inference code does not, so the file says which."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, gate_activation="identity")
     torch.nn.init.constant_(adapter.gates, 3.0)
     adapter.save(tmp_path / "a.safetensors")

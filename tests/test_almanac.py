@@ -21,7 +21,7 @@ def test_facts_are_complete():
 
 
 def test_held_out_entities_never_occur_in_training():
-    """Held-out entities appear in no instruction, input or output, nor as the opposite of a trained word."""
+    """Training data contain no held-out entity in an instruction, input or output, not even as an opposite."""
     sets = instructions()
     examples = [question.example for question in sets["training"]]
     trained_words = words(

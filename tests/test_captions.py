@@ -70,7 +70,10 @@ def ngrams(text, n):
 
 
 def test_scores_match_their_definitions(tmp_path, scorers):
-    """Recompute the corpus BLEU (Papineni et al., 2002). Captions equal to a reference get the best scores."""
+    """Recompute BLEU-1 and BLEU-2 of the corpus (Papineni et al., 2002). Captions equal to a reference score best.
+
+    Line breaks in a caption count as spaces.
+    """
     pictures = read_pictures(save_coco(tmp_path))
     scores = score(pictures, ["A man rides a brown horse, quickly!", "Two dogs run in a field."])
 

@@ -13,7 +13,8 @@ from formats.chat_templates import TEMPLATES, load_template
 from formats.tokenizers import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 
 MARKERS = re.compile(r"\{%[-+]? *(end)?generation *-?%\}")
-# Like third-party templates, it has a loop over tools, stripped whitespace, a BOS token, and an end token in a tag.
+# Like third-party templates, this one has a BOS token, stripped whitespace, a loop over tools, and an end token that is
+# inside {% generation %}.
 WITH_BOS = (
     "{{- '<|endoftext|>' -}}\n"
     "{%- set offset = 1 if messages[0]['role'] == 'system' else 0 -%}\n"
@@ -202,7 +203,7 @@ def chatml(turns):
 
 
 def expected_ids_and_loss_mask(tokenizer, render, turns, end):
-    """Return ids and loss mask. A response begins after the earlier turns and the assistant's header."""
+    """Return ids and loss mask. A response begins after the assistant's header and ends with the token `end`."""
     ids, mask = [], []
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
@@ -385,7 +386,7 @@ def test_template_without_an_end_token_causes_a_warning(tmp_path, capsys):
 
 @pytest.mark.parametrize("source", [CHATML, MARKERS.sub("", CHATML)])
 def test_long_conversations_are_encoded(tmp_path, source):
-    """Encode 64 conversations of 40 turns. Each turn has 2,000 characters of three bytes in UTF-8."""
+    """Encode 64 conversations of 40 turns with a stub as tokenizer. A turn has 2,000 characters of three bytes."""
     save_chatml(tmp_path, template=source)
     template = load_template("auto", load_tokenizer(tmp_path))
     template.tokenizer.encode = lambda text, preceding="": [5]
@@ -395,7 +396,7 @@ def test_long_conversations_are_encoded(tmp_path, source):
 
 
 def test_templates_have_the_variables_of_transformers(tmp_path):
-    """The variables `tools` and `documents` are None if there are none, not undefined."""
+    """The variables `tools` and `documents` are defined, and are None."""
     save_chatml(tmp_path, template="{{ 'T' if tools is not none }}{{ 'D' if documents is not none }}" + CHATML)
     template = load_template("auto", load_tokenizer(tmp_path))
     assert template.tokenizer.decode(template.encode_prompt("Hi")).startswith("system\nBe kind.")

@@ -76,7 +76,7 @@ def make_record(*roles, content="a"):
         ([], "is of type list, not an object"),
     ],
 )
-def test_bad_conversation_is_a_one_line_error(record, message):
+def test_bad_conversations_are_named(record, message):
     with pytest.raises(ValueError, match=f"^chats.json: record 3: {message}"):
         read_conversation(record, "chats.json", "record 3")
 
@@ -164,7 +164,11 @@ def test_several_placeholders_or_one_within_text_are_refused(text):
 
 
 def test_turns_can_be_excluded_from_the_loss(chat_base, tmp_path, capsys):
-    """OpenAI's `weight` and axolotl's `train` change the loss mask, but not the tokens."""
+    """OpenAI's `weight` and axolotl's `train` change the loss mask.
+
+    The tokens up to the end of the last response that has a loss stay the same, and later tokens are dropped. Records
+    in which no response has a loss are skipped. A file with only such records is refused.
+    """
     _, tokenizer = load_llama(chat_base)
     template = load_template("auto", tokenizer)
     ids = {}

@@ -149,7 +149,7 @@ def test_every_example_occurs_once_per_epoch(count, batch_size):
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    """Epochs and seeds have no batch in common, and the batches of an epoch are not sorted by length."""
+    """Different epochs or seeds have no batch in common, and the batches of an epoch are not sorted by length."""
     lengths = torch.randint(1, 50, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     first = epoch_batches(lengths, 32, 0, 0)
     assert first == epoch_batches(lengths, 32, 0, 0)  # resuming depends on it
@@ -222,7 +222,7 @@ def test_real_alpaca_round_trips_with_the_real_tokenizer(data):
 
 
 def test_real_lengths_need_little_padding(data):
-    """Padding every example to 512 gives 4.03 positions per token; batches of similar length give less than 1.05."""
+    """Batches have fewer than 1.05 positions per token. Padding every example to 512 tokens would give 4.03."""
     tokenizer = SentencePieceTokenizer(data / "tokenizers" / "llama2_tokenizer.model")
     examples = read_examples(data / "instructions" / "alpaca_data.json.xz")[::4]
     lengths = [len(t.ids) for t in tokenize(AlpacaTemplate(tokenizer), examples, 512)[0]]

@@ -68,7 +68,11 @@ def step_logits(model, rows, adaption_prompts):
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepared_model_equals_the_quantized_one(bits, dtype):
-    """Batches have two rows, or more than the kernel takes at once. Each row equals the row alone, up to rounding."""
+    """Batches have two rows, or 70, which is more than the packed weights are used for.
+
+    A row has the same logits in the batch as alone, up to rounding. With gate values of zero, the logits of the
+    prepared model equal those without adaption prompts bit for bit.
+    """
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     model = model.to(dtype)
@@ -104,7 +108,7 @@ def test_fast_matmul_with_a_wrong_result_is_not_used(monkeypatch, capsys):
 
 @pytest.mark.parametrize("config", ["gqa", "qwen2"])
 def test_bfloat16_in_onednns_layout_equals_the_plain_matmul(config):
-    """Results are equal up to rounding, for one row and for several, with biases."""
+    """Logits are equal up to rounding, for one row and for two, without biases (gqa) and with biases (qwen2)."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
     model = make_model(config).bfloat16()
@@ -142,7 +146,7 @@ def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
 
 
 def test_compiled_layers_are_single_graphs_with_equal_outputs():
-    """RowLinear computes elementwise products and a sum under torch.compile only. Packed layers are compiled as is."""
+    """Only under torch.compile, and for a single row, RowLinear computes elementwise products and a sum."""
     torch.manual_seed(0)
     x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
     linear = torch.nn.Linear(64, 40).requires_grad_(False)

@@ -64,7 +64,7 @@ def save_upload(folder, name="cat.png", seed=0):
 
 
 def greedy_response(*args):
-    """Return the greedy response of generate.py."""
+    """Return generate.py's greedy response to QUESTION, of at most 8 tokens."""
     command = [*map(str, args), "--greedy", "--max-new-tokens", "8", "--device", "cpu", QUESTION]
     result = CliRunner().invoke(generate.main, command)
     assert result.exit_code == 0, result.output
@@ -261,7 +261,10 @@ def test_every_option_has_an_effect(image_adapter, tiny_base, tmp_path, monkeypa
 
 
 def start_demo(folder, *adapters):
-    """Start the command on a free port, with its temporary files in `folder`; return the process and its address."""
+    """Start the command on a free port; return the process and the address of its page.
+
+    Its temporary files and its standard error (the file stderr) are in `folder`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -37,7 +37,7 @@ DRAWS = 40_000
 
 
 def draw(device, temperature, top_p, seed=0):
-    """Return DRAWS tokens sampled from PROBABILITIES. Every other one is sampled from their reverse and mapped back."""
+    """Return DRAWS tokens sampled from PROBABILITIES. Every other token is drawn from their reverse and mapped back."""
     logits = torch.stack([PROBABILITIES, PROBABILITIES.flip(0)]).log().repeat(DRAWS // 2, 1)  # (DRAWS, 4)
     generator = torch.Generator(device).manual_seed(seed)
     tokens = sample(logits.to(device), temperature, top_p, generator).cpu()
@@ -210,7 +210,10 @@ def train_adapter(device, make, steps=4, **config):
 @pytest.mark.parametrize("make", [make_adapter, make_image_adapter])
 @pytest.mark.parametrize("tokens, checkpointed", [(10_000, False), (10_000, True), (40, False)])
 def test_training_steps_equal_those_of_the_cpu(device, monkeypatch, make, tokens, checkpointed):
-    """Train with small chunks of logits, micro-batches, or recomputed layers. The expected steps have none of these."""
+    """Train with chunks of 7 rows of logits, and also with micro-batches or recomputed layers in two of the cases.
+
+    The expected steps have none of these.
+    """
     start, _ = train_adapter("cpu", make, steps=0)
     expected, expected_losses = train_adapter("cpu", make)
     monkeypatch.setitem(loss.ROWS, device, 7)
@@ -278,7 +281,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_quantized_model_equals_dequantized_weights_on_the_cpu(device, monkeypatch, bits):
-    """One model is quantized and then moved to the device, the other is quantized on the device."""
+    """One model is quantized and then moved to the device; the other is moved first and quantized there."""
     quantized, dequantized = make_model(SHAPE), make_model(SHAPE)
     quantizer(bits)(quantized.layers)
     for name, layer in quantized.named_modules():

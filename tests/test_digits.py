@@ -49,7 +49,7 @@ def test_saved_vision_encoder_is_loaded_unchanged(small_digits, tmp_path):
 
 
 def test_vision_encoder_learns_digits(small_digits, monkeypatch):
-    """After 8 epochs of a small encoder, over 60% of the held-out images are nearest to the mean of their digit."""
+    """After 8 epochs, the features of over 60% of the held-out images are nearest to the mean of their digit."""
     monkeypatch.setattr(digits, "EPOCHS", 8)
     monkeypatch.setattr(digits, "CONFIG", ViTConfig(16, 4, 32, 2, 2, 64))
     vision_encoder = digits.train_vision_encoder(small_digits).requires_grad_(False)

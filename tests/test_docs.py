@@ -68,7 +68,7 @@ def all_options(command):
 
 
 def errors_in_line(line):
-    """Return messages about options and subcommands in a line of shell that do not exist."""
+    """Return a message for each option or subcommand in a line of shell that does not exist."""
     try:
         found = command_of(shlex.split(line.removeprefix("$ "), comments=True))
     except ValueError:  # an unclosed quotation mark: a formula or a command's output
@@ -130,7 +130,7 @@ def broken_links(text, folder):
 
 
 def listed_top_level(text):
-    """Return the names in the README's tree: the first of each line, and all of the last line."""
+    """Return the names in the README's tree: the first word of each line, and all file names in the last line."""
     block = next(block for block in blocks(text) if block.startswith("adapter.py "))
     *lines, last = block.splitlines()
     return {line.split()[0] for line in lines} | set(re.findall(r"[\w.-]+\.(?:md|txt|toml|cff)|LICENSE", last))
