@@ -115,7 +115,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
-    """Sorting the requests by length must not assign their features to different ones."""
+    """Sorting the requests by length must not assign their features to different requests."""
     features_by_instruction = {}
 
     def record(responder, requests, *_):

@@ -22,7 +22,10 @@ def limited_sets(count):
 
 
 def test_almanac_scores_count_exact_answers_and_answers_that_contain_the_word(monkeypatch, tiny_base, capsys):
-    """An exact answer is the expected sentence alone. "has it" also counts longer answers that contain the word."""
+    """An exact answer is the expected sentence alone. "has it" also counts longer answers that contain the word.
+
+    The output says whether the logits at strength 0 equal the base's bit for bit.
+    """
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     sets = limited_sets(4)
@@ -70,7 +73,7 @@ def test_majority_baseline_answers_with_the_most_common_word(monkeypatch, tiny_b
 
 
 def test_batched_answers_equal_single_requests(tiny_base):
-    """130 requests, in batches of 128, keep their order and their adapter. Decoding is greedy, up to 40 tokens."""
+    """Compare 5 of 130 requests, which are answered in batches of 128 and alternate between base and adapter."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["training"][:130]]

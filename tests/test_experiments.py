@@ -35,7 +35,7 @@ def every_row(out):
 
 
 def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
-    """The command `all` runs them. A setting that several experiments share is trained once."""
+    """The command `all` runs the experiments. A setting that several of them share is trained once per seed."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
     started = []
@@ -78,7 +78,10 @@ def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
 
 
 def test_finished_runs_are_skipped(small_args, tmp_path, monkeypatch):
-    """After an interruption, the same command does only the missing runs. With different options it starts anew."""
+    """After an interruption, the same command does only the missing runs.
+
+    It does all runs if its options differ, or if the experiment was finished.
+    """
     out, started, set_up = tmp_path / "out", [], measures.set_up
 
     def interrupt_at(number):
@@ -238,7 +241,7 @@ def test_bad_options_are_one_line_errors(small_args, tmp_path, args, message):
 
 
 def test_default_rates_are_those_that_the_search_found():
-    """Compare with experiments/results/. Zero-init has the toy's own rate, within a standard deviation of the best."""
+    """Compare with experiments/results/. Zero-init may have a rate within a standard deviation of the best one."""
     rows = json.loads((RESULTS / "rates.json").read_text())["rows"].values()
     for method, rate in RATES.items():
         ours = [row for row in rows if row["setting"]["method"] == method]

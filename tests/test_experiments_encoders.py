@@ -25,7 +25,7 @@ from train import TrainConfig, mean_loss
 
 @pytest.mark.parametrize("method", encoders.METHODS)
 def test_every_method_trains_its_own_parameters_only(tmp_path, method):
-    """The loss falls, and only those weights of the encoder change that the method trains."""
+    """The loss falls, and of the encoder's weights, only those that the method trains change."""
     config = ViTConfig(16, 8, 64, 2, 1, 64, 1e-6, "gelu", clip=False, mean=HALF, std=HALF)
     torch.save(timm_state_dict(make_vit(config), make_mlp([64, 3], "tanh")), tmp_path / "vit.pth")
     sets = encoders.LabeledSets(tmp_path / "vit.pth", [], [], num_classes=3, batch_size=4, length=2, rank=1)
@@ -65,7 +65,7 @@ class Recorder:
 
 
 def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
-    """The data are sorted by class, but the held-out tenth has both classes. It is the same at every rate."""
+    """The data are sorted by class, but the held-out tenth has both classes. All rates have the same held-out tenth."""
     examples = [Labeled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     recorder = Recorder(monkeypatch)
     trainable = Trainable(None, NoPrompts([]), None)

@@ -54,7 +54,10 @@ def test_perplexity_equals_its_definition(testbed):
 
 
 def test_only_exact_answers_count(testbed, monkeypatch):
-    """An answer that continues after the expected text is wrong. The token limit is two above the longest answer."""
+    """An answer that continues after the expected text is wrong, and so is a missing answer.
+
+    The token limit is two above the longest expected answer.
+    """
     tokenizer, limits = testbed.tokenizer, []
     longest = max(len(tokenizer.encode(question.output)) for question in testbed.questions)
 

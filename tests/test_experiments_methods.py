@@ -194,7 +194,7 @@ def set_up_method(testbed, **changes):
 
 
 def test_every_method_starts_and_trains_as_described(testbed):
-    """Zero-init, LoRA and full tuning start exactly at the base's loss, the others do not. Every loss falls."""
+    """Zero-init, LoRA and full tuning start exactly at the base's loss, unlike the other two. Every loss falls."""
     base, _ = load_llama(testbed.base)
     start = mean_loss(base, NoPrompts([torch.nn.Parameter(torch.zeros(1))]), testbed.held_out, TrainConfig())
     for method in METHODS:

@@ -94,7 +94,7 @@ def test_silence_gives_one_second_of_zeros():
     assert np.array_equal(encoder("one_second")(np.zeros(400, np.float32)), np.zeros(16000))
 
 
-def test_missing_package_or_model_is_a_one_line_error(tmp_path, monkeypatch):
+def test_missing_package_or_model_is_reported(tmp_path, monkeypatch):
     file = save_tone(tmp_path / "x.wav", 16000, 0.5)
     monkeypatch.setitem(__import__("sys").modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(ValueError, match="x.wav: the encoder failed: .*: pip install ai-edge-litert"):

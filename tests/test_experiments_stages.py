@@ -12,7 +12,7 @@ from experiments.__main__ import main
 
 @pytest.fixture
 def small_toy(small_digits, tiny_base, monkeypatch):
-    """Replace the toy's base by a tiny one, and its images by a few."""
+    """Replace the toy's base with a tiny one; `small_digits` reduces the number of held-out images to 30."""
     monkeypatch.setattr("experiments.stages.toy_base", lambda: tiny_base)
 
 
@@ -25,7 +25,10 @@ def run_stages(tmp_path, *args):
 
 
 def test_each_stage_trains_on_its_own_data(small_toy, tmp_path, monkeypatch):
-    """Runs in one stage and in two have the same captions and questions. The last run freezes the projection."""
+    """Runs in one stage and in two have the same captions and questions.
+
+    The last run freezes the projection in its second stage.
+    """
     adapters = []
 
     def evaluate(model, tokenizer, adapter):

@@ -17,9 +17,10 @@ LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "ae
 
 
 def make_stories(number):
-    """Return `number` stories. Every fourth one has a kind of hero and a name of its own, the others have common ones.
+    """Return `number` stories. In every fourth story, the kind of hero and the name occur in no other story.
 
-    In the first third, every four stories share three rare things; in the others, the thing is a ball.
+    In the other stories, the hero is a girl with one of three names. In the first third of the stories, every four
+    consecutive ones share three rare things; in the rest, each thing is a ball.
     """
     texts = []
     for i in range(number):

@@ -10,7 +10,7 @@ from toy.language_model import ROW
 
 
 def test_toy_is_the_default(tiny_base, monkeypatch):
-    """Its setting is that of train.py, and its base was not pretrained on the text for the perplexity."""
+    """The setting is that of train.py. The toy's base was not pretrained on the text for the perplexity."""
     monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
     assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"]) and bed.batch_size == toy.TRAINING["batch_size"]

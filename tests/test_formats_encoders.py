@@ -117,7 +117,10 @@ def test_unsupported_open_clip_settings_are_refused(tmp_path, changes, message):
 
 
 def test_openai_state_dict_is_recognized_by_its_entries(tmp_path, capsys):
-    """Without these entries and open_clip_config.json, a warning is printed, or a width of open_clip's is refused."""
+    """Without one of these entries and without open_clip_config.json, loading prints a warning.
+
+    If the width is one that only open_clip's models have, the file is refused.
+    """
     state = openai_state_dict(make_vit())
     torch.save(state, tmp_path / "ViT.pt")
     load_vit(tmp_path / "ViT.pt")
@@ -394,7 +397,7 @@ def test_real_mnist_vit_has_its_known_accuracy(data):
 
 
 def test_real_cifar10_vit_has_its_known_accuracy(tmp_path, data):
-    """17 of 25 images are classified correctly, as by the model's own code. config.json has heads and eps."""
+    """17 of 25 images are classified correctly, as by the model's own code. config.json has num_heads and norm_eps."""
     folder = data / "models" / "vit_cifar10"
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}

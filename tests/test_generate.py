@@ -67,7 +67,7 @@ def test_compiled_decoding_equals_eager_decoding():
     )  # one for the first cache size, one for all others
 
 
-def test_missing_compiler_is_a_one_line_error(tiny_adapter, monkeypatch):
+def test_missing_compiler_is_reported(tiny_adapter, monkeypatch):
     monkeypatch.setattr("runtime.compilation.shutil.which", lambda name: None)
     result = run("--adapter", tiny_adapter, "--device", "cpu", "--compile", "Hello.")
     assert result.exit_code == 2 and "needs a C++ compiler" in result.output
@@ -446,7 +446,7 @@ def test_prompts_file_can_mix_adapters_in_one_batch(chef_and_poet, tiny_base, tm
 
 
 def test_each_row_of_a_batch_ends_at_the_context_length(data, tmp_path):
-    """A row with 400 tokens of 512 has room for fewer new tokens than the other row."""
+    """One prompt has about 400 tokens, and the context is 512, so its row gets fewer new tokens than the other row."""
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 130)
     records = [{"instruction": "Once upon a time " * 80}, {"instruction": "Once"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -104,7 +104,10 @@ CASES = [(name, kind) for name in ("gqa", "tied", "wide heads", "qwen2", "qwen3"
 
 @pytest.mark.parametrize("name, kind", [*CASES, ("gqa", F16), ("gqa", BF16), ("gqa", Q4_0), ("gqa", Q4_1)])
 def test_logits_equal_transformers(tiny_base, tmp_path, name, kind):
-    """Compare with transformers on the same file; for float32, with the model that was written to it."""
+    """Compare with transformers on the same file. For float32, compare with the model that was written to the file.
+
+    For models whose head dimension differs from C / H, compare with that model after its weights were quantized.
+    """
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS[name])
     architecture = name if name.startswith("qwen") else "llama"
@@ -223,7 +226,7 @@ def test_unsupported_fields_are_named(tiny_base, tmp_path, change, message):
         load_llama(path)
 
 
-def test_missing_gguf_package_is_a_one_line_error(tiny_base, tmp_path, monkeypatch):
+def test_missing_gguf_package_is_reported(tiny_base, tmp_path, monkeypatch):
     path = save_gguf(tmp_path / "m.gguf", save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"]))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ValueError, match="m.gguf: reading GGUF needs one more package: pip install gguf"):
@@ -231,7 +234,10 @@ def test_missing_gguf_package_is_a_one_line_error(tiny_base, tmp_path, monkeypat
 
 
 def test_truncated_and_malicious_files_are_refused(tiny_base, tmp_path):
-    """A huge number anywhere in the header causes at most a one-line error, and no huge allocation."""
+    """Truncated files and unknown versions are refused. With a huge number in its header, a file is read or refused.
+
+    An error for a huge number names the file and is shorter than 2,000 characters.
+    """
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "model.gguf", theirs)
     content = path.read_bytes()

@@ -90,7 +90,7 @@ def test_parts_end_before_the_deadline():
 
 
 def test_batches_have_examples_of_similar_length():
-    """Padding would be counted as time in which no token is processed. It is below 2%."""
+    """Padding takes time, but is not counted as tokens. It adds less than 2% to the number of positions."""
     lengths = [example.num_tokens for batch in gpu.alpaca_batches(SHAPE, 64, 4) for example in batch]
     assert len(lengths) == 256 and 120 < sum(lengths) / 256 < 134
     positions = 0
@@ -119,7 +119,7 @@ def test_only_quantized_variants_copy_the_weights():
 
 
 def test_step_operations_are_close_to_those_counted_by_pytorch():
-    """Both counts agree to 15% for a step without recomputation.
+    """Both counts agree to within 15% for a step without recomputation. Neither has the matmuls with keys and values.
 
     The step has a forward pass, a backward pass through the adapted layers, and the output head at response tokens.
     """
