@@ -46,7 +46,7 @@ def test_tokenizer_is_found_in_the_original_folder_of_llama_3(tiny_base, tmp_pat
 
 
 def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
-    """download.sh of LLaMA 1 and 2 writes the file there. A file in the folder itself has priority, even a broken one.
+    """download.sh of LLaMA 1 and 2 writes tokenizer.model there. A file in the folder has priority, even a broken one.
 
     Other layouts ignore the parent.
     """
