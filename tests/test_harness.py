@@ -132,7 +132,7 @@ def test_rolling_log_likelihoods_of_long_texts_equal_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_generated_texts_equal_those_of_hf(both):
-    """Generation ends at a stop string or at the maximum number of tokens."""
+    """Texts are generated without a stop string, with one, and with a repetition penalty, up to 12 tokens."""
     plain = [(WORDS[:n], {"until": [], "max_gen_toks": 12}) for n in (5, 20, 40)] + [(WORDS * 4, {"max_gen_toks": 12})]
     theirs = both[1].generate_until(requests("generate_until", plain), disable_tqdm=True)
     assert (
@@ -231,7 +231,7 @@ def test_unsupported_requests_are_refused(harness, loaded, call, message):
 
 
 def test_sampling_is_seeded_by_the_harness(harness, loaded):
-    """The harness seeds only the start of a run, so that its batches draw different numbers."""
+    """The seed is that of torch.manual_seed, which the harness calls. The batches of a run draw different numbers."""
     model = our_model(harness, loaded)
     rows = [("Name", {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 10})] * 12
     texts = []

@@ -31,8 +31,8 @@ OTHER_COMMIT = "c0ffee" + "1" * 34
 class Server:
     """A Hub with one model, owner/model, whose files are those of a folder.
 
-    `requests` has (method, path, authorization header) of each request. If `status` is set, every request gets it;
-    of the file named `broken`, only the first half is sent.
+    `requests` has (method, path, authorization header) of each request. If `status` is not 200, it is the response to
+    every request for the model. Of the file named `broken`, only the first half is sent.
     """
 
     def __init__(self, folder):
@@ -91,7 +91,10 @@ class Server:
 
 
 def set_hub(url, cache, patch=setattr):
-    """Make the server the Hub of this process. huggingface_hub has read $HF_ENDPOINT and $HF_HOME at import."""
+    """Use the Hub at `url` and the folder `cache` in this process, and leave offline mode.
+
+    Environment variables would have no effect, because huggingface_hub has read them at import.
+    """
     patch(constants, "ENDPOINT", url)
     patch(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     patch(constants, "HF_HUB_CACHE", str(cache))
@@ -157,7 +160,10 @@ def test_missing_shards_are_downloaded(server, tmp_path):
 
 
 def test_incomplete_cache_is_completed(server):
-    """The missing files are downloaded (a different program may have cached only the weights), or named in an error."""
+    """Missing files are downloaded; a different program may have cached only the weights.
+
+    If the Hub cannot be reached, an error names the missing file.
+    """
     folder = find_base("owner/model")
     for name in ("tokenizer.json", "generation_config.json"):
         (folder / name).resolve().unlink()

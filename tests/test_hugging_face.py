@@ -1,4 +1,4 @@
-"""Bases in Hugging Face's layout: the model compared with transformers, and invalid files of every kind."""
+"""Bases in Hugging Face's layout: the model compared with transformers, and errors for invalid files."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_logits_equal_transformers(tiny_base, tmp_path, kind, shard_size):
     ],
 )
 def test_sliding_window_limits_the_context_length(tiny_base, tmp_path, changes, context_length):
-    """Up to the length of the window, a model with a sliding window computes the same as one without."""
+    """The context ends with the window: up to that length, attention with and without the window is the same."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -47,7 +47,7 @@ def test_sliding_window_limits_the_context_length(tiny_base, tmp_path, changes, 
 
 
 def test_config_json_of_earlier_versions_is_read(tiny_base, tmp_path):
-    """Before transformers 5, rope_theta and rope_scaling were separate fields."""
+    """Before transformers 5, rope_theta and rope_scaling were separate fields. head_dim may be missing."""
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["llama3 rope"])
     new, _ = load_llama(tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
@@ -225,7 +225,7 @@ def logits_of(model):
 
 
 def test_weight_files_have_the_same_priority_as_in_transformers(tiny_base, tmp_path, capsys):
-    """The folder has files of an older and a newer save_pretrained. A warning names the files that are ignored."""
+    """The folder has files of an older and a newer save_pretrained. A message names the files that are ignored."""
     transformers = pytest.importorskip("transformers")
     save_hugging_face(tmp_path / "old", tiny_base, shard_size="30KB", **KINDS["gqa"])
     save_hugging_face(tmp_path / "new", tiny_base, **KINDS["gqa"])
@@ -280,7 +280,7 @@ def test_missing_output_head_is_named_as_in_the_file(tiny_base, tmp_path):
 
 
 def test_cloned_mistral_folder_is_read(tiny_base, tmp_path):
-    """If there is a config.json, params.json and consolidated.safetensors (Mistral's own layout) are ignored."""
+    """The files of Mistral's own layout, params.json and consolidated.safetensors, are ignored beside a config.json."""
     save_hugging_face(tmp_path / "m", tiny_base, **KINDS["gqa"])
     expected = logits_of(load_llama(tmp_path / "m")[0])
     (tmp_path / "m" / "params.json").write_text('{"dim": 64}')

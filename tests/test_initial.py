@@ -32,7 +32,7 @@ def validation_losses(out):
 
 
 def test_run_starts_from_the_initial_adapter(first, tmp_path):
-    """The new run takes L and K from the adapter. `--init` is its folder or its file."""
+    """The new run takes L and K from the initial adapter, whatever --length. --init is a folder of a run or a file."""
     folder, args = first
     result = run(*args, "--init", folder, "--length", 7)
     assert result.exit_code == 0, result.output
@@ -49,7 +49,7 @@ def test_run_starts_from_the_initial_adapter(first, tmp_path):
 
 @pytest.mark.parametrize("part, other", [("prompts", "gates"), ("gates", "prompts")])
 def test_frozen_parts_stay_bit_for_bit(first, tmp_path, part, other):
-    """Weight decay does not change them either."""
+    """Not even weight decay changes a frozen part."""
     folder, args = first
     assert run(*args, "--init", folder, "--freeze", part, "--weight-decay", 0.5).exit_code == 0
     before, after = (load_file(out / "adapter.safetensors") for out in (folder, tmp_path / "second"))
@@ -90,7 +90,7 @@ def initialize(path, adapter):
 @pytest.mark.parametrize("initial", ["text", "images"])
 @pytest.mark.parametrize("new", ["text", "images"])
 def test_text_and_image_adapters_can_initialize_each_other(tmp_path, initial, new):
-    """All tensors of the first adapter are kept. A projection that it does not have is newly initialized."""
+    """All tensors of the initial adapter are kept. A projection that only the new adapter has is newly initialized."""
     source, adapter = make_random_adapter(initial, 1, gate_activation="identity"), make_random_adapter(new, 2)
     source.save(tmp_path / "a.safetensors")
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}

@@ -38,9 +38,9 @@ def stop_before(patch, step):
 
 @pytest.fixture
 def best(args, tmp_path, monkeypatch):
-    """Train 15 steps with a faked loss, so that the last adapter is not the best; return the best step, and the losses.
+    """Train 15 steps with a faked validation loss, so that the last adapter is not the best.
 
-    Without the fake, training would not over-fit such a small base.
+    Returns the best step, and a dict from steps to validation losses. With the true loss, the last step would be best.
     """
     monkeypatch.setattr(train, "mean_loss", loss_with_minimum)
     result = run(*args, *BEST)
@@ -134,7 +134,7 @@ def test_keep_best_needs_validation_examples(args, tmp_path):
 
 
 def read_scalars(folder):
-    """Return the values that TensorBoard shows, as a dict from names to a dict from steps."""
+    """Return the values that TensorBoard shows: a dict that maps each name to a dict from steps to values."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -27,7 +27,7 @@ RANKS = {
     "demo": 11,
     "encoder_tuning": 12,
     "benchmarks": 12,
-    "experiments": 13,  # compares encoders as well
+    "experiments": 13,  # imports encoder_tuning
 }
 TOP = ["adapter", "convert", "data", "evaluate", "generate", "model", "multimodal", "train"]
 PATTERNS = ("*.py", "*/*.py", "docs/examples/*.py")
@@ -35,7 +35,7 @@ FILES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern) if pa
 
 
 def component(path):
-    """Return the folder or module at the top level to which a file belongs, a key of RANKS."""
+    """Return the folder or module at the top level to which a file belongs: a key of RANKS, or "docs"."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -49,7 +49,7 @@ def imports(path):
 
 
 def loaded_by(module):
-    """Return the set of all modules that importing `module` loads, and the list of those that are project files."""
+    """Import a module in a new process. Return the names of all loaded modules, and the paths of the project's own."""
     code = f"import {module}, json, sys; modules = list(sys.modules.items()); "
     code += "print(json.dumps([[name, getattr(module, '__file__', None)] for name, module in modules]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -75,7 +75,10 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize("module", ["train", "generate"])
 def test_importing_a_command_loads_nothing_heavy(module):
-    """train.py loads no toy, task or plotting library, generate.py no training code, and neither a larger command."""
+    """Neither command loads a large library, the almanac, a task with scores, or the package of another command.
+
+    train.py also loads no code for images or generation, and generate.py no code for training, tasks or toys.
+    """
     names, files = loaded_by(module)
     heavy = {"matplotlib", "sklearn", "transformers", "lm_eval", "gradio", "av"}
     heavy |= {"toy.almanac", "toy.toys", "tasks.scienceqa", "tasks.captions", "tasks.responses", "experiments"}

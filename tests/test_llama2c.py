@@ -14,7 +14,7 @@ from model import Config
 @pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_both_layouts_are_read(tiny_base, tmp_path, modern, tied):
-    """The test writes the file tensor by tensor, in the order in which llama2.c's run.c reads it."""
+    """The test writes the files tensor by tensor, in the order of llama2.c's export.py. Invalid files are refused."""
     config = Config(16, 3, 4, 2, 4, 24, 1024, max_seq_len=32)
     model = make_model(config)
     w = model.state_dict()

@@ -1,4 +1,4 @@
-"""Bases in Meta's layout, and invalid files of every kind."""
+"""Bases in Meta's layout, and errors for invalid files."""
 
 from dataclasses import replace
 

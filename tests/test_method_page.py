@@ -43,7 +43,11 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture
 def page(untrained, tmp_path, monkeypatch):
-    """The text of the page with the untrained base and fewer examples, epochs and tokens; pictures go to tmp_path."""
+    """The text of the page, changed to use the untrained base, fewer epochs and fewer tokens.
+
+    Also limits `almanac.instructions` to a few examples, and makes tmp_path, where the page saves its pictures, the
+    working directory.
+    """
     questions = almanac.instructions()
     few = {"training": questions["training"][:32], "wordings": questions["wordings"][:2]}
     monkeypatch.setattr(almanac, "instructions", lambda: few)
@@ -57,7 +61,10 @@ def page(untrained, tmp_path, monkeypatch):
 
 
 def test_page_runs_and_shows_its_output(page, runner, tmp_path):
-    """Every block that shows an output prints one. The shapes are equal; other numbers depend on the trained base."""
+    """Exactly the blocks that show an output print one, and the page's pictures are saved.
+
+    The printed shapes equal those on the page; other numbers depend on the trained base.
+    """
     shown = [found[1] or "" for found in SHOWN.finditer(PAGE)]
     printed = list(runner.run_blocks(page, "method.md"))
     assert [bool(text) for text in printed] == [bool(text) for text in shown]

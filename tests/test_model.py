@@ -68,7 +68,7 @@ def test_adaption_prompts_are_projected_once_per_generation():
     for token in make_tokens(model, 1, 3).split(1, dim=1):
         model(token, adapter(), cache)
         cache.lengths += 1
-    assert projected == [1, 5, 1, 1]  # five adaption prompts, and three single tokens
+    assert projected == [1, 5, 1, 1]  # the K = 5 prompts once, and three single tokens
 
 
 def test_adaption_prompts_for_too_many_layers_are_refused():

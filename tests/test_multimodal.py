@@ -1,4 +1,4 @@
-"""Image adapters: features of the vision encoder, their projection to adaption prompts, and the commands."""
+"""Adapters for images, videos and sounds: features, their projection, and the commands."""
 
 import json
 import shutil
@@ -464,7 +464,7 @@ def tone(path, pitch, seed):
 
 
 def test_sounds_are_learned_with_the_example_encoder(tiny_base, tmp_path, monkeypatch):
-    """Two pitches are learned. The adapter file names its encoder, but only code that the user names is run."""
+    """Two pitches are learned. The adapter file names the encoder, but its code runs only if --encoder is given."""
     pytest.importorskip("av")
     shutil.copy(ROOT / "docs" / "examples" / "spectrum.py", tmp_path / "spectrum.py")
     records = []

@@ -1,6 +1,7 @@
-"""Run every command with each of its options, and expect exit code 0.
+"""Run the commands with each of their options, and expect exit code 0.
 
-The options are read from the commands, so that a new option without a line in this file is detected.
+The options are read from the commands, so that a new option without a line in this file is detected. A few commands are
+run by other test files.
 """
 
 import json

@@ -12,7 +12,7 @@ NO_EXTRA = {"litgpt", "llama-cpp-python"}  # benchmarked only if they are instal
 
 
 def pins(name):
-    """Return every `package==version` of a requirements file, without comments and included files."""
+    """Return every `package==version` of a requirements file, without comments and `-r` lines."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("-r ")]
 
@@ -58,7 +58,7 @@ def test_minimum_python_version_is_consistent():
 
 
 def test_citation_file_is_consistent():
-    """CITATION.cff has the required keys, the project's version, and the paper of CONTRIBUTING.md."""
+    """CITATION.cff has the required keys, the project's version and license, and the paper of CONTRIBUTING.md."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation["cff-version"] == "1.2.0"
     assert citation["version"] == PROJECT["project"]["version"]

@@ -40,7 +40,7 @@ def args(args):
 
 
 def outcome(out):
-    """Return the losses by step, the validation losses by step, and the adapter's tensors."""
+    """Return lists of (step, loss) and of (step, validation loss), and a dict of the adapter's tensors."""
     lines = read_metrics(out / "metrics.jsonl")
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
@@ -69,7 +69,10 @@ def assert_same_run(one, other):
     ids=lambda how: " ".join(map(str, how)) if isinstance(how, list) else str(how),
 )
 def test_ranks_equal_a_single_process(forks, args, tmp_path, world, how):
-    """The ranks have unequal shares of a batch, in one or more micro-batches. With batches of 2, a rank has no data."""
+    """The ranks have unequal shares of a batch, in one or more micro-batches.
+
+    With batches of 2 examples on 3 ranks, one rank has no data.
+    """
     results = Ranks(forks, world, train_command, [*args, *how]).results()
     assert [code for code, _, _ in results] == [0] * world, results
     assert f"over {world} ranks" in results[0][2] and "validation loss" in results[0][2]
@@ -118,11 +121,12 @@ def test_validation_loss_is_bit_identical_for_any_world_size(forks):
 
 
 def one_step(strategy):
-    """Run one training step; return its communication and what this rank keeps, as a dict.
+    """Run one training step. Return a dict that describes what this rank communicates and stores.
 
-    "numbers" has the number of elements for each collective operation. "adapter" and "layer" are numbers of parameters,
-    "here" is the number of those of all layers on this rank. "gradients" names the base's weights that have one, and
-    "state" is 0 if exactly the adapter's parameters have an optimizer state.
+    "numbers" maps each collective operation to the number of elements that it transfers. "adapter" and "layer" are the
+    numbers of parameters of the adapter and of one layer. "here" is the number of elements of sharded layers on this
+    rank. "gradients" lists the weights of the base that have a gradient. "state" is 0 if the adapter's parameters, and
+    no others, have an optimizer state.
     """
     from torch.profiler import profile
 
@@ -291,7 +295,10 @@ def spoil_step(rank, failing_rank, act, step=8):
     ],
 )
 def test_failing_rank_ends_training_on_all_ranks(forks, args, tmp_path, strategy, spoil, cause, further):
-    """One line reports the cause, and one comes from the lowest remaining rank. The run can be resumed."""
+    """One line comes from the lowest remaining rank and, unless the rank was killed, one line reports the cause.
+
+    The run can be resumed.
+    """
     start = time.time()
     args = [*args, "--save-every", 5]
     results = Ranks(forks, 3, train_command, [*args, "--strategy", strategy], spoil).results()
@@ -348,7 +355,7 @@ def test_base_is_downloaded_by_one_rank(forks, args, tmp_path):
 
 
 def slow_to_finish(path, rank):
-    """Delay the first rank's summary; the second rank fails if it exits before."""
+    """Delay the first rank's summary; the second rank fails if it exits before the summary is written."""
     if rank == 0:
         finish = training.run.Run.finish
 
@@ -414,8 +421,8 @@ def fake_evaluation(rank):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_toy_is_evaluated_on_all_ranks(forks, tiny_base, tmp_path, strategy):
-    """A sharded model needs all ranks for the evaluation; only the first rank prints the result."""
+def test_toy_is_evaluated_after_training_on_ranks(forks, tiny_base, tmp_path, strategy):
+    """With FSDP, all ranks take part in the evaluation; with DDP, only the first. Only the first prints the result."""
     args = ["--base", tiny_base, "--toy", "text", "--layers", 2, "--out", tmp_path, "--epochs", 3, "--limit", 40]
     results = Ranks(
         forks, 2, train_command, [*args, "--device", "cpu", "--strategy", strategy], fake_evaluation

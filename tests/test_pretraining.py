@@ -36,7 +36,7 @@ def test_pretraining_equals_adamw_steps_written_out():
     assert not torch.equal(layer.weight, make_layer().weight)
 
 
-def test_gradients_are_clipped_only_if_asked():
+def test_gradients_are_clipped_only_if_clip_is_given():
     seen = []
     for clip in (None, 1e-3):
         layer = make_layer()

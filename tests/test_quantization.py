@@ -129,7 +129,9 @@ def test_weights_and_bytes_are_counted():
     count, float_bytes = num_weights(model), held_bytes(model.layers)
     quantizer("4")(model.layers)
     assert num_weights(model) == count == sum(p.numel() for p in make_model(SHAPE).parameters())
-    assert 4.9 < float_bytes / held_bytes(model.layers) < 5.4  # 32 bits to 4 + (32 + 32) / 32: scale, offset
+    assert (
+        4.9 < float_bytes / held_bytes(model.layers) < 5.4
+    )  # 32 bits to 4, and 64 bits (scale, offset) per 32 weights
 
 
 def test_unquantized_model_is_never_held_as_a_whole(tiny_base, tmp_path, monkeypatch):

@@ -22,7 +22,10 @@ QUESTIONS = ["Hi", "Why is the cat on the mat?", "naïve 🦙", "And then?"]
 
 @pytest.fixture
 def responder(chat_base, device):
-    """A Responder on each device. On a GPU, tokens are read eight at a time, so the cache may have later tokens."""
+    """A Responder on each device.
+
+    On a GPU, eight steps are decoded together, so the cache may contain tokens after the end of a response.
+    """
     model, tokenizer = load_llama(chat_base, device=device)
     adapters = {"a": make_adapter(model).to(device), "b": make_adapter(model, seed=7).to(device)}
     return Responder(model, tokenizer, adapters, template="auto", max_new_tokens=12)
@@ -73,7 +76,10 @@ def test_system_turn_can_change_and_history_can_be_cleared(responder):
 
 
 def test_truncated_response_stays_in_the_history(responder):
-    """Later responses are conditioned on the truncated one. A long prompt enlarges the cache."""
+    """Later responses are conditioned on the truncated one.
+
+    A long prompt enlarges the cache. A prompt that fills the context is refused, and not added to the history.
+    """
     responder.sampling = responder.sampling._replace(end_ids=())
     conversation = Conversation(responder, "a")
     first = "".join(conversation.respond("Hi"))
@@ -110,7 +116,7 @@ def adapters(chat_base, tmp_path):
 
 
 def test_terminal_conversation_equals_the_same_prompts_file(adapters, tmp_path):
-    """Each adapter has a history of its own, which /reset deletes. The file has the same conversations."""
+    """Each adapter has its own history; /reset deletes all of them. The file has the same conversations."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
     stdout, stderr = chat_in_process(lines, *adapters)
     assert stderr.count("Every line is a turn of one conversation. /reset: start a new one. /system TEXT") == 1

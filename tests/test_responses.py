@@ -1,4 +1,4 @@
-"""Batches of requests give the responses and likelihoods of single requests. Requests that do not fit give None."""
+"""Batches of requests give the responses and likelihoods of single requests; None if they do not fit the context."""
 
 from dataclasses import replace
 

@@ -73,7 +73,10 @@ class KillAtWrite:
 
 
 def test_run_survives_twenty_kills(forks, args, tmp_path):
-    """The process gets SIGKILL ten times at random moments and ten times during a write. All files stay readable."""
+    """The process gets SIGKILL ten times at random moments and ten times during a write.
+
+    All files stay readable, and the resumed run equals an uninterrupted one.
+    """
     args += ["--epochs", 40, "--save-every", 1]
     assert Child(forks, [*args, "--out", tmp_path / "whole"]).exit_code() == 0
 
@@ -169,7 +172,7 @@ OPERATIONS = ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "unlink
 
 
 def tiny_run(out, resume, seed):
-    """Take four steps with the file operations of a real run, but without a base and data."""
+    """Run or resume four steps with the file operations of a real run, but without a base and data."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, generator=torch.Generator().manual_seed(seed))
     optimizer = train.make_optimizer(adapter, 0.0)
     with run_module.Run(RunOptions(out, resume, save_every=2)) as run:
@@ -387,7 +390,7 @@ def test_metrics_with_a_gap_are_refused(args, tmp_path):
 
 @pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
 def test_full_disk_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
-    """RLIMIT_FSIZE imitates a full disk: from step 8 on, no file can become larger than `full` is."""
+    """RLIMIT_FSIZE imitates a full disk: from step 8 on, checkpoint.pt cannot be written, or metrics.jsonl extended."""
     resource = pytest.importorskip("resource")
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -454,7 +457,7 @@ def test_resuming_with_a_different_tokenizer_is_refused(args, chat_base, tmp_pat
 
 
 def test_second_run_in_a_locked_folder_is_refused(forks, args, tmp_path):
-    """The error names the process that holds the lock, and the first run is not disturbed."""
+    """The error names the process that holds the lock. The refused run writes nothing, and can start afterward."""
     assert run(*args, "--out", tmp_path / "alone").exit_code == 0
     with locked_by_another_process(forks, tmp_path / "run") as process:
         result = run(*args)
@@ -466,7 +469,7 @@ def test_second_run_in_a_locked_folder_is_refused(forks, args, tmp_path):
 
 @contextmanager
 def locked_by_another_process(forks, folder):
-    """Create the folder, and yield a process that holds its lock."""
+    """Create the folder, and yield a process that holds its lock. The process is killed at the end of the block."""
     folder.mkdir()
     is_locked = forks.Event()
     process = forks.Process(target=hold_lock, args=(folder, is_locked))

@@ -67,8 +67,8 @@ def test_compiling_needs_a_compiler(monkeypatch, kind, compiler):
         compilation.prepare_to_compile(torch.device(kind))
 
 
-def test_cuda_graph_is_recorded_again_for_a_different_cache_or_prompts(monkeypatch):
-    """A graph refers to the memory of the cache and the prompts with which it was recorded."""
+def test_cuda_graph_is_recorded_again_for_a_different_cache_or_adaption_prompts(monkeypatch):
+    """A graph refers to the memory of the cache and the adaption prompts with which it was recorded."""
     recorded = []
 
     class Graph:

@@ -83,9 +83,10 @@ def test_windows_locate_whole_answers(bpe, tmp_path):
 
 
 def transformers_labels(encoded, row, start, end):
-    """Return (first, last) token of an answer in a window, by the loop of transformers' question-answering example.
+    """Return the positions of the first and last token of an answer in a window, or (0, 0) if it is not whole there.
 
-    One bug is fixed: if the answer begins at the last context token of the window, the example's loop runs into </s>.
+    The loop is that of transformers' question-answering example. One bug is fixed: if the answer begins at the last
+    context token of the window, the example's loop runs into </s>.
     """
     offsets, sequences = encoded.offset_mapping[row], encoded.sequence_ids(row)
     first, last = sequences.index(1), len(sequences) - 1 - sequences[::-1].index(1)

@@ -42,7 +42,11 @@ def test_rank_copies_its_part_from_any_number_of_files(pieces, ranks, cut, dim):
 
 
 def save_base(kind, folder, tiny_base):
-    """Save a random base of a kind in KINDS in Hugging Face's layout, or "two files" in Meta's; return its folder."""
+    """Save a base, and return its folder.
+
+    `kind` is a key of KINDS, for a random model in Hugging Face's layout, or "two files", for `tiny_base` in two files
+    of Meta's layout.
+    """
     if kind != "two files":
         save_hugging_face(folder, tiny_base, **KINDS[kind])
         return folder
@@ -78,7 +82,7 @@ def make_requests():
 
 @torch.no_grad()
 def respond(base, adapters, bits=None):
-    """Return the logits after the prompts, the responses, the shapes of this rank's weights, and its layers' bytes."""
+    """Return the next logits, the responses, the shapes of this rank's weights, and the size of its layers in bytes."""
     torch.set_num_threads(1)
     with inference_ranks():
         # With `bits`, a speed measurement decides whether layers are packed, and for tiny layers its result varies.
@@ -116,7 +120,10 @@ def test_ranks_give_the_same_logits_and_text(forks, kind, world, tiny_base, tmp_
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_quantized_parts_are_close_and_small(forks, bits, tiny_base, tmp_path):
-    """Each rank quantizes its own part. The error of the logits is like that of one process, in half the memory."""
+    """Each rank quantizes its own part, and needs about half the memory.
+
+    The error of the logits is at most about 1.5 times that of a single process.
+    """
     base = save_base("mha", tmp_path / "base", tiny_base)
     adapters = save_adapters(base, tmp_path)
     results = Ranks(forks, 2, respond, base, adapters, bits).results()
@@ -249,7 +256,7 @@ def test_unexpected_weight_is_a_one_line_error(tiny_base, tmp_path):
 
 
 def measure_loading(tiny_base, base):
-    """Load a base, or this rank's part of it; return the bytes of the weights, and the peak while loading."""
+    """Load a base, or this rank's part. Return the size of the weights and the peak growth of memory, in bytes."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         init_distributed()

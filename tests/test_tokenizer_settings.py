@@ -91,7 +91,7 @@ def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
 
 
 def test_bos_is_not_a_token_that_ends_a_text(data, tmp_path):
-    """A published config.json has <s> as its eos_token_id, and its tokenizer_config.json has empty strings."""
+    """A published base has <s> as eos_token_id in config.json, and empty strings as tokens in tokenizer_config.json."""
     shutil.copy(data / "tokenizers" / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
     empty = {"bos_token": "", "eos_token": ""}
     save_settings(tmp_path, config={"eos_token_id": 1}, tokenizer_config=empty, special_tokens_map=empty)
@@ -131,7 +131,10 @@ def test_eos_token_can_be_missing_in_tokenizer_json(data, tmp_path):
 
 
 def test_llama3_tokenizer_takes_its_eos_from_hugging_faces_files(data, tmp_path):
-    """Responses are trained to end with it. All tokens that end a text, also Llama 3.1's <|eom_id|>, end a response."""
+    """Responses are trained to end with this <eos>.
+
+    In generation, each token that ends a text, including Llama 3.1's <|eom_id|>, ends a response.
+    """
     (tmp_path / "original").mkdir()
     shutil.copy(data / "tokenizers" / "llama3_tokenizer.model", tmp_path / "original" / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)

@@ -103,7 +103,7 @@ def test_compiled_layers_equal_eager_layers():
         assert loss_and_gradient(compiled, b, examples, 10_000) == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(b.prompts.grad, a.prompts.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(b.gates.grad, a.gates.grad, rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one without and one with prompts
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one without and one with adaption prompts
 
 
 def test_schedule_reaches_its_rate_and_ends_near_zero():
@@ -116,7 +116,7 @@ def test_schedule_reaches_its_rate_and_ends_near_zero():
     assert learning_rate(4, peak=1.0, warmup=10, total=5) == 0.5  # a warm-up longer than the run
 
 
-def test_gradient_is_clipped_only_if_asked():
+def test_gradient_is_clipped_only_if_gradient_clip_is_given():
     model, norms = make_model(), []
     for clip in (None, 0.01, 1e6):
         adapter = make_adapter(model)
@@ -178,7 +178,7 @@ def test_run_writes_its_files(args, tiny_base, tmp_path):
 
 
 def test_run_uses_the_device_and_its_default_dtype(args, tmp_path, device):
-    """The device's index and dtype are printed, and the summary has its peak memory."""
+    """The device, with the index of a GPU, and the dtype are printed. The summary contains the peak memory."""
     result = run(*args, "--device", device)
     assert result.exit_code == 0, result.output
     where = {"cpu": "cpu in torch.float32", "cuda": "cuda:0 in torch.bfloat16"}[device]
@@ -420,7 +420,7 @@ def test_non_finite_values_stop_the_run_and_keep_the_last_adapter(args, tmp_path
     clip, calls, adapters = torch.nn.utils.clip_grad_norm_, [], []
 
     def spoil(parameters, *more):
-        """Record the adapter before every optimizer step, and break the fourth gradient."""
+        """Record the adapter before every optimizer step, and break the fourth gradient if `broken` is "gradient"."""
         calls.append(1)
         adapters.append([p.detach().clone() for p in parameters])
         if len(calls) == 4 and broken == "gradient":
@@ -563,7 +563,7 @@ def test_toy_is_trained_and_evaluated_by_default(tmp_path, monkeypatch, tiny_bas
 
 
 def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_base):
-    """Without --base, the toy's LLaMA is trained, which learns nothing useful from real data such as Alpaca."""
+    """Without --base, the adapter is for the toy's LLaMA, which is too small to learn from real data such as Alpaca."""
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
     i = args.index("--base")
     result = run(*args[:i], *args[i + 2 :])
