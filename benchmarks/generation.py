@@ -67,7 +67,7 @@ def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]
 
 
 def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
-    """Return the contestants by name: this implementation in several variants, and other ones with --peers."""
+    """Return the contestants by name: this implementation in several variants and, with --peers, other packages."""
     model, adapter = workload.new_model(), workload.new_adapter()
     variant = Variant(decoding=True)
     variants = {"ours": variant, "ours, base alone": variant._replace(adapted=False), **precisions(workload, variant)}

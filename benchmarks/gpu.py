@@ -115,7 +115,11 @@ class Bench:
         return self.training_rate(contestant, [batch[: self.PEER_BATCH] for batch in self.batches], checkpointed=False)
 
     def training_rate(self, contestant: Contestant, batches: list[list[TokenizedExample]], checkpointed: bool) -> dict:
-        """Time one optimizer step on each batch. Return tokens/s, shares of the matmul speeds, and peak memory."""
+        """Time rounds with one optimizer step on each batch. Return the results by name.
+
+        These are the seconds of each round and, from the fastest one, tokens/s, the shares of the two matmul speeds and
+        the minutes that the paper's training on Alpaca would take; and the peak memory in bytes.
+        """
         optimizer = contestant.optimizer()
 
         def steps() -> None:
@@ -139,7 +143,10 @@ class Bench:
         }
 
     def decoding(self, variant: Variant, rows: int) -> dict:
-        """Time greedy decoding of `rows` prompts of 60 tokens each, without the time of the prefill."""
+        """Time greedy decoding of `rows` prompts of 60 tokens each, without the time of the prefill.
+
+        Returns tokens/s, the share of the copy speed, and the bytes of weights that a step reads.
+        """
         contestant = Ours(self.model, self.adapter, variant)
         batch = self.batches[0]
         tokens = [batch[i % len(batch)].ids[:40] + [5] * 20 for i in range(rows)]
@@ -175,7 +182,10 @@ def run_parts(
     done: Callable[[str, dict], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Run the parts that are expected to end before the deadline. After an error, record it and run the next part."""
+    """Run the parts that are expected to end before the deadline, a time of `clock` in seconds.
+
+    Calls done(name, result) for every part. If a part is skipped or raises an exception, the result is {"error": ...}.
+    """
     for name, part in parts.items():
         if clock() + ORDER[name] > deadline:
             done(name, {"error": "skipped, because too little time was left"})
@@ -189,7 +199,7 @@ def run_parts(
 
 
 def draw_shares(found: dict[str, dict], path: Path) -> None:
-    """Plot the share of the peak speed that each part reached, together with the goals."""
+    """Plot the share of the peak speed that each part reached, and the goals. Without a share, write no file."""
     bars = {name: row.get("matmul_share", row.get("copy_share")) for name, row in found.items() if "error" not in row}
     bars = {name: share for name, share in bars.items() if share is not None}
     if not bars:

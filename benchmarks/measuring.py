@@ -184,7 +184,9 @@ def read_results(path: Path) -> dict[str, dict]:
     for title, part in known.items():
         rows = part.get("rows") if isinstance(part, dict) else None
         if not isinstance(rows, dict) or not rows or not all(map(is_row, rows.values())):
-            raise ValueError(f"{path}: the value of {title!r} is not the result of a benchmark; choose another file")
+            raise ValueError(
+                f"{path}: the value of {title!r} is not the result of a benchmark; choose a different file"
+            )
     return known
 
 
@@ -216,7 +218,7 @@ json_option = option(
     "json_path",
     type=click.Path(path_type=Path),
     callback=check_results,
-    help="JSON file to which the results are added; a plot with the same name is written next to it.",
+    help="JSON file to which the results are added; a plot of relative times, if any, is written next to it.",
 )
 
 
@@ -254,7 +256,10 @@ def publish(
 
 
 def draw_ratios(known: dict[str, dict], path: Path) -> None:
-    """Plot the time of each contestant relative to this implementation, with the spread over the rounds."""
+    """Plot the time of each contestant relative to this implementation, with the spread over the rounds.
+
+    Benchmarks without relative times are omitted. If none has relative times, no file is written.
+    """
     panels = {title: part["rows"] for title, part in known.items() if "ratio" in next(iter(part["rows"].values()))}
     if not panels:
         return

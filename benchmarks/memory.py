@@ -83,7 +83,7 @@ def count_bytes(
 def measure_step(
     config: Config, tokens: int, device: torch.device, dtype: torch.dtype, checkpoint_activations: bool
 ) -> int:
-    """Return the peak memory of a training step in bytes, including the weights.
+    """Return the peak memory of a training step on `tokens` positions in bytes, including the weights.
 
     Each example has 128 positions, about half of them in the response.
     """
@@ -200,7 +200,12 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     "Options",
     option("--gpu-memory", type=Real(1), default=80, help="Memory per GPU, in GB."),
     option("--peak", type=Real(1), default=312, help="Peak TFLOP/s per GPU in bfloat16; an A100 has 312."),
-    option("--utilisation", type=Real(0, 1, min_open=True), default=0.4, help="Assumed share of --peak."),
+    option(
+        "--utilisation",
+        type=Real(0, 1, min_open=True),
+        default=0.4,
+        help="Share of --peak that training is assumed to reach.",
+    ),
 )
 def plan_runs(gpu_memory, peak, utilisation):
     """Estimate the paper's training for several model sizes.

@@ -77,7 +77,7 @@ class Adapted(Contestant):
 
 
 class Ours(Adapted):
-    """This implementation: trains as train.py does, on batches of similar length, and decodes as generate.py does.
+    """This implementation: trains as train.py does, with similar lengths in a batch, and decodes as generate.py does.
 
     The weights share memory with those of `model`, unless the variant has a different dtype or quantized weights.
     """
@@ -126,7 +126,7 @@ class Plain(Adapted):
     """The paper's method without optimizations, as in the authors' script.
 
     Every example is padded to `max_seq_len`, the attention weights are stored, and logits are computed at all
-    positions. During decoding, the keys and values of the prompts are recomputed for every token.
+    positions. During decoding, the keys and values of the adaption prompts are recomputed for every token.
     """
 
     def __init__(self, model: LLaMA, adapter: Adapter, max_seq_len: int = 512):
@@ -223,8 +223,8 @@ class HuggingFace(Contestant):
 class LitGPT(Contestant):
     """litgpt's adapter. Examples are padded to the longest one in the batch, and all logits of a batch are in memory.
 
-    Since v0.5.5, litgpt projects the prompts with other rows of the weights than before (docs/adapters.md). The amount
-    of work is the same, but the outputs differ from this implementation's if the gates are nonzero.
+    Since v0.5.5, litgpt projects the adaption prompts with other rows of the weights than before (docs/adapters.md).
+    The amount of work is the same, but the outputs differ from this implementation's if the gates are nonzero.
     """
 
     def __init__(self, model: LLaMA, layers: int, length: int):
@@ -259,7 +259,7 @@ class LitGPT(Contestant):
         mark_only_adapter_as_trainable(self.model)
 
     def clear_prompt_cache(self) -> None:
-        """Clear the cached keys and values of the prompts, because litgpt would reuse those of the first step."""
+        """Clear the cached keys and values of the adaption prompts; litgpt would reuse those of the first step."""
         for module in self.model.modules():
             if hasattr(module, "adapter_kv_cache"):
                 module.adapter_kv_cache = None
@@ -310,7 +310,7 @@ def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tenso
 
 
 def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
-    """Create the other implementations whose packages are installed, by name.
+    """Create the other implementations, by name: `Plain`, and those whose packages are installed.
 
     They adapt as many layers as the adapter does. `kinds` are the values of HuggingFace's `kind` to include.
     """

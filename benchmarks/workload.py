@@ -126,7 +126,7 @@ def workload_options(*own_options):
 
 
 def prepare_workload(device: str, dtype: str, compiled: bool = False, precisions: bool = False, **options) -> Workload:
-    """Create the workload that the options describe. Raises ValueError if the device or dtype is not available."""
+    """Create the workload that the options describe. Raises ValueError if the device, or a compiler, is missing."""
     device, dtype = select_device(device, dtype)
     if compiled:
         prepare_to_compile(device)
