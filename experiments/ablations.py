@@ -36,14 +36,15 @@ def compare_settings(
 ) -> dict[str, dict]:
     """Train and measure every setting with every seed.
 
-    Returns by label the results of `run_setting`, as lists over the seeds, and the setting as a dictionary ("setting").
+    Returns one dictionary per label: the results of `run_setting` by name, each as a list over the seeds, and the
+    setting as a dictionary under the name "setting". `in_rounds` is passed to `Runs.table`.
     """
     rows = runs.table(COLUMNS, settings, partial(run_setting, testbed), in_rounds=in_rounds)
     return {label: row | {"setting": settings[label]._asdict()} for label, row in rows.items()}
 
 
 def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
-    """Drop the loss of every step from the rows, and add the mean and the standard deviation of the accuracy."""
+    """Return copies of the rows without the losses of the steps, with mean and standard deviation of the accuracy."""
     saved = {label: {name: value for name, value in row.items() if name != "losses"} for label, row in rows.items()}
     for row in saved.values():
         row |= {"mean": statistics.mean(row["accuracy"]), "standard_deviation": spread(row["accuracy"])}
@@ -88,12 +89,12 @@ def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
 
 
 def compare_shapes(runs: Runs, testbed: Testbed) -> None:
-    """Compare adapted layers and numbers of prompts.
+    """Compare adapted layers and numbers of prompt embeddings.
 
     Reproduces Table 4, which adapts the topmost L layers. Also adapts the lowest L layers, and varies K, the number of
-    adaption prompts per layer.
+    prompt embeddings per layer.
 
-    Runs on the lowest layers take longer than necessary, because the layers above them have prompts with zero gates.
+    Runs on the lowest layers take longer than necessary, because all layers above get adaption prompts with zero gates.
     """
     N, default = testbed.n_layers, testbed.default
     counts = {max(1, round(N * quarter / 4)) for quarter in (1, 2, 3, 4)} | {default.layers, N - 2, N - 1}
@@ -250,7 +251,10 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
-    """Print the perplexity before and after training, and whether the base can be recovered; "-" means not measured."""
+    """Print for each method the bytes of its trained parameters, the perplexity, and whether the base can be recovered.
+
+    `before` is the perplexity before training, or None if the testbed has no text. "-" means not measured.
+    """
     click.echo(f"\n{'':36}{'bytes':>12}{'perplexity before':>18}{'after':>9}{'recovered':>12}{'after merging':>15}")
     for label, row in rows.items():
         after = "-" if before is None else f"{statistics.mean(row['perplexity']):.2f}"

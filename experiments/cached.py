@@ -12,9 +12,9 @@ CACHE = Path(__file__).with_name("cache")
 
 
 def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Path:
-    """Return the cached folder for a recipe. The first call creates an empty folder, and fills it with `make(folder)`.
+    """Return the cached folder for a recipe, a JSON value that determines the content of the folder.
 
-    The recipe is a JSON value that determines the content of the folder.
+    The first call fills a temporary folder with `make(folder)`, and then renames it, so that a failure is not cached.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{digest}"
@@ -28,7 +28,10 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
 
 
 def toy_base(seed: int = 0, n_layers: int = N_LAYERS) -> Path:
-    """Return the folder of the toy's base, or of a cached base with a different seed or number of layers."""
+    """Return the folder of the toy's base, or of a cached base with a different seed or number of layers.
+
+    The first call for a different base pretrains it, which takes minutes.
+    """
     if (seed, n_layers) == (0, N_LAYERS):
         return BASE
     return cached_folder("toy-base", [seed, n_layers], lambda folder: make_base(folder, seed, n_layers))

@@ -107,7 +107,10 @@ COLUMNS = (
 
 
 def train_and_score(sets: LabeledSets, run: EncoderRun, seed: int) -> dict:
-    """Train with one seed, which also determines the examples if `run.number` is set. Return the results by name."""
+    """Train with one seed, which also selects the examples if `run.number` is set. Return the results by name.
+
+    The accuracy is measured on the test examples or, if `run.on_tenth`, on the held-out tenth of the training examples.
+    """
     training, testing = sets.training, sets.testing
     if run.on_tenth:
         training, testing = hold_out(training, len(training) // 10, seed=0)
@@ -125,7 +128,7 @@ def train_and_score(sets: LabeledSets, run: EncoderRun, seed: int) -> dict:
 
 
 def compare_encoders(runs: Runs, sets: LabeledSets, rates: dict[str, float], epochs: int) -> dict[str, dict]:
-    """Train every method with every seed. Return the results of `train_and_score` as lists over the seeds."""
+    """Train every method with every seed. Return the results of `train_and_score` by method, as lists over seeds."""
     import_peft()  # fail before training if PEFT is missing
     settings = {method: EncoderRun(method, lr, epochs) for method, lr in rates.items()}
     return runs.table(COLUMNS, settings, partial(train_and_score, sets))
@@ -188,7 +191,7 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, score: float) -> Figur
 SEARCH = option(
     "--search",
     is_flag=True,
-    help="Only search for the best learning rates, using a held-out tenth of the training examples.",
+    help="Only search for the best learning rates on a held-out tenth of the training data; no file is written.",
 )
 
 

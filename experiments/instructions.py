@@ -170,8 +170,8 @@ def planned_runs(search: bool, curve: bool) -> dict[str, StoryRun]:
     """Return the runs of the command, by label.
 
     By default, these are the base without training, and every method at its best learning rate. If `search` is True,
-    every method is run at each of its learning rates; if `curve` is True, three methods are run on several shares of
-    the examples.
+    every method is run at each of its learning rates. Otherwise, if `curve` is True, three methods are run on several
+    shares of the examples.
     """
     if search:
         return {f"{method}, {lr:g}": StoryRun(method, lr) for method, rates in TRIED.items() for lr in rates}
@@ -224,9 +224,13 @@ def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length,
         option("--data", type=PATH, required=True, help="File of stories that are separated by <|endoftext|>."),
         option("--per-kind", type=Count(), default=100, help="Number of training instructions of each kind."),
         option("--max-tokens", type=Count(2), default=64, help="Maximum number of tokens per story."),
-        option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
+        option("--at-a-time", type=Count(), default=2, help="Number of processes; if several, each has one thread."),
         option("--search", is_flag=True, help="Search for the best learning rates on validation instructions."),
-        option("--curve", is_flag=True, help="Compare three methods on 1 to 100 % of the training examples."),
+        option(
+            "--curve",
+            is_flag=True,
+            help="Compare three methods on 1 to 100 % of the training examples; --search disables this.",
+        ),
         device_options[0],
     ),
     training_options(layers="all", length=10, epochs=5, batch_size=16),

@@ -65,7 +65,7 @@ def ungated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False
 
 
 class LowAdapter(Adapter):
-    """Adapter of the lowest layers. The other layers, of which there are `above`, get prompts with zero gates."""
+    """Adapter of the lowest layers. The remaining `above` layers get adaption prompts with zero gates."""
 
     def __init__(self, *, above: int, **dimensions):
         super().__init__(**dimensions)
@@ -78,9 +78,9 @@ class LowAdapter(Adapter):
 
 
 class NoPrompts(nn.Module):
-    """Replacement for the adapter of methods without prompts. Contains the trained weights, and the head of an encoder.
+    """Module in place of the adapter, for LoRA and full fine-tuning. forward() returns no adaption prompts.
 
-    The weights are those of the base or of LoRA; forward() returns no adaption prompts.
+    Contains the trained weights, which are those of LoRA or of the base, and the head if the base is an encoder.
     """
 
     def __init__(self, trained: Iterable[nn.Parameter], head: nn.Module | None = None):
@@ -93,7 +93,7 @@ class NoPrompts(nn.Module):
         return []
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """Create AdamW for all parameters, with the hyperparameters of `train.make_optimizer`."""
+        """Create AdamW with the betas of `train.make_optimizer`, and with one learning rate for all parameters."""
         groups = [{"params": list(self.parameters()), "weight_decay": WEIGHT_DECAY, "lr_scale": 1.0}]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
 
@@ -101,7 +101,10 @@ class NoPrompts(nn.Module):
 def whole_model_loss(
     model: LLaMA, adapter: nn.Module, examples: Sequence[TokenizedExample], checkpoint_activations: bool = False
 ) -> Tensor:
-    """Compute the loss of `train.response_loss`, and let gradients flow to the weights of the output head as well."""
+    """Compute the loss of `train.response_loss` without adaption prompts; `adapter` is not used.
+
+    Gradients flow to all weights, including those of the output head.
+    """
     batch = collate(examples)
     inputs = batch.inputs.to(model.device)  # (B, T)
     targets = batch.targets.to(model.device)  # (B, T)
@@ -209,7 +212,7 @@ def make_image_adapter(model: LLaMA, features: int, config: TrainConfig) -> Imag
 def finite_steps(trainable: Trainable, examples: Sequence, config: TrainConfig, first_step: int = 0) -> Iterator[Step]:
     """Run the training steps from `first_step` on, with a progress bar, yielding a Step after each.
 
-    Stops before a step whose loss or gradient is not finite.
+    Ends without an error before a step whose loss or gradient is not finite.
     """
     model, adapter, optimizer, loss_fn = trainable
     total = config.epochs * math.ceil(len(examples) / config.batch_size)

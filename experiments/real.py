@@ -1,8 +1,8 @@
 """Reproduce the paper's tables on a real LLaMA of 30 layers: python -m experiments real --base SMOLLM2 ...
 
-Each part writes PART.json, and most parts a plot, to experiments/results/real/. A part is skipped if its JSON file
-exists, and so are runs that have finished. An interrupted training run resumes from its checkpoint in
-experiments/cache/.
+Each part writes PART.json, and most parts a plot, to --out, by default experiments/results/real/. A part is skipped if
+its JSON file exists, and so are runs that have finished. Except in `digits` and `price`, an interrupted training run
+resumes from its checkpoint in experiments/cache/.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ PARTS = {
         multiple=True,
         help="Part to run; repeatable.  [default: all]",
     ),
-    option("--at-a-time", type=Count(), default=2, help="Number of parallel processes, with one thread each."),
+    option("--at-a-time", type=Count(), default=2, help="Number of processes; if several, each has one thread."),
     option(
         "--out",
         type=PATH,

@@ -83,7 +83,7 @@ def required_path(path: Path | None, option: str) -> Path:
 
 
 def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
-    """Train an adapter on a task, or load it from the cache."""
+    """Load an adapter from the cache. If it is not there, train it on the task, and save it there first."""
     path = cache_file(sources, run, seed, "safetensors")
     if not path.exists():
         checkpoint = cache_file(sources, run, seed)
@@ -100,7 +100,9 @@ def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
 def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
     """Train, unless the run is the base alone, and answer the test problems. Return the scores by name.
 
-    A problem is answered by generation ("written") and by the most likely option ("most_likely").
+    "written" is the accuracy of generated answers to WRITTEN of the problems. "most_likely" is the accuracy of the most
+    likely option for all problems, "columns" are its nine scores, and "chance" is the accuracy of random choices.
+    "too_long" counts problems that do not fit into the context. "val_loss" is None for the base alone.
     """
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
@@ -166,7 +168,7 @@ def compare_on_problems(runs: Runs, sources: Sources) -> None:
 
 
 def mix_experts(runs: Runs, sources: Sources) -> None:
-    """Evaluate three adapters for one base, each in batches of its own and in batches mixed with the other two."""
+    """Evaluate three adapters for one base, in batches for each alone and in mixed batches, which include the base."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     settings = {name: setting._replace(**schedule(len(task_testbed(sources, name).training))) for name in EXPERTS}
     columns = (
@@ -261,7 +263,8 @@ def train_on_alpaca(runs: Runs, sources: Sources) -> None:
 def alpaca_values(sources: Sources, run: TaskRun, seed: int) -> dict:
     """Return the validation loss in Alpaca's template, and five responses.
 
-    Without a setting, the base is measured, also in its own chat template.
+    If `run.setting` is None, the base alone is measured, and its loss ("own_template") and responses in its own chat
+    template are returned as well.
     """
     testbed = task_testbed(sources, "alpaca")
     model, tokenizer = load_llama(testbed.base, testbed.dtype, testbed.device)

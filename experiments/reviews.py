@@ -96,14 +96,14 @@ def schedule(sentences: int) -> dict[str, float]:
 
 
 def cache_file(sources: Sources, run: object, seed: int, suffix: str = "pt") -> Path:
-    """Return the path of a run's checkpoint or adapter file in the cache."""
+    """Return the path of a run's checkpoint or adapter file in the cache. Creates the folder of the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(repr((sources.base.name, sources.dtype, run, seed)).encode()).hexdigest()[:12]
     return CACHE / f"real-{digest}.{suffix}"
 
 
 def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
-    """Train, resuming from the run's checkpoint if there is one. Return the results of `run_setting`."""
+    """Train, resuming from the run's checkpoint if there is one, and delete it. Return the results of `run_setting`."""
     testbed = review_testbed(sources, run.sentences, run.searching)
     checkpoint = cache_file(sources, run, seed)
     values = run_setting(testbed, run.setting, seed, checkpoint)

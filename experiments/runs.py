@@ -167,7 +167,8 @@ def cells(column: Column, runs: Sequence[dict]) -> str:
 def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
     """Return a decorator that turns a function into a command with the options of `groups`.
 
-    The function is called with a Runs and the values of these options.
+    The function is called with a Runs and the values of these options. The command also has --out and, if `seeds` is
+    True, --seeds, whose values are in the Runs.
     """
     seeds_option = [option("--seeds", type=Count(), default=3, help="Number of seeds per setting.")] * seeds
     out = option("--out", type=PATH, default=RESULTS, show_default="experiments/results", help="Folder for results.")
@@ -187,7 +188,7 @@ def experiment(name: str, *groups: Callable, seeds: bool = True) -> Callable:
 
 TRAINING_OPTIONS = {
     "layers": (Count(), "L, number of adapted layers."),
-    "length": (Count(), "K, number of adaption prompts per layer."),
+    "length": (Count(), "K, number of prompt embeddings per layer."),
     "rank": (Count(), "Rank of LoRA."),
     "epochs": (Count(2), "Number of passes over the training data."),
     "batch_size": (Count(), "Examples per optimizer step."),

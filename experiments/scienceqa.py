@@ -73,7 +73,9 @@ def scienceqa(runs: Runs, base, data, task, held_out, **options) -> None:
     Reproduces Table 5 on the validation split. Only the text of a problem is used, not its image.
     """
     if base is None or data is None or task not in (None, "scienceqa"):
-        raise ValueError("scienceqa requires --base and --data (ScienceQA's problems.json); omit --task")
+        raise ValueError(
+            "scienceqa requires --base and --data (ScienceQA's problems.json), and no --task except scienceqa"
+        )
     problems = subset(read_problems(data, split="val"), held_out)
     how = TestbedOptions(base=base, data=data, task="scienceqa", held_out=len(problems), **options)
     testbed = read_testbed(how, questions=problems)

@@ -74,7 +74,7 @@ def whole_sentences(text: str) -> str:
 
 
 def truncate_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
-    """Truncate the text after the last sentence that ends within `max_tokens` tokens."""
+    """Truncate the text after the last sentence that ends within `max_tokens` tokens; return "" if there is none."""
     ends = reversed(sentence_ends(text))
     return next((text[:end] for end in ends if len(tokenizer.encode(text[:end])) <= max_tokens), "")
 
@@ -82,12 +82,16 @@ def truncate_at_sentence(text: str, tokenizer: Tokenizer, max_tokens: int) -> st
 def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]:
     """Read stories, each truncated after a sentence to at most `max_tokens` tokens.
 
-    Raises OSError if the file cannot be read, or ValueError if it has fewer than 100 stories.
+    Truncated texts for which `is_prose` is False are dropped. Raises OSError if the file cannot be read, or ValueError
+    if fewer than 100 stories remain.
     """
     texts = [text.strip() for text in read_text(path).split("<|endoftext|>")][:-1]  # the last one may be incomplete
     stories = [story for text in texts if is_prose(story := truncate_at_sentence(text, tokenizer, max_tokens))]
     if len(stories) < 100:
-        raise ValueError(f"{path}: has {len(stories)} stories separated by <|endoftext|>; at least 100 are needed")
+        raise ValueError(
+            f"{path}: {len(stories)} of {len(texts)} texts separated by <|endoftext|> are prose when truncated to "
+            f"{max_tokens} tokens; at least 100 are needed; give more text or a larger --max-tokens"
+        )
     return stories
 
 

@@ -31,7 +31,7 @@ from train import TrainConfig
 
 @dataclass(frozen=True)
 class TestbedOptions:
-    """Options of the commands that train a LLaMA. None means the default that the help states."""
+    """Options of the commands that use a testbed. None means the default that the help states."""
 
     base: Path | None = setting(None, "Base model.  [default: the toy's]", PATH)
     data: Path | None = setting(None, "Training data.  [default: the toy's]", PATH)
@@ -41,11 +41,15 @@ class TestbedOptions:
     text: Path | None = setting(None, "Text similar to the pretraining data, to measure the perplexity on.", PATH)
     limit: int | None = setting(None, "Maximum number of training examples, drawn at random.  [default: all]", Count())
     held_out: int | None = setting(
-        None, "Maximum number of held-out questions.  [default: all of the toy's; 200 of --data]", Count()
+        None,
+        "Maximum number of held-out questions.  [default: 200 of --data; all for the toy and for scienceqa]",
+        Count(),
     )
-    max_seq_len: int = setting(512, "Maximum number of tokens per example; longer responses are truncated.", Count(2))
+    max_seq_len: int = setting(
+        512, "Maximum tokens per example; longer ones are truncated, or dropped if their prompt is too long.", Count(2)
+    )
     toy_layers: int | None = setting(
-        None, "Number of layers of the toy's base, which is trained on first use.  [default: 4]", Count()
+        None, "Layers of the toy's base; one with a different number is pretrained on first use.  [default: 4]", Count()
     )
     device: str = setting("auto", DEVICE_HELP)
     dtype: str = setting("auto", "Dtype of the base.", click.Choice(["auto", "float32", "bfloat16"]))
@@ -161,7 +165,8 @@ def data_parts(options: TestbedOptions, searching: bool, questions: list[Example
 def read_testbed(options: TestbedOptions, searching: bool = False, questions: list[Example] | None = None) -> Testbed:
     """Create the testbed that the options describe. `questions` replaces the held-out questions of --data.
 
-    Raises OSError if a file cannot be read, or ValueError if options contradict each other or no example fits.
+    Raises OSError if a file cannot be read, or ValueError if a file is invalid, if options contradict each other, or if
+    no example fits.
     """
     device, dtype = select_device(options.device, options.dtype)
     if (options.base is None) != (options.data is None):
