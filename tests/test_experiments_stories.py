@@ -154,7 +154,7 @@ def test_rate_search_and_learning_curve_have_the_right_examples_and_epochs(comma
 def test_too_few_stories_are_a_one_line_error(command, tmp_path):
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(make_stories(5)))
     result = command()
-    assert result.exit_code == 2 and "stories.txt: has 4 stories" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and "stories.txt: 4 of 4 texts" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_best_rates_are_those_that_the_search_found():
