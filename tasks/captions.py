@@ -108,7 +108,7 @@ def coco_scorers() -> list[tuple[list[str], object]]:
 
 
 def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[str, float]:
-    """Score captions with COCO's own implementations of BLEU, ROUGE-L and CIDEr.
+    """Score captions with COCO's BLEU, ROUGE-L and CIDEr.
 
     The best possible score is 1, or 10 for CIDEr. A missing response counts as an empty caption.
 

@@ -150,9 +150,10 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 
 
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
-    """Measure the accuracy on ScienceQA, in percent, for the nine columns of the paper's Table 2.
+    """Measure the accuracy on ScienceQA in percent.
 
-    An answer that names none of the choices is wrong. The score of a column without problems is None.
+    The nine scores are those of the columns of the paper's Table 2. An answer that names none of the choices is wrong.
+    The score of a column without problems is None.
 
     The command prints the paper's rows for comparison. It writes results.json, in the official format and with the
     accuracies, and wrong.txt, a readable list of wrong answers.

@@ -139,7 +139,7 @@ def test_rate_search_and_learning_curve_have_the_right_examples_and_epochs(comma
     assert runs == [(15, 10, 0.1), (15, 10, 0.2)] and "5 held-out instructions" in result.output
     assert not (tmp_path / "out" / "stories_rates.png").exists()
     found = json.loads((tmp_path / "out" / "stories_rates.json").read_text())
-    assert all(row["lr"] and "answers" not in row for row in found["rows"].values())
+    assert all(row["lr"] and "responses" not in row for row in found["rows"].values())
     assert [example["kind"] for example in found["examples"]] == list(KINDS)  # one of each kind
     assert all(set(example["told"]) == set(found["rows"]) for example in found["examples"])
     runs.clear()
