@@ -92,7 +92,7 @@ class Batch(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """The interface of all tokenizers."""
+    """The interface of the tokenizers of LLaMA bases. (RoBERTa's, for encoders, has a smaller one.)"""
 
     start_ids: list[int]  # <bos>, or empty
     eos_id: int  # ends a response in training

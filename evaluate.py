@@ -253,7 +253,12 @@ def at_commas(ctx, param, value: str) -> list[str]:
 @option_group(
     "Results",
     option("--batch-size", type=Count(), default=16, help="Number of continuations (or responses) per batch."),
-    option("--log-samples", "samples", is_flag=True, help="Write every prompt and response to a file."),
+    option(
+        "--log-samples",
+        "samples",
+        is_flag=True,
+        help="Also write every prompt and response, to a file per task and column.",
+    ),
     option("--out", type=PATH, default="out-harness", help="Folder for the results."),
 )
 def evaluate_by_harness(adapter_paths, base, device, dtype, bits, compile, strengths, compare, template, **options):

@@ -294,8 +294,9 @@ class Responder:
         """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
-            used = "a raw prompt" if self.raw else f"the template {template.name}"
-            raise ValueError(f"{used} cannot contain earlier turns; use --template auto, llama-2, llama-3 or chatml")
+            used = "a prompt of --raw" if self.raw else f"the template {template.name}"
+            advice = "use --template auto, llama-2, llama-3 or chatml instead"
+            raise ValueError(f"{used} cannot contain earlier turns; {advice}")
         if self.raw:
             return self.tokenizer.start_ids + self.tokenizer.encode(request.instruction)
         return template.encode_prompt(request.instruction, request.input, request.history)

@@ -201,22 +201,22 @@ def plan_run(config: Config, gpus: int, memory: float, speed: float) -> dict:
     option("--gpu-memory", type=Real(1), default=80, help="Memory per GPU, in GB."),
     option("--peak", type=Real(1), default=312, help="Peak TFLOP/s per GPU in bfloat16; an A100 has 312."),
     option(
-        "--utilisation",
+        "--utilization",
         type=Real(0, 1, min_open=True),
         default=0.4,
         help="Share of --peak that training is assumed to reach.",
     ),
 )
-def plan_runs(gpu_memory, peak, utilisation):
+def plan_runs(gpu_memory, peak, utilization):
     """Estimate the paper's training for several model sizes.
 
     Estimates memory, time and traffic of 5 epochs on Alpaca with batch size 64, for bases of 7B to 65B parameters, on 1
     and 8 GPUs.
     """
     rows = {
-        f"{size[6:]} on {gpus}": plan_run(SIZES[size], gpus, gpu_memory * 1e9, peak * 1e12 * utilisation)
+        f"{size[6:]} on {gpus}": plan_run(SIZES[size], gpus, gpu_memory * 1e9, peak * 1e12 * utilization)
         for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-33B", "LLaMA-65B")
         for gpus in (1, 8)
     }
-    about = {"GB a GPU": gpu_memory, "TFLOP/s": peak, "utilisation": utilisation, "K": LENGTH}
+    about = {"GB a GPU": gpu_memory, "TFLOP/s": peak, "utilization": utilization, "K": LENGTH}
     publish("plan", rows, PLAN_COLUMNS, about)

@@ -1,4 +1,4 @@
-"""Benchmark of multiple-choice questions: log-likelihoods of continuations, as `evaluate.py harness` computes them."""
+"""Benchmark of scoring: the speed at which `evaluate.py harness` computes log-likelihoods of continuations."""
 
 from collections.abc import Sequence
 

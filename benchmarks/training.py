@@ -34,7 +34,7 @@ TRAINING_COLUMNS = {
     "examples/s": lambda row: f"{row['examples_per_second']:.1f}",
     "response tokens/s": lambda row: f"{row['response_tokens_per_second']:,.0f}",
     "memory beyond the model": lambda row: f"{row['peak_bytes_beyond_the_model'] / 2**20:,.0f} MiB",
-    "share of matmul peak": lambda row: f"{100 * row['utilisation']:.0f} %" if row["utilisation"] else "",
+    "share of matmul peak": lambda row: f"{100 * row['utilization']:.0f} %" if row["utilization"] else "",
 }
 
 
@@ -165,9 +165,9 @@ def time_training(json_path, number, batch_size, micro_batch_tokens, checkpoint_
         row["response_tokens_per_second"] = sum(example.num_targets for example in examples) / row["median"]
         row["peak_bytes_beyond_the_model"] = peaks[name]
         row["first_loss"] = losses[name]
-        row["utilisation"] = None
+        row["utilization"] = None
         if isinstance(contestants[name], Ours) and contestants[name].model.dtype == workload.dtype:
-            row["utilisation"] = share_of(flops, row["seconds"], peak_operations, peak_seconds)
+            row["utilization"] = share_of(flops, row["seconds"], peak_operations, peak_seconds)
     about = measured_on(workload.name, device, workload.dtype) | {
         "examples": len(examples),
         "batch_size": batch_size,

@@ -225,7 +225,7 @@ def compare_methods(runs: Runs, sources: Sources) -> None:
 
 
 def compare_layers(runs: Runs, sources: Sources) -> None:
-    """Compare numbers of adapted layers, and compare the topmost layers with the lowest (Table 4)."""
+    """Compare different numbers of adapted layers (Table 4), and the topmost layers with the lowest."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     N = setting.layers + 2
     top = {L: f"topmost {L} of {N} layers" for L in (N // 3, 2 * N // 3, N - 2, N)}

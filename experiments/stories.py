@@ -96,9 +96,9 @@ def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]
 
 
 def is_story(text: str) -> bool:
-    """Return True if the text is prose that begins like a story: neither with direct speech nor with a word like "He".
+    """Return True if the text is prose, and begins neither with direct speech nor with a word like "He" or "Then".
 
-    Only five of 2,232 real stories begin with direct speech or such a word.
+    Such a word continues an earlier text. Only five of 2,232 real stories begin in one of these ways.
     """
     return is_prose(text) and not CONTINUATION.match(text)
 

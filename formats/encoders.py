@@ -323,9 +323,8 @@ def side_length(name: str, size: object, keys: Sequence[str]) -> object:
     if not isinstance(size, dict):
         return size
     if set(size) != set(keys) or len({repr(length) for length in size.values()}) != 1:
-        raise ValueError(
-            f"{name} is {size!r}; expected an integer, or an object with only {' and '.join(keys)}, all equal"
-        )
+        expected = f"an object with only {' and '.join(keys)}" + ", which must be equal" * (len(keys) > 1)
+        raise ValueError(f"{name} is {size!r}; expected an integer, or {expected}")
     return size[keys[0]]
 
 
@@ -357,14 +356,15 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
             settings |= {"final_norm": False, "n_heads": 8}  # the default of vit-pytorch
         else:
-            raise ValueError("has unknown weights; expected those of CLIP, timm or vit-pytorch")
+            raise ValueError(
+                "has unknown weights; expected those of OpenAI's CLIP, open_clip, timm or vit-pytorch, or Hugging Face's folder"
+            )
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
         shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
         if len(shapes[0]) not in (2, 4) or len(shapes[1]) < 2 or len(shapes[2]) != 2:
-            raise ValueError(
-                f"the patch embedding, positions and feed-forward have shapes {shapes}; expected those of an encoder"
-            )
+            expected = "expected 2 or 4, at least 2, and 2 dimensions"
+            raise ValueError(f"patch embedding, positions and feed-forward have the shapes {shapes}; {expected}")
         patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
             C, per_patch = patches

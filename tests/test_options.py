@@ -156,7 +156,7 @@ LINES = {
     "benchmarks gpu": [
         "--size 15M --device cpu --dtype float32 --minutes 0.0001 --skip-tests --out {new}.json",
     ],
-    "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilisation 0.5"],
+    "benchmarks plan": ["--gpu-memory 24 --peak 165 --utilization 0.5"],
     "experiments gates": [
         TESTBED,
         "--toy-layers 3 --limit 8 --held-out 3 --epochs 3 --seeds 1 --device cpu --out {new}",

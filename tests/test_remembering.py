@@ -181,7 +181,7 @@ UNANSWERED = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "W
             ["--template", "alpaca"],
             "the template alpaca cannot contain earlier turns; use --template auto, llama-2, llama-3 or chatml",
         ),
-        (UNANSWERED, ["--raw"], "a raw prompt cannot contain earlier turns"),
+        (UNANSWERED, ["--raw"], "a prompt of --raw cannot contain earlier turns"),
     ],
 )
 def test_invalid_conversations_in_a_file_are_reported(adapters, tmp_path, record, more, message):

@@ -25,7 +25,7 @@ TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversatio
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The training data."""
+    """Options of the training data, its prompt template, and its images with their encoder."""
 
     data: str | None = setting(None, "JSON or JSONL file, also .gz or .xz.  [default: the toy's data]", click.Path())
     task: str = setting("instructions", "The kind of data; see docs/tasks.md.", click.Choice([*TASKS]))
