@@ -357,7 +357,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             settings |= {"final_norm": False, "n_heads": 8}  # the default of vit-pytorch
         else:
             raise ValueError(
-                "has unknown weights; expected those of OpenAI's CLIP, open_clip, timm or vit-pytorch, or Hugging Face's folder"
+                "has unknown weights; expected OpenAI's CLIP, open_clip, timm or vit-pytorch, or a Hugging Face folder"
             )
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")

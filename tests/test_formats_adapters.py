@@ -223,7 +223,7 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
 def test_broken_peft_folders_are_named(tmp_path):
     config = tmp_path / "adapter_config.json"
     for text, message in [
-        (None, "adapter_config.json: no such file"),
+        (None, r"contains neither adapter.safetensors \(this project\) nor adapter_config.json \(PEFT\)"),
         ("{", "not a JSON object with a field peft_type"),
         ("[]", "not a JSON object with a field peft_type"),
         ('{"peft_type": "LORA"}', "peft_type is 'LORA'; expected 'ADAPTION_PROMPT'"),

@@ -107,6 +107,7 @@ def test_run_survives_twenty_kills(forks, args, tmp_path):
 
 
 def test_sigterm_saves_and_exits_with_0(args, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", before_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_exits_with_0(args, tmp_path, monkeypatch):
     assert result.exit_code == 0 and "stopped by SIGTERM after step 7: to continue, add --resume" in result.stderr
     assert run(*args, "--resume").exit_code == 0
     assert tensors_and_metrics(tmp_path / "run") == tensors_and_metrics(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_run_in_pieces_by_max_minutes_equals_one_run(args, tmp_path):
