@@ -15,7 +15,7 @@ pretrained one when training starts ("zero-init attention", section 3.2).
 Notation, here and in every other file:
     B batch   T tokens   S key length: T, or the capacity of the cache   C model width   V vocabulary size
     H query heads   Hkv key/value heads   D head dimension   N layers   L adapted layers
-    K number of prompts per layer; the K prompts of one layer are its adaption prompt P (K, C)
+    K number of prompt embeddings ("prompts") per adapted layer; together they are its adaption prompt P (K, C)
 """
 
 import math
@@ -167,7 +167,7 @@ class Adapter(nn.Module):
             raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, but the base has {layers} layers")
 
     def save(self, path: str | Path, **metadata) -> None:
-        """Add the keywords, converted to strings, to the metadata, and write the adapter file atomically."""
+        """Add the keywords, as strings, and the fields of the format to `metadata`, and write the file atomically."""
         self.metadata |= {key: str(value) for key, value in metadata.items()}
         self.metadata |= {
             "format": "llama-adapter",
@@ -181,7 +181,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Load an adapter file in this project's format. `formats.adapters.load_adapter` reads other formats, too."""
+        """Load an adapter of exactly this class. `formats.adapters.load_adapter` detects the class and the format."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls.from_tensors(tensors, file.metadata())
@@ -190,8 +190,8 @@ class Adapter(nn.Module):
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
         """Build an adapter from the tensors and metadata of its file.
 
-        `extra` are further constructor arguments, which a subclass infers from the tensors. Raises RuntimeError if a
-        tensor is missing, unknown or has the wrong shape.
+        `extra` are further constructor arguments, which a subclass infers from the tensors. Raises KeyError if prompts,
+        gates or gate_activation are missing, and RuntimeError if the names or shapes of the tensors are wrong.
         """
         layers, length, dim = tensors["prompts"].shape
         heads = tensors["gates"].shape[1]

@@ -58,7 +58,7 @@ class Request(NamedTuple):
 
     instruction: str
     input: str = ""
-    adapter: str = "base"  # the name of the adapter that responds
+    adapter: str = "base"  # the name of the adapter that responds; "base" is the base without an adapter
     features: Tensor | None = None  # (F,), features of the image, if there is one
     history: Sequence[Turn] = ()  # earlier turns, oldest first
 
@@ -67,7 +67,7 @@ class TokenizedExample(NamedTuple):
     """The token ids of one example, and the positions that the loss covers."""
 
     ids: list[int]  # <bos> prompt response <eos>, or a conversation
-    loss_mask: list[bool]  # True for the tokens of responses, including their <eos>
+    loss_mask: list[bool]  # True for the tokens that the loss covers: responses, including their <eos>
     name: str  # label of the example, for error messages
     features: Tensor | None = None  # (F,), features of the image, if there is one
 
@@ -86,7 +86,7 @@ class Batch(NamedTuple):
     """A padded batch of examples."""
 
     inputs: Tensor  # (B, T)
-    targets: Tensor  # (B, T), IGNORE at prompts and padding
+    targets: Tensor  # (B, T), IGNORE at padding and at tokens that the loss does not cover
     features: Tensor | None = None  # (B, F), zeros for a row without an image; None if no row has an image
     has_image: Tensor | None = None  # (B,), bool; None if no row has an image
 
@@ -123,15 +123,15 @@ class Tokenizer(Protocol):
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read records in Alpaca's format. Raises OSError, or a ValueError that names the file, record and field."""
+    """Read records in Alpaca's format. Raises OSError, or a ValueError that names the file and the invalid record."""
     records = enumerate(read_records(path))
     return [check_record(record, path, f"record {index}") for index, record in records]
 
 
 def read_records(path: str | Path) -> list:
-    """Return the values of a JSON list or a JSONL file, which may be compressed as .gz or .xz.
+    """Return the records of a JSON list, a JSONL file, or a single JSON object. The file may be a .gz or .xz.
 
-    Raises OSError, or a ValueError that names the file, and the line if it is not JSON.
+    Raises OSError, or a ValueError that names the file, and the line of a syntax error.
     """
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
         conversion = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
@@ -160,8 +160,8 @@ def read_records(path: str | Path) -> list:
 def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
     """Parse `text` as a single JSON value that spans several lines.
 
-    If this fails, raise `error`, which was raised for one of the lines. If the text only lacks the brackets of a list,
-    raise a ValueError that says so.
+    If this fails, raise `error`, which was raised for one of the lines, or, if the text only lacks the brackets of a
+    list, a ValueError that says so.
     """
     with suppress(ValueError):
         return parse_json(text, path)
@@ -174,7 +174,7 @@ def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
 def check_record(
     record: object, path: str | Path, name: str, needed: Sequence[str] = ("instruction", "output")
 ) -> Example:
-    """Check one JSON value and return an Example. Error messages begin with `path` and `name`, such as "record 3".
+    """Check one JSON value and return an Example. Raises a ValueError that begins with `path` and `name` ("record 3").
 
     The fields in `needed`, the field `input`, and one of `image`, `video` and `audio` are read; all others are ignored.
     """
@@ -234,10 +234,10 @@ class Template(Protocol):
     has_turns: bool  # whether it supports conversations of several turns
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """Return the ids of the prompt, which are the same in training and generation."""
+        """Return the ids of the prompt, as in training. `history` is ignored if the template has no turns."""
 
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
-        """Yield the exchanges of each example. Raises a ValueError that names an example the format cannot express."""
+        """Yield the exchanges of each example. Raises a ValueError that names an example that does not fit."""
 
 
 class AlpacaTemplate(Template):
@@ -298,7 +298,7 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     Raises ValueError if the training set would be empty.
     """
     if not examples:
-        raise ValueError("no example leaves room for a response in --max-seq-len tokens; increase --max-seq-len")
+        raise ValueError("every example was dropped, because it is too long for --max-seq-len; increase --max-seq-len")
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
         raise ValueError(
@@ -312,7 +312,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     """Return the batches of one epoch as lists of example indices; every index occurs once.
 
     Examples of similar length share a batch, which leaves almost no padding. To keep the order random, the examples
-    are shuffled and sorted by length only within pools of 64 batches, and then the batches are shuffled. The result is
+    are shuffled, then sorted by length only within pools of 64 batches, and the batches are shuffled. The result is
     deterministic in (seed, epoch), so that resuming is exact.
     """
     random = np.random.default_rng([seed, epoch])
@@ -328,7 +328,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 def split_over_ranks(examples: Sequence, world_size: int) -> list[list]:
     """Split a batch into one shard per rank, the shortest examples first.
 
-    All shards have about the same number of tokens, and the examples of a shard have similar lengths.
+    Shards have about the same number of tokens, and the examples of a shard have similar lengths. A shard may be empty.
     """
     parts = [[] for _ in range(world_size)]
     total = sum(example.num_tokens for example in examples)

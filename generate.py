@@ -114,7 +114,7 @@ def stream(
     empty.
     """
     if not all(tokens):
-        raise ValueError("a prompt has no tokens; begin it with <bos>")
+        raise ValueError("a prompt has no tokens; expected at least one, such as <bos>")
     limit = sampling.max_new_tokens
     if cache is None:
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
@@ -164,7 +164,7 @@ def generate(
 def collect(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, limits: Sequence[int], stop: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Collect the new ids of every row. A row ends at its limit, or when its text contains one of the stop strings."""
+    """Return the ids of every row of a `stream`, up to its limit or to the token that completes a stop string."""
     rows: list[list[int]] = [[] for _ in limits]
     ended = [False] * len(rows)
     for ids in steps:
@@ -186,7 +186,7 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
 def text_pieces(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, response_ids: list[int], stop: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Yield the text of a stream with a single row, piece by piece, until it contains one of the stop strings.
+    """Yield the text of a `stream` with a single row, piece by piece, up to the first stop string.
 
     A character is held back until all of its bytes have been generated. Text that may be the beginning of a stop string
     is held back, too. `response_ids` is an empty list, to which the new ids are appended.
@@ -225,11 +225,11 @@ class Responder:
     """Turn requests into responses, with a base and named adapters for it.
 
     The name "base" selects the base alone. A prompt is formatted with the template that its adapter was trained with;
-    prompts to the base alone use the template of the first adapter. `template` names a different template for all
-    prompts; with `raw`, prompts have no template. `gate_scale` multiplies the gate values. A response ends before the
-    first occurrence of a string in `stop`. With `compiled`, the decoding step is compiled. The keywords `sampling` are
-    fields of Sampling. Raises ValueError if the base does not have the tokens of the template, or if a stop string is
-    empty.
+    prompts to the base alone use the template of the first adapter, or alpaca if there is none. `template` names a
+    different template for all prompts; with `raw`, prompts have no template. `gate_scale` multiplies the gate values. A
+    response ends before the first occurrence of a string in `stop`. With `compiled`, the decoding step is compiled. The
+    keywords `sampling` are fields of Sampling. Raises ValueError if a template cannot be used with the base, or if a
+    stop string is empty.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class Responder:
         self.sampling = Sampling(end_ids=end_ids)._replace(**sampling)
 
     def respond(self, request: Request) -> Iterator[str]:
-        """Yield the response, piece by piece. Raises ValueError if the prompt fills the base's context."""
+        """Yield the response, piece by piece. Raises ValueError as `prompt_ids_and_limit` does."""
         tokens, limit = self.prompt_ids_and_limit(request)
         sampling = self.sampling._replace(max_new_tokens=limit)
         steps = stream(self.model, [tokens], self.adaption_prompts(request), sampling, self.decode_step)
@@ -279,7 +279,7 @@ class Responder:
     def prompt_ids_and_limit(self, request: Request) -> tuple[list[int], int]:
         """Return the ids of the prompt, and the maximum number of tokens of the response.
 
-        Raises ValueError if the prompt fills the base's context.
+        Raises ValueError if the prompt fills the base's context, or as `prompt_ids` does.
         """
         tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or UNSTATED_CONTEXT
@@ -290,7 +290,7 @@ class Responder:
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the ids of the prompt in its template: <bos>, earlier turns, and the instruction.
 
-        Raises ValueError if there are earlier turns, but the template does not support conversations.
+        With `raw`, the input is ignored. Raises ValueError if the template does not support the earlier turns.
         """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
@@ -311,11 +311,11 @@ class Responder:
         return adapter(features, gate_scale=self.gate_scale, dtype=self.model.dtype)
 
     def has_turns(self, adapter: str) -> bool:
-        """Return True if the template of the adapter supports conversations of several turns."""
+        """Return True if the adapter's template supports conversations of several turns, and `raw` is False."""
         return self.loaded[adapter].template.has_turns and not self.raw
 
     def respond_batch(self, requests: Sequence[Request]) -> list[str]:
-        """Return the responses to several requests, which may have different images, and adapters of the same K."""
+        """Return the responses to several requests. Images and adapters may differ, but not the adapters' K."""
         tokens, limits = zip(*map(self.prompt_ids_and_limit, requests))
         adaption_prompts = concat_adaption_prompts(list(map(self.adaption_prompts, requests)))
         sampling = self.sampling._replace(max_new_tokens=max(limits))
@@ -338,8 +338,8 @@ class Responder:
 def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[AdaptionPrompt]:
     """Concatenate the adaption prompts of a batch along B. The adapters of the samples must have the same K.
 
-    A sample that has no adapter, or an adapter of fewer layers, gets zero gates in the layers below. If all samples
-    share one adapter, its adaption prompts are returned without copies.
+    A sample gets zero gates in layers that its adapter does not adapt, and in all layers if it has no adapter. If all
+    samples share the same adaption prompts, these are returned without copies.
     """
     if all(prompts is sets[0] for prompts in sets):
         return list(sets[0])
@@ -369,8 +369,8 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         help="An image, video or sound that PROMPT is about, or a folder of them; repeatable.",
     ),
     *encoder_options,
-    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's]"),
-    option("--raw", is_flag=True, help="Continue the prompt as it is, without a template."),
+    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's, or alpaca]"),
+    option("--raw", is_flag=True, help="Continue the prompt as it is, without a template; the field input is ignored."),
     option("--compare", is_flag=True, help="Respond with the base alone, and with every adapter."),
 )
 @option_group(
@@ -391,7 +391,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         "--prompts",
         "jsonl",
         type=click.Path(),
-        help="A JSONL file of records with instruction and input, or messages, and optionally adapter.",
+        help="JSON or JSONL file of records with instruction or messages, and optionally input, image and adapter.",
     ),
     option(
         "--images", "folder", type=click.Path(), help="Folder of the records' images.  [default: the file's folder]"
@@ -411,12 +411,12 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     ),
 )
 def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out, media, **options):
-    """Respond to PROMPT. The response goes to standard output, and everything else to standard error.
+    """Respond to PROMPT. Responses go to standard output, or to the file --out, and messages to standard error.
 
-    Without PROMPT, lines are read from standard input. On a terminal this is a conversation, in which /adapter NAME or
-    /none selects the adapter. Earlier turns are remembered if the template supports conversations; with alpaca, every
-    line is a separate instruction. If the lines come from a pipe, the response to each is exactly one line, with \\n
-    for line breaks. With --prompts, records that name different adapters (or null for the base) can share a batch.
+    Without PROMPT, lines are read from standard input. On a terminal this is a conversation, in which /adapter NAME
+    selects an adapter, and /none the base alone. Earlier turns are remembered if the template supports conversations;
+    with alpaca, every line is a separate instruction. If the lines come from a pipe, the response to each is one line,
+    with \\n for line breaks. With --prompts, records in a batch may name different adapters, or null for the base.
     """
     with one_line_errors(), inference_ranks():
         if compare and not adapter_paths:
@@ -426,7 +426,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
         if raw and template:
             raise ValueError(f"use only one of --template {template} and --raw")
         if media and (prompt is None or compare or len(adapter_paths) != 1):
-            raise ValueError("--image needs PROMPT and exactly one --adapter, without --compare")
+            raise ValueError("--image, --video and --audio need PROMPT and exactly one --adapter, without --compare")
         if jsonl is not None or out is not None:
             check_file_options(jsonl, out, prompt, compare, input)
 
@@ -484,7 +484,7 @@ def respond_about_media(responder: Responder, prompt: str, input: str, media: Se
 
 
 def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, compare: bool, input: str) -> None:
-    """Raise ValueError if other options contradict --prompts and --out. Raise OSError if --out cannot be written."""
+    """Raise ValueError if options contradict each other, and OSError or ValueError if --out is not writable."""
     if jsonl is None or out is None:
         raise ValueError("--prompts and --out must be used together")
     if prompt is not None or compare or input:
@@ -496,7 +496,7 @@ def check_file_options(jsonl: str | None, out: str | None, prompt: str | None, c
 def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -> None:
     """Respond to the records of the file `jsonl`, and write them with the responses to the file `out`.
 
-    Raises OSError, or a ValueError that names the file and, if only one record is invalid, the record.
+    Raises OSError or ValueError; the message names a record that is invalid, or whose prompt is too long.
     """
     from formats.requests import attach_images, read_requests, write_responses
 
@@ -508,10 +508,8 @@ def respond_to_file(responder: Responder, jsonl: str, out: str, options: dict) -
     used = {request.adapter: responder.loaded[request.adapter].adaption_prompts for request in requests}
     lengths = {name: len(prompts[0].embeddings[0]) for name, prompts in used.items() if prompts}
     if len(set(lengths.values())) > 1:
-        advice = "put the records for each K in a separate file"
-        raise ValueError(
-            f"{jsonl}: adapters with different K, the prompt length, cannot share a batch: {lengths}; {advice}"
-        )
+        found = f"adapters with different K (prompt embeddings per layer) cannot share a batch: {lengths}"
+        raise ValueError(f"{jsonl}: {found}; put the records for each K in a separate file")
     requests = attach_images(requests, images, responder, options["vision_encoder"], options["encoder"])
     write_responses(out, records, responder.respond_all(requests, options["batch_size"], "record"))
 
@@ -532,7 +530,7 @@ class Conversation:
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
-        """Yield the response, piece by piece, then store both turns. Prefills only the tokens that are not cached."""
+        """Yield the response in pieces, then store both turns if `has_turns`. Prefills only uncached tokens."""
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)
@@ -550,7 +548,7 @@ class Conversation:
             self.turns.append(Turn("assistant", before_stop(responder.tokenizer.decode(new), responder.stop)))
 
     def reuse_cached_prefix(self, tokens: list[int], limit: int) -> int:
-        """Return how many leading tokens are cached, and make room for the remaining ones and `limit` new ones."""
+        """Keep the cached prefix of `tokens`; return its length. Make room for the rest and `limit` new tokens."""
         same = [old == new for old, new in zip(self.ids, tokens[:-1])] + [False]
         num_cached = min(same.index(False), int(self.cache.lengths))
         needed = len(tokens) + limit
@@ -564,8 +562,8 @@ class Conversation:
 def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) -> None:
     """Respond to every line of standard input.
 
-    On a terminal, lines may be commands, and earlier turns are remembered if the template supports conversations.
-    Raises ValueError if standard input is an empty pipe.
+    On a terminal, lines may be commands, and earlier turns are remembered if the template supports conversations. A
+    ValueError for one line is printed, and the next line is read. Raises ValueError if standard input is an empty pipe.
     """
     conversations = {name: Conversation(responder, name) for name in responder.loaded}
     terminal = broadcast_from_rank0(stdin.isatty)
@@ -579,7 +577,8 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
                 names = [name]
             elif slash_command in ("/reset", "/system"):
                 if not all(map(responder.has_turns, names)):
-                    raise ValueError(f"{slash_command} needs a template for conversations, such as --template auto")
+                    advice = "such as --template auto, and no --raw"
+                    raise ValueError(f"{slash_command} needs a template for conversations, {advice}")
                 for conversation in conversations.values():
                     if slash_command == "/system":
                         conversation.system = text
@@ -600,7 +599,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
 
 
 def print_one_line(responder: Responder, instruction: str, input: str, names: Sequence[str]) -> None:
-    """Print the responses of all adapters in `names` in one line, separated by tabs, with \\n for line breaks."""
+    """Print the responses of all `names` (adapters, or "base") in one line, separated by tabs. \\n is a line break."""
     for number, name in enumerate(names, start=1):
         click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
         for piece in responder.respond(Request(instruction, input, name)):

@@ -20,7 +20,7 @@ from runtime.schema import require_number
 
 @dataclass(frozen=True)
 class Config:
-    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if they are invalid."""
+    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if a value is invalid."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -121,7 +121,7 @@ class KVCache:
         self.empty = True
 
     def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
-        """Return a copy with room for `capacity` tokens per row, at least as many as before.
+        """Return a copy with room for `capacity` tokens per row, which must be at least the capacity of this cache.
 
         `rows` selects rows of the batch, in any order and with repeats; by default all rows are copied.
         """
@@ -260,8 +260,8 @@ class LLaMA(nn.Module):
         """Return the final hidden states after the norm (B, T, C), the input of the output head.
 
         Each of the topmost len(adaption_prompts) layers gets one adaption prompt. With a `cache`, the tokens follow the
-        cached ones. With `checkpoint_activations`, a layer stores only its input, and is recomputed in the backward
-        pass. Raises ValueError if there are more adaption prompts than layers.
+        cached ones, and their keys and values are written to it. With `checkpoint_activations`, a layer stores only its
+        input, and is recomputed in the backward pass. Raises ValueError if there are more adaption prompts than layers.
         """
         first_adapted = len(self.layers) - len(adaption_prompts)
         if first_adapted < 0:

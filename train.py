@@ -61,23 +61,23 @@ class TrainConfig:
     layers: int | None = setting(
         None, "L, number of topmost layers to adapt.  [default: all but the two lowest]", Count()
     )
-    length: int = setting(10, "K, number of prompts per layer.", click.IntRange(1, 4096))
+    length: int = setting(10, "K, number of prompt embeddings per layer.", click.IntRange(1, 4096))
     epochs: int = setting(5, "Passes over the training data.", Count())
     warmup_epochs: float = setting(2, "Epochs of linear warm-up, followed by cosine decay to 0.", Real(0))
     batch_size: int = setting(64, "Examples per optimizer step, over all ranks.", Count())
     blr: float = setting(9e-3, "Base learning rate: the peak is --blr * --batch-size / 256.", Real(0, 1e3))
-    lr: float | None = setting(None, "Peak learning rate.  [default: from --blr]", Real(0, 1e3))
+    lr: float | None = setting(None, "Peak learning rate; replaces --blr.  [default: from --blr]", Real(0, 1e3))
     weight_decay: float = setting(0.02, "Weight decay; gates have none, because it would pull them to 0.", Real(0, 1e3))
     gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
     max_seq_len: int | None = setting(
         None,
-        "Maximum tokens per example; longer examples are truncated.  [default: 512, or the base's context if less]",
+        "Maximum tokens per example; longer ones are truncated or dropped.  [default: 512 or the base's limit if less]",
         Count(2),
     )
     val_size: float = setting(0.02, "Size of the validation set: a fraction if below 1, otherwise a count.", Real(0))
     eval_every: int | None = setting(None, "Steps between validations.  [default: one epoch]", Count())
     keep: str = setting("last", "Adapter to keep: the last, or the one with the lowest validation loss.", KEEP)
-    seed: int = setting(0, "Random seed for initial prompts, validation split and order of examples.", SEED)
+    seed: int = setting(0, "Random seed for initial parameters, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
         None, "Maximum positions per forward pass; affects only memory.  [default: 8192, fewer on a small GPU]", Count()
     )
@@ -90,8 +90,8 @@ class TrainConfig:
     def for_base(self, base: Path | str, n_layers: int, context: float) -> "TrainConfig":
         """Return the config with the defaults that depend on the base filled in.
 
-        `context` is the context length of the base in tokens, or infinity. Raises ValueError if the base has too few
-        layers or a shorter context, or if the warm-up takes all epochs. Warns if the peak learning rate is above 0.1.
+        `context` is the base's context length in tokens, or infinity. Raises ValueError if --layers or --max-seq-len is
+        too large for the base, or if the warm-up takes all epochs. Warns if the peak learning rate is above 0.1.
         """
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}"
@@ -146,7 +146,7 @@ def response_loss(
     """Return the cross entropy, summed over the R response tokens of the examples, as a float32 scalar.
 
     The output head runs only at positions with a target, because half of Alpaca's tokens are in prompts. Without
-    examples, the loss is 0, but its backward pass runs through all layers.
+    examples, the loss is 0, but its backward pass runs through all adapted layers.
     """
     batch = collate(examples)
     rows = (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)  # (R,), on the CPU, so as not to wait for a GPU
@@ -277,7 +277,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     device, dtype = select_device(base.device, base.dtype)
 
     # The data, headers and template are checked first, because loading the weights may take minutes.
-    with local_rank0_first():  # the first rank downloads the base, and the others reuse the files
+    with local_rank0_first():  # the first rank of each machine downloads the base, and the others reuse it
         examples, data = read_training_data(data)  # one Example per record
         path = find_training_base(base, data)
     model_config, weights = read_base(path)  # model.Config, and one function per weight that reads it
@@ -305,7 +305,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 
     encoder = None
     if data.vision_encoder or data.encoder:
-        examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to each example
+        examples, encoder = encode_images(examples, data, dtype, device)  # adds features (F,) to examples with images
         fixed |= encoder.fixed_options([example.features for example in examples if example.features is not None])
     with prefix_errors(data.data or f"the toy {data.toy}"):
         tokenized, num_truncated = tokenize(template, examples, config.max_seq_len)  # ids and loss masks
@@ -378,12 +378,12 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
     if len(kept) < len(examples):
         print_rank0(f"{len(examples) - len(kept):,} of {len(examples):,} examples skipped: image not found")
     if not any(example.image for example in kept):
-        raise ValueError(f"{data.data}: none of its {len(examples)} examples names an image; omit --clip and --encoder")
+        raise ValueError(f"{data.data}: no example has an image; check --images, or omit --clip and --encoder")
     return kept, data
 
 
 def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
-    """Return the path of the base: a local folder or file, a download from the Hub, or the toy's base."""
+    """Return the path of the base: a local path, a download from the Hub (made if necessary), or the toy's base."""
     if base.base is not None:
         return find_base(base.base)
     if data.data is not None:
@@ -493,9 +493,9 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 def main(context, **options):
     """Train a LLaMA-Adapter for a frozen base.
 
-    Without --data, the base is a tiny LLaMA that was pretrained on an almanac, and the trained adapter is evaluated on
-    questions about it. The defaults are then 12 epochs, 1 of them warm-up, all 4 layers, batches of 32, and --lr 0.05.
-    With --data but without --base, the adapter is trained for the same tiny LLaMA.
+    The default base is a tiny LLaMA that was pretrained on an almanac. Without --data, the trained adapter is evaluated
+    on questions about the almanac. The defaults are then 12 epochs, 1 of them warm-up, all 4 layers, batches of 32, and
+    --lr 0.05.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)
@@ -507,7 +507,7 @@ def main(context, **options):
 
 
 def toy_defaults(context: click.Context, options: dict) -> dict:
-    """Return the hyper-parameters of the toys, except those given on the command line."""
+    """Return the toys' hyper-parameters, except those given on the command line. If --blr is given, omit lr, too."""
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if "blr" in given:
         given.add("lr")

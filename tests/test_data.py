@@ -283,5 +283,5 @@ def test_null_input_is_an_empty_input(tmp_path):
 
 
 def test_data_of_which_no_example_fits_is_refused():
-    with pytest.raises(ValueError, match="no example leaves room for a response in --max-seq-len tokens"):
+    with pytest.raises(ValueError, match="every example was dropped, because it is too long for --max-seq-len"):
         hold_out([], 0, seed=0)

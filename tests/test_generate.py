@@ -517,7 +517,7 @@ def test_adapters_that_cannot_be_combined_are_refused(chef_and_poet, tiny_base, 
     assert run(*both, *files, "--max-new-tokens", 1).exit_code == 0  # only the first adapter is used
     (tmp_path / "in.jsonl").write_text('{"instruction": "a", "adapter": "long"}\n{"instruction": "a"}')
     result = run(*both, *files)
-    assert result.exit_code == 2 and "different K, the prompt length, cannot share a batch" in result.stderr
+    assert result.exit_code == 2 and "different K (prompt embeddings per layer) cannot share a batch" in result.stderr
     assert "--prompts and --out must be used together" in run("--adapter", chef, *files[:2]).stderr
     for more in (["hi"], ["--compare"], ["--input", "x"]):
         assert "--prompts already contains all prompts" in run("--adapter", chef, *files, *more).stderr

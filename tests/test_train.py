@@ -488,7 +488,7 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
         (["--layers", 0], "--layers"),
         (["--length", 0], "--length"),
         (["--val-size", 40], "--val-size holds out 40"),
-        (["--max-seq-len", 8], "no example leaves room for a response"),
+        (["--max-seq-len", 8], "every example was dropped"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "no such checkpoint to resume from"),
         (["--data", ""], "is a folder, not a file"),
@@ -631,5 +631,5 @@ def test_adapter_that_increases_the_loss_causes_a_warning(args, monkeypatch, los
     """The losses are faked, because any training improves a random base. (On real text, --lr 1000 has this effect.)"""
     monkeypatch.setattr("train.mean_loss", lambda *_: losses.pop(0))
     result = run(*args)
-    warning = "warning: the validation loss is 2.1250, but was 2.0000 before training: the adapter makes the base worse"
+    warning = "warning: the validation loss is 2.1250, but was 2.0000 before training; a lower --lr may help"
     assert result.exit_code == 0 and (warning in result.stderr) == worse

@@ -31,7 +31,10 @@ def load_initial(path: str, base: Config, out: Path) -> Adapter:
 
 
 def shaped_as(initial: Adapter, config, path: str):
-    """Return the train.TrainConfig with L and K of the adapter. Raises ValueError if --layers differs from L."""
+    """Return the train.TrainConfig with L and K of the adapter, whatever --length is.
+
+    Raises ValueError if --layers differs from L.
+    """
     layers, length, _ = initial.prompts.shape
     if config.layers not in (None, layers):
         raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; omit --layers")
@@ -46,8 +49,9 @@ def adapter_fingerprint(adapter: Adapter) -> str:
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    The result has a projection if either of the two has one. Warns if `initial` was trained for a different base,
-    or with a different template. Raises ValueError if the two projections expect different numbers of features.
+    One of the two is modified and returned. It has a projection if either of the two has one; if `initial` has one, the
+    metadata of its encoder are kept unless `adapter` names an encoder. Warns if `initial` was trained for a different
+    base, or with a different template. Raises ValueError if the projections expect different numbers of features.
     """
     metadata = initial.metadata
     for name, what in (("base_fingerprint", "for a different base"), ("prompt_template", "with a different template")):
@@ -58,7 +62,8 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
         made_for = initial.projection[0].in_features
         features = adapter.projection[0].in_features
         if made_for != features:
-            raise ValueError(f"--init {path}: takes {made_for} features of an image, but this run has {features}")
+            found = f"takes {made_for} features of an image, but this run has {features}"
+            raise ValueError(f"--init {path}: {found}; use the image encoder that it was trained with")
     if isinstance(adapter, ImageAdapter) and not isinstance(initial, ImageAdapter):
         adapter.load_state_dict(initial.state_dict(), strict=False)  # the projection is new
         adapter.gate_activation = initial.gate_activation

@@ -19,7 +19,7 @@ from tasks import TASKS
 from toy import TOYS
 
 KEEP = click.Choice(["last", "best"])
-PARTS = ("prompts", "gates", "projection")  # of an adapter, for --freeze
+PARTS = ("prompts", "gates", "projection")  # parts of an adapter, for --freeze
 TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversations: the base's own]"
 
 
@@ -35,7 +35,7 @@ class DataOptions:
     limit: int | None = setting(None, "Use only this many examples, from the beginning.", Count())
     template: str | None = setting(None, TEMPLATE_HELP, click.Choice(NAMES))
     vision_encoder: str | None = setting(
-        None, "CLIP's vision encoder; without it or --encoder, images are ignored.", click.Path(), "--clip"
+        None, "CLIP's vision encoder. Images are ignored without --clip or --encoder.", click.Path(), "--clip"
     )
     encoder: str | None = setting(None, "Instead of --clip, use this function, FILE.py:NAME.")
     images: str | None = setting(None, "The folder of the images.  [default: the data's folder]", click.Path())

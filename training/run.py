@@ -40,8 +40,9 @@ LESS_MEMORY = "a smaller --micro-batch-tokens, or --checkpoint-activations, need
 class Run:
     """The folder --out of a training run. All ranks call its methods, and the first rank writes.
 
-    The context manager creates and locks the folder, and handles interrupts. It raises OSError, or ValueError if the
-    folder is not writable, another process uses it, or --resume contradicts its content.
+    The context manager creates and locks the folder, and handles Ctrl-C and SIGTERM. It raises OSError, or ValueError
+    if the folder is not writable, another process uses it, --resume contradicts its content, or --tensorboard is given
+    but the package is missing.
     """
 
     def __init__(self, options: RunOptions, less_memory: str = LESS_MEMORY):
@@ -87,7 +88,7 @@ class Run:
         advice = "to continue, add --resume" if has_checkpoint else "nothing was saved yet"
         if isinstance(error, KeyboardInterrupt):
             text, code = REASONS[error.args[0] if error.args else CTRL_C]
-            if world_size() == 1:  # with several ranks, the signal may come from torchrun because another has failed
+            if world_size() == 1:  # torchrun sends a signal to all ranks if one has failed
                 print_rank0(f"{text}: {advice}")
             raise SystemExit(code) from None
         if self.stopped and error is None:
@@ -96,7 +97,8 @@ class Run:
     def on_signal(self, number: int, frame) -> None:
         """During training, record the signal, so that the run stops after the step. At other times, interrupt at once.
 
-        A second Ctrl-C interrupts at once as well, except under torchrun, which forwards the first one.
+        Interrupting raises KeyboardInterrupt. A second Ctrl-C also interrupts, but not with several ranks: torchrun
+        forwards the first one, so that each rank receives it twice.
         """
         reason = CTRL_C if number == signal.SIGINT else SIGTERM
         is_second = reason == CTRL_C and self.requested == CTRL_C and world_size() == 1
@@ -118,8 +120,9 @@ class Run:
     def begin(self, adapter: Adapter, optimizer: torch.optim.Optimizer, fixed: dict, counts: dict, num_steps: int):
         """Prepare the folder; with --resume, load the state of adapter and optimizer from checkpoint.pt.
 
-        `counts` are the numbers of examples, for the summary. Raises OSError, or ValueError if the files do not match,
-        or if there are no validation examples for --keep best.
+        A new run moves the files of a previous run to a new folder run-N. `counts` are the numbers of examples, for the
+        summary. Raises OSError, or ValueError if the checkpoint or the metrics are invalid, if options have changed, or
+        if there are no validation examples for --keep best.
         """
         self.adapter = adapter
         self.optimizer = optimizer
@@ -152,9 +155,9 @@ class Run:
 
     @contextmanager
     def saving_on_errors(self):
-        """Show the progress bar. If a step fails, save the last completed step and report how to continue.
+        """Show the progress bar. If a step or a validation fails, save the last completed step, and raise the error.
 
-        A step fails if memory runs out, values are not finite, or another rank has ended.
+        If values are not finite, memory has run out, or another rank has ended, `explain` reports how to continue.
         """
         self.in_loop = True
         options = {"total": self.num_steps, "initial": self.step, "unit": "step", "disable": rank() > 0}
@@ -169,15 +172,15 @@ class Run:
                 self.in_loop = False
 
     def save_after_error(self) -> None:
-        """Save the last completed step, unless the failed step has already updated some parameters."""
+        """Save the last completed step, unless it is already saved, or the failed step has updated some parameters."""
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
         if steps == {self.step} and self.saved_step < self.step:
             self.save_checkpoint()
 
     def explain(self, error: Exception) -> None:
-        """Report a failed step with its cause, the saved step, and advice.
+        """Raise a ValueError with the cause of a failed step, the saved step, and advice.
 
-        Raises ValueError, or exits with code 2 if another rank has ended. Returns if the error is unexpected.
+        If another rank has ended, print this message instead, and exit with code 2. Return if the error is unexpected.
         """
         saved = "nothing was saved yet"
         to_continue = ""
@@ -197,14 +200,20 @@ class Run:
             raise ValueError(f"{error_line(error)}; {saved}; {self.less_memory}{to_continue}") from None
 
     def asked_to_stop(self) -> bool:
-        """Return True, on all ranks, if any rank has received Ctrl-C or SIGTERM, or --max-minutes have passed."""
+        """Return True, on all ranks, if any rank has received Ctrl-C or SIGTERM, or --max-minutes have passed.
+
+        Stores the reason in `stopped`.
+        """
         minutes = (time.perf_counter() - self.options.started) / 60
         is_late = minutes > (self.options.max_minutes or math.inf)
         self.stopped = all_reduce_max(max(self.requested, TIME if is_late else 0))
         return self.stopped > 0
 
     def evaluation_due(self, step: int) -> bool:
-        """Return True if the validation loss is computed after this step: every --eval-every steps, and at the end."""
+        """Return True if the validation loss is due: at step 0, every --eval-every steps, and at the end.
+
+        --eval-every is one epoch by default. Without validation examples, no validation is due.
+        """
         every = self.fixed["eval_every"] or self.num_steps // self.fixed["epochs"]
         return self.counts["held_out"] > 0 and (step % every == 0 or step == self.num_steps)
 
@@ -231,7 +240,10 @@ class Run:
             self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
 
     def log_validation(self, loss: float) -> None:
-        """Append a validation loss to metrics.jsonl. Raises FloatingPointError if it is not finite."""
+        """Append a validation loss to metrics.jsonl. With --keep best, copy the adapter at the lowest loss.
+
+        Raises FloatingPointError if the loss is not finite.
+        """
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
         self.val_losses.append(loss)
@@ -263,7 +275,7 @@ class Run:
         return kept
 
     def change(self) -> dict[str, float | None]:
-        """Return the validation loss before training, and that of the kept adapter."""
+        """Return the validation losses before training and of the kept adapter, or None without validation examples."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
         return {"val_loss_before": before, "val_loss_after": after if self.best is None else self.best.loss}
 
@@ -271,14 +283,17 @@ class Run:
     # At the end
 
     def finish(self, scores: dict[str, float]) -> None:
-        """Write curves.png and summary.json, which includes the scores, and remove checkpoint.pt."""
+        """Write curves.png and summary.json, which includes the scores, and remove checkpoint.pt.
+
+        Warns if the validation loss is higher than before training, or if --keep best kept the initial adapter.
+        """
         if rank() == 0:
             from training.curves import draw_curves  # loads matplotlib
 
             change = self.change()
             before, after = change.values()
             if before is not None and after > before:
-                comparison = f"{after:.4f}, but was {before:.4f} before training: the adapter makes the base worse"
+                comparison = f"{after:.4f}, but was {before:.4f} before training"
                 warn(f"the validation loss is {comparison}; a lower --lr may help")
             if self.best is not None and self.best.step == 0:
                 warn("no step reached a lower validation loss than the initial adapter, which was kept")

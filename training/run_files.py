@@ -47,7 +47,7 @@ def run_state(out: Path, resume: str | None) -> str:
     """Return "begun" if there is a checkpoint, "finished" if there is only a summary to resume from, else "new".
 
     checkpoint.pt exists from the first save until the summary is written. `resume` is None, "yes" or "auto". Raises
-    ValueError if there is a checkpoint but `resume` is None, or if there is none to resume from and it is "yes".
+    ValueError if there is a checkpoint but `resume` is None, or if `resume` is "yes" but the folder has neither.
     """
     if (out / CHECKPOINT).exists():
         if resume is None:
@@ -64,7 +64,7 @@ def run_state(out: Path, resume: str | None) -> str:
 def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the options `before`, read from `path`, differ from `fixed`.
 
-    Options of earlier versions get defaults, and the path of the base is not compared.
+    Options that an earlier version did not write get defaults. The path of the base is not compared.
     """
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
@@ -86,10 +86,11 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
 
 
 def begin_in_folder(out: Path, step: int) -> Path | None:
-    """Prepare the folder to continue after `step`, and discard what a killed run wrote after that step.
+    """Prepare the folder to continue after `step`, and delete what a killed run wrote after that step.
 
-    If a new run begins in a folder where another run has written an adapter, the files of that run are moved to a new
-    folder run-N, which is returned. Raises OSError, or ValueError if metrics are missing.
+    For a new run, `step` is 0: if a previous run has written an adapter or a summary, its files are moved to a new
+    folder run-N, which is returned; otherwise its metrics and plots are deleted. Raises OSError, or ValueError if
+    metrics are missing.
     """
     for name in (*WRITTEN, CHECKPOINT):
         remove_unfinished(out / name)
@@ -149,7 +150,7 @@ def trim_metrics(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict]:
     """Read every complete line; a killed run may leave a partial one at the end.
 
-    Raises a ValueError that names an invalid line.
+    Return [] if there is no file. Raises a ValueError that names an invalid line.
     """
     lines = []
     if path.exists():
@@ -214,7 +215,7 @@ def load_checkpoint(
     belongs to a run with different options.
     """
     checkpoint = load_pth(path, broadcast_from_rank0(partial(read_bytes, path)))
-    invalid = f"{path}: is not a checkpoint of train.py"
+    invalid = f"{path}: is not a valid checkpoint"
     try:
         options = json.loads(json.dumps(checkpoint.get("options")))  # this rejects anything but plain values
     except (TypeError, ValueError, RecursionError) as error:

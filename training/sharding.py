@@ -21,7 +21,7 @@ def too_large(weights: int, memory: int) -> bool:
 def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
     """Return "ddp" or "fsdp", the same on all ranks. "auto" depends on `weights`, the size of the base in bytes.
 
-    Raises ValueError if the base cannot be sharded.
+    Raises ValueError if the base is to be sharded, but there is only one rank, or PyTorch is older than 2.7.
     """
     if strategy == "auto":
         large = device.type == "cuda" and too_large(weights, torch.cuda.get_device_properties(device).total_memory)
@@ -29,7 +29,8 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
     if strategy == "fsdp" and world_size() == 1:
         raise ValueError("--strategy fsdp needs several processes; use torchrun --nproc_per_node 8 train.py ...")
     if strategy == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-        raise ValueError(f"--strategy fsdp needs PyTorch 2.7 or later, but this is {torch.__version__}")
+        found = f"needs PyTorch 2.7 or later, but this is {torch.__version__}"
+        raise ValueError(f"--strategy fsdp, which auto chooses for a large base, {found}; upgrade it, or use ddp")
     return strategy
 
 
