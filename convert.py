@@ -43,7 +43,7 @@ def main():
 
 
 def reading_options(command):
-    """Add options for what third-party files do not state: heads, gate activation and K."""
+    """Add the options for what third-party files may not state to a command: heads, gate activation and K."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
         click.option("--heads", type=click.IntRange(1), help="Number of heads, if the file has one gate per layer."),
@@ -56,7 +56,7 @@ def reading_options(command):
             "--length",
             type=click.IntRange(1),
             default=10,
-            help="Prompts per layer, if the file is from the authors' code.",
+            help="K, prompt embeddings per layer, if the file is from the authors' code.",
         ),
     ]
     for option in options:
@@ -87,7 +87,7 @@ def show_adapter(path, png, **reading):
 def import_adapter(path, out, **reading):
     """Convert a third-party adapter to this project's format.
 
-    The file may be from the authors' code, lit-llama, litgpt or PEFT.
+    PATH is a file of the authors' code, lit-llama or litgpt, or a folder of PEFT. OUT is the new file.
     """
     with one_line_errors():
         require_writable(out)
@@ -103,8 +103,8 @@ def import_adapter(path, out, **reading):
 def export_adapter(path, folder, **reading):
     """Write an adapter in the format of PEFT's AdaptionPrompt.
 
-    This works only if all gates of a layer are equal, because PEFT has one gate for all heads. In a trained adapter,
-    the gates usually differ.
+    This works only if all gates of a layer are equal, because PEFT has one gate for all heads of a layer. In a trained
+    adapter, they usually differ. Adapters for images or encoders cannot be exported.
     """
     with one_line_errors():
         write_peft(load_adapter(path, **reading), folder)

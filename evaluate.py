@@ -56,7 +56,7 @@ class EvalConfig:
 def evaluate(name: str, task: Task, config: EvalConfig) -> None:
     """Score responses to the examples of a task, and write the results.
 
-    The responses are generated, or read from a file. Raises OSError or ValueError.
+    The responses are generated, chosen (--choose), or read from a file. Raises OSError or ValueError.
     """
     config = replace(config, images=config.images or config.data.parent)
     read = task.read_for_scoring or task.read
@@ -77,7 +77,8 @@ def evaluate(name: str, task: Task, config: EvalConfig) -> None:
 def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) -> Responses:
     """Generate or choose a response to each example, with the adapter or the base alone.
 
-    Raises OSError or ValueError.
+    If the adapter has a projection, examples whose image is missing are skipped with --skip-missing, and their number
+    is printed. Raises OSError or ValueError.
     """
     if config.choose and config.compile:
         raise ValueError("--compile applies only to generated responses; omit --compile or --choose")
@@ -134,7 +135,7 @@ image_options = option_group(
 
 
 class TaskCommands(click.Group):
-    """A group with a command for every task that can be scored. Tasks are imported when a command is looked up."""
+    """A group with a command for every task that can be scored. Listing or looking up commands imports tasks."""
 
     command_class = cloup.Command
 
@@ -244,7 +245,7 @@ def at_commas(ctx, param, value: str) -> list[str]:
         type=Real(0, 1e3),
         multiple=True,
         default=[1.0],
-        help="Factor by which the gates are multiplied; repeatable, with one column for each.",
+        help="Factor by which the gates are multiplied; repeatable, with one column per factor.",
     ),
     option("--compare", is_flag=True, help="Also score the base alone.  [default: only if there is no adapter]"),
     *bits_options,

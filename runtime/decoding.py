@@ -16,8 +16,8 @@ from runtime.distributed import broadcast_from_rank0, rank
 from runtime.errors import is_out_of_memory
 from runtime.quantization import GROUP, QuantizedLinear, quantize, replace_linear, unpack_nibbles
 
-# The maximum number of rows that use the packed weight, by its bits. These numbers are constant: if they were measured,
-# responses would vary from run to run.
+# The maximum number of rows that use the packed weight, keyed by the weight's bits. These numbers are constant: if they
+# were measured, responses would vary from run to run.
 MAX_ROWS = {4: 64, 8: 32}
 LARGE = 2**20  # number of weights; the speed of smaller layers hardly matters, and cannot be measured well
 
@@ -107,7 +107,7 @@ class RowLinear(nn.Linear):
     """A linear layer for torch.compile on a CPU. For a single row, it multiplies elementwise and sums.
 
     torch.compile fuses the two operations into one pass over the weight. On an AMD EPYC, this is 1.3 to 3 times as fast
-    as a matrix product, both in float32 and in bfloat16.
+    as a matmul, both in float32 and in bfloat16.
     """
 
     def __init__(self, layer: nn.Linear):
@@ -132,8 +132,8 @@ def largest_linear(model: nn.Module, kind: type) -> nn.Module | None:
 def is_faster(make: Callable[[nn.Module], nn.Module], layer: nn.Module, dtype: torch.dtype, device) -> bool:
     """Return True if make(layer) takes less than nine tenths of the time that `layer` takes for one row.
 
-    Return False if PyTorch lacks the operator, or if the results differ by more than 5 % (relative L2 norm). Raises
-    RuntimeError if memory runs out.
+    Return False if the operator is missing or fails, or if the results differ by more than 5 % (relative L2 norm).
+    Raises RuntimeError if memory runs out.
     """
     row = torch.linspace(-1, 1, layer.in_features, dtype=dtype, device=device)[None]
     try:

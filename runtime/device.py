@@ -15,8 +15,9 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     """Return the device and dtype of the base.
 
     The default is a CUDA GPU with bfloat16; if there is none, it is Apple's GPU or the CPU with float32. With several
-    ranks, each one gets its own GPU. Disables TF32 for the whole process. Prints advice if other processes use much of
-    the CPU. Raises ValueError if the device is not available.
+    ranks, each one gets its own CUDA GPU, which becomes the current device, or they share the CPU. Disables TF32 and
+    cuDNN's attention for the whole process. Prints advice if other processes use much of the CPU. Raises ValueError if
+    the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32; use bfloat16 for speed
     torch.backends.cudnn.allow_tf32 = False  # the same for the convolution of a vision encoder

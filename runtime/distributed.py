@@ -68,7 +68,7 @@ def process_group(timeout: timedelta | None = None):
 
 
 def run_command(command: click.Command, **options) -> NoReturn:
-    """Run a click command, then end the process. Under torchrun, the process skips PyTorch's cleanup.
+    """Run a click command, then end the process. With several ranks, the process skips PyTorch's cleanup.
 
     During that cleanup, threads of the process group could outlive the group, and abort a process that has finished.
     """
@@ -123,7 +123,8 @@ def check_same_on_all_ranks(values: dict) -> None:
     expected = broadcast_from_rank0(lambda: values)
     for name, value in expected.items():
         if values[name] != value:
-            raise ValueError(f"{name} is {values[name]} here, but {value} on the first rank")
+            where = f"{values[name]} here, but {value} on the first rank"
+            raise ValueError(f"{name} is {where}; start all ranks with the same options and files")
 
 
 def all_reduce_max(number: int) -> int:
@@ -148,7 +149,7 @@ def all_reduce_sum(tensors: Iterable[Tensor]) -> None:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Return True if this is an error by which PyTorch reports that another rank has ended."""
+    """Return True if PyTorch raised this error because another rank has ended."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)

@@ -21,7 +21,7 @@ LINE = 1000  # maximum number of characters of an error line; a quoted value may
 def error_line(error: BaseException) -> str:
     """Return the error's message as one printable line, shortened if it is long.
 
-    For an OSError, the line begins with the file name.
+    The line begins with the file name of an OSError, if it has one. If memory ran out, the line says so.
     """
     message = str(error)
     if isinstance(error, OSError) and error.filename:

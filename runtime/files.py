@@ -28,7 +28,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of a file tha
 def require_file(path: str | Path, what: str = "file") -> Path:
     """Return the path. Raises FileNotFoundError if it does not exist, or ValueError if it is not a regular file.
 
-    A device or a pipe is rejected, because reading it may never end. `what` names the kind of file in error messages.
+    A device or a pipe is rejected, because reading it may never end. A Git LFS pointer is rejected, because it stands
+    for a file that was not downloaded. `what` names the kind of file in error messages.
     """
     path = Path(path)
     if not path.exists():
@@ -64,7 +65,7 @@ def path_inside(folder: str | Path, name: str) -> Path:
     """Return folder/name. Raises ValueError if this path is outside the folder; the name comes from a data file."""
     inside = os.path.abspath(folder)
     if os.path.commonpath([inside, os.path.abspath(os.path.join(folder, name))]) != inside:
-        raise ValueError(f"{name} is outside {folder}; choose another folder with --images")
+        raise ValueError(f"{name} is outside {folder}; choose a different folder with --images")
     return Path(folder) / name
 
 
@@ -135,7 +136,7 @@ def locked(folder: Path):
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
-    """Write a value as JSON atomically, and create the folders above it. `options` are those of json.dumps."""
+    """Write a value as JSON atomically, and create missing parent folders. `options` are those of json.dumps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=indent, **options) + "\n")
 
@@ -172,7 +173,7 @@ MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """Return the content of a file, decompressed if it is .gz or .xz. Raises FileNotFoundError or ValueError."""
+    """Return the content of a file, decompressed if it is .gz or .xz. Raises OSError or ValueError."""
     path = require_file(path, what)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
@@ -193,7 +194,7 @@ def read_bytes(path: str | Path, what: str = "file") -> bytes:
 def read_text(path: str | Path) -> str:
     """Return the text of a UTF-8 file, which may be compressed as .gz or .xz.
 
-    Raises FileNotFoundError or ValueError.
+    A byte order mark is removed. Raises OSError or ValueError.
     """
     try:
         return io.TextIOWrapper(io.BytesIO(read_bytes(path, "data file")), encoding="utf-8-sig").read()
@@ -215,7 +216,7 @@ def parse_json(text: str, path: str | Path, first_line: int = 1) -> object:
 def read_json(path: str | Path) -> object:
     """Return the value of a JSON file, which may be compressed as .gz or .xz.
 
-    Raises OSError, or a ValueError that names the line.
+    Raises OSError, or a ValueError that names the file, and the line of a syntax error.
     """
     return parse_json(read_text(path), path)
 

@@ -26,7 +26,7 @@ def unpack_nibbles(q: Tensor) -> Tensor:
 
 
 def chunks(q: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the weight (N, K), dequantized to `dtype`, in pieces (n, K) of a few rows.
+    """Yield the weight (N, K), dequantized to `dtype`, in pieces (n, K) of a few rows, or whole during torch.compile.
 
     q is int8 (N, K/32, 32), or uint8 (N, K/32, 16) with two values per byte: the first half of a group is in the lower
     four bits, and the second half in the upper four. scales and offsets are float32 (N, K/32, 1).
@@ -143,7 +143,7 @@ def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.
 
 
 def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
-    """Return a function that quantizes the linear layers in a module, in place, or None unless `bits` is 8 or 4."""
+    """Return a function that quantizes the linear layers in a module, in place, or None if `bits` is not 8 or 4."""
     if bits not in ("8", "4"):
         return None
 

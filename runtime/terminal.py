@@ -10,7 +10,7 @@ from runtime.distributed import broadcast_from_rank0
 
 LINES = "Every line is a separate instruction."
 TURNS = "Every line is a turn of one conversation. /reset: start a new one. /system TEXT: set its system message."
-HELP = "/adapter NAME or /none: select the adapter. /quit: end. /help: print this line."
+HELP = "/adapter NAME: use this adapter. /none: use the base alone. /quit: end. /help: print this line."
 QUIT = ("exit", "quit", "/exit", "/quit")
 
 
@@ -24,8 +24,9 @@ def read_line(stdin: TextIO) -> str:
 def read_commands(stdin: TextIO, terminal: bool, has_turns: bool) -> Iterator[tuple[str, str]]:
     """Yield every line as ("", line). On a terminal, yield a slash command as (command, text), and skip empty lines.
 
-    A help line is printed on a terminal at the start and at /help; `has_turns` selects its wording. The first rank
-    reads for all ranks. Raises ValueError if standard input is an empty pipe.
+    Stops at the end of the input and, on a terminal, at a line in QUIT. A help line is printed on a terminal at the
+    start and at /help; `has_turns` selects its wording. The first rank reads for all ranks. Raises ValueError if
+    standard input is an empty pipe.
     """
     number = 0
     help = f"{TURNS if has_turns else LINES} {HELP}"
