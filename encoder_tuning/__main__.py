@@ -61,7 +61,10 @@ class EncoderConfig(TrainConfig):
 
 
 def hold_out_by_name(examples: list[Labeled], val_size: float, seed: int) -> tuple[list[Labeled], list[Labeled]]:
-    """Split as `hold_out` does, but keep the windows of a question together, because they overlap."""
+    """Split as `hold_out` does, but keep the windows of a question together, because they overlap.
+
+    For question answering, `val_size` is a fraction or a number of questions, not of windows.
+    """
     by_name = {}
     for example in examples:
         by_name.setdefault(example.name, []).append(example)
@@ -82,7 +85,7 @@ WHY_DROPPED = {  # keyed by task; {} stands for the maximum number of tokens
 
 
 def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run: Run) -> None:
-    """Train prompts, gates and a head on a frozen encoder. This is the counterpart of train.train.
+    """Train adaption prompts, gates and a head on a frozen encoder. This is the counterpart of train.train.
 
     Raises OSError or ValueError.
     """
@@ -154,14 +157,14 @@ def describe_head_adapter(
 
 
 def print_encoder_overview(model, adapter, task: str, config: TrainConfig, counts: dict) -> None:
-    """Print the numbers of parameters and examples."""
+    """Print the numbers of parameters, examples and questions, the device, the dtype and the ranks."""
     trainable, frozen = (sum(p.numel() for p in part.parameters()) for part in (adapter, model))
     weight = next(model.parameters())
     ranks = f", ddp over {world_size()} ranks" if world_size() > 1 else ""
     if "questions" in counts:
         print_rank0(
             f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; "
-            f"{counts['windowed']:,} contexts are split into windows, with one example per window"
+            f"the contexts of {counts['windowed']:,} are split into windows; each window is an example"
         )
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"

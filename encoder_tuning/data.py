@@ -150,10 +150,10 @@ def read_labeled(
     return LabeledData(examples, classes, num_truncated)
 
 
-def check_classes(classes: Sequence[str], data: Path) -> None:
-    """Raise ValueError if there are fewer than two classes."""
+def check_classes(classes: Sequence[str], where: str | Path) -> None:
+    """Raise ValueError, with a message that begins with `where`, if there are fewer than two classes."""
     if len(classes) < 2:
-        raise ValueError(f"{data}: has only one class, {classes[0]!r}; expected two or more")
+        raise ValueError(f"{where}: has only one class, {classes[0]!r}; expected two or more")
 
 
 def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:

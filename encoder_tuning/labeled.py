@@ -58,7 +58,7 @@ def class_names(labels: Sequence[str]) -> list[str]:
 
 
 def subset(rows: list, limit: int | None, seed: int = 0) -> list:
-    """Return at most `limit` rows, in order. They are sampled at random, because files are often sorted by class."""
+    """Return at most `limit` rows in file order, sampled at random, because files are often sorted by class."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:limit])]

@@ -104,7 +104,7 @@ def classify(model: ViT | Roberta, adapter: HeadAdapter, examples: Sequence[Labe
 
 @torch.no_grad()
 def predict_tags(model: Roberta, adapter: HeadAdapter, examples: Sequence[Labeled], max_tokens: int) -> list[list[int]]:
-    """Return the index of the most likely tag of each word, one list per example, in the order of the examples.
+    """Return the index of the most likely tag of each word that was not truncated, one list per example, in order.
 
     A batch has at most `max_tokens` positions, unless it is a single example.
     """

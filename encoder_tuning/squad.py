@@ -52,7 +52,7 @@ def read_squad(path: Path) -> list[SquadQuestion]:
 
 
 def check_squad_question(question: SquadQuestion, is_impossible: object, where: str) -> None:
-    """Raise ValueError if a field has the wrong type, or if an answer is missing or not at its stated position."""
+    """Raise ValueError if a field has the wrong type, or if an answer contradicts `is_impossible` or its position."""
     for field in ("id", "question", "context"):
         check_text(getattr(question, field), where, field)
     if not isinstance(is_impossible, bool):
@@ -103,7 +103,7 @@ def context_windows(
     room = max_length - len(prefix) - 1
     if len(ids) > room and stride >= room:
         left = f"{max(0, room)} of {max_length} tokens are left for the context"
-        hint = "decrease --stride, or train with a larger --max-seq-len"
+        hint = f"{'decrease --stride, or ' if room > 0 else ''}train with a larger --max-seq-len"
         raise ValueError(f"question {question.id}: {left}, but --stride is {stride}; {hint}")
     windows = []
     for start in range(0, max(1, len(ids)), max(1, room - stride)):

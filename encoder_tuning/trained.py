@@ -45,7 +45,8 @@ def head_fits_task(head: nn.Sequential | None, task: str) -> bool:
 class TrainedEncoder:
     """An encoder with a trained adapter, or with the base's own head.
 
-    Raises OSError, or ValueError if the adapter, the task and the base do not fit each other.
+    Warns if the adapter was trained with different base weights. Raises OSError, or ValueError if the adapter, the task
+    and the base do not fit each other.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class TrainedEncoder:
             raise ValueError(f"{self.name}: names {len(classes)} classes, but its head has {outputs} outputs")
         for name in classes:
             check_tag(name, f"{self.name}: its classes")
-        check_classes(classes, data)
+        check_classes(classes, self.name)
         sentences, tokenizer = subset(read_conll(data), limit), roberta_tokenizer(self.model, self.base)
         with prefix_errors(data):
             labeled = labeled_sentences(sentences, tokenizer, self.max_length, classes)

@@ -31,7 +31,7 @@ VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 def open_image(path: str | Path) -> Image.Image:
     """Open an image, upright and in RGB. If it is an animation, return the first frame.
 
-    Raises FileNotFoundError, or ValueError if the file is not a valid image.
+    Raises FileNotFoundError, or ValueError if the file is not a valid image, or is too large or too narrow.
     """
     return open_picture(path, None)[0]
 
@@ -78,7 +78,10 @@ def check_size(image: Image.Image) -> None:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits, because Pillow would clip it. Raises ValueError if the image is 32-bit gray."""
+    """Return the image, with 16-bit gray scaled to 8 bits, because Pillow would clip it.
+
+    Raises ValueError if the image is 32-bit gray, whose range is unknown.
+    """
     if image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.uint32)
         pixels += 128
@@ -110,7 +113,7 @@ def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
 def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     """Return `number` evenly spaced frames of a video in RGB, or all if it has fewer.
 
-    Raises FileNotFoundError, or ValueError if the file is not a valid video or PyAV is not installed.
+    Raises FileNotFoundError, or ValueError if the file is not a valid video, decoding is too slow, or PyAV is missing.
     """
     require_file(path, "video")
     try:

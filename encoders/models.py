@@ -19,7 +19,10 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 def check_config(config, names: Sequence[str]) -> None:
-    """Raise ValueError if the dimensions of a configuration are inconsistent."""
+    """Raise ValueError if a value is out of range, n_heads does not divide dim, or the activation is unknown.
+
+    `names` are the fields that must be positive integers.
+    """
     require_number("norm_eps", config.norm_eps, 1e-30, 1)
     for name in names:
         require_number(name, getattr(config, name), 1, 2**20, whole=True)

@@ -113,7 +113,7 @@ def test_checkpoint_with_an_invalid_best_adapter_is_refused(args, tmp_path, monk
     for best in ({"loss": 1.0, "step": 99, "tensors": checkpoint["adapter"]}, {"loss": 1.0, "step": 2, "tensors": {}}):
         torch.save(checkpoint | {"best": best}, path)
         result = run(*args, *BEST, "--resume")
-        assert result.exit_code == 2 and "checkpoint.pt: is not a checkpoint of train.py" in result.stderr
+        assert result.exit_code == 2 and "checkpoint.pt: is not a valid checkpoint" in result.stderr
 
 
 def test_initial_adapter_is_kept_if_no_loss_is_lower(args, tmp_path, monkeypatch):

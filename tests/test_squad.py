@@ -263,7 +263,7 @@ def test_windows_and_unanswerable_questions_are_learned_and_scored(roberta, tmp_
     args = ["--data", save_squad(tmp_path, [*QUESTIONS, IMPOSSIBLE]), "--device", "cpu"]
     options = [*OPTIONS, *args, "--base", roberta, "--epochs", 150, "--max-seq-len", 45, "--stride", 12]
     result = train(*options, "--out", tmp_path / "run")
-    line = "3 questions, 1 of them unanswerable; 3 contexts are split into windows, with one example per window"
+    line = "3 questions, 1 of them unanswerable; the contexts of 3 are split into windows; each window is an example"
     assert result.exit_code == 0 and line in result.stderr and "6 examples to train on" in result.stderr, result.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [summary[name] for name in ("questions", "windowed", "unanswerable", "dropped")] == [3, 3, 1, 0]
