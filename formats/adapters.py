@@ -63,7 +63,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
     with prefix_errors(path):
         layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
         if layers is None:
-            some = ", ".join(sorted(tensors)[:3])
+            some = ", ".join(sorted(tensors)[:3]) or "no tensors"
             raise ValueError(f"unknown adapter format; the file contains {some} ...{guess_method(tensors)}")
         adapter = build_adapter(layers, heads)
     if layers.origin == LIT_ORIGIN:
@@ -90,7 +90,9 @@ def load_own(path: Path) -> Adapter:
     kind = next((kinds[name] for name in kinds if name in tensors), Adapter)
 
     if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
-        raise ValueError(f"{path}: expected format 'llama-adapter', version '1'; found the metadata {metadata}")
+        hint = "" if "version" in metadata else "; for an adapter of PEFT, give the folder"
+        found = f"expected format 'llama-adapter', version '1'; found the metadata {metadata}"
+        raise ValueError(f"{path}: is not an adapter of this project: {found}{hint}")
     if not {"prompts", "gates"} <= set(tensors):
         raise ValueError(f"{path}: expected the tensors 'gates' and 'prompts', found {sorted(tensors)}")
     activation = metadata.get("gate_activation")
@@ -141,18 +143,22 @@ def refuse_other_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) ->
     """Raise ValueError if the name of a tensor matches no pattern in `names`: ignoring it would change the model."""
     rest = sorted(name for name in tensors if not any(re.fullmatch(known, name) for known in names))
     if rest:
-        raise ValueError(f"has tensors that do not belong to an adapter: {rest[0]} ...{guess_method(rest)}")
+        raise ValueError(f"has tensors other than prompts and gates: {rest[0]} ...{guess_method(rest)}")
 
 
 def guess_method(names: Iterable[str]) -> str:
-    """Guess the method of a file from its tensor names. Return a sentence that begins with a space, or ""."""
+    """Guess the method of a file from its tensor names. Return a clause that begins with a semicolon, or ""."""
     names = " ".join(names)
     if re.search(r"image_bind|imagebind|prefix_query", names):
-        return " This looks like ImageBind-LLM"
+        return "; it looks like ImageBind-LLM, which is not supported"
     if re.search(r"\bllama\.|visual_|clip", names):
-        return " This looks like the authors' multimodal LLaMA-Adapter V2"
+        return "; it looks like the authors' multimodal LLaMA-Adapter V2, which is not supported"
+    if re.search(r"\blora_[AB]\b", names):
+        return "; it looks like LoRA, which is not supported"
+    if re.search(r"attention\.wq\.weight|self_attn\.q_proj\.weight", names):
+        return "; it looks like a base model"
     if re.search(r"bias|scale|norm|lora", names):
-        return " This looks like LLaMA-Adapter V2, which trains biases, scales and norms as well"
+        return "; it looks like LLaMA-Adapter V2, which also trains biases, scales and norms, and is not supported"
     return ""
 
 
@@ -175,11 +181,13 @@ def read_authors(tensors: Mapping[str, Tensor], gate: str | None, length: int) -
     gates = by_layer(tensors, AUTHORS[1])
     layers = len(query) // length
     if len(gates) < layers:
-        raise ValueError(f"has {length} prompts for each of {layers} layers, but gates for only {len(gates)} layers")
+        found = f"has {length} prompts for each of {layers} layers, but gates for only {len(gates)} layers"
+        raise ValueError(f"{found}; if the number of prompts per layer is not {length}, use convert.py import --length")
     topmost = sorted(gates)[-layers:]
     prompts, gates = dict(zip(topmost, query.split(length))), {i: gates[i] for i in topmost}
     if gate is None:
-        gate = "identity" if all(require_dense(gates[i]).numel() == 1 for i in topmost) else "tanh"
+        with prefix_errors("gates"):
+            gate = "identity" if all(require_dense(gates[i]).numel() == 1 for i in topmost) else "tanh"
     return LayerTensors("the authors' release", prompts, gates, gate)
 
 
@@ -227,22 +235,21 @@ def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
             f"expected the same consecutive layers"
         )
     for i in numbers:
-        try:
-            for tensor in (prompts[i], gates[i]):
-                require_dense(tensor)
-                if not tensor.float().isfinite().all():
+        for name, tensor in (("prompts", prompts[i]), ("gates", gates[i])):
+            with prefix_errors(f"{name} of layer {i}"):
+                if not require_dense(tensor).float().isfinite().all():
                     raise ValueError("contains values that are not finite")
-        except ValueError as error:
-            raise ValueError(f"layer {i}: {error}") from None
-        if prompts[i].dim() != 2 or 0 in prompts[i].shape or prompts[i].shape != prompts[numbers[0]].shape:
-            shapes = (
-                f"{tuple(prompts[i].shape)} in layer {i}, but {tuple(prompts[numbers[0]].shape)} in layer {numbers[0]}"
-            )
+        shape, first = tuple(prompts[i].shape), tuple(prompts[numbers[0]].shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"the prompts of layer {i} have shape {shape}; expected (K, C), both at least 1")
+        if shape != first:
+            shapes = f"{shape} in layer {i}, but {first} in layer {numbers[0]}"
             raise ValueError(f"the prompts have shape {shapes}; expected the same (K, C) in all layers")
     widths = {gates[i].numel() for i in numbers}
     if widths == {1} and heads is None:
         raise ValueError(
-            "has one gate for all heads; give the base's number of heads: convert.py --heads, or generate.py --base"
+            "has one gate per layer for all heads; give the base's number of heads with convert.py import --heads, "
+            "or the base with generate.py --base"
         )
     heads = heads or max(widths)
     if not widths <= {1, heads} or 0 in widths:
@@ -304,12 +311,13 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
     gates = adapter.gate_values().detach()  # (L, H); PEFT has no tanh
     for i, row in enumerate(gates):
         if (row != row[0]).any():
-            spread = f"the gates of adapted layer {i} range from {row.min():.4f} to {row.max():.4f}"
+            spread = f"the gate values of adapted layer {i} (lowest: 0) range from {row.min():.4f} to {row.max():.4f}"
             raise ValueError(
                 f"{spread}; PEFT has one gate for all heads of a layer, so this adapter cannot be exported"
             )
     if "base_layers" not in adapter.metadata:
-        raise ValueError("the adapter file does not state the number of layers of its base (base_layers)")
+        advice = "add it with Adapter.save(path, base_layers=N)"
+        raise ValueError(f"the metadata do not state base_layers, the number of layers of the base; {advice}")
     layers, length = adapter.prompts.shape[:2]
     first = int(adapter.metadata["base_layers"]) - layers
     tensors = {}

@@ -71,7 +71,8 @@ def read_base(path: Path) -> tuple[Config, Weights]:
     if path.is_file() and is_adapter(path):
         raise ValueError(f"{path}: is an adapter, not a base; give it to --adapter or --init")
     if path.is_file() and (path.suffix in (".safetensors", ".pth", ".json") or zipfile.is_zipfile(path)):
-        raise ValueError(f"{path}: is only a part of a base model; give its folder, {path.parent}")
+        advice = f"give the folder of the base, {path.parent}, or use --adapter if it is an adapter"
+        raise ValueError(f"{path}: this file alone is not a base model; {advice}")
     if module is None and (path / "adapter_config.json").is_file():
         kind = read_json_object(path / "adapter_config.json").get("peft_type", "PEFT")
         raise ValueError(f"{path}: is an adapter ({kind}), not a base")
@@ -114,7 +115,7 @@ def load_model(
     if missing := sorted(expected - weights.keys()):
         raise ValueError(f"{path}: has no weight {missing[0]}")
     if unknown := sorted(weights.keys() - expected):
-        raise ValueError(f"{path}: has the weight {unknown[0]}, which a LLaMA does not have")
+        raise ValueError(f"{path}: has the weight {unknown[0]}, but its configuration describes a model without it")
     if torch.device(device).type == "cpu" and dtype == torch.float32:
         transpose_output_head(model.output)  # the loaded parameter keeps these strides
 

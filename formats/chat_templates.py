@@ -72,8 +72,11 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         return AlpacaTemplate(tokenizer)
     if name == "auto":
         if tokenizer.chat_template is None:
-            where = "neither a chat_template in tokenizer_config.json nor a chat_template.jinja"
-            raise ValueError(f"--template auto: the base has {where}; use --template llama-2, llama-3 or chatml")
+            if trained_with:
+                raise ValueError("the adapter was trained with the chat_template of its base, but this base has none")
+            places = "tokenizer_config.json, chat_template.jinja or a GGUF file"
+            advice = "use --template llama-2, llama-3 or chatml"
+            raise ValueError(f"the template auto needs a chat_template in {places}, but the base has none; {advice}")
         source, variables = tokenizer.chat_template, tokenizer.named_tokens
         name = f"auto:{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         if trained_with not in ("", name.removeprefix("auto:")):
@@ -85,9 +88,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]
     if missing:
         found = f"its tokenizer has no special token {missing[0]!r}"
-        raise ValueError(
-            f"--template {name} does not fit this base: {found}; use alpaca or llama-2, which do not need it"
-        )
+        raise ValueError(f"the template {name} does not fit this base: {found}, which alpaca and llama-2 do not need")
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
     # The start tokens, not the token named "bos_token": some tokenizers name one, but do not begin text with it.
     start = "".join(spelling[id] for id in tokenizer.start_ids)
@@ -158,7 +159,7 @@ class ChatTemplate(Template):
         longest_first = sorted(tokenizer.special_ids, key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.to_escape = re.compile(f"{self.special.pattern}|[{BEGIN}{END}{OPEN}{CLOSE}]")
-        example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a prompt and its response")
+        example = Example(turns=(Turn("user", "Hi"), Turn("assistant", "Ho")), name="a test conversation")
         with self.errors(example.name):
             self.template = compile_template(source)
         try:
@@ -168,9 +169,8 @@ class ChatTemplate(Template):
             return
         ends = [id for id in response_ids[-1:] if id in tokenizer.special_ids.values()]
         if not ends:
-            warn(
-                f"the template {self.kind} does not end responses with a special token; the model cannot learn to stop"
-            )
+            effect = "an adapter that is trained with it does not learn to stop"
+            warn(f"the template {self.kind} does not end responses with a special token; {effect}")
         if prompt_ids != self.encode_prompt("Hi"):
             warn(f"the template {self.kind} begins a response differently in generation than in training")
         self.end_ids = list(dict.fromkeys([*ends, *tokenizer.end_ids]))

@@ -92,7 +92,9 @@ def check_supported(values: dict, where: str) -> None:
     """Raise ValueError if an unsupported field of a record or a turn is not empty."""
     for field in UNSUPPORTED:
         if values.get(field):
-            hint = f"; put a single file in the field {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
+            hint = (
+                f"; put a single file in the record's field {field[:-1]!r}" if field.removesuffix("s") in MEDIA else ""
+            )
             raise ValueError(f"{where}: field {field!r} is not supported{hint}")
 
 
@@ -105,8 +107,10 @@ def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
     number = sum(len(PLACEHOLDER.findall(text)) for text in texts)
     texts = [PLACEHOLDER_AT_EDGE.sub("", text, count=1) for text in texts]
     if number > 1 or any(map(PLACEHOLDER.search, texts)):
-        wanted = "only one is supported, at the beginning or the end of a message"
-        raise ValueError(f"{where}: has {number} placeholders of media files; {wanted}")
+        found = (
+            f"{number} placeholders such as <image>" if number > 1 else "a placeholder such as <image> within a text"
+        )
+        raise ValueError(f"{where}: has {found}; expected only one, at the beginning or the end of a text")
     return texts
 
 

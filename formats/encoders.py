@@ -173,12 +173,12 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
     with prefix_errors(path, "weight"):
         weights = [require_dense(source.tensors[f"{name}.weight"]()) for name in source.head]
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
-            raise ValueError(
-                f"the weights of the head have shapes {[tuple(weight.shape) for weight in weights]}; expected matrices"
-            )
+            shapes = [tuple(weight.shape) for weight in weights]
+            raise ValueError(f"the weights of the head have shapes {shapes}; expected non-empty matrices")
         widths = [source.config.dim, *map(len, weights)]
     head = make_mlp(widths, source.head_activation)
-    load_parameters(head, lambda name: source.tensors[names[name[0]] + name[1:]](), path, torch.float32, device)
+    where = f"{path}: the head"
+    load_parameters(head, lambda name: source.tensors[names[name[0]] + name[1:]](), where, torch.float32, device)
     return head.requires_grad_(True)
 
 
@@ -205,14 +205,14 @@ def load_vit(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
 
 
 def load_parameters(
-    model: nn.Module, fetch: Callable[[str], Tensor], path: Path, dtype: torch.dtype, device: torch.device | str
+    model: nn.Module, fetch: Callable[[str], Tensor], where: str | Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Replace every parameter of a model with the tensor that `fetch` returns for its name, frozen, in `dtype`.
 
-    Raises ValueError if a weight is missing, has the wrong shape, or is not finite. Messages begin with `path`.
+    Raises ValueError if a weight is missing, has the wrong shape, or is not finite. Messages begin with `where`.
     """
     weights = {}
-    with prefix_errors(path, "weight"):
+    with prefix_errors(where, "weight"):
         for name, parameter in model.named_parameters():
             weights[name] = frozen_parameter(
                 parameter, lambda target, name=name: copy(fetch(name), target), name, dtype, device
@@ -345,7 +345,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
     prefix = "visual." if "visual.conv1.weight" in tensors else ""  # in a complete CLIP of OpenAI or open_clip
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     kind, head, settings = Source, (), {"activation": "gelu"} | NOT_CLIP
-    with prefix_errors(file):
+    with prefix_errors(file, "weight"):
         if "conv1.weight" in tensors:
             names, settings = OPENAI, {}
         elif "patch_embed.proj.weight" in tensors:
@@ -356,15 +356,16 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             kind, names, head = VitPytorch, VIT_PYTORCH, ["mlp_head.0", "mlp_head.2"]
             settings |= {"final_norm": False, "n_heads": 8}  # the default of vit-pytorch
         else:
+            expected = "expected a vision transformer of OpenAI's CLIP, open_clip, timm or vit-pytorch"
             raise ValueError(
-                "has unknown weights; expected OpenAI's CLIP, open_clip, timm or vit-pytorch, or a Hugging Face folder"
+                f"the architecture of the weights is unknown; {expected}; for Hugging Face, give the folder"
             )
 
         parts = ("patch_embedding.weight", "positions", "layers.0.w1.weight")
         shapes = [tuple(require_dense(tensors[renamed(part, names)]()).shape) for part in parts]
         if len(shapes[0]) not in (2, 4) or len(shapes[1]) < 2 or len(shapes[2]) != 2:
             expected = "expected 2 or 4, at least 2, and 2 dimensions"
-            raise ValueError(f"patch embedding, positions and feed-forward have the shapes {shapes}; {expected}")
+            raise ValueError(f"the patch embedding, positions and feed-forward have the shapes {shapes}; {expected}")
         patches, (*_, T, _), (hidden_dim, _) = shapes
         if kind is VitPytorch:
             C, per_patch = patches

@@ -197,7 +197,10 @@ def read_blocks(info: TensorInfo) -> "tuple[GGMLQuantizationType, np.ndarray]":
         block_type = GGMLQuantizationType(info.block_type)
         per_block, block_bytes = GGML_QUANT_SIZES[block_type]
     except (ValueError, KeyError):
-        raise ValueError(f"has the unknown block type {info.block_type}") from None
+        advice = "a newer version may read it: pip install --upgrade gguf"
+        raise ValueError(
+            f"has the block type {info.block_type}, which the package gguf does not know; {advice}"
+        ) from None
     if not info.shape or not all(info.shape) or info.shape[-1] % per_block:
         raise ValueError(
             f"has shape {info.shape}, whose rows do not consist of {block_type.name} blocks of {per_block} values"

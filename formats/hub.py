@@ -40,9 +40,6 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
     click.echo(printable(f"{name}: downloading from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}"), err=True)
     try:
         folder = Path(snapshot_download(**request))
-        if not has_weights(folder):
-            raise ValueError("the repository has no model*.safetensors, the only supported format")
-        return folder
     except GatedRepoError:
         hint = f"accept its terms at {constants.ENDPOINT}/{name}, and set HF_TOKEN to your token"
         raise ValueError(f"{name}: access to this model is restricted; {hint}") from None
@@ -52,6 +49,9 @@ def find_base(base: str | Path, commit: str | None = None) -> Path:
     except Exception as error:  # errors of the network, the server and the disk have no common class
         found = "no such file or folder, not complete in the cache, and cannot be downloaded"
         raise ValueError(f"{name}: {found} from {constants.ENDPOINT}: {first_line(error)}") from None
+    if not has_weights(folder):
+        raise ValueError(f"{name}: the repository has no model*.safetensors; for other formats, download it yourself")
+    return folder
 
 
 def has_weights(folder: Path) -> bool:

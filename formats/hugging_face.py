@@ -181,11 +181,11 @@ def hugging_face_config(values: dict) -> Config:
         reason = next((reason for start, reason in UNSUPPORTED.items() if str(kind).startswith(start)), None)
         hint = f" ({reason})" if reason else ""
         raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{hint}")
-    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
-    for name, value in only.items():
+    for name, value in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if values.get(name, value) != value:
-            advice = "; use the original model" if name == "quantization_config" else ""
-            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported{advice}")
+            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
+    if values.get("quantization_config") is not None:
+        raise ValueError("the weights are quantized (quantization_config); use the original model")
     for name in ("hidden_size", "num_attention_heads"):
         require_number(name, values[name], 1, 2**24, whole=True)
     dim, n_heads = values["hidden_size"], values["num_attention_heads"]

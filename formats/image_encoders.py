@@ -89,18 +89,24 @@ def load_image_encoder(
     if adapter is None:
         return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):
-        raise ValueError("an image needs an adapter with a projection, that is, one that was trained on images")
+        raise ValueError("the adapter has no projection for images; use an adapter that was trained on images")
     metadata, made_for = adapter.metadata, adapter.projection[0].in_features
     if encoder is not None:
         trained_with = metadata.get("encoder", metadata.get("vision_encoder", encoder))
         if Path(trained_with).name != Path(encoder).name:
             warn(f"the adapter was trained with {trained_with}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
-    vision_encoder = vision_encoder or metadata.get("vision_encoder")
+    named = metadata.get("vision_encoder")
+    if vision_encoder is None and named is not None and not Path(named).exists():
+        raise FileNotFoundError(f"{named}: no such vision encoder, which the adapter file names; give --clip PATH")
+    vision_encoder = vision_encoder or named
     if vision_encoder is None and "encoder" in metadata:
-        raise ValueError(f"the adapter was trained with {metadata['encoder']}; to run that code, give --encoder")
+        trained_with = metadata["encoder"]
+        raise ValueError(
+            f"the adapter was trained with {trained_with}; to run that code, give --encoder {trained_with}"
+        )
     if vision_encoder is None:
-        raise ValueError("the adapter file does not name a vision encoder; give --clip PATH")
+        raise ValueError("the adapter file does not name its encoder; give --clip PATH or --encoder FILE.py:NAME")
     found = VisionEncoder(vision_encoder, dtype, device, int(metadata.get("vision_encoder_depths", DEPTHS)))
     if found.num_features != made_for:
         raise ValueError(

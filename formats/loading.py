@@ -13,7 +13,7 @@ from formats.adapters import describe_reading, load_adapter
 from formats.bases import base_fingerprint, load_model, read_base
 from formats.chat_templates import NAMES
 from formats.hub import find_base
-from formats.tensors import Weights
+from formats.tensors import Weights, download_hint
 from formats.tokenizers import load_tokenizer
 from model import Config, LLaMA
 from runtime.cli import warn
@@ -63,6 +63,10 @@ def load_with_adapters(
     if not folder.exists():
         with local_rank0_first():
             folder = find_base(base, commit)
+    if adapters and not folder.exists():
+        raise FileNotFoundError(
+            f"{base}: no such base model, which {path} names; give --base PATH{download_hint(folder)}"
+        )
     config, weights = read_base(folder)
     fingerprint = base_fingerprint(config, weights)
     for name, path in files.items():

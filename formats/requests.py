@@ -7,6 +7,7 @@ from pathlib import Path
 from data import Request, Turn, check_record, read_records
 from formats.conversations import read_turns, remove_placeholder
 from formats.image_encoders import load_image_encoder
+from multimodal import ImageAdapter
 from runtime.distributed import rank
 from runtime.files import atomic_write, path_inside, require_file
 
@@ -41,7 +42,7 @@ def read_requests(
         requests.append(Request(instruction, input, name, history=history))
         try:
             if example.image and name == "base":
-                raise ValueError("an image needs an adapter with a projection, and the base alone has none")
+                raise ValueError("the base alone cannot take an image; use an adapter that was trained on images")
             if example.image:
                 images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
         except (ValueError, FileNotFoundError) as error:
@@ -61,9 +62,10 @@ def attach_images(
     requests = list(requests)
     model = responder.model
     for name in dict.fromkeys(requests[i].adapter for i in images):
-        image_encoder = load_image_encoder(
-            vision_encoder, encoder, model.dtype, model.device, responder.loaded[name].adapter
-        )
+        adapter = responder.loaded[name].adapter
+        if not isinstance(adapter, ImageAdapter):
+            raise ValueError(f"the adapter {name} has no projection for images; use one that was trained on images")
+        image_encoder = load_image_encoder(vision_encoder, encoder, model.dtype, model.device, adapter)
         indices = [i for i in images if requests[i].adapter == name]
         for i, features in zip(indices, image_encoder.encode([images[i] for i in indices])):
             requests[i] = requests[i]._replace(features=features)

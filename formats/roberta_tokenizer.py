@@ -55,6 +55,8 @@ def read_ids(folder: Path) -> dict[str, int]:
     """Return RoBERTa's ids, keyed by token. Raises FileNotFoundError or ValueError."""
     if (folder / "vocab.json").is_file():
         return read_json_object(folder / "vocab.json")
+    if not (folder / "encoder.json").is_file():
+        raise FileNotFoundError(f"{folder}: has neither vocab.json nor encoder.json for RoBERTa's tokenizer")
     # encoder.json has GPT-2's ids, and dict.txt lists them in RoBERTa's order.
     tokens = read_json_object(folder / "encoder.json")
     lines = [line.split(" ")[0] for line in read_text(folder / "dict.txt").splitlines()[: len(tokens)]]

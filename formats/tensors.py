@@ -127,9 +127,8 @@ def load_pth(file: Path, content: bytes | None = None) -> dict[str, object]:
                 raise ValueError("its entries are compressed, but torch.save never compresses them")
             values = torch.load(source(), map_location="cpu", mmap=zipped and content is None, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file}: not a file of tensors: it is corrupt, or contains code, which is never run"
-        ) from None
+        found = "it is corrupt, or contains code, which is never run; save only the state dict"
+        raise ValueError(f"{file}: not a file of tensors: {found}") from None
     except Exception as error:  # a broken file can cause any exception in torch.load
         if "TorchScript" in str(error):
             weights = f"torch.save(torch.jit.load({file.name!r}, 'cpu').state_dict(), 'weights.pt')"

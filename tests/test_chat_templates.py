@@ -324,7 +324,7 @@ def test_template_is_found_in_every_location(tmp_path, capsys):
     (tmp_path / "chat_template.jinja").unlink()
     for chat_template in (7, [{"name": "other", "template": "x"}], ["x"], [{"name": "default"}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": chat_template}))
-        with pytest.raises(ValueError, match="--template auto: the base has neither a chat_template"):
+        with pytest.raises(ValueError, match="the template auto needs a chat_template"):
             load_template("auto", load_tokenizer(tmp_path))
 
 

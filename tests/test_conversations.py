@@ -119,7 +119,10 @@ def test_system_and_history_fields_become_turns():
         (SHAREGPT | {"tools": "[{}]"}, "field 'tools' is not supported"),
         ({"instruction": "a", "context": "b", "output": "c"}, "field 'context' is not supported; rename it to 'input'"),
         ({"prompt": "a", "completion": "b", "label": False}, "field 'label' is false, which marks an undesirable"),
-        (HISTORY | {"images": ["a.png"]}, "field 'images' is not supported; put a single file in the field 'image'"),
+        (
+            HISTORY | {"images": ["a.png"]},
+            "field 'images' is not supported; put a single file in the record's field 'image'",
+        ),
         (with_turn(tool_calls=[{"name": "f"}]), "turn 2: field 'tool_calls' is not supported"),
         (with_turn(reasoning_content="Hm."), "turn 2: field 'reasoning_content' is not supported"),
         (with_turn(weight=0.5), "turn 2: field 'weight' is 0.5; expected 0 or 1"),
@@ -158,7 +161,8 @@ def test_several_placeholders_or_one_within_text_are_refused(text):
     with pytest.raises(ValueError, match="a.json: r: has 2 placeholders"):
         read_conversation(both, "a.json", "r")
     with pytest.raises(
-        ValueError, match="a.json: r: has [12] placeholders .* only one is supported, at the beginning or the end"
+        ValueError,
+        match="a.json: r: has (2|a) placeholders? such as <image>.*; expected only one, at the beginning or the end",
     ):
         read_conversation(record, "a.json", "r")
 
@@ -296,7 +300,7 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
     [
         (
             (),
-            "--template auto: the base has neither a chat_template in tokenizer_config.json nor a chat_template.jinja",
+            "the template auto needs a chat_template in tokenizer_config.json, chat_template.jinja or a GGUF file",
         ),
         (
             ("--template", "alpaca"),
@@ -304,11 +308,11 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
         ),
         (
             ("--template", "chatml"),
-            "--template chatml does not fit this base: its tokenizer has no special token '<|im_start|>'",
+            "the template chatml does not fit this base: its tokenizer has no special token '<|im_start|>'",
         ),
         (
             ("--template", "llama-3"),
-            "its tokenizer has no special token '<|start_header_id|>'; use alpaca or llama-2, which do not need it",
+            "its tokenizer has no special token '<|start_header_id|>', which alpaca and llama-2 do not need",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_lit_file_equals_the_reference(tmp_path, heads):
     model, tokens, expected = reference_logits(adapter.prompts, gates / 4)
     torch.testing.assert_close(model(tokens, adapter())[0].double(), expected, rtol=1e-4, atol=1e-4)
     if heads == 1:
-        with pytest.raises(ValueError, match="one gate for all heads; give the base.s number of heads"):
+        with pytest.raises(ValueError, match="one gate per layer for all heads; give the base.s number of heads"):
             load_adapter(tmp_path / "theirs.pth")
 
 
@@ -156,7 +156,7 @@ def test_interrupted_export_is_not_mixed_with_an_earlier_one(tmp_path, monkeypat
 def test_adapters_that_peft_cannot_represent_are_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT has one gate for all heads"):
         write_peft(make_adapter(make_model()), tmp_path / "theirs")
-    with pytest.raises(ValueError, match="does not state the number of layers of its base"):
+    with pytest.raises(ValueError, match="do not state base_layers, the number of layers"):
         write_peft(make_adapter(make_model(), gates=False), tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
@@ -195,13 +195,13 @@ def test_broken_third_party_files_are_named(tmp_path, capsys):
         torch.ones(4).to(torch.float8_e4m3fn),
     ):
         save_authors_file(path, **{"layers.2.attention.gate": gate})
-        check_refused("layer 2: (is not a dense tensor|has dtype torch.*; expected a floating-point dtype)", length=5)
+        check_refused("gates.*: (is not a dense tensor|has dtype torch.*; expected a floating-point dtype)", length=5)
     save_authors_file(path, **{"layers.2.attention.gate": torch.full((1, 4, 1, 1), 1e300, dtype=torch.float64)})
-    check_refused("layer 2: contains values that are not finite", length=5)
+    check_refused("gates of layer 2: contains values that are not finite", length=5)
     save_authors_file(path, **{"adapter_query.weight": random_values(10, 32).to_sparse()})
     check_refused("adapter_query.weight", length=5)
     save_authors_file(path, **{"adapter_query.weight": torch.full((10, 32), torch.nan)})
-    check_refused("layer 1: contains values that are not finite", length=5)
+    check_refused("prompts of layer 1: contains values that are not finite", length=5)
     save_lit_file(path)
     check_refused(r"layers have \[4\] gates; expected one per layer, or one for each of 8 heads", heads=8)
     save_lit_file(path, **{"transformer.h.2.attn.adapter_wte.weight": random_values(4, 32)})
@@ -288,13 +288,13 @@ def test_description_of_an_import_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which trains"),
+        ("layers.1.attention.wq_bias", "layers.1.attention.wq_bias.*LLaMA-Adapter V2, which also trains"),
         ("layers.1.feed_forward.w1_scale", "w1_scale.*LLaMA-Adapter V2"),
         ("norm.weight", "norm.weight.*LLaMA-Adapter V2"),
         ("layers.1.attention.lora_wq_l1.weight", "lora_wq_l1.*LLaMA-Adapter V2"),
         ("llama.layers.1.attention.gate", "llama.layers.1.attention.gate.*multimodal LLaMA-Adapter V2"),
         ("image_bind_proj.weight", "image_bind_proj.weight.*ImageBind-LLM"),
-        ("anything", r"has tensors that do not belong to an adapter: anything \.\.\.$"),
+        ("anything", r"has tensors other than prompts and gates: anything \.\.\.$"),
     ],
 )
 def test_additional_tensors_in_authors_files_are_refused(tmp_path, name, message):
@@ -312,7 +312,7 @@ def test_additional_tensors_in_litgpt_files_are_refused(tmp_path, name):
 
 def test_files_of_other_methods_are_named(tmp_path):
     torch.save({"image_bind.a": torch.ones(1), "llama.b": torch.ones(1)}, tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match="unknown adapter format; .* This looks like ImageBind-LLM"):
+    with pytest.raises(ValueError, match="unknown adapter format; .*; it looks like ImageBind-LLM"):
         load_adapter(tmp_path / "theirs.pth")
 
 
@@ -320,7 +320,7 @@ def test_early_files_of_the_authors_have_one_gate_per_layer(tmp_path):
     """The gate applies to all heads, without tanh unless `gate` is "tanh"."""
     gates = {f"layers.{i}.attention.gate": torch.full((1,), 0.25 * i) for i in range(3)}
     save_authors_file(tmp_path / "theirs.pth", **gates)
-    with pytest.raises(ValueError, match="one gate for all heads"):
+    with pytest.raises(ValueError, match="one gate per layer for all heads"):
         load_adapter(tmp_path / "theirs.pth", length=5)
     adapter = load_adapter(tmp_path / "theirs.pth", length=5, heads=4)
     assert adapter.gate_activation == "identity"

@@ -155,7 +155,7 @@ def save_broken_clip(tmp_path, change):
     "change, message",
     [
         (lambda s: s.pop("visual.ln_pre.bias"), "ViT.pt: has no weight 'ln_pre.bias'"),
-        (lambda s: s.pop("visual.positional_embedding"), "ViT.pt: has no field 'positional_embedding'"),
+        (lambda s: s.pop("visual.positional_embedding"), "ViT.pt: has no weight 'positional_embedding'"),
         (
             lambda s: s.update({"visual.ln_1": torch.ones(1), "visual.ln_post.bias": torch.ones(7)}),
             r"norm.bias has shape \(7,\)",

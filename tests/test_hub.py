@@ -225,7 +225,11 @@ def no_weights(server):
         ("owner/model", lambda server: setattr(server, "status", 403), "accept its terms at http://127.0.0.1:"),
         ("owner/model", lambda server: setattr(server, "status", 500), "cannot be downloaded from http://127.0.0.1:"),
         ("owner/model", lambda server: server.http.server_close(), "cannot be downloaded from http://127.0.0.1:"),
-        ("owner/model", no_weights, "the repository has no model*.safetensors, the only supported format"),
+        (
+            "owner/model",
+            no_weights,
+            "the repository has no model*.safetensors; for other formats, download it yourself",
+        ),
         ("owner/model", broken_weights, "cannot be downloaded from http://127.0.0.1:"),
     ],
 )

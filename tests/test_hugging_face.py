@@ -102,7 +102,7 @@ def test_meta_and_hugging_face_layouts_give_the_same_model(tiny_base, tmp_path):
         (dict(model_type="mistral", sliding_window="far"), "sliding_window is 'far'"),
         (dict(attention_bias=True), "config.json: attention_bias is True; only False"),
         (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
-        (dict(quantization_config={"bits": 4}), "config.json: quantization_config is .*; use the original model"),
+        (dict(quantization_config={"bits": 4}), "config.json: the weights are quantized .*; use the original model"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "config.json: rope_type is 'yarn'"),
         (
             dict(rope_parameters={"rope_type": "dynamic", "factor": 2}),
@@ -172,7 +172,7 @@ def test_missing_and_broken_shards_are_named(tiny_base, tmp_path):
     index.unlink()
     with pytest.raises(ValueError, match="contains none of model.safetensors, model.safetensors.index.json, "):
         load_llama(folder)
-    with pytest.raises(ValueError, match=f"{shard.name}: is only a part of a base model; give its folder"):
+    with pytest.raises(ValueError, match=f"{shard.name}: this file alone is not a base model; give the folder"):
         load_llama(shard)
     Adapter(layers=1, length=2, dim=16, heads=2).save(folder / "adapter.safetensors")
     with pytest.raises(ValueError, match="adapter.safetensors: is an adapter, not a base; give it to --adapter"):
@@ -206,7 +206,7 @@ def test_unexpected_bias_is_named(tiny_base, tmp_path):
     save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     file = tmp_path / "hf" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="has the weight layers.0.attention.wq.bias, which a LLaMA does not have"):
+    with pytest.raises(ValueError, match="has the weight layers.0.attention.wq.bias, but its configuration"):
         load_llama(tmp_path / "hf")
 
 

@@ -232,7 +232,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     assert run(generate, *args, *elsewhere, "--images", album).exit_code == 0
     (album / "asked.json").write_text(json.dumps([records[0] | {"adapter": None}]))
     result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
-    assert result.exit_code == 2 and "record 0: an image needs an adapter with a projection" in result.stderr
+    assert result.exit_code == 2 and "record 0: the base alone cannot take an image" in result.stderr
     assert sum(line.startswith(str(album)) for line in lines) == 48
     assert run(generate, *args, "Name the color.").exit_code == 0  # without an image
 
@@ -241,7 +241,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     text_only = run(
         generate, *base, "--adapter", tmp_path / "text.safetensors", "--image", album / "pictures", "Hello."
     )
-    assert text_only.exit_code == 2 and "needs an adapter with a projection" in text_only.stderr
+    assert text_only.exit_code == 2 and "the adapter text has no projection for images" in text_only.stderr
     four = ViTConfig(image_size=24, patch_size=8, dim=64, n_layers=4, n_heads=1, hidden_dim=96)
     torch.save(openai_state_dict(make_vit(four)), tmp_path / "narrow.pt")
     narrow = run(generate, *args, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")

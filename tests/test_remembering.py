@@ -155,7 +155,7 @@ def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
     by_template = {name: run(*adapters, "--template", name, *args).stdout for name in ("alpaca", "llama-2", "chatml")}
     assert len(set(by_template.values())) == 3 and by_template["chatml"] == run(*adapters, *args).stdout
     result = run(*adapters, "--template", "llama-3", *args)
-    assert result.exit_code == 2 and "--template llama-3 does not fit this base" in result.stderr
+    assert result.exit_code == 2 and "the template llama-3 does not fit this base" in result.stderr
     result = run(*adapters, "--template", "chatml", "--raw", *args)
     assert result.exit_code == 2 and "use only one of --template chatml and --raw" in result.stderr
 

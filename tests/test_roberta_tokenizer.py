@@ -84,7 +84,7 @@ def test_broken_files_are_one_line_errors(bpe, tmp_path, name, text, message):
 
 def test_missing_files_are_named(bpe, tmp_path):
     (tmp_path / "merges.txt").write_text((bpe / "merges.txt").read_text())
-    with pytest.raises(FileNotFoundError, match="encoder.json: no such data file"):
+    with pytest.raises(FileNotFoundError, match="has neither vocab.json nor encoder.json"):
         RobertaTokenizer(tmp_path)
 
 
