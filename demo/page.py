@@ -79,7 +79,7 @@ def make_page(demonstration: Demonstration) -> gr.Blocks:
                 with gr.Accordion("Sampling", open=False, elem_id="sampling"):
                     sampling = sampling_controls()
         with gr.Row():
-            ask = gr.Button("Ask", variant="primary", scale=4, elem_id="ask")
+            ask = gr.Button("Generate", variant="primary", scale=4, elem_id="ask")
             stop = gr.Button("Stop")
         notice = gr.HTML(elem_id="notice", padding=False)
         with gr.Row():

@@ -32,9 +32,13 @@ from train import TrainConfig, make_optimizer, mean_loss, training_steps
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 
-TASK_DATA = "The data, depending on the task: image folders or .npz; .tsv, .csv or JSON; CoNLL-2003; SQuAD."
+TASK_DATA = (
+    "The data. For images: a folder with one subfolder per class, or .npz; for texts: .tsv, .csv or JSON; for tokens: "
+    "CoNLL-2003; for questions: SQuAD."
+)
+LIMIT_HELP = "Use only this many images, texts, sentences or questions, sampled at random."
 LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"  # advice for when memory runs out
-STRIDE_HELP = "Number of tokens that neighboring windows of a long context share."
+STRIDE_HELP = "Question answering: number of tokens that neighboring windows of a long context share."
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,14 @@ class EncoderData(DataOptions):
 
     data: str | None = setting(None, TASK_DATA, click.Path(), required=True)
     task: str | None = setting(None, "The task to train for.", click.Choice(HEAD_TASKS), required=True)
-    limit: int | None = setting(None, "Use only this many examples, sampled at random.", Count())
+    limit: int | None = setting(None, LIMIT_HELP, Count())
     stride: int = setting(STRIDE, STRIDE_HELP, Count(0))
 
 
-MAX_SEQ_LEN_HELP = "Maximum number of tokens per example or window.  [default: 512, or the base's limit if lower]"
+MAX_SEQ_LEN_HELP = (
+    "Maximum tokens per example; longer texts are truncated, longer contexts split into windows. Images ignore it.  "
+    "[default: 512, or the base's context if less]"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ WHY_DROPPED = {  # keyed by task; {} stands for the maximum number of tokens
     "image-classification": "too long for {} tokens",
     "text-classification": "too long for {} tokens",
     "token-classification": "no word fits into {} tokens",
-    "question-answering": "no window of {} tokens contains the answer",
+    "question-answering": "questions whose answer is in no window of {} tokens",
 }
 
 
@@ -95,6 +102,9 @@ def train_encoder(config: TrainConfig, data: EncoderData, base: BaseOptions, run
     config = config.for_base(path, model.config.n_layers, getattr(model.config, "max_length", math.inf))
     limits = {"limit": data.limit, "stride": data.stride}
     labeled = read_labeled(data.task, model, path, Path(data.data), config.max_seq_len, **limits)
+    if not labeled.examples:
+        why = WHY_DROPPED[data.task].format(config.max_seq_len)
+        raise ValueError(f"{data.data}: every example was dropped ({why}); increase --max-seq-len")
     training, validation = hold_out_by_name(labeled.examples, config.val_size, config.seed)
 
     contents = [
@@ -166,10 +176,11 @@ def print_encoder_overview(model, adapter, task: str, config: TrainConfig, count
             f"{counts['questions']:,} questions, {counts['unanswerable']:,} of them unanswerable; "
             f"the contexts of {counts['windowed']:,} are split into windows; each window is an example"
         )
+    why = f" ({WHY_DROPPED[task].format(config.max_seq_len)})" if counts["dropped"] else ""
     print_rank0(
         f"{trainable:,} parameters to train, {frozen:,} frozen, on {weight.device} in {weight.dtype}{ranks}\n"
-        f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, {counts['dropped']:,} dropped "
-        f"({WHY_DROPPED[task].format(config.max_seq_len)}), {counts['truncated']:,} truncated"
+        f"{counts['examples']:,} examples to train on, {counts['held_out']:,} held out, "
+        f"{counts['dropped']:,} dropped{why}, {counts['truncated']:,} truncated"
     )
 
 
@@ -183,8 +194,8 @@ def main():
 
 
 NO_ANSWER_HELP = (
-    "Give no answer if the score of <s> exceeds that of the best span by more than this number.  "
-    "[default: 0 if trained on unanswerable questions, else none]"
+    "Question answering: give no answer if the score of <s> exceeds that of the best span by more than this number.  "
+    "[default: 0 if trained on unanswerable questions; otherwise, every question is answered]"
 )
 
 
@@ -204,7 +215,7 @@ NO_ANSWER_HELP = (
 )
 @options_of(RunOptions, "Run")
 def train_command(**options):
-    """Train an adapter and a head."""
+    """Train an adapter and a head on a frozen encoder."""
     config, data, base = (from_options(record, options) for record in (EncoderConfig, EncoderData, BaseOptions))
     with one_line_errors(), process_group(), Run(from_options(RunOptions, options), LESS_MEMORY) as run:
         train_encoder(config, data, base, run)
@@ -217,7 +228,7 @@ def train_command(**options):
     "Data",
     option("--task", type=click.Choice(HEAD_TASKS), help="The task to evaluate.  [default: the adapter's]"),
     option("--data", type=click.Path(path_type=Path), required=True, help=TASK_DATA),
-    option("--limit", type=Count(), help="Use only this many examples, sampled at random."),
+    option("--limit", type=Count(), help=LIMIT_HELP),
     option("--stride", type=Count(0), help=f"{STRIDE_HELP}  [default: the adapter's, or {STRIDE}]"),
     option("--no-answer-threshold", type=Real(-1e30, 1e30), help=NO_ANSWER_HELP),
 )

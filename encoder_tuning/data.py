@@ -90,7 +90,7 @@ def read_labeled_texts(path: Path) -> list[tuple[str, str, str]]:
             raise ValueError(f"{where}: must have the fields 'text' (or 'sentence') and 'label' (found: {present})")
         text, label = record.get("text", record.get("sentence")), record["label"]
         label = str(label) if type(label) is int else label
-        check_text(text, where, "text")
+        check_text(text, where, "text" if "text" in record else "sentence")
         check_text(label, where, "label")
         rows.append((text, label, f"record {index}"))
     return rows
@@ -131,8 +131,9 @@ def read_labeled(
         with prefix_errors(data):
             return labeled_sentences(subset(sentences, limit), roberta_tokenizer(model, base), max_length, classes)
     rows = (read_labeled_images if task == "image-classification" else read_labeled_texts)(data)
+    source_of_classes = base if classes else data
     classes = list(classes) or class_names([label for _, label, _ in rows])
-    check_classes(classes, data)
+    check_classes(classes, source_of_classes)
     tokenizer = None if isinstance(model, ViT) else roberta_tokenizer(model, base)
     examples, num_truncated = [], 0
     for source, label, name in subset(rows, limit):
@@ -151,7 +152,7 @@ def read_labeled(
 
 
 def check_classes(classes: Sequence[str], where: str | Path) -> None:
-    """Raise ValueError, with a message that begins with `where`, if there are fewer than two classes."""
+    """Raise ValueError if there are fewer than two classes. `where` is the file or folder that has them."""
     if len(classes) < 2:
         raise ValueError(f"{where}: has only one class, {classes[0]!r}; expected two or more")
 
@@ -161,4 +162,4 @@ def check_head_task(task: str, model: ViT | Roberta, base: Path) -> None:
     if isinstance(model, ViT) != (task == "image-classification"):
         kinds = ["a RoBERTa", "a vision transformer"]
         found, needed = kinds[::-1] if isinstance(model, ViT) else kinds
-        raise ValueError(f"{base}: is {found}, but --task {task} needs {needed}")
+        raise ValueError(f"{base}: is {found}, but the task {task} needs {needed}")

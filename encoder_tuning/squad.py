@@ -44,7 +44,9 @@ def read_squad(path: Path) -> list[SquadQuestion]:
                 question = SquadQuestion(*texts, answers, starts)
                 check_squad_question(question, qa.get("is_impossible", False), f"{path}: question {question.id}")
                 questions.append(question)
-    except (AttributeError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: is not in SQuAD's format: an object has no field {error}") from None
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{path}: is not in SQuAD's format: {type(error).__name__}: {error}") from None
     if not questions:
         raise ValueError(f"{path}: contains no questions")
@@ -103,8 +105,10 @@ def context_windows(
     room = max_length - len(prefix) - 1
     if len(ids) > room and stride >= room:
         left = f"{max(0, room)} of {max_length} tokens are left for the context"
-        hint = f"{'decrease --stride, or ' if room > 0 else ''}train with a larger --max-seq-len"
-        raise ValueError(f"question {question.id}: {left}, but --stride is {stride}; {hint}")
+        advice = "train with a larger --max-seq-len"
+        if room > 0:
+            left, advice = f"{left}, but --stride is {stride}", f"decrease --stride, or {advice}"
+        raise ValueError(f"question {question.id}: {left}; {advice}")
     windows = []
     for start in range(0, max(1, len(ids)), max(1, room - stride)):
         part = slice(start, start + room)

@@ -62,16 +62,19 @@ class TrainedEncoder:
                 "the task or the base is unknown; give --task and --base, or an adapter file that names both"
             )
         if task != metadata.get("task", task):
-            raise ValueError(f"{adapter_path}: is for {metadata['task']}, not for {task}")
+            raise ValueError(f"{adapter_path}: was trained for {metadata['task']}, not for {task}; omit --task")
+        if base == metadata.get("base") and not Path(base).exists():
+            raise FileNotFoundError(f"{base}: no such encoder, which {adapter_path} names; give --base PATH")
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):
-            warn(f"{adapter_path} was trained with other weights than those of {base}")
+            warn(f"{adapter_path}: was trained with other weights than those of {base}")
         if adapter is None:
             if not head_fits_task(own_head, task):
                 raise ValueError(f"{base}: has no head of its own for {task}; give --adapter FILE")
             adapter = head_adapter(model, own_head, own_head[-1].out_features, layers=1, length=1)
-        adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
+        with prefix_errors(f"{adapter_path}: does not fit the base {base}"):
+            adapter.check_base(layers=model.config.n_layers, dim=model.config.dim, heads=model.config.n_heads)
         self.model, self.adapter, self.task, self.base = model, adapter, task, Path(base)
         self.name = adapter_path or base
         self.max_length = min(int(metadata.get("max_seq_len", 512)), getattr(model.config, "max_length", 2**20))
@@ -116,7 +119,8 @@ class TrainedEncoder:
         outputs = self.adapter.head[-1].out_features
         classes = json.loads(self.adapter.metadata.get("classes", "null")) or head_labels(self.base)
         if len(classes) != outputs:
-            raise ValueError(f"{self.name}: names {len(classes)} classes, but its head has {outputs} outputs")
+            found = f"names {len(classes)} classes, but its head has {outputs} outputs"
+            raise ValueError(f"{self.name}: {found}; an encoder names its classes in id2label of config.json")
         for name in classes:
             check_tag(name, f"{self.name}: its classes")
         check_classes(classes, self.name)

@@ -28,7 +28,7 @@ class HeadAdapter(Adapter):
             raise ValueError("has no head, so it is not an adapter for an encoder")
         if any(weight.dim() != 2 or 0 in weight.shape for weight in weights):
             shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
-            raise ValueError(f"the weights of its head have the shapes {shapes}; expected matrices that are not empty")
+            raise ValueError(f"the weights of its head have the shapes {shapes}; expected non-empty matrices")
         for name, default, least in (("max_seq_len", 512, 1), ("stride", 0, 0), ("unanswerable", 0, 0)):
             whole_number(name, metadata.get(name, str(default)), least, 2**31 - 1)
         classes = parse_json(metadata.get("classes", "[]"), "its classes")

@@ -29,7 +29,8 @@ def check_config(config, names: Sequence[str]) -> None:
     if config.dim % config.n_heads:
         raise ValueError(f"dim {config.dim} is not a multiple of n_heads {config.n_heads}")
     if str(config.activation) not in ACTIVATIONS:
-        raise ValueError(f"activation is {config.activation!r}; expected one of {list(ACTIVATIONS)}")
+        found = f"activation (hidden_act in config.json) is {config.activation!r}"
+        raise ValueError(f"{found}; expected one of {list(ACTIVATIONS)}")
 
 
 MLP_ACTIVATIONS = {"tanh": nn.Tanh, "gelu": nn.GELU}
@@ -144,7 +145,7 @@ class ViTConfig:
         if self.channels not in (1, 3) or not self.channels == len(self.mean) == len(self.std):
             raise ValueError(
                 f"has {self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations; "
-                f"expected 1 or 3 of each"
+                f"expected 1 of each, or 3 of each"
             )
         for mean, std in zip(self.mean, self.std):
             require_number("a mean of the pixels", mean, -1e3, 1e3)
@@ -206,9 +207,10 @@ class RobertaConfig:
     def __post_init__(self):
         check_config(self, ("vocab_size", "max_positions", "dim", "n_layers", "n_heads", "hidden_dim"))
         if self.pad_id != 1:
-            raise ValueError(f"pad_id is {self.pad_id!r}; only RoBERTa's pad_id, 1, is supported")
+            raise ValueError(f"pad_id (pad_token_id in config.json) is {self.pad_id!r}; only 1 is supported")
         if self.max_length < 1:
-            raise ValueError(f"max_positions is {self.max_positions}, which leaves no position for tokens")
+            found = f"max_positions (max_position_embeddings in config.json) is {self.max_positions}"
+            raise ValueError(f"{found}; expected at least 3, because tokens begin at position 2")
 
     @property
     def max_length(self) -> int:

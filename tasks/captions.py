@@ -110,7 +110,7 @@ def coco_scorers() -> list[tuple[list[str], object]]:
 def score(pictures: Sequence[Picture], responses: Sequence[str | None]) -> dict[str, float]:
     """Score captions with COCO's BLEU, ROUGE-L and CIDEr.
 
-    The best possible score is 1, or 10 for CIDEr. A missing response counts as an empty caption.
+    The best possible score is 1, or 10 for CIDEr. A prompt that fills the base's context gets an empty caption.
 
     The command writes results.json, in COCO's format, and scores.json.
     """

@@ -199,7 +199,10 @@ class HarnessModel(TemplateLM):
             return self.template.text(messages, begin_response=True) + begun
         roles = [message["role"] for message in messages]
         if roles not in (["user"], ["system", "user"]):  # a task's description becomes part of the instruction
-            raise ValueError(f"the template alpaca takes one prompt, not messages with the roles {', '.join(roles)}")
+            found = f"messages with the roles {', '.join(roles)}"
+            raise ValueError(
+                f"the template alpaca takes one prompt, not {found}; use --template auto, llama-2 or chatml"
+            )
         return format_prompt("\n\n".join(message["content"] for message in messages)) + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str:

@@ -37,7 +37,8 @@ def with_images(
             raise type(error)(f"{path}: {example.name}: {error}") from None
         kept.append(example)
     if not kept:
-        raise ValueError(f"{path}: none of its {len(examples)} examples has an image that exists")
+        advice = "choose the folder of the images with --images"
+        raise ValueError(f"{path}: none of the images of its {len(examples)} examples is in {folder}; {advice}")
     return kept
 
 

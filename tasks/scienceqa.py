@@ -153,7 +153,7 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
     """Measure the accuracy on ScienceQA in percent.
 
     The nine scores are those of the columns of the paper's Table 2. An answer that names none of the choices is wrong.
-    The score of a column without problems is None.
+    A column without problems has no score.
 
     The command prints the paper's rows for comparison. It writes results.json, in the official format and with the
     accuracies, and wrong.txt, a readable list of wrong answers.

@@ -190,7 +190,10 @@ def test_image_classes_are_learned_and_scored(image_data):
         and "majority class 'dark': 100" not in limited.stdout
     )
     other_task = evaluate(*evaluate_args, "--task", "question-answering")
-    assert other_task.exit_code == 2 and "is for image-classification, not for question-answering" in other_task.stderr
+    assert (
+        other_task.exit_code == 2
+        and "was trained for image-classification, not for question-answering" in other_task.stderr
+    )
     assert "No such option '--int8'" in train(*args, "--int8").stderr
     wrong_encoder = train(*args, "--task", "text-classification", "--out", image_data / "other")
     assert wrong_encoder.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong_encoder.stderr

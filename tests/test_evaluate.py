@@ -111,7 +111,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
     assert result.exit_code == 0 and "1 of 3 examples skipped: image not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2
     result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing", "--limit", 1)
-    assert result.exit_code == 2 and "none of its 1 examples has an image that exists" in result.stderr
+    assert result.exit_code == 2 and "none of the images of its 1 examples is in" in result.stderr
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):

@@ -53,7 +53,7 @@ def test_squad_files_are_read_and_checked(tmp_path):
         with pytest.raises(ValueError, match=f"squad.json: question a: {message}"):
             read_squad(save_squad(tmp_path, **changes))
     for text, message in (
-        ('{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "KeyError: 'id'"),
+        ('{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "an object has no field 'id'"),
         ('{"data": [{"paragraphs": [{"context": "", "qas": [3]}]}]}', "TypeError"),
     ):
         (tmp_path / "x.json").write_text(text)
@@ -146,7 +146,8 @@ def test_unanswerable_questions_are_labeled_at_the_start(bpe, tmp_path):
     assert (data.questions, data.windowed, data.unanswerable, data.dropped) == (1, 1, 1, 0)
     question_length = len(tokenizer.encode("How deep?"))
     for max_length, room in ((30, 30 - question_length - 4), (10, 0)):
-        message = f"question c: {room} of {max_length} tokens are left for the context, but --stride is {room}; "
+        message = f"question c: {room} of {max_length} tokens are left for the context"
+        message += f", but --stride is {room}; decrease" if room else "; train with a larger --max-seq-len"
         with pytest.raises(ValueError, match=message):
             labeled_questions(questions[2:], tokenizer, max_length, room)
     labeled_questions(questions[2:], tokenizer, 30, 30 - question_length - 4 - 1)
@@ -284,4 +285,4 @@ def test_windows_and_unanswerable_questions_are_learned_and_scored(roberta, tmp_
     )
     short = train(*options, "--out", tmp_path / "cut", "--max-seq-len", 17, "--stride", 0, "--epochs", 3)
     assert short.exit_code == 0, short.output
-    assert "2 dropped (no window of 17 tokens contains the answer)" in short.stderr, short.output
+    assert "2 dropped (questions whose answer is in no window of 17 tokens)" in short.stderr, short.output

@@ -33,7 +33,7 @@ def test_missing_images_are_named_or_skipped(problems, tmp_path):
         with_images(problems, tmp_path, False, "problems.json")
     kept = with_images(problems, tmp_path, True, "problems.json")
     assert [problem.id for problem in kept] == ["12", "30"]
-    with pytest.raises(ValueError, match="problems.json: none of its 1 examples has an image that exists"):
+    with pytest.raises(ValueError, match="problems.json: none of the images of its 1 examples is in"):
         with_images(problems[2:], tmp_path, True, "problems.json")
 
 

@@ -32,10 +32,10 @@ def read_sentences(path: str, number: int) -> list[dict[str, str]]:
 @main.command()
 @click.argument("train")
 @click.argument("unseen")
-@click.option("--train-number", default=800, show_default=True, help="Number of sentences to train on.")
-@click.option("--unseen-number", default=400, show_default=True, help="Number of held-out sentences.")
+@click.option("--train-number", default=800, show_default=True, help="Number of sentences to take from TRAIN.")
+@click.option("--unseen-number", default=400, show_default=True, help="Number of sentences to take from UNSEEN.")
 def write(train, unseen, train_number, unseen_number):
-    """Write reviews.json and unseen.jsonl to the current folder."""
+    """Write sentences of TRAIN to reviews.json, and of UNSEEN to unseen.jsonl, in the current folder."""
     examples = [record | {"output": record.pop("right")} for record in read_sentences(train, train_number)]
     Path("reviews.json").write_text(json.dumps(examples, indent=1), encoding="utf-8")
     records = read_sentences(unseen, unseen_number)
@@ -45,7 +45,7 @@ def write(train, unseen, train_number, unseen_number):
 @main.command()
 @click.argument("answers")
 def score(answers):
-    """Print the number and the percentage of responses that are exactly right."""
+    """Print the number and the percentage of responses in ANSWERS, a JSONL file, that are exactly right."""
     records = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
     right = sum(record["output"].strip() == record["right"] for record in records)
     print(f"{right} of {len(records)} are exactly right: {right / len(records):.1%}")
