@@ -125,7 +125,7 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
         options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
         with av.open(os.path.abspath(path), container_options=options, timeout=MAX_VIDEO_SECONDS) as file:
             if not file.streams.video:
-                raise ValueError("it has no pictures, only sound or other data")
+                raise ValueError("it has no video stream")
             stream = file.streams.video[0]
             check_frame(stream)
             deadline = monotonic() + MAX_VIDEO_SECONDS

@@ -64,7 +64,8 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         layers = read_authors(tensors, gate, length) or read_lit(tensors) or read_peft(tensors)
         if layers is None:
             some = ", ".join(sorted(tensors)[:3]) or "no tensors"
-            raise ValueError(f"unknown adapter format; the file contains {some} ...{guess_method(tensors)}")
+            expected = "; expected an adapter of this project, the authors' code, lit-llama, litgpt or PEFT"
+            raise ValueError(f"unknown adapter format; the file contains {some} ...{guess_method(tensors) or expected}")
         adapter = build_adapter(layers, heads)
     if layers.origin == LIT_ORIGIN:
         warn(f"{path}: if litgpt v0.5.5 or later wrote this file, it does not work here; see docs/adapters.md")

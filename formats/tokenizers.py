@@ -404,8 +404,7 @@ def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) ->
         *tokenizer.start_ids, tokenizer.eos_id, *(id for id in range(tokenizer.vocab_size) if id not in special)
     )
     if needed >= num_embeddings:
-        raise ValueError(
-            f"{base}: has {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens"
-        )
+        found = f"has {num_embeddings} embeddings, but its tokenizer has {tokenizer.vocab_size} tokens"
+        raise ValueError(f"{base}: {found}; use the tokenizer that the model was trained with")
     tokenizer.vocab_size = num_embeddings
     tokenizer.end_ids = [id for id in tokenizer.end_ids if id < num_embeddings]
