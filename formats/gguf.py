@@ -120,9 +120,10 @@ def find_file(path: Path) -> Path | None:
     contains several models.
     """
     if path.is_dir():
-        files = [
-            file for file in sorted(path.glob("*.gguf")) if not re.search(r"-(?!0*1-)\d+-of-\d+\.gguf$", file.name)
-        ]
+        found = sorted(path.glob("*.gguf"))
+        later_part = re.compile(r"-(?!0*1-)\d+-of-\d+\.gguf$")
+        files = [file for file in found if not later_part.search(file.name)]
+        files = files or found[:1]  # without its first part, the model cannot be read; `read_header` names that part
         if len(files) > 1:
             raise ValueError(
                 f"{path}: contains {len(files)} GGUF models ({files[0].name} ...); give the path of one of the files"

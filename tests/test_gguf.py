@@ -176,6 +176,9 @@ def test_split_model_is_read_from_any_part(tiny_base, tmp_path):
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.gguf"):
         load_llama(files[0])
+    files[0].unlink()
+    with pytest.raises(FileNotFoundError, match="model-00001-of-00003.gguf"):
+        load_llama(tmp_path / "parts")
 
 
 def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, tmp_path):
