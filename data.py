@@ -134,7 +134,9 @@ def read_records(path: str | Path) -> list:
     Raises OSError, or a ValueError that names the file, and the line of a syntax error.
     """
     if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
-        conversion = f"pandas.read_{kind}({str(path)!r}).fillna('').to_json('data.json', orient='records')"
+        tabs = ", sep='\\t'" if Path(path).suffix == ".tsv" else ""
+        reading = f"pandas.read_{kind}({str(path)!r}{tabs})"
+        conversion = f"{reading}.fillna('').to_json('data.json', orient='records')"
         raise ValueError(f"{path}: is not JSON; convert it with {conversion}")
     text = read_text(path)
     if text.lstrip().startswith("["):
@@ -146,7 +148,7 @@ def read_records(path: str | Path) -> list:
         except ValueError as error:
             records = [parse_whole(text, path, error)]
     if not records:
-        raise ValueError(f"{path}: contains no examples")
+        raise ValueError(f"{path}: contains no records")
     if len(records) == 1 and isinstance(records[0], dict) and "instruction" not in records[0]:
         for key, value in records[0].items():
             if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) > 2 for item in value):
@@ -302,7 +304,8 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
         raise ValueError(
-            f"--val-size holds out {number} of the {len(examples)} examples: none is left for training; decrease it"
+            f"--val-size {val_size:g} holds out {number} examples, but there are only {len(examples)}; decrease it, "
+            f"so that some are left for training"
         )
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in order[number:]], [examples[i] for i in order[:number]]

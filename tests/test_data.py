@@ -51,8 +51,8 @@ def test_json_and_jsonl_are_read_plain_and_compressed(tmp_path, opener, jsonl, b
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "contains no examples"),
-        ("[]", "contains no examples"),
+        ("", "contains no records"),
+        ("[]", "contains no records"),
         ('[{"instruction": "a", "output": "b"},\n {"instruction"]', "line 2, column 16: not JSON"),
         ('{"instruction": "a", "output": "b"}\n{"instr', "line 2, column 2: not JSON"),
         (
@@ -238,7 +238,7 @@ def test_held_out_examples_are_not_trained_on():
     training, validation = hold_out(list(range(100)), 0.2, seed=0)
     assert len(validation) == 20 and sorted(training + validation) == list(range(100))
     assert hold_out(list(range(100)), 20, seed=0) == (training, validation) != hold_out(list(range(100)), 20, seed=1)
-    with pytest.raises(ValueError, match="holds out 3 of the 3 examples"):
+    with pytest.raises(ValueError, match="holds out 3 examples, but there are only 3"):
         hold_out([1, 2, 3], 3, seed=0)
 
 

@@ -487,7 +487,7 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
         (["--layers", 4], "--layers 4"),
         (["--layers", 0], "--layers"),
         (["--length", 0], "--length"),
-        (["--val-size", 40], "--val-size holds out 40"),
+        (["--val-size", 40], "--val-size 40 holds out 40 examples"),
         (["--max-seq-len", 8], "every example was dropped"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--resume"], "no such checkpoint to resume from"),
