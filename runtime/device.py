@@ -37,7 +37,8 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+        advice = "; start at most one process per GPU" if world_size() > 1 and device.startswith("cuda") else ""
+        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}{advice}") from None
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     elif device == "cpu":

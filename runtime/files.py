@@ -55,7 +55,9 @@ def require_writable(path: str | Path, folder: bool = False) -> Path:
     while folder and not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise ValueError(f"{path}: {above} is not a folder; choose a path in an existing folder")
+        if above.exists():
+            raise ValueError(f"{path}: {above} is not a folder; choose a different path")
+        raise ValueError(f"{path}: the folder {above} does not exist; create it, or choose a different path")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: {above} is not writable")
     return path

@@ -94,7 +94,7 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
             check(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is not a folder"):
         require_writable(tmp_path / "pipe" / "a")
-    with pytest.raises(ValueError, match="absent is not a folder"):
+    with pytest.raises(ValueError, match="absent does not exist; create it"):
         require_writable(tmp_path / "absent" / "a")
     assert require_writable(tmp_path / "absent" / "a", folder=True)
     assert not (tmp_path / "absent").exists()
