@@ -19,7 +19,7 @@ from formats.image_encoders import load_image_encoder
 from formats.loading import load_with_adapters
 from generate import Responder
 from multimodal import ImageAdapter
-from runtime.cli import PATH, Count, Real, adapter_options, bits_options, compile_option, device_options
+from runtime.cli import BASE_HELP, PATH, Count, Real, adapter_options, bits_options, compile_option, device_options
 from runtime.cli import encoder_options, ending_options, one_line_errors
 from runtime.device import select_device
 from runtime.distributed import inference_ranks, rank, run_command
@@ -99,7 +99,7 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
             encoder = load_image_encoder(config.vision_encoder, config.encoder, dtype, device, adapter)
             examples = attach_features(examples, config.images, encoder)
     elif task.needs_images:
-        raise ValueError(f"the task {name} needs an adapter that was trained on images")
+        raise ValueError(f"the task {name} needs an adapter that was trained on images; give it with --adapter")
     elif config.vision_encoder or config.encoder:
         raise ValueError("--clip and --encoder need an adapter that was trained on images")
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
@@ -117,7 +117,7 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
 # The commands
 
 base_options = [
-    option("--base", type=click.Path(), help="The base model.  [default: the one named in the adapter file]"),
+    option("--base", type=click.Path(), help=f"{BASE_HELP}  [default: the one that the adapter names]"),
     *device_options,
     *bits_options,
 ]
@@ -130,7 +130,9 @@ image_options = option_group(
     "Images",
     option("--images", type=PATH, help="The folder of the images.  [default: the data's folder]"),
     *encoder_options,
-    option("--skip-missing", is_flag=True, help="Skip examples whose image is missing."),
+    option(
+        "--skip-missing", is_flag=True, help="Skip examples whose image is missing, instead of ending with an error."
+    ),
 )
 
 
@@ -161,6 +163,7 @@ def main():
 def task_command(name: str, task: Task) -> click.Command:
     """Create the command of a task that can be scored, with the options that the task supports."""
     choose_help = "Choose the most likely option, instead of generating and parsing a response."
+    batch_help = f"Number of prompts{', or options with --choose,' if task.choices else ''} per batch."
     split = [option("--split", default=task.split, help="The split of the data to score.")] if task.split else []
     choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
 
@@ -178,7 +181,7 @@ def task_command(name: str, task: Task) -> click.Command:
         "Responses",
         *choose,
         option("--max-new-tokens", type=Count(), default=task.max_new_tokens, help="Maximum tokens per response."),
-        option("--batch-size", type=Count(), default=64, help="Number of prompts (or options) per batch."),
+        option("--batch-size", type=Count(), default=64, help=batch_help),
         compile_option,
         option("--out", type=PATH, default=f"out-{name}", help="Folder for responses and scores."),
     )

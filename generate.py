@@ -284,7 +284,10 @@ class Responder:
         tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or UNSTATED_CONTEXT
         if len(tokens) >= context:
-            raise ValueError(f"the prompt has {len(tokens)} tokens, but the context of the base is only {context}")
+            what = "the conversation" if request.history else "the prompt"
+            stated = self.model.config.max_seq_len is not None
+            limit = "the base's context length" if stated else "because the base does not state its context length"
+            raise ValueError(f"{what} has {len(tokens)} tokens; expected fewer than {context}, {limit}")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
 
     def prompt_ids(self, request: Request) -> list[int]:
@@ -366,7 +369,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         "media",
         type=click.Path(),
         multiple=True,
-        help="An image, video or sound that PROMPT is about, or a folder of them; repeatable.",
+        help="An image, video or (with --encoder) sound that PROMPT is about, or a folder of them; repeatable.",
     ),
     *encoder_options,
     option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's, or alpaca]"),
@@ -379,7 +382,11 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Probability mass of nucleus sampling."),
     option("--greedy", is_flag=True, help="Same as --temperature 0."),
     option(
-        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor for the gates; 0 gives the base alone."
+        "--strength",
+        "gate_scale",
+        type=Real(0, 1e3),
+        default=1.0,
+        help="Factor for the gate values; 0 gives the base alone.",
     ),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
     *ending_options,
@@ -394,9 +401,16 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         help="JSON or JSONL file of records with instruction or messages, and optionally input, image and adapter.",
     ),
     option(
-        "--images", "folder", type=click.Path(), help="Folder of the records' images.  [default: the file's folder]"
+        "--images",
+        "folder",
+        type=click.Path(),
+        help="Folder of the images of --prompts.  [default: the folder of that file]",
     ),
-    option("--out", type=click.Path(), help="Output file: the records, each with its response in the field output."),
+    option(
+        "--out",
+        type=click.Path(),
+        help="JSONL file to write: the records of --prompts, each with its response in the field output.",
+    ),
     option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
 @option_group(

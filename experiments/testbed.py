@@ -20,7 +20,7 @@ from experiments.runs import training_options
 from formats.bases import read_base
 from formats.hub import find_base
 from formats.tokenizers import load_tokenizer
-from runtime.cli import DEVICE_HELP, PATH, Count, options_of, setting
+from runtime.cli import DEVICE_HELP, DTYPE_HELP, PATH, Count, options_of, setting
 from runtime.device import select_device
 from runtime.files import read_text
 from tasks import TASKS, load_task
@@ -38,7 +38,9 @@ class TestbedOptions:
     task: str | None = setting(
         None, "Task of --data, as for train.py.  [default: instructions]", click.Choice(list(TASKS))
     )
-    text: Path | None = setting(None, "Text similar to the pretraining data, to measure the perplexity on.", PATH)
+    text: Path | None = setting(
+        None, "File of text similar to the pretraining data, to measure the perplexity on.", PATH
+    )
     limit: int | None = setting(None, "Maximum number of training examples, drawn at random.  [default: all]", Count())
     held_out: int | None = setting(
         None,
@@ -52,7 +54,7 @@ class TestbedOptions:
         None, "Layers of the toy's base; one with a different number is pretrained on first use.  [default: 4]", Count()
     )
     device: str = setting("auto", DEVICE_HELP)
-    dtype: str = setting("auto", "Dtype of the base.", click.Choice(["auto", "float32", "bfloat16"]))
+    dtype: str = setting("auto", DTYPE_HELP, click.Choice(["auto", "float32", "bfloat16"]))
     # `training_options` declares these options:
     layers: int | None = None
     length: int | None = None
@@ -203,7 +205,8 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
     if not tokens or not fitting:
         raise ValueError(
             f"{len(tokens)} of {len(training)} training examples and {len(fitting)} of {len(parts.questions)} "
-            f"questions fit into {max_length} tokens; at least one of each is needed; give shorter ones"
+            f"questions leave room for a response in {max_length} tokens; at least one of each must; "
+            f"shorten them, or increase --max-seq-len"
         )
     questions, held_out = map(list, zip(*fitting))
     text = text_rows(tokenizer, parts.documents, min(ROW, max_length))

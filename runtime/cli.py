@@ -75,12 +75,12 @@ def from_options(record: type, options: dict):
     return record(**{each.name: options[each.name] for each in fields(record) if each.name in options})
 
 
-DEVICE_HELP = "The device, for example auto, cpu, cuda, cuda:1 or mps."
+DEVICE_HELP = "Device, such as cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one."
+DTYPE_HELP = "Data type of the base; auto: bfloat16 on a CUDA GPU, float32 elsewhere."
+BASE_HELP = "The base model: its folder or file, or its name on Hugging Face."
 device_options = [  # the arguments of `runtime.device.select_device`
     option("--device", default="auto", help=DEVICE_HELP),
-    option(
-        "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Data type of the base."
-    ),
+    option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help=DTYPE_HELP),
 ]
 bits_options = [  # both fill `bits` with None, "none", "8" or "4"
     option(
@@ -96,7 +96,7 @@ ADAPTER_HELP = "An adapter: its file, the folder of its run, or NAME=FILE; repea
 adapter_options = option_group(
     "Model",
     option("--adapter", "adapter_paths", type=click.Path(), multiple=True, help=ADAPTER_HELP),
-    option("--base", type=click.Path(), help="The base model.  [default: the one named in the adapter file]"),
+    option("--base", type=click.Path(), help=f"{BASE_HELP}  [default: the one that the first adapter names]"),
     *device_options,
 )
 PENALTY_HELP = "A value above 1 makes tokens of the prompt and the response less likely."
@@ -105,8 +105,15 @@ ending_options = [
     option("--repetition-penalty", type=Real(0, 1e3, min_open=True), default=1.0, help=PENALTY_HELP),
 ]
 encoder_options = [  # the arguments of `formats.image_encoders.load_image_encoder`
-    option("--clip", "vision_encoder", type=click.Path(), help="CLIP's vision encoder.  [default: the adapter's]"),
-    option("--encoder", help="Instead of --clip, use this function, FILE.py:NAME; it returns the features of a file."),
+    option(
+        "--clip",
+        "vision_encoder",
+        type=click.Path(),
+        help="Folder or file of CLIP's vision encoder.  [default: the adapter's]",
+    ),
+    option(
+        "--encoder", help="Instead of --clip, a Python function that returns the features of a file, as FILE.py:NAME."
+    ),
 ]
 
 
@@ -117,7 +124,7 @@ class PromptCommand(Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            error.message = f"{error.message.rstrip('.')}; put a prompt that begins with a dash after --."
+            error.message = f"{error.message.rstrip('.')}; if this is the prompt, put -- before it."
             raise
 
 

@@ -171,7 +171,7 @@ def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
 def test_prompt_with_a_leading_dash_needs_a_double_dash(tiny_adapter, prompt):
     args = ("--adapter", tiny_adapter, "--greedy", "--device", "cpu", "--max-new-tokens", 3)
     result = run(*args, prompt)
-    assert result.exit_code == 2 and result.stderr.endswith("; put a prompt that begins with a dash after --.\n")
+    assert result.exit_code == 2 and result.stderr.endswith("; if this is the prompt, put -- before it.\n")
     assert run(*args, "--", prompt).exit_code == 0
 
 
@@ -462,7 +462,7 @@ def test_each_row_of_a_batch_ends_at_the_context_length(data, tmp_path):
     [
         ('{"instruction": "a", "adapter": "cook"}', "record 0: adapter 'cook' is not one of ['base', 'chef', 'poet']"),
         ('{"instruction": "a"}\n{"input": "b"}', "record 1: has no field 'instruction'"),
-        ("", "contains no examples"),
+        ("", "contains no records"),
         ("7", "record 0: is of type int, not an object with 'instruction'"),
         ('["instruction"]', "record 0: is of type str, not an object"),
         ('{"instruction": "a", "adapter": []}', "record 0: adapter"),
@@ -579,11 +579,11 @@ def test_context_length_limits_prompts_and_responses(data):
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 2)
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
-    assert "the context of the base is only 512" in result.stderr
+    assert "tokens; expected fewer than 512, the base's context length" in result.stderr
     truncated = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
     assert truncated.exit_code == 0 and 50 < len(truncated.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
-    assert mixed.exit_code == 0 and "the context of the base is only 512" in mixed.stderr
+    assert mixed.exit_code == 0 and "tokens; expected fewer than 512, the base's context length" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2
 
 
@@ -639,7 +639,7 @@ def test_bad_out_is_reported_before_the_base_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_text('{"instruction": "Hello"}')
     monkeypatch.setattr("generate.load_with_adapters", lambda *_: 1 / 0)
     result = run("--base", "x", "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no" / "out.jsonl")
-    assert result.exit_code == 2 and "no is not a folder" in result.stderr
+    assert result.exit_code == 2 and "no does not exist" in result.stderr
 
 
 def test_line_that_is_not_utf_8_affects_no_other_line(tiny_adapter):

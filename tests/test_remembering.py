@@ -87,7 +87,7 @@ def test_truncated_response_stays_in_the_history(responder):
     second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
     assert second == rerun(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
-    with pytest.raises(ValueError, match="the prompt has .* tokens, but the context of the base is only 1024"):
+    with pytest.raises(ValueError, match="the conversation has .* tokens; expected fewer than 1024"):
         "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
@@ -147,7 +147,7 @@ def test_piped_lines_have_no_history(adapters):
 def test_turn_commands_need_a_template_with_turns(tiny_adapter):
     stdout, stderr = chat_in_process("/system Be brief.\n/reset\n", "--adapter", tiny_adapter)
     for command in ("/system", "/reset"):
-        assert f"error: {command} needs a template for conversations, such as --template auto" in stderr
+        assert f"error: {command} needs a template for conversations; use --template auto" in stderr
 
 
 def test_template_option_overrides_the_adapters_template(adapters, tmp_path):
