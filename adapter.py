@@ -161,8 +161,8 @@ class Adapter(nn.Module):
         made_for["layers"] = int(self.metadata.get("base_layers", layers))
         for name, number in made_for.items():
             if number != base[name]:
-                expected = f"the adapter was made for a base with {name} {number}"
-                raise ValueError(f"{expected}, but this base has {name} {base[name]}")
+                expected = f"the adapter was made for a base with {name} = {number}"
+                raise ValueError(f"{expected}, but this base has {name} = {base[name]}")
         if len(self.gates) > layers:
             raise ValueError(f"the adapter has prompts for {len(self.gates)} layers, but the base has {layers} layers")
 

@@ -46,11 +46,15 @@ def reading_options(command):
     """Add the options for what third-party files may not state to a command: heads, gate activation and K."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
-        click.option("--heads", type=click.IntRange(1), help="Number of heads, if the file has one gate per layer."),
+        click.option(
+            "--heads",
+            type=click.IntRange(1),
+            help="Number of heads of the base; required if the file has one gate per layer.",
+        ),
         click.option(
             "--gate",
             type=activations,
-            help="Gate activation, if the file is from the authors' code.  [default: see docs/adapters.md]",
+            help="Gate activation of a file from the authors' code.  [default: tanh; identity for one gate per layer]",
         ),
         click.option(
             "--length",

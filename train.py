@@ -79,7 +79,7 @@ class TrainConfig:
     keep: str = setting("last", "Adapter to keep: the last, or the one with the lowest validation loss.", KEEP)
     seed: int = setting(0, "Random seed for initial parameters, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
-        None, "Maximum positions per forward pass; affects only memory.  [default: 8192, fewer on a small GPU]", Count()
+        None, "Maximum positions per forward pass; affects memory only.  [default: 8192, fewer on a small GPU]", Count()
     )
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass, to save memory.")
 
@@ -461,11 +461,11 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
     for name in names:
         parameters = [p for full_name, p in adapter.named_parameters() if name in full_name.split(".")]
         if not parameters:
-            raise ValueError(f"--freeze {name}: the adapter has no {name}, because no example has an image")
+            raise ValueError(f"--freeze {name}: the adapter has no {name}, which needs images and --clip or --encoder")
         for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
-        raise ValueError(f"--freeze {' --freeze '.join(names)}: nothing is left to train")
+        raise ValueError(f"--freeze {' --freeze '.join(names)}: nothing is left to train; freeze fewer parts")
 
 
 def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: dict, strategy: str) -> None:

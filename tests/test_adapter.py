@@ -277,9 +277,9 @@ def test_truncated_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "base, message",
     [
-        (dict(layers=4, dim=32, heads=4), "layers 3, but this base has layers 4"),
-        (dict(layers=3, dim=64, heads=4), "dim 32, but this base has dim 64"),
-        (dict(layers=3, dim=32, heads=8), "heads 4, but this base has heads 8"),
+        (dict(layers=4, dim=32, heads=4), "layers = 3, but this base has layers = 4"),
+        (dict(layers=3, dim=64, heads=4), "dim = 32, but this base has dim = 64"),
+        (dict(layers=3, dim=32, heads=8), "heads = 4, but this base has heads = 8"),
     ],
 )
 def test_error_about_a_base_of_a_different_shape_names_both_numbers(base, message):

@@ -117,9 +117,9 @@ def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(dim=8), "was made for a base with dim 8, but this base has dim 16"),
-        (dict(heads=4), "was made for a base with heads 4, but this base has heads 2"),
-        (dict(features=4), "takes 4 features of an image, but this run has 6"),
+        (dict(dim=8), "was made for a base with dim = 8, but this base has dim = 16"),
+        (dict(heads=4), "was made for a base with heads = 4, but this base has heads = 2"),
+        (dict(features=4), "takes 4 features, but this run's images have 6"),
     ],
 )
 def test_initial_adapter_of_a_different_shape_is_refused(tmp_path, changes, message):
@@ -147,9 +147,7 @@ def test_projection_is_frozen_as_one_part():
     frozen = {name for name, parameter in adapter.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert sum(len(group["params"]) for group in train.make_optimizer(adapter, 0.1).param_groups) == 2
-    with pytest.raises(
-        ValueError, match="--freeze projection: the adapter has no projection, because no example has an image"
-    ):
+    with pytest.raises(ValueError, match="--freeze projection: the adapter has no projection, which needs images"):
         freeze_parts(make_random_adapter("text", 1), ["projection"])
     with pytest.raises(ValueError, match="--freeze prompts --freeze gates: nothing is left to train"):
         freeze_parts(make_random_adapter("text", 1), ["prompts", "gates"])

@@ -37,7 +37,7 @@ def shaped_as(initial: Adapter, config, path: str):
     """
     layers, length, _ = initial.prompts.shape
     if config.layers not in (None, layers):
-        raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; omit --layers")
+        raise ValueError(f"--layers {config.layers}: --init {path} has {layers} adapted layers; use --layers {layers}")
     return replace(config, layers=layers, length=length)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from adapter import ATTENTIONS
 from formats.chat_templates import NAMES
-from runtime.cli import PATH, Count, Real, setting
+from runtime.cli import BASE_HELP, PATH, Count, Real, setting
 from tasks import TASKS
 from toy import TOYS
 
@@ -27,20 +27,29 @@ TEMPLATE_HELP = "The prompt template.  [default: alpaca, or auto for conversatio
 class DataOptions:
     """Options of the training data, its prompt template, and its images with their encoder."""
 
-    data: str | None = setting(None, "JSON or JSONL file, also .gz or .xz.  [default: the toy's data]", click.Path())
+    data: str | None = setting(
+        None, "Training data: a JSON or JSONL file, also .gz or .xz.  [default: the toy's data]", click.Path()
+    )
     task: str = setting("instructions", "The kind of data; see docs/tasks.md.", click.Choice([*TASKS]))
     toy: str | None = setting(
-        None, "Use a toy instead of --data; see docs/toy.md.  [default: text]", click.Choice(TOYS)
+        None, "Train on this toy's data, without --data; see docs/toy.md.  [default: text]", click.Choice(TOYS)
     )
     limit: int | None = setting(None, "Use only this many examples, from the beginning.", Count())
     template: str | None = setting(None, TEMPLATE_HELP, click.Choice(NAMES))
     vision_encoder: str | None = setting(
-        None, "CLIP's vision encoder. Images are ignored without --clip or --encoder.", click.Path(), "--clip"
+        None,
+        "Folder or file of CLIP's vision encoder; without it or --encoder, images are ignored.",
+        click.Path(),
+        "--clip",
     )
-    encoder: str | None = setting(None, "Instead of --clip, use this function, FILE.py:NAME.")
+    encoder: str | None = setting(
+        None, "Instead of --clip, a Python function that returns the features of a file, as FILE.py:NAME."
+    )
     images: str | None = setting(None, "The folder of the images.  [default: the data's folder]", click.Path())
-    skip_missing: bool = setting(False, "Skip examples whose image is missing.")
-    features: Path = setting(Path("features"), "The folder for cached image features.", PATH)
+    skip_missing: bool = setting(False, "Skip examples whose image is missing, instead of ending with an error.")
+    features: Path = setting(
+        Path("features"), "Folder that caches the features of --clip, and holds the toy's images.", PATH
+    )
 
     def checked(self, base: str | None) -> "DataOptions":
         """Return the options with the default toy filled in. Raises ValueError if they contradict each other."""
@@ -65,7 +74,7 @@ STRATEGY_HELP = "With torchrun: replicate the base (ddp) or shard it (fsdp); aut
 class BaseOptions:
     """The frozen base, how it is loaded, and the adapter that training is initialized from."""
 
-    base: str | None = setting(None, "The model to adapt.  [default: the toy's base]", click.Path())
+    base: str | None = setting(None, f"{BASE_HELP}  [default: the toy's base]", click.Path())
     init: str | None = setting(None, "An adapter to initialize from, in a new run; its L and K are used.", click.Path())
     freeze: tuple[str, ...] = setting(
         (), "A part of the adapter to keep unchanged; repeatable.", click.Choice(PARTS), multiple=True
@@ -80,7 +89,7 @@ class BaseOptions:
     strategy: str = setting("auto", STRATEGY_HELP, click.Choice(["auto", "ddp", "fsdp"]))
 
 
-RESUME_HELP = "Continue from the checkpoint in --out, with the same options; auto: only if there is one."
+RESUME_HELP = "Continue from the checkpoint in --out, with the same options; auto starts a new run if there is none."
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class RunOptions:
     resume: str | None = setting(None, RESUME_HELP, click.Choice(["yes", "auto"]), is_flag=False, flag_value="yes")
     save_every: int = setting(100, "Steps between checkpoints.", Count())
     log_every: int = setting(1, "Steps between updates of the progress bar.", Count())
-    tensorboard: bool = setting(False, "Write the metrics for TensorBoard as well.")
+    tensorboard: bool = setting(False, "Also write the metrics for TensorBoard, to the folder tensorboard in --out.")
     max_minutes: float | None = setting(None, "Save and stop after this many minutes.", Real(0, min_open=True))
     started: float = field(default_factory=time.perf_counter)  # seconds, on the clock of time.perf_counter
 

@@ -189,6 +189,8 @@ class Run:
             to_continue = "; to continue, add --resume"
         if isinstance(error, FloatingPointError):
             advice = "try a lower --lr and a different --out"
+            if self.step == 0:  # the gates are zero, or those of --init
+                advice = "check the weights of the base, or try --dtype float32"
             raise ValueError(f"after step {self.step}: {error}; {saved}; {advice}") from None
         if rank() > 0:  # the first rank may be saving at this moment, or may have ended before it could
             saved = f"the last saved step is in {self.out}"

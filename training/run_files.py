@@ -61,6 +61,16 @@ def run_state(out: Path, resume: str | None) -> str:
     return "new"
 
 
+HASHES = {  # what a change of the hash means, for error messages
+    "data_hash": " (different data)",
+    "images_hash": " (different images)",
+    "features_hash": " (different features of the images)",
+    "base_fingerprint": " (a different base)",
+    "tokenizer_fingerprint": " (a different tokenizer)",
+    "vision_encoder_fingerprint": " (a different vision encoder)",
+}
+
+
 def check_options(before: object, fixed: dict, path: Path) -> None:
     """Raise ValueError if the options `before`, read from `path`, differ from `fixed`.
 
@@ -77,7 +87,7 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     } | renamed(before)
     for name, value in fixed.items():
         if name != "base" and before.get(name) != value:
-            change = f"was made with {name} = {before.get(name)}, not {value}"
+            change = f"was made with {name} = {before.get(name)}, not {value}{HASHES.get(name, '')}"
             raise ValueError(f"{path}: {change}; a resumed run cannot change it")
 
 
@@ -142,7 +152,8 @@ def trim_metrics(path: Path, step: int) -> None:
         if line["step"] < step or (line["step"] == step and "loss" in line):
             kept.append(line)
     if [line["step"] for line in kept if "loss" in line] != list(range(1, step + 1)):
-        raise ValueError(f"{path}: does not have every step up to {step}, the step of checkpoint.pt")
+        advice = "restore the file, or use a different --out"
+        raise ValueError(f"{path}: does not have every step up to {step}, the step of checkpoint.pt; {advice}")
     with atomic_write(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
