@@ -109,7 +109,9 @@ def check_same_texts(contestants: dict[str, Contestant], rows: list[list[int]], 
     compile_option,
     precisions_option,
     option("--tokens", "number", type=Count(2), default=128, help=f"New tokens after a prompt of {PROMPT} tokens."),
-    option("--batch-size", type=Count(), default=1, help="Number of prompts per batch."),
+    option(
+        "--batch-size", type=Count(), default=1, help="Prompts per batch; above 1, litgpt and llama.cpp are omitted."
+    ),
 )
 @one_line_errors()
 def time_generation(json_path, number, batch_size, **options):

@@ -230,7 +230,7 @@ def summary_line(name: str, row: dict) -> str:
     "Options",
     option("--size", type=click.Choice(list(CONFIGS)), default="7B", help="Size of the model; its weights are random."),
     option("--minutes", type=Real(0, min_open=True), default=8.5,
-           help="Time limit; parts that would probably exceed it are skipped."),
+           help="Time limit in minutes; parts that would probably exceed it are skipped."),
     option("--skip-tests", is_flag=True, help="Do not run the tests that need a GPU."),
     option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "gpu.json",
            show_default="benchmarks/results/gpu.json", help="JSON file for the results; a plot is written next to it."),

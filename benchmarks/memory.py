@@ -218,5 +218,5 @@ def plan_runs(gpu_memory, peak, utilization):
         for size in ("LLaMA-7B", "LLaMA-13B", "LLaMA-33B", "LLaMA-65B")
         for gpus in (1, 8)
     }
-    about = {"GB a GPU": gpu_memory, "TFLOP/s": peak, "utilization": utilization, "K": LENGTH}
+    about = {"GB per GPU": gpu_memory, "TFLOP/s": peak, "utilization": utilization, "K": LENGTH}
     publish("plan", rows, PLAN_COLUMNS, about)

@@ -51,7 +51,7 @@ def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str
     option_group(
         "Options",
         option("--base", "bases", type=PATH, multiple=True, required=True, help="Base model; repeatable."),
-        option("--text", type=PATH, required=True, help="Text similar to what the bases were pretrained on."),
+        option("--text", type=PATH, required=True, help="File of text similar to what the bases were pretrained on."),
         option(
             "--rows", type=Count(), default=64, help="Number of rows of text, at most 64; each has up to 128 tokens."
         ),

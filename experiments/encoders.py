@@ -232,7 +232,9 @@ def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> N
     runs.save("vit", {"untrained": untrained, "rows": rows}, draw_accuracies(rows, "untrained", untrained))
 
 
-TEXTS = option("--text", "texts", type=PATH, multiple=True, required=True, help="Text to pretrain on; repeatable.")
+TEXTS = option(
+    "--text", "texts", type=PATH, multiple=True, required=True, help="File of text to pretrain on; repeatable."
+)
 TOKENIZER = option("--tokenizer", type=PATH, required=True, help="Folder with RoBERTa's tokenizer.")
 
 

@@ -225,7 +225,7 @@ def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length,
         option("--per-kind", type=Count(), default=100, help="Number of training instructions of each kind."),
         option("--max-tokens", type=Count(2), default=64, help="Maximum number of tokens per story."),
         option("--at-a-time", type=Count(), default=2, help="Number of processes; if several, each has one thread."),
-        option("--search", is_flag=True, help="Search for the best learning rates on validation instructions."),
+        option("--search", is_flag=True, help="Only search for the best learning rates, on validation instructions."),
         option(
             "--curve",
             is_flag=True,

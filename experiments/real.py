@@ -52,9 +52,14 @@ PARTS = {
     "Data and model",
     option("--base", type=PATH, required=True, help="Base to adapt, a LLaMA such as SmolLM2-135M-Instruct."),
     option("--reviews", type=PATH, required=True, help="Folder with SST-2's train.tsv and dev.tsv."),
-    option("--text", type=PATH, required=True, help="Text to measure the perplexity on: WikiText-2's validation set."),
-    option("--problems", type=PATH, help="ScienceQA's problems.json, for the parts scienceqa and experts."),
-    option("--alpaca", type=PATH, help="Stanford Alpaca's JSON file, for the part alpaca."),
+    option(
+        "--text",
+        type=PATH,
+        required=True,
+        help="File of text to measure the perplexity on: WikiText-2's validation set.",
+    ),
+    option("--problems", type=PATH, help="ScienceQA's problems.json, required by the parts scienceqa and experts."),
+    option("--alpaca", type=PATH, help="Stanford Alpaca's JSON file, required by the part alpaca."),
     *device_options,
 )
 @option_group(

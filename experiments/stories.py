@@ -89,8 +89,8 @@ def read_stories(path: Path, tokenizer: Tokenizer, max_tokens: int) -> list[str]
     stories = [story for text in texts if is_prose(story := truncate_at_sentence(text, tokenizer, max_tokens))]
     if len(stories) < 100:
         raise ValueError(
-            f"{path}: {len(stories)} of {len(texts)} texts separated by <|endoftext|> are prose when truncated to "
-            f"{max_tokens} tokens; at least 100 are needed; give more text or a larger --max-tokens"
+            f"{path}: {len(stories)} of {len(texts)} texts separated by <|endoftext|> are prose of 30 words or more "
+            f"when truncated to {max_tokens} tokens; at least 100 are needed; give more text or a larger --max-tokens"
         )
     return stories
 
@@ -149,7 +149,7 @@ def make_instructions(stories: Sequence[str], per_kind: int, tested: int, seed: 
         found = sorted({word for word in candidates if frequency[word] <= at_most})
         if len(found) < number:
             raise ValueError(
-                f"the stories have only {len(found)} rare names or words, but {number} are needed; give more stories"
+                f"the stories have only {len(found)} rare names or words, but {number} are needed; give more text"
             )
         return [found[i] for i in random.permutation(len(found))[:number]]
 
@@ -187,7 +187,8 @@ def spread_over_kinds(stories: Sequence[str], per_kind: int) -> tuple[list[Story
                 order.append((times[found[kind]], i))
         if len(order) < per_kind:
             raise ValueError(
-                f"only {len(order)} stories are left for {kind!r}, but {per_kind} are needed; lower --per-kind"
+                f"only {len(order)} stories are left for {kind!r}, but {per_kind} are needed; lower --per-kind, "
+                f"or give more text"
             )
         chosen = [i for _, i in sorted(order)[:per_kind]]
         training += [StoryInstruction(kind, requirements[i][kind], stories[i]) for i in chosen]
