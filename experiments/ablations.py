@@ -54,7 +54,7 @@ def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
 def compare_inits(runs: Runs, testbed: Testbed) -> None:
     """Compare zero-init attention with random init.
 
-    Reproduces Table 5 and Figure 7 (v1: Figure 5) at four learning rates.
+    Reproduces Table 5 and Figure 7 (v1: Figure 5) at four learning rates, from 0.1 to 10 times --lr.
     """
     inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
     default = testbed.default
@@ -116,7 +116,7 @@ def compare_shapes(runs: Runs, testbed: Testbed) -> None:
     left.set(xlabel=f"adapted layers of {N}", ylabel="answered exactly, %", xticks=counts)
     left.legend()
     draw_line(right, lengths, [percent(rows[f"K = {K}"]["accuracy"]) for K in lengths])
-    right.set(xlabel="K, adaption prompts per layer", xscale="log", ylabel="answered exactly, %")
+    right.set(xlabel="K, prompt embeddings per layer", xscale="log", ylabel="answered exactly, %")
     right.set_xticks(lengths, list(map(str, lengths)), minor=False)
     runs.save("layers", {"paper": paper, "rows": without_losses(rows)}, figure)
 
@@ -127,7 +127,7 @@ EPOCHS = (15, 30, 60)
 def compare_epochs(runs: Runs, testbed: Testbed) -> None:
     """Train for more epochs, to see whether the adapter overfits.
 
-    Reproduces Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs.
+    Reproduces Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs (not --epochs).
     """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
     rows = compare_settings(runs, testbed, settings)
@@ -224,7 +224,8 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
     """Compare zero-init attention with LoRA and full fine-tuning.
 
     Reproduces Table 1 (v1: Table 3), and also trains prompts without gates. Reports the number of trained parameters,
-    their size in bytes, the training time and the forgetting.
+    their size in bytes, the training time and the forgetting. --lr is the learning rate of zero-init attention; those
+    of the other methods are scaled with it.
     """
     import_peft()  # fail before training if PEFT is missing
     settings = {method: testbed.default._replace(method=method, lr=rate_for(testbed, method)) for method in RATES}
@@ -269,8 +270,9 @@ def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
 def search_rates(runs: Runs, testbed: Testbed) -> None:
     """Search for the best learning rate of each method.
 
-    Trains each method of the command `methods` at five learning rates, and reports accuracy and perplexity. The
-    accuracy is measured on a part of the training data, not on the held-out questions of the other commands.
+    Trains each method of the command `methods` at 0.1, 0.3, 1, 3 and 10 times the learning rate that it has there, and
+    reports accuracy and perplexity. The accuracy is measured on a part of the training data, not on the held-out
+    questions of the other commands.
     """
     import_peft()
     settings = {}

@@ -195,8 +195,11 @@ SEARCH = option(
 )
 
 
-def encoder_options(*own_options, epochs: int) -> list[Callable]:
-    """Return the option groups of a command: data, with `own_options` first, and training, with `epochs` as default."""
+def encoder_options(*own_options, data_help: str, epochs: int) -> list[Callable]:
+    """Return the option groups of a command: data, with `own_options` first, and training, with `epochs` as default.
+
+    `data_help` says what the files of --train and --test contain.
+    """
     data = option_group(
         "Data",
         *own_options,
@@ -205,17 +208,18 @@ def encoder_options(*own_options, epochs: int) -> list[Callable]:
             "train_path",
             type=PATH,
             required=True,
-            help="Training data: a folder or .npz of images, or sentences as .tsv, .csv or .json.",
+            help=f"Training data: {data_help}.",
         ),
         option("--test", "test_path", type=PATH, required=True, help="Test data, in the same format."),
     )
     return [data, training_options(epochs=epochs, batch_size=64, length=10, rank=3)]
 
 
+IMAGES, SENTENCES = "images, a folder or .npz", "sentences, as .tsv, .csv or .json"
 VIT = option("--base", type=PATH, required=True, help="Vision transformer with a classification head.")
 
 
-@experiment("vit", *encoder_options(VIT, SEARCH, epochs=5))
+@experiment("vit", *encoder_options(VIT, SEARCH, data_help=IMAGES, epochs=5))
 def vit(runs: Runs, base, train_path, test_path, search, epochs, **options) -> None:
     """Train a vision transformer on new images.
 
@@ -238,7 +242,7 @@ TEXTS = option(
 TOKENIZER = option("--tokenizer", type=PATH, required=True, help="Folder with RoBERTa's tokenizer.")
 
 
-@experiment("roberta", *encoder_options(TEXTS, TOKENIZER, SEARCH, epochs=2))
+@experiment("roberta", *encoder_options(TEXTS, TOKENIZER, SEARCH, data_help=SENTENCES, epochs=2))
 def roberta(runs: Runs, texts, tokenizer, train_path, test_path, search, epochs, **options) -> None:
     """Train a small RoBERTa on sentences.
 

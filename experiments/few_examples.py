@@ -16,6 +16,7 @@ from experiments.encoders import (
     METHODS,
     VIT,
     EncoderRun,
+    IMAGES,
     encoder_options,
     read_image_sets,
     search_encoder_rates,
@@ -40,7 +41,7 @@ def draw_by_number(rows: dict[int, dict[str, dict]], untrained: float) -> Figure
     return figure
 
 
-@experiment("few", *encoder_options(VIT, epochs=5))
+@experiment("few", *encoder_options(VIT, data_help=IMAGES, epochs=5))
 def few(runs: Runs, base, train_path, test_path, epochs, **options) -> None:
     """Train a vision transformer on few images.
 

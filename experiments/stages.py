@@ -112,7 +112,9 @@ def stages(runs: Runs, pictures, epochs, device) -> None:
     data = {}
     for name, examples in (("captions", captions(files)), ("questions", questions)):
         data[name], _ = tokenize(AlpacaTemplate(tokenizer), attach_features(examples, folder, encoder), 512)
-    click.echo(f"{len(data['captions'])} captions, {len(data['questions'])} questions about {pictures} images")
+    click.echo(
+        f"{len(data['captions'])} captions, {len(data['questions'])} questions about {len(files[:pictures])} images"
+    )
     click.echo("Share of the 600 held-out questions that are answered exactly:\n")
     config = TrainConfig(epochs=epochs, warmup_epochs=1, batch_size=32, lr=toy.TRAINING["lr"])
     rows = runs.table(COLUMNS, STAGES, partial(train_in_stages, data, model, tokenizer, config))

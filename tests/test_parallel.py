@@ -407,7 +407,7 @@ def other_micro_batches(rank):
 def test_ranks_with_different_data_or_options_are_refused(forks, args, spoil, name):
     """Ranks must have the same micro-batches, because the validation loss has one term per micro-batch."""
     (line,) = error_lines(Ranks(forks, 2, train_command, args, spoil).results())
-    assert line.startswith(f"error: rank 1: {name} is ") and "on the first rank" in line
+    assert line.startswith(f"error: rank 1: {name} is ") and "start all ranks with the same options" in line
 
 
 def fake_evaluation(rank):

@@ -448,7 +448,10 @@ def test_non_finite_values_stop_the_run_and_keep_the_last_adapter(args, tmp_path
     "value, message",
     [
         (math.nan, "nan: norm.weight contains values that are not finite"),
-        (3e38, "after step 0: the validation loss is nan"),  # finite, but the logits are not
+        (
+            3e38,
+            "the validation loss is nan; nothing was saved yet; check the weights of the base",
+        ),  # finite, but the logits are not
     ],
 )
 def test_base_with_non_finite_values_stops_the_run(args, tiny_base, tmp_path, value, message):
@@ -506,6 +509,7 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
             ["--data", "a.csv"],
             "a.csv: is not JSON; convert it with pandas.read_csv('a.csv').fillna('').to_json(",
         ),
+        (["--data", "a.tsv"], "pandas.read_csv('a.tsv', sep='\\t').fillna('')"),
         (["--base", "llama.gguf"], "llama.gguf: no such base model"),
         (["--base", "roberta-base"], "`hf download roberta-base --local-dir roberta-base`"),
     ],

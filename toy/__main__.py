@@ -12,9 +12,13 @@ from toy.language_model import BASE, make_base
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--base", type=PATH, default=BASE, show_default="toy/base", help="Folder for the base.")
+@click.option("--base", type=PATH, default=BASE, show_default="toy/base", help="Folder to write the base to.")
 @click.option(
-    "--encoder", type=PATH, default=ENCODER, show_default="toy/vision_encoder", help="Folder for the vision encoder."
+    "--encoder",
+    type=PATH,
+    default=ENCODER,
+    show_default="toy/vision_encoder",
+    help="Folder to write the vision encoder to.",
 )
 def main(base: Path, encoder: Path) -> None:
     """Pretrain the toy's base and its vision encoder (about four minutes on one core)."""
