@@ -133,10 +133,9 @@ def read_records(path: str | Path) -> list:
 
     Raises OSError, or a ValueError that names the file, and the line of a syntax error.
     """
-    if kind := {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".xlsx": "excel"}.get(Path(path).suffix):
-        tabs = ", sep='\\t'" if Path(path).suffix == ".tsv" else ""
-        reading = f"pandas.read_{kind}({str(path)!r}{tabs})"
-        conversion = f"{reading}.fillna('').to_json('data.json', orient='records')"
+    readers = {".csv": "csv({!r})", ".tsv": r"csv({!r}, sep='\t')", ".parquet": "parquet({!r})", ".xlsx": "excel({!r})"}
+    if reader := readers.get(Path(path).suffix):
+        conversion = f"pandas.read_{reader.format(str(path))}.fillna('').to_json('data.json', orient='records')"
         raise ValueError(f"{path}: is not JSON; convert it with {conversion}")
     text = read_text(path)
     if text.lstrip().startswith("["):
@@ -149,7 +148,8 @@ def read_records(path: str | Path) -> list:
             records = [parse_whole(text, path, error)]
     if not records:
         raise ValueError(f"{path}: contains no records")
-    if len(records) == 1 and isinstance(records[0], dict) and "instruction" not in records[0]:
+    fields = {"instruction", "messages", "conversations"}
+    if len(records) == 1 and isinstance(records[0], dict) and not fields & records[0].keys():
         for key, value in records[0].items():
             if isinstance(value, list) and value and all(isinstance(item, dict) and len(item) > 2 for item in value):
                 raise ValueError(

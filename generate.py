@@ -284,10 +284,7 @@ class Responder:
         tokens = self.prompt_ids(request)
         context = self.model.config.max_seq_len or UNSTATED_CONTEXT
         if len(tokens) >= context:
-            what = "the conversation" if request.history else "the prompt"
-            stated = self.model.config.max_seq_len is not None
-            limit = "the base's context length" if stated else "because the base does not state its context length"
-            raise ValueError(f"{what} has {len(tokens)} tokens; expected fewer than {context}, {limit}")
+            raise ValueError(f"the prompt has {len(tokens)} tokens; expected fewer than {context}, the context length")
         return tokens, min(self.sampling.max_new_tokens, context - len(tokens))
 
     def prompt_ids(self, request: Request) -> list[int]:
@@ -382,11 +379,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     option("--top-p", type=Real(0, 1, min_open=True), default=0.75, help="Probability mass of nucleus sampling."),
     option("--greedy", is_flag=True, help="Same as --temperature 0."),
     option(
-        "--strength",
-        "gate_scale",
-        type=Real(0, 1e3),
-        default=1.0,
-        help="Factor for the gate values; 0 gives the base alone.",
+        "--strength", "gate_scale", type=Real(0, 1e3), default=1.0, help="Factor for the gates; 0 is the base alone."
     ),
     option("--max-new-tokens", type=Count(), default=256, help="Maximum number of tokens of a response."),
     *ending_options,
@@ -400,17 +393,8 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         type=click.Path(),
         help="JSON or JSONL file of records with instruction or messages, and optionally input, image and adapter.",
     ),
-    option(
-        "--images",
-        "folder",
-        type=click.Path(),
-        help="Folder of the images of --prompts.  [default: the folder of that file]",
-    ),
-    option(
-        "--out",
-        type=click.Path(),
-        help="JSONL file to write: the records of --prompts, each with its response in the field output.",
-    ),
+    option("--images", "folder", type=click.Path(), help="Folder of the images of --prompts.  [default: its folder]"),
+    option("--out", type=click.Path(), help="JSONL file to write: the records of --prompts with responses as output."),
     option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
 @option_group(
@@ -591,8 +575,8 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
                 names = [name]
             elif slash_command in ("/reset", "/system"):
                 if not all(map(responder.has_turns, names)):
-                    advice = "such as --template auto, and no --raw"
-                    raise ValueError(f"{slash_command} needs a template for conversations, {advice}")
+                    advice = "omit --raw" if responder.raw else "use --template auto, llama-2, llama-3 or chatml"
+                    raise ValueError(f"{slash_command} needs a template for conversations; {advice}")
                 for conversation in conversations.values():
                     if slash_command == "/system":
                         conversation.system = text

@@ -19,6 +19,7 @@ from data import (
     hold_out,
     group_by_length,
     read_examples,
+    read_records,
     split_over_ranks,
     tokenize,
 )
@@ -273,6 +274,13 @@ def test_unsupported_record_layouts_are_named(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=f"a.json: .*{message}"):
         read_examples(tmp_path / "a.json")
+
+
+def test_file_of_one_conversation_is_read(tmp_path):
+    """Its turns have three fields, like the records in a list under another key, which are refused."""
+    turns = [{"role": role, "content": "Hi.", "weight": 1} for role in ("user", "assistant")]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": turns}, indent=1))
+    assert read_records(tmp_path / "a.json") == [{"messages": turns}]
 
 
 def test_null_input_is_an_empty_input(tmp_path):

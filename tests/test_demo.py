@@ -187,7 +187,7 @@ def test_empty_and_too_long_prompts_are_refused(demonstration, monkeypatch):
     with pytest.raises(ValueError, match="20,000 characters at most"):
         last_responses(demonstration, Request("cat", "a" * 20_001, adapter="words"))
     monkeypatch.setattr(demonstration.model, "config", replace(demonstration.model.config, max_seq_len=64))
-    with pytest.raises(ValueError, match="the prompt has .* tokens; expected fewer than 64, the base's context length"):
+    with pytest.raises(ValueError, match="the prompt has .* tokens; expected fewer than 64, the context length"):
         last_responses(demonstration, Request("cat " * 100, adapter="words"))
 
 

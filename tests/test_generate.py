@@ -579,11 +579,11 @@ def test_context_length_limits_prompts_and_responses(data):
     args = ("--base", data / "stories260K", "--raw", "--greedy", "--max-new-tokens", 2)
     result = run(*args, "Once upon a time " * 200)
     assert result.exit_code == 2
-    assert "tokens; expected fewer than 512, the base's context length" in result.stderr
+    assert "tokens; expected fewer than 512, the context length" in result.stderr
     truncated = run(*args[:-1], 10**5, "Once upon a time " * 80)  # 400 tokens of 512
     assert truncated.exit_code == 0 and 50 < len(truncated.stdout) < 1000
     mixed = run(*args, input="Once upon a time " * 200 + "\nOnce\n")
-    assert mixed.exit_code == 0 and "tokens; expected fewer than 512, the base's context length" in mixed.stderr
+    assert mixed.exit_code == 0 and "tokens; expected fewer than 512, the context length" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 2
 
 

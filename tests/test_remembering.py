@@ -87,7 +87,7 @@ def test_truncated_response_stays_in_the_history(responder):
     second = "".join(conversation.respond("a" * 200))
     assert conversation.cache.capacity > capacity
     assert second == rerun(responder, "a" * 200, adapter="a", history=[Turn("user", "Hi"), Turn("assistant", first)])
-    with pytest.raises(ValueError, match="the conversation has .* tokens; expected fewer than 1024"):
+    with pytest.raises(ValueError, match="the prompt has .* tokens; expected fewer than 1024"):
         "".join(conversation.respond("b" * 900))
     assert len(conversation.turns) == 4
 
