@@ -98,10 +98,9 @@ def check_same_texts(contestants: dict[str, Contestant], rows: list[list[int]], 
     for name, contestant in contestants.items():
         tokens, expected = contestant.continuations(rows, number), base_alone if "base alone" in name else adapted
         if tokens != expected:
-            raise ValueError(
-                f"{name} generates the tokens {tokens[0][:8]}, but this implementation generates {expected[0][:8]}; "
-                "their times are not comparable"
-            )
+            row = next(i for i, (theirs, ours) in enumerate(zip(tokens, expected)) if theirs != ours)
+            found = f"{name} generates the tokens {tokens[row]}, but this implementation generates {expected[row]}"
+            raise ValueError(f"prompt {row}: {found}; their times are not comparable")
 
 
 @command("generate", context_settings={"show_default": True})

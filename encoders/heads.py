@@ -57,8 +57,8 @@ def head_adapter(
 ) -> HeadAdapter:
     """Create an adapter for an encoder, with zero gates.
 
-    The head is `own_head`, that of the encoder, if it has `outputs` outputs; otherwise it is a new linear layer. An own
-    head is not copied, so that training changes it.
+    The head is `own_head`, the encoder's own head, if it has `outputs` outputs; otherwise it is a new linear layer.
+    `own_head` is not copied: training the adapter changes it.
     """
     C, heads = model.config.dim, model.config.n_heads
     dimensions = {"layers": layers, "length": length, "dim": C, "heads": heads, "widths": [C, outputs]}

@@ -191,7 +191,7 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, score: float) -> Figur
 SEARCH = option(
     "--search",
     is_flag=True,
-    help="Only search for the best learning rates on a held-out tenth of the training data; no file is written.",
+    help="Only print the best learning rates, searched for on a held-out tenth of the training data.",
 )
 
 

@@ -1,4 +1,4 @@
-"""Train a vision transformer on 100, 300, 1,000 and all examples (Table 6 of the final version has 1,000).
+"""Train a vision transformer on 100, 300, 1,000 and all examples (Table 6 of the paper has 1,000).
 
 For each number of examples, every method uses its best learning rate.
 """

@@ -1,4 +1,4 @@
-"""Train on the toy's images of digits in two stages: captions, then questions (section 3.3 of the final version)."""
+"""Train on the toy's images of digits in two stages: captions, then questions (section 3.3)."""
 
 import io
 import time

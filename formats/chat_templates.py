@@ -88,7 +88,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     missing = [token for token in NEEDED.get(name, ()) if token not in tokenizer.special_ids]
     if missing:
         found = f"its tokenizer has no special token {missing[0]!r}"
-        raise ValueError(f"the template {name} does not fit this base: {found}, which alpaca and llama-2 do not need")
+        raise ValueError(f"the template {name} does not fit this base: {found}; use --template alpaca or llama-2")
     spelling = {id: text for text, id in tokenizer.special_ids.items()}
     # The start tokens, not the token named "bos_token": some tokenizers name one, but do not begin text with it.
     start = "".join(spelling[id] for id in tokenizer.start_ids)

@@ -449,7 +449,10 @@ def timm_settings(args: dict) -> dict[str, float]:
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
-    """Translate the name of a parameter part by part: "layers.3.w1.bias" has the parts "layers", "w1" and "bias"."""
+    """Translate the name of a parameter in this project into its name in a file.
+
+    `names` maps prefixes of words, such as "layers." or "attention.wq.", to those in the file. Other text is kept.
+    """
     for ours, theirs in names.items():
         name = re.sub(rf"(?<![a-z_]){re.escape(ours)}", theirs, name)
     return name

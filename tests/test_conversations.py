@@ -312,7 +312,7 @@ def test_resuming_with_a_changed_template_of_the_base_is_refused(chat_base, chat
         ),
         (
             ("--template", "llama-3"),
-            "its tokenizer has no special token '<|start_header_id|>', which alpaca and llama-2 do not need",
+            "its tokenizer has no special token '<|start_header_id|>'; use --template alpaca or llama-2",
         ),
     ],
 )

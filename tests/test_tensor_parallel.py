@@ -149,7 +149,8 @@ def run_alone(program, stdin, *args):
 def run_as_rank(program, stdin, args, spoil=None):
     """Run a command as one of several ranks.
 
-    Only rank 0 reads `stdin`. On the other ranks, the folder for output does not exist, because they must not write.
+    Only rank 0 reads `stdin`. On the other ranks, "two" in an argument becomes "nowhere/two". An output path that
+    contains "two" is then in a missing folder, so that these ranks fail if they write.
     """
     if os.environ["RANK"] != "0":
         args = [str(arg).replace("two", "nowhere/two") for arg in args]
