@@ -58,7 +58,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
-    """Folder with the toy's images of digits. Adapters are trained on 20 of the images, and 30 are held out."""
+    """Folder with the toy's images of digits. Of these, 30 are held out, and an adapter is trained on 20 others."""
     pytest.importorskip("sklearn")
     from toy import digits
 
@@ -99,7 +99,7 @@ def instructions(tmp_path_factory):
 
 @pytest.fixture
 def args(tiny_base, instructions, tmp_path):
-    """Arguments of train.py for 3 epochs of 5 steps. The last step of an epoch has 4 examples; all others have 8."""
+    """Arguments of train.py for 3 epochs of 5 steps. One step of each epoch has 4 examples; the others have 8."""
     return [
         "--base", tiny_base, "--data", instructions, "--out", tmp_path / "run", "--epochs", 3, "--batch-size", 8,
         "--val-size", 4, "--length", 3, "--lr", 0.05, "--warmup-epochs", 0.5, "--device", "cpu",
@@ -143,7 +143,7 @@ def tiny_adapter(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_base(tiny_base, tmp_path_factory):
-    """Folder of a random LLaMA in Hugging Face's layout: a context of 1,024 tokens, tokenizer.json, chat_template."""
+    """Folder of a random LLaMA in Hugging Face's layout: a context of 1,024 tokens, tokenizer.json, chat template."""
     folder = tmp_path_factory.mktemp("chat-base")
     save_hugging_face(folder, tiny_base, **KINDS["gqa"])
     (folder / "tokenizer.model").unlink()

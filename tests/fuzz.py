@@ -86,9 +86,9 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_value(values, rng: random.Random):
-    """Change one value in JSON to a different type or size, or delete or rename its field, in place; return the values.
+    """Change, delete or rename one entry of a parsed JSON list or object, in place, and return `values`.
 
-    If the random choice ends in an empty list or object, return a single value of STRANGE instead.
+    If the random descent ends in an empty list or object, return a single value of STRANGE instead.
     """
     inside = values
     while True:
@@ -554,7 +554,7 @@ def run_files(folder):
 def read_run(path):
     """Read the files of an unfinished run as `--resume` does, draw its curves, and take an optimizer step.
 
-    In the folder `done` of a finished run, read only the summary.
+    If `path` is in the folder `done`, read only the summary of the finished run.
     """
     from runtime.files import read_json_object
     from train import make_optimizer
@@ -583,7 +583,7 @@ def clip(folder):
 
 
 def open_clip(folder):
-    """Create a CLIP file without the two sizes that OpenAI's files have, and open_clip's configuration."""
+    """Create open_clip's configuration, and a CLIP file without the two sizes that OpenAI's files have."""
     state = torch.load(clip(folder), weights_only=True)
     del state["input_resolution"], state["context_length"]
     torch.save(state, folder / "ViT.pt")
@@ -922,7 +922,7 @@ KINDS = {
 
 
 def run_case(seed: int, number: int, folder: Path, kind: str | None = None) -> str:
-    """Create, mutate and read one file; return "read", "refused", or a description of the failure.
+    """Create, mutate and read one file in `folder`; return "read", "refused", or a description of the failure.
 
     If `kind` is None, `number` determines the kind.
     """
@@ -1053,7 +1053,7 @@ VALUES = [
 
 
 def run_command(seed: int, number: int, base: Path) -> str:
-    """Run a command with a mutated file or, equally often, with an unusual value for one option.
+    """Run a command, chosen by `number`, with a mutated file or, equally often, with an unusual value for one option.
 
     If the command has no option with a value, its last argument is replaced. Returns "read" (exit code 0), "refused"
     (exit code 2, no traceback, and an error in the last line of standard error), or a description of the failure.

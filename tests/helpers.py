@@ -81,9 +81,9 @@ CHATML = (  # adds a system turn if there is none, as the templates of Qwen2.5 a
 def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
     """Train a byte-level BPE on `texts`, and save it to `folder`.
 
-    Like those of SmolLM2 and Qwen, it has no <bos> and two tokens that end a text. The files are tokenizer.json,
-    tokenizer_config.json with `template` as the chat template, and generation_config.json with further fields from
-    `generation`.
+    Like the tokenizers of SmolLM2 and Qwen, it has no <bos> and two tokens that end a text. The files are
+    tokenizer.json, tokenizer_config.json with `template` as the chat template, and generation_config.json with further
+    fields from `generation`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -120,7 +120,10 @@ def convert_sentencepiece(path):
 
 
 def save_llama2_json(data, folder):
-    """Convert LLaMA 2's tokenizer.model to a tokenizer.json, and save it with a tokenizer_config.json."""
+    """Convert LLaMA 2's tokenizer.model in the folder `data` to a tokenizer.json, and save it to `folder`.
+
+    A tokenizer_config.json is saved as well.
+    """
     from tokenizers import AddedToken, decoders, processors
 
     model = convert_sentencepiece(data / "tokenizers" / "llama2_tokenizer.model")
@@ -161,7 +164,10 @@ def make_tokens(model, *shape, seed=2):
 
 
 def copy_base(source, target, **changes):
-    """Copy a base to the new folder `target`, change fields of its params.json (None removes one); return `target`."""
+    """Copy a base to the new folder `target`, and change the copy's params.json; return `target`.
+
+    `changes` are fields and their new values. None removes a field.
+    """
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
@@ -213,7 +219,10 @@ def before_step(n, act):
 
 
 def tensors_and_metrics(out):
-    """Return the adapter's tensors, as lists by name, and the lines of metrics.jsonl without tokens_per_second."""
+    """Return the tensors of the adapter in the run's folder `out`, as nested lists by name, and the run's metrics.
+
+    The metrics are the lines of metrics.jsonl without tokens_per_second, which differs between equal runs.
+    """
     lines = [
         {name: value for name, value in line.items() if name != "tokens_per_second"}
         for line in read_metrics(out / "metrics.jsonl")
@@ -268,9 +277,9 @@ def make_images(number=2, size=24):
 
 
 def openai_state_dict(model):
-    """Return a state dict as in OpenAI's CLIP files.
+    """Return a state dict as in OpenAI's CLIP files, with the ViT `model` as the vision encoder.
 
-    It has the weights of the vision encoder and its projection, one tensor of the text encoder, and two sizes.
+    It also has the encoder's projection (zeros), one tensor of the text encoder, image size and context length.
     """
     weights = dict(model.named_parameters())
     tensors = {
@@ -341,7 +350,10 @@ def make_roberta(seed=0, **options):
 
 
 def save_roberta(folder, bpe):
-    """Save a random RoBERTa in Hugging Face's layout, with the tokenizer in the folder `bpe`; return its folder."""
+    """Save a random RoBERTa in Hugging Face's layout to `folder`, with the tokenizer in the folder `bpe`.
+
+    Returns `folder`. The test is skipped without transformers.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
@@ -371,7 +383,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def launch(main, args, spoil=None, stdin=""):
-    """Call `spoil(rank)`, if given, and run a command, which raises SystemExit.
+    """Call `spoil(rank)`, if given, and run the click command `main`, which raises SystemExit.
 
     Rank 0 reads `stdin`; the standard input of every other rank is empty. PyTorch is limited to one thread.
     """
@@ -384,7 +396,7 @@ def launch(main, args, spoil=None, stdin=""):
 
 
 def train_command(args, spoil=None):
-    """Run train.py as one of several ranks."""
+    """Run train.py as one of several ranks, with `launch`."""
     import train
 
     launch(train.main, args, spoil)
@@ -393,8 +405,9 @@ def train_command(args, spoil=None):
 def run_rank(rank, world, port, folder, results, target, args):
     """Run target(*args) as one of several ranks, and exit the process.
 
-    If the target returns, (rank, its result) is put into the queue. Standard output and standard error go to the files
-    stdout-RANK and stderr-RANK in `folder`.
+    If the target returns, (rank, its result) is put into the queue `results`. The exit code is that of a SystemExit, or
+    1 after any other exception. Standard output and standard error go to the files stdout-RANK and stderr-RANK in
+    `folder`.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -416,7 +429,10 @@ def run_rank(rank, world, port, folder, results, target, args):
 
 
 class Ranks:
-    """Run target(*args) in `world` processes as torchrun does: if one fails, the others receive SIGTERM."""
+    """Run target(*args) in `world` processes, which are started with the multiprocessing context `forks`.
+
+    As with torchrun, if one process fails, the others receive SIGTERM, but only while `results` waits for them.
+    """
 
     def __init__(self, forks, world, target, *args):
         self.folder = Path(tempfile.mkdtemp())
@@ -521,7 +537,7 @@ def save_hugging_face(folder, tiny_base, shard_size="1GB", architecture="Llama",
 
 
 def save_harness_task(folder):
-    """Save a task of lm-evaluation-harness with three copies of one multiple-choice question; return its YAML file."""
+    """Save an lm-evaluation-harness task with three copies of a multiple-choice question; return its YAML file."""
     question = {"question": "Name the capital of Peru.", "right": 1}
     question["options"] = [" Lima", " The capital of Peru is Lima.", " owl"]
     (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
@@ -586,7 +602,10 @@ SCIENCEQA = {
 
 
 def save_problems(folder, **changes):
-    """Save problems.json with fields of problem 12 changed, or removed if the value is `...`; return its path."""
+    """Save SCIENCEQA as problems.json; return its path.
+
+    `changes` replaces fields of problem 12, or removes a field if the value is `...`.
+    """
     fields = ("question", "choices", "answer", "hint", "image", "grade", "subject", "split")
     values = {id: dict(zip(fields, row)) for id, row in SCIENCEQA.items()}
     values["12"] |= changes
@@ -623,7 +642,8 @@ def save_coco(folder, **changes):
 def make_testbed(base, instructions, folder):
     """Return a testbed of the experiments on `base`, with L = 2, K = 3 and three epochs.
 
-    30 of the instructions are for training and 10 are held out. text.txt, for the perplexity, has 100 equal lines.
+    The first 30 instructions are for training, and the others are held out. The perplexity is measured on text.txt,
+    which has 100 identical lines. Both files are written to `folder`.
     """
     from data import read_examples
     from experiments import testbed

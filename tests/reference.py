@@ -32,8 +32,8 @@ def apply_rope(vector, position, theta):
 def attention_terms(q, keys, values, prompt_keys, prompt_values, gate):
     """Return the attention over the tokens and the gated attention over the prompts, (D,) each, for one query.
 
-    The query (D,) is that of one head; keys and values are lists of (D,) vectors. `gate` is a number, after tanh. The
-    second result is zero if there are no prompts.
+    The query (D,) is that of one head; keys and values are lists of (D,) vectors. `gate` is a number, after tanh.
+    Without prompts, `gate` is ignored and the second result is zero.
     """
     scale = 1 / math.sqrt(len(q))
     token_weights = softmax([q @ key * scale for key in keys])
@@ -52,7 +52,8 @@ def gated_attention(q, keys, values, prompt_keys, prompt_values, gate):
 def logits(weights, config, tokens, prompts=None, gates=None, terms=None):
     """Return the logits (T, V) of one sequence. The last L layers have prompts (L, K, C) and gates (L, H), before tanh.
 
-    If `terms` is a dict, terms[layer, position] is set to the pair `attention_terms`, with all heads in (H*D,) each.
+    If `terms` is a dict, terms[layer, position] is set to the two results of `attention_terms`, each of them with all
+    heads concatenated, (H*D,).
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     H, Hkv, D, N = config.n_heads, config.n_kv_heads, config.head_dim, config.n_layers
