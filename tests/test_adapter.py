@@ -34,7 +34,7 @@ def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, 
     """The gated sum equals the concatenation (lit-llama issue 263, OpenGVLab issue 47)."""
     S = 9 if masking == "cached" else 5
     mask = None
-    if masking == "cached":  # rows of unequal length have different masks
+    if masking == "cached":  # the rows have different numbers of cached tokens
         positions = torch.tensor([4, 2, 0])[:, None] + torch.arange(5)  # (B, T)
         mask = (torch.arange(S) <= positions[:, None, :, None]).to(device)
     results = []
@@ -89,7 +89,7 @@ def test_model_with_nonzero_gates_equals_the_reference(config, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zeroed_by", ["gate", "strength"])
 def test_zero_gates_equal_the_base_bit_for_bit(dtype, zeroed_by, device):
-    """Zero gates and `gate_scale=0` leave the base unchanged, whereas PEFT's zero gate adds the bias of Wo twice."""
+    """Zero gates and `gate_scale=0` leave the logits unchanged, whereas PEFT's zero gate adds the bias of Wo twice."""
     model = make_model().to(device, dtype)
     adapter = make_adapter(model, layers=3, gates=zeroed_by == "strength").to(device)
     prompts = adapter(gate_scale=0.0 if zeroed_by == "strength" else 1.0, dtype=dtype)
@@ -184,7 +184,7 @@ def test_prompts_are_drawn_from_a_normal_distribution_and_gates_are_zero():
 
 
 def test_parameters_stay_float32_and_outputs_are_cast():
-    """Prompts stored in bfloat16 would lose small updates, as in PEFT, so only the output of forward() is cast."""
+    """Prompts stored in bfloat16 would lose small updates, as they do in PEFT. Only the output of forward() is cast."""
     adapter = make_adapter(make_model())
     prompts = adapter(dtype=torch.bfloat16)
     assert {p.embeddings.dtype for p in prompts} | {p.gate.dtype for p in prompts} == {torch.bfloat16}
@@ -203,7 +203,7 @@ def test_saved_adapter_is_loaded_unchanged(tmp_path):
 
 
 def test_file_stores_the_gate_activation(tmp_path):
-    """The authors' training code applies tanh, but their inference code does not, so the file says which."""
+    """The authors' training code applies tanh, but their inference code does not, so the file names the activation."""
     adapter = Adapter(layers=1, length=2, dim=4, heads=2, gate_activation="identity")
     torch.nn.init.constant_(adapter.gates, 3.0)
     adapter.save(tmp_path / "a.safetensors")

@@ -21,7 +21,7 @@ def test_facts_are_complete():
 
 
 def test_held_out_entities_never_occur_in_training():
-    """Training data contain no held-out entity in an instruction, input or output, not even as an opposite."""
+    """No training example contains a held-out entity, not even as the answer to a question about its opposite."""
     sets = instructions()
     examples = [question.example for question in sets["training"]]
     trained_words = words(

@@ -46,9 +46,9 @@ def test_tokenizer_is_found_in_the_original_folder_of_llama_3(tiny_base, tmp_pat
 
 
 def test_tokenizer_is_found_in_the_parent_of_metas_folder(tiny_base, tmp_path, monkeypatch):
-    """download.sh of LLaMA 1 and 2 writes tokenizer.model there. A file in the folder has priority, even a broken one.
+    """download.sh of LLaMA 1 and 2 writes tokenizer.model to the parent folder.
 
-    Other layouts ignore the parent.
+    A tokenizer.model in the base's own folder has priority, even a broken one. Other layouts ignore the parent.
     """
     folder = copy_base(tiny_base, tmp_path / "7B")
     expected = load_llama(folder)[1].encode("The capital of Peru")
@@ -98,7 +98,7 @@ def load_and_measure(tiny_base, base, dtype, results):
 
 
 def test_output_head_is_stored_transposed_on_a_cpu(tiny_base, data):
-    """On a CPU the matmul is faster if the memory has the order (C, V). A tied head is the embedding matrix (V, C)."""
+    """On a CPU, the matmul is faster if the weight is stored as (C, V). A tied head is (V, C), like the embeddings."""
     model, _ = load_llama(tiny_base)
     assert LLaMA(model.config).output.weight.stride() == (model.config.dim, 1)
     assert model.output.weight.stride() == (1, model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Benchmarks: all implementations compute the same, and memory and floating-point operations are counted correctly."""
+"""Benchmarks: equal results of all implementations, and correct counts of memory and floating-point operations."""
 
 import gc
 import json

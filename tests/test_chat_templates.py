@@ -52,7 +52,7 @@ def examples():
 
 
 def ids_and_loss_mask(exchanges):
-    """Concatenate prompts and responses; return the ids, and the loss mask as 0 and 1."""
+    """Concatenate prompts and responses; return the ids, and the loss mask as zeros and ones."""
     ids = [id for prompt, response in exchanges for id in prompt + response]
     return ids, [mask for prompt, response in exchanges for mask in [0] * len(prompt) + [1] * len(response)]
 
@@ -78,7 +78,7 @@ def test_ids_and_loss_mask_equal_transformers(tmp_path, source):
 
 
 def test_unmarked_template_gives_the_same_responses(tmp_path):
-    """Without {% generation %}, a response is the text that its turn adds, up to the special token that ends it."""
+    """Without {% generation %}, a response is the text that its turn adds, up to and including its end token."""
     (tmp_path / "plain").mkdir()
     save_chatml(tmp_path, SAMPLES, template=CHATML)
     save_chatml(tmp_path / "plain", SAMPLES, template=MARKERS.sub("", CHATML))
@@ -117,7 +117,7 @@ def test_template_that_rewrites_earlier_turns_can_train_on_one_round_only(tmp_pa
 
 
 def test_template_whose_prompt_begins_the_response_cannot_train(tmp_path):
-    """DeepSeek-R1-Distill's prompt ends with <think>, which its turns do not contain. Such templates can generate."""
+    """As in DeepSeek-R1-Distill, the prompt ends with <think>, which no turn contains. Generation is still possible."""
     source = THINKING.replace("'[no thoughts] '", "''").replace("assistant\n' if add", "assistant\n<think>' if add")
     save_chatml(tmp_path, template=source)
     tokenizer = load_tokenizer(tmp_path)
@@ -130,7 +130,7 @@ def test_template_whose_prompt_begins_the_response_cannot_train(tmp_path):
 
 
 def test_date_in_a_template_is_fixed(tmp_path):
-    """Mistral's template calls strftime_now. A template that tests whether the function exists uses its own date."""
+    """Mistral's template calls strftime_now. It is undefined for a template that tests whether it is defined."""
     own = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}1999{% endif %}"
     for source, year in (("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"), (own, "1999")):
         save_chatml(tmp_path, template=source + CHATML)
@@ -203,7 +203,10 @@ def chatml(turns):
 
 
 def expected_ids_and_loss_mask(tokenizer, render, turns, end):
-    """Return ids and loss mask. A response begins after the assistant's header and ends with the token `end`."""
+    """Return ids and loss mask of `turns`, whose text is written by `render`: `llama_3` or `chatml`.
+
+    A response begins after the assistant's header and ends with the token `end`.
+    """
     ids, mask = [], []
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
@@ -354,7 +357,7 @@ def test_bad_template_is_a_one_line_error(tmp_path, source, message):
 
 
 def test_out_of_memory_is_a_one_line_error(tmp_path, monkeypatch):
-    """The limits on templates do not prevent this: a template can allocate any amount of memory."""
+    """The limits on templates do not prevent running out of memory, because none of them limits the memory."""
     save_chatml(tmp_path, template=CHATML)
     template = load_template("auto", load_tokenizer(tmp_path))
 
@@ -386,7 +389,7 @@ def test_template_without_an_end_token_causes_a_warning(tmp_path, capsys):
 
 @pytest.mark.parametrize("source", [CHATML, MARKERS.sub("", CHATML)])
 def test_long_conversations_are_encoded(tmp_path, source):
-    """Encode 64 conversations of 40 turns with a stub as tokenizer. A turn has 2,000 characters of three bytes."""
+    """Encode 64 conversations of 40 turns with a stub as tokenizer. A turn has 2,000 characters of three bytes each."""
     save_chatml(tmp_path, template=source)
     template = load_template("auto", load_tokenizer(tmp_path))
     template.tokenizer.encode = lambda text, preceding="": [5]

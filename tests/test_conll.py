@@ -131,7 +131,10 @@ def test_entities_match_by_type_and_both_ends():
 
 
 def save_tagger(folder, bpe):
-    """Save a RobertaForTokenClassification of transformers for TAG_NAMES, and its tokenizer; return the model."""
+    """Save a random RobertaForTokenClassification with the labels TAG_NAMES, and the tokenizer in the folder `bpe`.
+
+    Returns the model.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
         vocab_size=266, max_position_embeddings=130, type_vocab_size=1, hidden_size=32, num_hidden_layers=2,
@@ -156,7 +159,7 @@ SENTENCES = [  # each word always has the same tag, so that a small model can le
 
 
 def test_logits_and_loss_equal_transformers(bpe, tmp_path):
-    """Compare a padded batch, with the head of the checkpoint. Only the first tokens of words have a loss."""
+    """Compare a padded batch, with the head of the checkpoint. Only the first token of each word has a loss."""
     theirs = save_tagger(tmp_path / "tagger", bpe)
     model, head = load_encoder(tmp_path / "tagger")
     assert head_fits_task(head, "token-classification") and not head_fits_task(head, "question-answering")

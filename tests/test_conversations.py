@@ -21,7 +21,7 @@ SHAREGPT = {"conversations": [{"from": SHARE[role], "value": text} for role, tex
 
 
 def with_turn(role="assistant", **fields):
-    """Return a record of the first three turns, in which the turns of one role have additional fields."""
+    """Return a record with the first three of TURNS, in which the turns of one role have additional fields."""
     return {"messages": [turn | fields if turn["role"] == role else turn for turn in MESSAGES["messages"][:3]]}
 
 
@@ -32,7 +32,7 @@ def test_record_layouts_are_recognized_by_their_fields(tmp_path):
         {"prompt": "Say a.", "completion": "a"},
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"messages": MESSAGES["messages"][1:3], "image": "a.png"},
-        {"prompt": "Hi", "messages": MESSAGES["messages"]},  # as in UltraChat, which repeats the first turn
+        {"prompt": "Hi", "messages": MESSAGES["messages"]},  # as in UltraChat, which repeats the first user turn
     ]
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, records)))
     turns = tuple(Turn(*turn) for turn in TURNS)

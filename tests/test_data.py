@@ -128,7 +128,7 @@ def test_example_whose_prompt_fills_the_context_is_dropped(tokenizer):
 
 
 def test_targets_are_the_next_tokens_of_the_response_only():
-    """Unshifted labels (litgpt issue 407) and targets at padding would fail this comparison of every position."""
+    """Every position is compared, to detect unshifted labels (litgpt issue 407) and targets in the padding."""
     inputs, targets, *_ = collate([make_example([1, 10, 11, 20, 21, 2], 3, 0), make_example([1, 12, 2], 2, 1)])
     assert inputs.tolist() == [[1, 10, 11, 20, 21], [1, 12, 0, 0, 0]]
     assert targets.tolist() == [[IGNORE, IGNORE, 20, 21, 2], [IGNORE, 2, IGNORE, IGNORE, IGNORE]]
@@ -191,7 +191,7 @@ def test_rows_with_and_without_an_image_share_a_batch():
 
 
 def test_features_stay_with_their_example(tokenizer):
-    """Dropping or truncating an example must not assign its features to a different one."""
+    """Dropping an example must not assign its features to the next one."""
     length = tokenize(AlpacaTemplate(tokenizer), EXAMPLES[:1], 512)[0][0].loss_mask.index(True)
     examples = [
         Example("a " * 100, "", "dropped", features=torch.tensor([0.0])),
@@ -277,14 +277,14 @@ def test_unsupported_record_layouts_are_named(tmp_path, text, message):
 
 
 def test_file_of_one_conversation_is_read(tmp_path):
-    """Its turns have three fields, like the records in a list under another key, which are refused."""
+    """Records in a list under a key are refused. Turns with three fields must not be mistaken for them."""
     turns = [{"role": role, "content": "Hi.", "weight": 1} for role in ("user", "assistant")]
     (tmp_path / "a.json").write_text(json.dumps({"messages": turns}, indent=1))
     assert read_records(tmp_path / "a.json") == [{"messages": turns}]
 
 
 def test_null_input_is_an_empty_input(tmp_path):
-    """A single object that spans several lines is one record."""
+    """The file has one record, a single object that spans several lines."""
     (tmp_path / "a.json").write_text(json.dumps(THREE[1], indent=1))
     (example,) = read_examples(tmp_path / "a.json")
     assert (example.instruction, example.input, example.output) == ("Say 1.", "", "1")

@@ -68,7 +68,7 @@ def step_logits(model, rows, adaption_prompts):
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prepared_model_equals_the_quantized_one(bits, dtype):
-    """Batches have two rows, or 70, which is more than the packed weights are used for.
+    """Batches have two rows, or 70, which exceeds MAX_ROWS, the limit for the packed matmul.
 
     A row has the same logits in the batch as alone, up to rounding. With gate values of zero, the logits of the
     prepared model equal those without adaption prompts bit for bit.
@@ -123,7 +123,7 @@ def test_bfloat16_in_onednns_layout_equals_the_plain_matmul(config):
 
 
 def test_layers_are_not_packed_if_that_is_not_faster(monkeypatch, capsys):
-    """Quantized weights then cause a warning, because they are dequantized at every step. bfloat16 weights do not."""
+    """Only quantized weights then cause a warning, because they are dequantized at every step."""
     monkeypatch.setattr(decoding, "seconds_of", lambda layer, row: 1.0)
     model = make_model(SHAPE)
     quantizer("4")(model.layers)
@@ -146,7 +146,7 @@ def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
 
 
 def test_compiled_layers_are_single_graphs_with_equal_outputs():
-    """Only under torch.compile, and for a single row, RowLinear computes elementwise products and a sum."""
+    """One and three rows are compared, because a compiled RowLinear computes a single row in a different way."""
     torch.manual_seed(0)
     x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
     linear = torch.nn.Linear(64, 40).requires_grad_(False)

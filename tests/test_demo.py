@@ -263,7 +263,7 @@ def test_every_option_has_an_effect(image_adapter, tiny_base, tmp_path, monkeypa
 def start_demo(folder, *adapters):
     """Start the command on a free port; return the process and the address of its page.
 
-    Its temporary files and its standard error (the file stderr) are in `folder`.
+    The process writes its temporary files, and its standard error as the file stderr, to `folder`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -138,7 +138,7 @@ def compiling(device, monkeypatch):
 def test_compiled_decoding_equals_eager_decoding(device, compiling):
     """The prompt, the adaption prompts, or both change between generations.
 
-    On a GPU, a stale CUDA graph would compute with those of an earlier generation.
+    On a GPU, a stale CUDA graph would use the inputs of an earlier generation.
     """
     texts = ("The capital of Peru is", "Anna likes the owl and")
     (model, rows), (prepared, _) = load_toy(device, *texts), load_toy(device)
@@ -210,9 +210,9 @@ def train_adapter(device, make, steps=4, **config):
 @pytest.mark.parametrize("make", [make_adapter, make_image_adapter])
 @pytest.mark.parametrize("tokens, checkpointed", [(10_000, False), (10_000, True), (40, False)])
 def test_training_steps_equal_those_of_the_cpu(device, monkeypatch, make, tokens, checkpointed):
-    """Train with chunks of 7 rows of logits, and also with micro-batches or recomputed layers in two of the cases.
+    """Train with chunks of 7 rows of logits, in two cases also with micro-batches or activation checkpointing.
 
-    The expected steps have none of these.
+    The expected steps use none of these.
     """
     start, _ = train_adapter("cpu", make, steps=0)
     expected, expected_losses = train_adapter("cpu", make)
@@ -357,7 +357,7 @@ def test_loaded_model_is_on_the_device_in_its_dtype(toy_adapter, device, dtype, 
 
 @pytest.mark.parametrize("bits", ["none", "8", "4"])
 def test_toy_responses_equal_those_of_the_cpu(toy_adapter, device, bits):
-    """Responses are generated in float32. The expected ones come from the CPU, which recomputes the whole text."""
+    """Responses are generated in float32. The expected ones are computed on the CPU, without a cache."""
     prepare_layer = quantizer(bits)
     model, tokenizer = load_llama(BASE, prepare_layer=prepare_layer)
     adaption_prompts = make_adapter(model, layers=3, seed=3)()

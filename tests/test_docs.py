@@ -46,7 +46,7 @@ def code_spans(text):
 def command_of(words):
     """Return (click command, its arguments) for a line of shell, or None if it does not run a command of the project.
 
-    The file name of the command comes after `python` or `torchrun`, or before options.
+    `words` are the words of the line. A file name counts only after `python` or `torchrun`, or before an option.
     """
     for i, word in enumerate(words):
         started = any("python" in before or before == "torchrun" for before in words[:i])
@@ -68,7 +68,7 @@ def all_options(command):
 
 
 def errors_in_line(line):
-    """Return a message for each option or subcommand in a line of shell that does not exist."""
+    """Return a message for each nonexistent option or subcommand in a line of shell."""
     try:
         found = command_of(shlex.split(line.removeprefix("$ "), comments=True))
     except ValueError:  # an unclosed quotation mark: a formula or a command's output
