@@ -1,4 +1,4 @@
-"""The experiments on the toy's testbed and on ScienceQA, each run as a command."""
+"""The experiments on the testbed and on ScienceQA, each run as a command."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def every_row(out):
 
 
 def test_all_experiments_write_their_files(small_args, tmp_path, monkeypatch):
-    """The command `all` runs the experiments. A setting that several of them share is trained once per seed."""
+    """The command `all` runs six experiments. A setting that several of them share is trained only once per seed."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of Peru is Lima. " * 100)
     started = []
@@ -145,7 +145,7 @@ def test_repeated_experiment_has_the_same_numbers(small_args, tmp_path):
 
 
 def test_rate_search_tries_five_rates_per_method(small_args, tmp_path, monkeypatch):
-    """Rates are scaled with --lr, and compared on questions that only the search uses."""
+    """Rates are scaled with --lr, and compared on examples that are held out from the training data for the search."""
     searching_flags = []
     read = commands.read_testbed
     monkeypatch.setattr(
@@ -241,7 +241,7 @@ def test_bad_options_are_one_line_errors(small_args, tmp_path, args, message):
 
 
 def test_default_rates_are_those_that_the_search_found():
-    """Compare with experiments/results/. Zero-init may have a rate within a standard deviation of the best one."""
+    """Compare with rates.json. Zero-init's rate may be one within a standard deviation of the best accuracy."""
     rows = json.loads((RESULTS / "rates.json").read_text())["rows"].values()
     for method, rate in RATES.items():
         ours = [row for row in rows if row["setting"]["method"] == method]

@@ -48,7 +48,7 @@ def test_every_method_trains_its_own_parameters_only(tmp_path, method):
 
 
 class Recorder:
-    """Replacement for training and evaluation that records their examples. Every accuracy is 0.5."""
+    """Replacement for training and evaluation that records their examples, and training configs. Accuracies are 0.5."""
 
     def __init__(self, monkeypatch):
         self.trained, self.scored = [], []
@@ -65,7 +65,7 @@ class Recorder:
 
 
 def test_rate_search_draws_a_random_tenth(monkeypatch, tmp_path):
-    """The data are sorted by class, but the held-out tenth has both classes. All rates have the same held-out tenth."""
+    """The data are sorted by class, but the held-out tenth has both classes. It is the same for all runs."""
     examples = [Labeled(torch.zeros(3), (i // 50,), str(i), 3) for i in range(100)]
     recorder = Recorder(monkeypatch)
     trainable = Trainable(None, NoPrompts([]), None)
@@ -106,7 +106,7 @@ def test_small_roberta_learns_masked_tokens(bpe, tmp_path, monkeypatch):
 
 
 def test_vit_experiment_writes_its_results(tmp_path, data):
-    """The command is run on 200 real digits, and evaluated on 100."""
+    """The command trains on 200 real digits, and evaluates on 100 others."""
     usps = np.load(data / "vision" / "usps" / "usps_int16_x2000.npz")
     for name, number in (("train", 200), ("test", 100)):
         images = (

@@ -86,7 +86,7 @@ def test_every_setting_changes_the_losses(testbed, change):
 
 
 def test_diverging_run_still_has_a_row(testbed, monkeypatch):
-    """The run ends with the parameters before the failed step, and its later losses are NaN."""
+    """The run ends with the parameters from before the failed step. The losses from that step on are NaN."""
     train_step, calls = train.train_step, []
 
     def failing(*args):

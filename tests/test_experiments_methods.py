@@ -1,4 +1,4 @@
-"""The methods that are compared with LLaMA-Adapter, each checked against an independent computation."""
+"""The methods that are compared with LLaMA-Adapter, the loop that trains them, and their settings."""
 
 import builtins
 import math
@@ -70,7 +70,7 @@ def test_lora_starts_as_the_base():
 
 
 def test_lora_adds_a_product_to_wq_and_wv():
-    """LoRA with scale 1 equals weights to which B A was added. Disabled, it gives the base bit for bit."""
+    """LoRA with scale 1 equals a model with B A added to its weights. Disabled, it equals the base bit for bit."""
     model, plain = make_model(), make_model()
     for n, p in enumerate(add_lora(model, 2, seed=0)):
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(n))
@@ -167,7 +167,7 @@ def test_finite_steps_equal_the_loop_of_train_py(args, tiny_base, instructions, 
 
 
 def test_finite_steps_end_at_non_finite_values(tiny_base, instructions):
-    """The parameters are those before the failed step."""
+    """The parameters keep their values from before the failed step."""
     model, tokenizer = load_llama(tiny_base)
     tokens, _ = tokenize(AlpacaTemplate(tokenizer), read_examples(instructions), 512)
     adapter = Adapter(layers=1, length=3, dim=16, heads=2)

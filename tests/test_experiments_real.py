@@ -1,4 +1,4 @@
-"""The experiment on a real LLaMA, run here on a tiny one: its parts, which are skipped if done, and resuming."""
+"""The experiment on a real LLaMA, run here on a tiny one: its parts, skipping finished parts, and resuming."""
 
 import json
 
@@ -131,7 +131,7 @@ def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
 
 @pytest.mark.filterwarnings("ignore")
 def test_parts_on_other_tasks_write_their_files(sources, chat_base, tmp_path, monkeypatch):
-    """The parts are ScienceQA, three adapters mixed in a batch, Alpaca, and digits. Adapters are kept in the cache."""
+    """The parts `experts` (three adapters in one batch) and `alpaca` keep their adapters in the cache."""
     problems = save_problems(tmp_path)
     splits = {"train": ["12", "30"], "val": ["31"], "test": ["12", "30", "31"]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))
@@ -162,7 +162,7 @@ def test_parts_on_other_tasks_write_their_files(sources, chat_base, tmp_path, mo
     assert len({row["val_loss"][0] for row in ours.values()}) == 3
     assert all(set(row) >= {"image", "no_image", "another_image"} for row in found["digits"]["rows"].values())
     kept = list(reviews.CACHE.glob("*.safetensors"))
-    assert len(kept) == 5 and not list(reviews.CACHE.glob("*.pt"))  # three experts, two of Alpaca
+    assert len(kept) == 5 and not list(reviews.CACHE.glob("*.pt"))  # three of experts, two of alpaca
 
 
 def test_missing_option_of_a_part_is_named(sources, tmp_path):

@@ -26,7 +26,7 @@ def encoder(name):
 
 @pytest.fixture
 def keyword_transformer(data, monkeypatch):
-    """Folder of the model and ten real clips. KWT_MODEL is set to the path of the model."""
+    """Folder with the model and ten real clips. KWT_MODEL is set to the path of the model."""
     pytest.importorskip("av")
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert")
     folder = data / "models" / "kwt1"
@@ -35,7 +35,7 @@ def keyword_transformer(data, monkeypatch):
 
 
 def save_tone(path, rate, seconds, pitch=440, before=0.0):
-    """Save a WAV file (mono, 16 bits) with a tone after `before` seconds of silence; return its path.
+    """Save a WAV file (mono, 16 bits): `before` seconds of silence, then a tone of `seconds`. Return its path.
 
     `rate` is in samples per second, and `pitch` in Hz.
     """
@@ -177,7 +177,7 @@ def test_sounds_command_writes_its_results(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(sounds, "other_sounds", lambda examples: [torch.zeros(12) for _ in examples])
 
     def stub_answers(model, tokenizer, adapter, requests):
-        """Return answers about "go" if a request has a sound, whatever the sound is, and "?" otherwise."""
+        """Return an answer about "go" to each request with features that are not all zero, and "?" to the others."""
         heard = [request.features is not None and bool(request.features.any()) for request in requests]
         responses = {"Which word do you hear?": "I hear the word go.", "Is it a number?": "Go is no number."}
         return [responses[request.instruction] if has_sound else "?" for request, has_sound in zip(requests, heard)]

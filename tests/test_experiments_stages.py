@@ -25,7 +25,7 @@ def run_stages(tmp_path, *args):
 
 
 def test_each_stage_trains_on_its_own_data(small_toy, tmp_path, monkeypatch):
-    """Runs in one stage and in two have the same captions and questions.
+    """Training in one stage and in two uses the same captions and questions; the first run has only the questions.
 
     The last run freezes the projection in its second stage.
     """

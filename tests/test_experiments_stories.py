@@ -19,8 +19,8 @@ LETTERS = ["".join(letters) for letters in itertools.product("bdfgklmnprst", "ae
 def make_stories(number):
     """Return `number` stories. In every fourth story, the kind of hero and the name occur in no other story.
 
-    In the other stories, the hero is a girl with one of three names. In the first third of the stories, every four
-    consecutive ones share three rare things; in the rest, each thing is a ball.
+    In the other stories, the hero is a girl with one of three names. In the first third of the stories, each group of
+    four consecutive stories shares three rare things; in the rest, each thing is a ball.
     """
     texts = []
     for i in range(number):
@@ -107,7 +107,7 @@ def command(tiny_base, tmp_path, monkeypatch):
 
 
 def test_stories_command_writes_its_results(command, tmp_path, monkeypatch):
-    """The generated stories are stubs, because a base with random weights follows no instruction."""
+    """The responses are stubs, because a base with random weights follows no instruction."""
     calls = []
 
     def generate_stories(testbed, model, requests, adapter=None, raw=False):
@@ -158,7 +158,7 @@ def test_too_few_stories_are_a_one_line_error(command, tmp_path):
 
 
 def test_best_rates_are_those_that_the_search_found():
-    """Compare with experiments/results/."""
+    """Compare with experiments/results/stories_rates.json."""
     rows = json.loads((RESULTS / "stories_rates.json").read_text())["rows"]
     for method, lr in instructions.BEST.items():
         ours = {row["lr"][0]: row["accuracy"][0] for label, row in rows.items() if label.startswith(f"{method}, ")}

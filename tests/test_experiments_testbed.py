@@ -10,7 +10,7 @@ from toy.language_model import ROW
 
 
 def test_toy_is_the_default(tiny_base, monkeypatch):
-    """The setting is that of train.py. The toy's base was not pretrained on the text for the perplexity."""
+    """The setting is that of train.py on the toy. The toy's base was not pretrained on the text for the perplexity."""
     monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
     assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"]) and bed.batch_size == toy.TRAINING["batch_size"]
@@ -40,7 +40,7 @@ def test_learning_rates_are_searched_without_held_out_questions():
 
 
 def test_a_tenth_of_the_data_is_held_out(tiny_base, instructions):
-    """A search for learning rates instead holds out a tenth of the training data, and does not use the questions."""
+    """A search for learning rates does not use this tenth; it holds out a tenth of the rest."""
     options = testbed.TestbedOptions(tiny_base, instructions, device="cpu")
     bed, searching = testbed.read_testbed(options), testbed.read_testbed(options, searching=True)
     assert (len(bed.training), len(bed.questions), bed.batch_size) == (36, 4, 64)
