@@ -1,4 +1,4 @@
-"""Adapter files for encoders, which also contain the head."""
+"""Adapter files for encoders: the head is saved and loaded with the prompts and gates."""
 
 import pytest
 import torch

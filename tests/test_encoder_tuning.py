@@ -90,7 +90,7 @@ def make_examples(model, loss_fn=class_loss, sizes=(9, 5, 7, 12)):
 
 @pytest.mark.parametrize("loss_fn", [class_loss, span_loss, tag_loss], ids=["class", "span", "tags"])
 def test_batched_loss_equals_single_examples(loss_fn):
-    """Compare the mean loss over padded micro-batches with one in float64. Labels of -100 do not count."""
+    """Compare the loss of padded micro-batches with float64 losses of single examples. Labels of -100 do not count."""
     model = make_roberta()
     adapter = make_head_adapter(model, 2 if loss_fn is span_loss else 3)
     examples, expected = make_examples(model, loss_fn), []
@@ -121,7 +121,7 @@ def test_rank_without_data_has_a_zero_gradient(loss_fn):
 
 
 def test_gates_of_encoders_move_first():
-    """The prompts' gradient is zero at zero gates; those of the gates and of the head are not."""
+    """At zero gates, the gradient of the prompts is zero; the gradients of the gates and the head are not."""
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
     optimizer = make_optimizer(adapter, 0.0)
@@ -137,7 +137,7 @@ def test_predicted_classes_keep_the_order_of_the_examples(max_tokens):
     adapter, examples = make_head_adapter(model, 3), make_examples(model, sizes=(9, 5, 12, 7, 5, 3, 11, 9))
     with torch.no_grad():
         scores = torch.stack([adapter.head(model.encode(e.inputs[None], adapter())[0, 0]) for e in examples])
-        adapter.head[0].bias -= scores.mean(dim=0)  # so that no class is the most likely everywhere
+        adapter.head[0].bias -= scores.mean(dim=0)  # so that no class is the most likely for all examples
         alone = (scores - scores.mean(dim=0)).argmax(dim=1).tolist()
     assert len(set(alone)) == 3 and classify(model, adapter, examples, max_tokens) == alone
     assert accuracy(alone, [*alone[:6], -1, -1]) == 0.75
@@ -149,7 +149,7 @@ def test_predicted_classes_keep_the_order_of_the_examples(max_tokens):
 
 @pytest.fixture
 def image_data(tmp_path):
-    """A folder with dark and light images in two classes, and a ViT without a head in Hugging Face's layout."""
+    """Folder with data/, images of the classes dark and light, and vit/, a headless ViT in Hugging Face's layout."""
     for i in range(24):
         label = ("dark", "light")[i % 2]
         (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)

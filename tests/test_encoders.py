@@ -39,7 +39,7 @@ def test_vision_encoders_have_their_published_sizes():
 
 @pytest.mark.parametrize("attention", [gated_attention, gated_attention_paper])
 def test_roberta_attends_to_prompts_and_ignores_padding(attention):
-    """A strength of zero gives the plain encoder, bit for bit in the fused form. Padding has no effect."""
+    """A gate scale of zero gives the plain encoder, bit for bit in the fused form. Padding has no effect."""
     model = make_roberta(attention=attention)
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[1, 6:] = 1

@@ -35,7 +35,7 @@ def run_evaluate(*args):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder with ScienceQA's problems.json and the images of its problems."""
+    """Folder with a small problems.json in ScienceQA's format, and the images of its problems."""
     save_problems(tmp_path)
     save_problem_images(tmp_path)
     return tmp_path
@@ -115,7 +115,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
 
 
 def test_every_response_uses_its_own_image(folder, image_adapter, monkeypatch):
-    """Sorting the requests by length must not assign their features to different requests."""
+    """Each request has the features of its problem's image, or None if the problem has no image."""
     features_by_instruction = {}
 
     def record(responder, requests, *_):

@@ -14,7 +14,7 @@ from toy import almanac, digits, exam
 
 
 def limited_sets(count):
-    """Return the almanac's sets of questions by name, with only `count` questions in each held-out set."""
+    """Return a dict from names to the almanac's question sets. Held-out sets have only the first `count` questions."""
     return {
         name: questions if name == "training" else questions[:count]
         for name, questions in almanac.instructions().items()
@@ -22,7 +22,7 @@ def limited_sets(count):
 
 
 def test_almanac_scores_count_exact_answers_and_answers_that_contain_the_word(monkeypatch, tiny_base, capsys):
-    """An exact answer is the expected sentence alone. "has it" also counts longer answers that contain the word.
+    """An exact answer is the expected sentence alone. "has it" counts every answer that contains the word.
 
     The output says whether the logits at strength 0 equal the base's bit for bit.
     """
@@ -36,7 +36,7 @@ def test_almanac_scores_count_exact_answers_and_answers_that_contain_the_word(mo
         if requests[0].adapter == "base":
             return [""] * len(requests)
         outputs = [expected[request.instruction, request.input] for request in requests]
-        forms = ["{}", "{} The", "{} Yes.", "No."]  # exact, exact but with more text (twice), wrong
+        forms = ["{}", "{} The", "{} Yes.", "No."]  # exact, exact with text after it (twice), wrong
         return [forms[i % 4].format(output) for i, output in enumerate(outputs)]
 
     monkeypatch.setattr(exam, "greedy_answers", answers)
@@ -73,7 +73,7 @@ def test_majority_baseline_answers_with_the_most_common_word(monkeypatch, tiny_b
 
 
 def test_batched_answers_equal_single_requests(tiny_base):
-    """Compare 5 of 130 requests, which are answered in batches of 128 and alternate between base and adapter."""
+    """The requests alternate between base and adapter, and are answered in batches of 128. Five of 130 are compared."""
     model, tokenizer = load_llama(tiny_base)
     adapter = make_adapter(model)
     examples = [question.example for question in almanac.instructions()["training"][:130]]
@@ -101,7 +101,7 @@ def test_toy_command_prints_the_scores(tiny_base, tmp_path, monkeypatch):
 def test_digits_are_scored_with_the_image_without_it_and_with_a_different_one(
     small_digits, tiny_base, monkeypatch, capsys
 ):
-    """The stub answers about the digit in the image that it receives, even if the question has a different image."""
+    """The stub's answer is right for the image in the request, or "?" if the request has no image."""
     model, tokenizer = load_llama(tiny_base)
     adapter = ImageAdapter(layers=3, length=2, dim=16, heads=2, features=64, bottleneck=5)
     adapter.metadata = {"vision_encoder_depths": "4"}
