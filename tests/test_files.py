@@ -43,7 +43,7 @@ def test_devices_and_pipes_are_not_read(tmp_path):
 
 
 def test_expanded_and_compressed_tensors_are_refused(tmp_path):
-    """One small file declares a tensor of 4e11 elements. The other file is a zip file with compressed entries."""
+    """One small file declares a tensor of 4e11 elements. In the other, the entries of the zip file are compressed."""
     from formats.adapters import load_adapter
 
     bomb = {"adapter_query.weight": torch.zeros(1).expand(10**8, 4096), "layers.0.attention.gate": torch.ones(4)}

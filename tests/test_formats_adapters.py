@@ -41,9 +41,9 @@ def save_lit_file(path, heads=4, **changes):
 
 
 def reference_logits(prompts, gates):
-    """Return a model, tokens, and the reference's logits for gates (L, H) after their activation.
+    """Return a model, tokens, and the reference's logits. `gates` (L, H) are values after the activation.
 
-    The reference applies tanh to its gates, so they are passed through atanh.
+    The reference applies tanh, so it is given the atanh of these values.
     """
     model = make_model()
     tokens = make_tokens(model, 1, 6)

@@ -1,4 +1,4 @@
-"""Encoders of every layout: outputs equal those of transformers, and bad files are refused in one line."""
+"""Encoder files of every layout: outputs compared with the original model, preprocessing, and invalid files."""
 
 import json
 from dataclasses import replace
@@ -60,7 +60,10 @@ def test_openai_files_are_read(tmp_path, whole):
 
 
 def save_open_clip(folder, hidden_act="gelu", model=None, pixels=None, **vision):
-    """Save a CLIP with four heads of width 20 in open_clip's layout; return the same model in transformers."""
+    """Save a CLIP with four heads of width 20 in open_clip's layout; return the same model in transformers.
+
+    `model`, `pixels` and `vision` are further fields of model_cfg, preprocess_cfg and vision_cfg.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shape = {"image_size": 24, "patch_size": 8, "hidden_size": 80, "num_hidden_layers": 3, "intermediate_size": 96}
@@ -117,9 +120,9 @@ def test_unsupported_open_clip_settings_are_refused(tmp_path, changes, message):
 
 
 def test_openai_state_dict_is_recognized_by_its_entries(tmp_path, capsys):
-    """Without one of these entries and without open_clip_config.json, loading prints a warning.
+    """If input_resolution or context_length is missing, and open_clip_config.json too, loading prints a warning.
 
-    If the width is one that only open_clip's models have, the file is refused.
+    If the width is one that only open_clip's models have, such a file is refused.
     """
     state = openai_state_dict(make_vit())
     torch.save(state, tmp_path / "ViT.pt")
@@ -202,7 +205,7 @@ PROCESSORS = {
 
 
 def save_encoder_with_processor(folder, kind, **changes):
-    """Save an encoder of 24 x 24 pixels in Hugging Face's layout; return its processor, which uses Pillow."""
+    """Save an encoder of 24 x 24 pixels in Hugging Face's layout; return a Pillow processor with options `changes`."""
     transformers = pytest.importorskip("transformers")
     if kind == "CLIP":
         make_hugging_face_clip(vision_only=True).save_pretrained(folder)
@@ -335,9 +338,7 @@ def test_timm_files_are_read(tmp_path, folder):
     else:
         torch.save(timm_state_dict(model, head), tmp_path / "vit.pth")
         loaded, loaded_head = load_encoder(tmp_path / "vit.pth")
-    extra = timm_state_dict(model, head) | {
-        "blocks.0.ls1.gamma": torch.ones(128)
-    }  # as in DINOv2, with a scale per layer
+    extra = timm_state_dict(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # LayerScale, as in DINOv2
     torch.save(extra, tmp_path / "more.pth")
     with pytest.raises(ValueError, match="more.pth: has unknown weights in its layers, blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")

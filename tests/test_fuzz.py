@@ -25,7 +25,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path, kind):
 
 
 def test_failures_are_reported(tmp_path, monkeypatch):
-    """A traceback and an error without a message are failures."""
+    """An unexpected exception, and an error without a message, are failures."""
 
     def silent(path):
         raise ValueError("")

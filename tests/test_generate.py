@@ -87,7 +87,7 @@ def test_each_row_stops_at_its_own_eos():
 
 
 def test_repetition_penalty_equals_that_of_transformers(tiny_base, tmp_path):
-    """The penalty covers prompt and new tokens, also in a batch of unequal rows and with cached tokens."""
+    """The penalty covers prompt and new tokens, also in a batch with rows of different lengths, and with a cache."""
     transformers = pytest.importorskip("transformers")
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     theirs.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
@@ -420,7 +420,7 @@ def test_prompts_file_can_mix_adapters_in_one_batch(chef_and_poet, tiny_base, tm
         {"instruction": "Name the capital of Peru.", "adapter": "chef", "id": 7},
         {"instruction": "Translate this word into French.", "input": "cat", "adapter": "poet"},
         {"instruction": "Name the capital of Peru.", "adapter": None},
-        {"instruction": "Name the capital of Peru."},  # runs on the first adapter
+        {"instruction": "Name the capital of Peru."},  # uses the first adapter
         {"instruction": "Hello", "adapter": "poet"},
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -1,4 +1,4 @@
-"""GGUF: weights compared with transformers, tokenizers with the files they were converted from, and broken files."""
+"""GGUF files: logits equal those of transformers, tokenizers equal their originals, and broken files are refused."""
 
 import json
 import struct
@@ -41,7 +41,8 @@ def interleaved(weight, heads):
 def save_gguf(path, theirs, architecture="llama", kind=F32, tokenizer=None, change=lambda writer: None, **options):
     """Write a transformers model and a tokenizer to a GGUF file, with ggml-org's writer. Return the path.
 
-    `tokenizer` and `change` are functions that add fields to the writer. The default tokenizer is byte-level.
+    `kind` is the format of the matrices; vectors are float32. `tokenizer` and `change` are functions that add fields or
+    tensors to the writer; the default tokenizer is byte-level. `options` are those of the writer.
     """
     config = theirs.config
     writer = gguf.GGUFWriter(path, architecture, **options)
@@ -237,9 +238,10 @@ def test_missing_gguf_package_is_reported(tiny_base, tmp_path, monkeypatch):
 
 
 def test_truncated_and_malicious_files_are_refused(tiny_base, tmp_path):
-    """Truncated files and unknown versions are refused. With a huge number in its header, a file is read or refused.
+    """Truncated files and unknown versions are refused.
 
-    An error for a huge number names the file and is shorter than 2,000 characters.
+    A file with a huge number in its header is read, or refused with an error that names it and is shorter than
+    2,000 characters.
     """
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
     path = save_gguf(tmp_path / "model.gguf", theirs)
