@@ -55,7 +55,7 @@ def adapter(loaded):
 
 
 def hf_model(model, folder, theirs=None):
-    """Return lm_eval's `hf` for `theirs`, by default `model` in transformers, with the tokenizer in `folder`."""
+    """Return lm_eval's `hf` with `theirs`, by default a transformers copy of `model`, and the tokenizer in `folder`."""
     transformers, peers = pytest.importorskip("transformers"), pytest.importorskip("benchmarks.peers")
     from lm_eval.models.huggingface import HFLM
 
@@ -149,7 +149,7 @@ def test_generated_texts_equal_those_of_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_third_party_model_scores_as_with_hf(harness, data, tmp_path):
-    """tinystories3.8M scores the sentences that may continue a story, scores whole stories, and continues them."""
+    """tinystories3.8M scores second sentences of stories and whole stories, and continues the beginnings of stories."""
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 
@@ -267,7 +267,7 @@ def task(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_command_compares_strengths(harness, tiny_base, adapter, task, tmp_path, monkeypatch, capsys):
-    """A task's own code imports Hugging Face's `evaluate`, although this project's evaluate.py is first in sys.path."""
+    """A task's code imports Hugging Face's `evaluate`, although the folder of our evaluate.py is first in sys.path."""
     pytest.importorskip("evaluate")
     monkeypatch.setattr(sys, "path", [str(ROOT), *(folder for folder in sys.path if folder != str(ROOT))])
     monkeypatch.delitem(sys.modules, "evaluate")

@@ -91,9 +91,10 @@ class Server:
 
 
 def set_hub(url, cache, patch=setattr):
-    """Use the Hub at `url` and the folder `cache` in this process, and leave offline mode.
+    """Use the Hub at `url` and the folder `cache` in this process, and turn off offline mode.
 
-    Environment variables would have no effect, because huggingface_hub has read them at import.
+    `patch` is setattr, or monkeypatch.setattr to undo this after a test. Environment variables would have no effect,
+    because huggingface_hub has read them at import.
     """
     patch(constants, "ENDPOINT", url)
     patch(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
@@ -280,7 +281,7 @@ def test_adapter_remembers_the_name_of_its_base(server, args, tmp_path, chat_bas
 
 
 def test_adapter_uses_the_commit_it_was_trained_on(server, tmp_path, chat_base):
-    """The newest commit of the name may have different weights. `--base NAME` uses the cached commit, or the newest."""
+    """The newest commit may have different weights. `--base NAME` uses the cached main branch, or downloads it."""
     adapter = make_adapter(load_llama(chat_base)[0])
     adapter.save(tmp_path / "a.safetensors", base="owner/model", base_commit=OTHER_COMMIT)
     assert find_base("owner/model").name == COMMIT

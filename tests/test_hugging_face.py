@@ -225,7 +225,7 @@ def logits_of(model):
 
 
 def test_weight_files_have_the_same_priority_as_in_transformers(tiny_base, tmp_path, capsys):
-    """The folder has files of an older and a newer save_pretrained. A message names the files that are ignored."""
+    """The folder has files from two calls of save_pretrained. A message names the files that are ignored."""
     transformers = pytest.importorskip("transformers")
     save_hugging_face(tmp_path / "old", tiny_base, shard_size="30KB", **KINDS["gqa"])
     save_hugging_face(tmp_path / "new", tiny_base, **KINDS["gqa"])
@@ -280,7 +280,7 @@ def test_missing_output_head_is_named_as_in_the_file(tiny_base, tmp_path):
 
 
 def test_cloned_mistral_folder_is_read(tiny_base, tmp_path):
-    """The files of Mistral's own layout, params.json and consolidated.safetensors, are ignored beside a config.json."""
+    """The files of Mistral's own layout, params.json and consolidated.safetensors, are ignored beside config.json."""
     save_hugging_face(tmp_path / "m", tiny_base, **KINDS["gqa"])
     expected = logits_of(load_llama(tmp_path / "m")[0])
     (tmp_path / "m" / "params.json").write_text('{"dim": 64}')

@@ -32,7 +32,7 @@ def validation_losses(out):
 
 
 def test_run_starts_from_the_initial_adapter(first, tmp_path):
-    """The new run takes L and K from the initial adapter, whatever --length. --init is a folder of a run or a file."""
+    """The new run takes L and K from the initial adapter, and ignores --length. --init takes a folder or a file."""
     folder, args = first
     result = run(*args, "--init", folder, "--length", 7)
     assert result.exit_code == 0, result.output

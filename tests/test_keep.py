@@ -41,6 +41,7 @@ def best(args, tmp_path, monkeypatch):
     """Train 15 steps with a faked validation loss, so that the last adapter is not the best.
 
     Returns the best step, and a dict from steps to validation losses. With the true loss, the last step would be best.
+    The loss stays faked for the rest of the test.
     """
     monkeypatch.setattr(train, "mean_loss", loss_with_minimum)
     result = run(*args, *BEST)
@@ -153,7 +154,7 @@ def read_events(folder):
 
 
 def test_tensorboard_equals_metrics_jsonl(args, tmp_path, monkeypatch):
-    """This also holds after a run that lost the steps since its last checkpoint, and repeated them."""
+    """This also holds for a run that lost the steps since its last checkpoint, and repeated them."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0

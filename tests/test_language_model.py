@@ -1,4 +1,4 @@
-"""The toy's pretrained base: the files in the repository are reproducible, and it knows the almanac."""
+"""The toy's pretrained base: its tokenizer and first losses are reproducible, and it knows the almanac."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_first_losses_are_reproducible():
 
 
 def test_base_knows_the_almanac():
-    """Greedy decoding completes at least 99% of the facts."""
+    """Greedy decoding completes at least 99% of the facts correctly."""
     model, tokenizer = load_llama(BASE)
     assert sum(p.numel() for p in model.parameters()) == 1_053_824
     rows, expected = [], []

@@ -40,7 +40,7 @@ def component(path):
 
 
 def imports(path):
-    """Yield the first part of the name of every module that a file imports, at its top level or in a function."""
+    """Yield the top-level name of every module that a file imports, at module level or in a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
