@@ -50,7 +50,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("kind", ["RGBA.png", "LA.png", "P.png", "RGB.png", "RGBA.webp", "P.gif", "RGBA.tif"])
 def test_transparent_images_have_a_white_background(tmp_path, kind):
-    """The left half of a black square is transparent; in RGBA images, the lower half has an alpha of 20%."""
+    """A black square is transparent on the left. In RGBA images, its whole lower half has an alpha of 20% instead."""
     mode, ending = kind.split(".")
     half_transparent = mode == "RGBA"
     alpha = np.zeros((16, 16), np.uint8)
@@ -121,7 +121,7 @@ def test_gif_with_an_oversized_second_frame_is_refused(tmp_path, monkeypatch):
     """Pillow accepts frames that are larger than the first."""
     save_animation(tmp_path / "x.gif", ["red", "blue"])
     content = bytearray((tmp_path / "x.gif").read_bytes())
-    start = content.rindex(b"\x2c\x00\x00\x00\x00")  # the last frame's position, width and height
+    start = content.rindex(b"\x2c\x00\x00\x00\x00")  # marker of the last frame; left, top, width, height follow it
     content[start + 5 : start + 9] = struct.pack("<2H", 1000, 1000)
     (tmp_path / "x.gif").write_bytes(content)
     monkeypatch.setattr("encoders.media.MAX_PIXELS", 999_999)
@@ -187,7 +187,7 @@ def test_frames_are_spread_over_a_video(tmp_path, suffix):
     ids=["as it is", "clockwise", "upside down", "counterclockwise"],
 )
 def test_rotation_of_a_video_is_applied(tmp_path, matrix, turns):
-    """Phones write a matrix (a, b, c, d) to the track header. Pixel (x, y) is shown at (ax + cy, bx + dy), y down."""
+    """The matrix (a, b, c, d) in the track header moves pixel (x, y) to (ax + cy, bx + dy), with y pointing down."""
     av = pytest.importorskip("av")
     pixels = np.zeros((48, 64, 3), np.uint8)
     pixels[:16, :16] = 255  # marks the upper left corner
@@ -209,7 +209,7 @@ def test_rotation_of_a_video_is_applied(tmp_path, matrix, turns):
 
 @pytest.mark.parametrize("movflags", ["frag_keyframe", "frag_keyframe+empty_moov"])
 def test_fragmented_video_is_read_to_its_end(tmp_path, movflags):
-    """The header counts only the frames of the first fragment, or none."""
+    """The header of the file counts only the frames of the first fragment, or none."""
     av = pytest.importorskip("av")
     save_video(tmp_path / "x.mp4", ["red", "lime", "blue", "white"], movflags=movflags)
     with av.open(str(tmp_path / "x.mp4")) as file:
@@ -279,7 +279,7 @@ def test_large_video_frames_are_refused(tmp_path, monkeypatch):
 
 
 def test_16_bit_grayscale_is_rounded(tmp_path):
-    """All 65,536 values are compared with their rounded values in float64."""
+    """Each of the 65,536 values v becomes v / 257, rounded in float64."""
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "x.png")
     found = np.asarray(open_image(tmp_path / "x.png"))[:, :, 0]
@@ -314,7 +314,7 @@ def test_file_names_are_not_parsed_as_urls(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("suffix, in_time", [("mp4", 0), ("mkv", 0), ("mkv", 15)])
 def test_decoding_time_of_a_video_is_limited(tmp_path, monkeypatch, suffix, in_time):
-    """A Matroska file does not state its number of frames, so it is read twice. The limit is for both together."""
+    """A Matroska file does not state its number of frames, so it is decoded twice, within one time limit."""
     save_video(tmp_path / f"x.{suffix}", ["red", "blue"])
     times = iter([0, *[0] * in_time, *[1000] * 9])
     monkeypatch.setattr("encoders.media.monotonic", lambda: next(times))

@@ -91,7 +91,7 @@ def test_broken_checkpoints_are_refused(tiny_base, tmp_path, capsys):
 
 
 def test_every_field_of_params_json_is_used(tiny_base, tmp_path):
-    """The checkpoint also contains rope.freqs, a table in LLaMA 1's files, which is ignored."""
+    """The checkpoint also contains the table rope.freqs, as LLaMA 1's files do. It is ignored."""
     folder = copy_base(
         tiny_base, tmp_path / "base", n_heads=4, n_kv_heads=2, rope_theta=5e5, norm_eps=1e-6, ffn_dim_multiplier=1.3
     )
@@ -102,14 +102,14 @@ def test_every_field_of_params_json_is_used(tiny_base, tmp_path):
 
 
 def test_scaled_rope_of_llama_31_is_read(tiny_base, tmp_path):
-    """params.json says only that RoPE is scaled: by 8 in Llama 3.1, by 32 in the small models of 3.2."""
+    """params.json does not state the factor of the scaling: 8 in Llama 3.1, and 32 in the small models of 3.2."""
     folder = copy_base(tiny_base, tmp_path / "base", use_scaled_rope=True, rope_theta=5e5)
     assert load_llama(folder)[0].config.rope_factors == llama3_rope_factors(8, 5e5, 32.0)
     assert meta_config(LLAMA_31_8B, 128256) == replace(SIZES["Llama-3.1-8B"], max_seq_len=None)
 
 
 def test_sizes_equal_those_of_params_json():
-    """SIZES is compared with the params.json of Meta's weights, and with the published numbers of parameters."""
+    """Some entries of SIZES are compared with Meta's params.json, or with the published numbers of parameters."""
     assert meta_config(LLAMA_2_70B, 32000) == replace(SIZES["Llama-2-70B"], max_seq_len=None)
     assert meta_config(LLAMA_13B, 32000) == replace(SIZES["LLaMA-13B"], max_seq_len=None)
     num_parameters = {
@@ -149,7 +149,7 @@ def test_model_parallel_shards_are_joined(tiny_base, tmp_path, n, vocabulary_fir
 
 
 def test_inconsistent_shards_are_refused(tiny_base, tmp_path):
-    """A file is repeated, the parts do not add up to the configured width, or the norms differ."""
+    """A file is repeated, the parts do not add up to the configured width, or the norms differ in values or shape."""
     model = make_model(Config(64, 2, 8, 8, 8, 176, 1024))
     params = dict(dim=64, n_layers=2, n_heads=8, multiple_of=16)
     whole = model.state_dict()

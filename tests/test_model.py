@@ -22,7 +22,7 @@ def test_logits_equal_transformers(config):
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
 def test_cached_decoding_equals_uncached(config, form, device):
-    """Rows have unequal lengths, and the gates are nonzero (nanoGPT issue 613)."""
+    """Rows have unequal lengths, and the gates are nonzero. (In nanoGPT's pull request 613, outputs are not equal.)"""
     model = make_model(config, **form).to(device)
     adaption_prompts = make_adapter(model).to(device)()
     tokens = make_tokens(model, 3, 12).to(device)
@@ -78,7 +78,7 @@ def test_adaption_prompts_for_too_many_layers_are_refused():
 
 
 def test_rope_angles_are_float32_in_a_bfloat16_model(monkeypatch):
-    """A table stored in the model would be cast with it, and bfloat16 does not distinguish positions beyond 256."""
+    """A table stored in the model would be cast with it. Bfloat16 cannot represent odd positions above 256."""
     model = make_model().bfloat16()
     seen = []
     monkeypatch.setattr("model.apply_rope", lambda x, cos, sin: seen.append((cos, sin)) or apply_rope(x, cos, sin))

@@ -115,7 +115,10 @@ def test_same_generator_gives_the_same_adapter():
 
 
 def test_adapter_file_contains_the_projection(tmp_path):
-    """Adapter refuses the file of an image adapter, and ImageAdapter that of a text-only one."""
+    """Adapter.load refuses the file of an image adapter, and ImageAdapter.load that of a text-only adapter.
+
+    Names of earlier versions in the metadata are replaced.
+    """
     model = make_model()
     adapter = make_image_adapter(model)
     adapter.save(tmp_path / "a.safetensors", encoder="ViT-L/14")
@@ -148,7 +151,7 @@ def test_adapter_file_contains_the_projection(tmp_path):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """Folder with a vision encoder and a data file: 48 questions about the color of an image, 12 without an image."""
+    """Folder with a vision encoder, 48 images and a data file: one question per image, and 12 without an image."""
     folder = tmp_path_factory.mktemp("album")
     torch.save(openai_state_dict(make_vit(FOUR_LAYER_VIT)), folder / "ViT.pt")
     (folder / "pictures").mkdir()
@@ -316,7 +319,7 @@ def test_held_out_image_alone_gives_a_projection(train_args, album, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_with_images_equal_a_single_process(forks, train_args, tmp_path, strategy):
-    """A rank often has no image in batches of 3, but the gradient of the projection is reduced over all ranks."""
+    """A rank may have no image in batches of 3, but the gradient of the projection is reduced over all ranks."""
     args = [*train_args, "--epochs", 2, "--batch-size", 3]
     results = Ranks(forks, 2, train_command, [*args, "--strategy", strategy]).results()
     assert [code for code, _, _ in results] == [0, 0], results
@@ -327,7 +330,10 @@ def test_ranks_with_images_equal_a_single_process(forks, train_args, tmp_path, s
 
 
 def slow_features(path, rank):
-    """Delay the first rank's encoding; the second rank fails if it does not wait for the cached features."""
+    """Replace images.attach_features: it is slow on rank 0, and raises on rank 1 unless rank 0 is done.
+
+    Rank 0 creates `path` when it is done.
+    """
     attach_features = images.attach_features
 
     def slow_attach(*args, **options):
@@ -381,7 +387,7 @@ def test_video_features_are_the_mean_over_frames(tmp_path):
     ids=lambda change: next(iter(change)),
 )
 def test_feature_cache_depends_on_preprocessing_and_configuration(tmp_path, monkeypatch, change):
-    """Encoders with equal weights but different preprocessing, activation or heads do not share cached features."""
+    """Encoders with equal weights share no features if preprocessing, activation or number of heads differ."""
     make_picture().save(tmp_path / "y.png")
     one, other = make_vit(FOUR_LAYER_VIT), make_vit(replace(FOUR_LAYER_VIT, **change))
     cached = [encode_images([tmp_path / "y.png"], each, cache=tmp_path / "cache")[0] for each in (one, other, one)]

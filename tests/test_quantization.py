@@ -38,7 +38,7 @@ def dequantized(layer):
 @pytest.mark.parametrize("bits, values", [(8, 255), (4, 16)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_weights_are_rounded_to_the_nearest_value(bits, values, N, K):
-    """The error is at most half the distance between adjacent values, which follows from the range of the group."""
+    """The error is at most half the step between adjacent values. The range of a group determines its step."""
     layer = linear(N, K)
     quantized = quantize(layer, bits)
     found = dequantized(quantized)
@@ -62,7 +62,7 @@ def test_8_bit_weights_equal_q8_0_blocks_of_gguf():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("N, K", SHAPES)
 def test_outputs_and_gradients_equal_those_of_the_dequantized_weight(monkeypatch, bits, dtype, tolerance, N, K):
-    """Inputs have one row or several, the weight is dequantized in chunks of 1,000 elements, and there is a bias."""
+    """Inputs have one row or several, the weight is dequantized in several chunks, and there is a bias."""
     monkeypatch.setitem(__import__("runtime.quantization").quantization.CHUNK, "cpu", 1000)
     layer = linear(N, K, bias=True).to(dtype)
     quantized = quantize(layer, bits)
@@ -113,7 +113,7 @@ def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activati
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_cached_decoding_equals_one_forward_pass(bits):
-    """A strength of zero gives the logits of the quantized base bit for bit."""
+    """With a gate_scale of 0, the logits equal those of the quantized base bit for bit."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     adapter, tokens = make_adapter(model), make_tokens(model, 12)
@@ -129,9 +129,8 @@ def test_weights_and_bytes_are_counted():
     count, float_bytes = num_weights(model), held_bytes(model.layers)
     quantizer("4")(model.layers)
     assert num_weights(model) == count == sum(p.numel() for p in make_model(SHAPE).parameters())
-    assert (
-        4.9 < float_bytes / held_bytes(model.layers) < 5.4
-    )  # 32 bits to 4, and 64 bits (scale, offset) per 32 weights
+    # 32 bits per weight become 4, and 32 weights share 64 bits (scale and offset): 32 / (4 + 64 / 32) = 5.33
+    assert 4.9 < float_bytes / held_bytes(model.layers) < 5.4
 
 
 def test_unquantized_model_is_never_held_as_a_whole(tiny_base, tmp_path, monkeypatch):

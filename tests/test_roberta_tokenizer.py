@@ -25,14 +25,14 @@ def test_ids_equal_those_of_transformers(bpe):
 
 
 def test_real_tokenizer_gives_known_ids(data):
-    """The expected ids are those that RoBERTa is known to have for these words."""
+    """The expected ids are those of the published RoBERTa."""
     tokenizer = RobertaTokenizer(data / "roberta" / "bpe")
     assert tokenizer.encode("Hello world") == [31414, 232]
     assert tokenizer.encode(".") == [4] and tokenizer.encode(" the,") == [5, 6]
 
 
 def fairseq_layout(bpe, folder, order):
-    """Save the same merges in fairseq's layout: GPT-2's ids in encoder.json, and fairseq's order of them in dict.txt.
+    """Save the merges in `bpe` in fairseq's layout: GPT-2's ids in encoder.json, fairseq's order of them in dict.txt.
 
     `order` selects and orders the ids for dict.txt. Returns GPT-2's ids by token.
     """
@@ -46,7 +46,7 @@ def fairseq_layout(bpe, folder, order):
 
 
 def test_fairseq_layout_is_read(bpe, tmp_path):
-    """RoBERTa's id is 4 plus the line number of GPT-2's id in dict.txt, from 0. Ids that are not there become <unk>."""
+    """RoBERTa's id is 4 plus the index of the line of GPT-2's id in dict.txt. Tokens without a line become <unk>."""
     text = "the km, Añil"
     numbers = fairseq_layout(bpe, tmp_path / "backwards", lambda numbers: reversed(numbers))
     ids, offsets = RobertaTokenizer(tmp_path / "backwards").encode_with_offsets(text)

@@ -39,7 +39,7 @@ def markers(tmp_path_factory):
 
 
 def save_settings(folder, **settings):
-    """Save each keyword argument as a JSON file of this name."""
+    """Save each keyword argument NAME to the file NAME.json in `folder`."""
     for name, values in settings.items():
         (folder / f"{name}.json").write_text(json.dumps(values))
 
@@ -78,7 +78,7 @@ def test_chat_markers_of_a_tokenizer_model_equal_transformers(markers, tmp_path,
 
 
 def test_tokens_added_to_a_tokenizer_model_are_read(markers, tmp_path):
-    """Added tokens are in added_tokens.json or, newer, in added_tokens_decoder, which can also rename pieces."""
+    """Added tokens are in added_tokens.json or in the newer added_tokens_decoder, which can also rename pieces."""
     shutil.copy(markers, tmp_path / "tokenizer.model")
     save_settings(tmp_path, added_tokens={"<|turn|>": 500}, tokenizer_config={"eos_token": "<|turn|>"})
     tokenizer = load_tokenizer(tmp_path)
@@ -108,7 +108,7 @@ def test_bos_is_not_a_token_that_ends_a_text(data, tmp_path):
 
 
 def test_tokenizer_json_overrides_tokenizer_model(data, tmp_path, capsys):
-    """Mistral v0.3 has both files, which differ in leading spaces. Special tokens of tokenizer.json are kept."""
+    """Mistral v0.3 has both files, which treat leading spaces differently. Special tokens of the JSON file are kept."""
     save_llama2_json(data, tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -39,7 +39,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(tiny_base):
 
 
 def convert_tiktoken(path):
-    """Convert a tiktoken file to a BPE of `tokenizers` with transformers. The pattern is that of Llama 3."""
+    """Convert a tiktoken file to a BPE of `tokenizers`, by transformers' converter and with Llama 3's pattern."""
     pytest.importorskip("transformers")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -90,7 +90,7 @@ def test_tokenizer_json_equals_tokenizer_model_and_transformers(data, tmp_path):
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == model.encode(text), text
-        if "<s>" not in text:  # transformers encodes it as the token
+        if "<s>" not in text:  # transformers encodes <s> in a text as <bos>
             assert ids == theirs(text, add_special_tokens=False).input_ids, text
         assert tokenizer.decode([1, *ids, 2]) == text
 
