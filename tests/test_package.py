@@ -35,9 +35,10 @@ def test_extras_equal_requirements_dev():
 
 
 def test_packages_to_install_are_in_an_extra():
-    """Each `pip install` in a message or on a page names packages for which an extra has a tested version."""
+    """Each `pip install` in a module or on a page names only packages that are in an extra or in NO_EXTRA."""
     known = {requirement.split("==")[0] for extra in EXTRAS.values() for requirement in extra} | NO_EXTRA
-    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("docs/examples/*.py")]
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    files += ROOT.glob("docs/examples/*.py")
     named = {}
     for path in files:
         for packages in re.findall(r"pip install ([a-z][\w -]*)", path.read_text(encoding="utf-8")):
@@ -47,7 +48,7 @@ def test_packages_to_install_are_in_an_extra():
 
 
 def test_no_module_is_installed():
-    """Modules named evaluate, data or train would hide third-party ones in site-packages."""
+    """Installed modules named evaluate, data or train would conflict with third-party modules of these names."""
     assert PROJECT["tool"]["setuptools"]["packages"] == PROJECT["tool"]["setuptools"]["py-modules"] == []
 
 
