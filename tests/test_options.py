@@ -1,7 +1,7 @@
 """Run the commands with each of their options, and expect exit code 0.
 
-The options are read from the commands, so that a new option without a line in this file is detected. A few commands are
-run by other test files.
+The options are read from the commands, so that a new option without a line in this file is detected. Other test files
+run the commands in ELSEWHERE and SAME_AS, and `experiments few` and `experiments roberta`.
 """
 
 import json
@@ -53,7 +53,7 @@ TESTBED = (
     "--base {base} --data {forty} --task instructions --text {text} --limit 16 --held-out 3 --max-seq-len 300 "
     "--batch-size 16 --lr 0.05 --layers 2 --length 3 --epochs 3 --device cpu --dtype float32 --seeds 1 --out {new}"
 )
-# The lines to run for each command. Every option occurs in one of them.
+# The arguments of each command, one line per run. Every option or an alias of it occurs in at least one line.
 LINES = {
     "train": [
         f"--base {{base}} --data {{forty}} --task instructions --limit 30 --out {{new}} {ADAPTER} {RUN} --lr 0.05 "
@@ -181,7 +181,7 @@ ELSEWHERE = {  # commands that have test files of their own
 
 
 def commands(program, name):
-    """Yield the full name of each command, and the command."""
+    """Yield (full name, command) for each subcommand of `program`, or for `program` itself if it has none."""
     if isinstance(program, click.Group):
         for child, command in subcommands(program).items():
             yield f"{name} {child}", command
@@ -193,7 +193,7 @@ COMMANDS = {name: command for program, main in PROGRAMS.items() for name, comman
 
 
 def options_of(command):
-    """Return the options that the command's help shows. Hidden options are names of earlier versions."""
+    """Return the options that the command's help shows, except --help. Hidden options are names of earlier versions."""
     shown = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     return {option for param in shown for option in param.opts} - {"--help"}
 
@@ -227,7 +227,7 @@ def test_every_option_has_a_help_text_and_a_line(name):
 
 @pytest.fixture(scope="module")
 def places(tiny_base, instructions, bpe, tmp_path_factory):
-    """Paths of the files and folders that the lines refer to."""
+    """Dict from the names in braces in LINES, except {new}, to paths of files and folders."""
     folder = tmp_path_factory.mktemp("options")
     for name in ("album", "science", "coco", "vit", "grouped", "tasks"):
         (folder / name).mkdir()

@@ -160,7 +160,7 @@ def one_step(strategy):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_one_step_communicates_and_stores_no_more_than_it_needs(forks, strategy):
-    """A step reduces the adapter's gradient, the loss and a check for lost ranks; FSDP also gathers layers."""
+    """A step all-reduces the adapter's gradient, the loss, and a flag for lost ranks. FSDP also gathers layers."""
     for result in Ranks(forks, 2, one_step, strategy).results():
         assert result["gradients"] == [] and result["state"] == 0
         expected = {"gloo:all_reduce": result["adapter"] + 2}
@@ -295,7 +295,7 @@ def spoil_step(rank, failing_rank, act, step=8):
     ],
 )
 def test_failing_rank_ends_training_on_all_ranks(forks, args, tmp_path, strategy, spoil, cause, further):
-    """One line comes from the lowest remaining rank and, unless the rank was killed, one line reports the cause.
+    """The lowest remaining rank prints one line. The failing rank prints one with the cause, unless it was killed.
 
     The run can be resumed.
     """
@@ -335,7 +335,7 @@ def test_local_rank_0_goes_first(forks, tmp_path):
 
 
 def slow_base(path, rank):
-    """Delay the first rank's search for the base, like a download; the second rank fails if it does not wait."""
+    """Delay the first rank's search for the base, as a download would. The second rank fails if it does not wait."""
     find_base = train.find_base
 
     def slow_find(base):
@@ -405,7 +405,7 @@ def other_micro_batches(rank):
 
 @pytest.mark.parametrize("spoil, name", [(other_data, "data_hash"), (other_micro_batches, "micro_batch_tokens")])
 def test_ranks_with_different_data_or_options_are_refused(forks, args, spoil, name):
-    """Ranks must have the same micro-batches, because the validation loss has one term per micro-batch."""
+    """The micro-batch size must be equal, because the micro-batches of the validation data are split over the ranks."""
     (line,) = error_lines(Ranks(forks, 2, train_command, args, spoil).results())
     assert line.startswith(f"error: rank 1: {name} is ") and "start all ranks with the same options" in line
 
@@ -468,7 +468,7 @@ def test_non_finite_loss_is_reported_by_one_rank(forks, args):
     "spoil, code, message", [(terminated, 0, "stopped by SIGTERM"), (interrupted, 130, "interrupted")]
 )
 def test_signal_stops_all_ranks_and_a_different_world_size_can_resume(forks, args, tmp_path, spoil, code, message):
-    """The signals are SIGTERM to one rank, and SIGINT twice to all ranks, as from Ctrl-C and torchrun."""
+    """One rank gets SIGTERM, or each rank gets SIGINT twice: from Ctrl-C, and from torchrun, which forwards it."""
     results = Ranks(forks, 2, train_command, args, spoil).results()
     assert [result[0] for result in results] == [code, code]
     assert results[0][2].splitlines()[-1] == f"{message} after step 8: to continue, add --resume"
@@ -529,7 +529,7 @@ def test_rank_exits_without_cleanup(ranks, printed):
 
 
 def test_torchrun_equals_a_single_process(args, tmp_path):
-    """The other tests imitate torchrun; without it, --strategy fsdp is refused."""
+    """This test runs torchrun, which the other tests imitate. Without torchrun, --strategy fsdp is refused."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(str, args)]
     result = subprocess.run([*torchrun, "--strategy", "fsdp"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

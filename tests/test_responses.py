@@ -1,4 +1,4 @@
-"""Batches of requests give the responses and likelihoods of single requests; None if they do not fit the context."""
+"""Batched requests get the responses and likelihoods of single ones. A request that exceeds the context gets None."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def test_choices_about_different_images_can_share_a_batch(tiny_base):
 
 
 def test_most_likely_choices_equal_single_requests(responder):
-    """The results have the order of the requests, which are batched by length, at any batch size."""
+    """Requests are batched by length, but the results have the order of the requests, at any batch size."""
     requests = [Request("word " * n, "", name) for n in (9, 1, 5) for name in ("a", "base")]
     choices = [["Yes", "No"], ["a b", "c", "d"], ["No", "Yes"], ["", "x"], ["z", "y"], ["y", "z"]]
     expected = [max(texts, key=lambda text: log_likelihood(responder, r, text)) for r, texts in zip(requests, choices)]

@@ -44,9 +44,10 @@ class Child:
 
 
 class KillAtWrite:
-    """Kill the process at a write, from the n-th fsync on.
+    """Callable that makes the process kill itself at the first atomic write whose fsync is its n-th or later.
 
-    `how` is "half" (the file is half written), "written" (not renamed yet) or "renamed" (just renamed).
+    `how` states how far this write gets: "half" (half of the temporary file is written), "written" (all of it, but it
+    is not renamed yet) or "renamed".
     """
 
     def __init__(self, n, how):
@@ -75,7 +76,7 @@ class KillAtWrite:
 def test_run_survives_twenty_kills(forks, args, tmp_path):
     """The process gets SIGKILL ten times at random moments and ten times during a write.
 
-    All files stay readable, and the resumed run equals an uninterrupted one.
+    Adapter and checkpoint stay readable, and the resumed run equals an uninterrupted one.
     """
     args += ["--epochs", 40, "--save-every", 1]
     assert Child(forks, [*args, "--out", tmp_path / "whole"]).exit_code() == 0
@@ -231,7 +232,7 @@ def contents(out):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("occupied", [False, True], ids=["new folder", "finished run there"])
 def test_run_survives_every_crash_point(forks, tmp_path, monkeypatch, occupied, after):
-    """After SIGKILL at any file operation, --resume auto or the same command gives the result of an uninterrupted run.
+    """After SIGKILL at any file operation, --resume auto or a new run gives the result of an uninterrupted run.
 
     No file of a finished run, of a different process or of the user is lost, and no temporary file of the run remains.
     """
@@ -360,7 +361,7 @@ def test_running_out_of_memory_in_the_first_step_is_reported(args, monkeypatch):
 
 
 def test_base_weights_are_released_before_the_loop(args, monkeypatch):
-    """Old .pth files cannot be memory-mapped, so that their tensors would stay in memory in addition to the model."""
+    """Old .pth files cannot be memory-mapped: a reference to their tensors would keep a second copy in memory."""
     read_base, references = train.read_base, []
 
     def tracked_read(path):
@@ -391,7 +392,7 @@ def test_metrics_with_a_gap_are_refused(args, tmp_path):
 
 @pytest.mark.parametrize("full", ["checkpoint.pt", "metrics.jsonl"])
 def test_full_disk_leaves_the_last_checkpoint(args, tmp_path, monkeypatch, full):
-    """RLIMIT_FSIZE imitates a full disk: from step 8 on, checkpoint.pt cannot be written, or metrics.jsonl extended."""
+    """RLIMIT_FSIZE imitates a full disk: from step 8 on, checkpoint.pt or metrics.jsonl cannot be written."""
     resource = pytest.importorskip("resource")
     assert run(*args, "--out", tmp_path / "whole").exit_code == 0
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -103,7 +103,7 @@ def test_backend_is_gloo_without_nccl(monkeypatch, has_nccl, backend):
 
 
 def test_compiled_layers_need_few_graphs():
-    """25 training steps of random batch shapes and five cache sizes need at most 16 graphs, without graph breaks."""
+    """25 random batch shapes and decoding with 5 cache sizes need at most 16 graphs, without graph breaks."""
     model, rng = make_model("gqa"), random.Random(0)
     adapter = make_adapter(model)
     torch._dynamo.reset()

@@ -87,7 +87,7 @@ def test_scores_have_nine_columns(path):
 
 
 def test_published_scores_are_whole_numbers_of_correct_answers(data):
-    """This shows that COLUMNS has the official subsets: with different ones, the numbers would not be whole."""
+    """COLUMNS must be the official subsets of the problems: with other subsets, the numbers would not be whole."""
     problems = read(data / "scienceqa" / "problems.json", split="test")
     sizes = [sum(map(counts, problems)) for counts in COLUMNS.values()]
     assert sizes == [2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241]

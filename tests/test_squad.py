@@ -176,8 +176,8 @@ def test_scores_follow_the_official_definition():
         ("dog dog", ["dog"], 0, 2 * 1 / (2 + 1)),
         ("red red dog", ["cat", "the red"], 0, 2 * 1 / (3 + 1)),
         ("in 1976, twice", ["twice in 1976"], 0, 1),
-        ("", [], 1, 1),  # unanswerable: correct if it is empty
-        ("The.", [], 1, 1),  # as in the official script
+        ("", [], 1, 1),  # unanswerable: an empty prediction is correct
+        ("The.", [], 1, 1),  # normalized to an empty prediction, as in the official script
         ("x", [], 0, 0),
     ):
         questions = [SquadQuestion("id", "?", "", answers, [0])]

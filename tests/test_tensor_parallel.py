@@ -82,10 +82,10 @@ def make_requests():
 
 @torch.no_grad()
 def respond(base, adapters, bits=None):
-    """Return the next logits, the responses, the shapes of this rank's weights, and the size of its layers in bytes."""
+    """Return next-token logits, responses, the shapes of this rank's weights, and the size of its layers in bytes."""
     torch.set_num_threads(1)
     with inference_ranks():
-        # With `bits`, a speed measurement decides whether layers are packed, and for tiny layers its result varies.
+        # With `bits`, decoding=True would pack layers if a speed measurement, unreliable for tiny layers, favors it.
         options = {"bits": bits, "decoding": bits is None}
         model, tokenizer, loaded = load_with_adapters(adapters, str(base), CPU, torch.float32, **options)
         responder = Responder(model, tokenizer, loaded, max_new_tokens=12)

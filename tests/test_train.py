@@ -60,7 +60,7 @@ def naive_loss(model, adapter, examples):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("max_tokens, checkpointed", [(1, False), (40, True), (10_000, False), (10_000, True)])
 def test_train_step_equals_the_naive_loss_and_gradient(config, form, layers, max_tokens, checkpointed, monkeypatch):
-    """The step uses chunked logits at response tokens, activation checkpointing and unequal micro-batches."""
+    """The step computes chunks of logits, at response tokens only, with and without checkpointing and micro-batches."""
     monkeypatch.setitem(ROWS, "cpu", 7)
     model = make_model(config, attention=form)
     examples = make_examples(model.config.vocab_size)
@@ -107,7 +107,7 @@ def test_compiled_layers_equal_eager_layers():
 
 
 def test_schedule_reaches_its_rate_and_ends_near_zero():
-    """A warm-up that counts the wrong steps never reaches the peak (litgpt issue 132)."""
+    """A warm-up in micro-batches instead of steps would never reach the peak (litgpt's pull request 132)."""
     rates = [learning_rate(step, peak=2.0, warmup=4, total=12) for step in range(12)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4:] == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(8)])
@@ -312,7 +312,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
 
 
 def stop_after(monkeypatch, steps, signal_number=signal.SIGINT):
-    """Send this process a signal in its `steps`-th training step from now, after which the run stops."""
+    """Make this process signal itself in its `steps`-th training step from now. The run stops after that step."""
     monkeypatch.setattr("train.train_step", before_step(steps, lambda: os.kill(os.getpid(), signal_number)))
 
 
@@ -550,7 +550,7 @@ def test_default_learning_rate_is_the_papers(args, tmp_path):
 
 
 def test_toy_is_trained_and_evaluated_by_default(tmp_path, monkeypatch, tiny_base):
-    """The defaults of the options are those of the toy. The held-out accuracy is printed and in the summary."""
+    """The defaults of the options are those of the toy. The held-out accuracy is printed and written to the summary."""
     training = {"layers": 3, "epochs": 2, "warmup_epochs": 1, "batch_size": 32, "lr": 0.05}
     monkeypatch.setattr("train.TRAINING", training)
     monkeypatch.setitem(toys.TOYS, "text", toys.TOYS["text"]._replace(base=tiny_base))
@@ -609,7 +609,7 @@ def test_base_without_data_is_an_error(args, tiny_base):
 
 
 def test_context_length_limits_max_seq_len(instructions, tmp_path, data):
-    """The default is the context length, or 512 tokens if that is less. A value above the context length is refused."""
+    """The default is the context length, but at most 512 tokens. A value above the context length is refused."""
     args = ["--base", data / "stories260K", "--data", instructions, "--out", tmp_path / "run", "--epochs", 3]
     result = run(*args, "--limit", 20, "--max-seq-len", 513)
     assert (
