@@ -33,7 +33,7 @@ from runtime.files import write_tensors
 class AdaptionPrompt(NamedTuple):
     """Prompt embeddings and gate values of one layer, which projects the embeddings with its own frozen Wk and Wv.
 
-    The first dimension is 1 if the batch shares the adaption prompt, and B if each sample has its own.
+    The first dimension of either is 1 if the batch shares it, and B if each sample has its own.
     """
 
     embeddings: Tensor  # (1|B, K, C)
@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         q, k, v = q.float(), k.float(), v.float()  # faster on a CPU, especially in the backward pass
     if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).to(dtype)
-    # Queries that share a key/value head are stacked as rows of one head, which every backend of PyTorch supports.
+    # Queries that share a key/value head become rows of one head: not every backend supports enable_gqa.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, H/Hkv*T, D)
     if mask is not None:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # (B, 1, H/Hkv*T, S)
@@ -62,9 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
     """Zero-init attention as in the paper (equations 5 to 9), written out step by step.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1);
-    returns (B, H, T, D). Prompts have no position and no causal order: every query attends to all
-    of them. `mask` and `causal` have the same meaning as for `attend`, and apply to the tokens only.
+    q (B, H, T, D); k, v (B, Hkv, S, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1), after
+    the activation; returns (B, H, T, D). Prompts have no position: every query attends to all of them.
+    `mask` and `causal` are those of `attend`, and apply to the tokens only.
     """
     B, H, T, D = q.shape
     group = H // k.shape[1]
@@ -85,7 +85,7 @@ def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=F
 
 
 def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
-    """Compute the same as `gated_attention_paper`, but with fused attention, which does not store the weights.
+    """Compute the same as `gated_attention_paper`, but with fused attention, which stores no attention weights.
 
     With g the gate value, A the softmax over the prompts, and W the softmax over the tokens, the output is
     [g A ; W] [vp ; v] = g (A vp) + W v. If the gate value is zero, the output equals plain attention to the tokens
@@ -96,7 +96,7 @@ def gated_attention(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) 
 
 
 def prompt_attention(q: Tensor, prompt_k: Tensor, prompt_v: Tensor, gate: Tensor) -> Tensor:
-    """Return the prompts' term of gated attention, g A vp (B, H, T, D).
+    """Return the prompts' term of gated attention, gate * softmax(q prompt_k^T / sqrt(D)) prompt_v (B, H, T, D).
 
     q (B, H, T, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1).
     """
@@ -147,8 +147,8 @@ class Adapter(nn.Module):
         if condition is not None:
             embeddings = embeddings + condition[None, :, None, :]  # (L, B, K, C)
         gates = gate_scale * self.gate_values()[:, None, :, None, None]  # (L, 1, H, 1, 1)
-        dtype = dtype or embeddings.dtype  # the only cast to the base's dtype
-        return [AdaptionPrompt(p, g) for p, g in zip(embeddings.to(dtype), gates.to(dtype))]
+        dtype = dtype or embeddings.dtype
+        return [AdaptionPrompt(p, g) for p, g in zip(embeddings.to(dtype), gates.to(dtype))]  # the adapter's only cast
 
     def gate_values(self) -> Tensor:
         """Return the gate values after the activation, (L, H)."""
@@ -190,8 +190,8 @@ class Adapter(nn.Module):
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str], **extra) -> "Adapter":
         """Build an adapter from the tensors and metadata of its file.
 
-        `extra` are further constructor arguments, which a subclass infers from the tensors. Raises KeyError if prompts,
-        gates or gate_activation are missing, and RuntimeError if the names or shapes of the tensors are wrong.
+        `extra` are constructor arguments that a subclass infers from the tensors. Raises KeyError if prompts, gates or
+        gate_activation are missing, and RuntimeError, ValueError or IndexError if names or shapes are wrong.
         """
         layers, length, dim = tensors["prompts"].shape
         heads = tensors["gates"].shape[1]

@@ -20,7 +20,7 @@ from runtime.schema import require_number
 
 @dataclass(frozen=True)
 class Config:
-    """Dimensions of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if a value is invalid."""
+    """Architecture of a LLaMA; the defaults are those of Llama 2 7B. Raises ValueError if a value is invalid."""
 
     dim: int = 4096  # C
     n_layers: int = 32  # N
@@ -105,7 +105,7 @@ class LayerCache:
 class KVCache:
     """Key/value cache with room for `capacity` tokens per row, created and owned by the caller.
 
-    `lengths` (B,), in int64, is the number of valid tokens in each row. `LLaMA.forward` writes the new keys and values
+    `lengths` (B,), in int64, is the number of valid tokens in each row. A forward pass writes the new keys and values
     after them, and the caller then increases `lengths`. Rows of different lengths are padded on the right; each row is
     advanced by its own length, so that the next tokens overwrite the padding. `empty` is True until the first forward
     pass.
@@ -121,7 +121,7 @@ class KVCache:
         self.empty = True
 
     def longer_copy(self, capacity: int, rows: Tensor | None = None) -> "KVCache":
-        """Return a copy with room for `capacity` tokens per row, which must be at least the capacity of this cache.
+        """Return a copy with a new `capacity`, which must not be smaller than that of this cache.
 
         `rows` selects rows of the batch, in any order and with repeats; by default all rows are copied.
         """
@@ -259,7 +259,7 @@ class LLaMA(nn.Module):
     ) -> Tensor:
         """Return the final hidden states after the norm (B, T, C), the input of the output head.
 
-        Each of the topmost len(adaption_prompts) layers gets one adaption prompt. With a `cache`, the tokens follow the
+        `adaption_prompts` are those of the topmost layers, lowest layer first. With a `cache`, the tokens follow the
         cached ones, and their keys and values are written to it. With `checkpoint_activations`, a layer stores only its
         input, and is recomputed in the backward pass. Raises ValueError if there are more adaption prompts than layers.
         """
@@ -295,6 +295,6 @@ class LLaMA(nn.Module):
 
 
 def num_parameters(config: Config) -> int:
-    """Return the number of parameters of a LLaMA, without allocating them. A tied output head counts as well."""
+    """Return the number of parameters of a LLaMA, without allocating them. Tied embeddings count twice."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in LLaMA(config).parameters())
