@@ -99,7 +99,7 @@ class Tokenizer(Protocol):
     end_ids: list[int]  # any of them ends a response in generation
     vocab_size: int  # all ids are smaller
     special_ids: dict[str, int]  # ids of the special tokens by their text
-    named_tokens: dict[str, str]  # texts of the named special tokens, such as "bos_token" and "eos_token"
+    named_tokens: dict[str, str]  # texts of special tokens by name, such as "bos_token" or "eos_token"
     chat_template: str | None  # the base's own Jinja template
 
     def encode(self, text: str, preceding: str = "") -> list[int]:
@@ -123,7 +123,7 @@ class Tokenizer(Protocol):
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Read records in Alpaca's format. Raises OSError, or a ValueError that names the file and the invalid record."""
+    """Read records in Alpaca's format. Raises OSError, or a ValueError that names the file and the record or line."""
     records = enumerate(read_records(path))
     return [check_record(record, path, f"record {index}") for index, record in records]
 
@@ -162,8 +162,8 @@ def read_records(path: str | Path) -> list:
 def parse_whole(text: str, path: str | Path, error: ValueError) -> object:
     """Parse `text` as a single JSON value that spans several lines.
 
-    If this fails, raise `error`, which was raised for one of the lines, or, if the text only lacks the brackets of a
-    list, a ValueError that says so.
+    If this fails, raise `error`, the error of one of the lines. But if the text only lacks the brackets of a list,
+    raise a ValueError that says so.
     """
     with suppress(ValueError):
         return parse_json(text, path)
@@ -236,10 +236,10 @@ class Template(Protocol):
     has_turns: bool  # whether it supports conversations of several turns
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """Return the ids of the prompt, as in training. `history` is ignored if the template has no turns."""
+        """Return the ids of the prompt, as in training. `history` is ignored if `has_turns` is False."""
 
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
-        """Yield the exchanges of each example. Raises a ValueError that names an example that does not fit."""
+        """Yield the exchanges of each example. Raises a ValueError that names an unsuitable example."""
 
 
 class AlpacaTemplate(Template):
@@ -295,7 +295,7 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
 
 
 def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
-    """Split into (training, validation); `val_size` < 1 is a fraction, otherwise a count.
+    """Split randomly into (training, validation); `val_size` < 1 is a fraction, otherwise a count.
 
     Raises ValueError if the training set would be empty.
     """

@@ -102,7 +102,7 @@ def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
 
 
 def features_key(vision_encoder: ViT, depths: int) -> str:
-    """Return a cache key of everything but the image that affects features: weights, config, preprocessing, depths."""
+    """Return a cache key of what determines features besides the image: weights, config, preprocessing, depths."""
     config = repr((PREPROCESSING_VERSION, vision_encoder.config))
     return f"{vision_encoder_fingerprint(vision_encoder)}-{hashlib.sha256(config.encode()).hexdigest()[:16]}-{depths}"
 
