@@ -179,7 +179,7 @@ def train_step(
     with the adapter unchanged, if the loss or its gradient is not finite.
     """
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    for parameter in parameters:  # on a rank without images, the projection gets no gradient of its own
+    for parameter in parameters:  # the projection's gradient would be None on a rank without images
         parameter.grad = torch.zeros_like(parameter)
     batch_loss = torch.zeros((), device=parameters[0].device)
 
@@ -247,8 +247,8 @@ def training_steps(
 ) -> Iterator[Step]:
     """Run the optimizer steps from `first_step` on, counted from 0, and yield a Step after each.
 
-    The order of examples and the learning rate depend only on the configuration and the step, so that resuming is
-    exact, on any number of ranks. Raises FloatingPointError, as `train_step` does.
+    The order of examples and the learning rate depend only on the configuration and the step, so that a run can be
+    resumed on any number of ranks. Raises FloatingPointError, as `train_step` does.
     """
     lengths = [example.num_tokens for example in examples]
     steps_per_epoch = math.ceil(len(examples) / config.batch_size)
@@ -353,13 +353,13 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
     if data.data is None and (rank() == 0 or strategy == "fsdp"):  # sharded layers need all ranks
         with first_rank_speaks():
             scores = load_toy(data.toy).evaluate(model, tokenizer, adapter)
-    run.finish(scores)  # curves.png and summary.json; then checkpoint.pt is removed
+    run.finish(scores)  # writes curves.png and summary.json, then removes checkpoint.pt
 
 
 def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
-    """Read the examples. Return them, and the options with their defaults filled in.
+    """Return the examples, and the options with `images` and `template` filled in.
 
-    Raises OSError, or a ValueError that names the file and the record.
+    Without an encoder, images are dropped. Raises OSError or ValueError.
     """
     if data.data is None:
         examples, data = load_toy(data.toy).examples(data)
@@ -383,7 +383,7 @@ def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
 
 
 def find_training_base(base: BaseOptions, data: DataOptions) -> Path:
-    """Return the path of the base: a local path, a download from the Hub (made if necessary), or the toy's base."""
+    """Return the path of --base, downloaded from the Hub if necessary, or of the toy's base."""
     if base.base is not None:
         return find_base(base.base)
     if data.data is not None:
@@ -461,7 +461,7 @@ def freeze_parts(adapter: Adapter, names: Sequence[str]) -> None:
     for name in names:
         parameters = [p for full_name, p in adapter.named_parameters() if name in full_name.split(".")]
         if not parameters:
-            raise ValueError(f"--freeze {name}: the adapter has no {name}, which needs images and --clip or --encoder")
+            raise ValueError(f"--freeze {name}: the adapter has no {name}; add images, and --clip or --encoder")
         for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
@@ -493,9 +493,9 @@ def print_overview(model: LLaMA, adapter: Adapter, config: TrainConfig, counts: 
 def main(context, **options):
     """Train a LLaMA-Adapter for a frozen base.
 
-    The default base is a tiny LLaMA that was pretrained on an almanac. Without --data, the trained adapter is evaluated
-    on questions about the almanac. The defaults are then 12 epochs, 1 of them warm-up, all 4 layers, batches of 32, and
-    --lr 0.05.
+    The default base is a tiny LLaMA that was pretrained on an almanac. Without --data, the adapter is trained on the
+    questions of a toy, and evaluated on held-out ones. The defaults are then 12 epochs, 1 of them warm-up, all 4
+    layers, batches of 32, and --lr 0.05.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)
@@ -507,7 +507,7 @@ def main(context, **options):
 
 
 def toy_defaults(context: click.Context, options: dict) -> dict:
-    """Return the toys' hyper-parameters, except those given on the command line. If --blr is given, omit lr, too."""
+    """Return the toys' hyper-parameters, except those given on the command line. With --blr, omit lr, too."""
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if "blr" in given:
         given.add("lr")

@@ -147,7 +147,7 @@ def test_projection_is_frozen_as_one_part():
     frozen = {name for name, parameter in adapter.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"projection.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert sum(len(group["params"]) for group in train.make_optimizer(adapter, 0.1).param_groups) == 2
-    with pytest.raises(ValueError, match="--freeze projection: the adapter has no projection, which needs images"):
+    with pytest.raises(ValueError, match="--freeze projection: the adapter has no projection; add images, and --clip"):
         freeze_parts(make_random_adapter("text", 1), ["projection"])
     with pytest.raises(ValueError, match="--freeze prompts --freeze gates: nothing is left to train"):
         freeze_parts(make_random_adapter("text", 1), ["prompts", "gates"])
