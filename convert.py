@@ -43,7 +43,7 @@ def main():
 
 
 def reading_options(command):
-    """Add the options for what third-party files may not state to a command: heads, gate activation and K."""
+    """Add options to a command for what third-party files may not state: heads, gate activation and K."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
         click.option(
@@ -91,7 +91,7 @@ def show_adapter(path, png, **reading):
 def import_adapter(path, out, **reading):
     """Convert a third-party adapter to this project's format.
 
-    PATH is a file of the authors' code, lit-llama or litgpt, or a folder of PEFT. OUT is the new file.
+    PATH is a file written by the authors' code, lit-llama or litgpt, or a folder written by PEFT. OUT is the new file.
     """
     with one_line_errors():
         require_writable(out)

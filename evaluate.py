@@ -1,6 +1,6 @@
 """Score an adapter, or a base alone: python evaluate.py scienceqa --data problems.json --adapter FILE.
 
-There is a command for every task in tasks/ that can be scored. Two further commands are `toy`, for the training run
+There is a command for every task in tasks/ that can be scored. Two further commands are `toy`, for adapters trained
 without --data, and `harness`, for EleutherAI's lm-evaluation-harness.
 """
 
@@ -163,7 +163,7 @@ def main():
 def task_command(name: str, task: Task) -> click.Command:
     """Create the command of a task that can be scored, with the options that the task supports."""
     choose_help = "Choose the most likely option, instead of generating and parsing a response."
-    batch_help = f"Number of prompts{', or options with --choose,' if task.choices else ''} per batch."
+    batch_help = f"Number of prompts{', or answer options with --choose,' if task.choices else ''} per batch."
     split = [option("--split", default=task.split, help="The split of the data to score.")] if task.split else []
     choose = [option("--choose", is_flag=True, help=choose_help)] if task.choices else []
 

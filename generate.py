@@ -164,7 +164,7 @@ def generate(
 def collect(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, limits: Sequence[int], stop: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Return the ids of every row of a `stream`, up to its limit or to the token that completes a stop string."""
+    """Return the ids of each row of a `stream`, up to the row's limit or the token that completes a stop string."""
     rows: list[list[int]] = [[] for _ in limits]
     ended = [False] * len(rows)
     for ids in steps:
@@ -290,7 +290,7 @@ class Responder:
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the ids of the prompt in its template: <bos>, earlier turns, and the instruction.
 
-        With `raw`, the input is ignored. Raises ValueError if the template does not support the earlier turns.
+        With `raw`, template and input are ignored. Raises ValueError if earlier turns are unsupported.
         """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
@@ -393,7 +393,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         type=click.Path(),
         help="JSON or JSONL file of records with instruction or messages, and optionally input, image and adapter.",
     ),
-    option("--images", "folder", type=click.Path(), help="Folder of the images of --prompts.  [default: its folder]"),
+    option("--images", "folder", type=click.Path(), help="Folder of the images.  [default: that of --prompts]"),
     option("--out", type=click.Path(), help="JSONL file to write: the records of --prompts with responses as output."),
     option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
@@ -468,7 +468,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
 
 def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
-    """Print the response for every image, video or sound. With several, each is one line: file name and response."""
+    """Print the response for every image, video or sound. With several, print one line each: file name and response."""
     from encoders.media import files_in
     from formats.requests import attach_images
 
@@ -528,7 +528,7 @@ class Conversation:
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
-        """Yield the response in pieces, then store both turns if `has_turns`. Prefills only uncached tokens."""
+        """Yield the response in pieces; prefill only uncached tokens. Then store both turns if `has_turns`."""
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)
@@ -597,7 +597,7 @@ def chat(responder: Responder, input: str, names: Sequence[str], stdin: TextIO) 
 
 
 def print_one_line(responder: Responder, instruction: str, input: str, names: Sequence[str]) -> None:
-    """Print the responses of all `names` (adapters, or "base") in one line, separated by tabs. \\n is a line break."""
+    """Print one line: the responses of `names` (adapters, or "base"), separated by tabs, with \\n for line breaks."""
     for number, name in enumerate(names, start=1):
         click.echo(f"{printable(name)}: " if len(names) > 1 else "", nl=False)
         for piece in responder.respond(Request(instruction, input, name)):
