@@ -1,4 +1,4 @@
-"""Code that all commands share: number types, options, and error reporting."""
+"""Code that the commands share: number types, options, and error reporting."""
 
 import math
 import sys
@@ -168,7 +168,10 @@ def print_error(error: BaseException) -> None:
 
 
 def report_lost_rank(error: BaseException, advice: str = "") -> None:
-    """Print that another rank has ended, followed by `advice`. Only one rank prints this; lower ranks try first."""
+    """Print that another rank has ended, followed by `advice`, unless another rank has printed it.
+
+    Lower ranks try first. If torchrun's store is gone, every rank prints it.
+    """
     time.sleep(0.5 * rank())
     if is_first_to_report():
         click.echo(f"\nerror: rank {rank()}: another rank has ended ({error_line(error)[:100]} ...){advice}", err=True)

@@ -1,4 +1,4 @@
-"""Selection of device and dtype. No other module chooses them."""
+"""Selection of device and dtype, which no other module chooses; copies to a device, its name and peak memory."""
 
 import os
 import platform
@@ -83,7 +83,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or the processor, as reported by the driver or by Linux."""
+    """Return the name of the CUDA GPU, or of the processor for any other device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

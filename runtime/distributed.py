@@ -99,7 +99,7 @@ def barrier() -> None:
 
 @contextmanager
 def local_rank0_first():
-    """Run the block on the first rank of each machine, and then on the others, which reuse the files it has written."""
+    """Run the block on the first rank of each machine, and then on the others, which reuse the files of the first."""
     if world_size() == 1:
         yield
         return

@@ -44,9 +44,9 @@ def require_file(path: str | Path, what: str = "file") -> Path:
 
 
 def require_writable(path: str | Path, folder: bool = False) -> Path:
-    """Return the path. Raises OSError or ValueError if no file (or folder, with its parents) can be written there.
+    """Return the path. Raises OSError or ValueError if no file can be written there.
 
-    Call this before long work. It creates nothing.
+    With `folder`, it checks a folder, whose parents may be missing. Call this before long work. It creates nothing.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -64,7 +64,7 @@ def require_writable(path: str | Path, folder: bool = False) -> Path:
 
 
 def path_inside(folder: str | Path, name: str) -> Path:
-    """Return folder/name. Raises ValueError if this path is outside the folder; the name comes from a data file."""
+    """Return folder/name. Raises ValueError if this path is outside the folder; `name` is not trusted."""
     inside = os.path.abspath(folder)
     if os.path.commonpath([inside, os.path.abspath(os.path.join(folder, name))]) != inside:
         raise ValueError(f"{name} is outside {folder}; choose a different folder with --images")
@@ -138,7 +138,7 @@ def locked(folder: Path):
 
 
 def write_json(path: Path, values: object, indent: int = 1, **options) -> None:
-    """Write a value as JSON atomically, and create missing parent folders. `options` are those of json.dumps."""
+    """Write a value as JSON atomically, and create missing parent folders. `options` are passed to json.dumps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=indent, **options) + "\n")
 

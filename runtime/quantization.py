@@ -2,8 +2,9 @@
 
 The weight of a layer is (N, K), with N outputs and K inputs. Each group of 32 columns of a row has a scale d and, with
 4 bits, an offset m. A weight is w = d*q + m, where q is an integer. These are the blocks Q8_0 and Q4_1 of GGUF, but
-with scales in float32. Weights are dequantized when they are used. On a CPU, this is done for a few rows at a time, so
-that the whole dequantized matrix never exists. runtime/decoding.py has a faster matmul for few rows of inputs.
+with scales and offsets in float32. Weights are dequantized when they are used. On a CPU, this is done for a few rows at
+a time, so that the whole dequantized matrix never exists. runtime/decoding.py has a faster matmul for few rows of
+inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # columns that share a scale
-# The number of weights that are dequantized at a time. On a CPU, this number fits into the cache.
+# The number of weights that are dequantized at a time. On a CPU, they fit into its cache.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -143,7 +144,7 @@ def replace_linear(model: nn.Module, kind: type, make: Callable[[nn.Module], nn.
 
 
 def quantizer(bits: str | None) -> Callable[[nn.Module], None] | None:
-    """Return a function that quantizes the linear layers in a module, in place, or None if `bits` is not 8 or 4."""
+    """Return a function that quantizes the linear layers in a module, in place, or None if `bits` is not "8" or "4"."""
     if bits not in ("8", "4"):
         return None
 

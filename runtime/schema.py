@@ -3,7 +3,7 @@
 import reprlib
 
 
-# Old names of keys of metadata and options, for files written by earlier versions.
+# Current names of metadata keys and options, by their names in files of earlier versions.
 RENAMED = {
     "tower": "vision_encoder",
     "tower_fingerprint": "vision_encoder_fingerprint",
@@ -12,7 +12,7 @@ RENAMED = {
 
 
 def renamed(values: dict[str, object]) -> dict[str, object]:
-    """Return the dict with old keys replaced by their current names."""
+    """Return a copy of the dict with old keys replaced by their current names."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
