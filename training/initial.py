@@ -1,4 +1,4 @@
-"""Initialization from an existing adapter (--init), from this project or from another implementation."""
+"""Initialization from an existing adapter (--init), which this project or another implementation has written."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from runtime.files import hash_tensors
 def load_initial(path: str, base: Config, out: Path) -> Adapter:
     """Load the adapter to initialize from; `out` is the folder of the new run.
 
-    Raises OSError, or ValueError if the adapter does not fit the base, or if the run would overwrite it.
+    Raises OSError, or ValueError if the adapter is invalid, does not fit the base, or is in the folder `out`.
     """
     if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"--init {path}: is in the folder that this run writes to; choose a different --out")
@@ -49,8 +49,8 @@ def adapter_fingerprint(adapter: Adapter) -> str:
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    One of the two is modified and returned. It has a projection if either of the two has one; if `initial` has one, the
-    metadata of its encoder are kept unless `adapter` names an encoder. Warns if `initial` was trained for a different
+    One of the two is modified and returned. It has a projection if either of the two has one. If `initial` has one, its
+    encoder's metadata are kept, except for keys that `adapter` also has. Warns if `initial` was trained for a different
     base, or with a different template. Raises ValueError if the projections expect different numbers of features.
     """
     metadata = initial.metadata

@@ -99,7 +99,7 @@ class RunOptions:
     out: Path = setting(Path("out"), "The folder for adapter, metrics and checkpoints.", PATH)
     resume: str | None = setting(None, RESUME_HELP, click.Choice(["yes", "auto"]), is_flag=False, flag_value="yes")
     save_every: int = setting(100, "Steps between checkpoints.", Count())
-    log_every: int = setting(1, "Steps between updates of the progress bar.", Count())
+    log_every: int = setting(1, "Steps between updates of the loss in the progress bar.", Count())
     tensorboard: bool = setting(False, "Also write the metrics for TensorBoard, to the folder tensorboard in --out.")
     max_minutes: float | None = setting(None, "Save and stop after this many minutes.", Real(0, min_open=True))
     started: float = field(default_factory=time.perf_counter)  # seconds, on the clock of time.perf_counter

@@ -242,7 +242,7 @@ class Run:
             self.bar.set_postfix_str(f"loss {step.loss:.4f}, lr {step.lr:.2e}, {speed:,.0f} tokens/s")
 
     def log_validation(self, loss: float) -> None:
-        """Append a validation loss to metrics.jsonl. With --keep best, copy the adapter at the lowest loss.
+        """Append a validation loss to metrics.jsonl. With --keep best, copy the adapter if this is the lowest loss.
 
         Raises FloatingPointError if the loss is not finite.
         """
@@ -277,7 +277,7 @@ class Run:
         return kept
 
     def change(self) -> dict[str, float | None]:
-        """Return the validation losses before training and of the kept adapter, or None without validation examples."""
+        """Return the first and the last (with --keep best, the lowest) validation loss; None if there are none."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
         return {"val_loss_before": before, "val_loss_after": after if self.best is None else self.best.loss}
 

@@ -35,7 +35,7 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
 
 
 def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
-    """Return a function that shards a module in place: each layer after `load_model` has read it, and then the model.
+    """Return a function that shards a module in place. Call it for each loaded layer, then for the model.
 
     Embeddings, norm and output head are replicated on every rank; they are a few percent of a large model.
     """
