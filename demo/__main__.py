@@ -1,4 +1,4 @@
-"""Serve a page to try adapters on: python -m demo --adapter a.safetensors, then open the printed address."""
+"""Serve a page for trying out adapters: python -m demo --adapter a.safetensors, then open the printed address."""
 
 import os
 import signal
@@ -34,8 +34,8 @@ from runtime.device import select_device
 def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, bits, host, port):
     """Serve a page that compares adapters with their base.
 
-    Only this machine can open the page, unless --host allows others. The page loads nothing from other servers. Stop it
-    with Ctrl-C.
+    Only this machine can open the page, unless --host allows others. The page loads nothing from other servers. Stop
+    the server with Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the uploads are deleted
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:

@@ -24,12 +24,12 @@ SYSTEM_FONTS = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # so 
 
 INTRODUCTION = """# LLaMA-Adapter
 
-Give one instruction to a frozen LLaMA, with and without an adapter. The adapter adds K adaption prompts to each of
-the topmost L layers. In each head a gate g scales their contribution.
+Give one instruction to a frozen LLaMA, with and without an adapter. The adapter adds K prompt embeddings to each
+of the topmost L layers. In each head a gate g scales their contribution.
 """
 ABOUT_SHARES = """### Share of the prompts
 
-In an adapted layer the attention output of a token, before Wo, is the sum **g A vp + W v**: the term of the adaption
+In an adapted layer the attention output of a token, before Wo, is the sum **g A vp + W v**: the term of the
 prompts, and the term of the tokens, as in the frozen base. A cell is the share of the prompts in percent,
 |g A vp| / (|g A vp| + |W v|) over all heads, at the position that predicted the token above it. At 50 both terms have
 the same norm; at 0 the layer is equal to the frozen one. The share measures size, not effect. To see the effect,
@@ -187,10 +187,10 @@ class PageOnly:
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C, without contacting other servers. Raises OSError if the port is in use.
+    """Serve the page until Ctrl-C, without contacting other servers. Raises OSError if it cannot listen on the address.
 
-    Requests whose Host header names a different host are rejected, because a website could make its own domain name
-    resolve to this address (DNS rebinding).
+    Unless `host` is 0.0.0.0 or ::, requests whose Host header names a different host are rejected, because a website
+    could make its own domain name resolve to this address (DNS rebinding).
     """
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]

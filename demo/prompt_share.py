@@ -1,4 +1,4 @@
-"""The share of the adaption prompts in the attention output of each layer, at every token.
+"""The share of the prompts in the attention output of each adapted layer, at every token.
 
 The output of gated attention is a sum, g A vp + W v: the term of the prompts, scaled by the gates, and the term of the
 tokens, as in the frozen layer. Before Wo mixes the heads, each term is a vector of H*D numbers per token. The share of
@@ -6,8 +6,8 @@ the prompts is the norm of their term relative to the sum of both norms:
 
     share = |g A vp| / (|g A vp| + |W v|)
 
-It is 0 in the frozen layer, and 1/2 if both terms have the same norm. It measures size, not effect: a short vector may
-change the response, a long one may change nothing, and the two terms may point in opposite directions. To see the
+It is 0 if the gates are zero, and 1/2 if both terms have the same norm. It measures size, not effect: a short vector
+may change the response, a long one may change nothing, and the two terms may point in opposite directions. To see the
 effect, compare the response of the adapter with that of the base.
 
 The notation is that of adapter.py.

@@ -29,7 +29,7 @@ MAX_CHARACTERS = 20_000  # limit for an instruction or input, because not every 
 class Sampling(NamedTuple):
     """Sampling settings of a response. The default is greedy decoding."""
 
-    strength: float = 1.0  # multiplies the gates; 0 gives the base alone
+    strength: float = 1.0  # multiplies the gate values; 0 gives the base alone
     temperature: float = 0.0
     top_p: float = 0.75
     max_new_tokens: int = 256
@@ -85,7 +85,8 @@ class Demonstration:
     def encode_upload(self, path: Path) -> Upload:
         """Return the features and the preview of an uploaded file, and delete the file.
 
-        Raises a ValueError that contains the name of the file, but not the name of its folder on the server.
+        If the file cannot be read or encoded, raises a ValueError that contains the name of the file, but not that of
+        its folder on the server.
         """
         try:
             features = {name: encoder.encode([path])[0] for name, encoder in self.encoders.items()}
@@ -165,7 +166,7 @@ def response_shares(responder: Responder, request: Request, ids: list[int]) -> T
 
 
 def preview(path: Path) -> str:
-    """Return HTML: a small image, embedded as data so that no file is kept, or the name of any other file."""
+    """Return HTML: a small image, embedded as data so that no file is kept, or the file name if it is not an image."""
     try:
         image = frames_of(path)[0]
     except ValueError:  # for example, a sound for an encoder that the user provides

@@ -145,7 +145,7 @@ def pairs(table: str, column: int = 1) -> dict[str, str]:
 
 
 def read_kinds(facts: dict[str, dict[str, str]]) -> dict[str, Kind]:
-    """Return every Kind by its name, from its facts and the wordings above."""
+    """Return every Kind by its name. `facts` maps each name to the facts; the wordings are those above."""
     kinds = {}
     for paragraph in WORDINGS.strip().split("\n\n"):
         name, *lines = paragraph.splitlines()
@@ -227,7 +227,7 @@ class ExamQuestion(NamedTuple):
     example: Example
     kind: str  # a name in KINDS; for a picture, the instruction
     entity: str  # the subject: an entity of the almanac, or the file name of a picture
-    answer: str  # the word of example.output that is scored
+    answer: str  # the answer of the fact, such as a city; for a picture, the name of the digit
 
 
 HELD_OUT = {

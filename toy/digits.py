@@ -30,7 +30,7 @@ OPTIMIZER = {"betas": (0.9, 0.999), "weight_decay": 0.05}
 TRAINED_ON, HELD_OUT = (
     400,
     200,
-)  # numbers of pictures for the adapter; the vision encoder is trained on all that are not held out
+)  # numbers of pictures: to train the adapter, and held out; the vision encoder is trained on all that are not held out
 
 ANSWERS = {
     "Which digit is this?": "This is {e}.",
@@ -66,7 +66,7 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 
 @one_thread()
 def train_vision_encoder(folder: Path) -> ViT:
-    """Train a vision transformer to classify digits, with a linear head that is discarded."""
+    """Train a vision transformer to classify the folder's pictures for training; its linear head is discarded."""
     files, _ = pictures(folder)
     images = torch.stack([preprocess(open_image(file), CONFIG) for file in files])  # (B, 3, S, S)
     labels = torch.tensor([int(file.name[0]) for file in files])

@@ -21,12 +21,12 @@ from toy.almanac import HELD_OUT, ExamQuestion
 
 
 def most_common_answer(questions: Sequence[ExamQuestion]) -> str:
-    """Return the word that most often is the answer to the questions."""
+    """Return the most common answer to the questions."""
     return Counter(question.answer for question in questions).most_common(1)[0][0]
 
 
 def greedy_answers(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter, requests: Sequence[Request]) -> list[str]:
-    """Generate greedy responses of up to 40 tokens, in batches of 128. Each request names "base" or "adapter"."""
+    """Generate greedy responses of up to 40 tokens, in batches of 128. `Request.adapter` is "base" or "adapter"."""
     responder = Responder(model, tokenizer, {"adapter": adapter}, max_new_tokens=40)
     return generate_responses(responder, requests, batch_size=128, unit="question")
 
@@ -39,7 +39,8 @@ def exact_match(texts: Sequence[str], questions: Sequence[ExamQuestion]) -> list
 def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corner: str = " " * 34) -> None:
     """Print a table of mean scores, with one column per score.
 
-    Each row is a group of questions; `rows` maps the label of a group to the indices of its questions.
+    Each row is a group of questions; `rows` maps the label of a group to the indices of its questions. `corner` is the
+    heading of the labels.
     """
     headings = ["has it" if name.endswith(" has it") else name for name in scores]  # "base has it" is next to "base"
     width = 2 + max(map(len, headings))

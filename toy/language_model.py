@@ -23,7 +23,7 @@ from toy.pretraining import one_thread, pretrain, warmup_cosine
 BASE = Path(__file__).with_name("base")  # part of the repository, made by `python -m toy`
 
 N_LAYERS = 4
-TOKENIZER = {  # LLaMA's settings
+TOKENIZER = {  # LLaMA's settings, except for the smaller vocabulary
     "model_type": "bpe",
     "vocab_size": 1024,
     "byte_fallback": True,

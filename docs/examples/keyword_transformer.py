@@ -69,7 +69,7 @@ def load_keyword_transformer(path):
 
 
 def read_sound(path):
-    """Read a sound of any rate as mono samples (n,) in [-1, 1], at 16 kHz."""
+    """Read a sound of any sampling rate as mono samples (n,) in [-1, 1], at 16 kHz."""
     try:
         import av
     except ImportError:

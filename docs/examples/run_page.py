@@ -1,7 +1,7 @@
 """Run the Python blocks of a page, from the root of the repository: python docs/examples/run_page.py docs/method.md.
 
-The blocks run in order and share one namespace, as if a reader typed them. The page shows the output of each block
-below it. Pictures are written to the paths in the blocks.
+The blocks run in order and share one namespace, as if a reader typed them. The output of each block is printed;
+the page shows it below the block. Pictures are written to the paths in the blocks.
 """
 
 import io
