@@ -67,7 +67,10 @@ def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]
 
 
 def generation_contestants(workload: Workload, capacity: int, batch_size: int) -> dict[str, Contestant]:
-    """Return the contestants by name: this implementation in several variants and, with --peers, other packages."""
+    """Return the contestants by name: this implementation in several variants and, with --peers, other packages.
+
+    `capacity` is the context length of llama.cpp in tokens.
+    """
     model, adapter = workload.new_model(), workload.new_adapter()
     variant = Variant(decoding=True)
     variants = {"ours": variant, "ours, base alone": variant._replace(adapted=False), **precisions(workload, variant)}

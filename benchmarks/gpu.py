@@ -31,7 +31,7 @@ from runtime.files import atomic_write, write_json
 from runtime.quantization import held_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-GOALS = {  # minimum shares of the peak speeds, and the maximum share of the decoding time for the adapter
+GOALS = {  # minimum shares of the peak speeds, and the adapter's maximum share of the decoding time
     "training, of the matmul peak": 0.55,
     "decoding at batch 1, of the copy speed": 0.8,
     "adapter, of decoding": 0.03,
@@ -75,7 +75,7 @@ ORDER = {  # the parts in order of importance, with their estimated duration in 
 def alpaca_batches(config: Config, batch_size: int, number: int) -> list[list[TokenizedExample]]:
     """Return `number` batches of random tokens, in which examples have similar lengths, as in train.py.
 
-    Like Alpaca's examples, they have 127 tokens on average.
+    The examples have about 127 tokens on average, as in Alpaca. The batches are ordered from short to long.
     """
     lengths = np.linspace(40, 214, 100 * batch_size).round().astype(int).tolist()
     batches = sorted(epoch_batches(lengths, batch_size, seed=0, epoch=0), key=lambda batch: lengths[batch[0]])
@@ -117,8 +117,8 @@ class Bench:
     def training_rate(self, contestant: Contestant, batches: list[list[TokenizedExample]], checkpointed: bool) -> dict:
         """Time rounds with one optimizer step on each batch. Return the results by name.
 
-        These are the seconds of each round and, from the fastest one, tokens/s, the shares of the two matmul speeds and
-        the minutes that the paper's training on Alpaca would take; and the peak memory in bytes.
+        The results are the seconds of each round, the peak memory in bytes and, for the fastest round, tokens/s, the
+        shares of the two matmul speeds and the minutes that the paper's training on Alpaca would take.
         """
         optimizer = contestant.optimizer()
 
@@ -161,7 +161,10 @@ class Bench:
 
 
 def gpu_tests(tests: str = "tests") -> dict:
-    """Run the tests that need a GPU in a separate process. Return its exit code and the last lines of its output."""
+    """Run the tests that need a GPU in a separate process. Return its exit code and the last lines of its output.
+
+    Raises subprocess.TimeoutExpired after four minutes.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", tests]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     return {"exit_code": result.returncode, "output": (result.stdout or result.stderr).strip().splitlines()[-8:]}
@@ -199,7 +202,7 @@ def run_parts(
 
 
 def draw_shares(found: dict[str, dict], path: Path) -> None:
-    """Plot the share of the peak speed that each part reached, and the goals. Without a share, write no file."""
+    """Plot the share of the peak speed that each part reached, and the goals. If no part has a share, write no file."""
     bars = {name: row.get("matmul_share", row.get("copy_share")) for name, row in found.items() if "error" not in row}
     bars = {name: share for name, share in bars.items() if share is not None}
     if not bars:
@@ -240,8 +243,8 @@ def summary_line(name: str, row: dict) -> str:
 def time_gpu(size, minutes, skip_tests, out, device, dtype):
     """Measure training and decoding on a GPU.
 
-    The most important parts run first: the variants without compilation or quantization, and the tests that need a GPU.
-    Compiled and quantized variants and PEFT follow. The results are saved after each part.
+    The most important parts run first: eager training, decoding with a CUDA graph, and the tests that need a GPU. Other
+    variants and PEFT follow. The results are saved after each part.
     """
     deadline = time.perf_counter() + 60 * minutes
     device, dtype = select_device(device, dtype)

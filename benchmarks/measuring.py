@@ -242,7 +242,11 @@ def ratio_text(row: dict) -> str:
 def publish(
     kind: str, rows: dict[str, dict], columns: dict[str, Callable], about: dict, json_path: Path | None = None
 ) -> None:
-    """Print a table. If `json_path` is given, add the results to that file, and draw a plot next to it."""
+    """Print a table. If `json_path` is given, add the results to that file, and draw a plot next to it.
+
+    `columns` maps each heading to a function that formats a row. Earlier results with
+    the same title (`kind`, size, dtype and flags) are replaced.
+    """
     click.echo(f"{kind}: {', '.join(f'{name} {value}' for name, value in about.items())}")
     click.echo("| | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
     for name, row in rows.items():

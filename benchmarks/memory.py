@@ -64,6 +64,7 @@ def count_bytes(
     """Return the bytes of each kind at the peak of a training step on `tokens` tokens, and their sum.
 
     `itemsize` is the number of bytes per number in the base's dtype. `device` is a device type, "cuda" or "cpu".
+    All but two layers are adapted.
     """
     adapted = config.n_layers - 2
     kept, whole = (tokens * itemsize * kept_per_token(config, again) for again in (checkpoint_activations, False))

@@ -184,7 +184,7 @@ class Plain(Adapted):
 class HuggingFace(Contestant):
     """LLaMA from transformers. `kind` is "adaption prompt" or "lora" (trained with PEFT), or "full tuning".
 
-    Examples are padded to the longest one in the batch.
+    Examples are padded to the longest one in the batch. `layers` and `length` are L and K of the adaption prompts.
     """
 
     def __init__(self, model: LLaMA, kind: str, layers: int, length: int):
@@ -303,7 +303,7 @@ class LlamaCpp(Contestant):
 
 
 def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tensor]:
-    """Collate the examples into inputs and targets, padded to int64 (B, length)."""
+    """Collate the examples into inputs and targets, int64 (B, length), padded on the right."""
     inputs, targets, *_ = collate(examples)
     missing = length - inputs.shape[1]
     return F.pad(inputs, (0, missing)), F.pad(targets, (0, missing), value=IGNORE)
@@ -312,7 +312,7 @@ def padded(examples: list[TokenizedExample], length: int) -> tuple[Tensor, Tenso
 def installed_peers(model: LLaMA, adapter: Adapter, kinds: list[str]) -> dict[str, Contestant]:
     """Create the other implementations, by name: `Plain`, and those whose packages are installed.
 
-    They adapt as many layers as the adapter does. `kinds` are the values of HuggingFace's `kind` to include.
+    Their adaption prompts have the L and K of the adapter. `kinds` are the values of HuggingFace's `kind` to include.
     """
     layers, length, _ = adapter.prompts.shape
     peers: dict[str, Contestant] = {"plain, as the authors'": Plain(model, adapter)}

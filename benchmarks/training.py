@@ -41,7 +41,8 @@ TRAINING_COLUMNS = {
 class Ablation(Adapted):
     """Intermediate versions between `Plain` and `Ours`.
 
-    Each of LEVELS adds one optimization to the previous level; `Ours` also has the optimization LAST.
+    Each of LEVELS adds one optimization to the previous level, the first one to `Plain`. `Ours` also has the
+    optimization LAST.
     """
 
     LEVELS = [
@@ -69,7 +70,7 @@ class Ablation(Adapted):
 
 
 def epoch(contestant: Contestant, examples: list[TokenizedExample], batch_size: int) -> Callable[[], None]:
-    """Return a function that trains the contestant for one epoch, on the kind of batches that it uses.
+    """Return a function that trains the contestant for one epoch. All calls use the same batches and optimizer.
 
     If `contestant.groups_by_length`, the examples of a batch have similar lengths; otherwise batches are random.
     """
@@ -112,7 +113,8 @@ def training_contestants(
 def first_losses(contestants: dict[str, Contestant], ours: str, examples: list[TokenizedExample]) -> dict[str, float]:
     """Return the loss of each contestant on the same examples.
 
-    Raises ValueError if a loss differs from that of this implementation, because times would not be comparable.
+    Raises ValueError if a loss differs from that of this implementation, because the times would not be
+    comparable. Variants in other precisions are not checked.
     """
     losses = {name: contestant.loss(examples).item() for name, contestant in contestants.items()}
     tolerance = 1e-3 if contestants[ours].model.dtype == torch.float32 else 5e-3

@@ -180,8 +180,8 @@ def time_loading(base, number, new, json_path, device, dtype, bits):
     """Measure the time and memory that a base needs.
 
     Reports the seconds needed to load the base, to train on one example and to decode a token, and the peak memory of
-    loading and training. Under torchrun, the base is split over the ranks, nothing is trained, and the memory is that
-    of the rank that needs the most.
+    the process in loading and training. Under torchrun, the base is split over the ranks, nothing is trained, and the
+    memory is that of the rank that needs the most.
     """
     with one_line_errors(), inference_ranks():
         device, dtype = select_device(device, dtype)
