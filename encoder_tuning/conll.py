@@ -32,7 +32,7 @@ class TaggedSentence(NamedTuple):
 def read_conll(path: Path) -> list[TaggedSentence]:
     """Read the sentences of a file, with their tags converted to BIO. -DOCSTART- lines are skipped.
 
-    Raises OSError, or ValueError that names the line.
+    Raises OSError, or ValueError if a line is invalid or there are no sentences.
     """
     sentences, rows = [], []
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
@@ -53,13 +53,13 @@ def read_conll(path: Path) -> list[TaggedSentence]:
 
 
 def check_tag(tag: str, where: str) -> None:
-    """Raise ValueError unless the tag is O, or begins with B- or I-."""
+    """Raise ValueError unless the tag is O, B-TYPE or I-TYPE. `where` is the beginning of the message."""
     if tag != OUTSIDE and not re.fullmatch(r"[BI]-.+", tag):
         raise ValueError(f"{where}: the tag is {tag!r}; expected O, B-TYPE or I-TYPE")
 
 
 def to_bio(tags: Sequence[str]) -> list[str]:
-    """Convert IOB1, where entities begin with I- as in CoNLL-2003's own files, to BIO. Tags in BIO do not change."""
+    """Convert IOB1, where most entities begin with I-, as in CoNLL-2003, to BIO. Tags in BIO do not change."""
     converted, before = [], OUTSIDE
     for tag in tags:
         begins = before[2:] != tag[2:]  # O has no type

@@ -70,7 +70,7 @@ def read_labeled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]
 def read_labeled_texts(path: Path) -> list[tuple[str, str, str]]:
     """Read labeled texts as tuples (text, class, name) from a .tsv or .csv file with a header, or from JSON.
 
-    Records have the fields `text` (or `sentence`) and `label`. Raises OSError, or ValueError that names the record.
+    Records have the fields `text` (or `sentence`) and `label`. Raises OSError or ValueError.
     """
     if path.suffix in (".tsv", ".csv"):
         quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
@@ -110,14 +110,14 @@ def read_labeled(
     limit: int | None = None,
     stride: int = STRIDE,
 ) -> LabeledData:
-    """Read a data file as inputs of the encoder `model` from the folder `base`.
+    """Read the data of a task as inputs of `model`, the encoder in the folder `base`. `data` is a file or folder.
 
     The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the outputs of the head. By
     default they are the labels that occur in the file; for token classification, they are the labels of the base's own
     head if these include all tags of the file. `limit` is the maximum number of records, sampled at random. `stride` is
     the number of context tokens that neighboring windows of a question share.
 
-    Raises OSError, or ValueError that names the record.
+    Raises OSError, or ValueError if the data is invalid, or the task needs a different kind of encoder.
     """
     check_head_task(task, model, base)
     if task == "question-answering":
@@ -152,7 +152,7 @@ def read_labeled(
 
 
 def check_classes(classes: Sequence[str], where: str | Path) -> None:
-    """Raise ValueError if there are fewer than two classes. `where` is the file or folder that has them."""
+    """Raise ValueError if there are fewer than two classes. `where` is the file or folder that names them."""
     if len(classes) < 2:
         raise ValueError(f"{where}: has only one class, {classes[0]!r}; expected two or more")
 

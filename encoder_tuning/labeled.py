@@ -33,7 +33,7 @@ class LabeledData(NamedTuple):
     classes: list[str]  # empty for question answering
     num_truncated: int = 0  # texts or sentences
     dropped: int = 0  # sentences without room for a word, questions whose answer is in no window
-    questions: int = 0
+    questions: int = 0  # including dropped ones
     windowed: int = 0  # questions whose context is split into several windows
     unanswerable: int = 0  # questions without an answer
 

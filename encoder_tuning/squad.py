@@ -32,7 +32,7 @@ class SquadQuestion(NamedTuple):
 def read_squad(path: Path) -> list[SquadQuestion]:
     """Read the questions of a file in SQuAD's format, version 1.1 (every question has an answer) or 2.0.
 
-    Raises OSError, or ValueError that names the question.
+    Raises OSError, or ValueError if the file or a question is invalid.
     """
     values, questions = read_json(path), []
     try:
