@@ -1,10 +1,10 @@
 """Run the paper's experiments at a scale that is feasible on two CPU cores: python -m experiments all.
 
 Every command prints a table, and writes its results (JSON) and usually a plot (PNG) to the folder --out, by default
-experiments/results/; only `vit --search` and `roberta --search` write no files. The JSON file also contains the paper's
-numbers where there are any. `all`, its six experiments and `rates` train on the toy's base and instructions or, with
---base and --data, on a different base and other data. If a command is interrupted and started again with the same
-options, it skips the runs that have finished.
+experiments/results/, or experiments/results/real/ for `real`. Only `vit --search` and `roberta --search` write no
+results. The JSON file also contains the paper's numbers where there are any. `all`, its six experiments and `rates`
+train on the toy's base and instructions or, with --base and --data, on a different base and other data. If a command is
+interrupted and started again with the same options, it skips the runs that have finished.
 """
 
 import inspect

@@ -52,7 +52,7 @@ def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def compare_inits(runs: Runs, testbed: Testbed) -> None:
-    """Compare zero-init attention with random init.
+    """Compare zero-init attention with two kinds of random init: one softmax, or gates fixed at 1.
 
     Reproduces Table 5 and Figure 7 (v1: Figure 5) at four learning rates, from 0.1 to 10 times --lr.
     """
@@ -89,7 +89,7 @@ def epoch_means(losses: Sequence[float], steps_per_epoch: int) -> list[float]:
 
 
 def compare_shapes(runs: Runs, testbed: Testbed) -> None:
-    """Compare adapted layers and numbers of prompt embeddings.
+    """Vary the adapted layers and the number of prompt embeddings.
 
     Reproduces Table 4, which adapts the topmost L layers. Also adapts the lowest L layers, and varies K, the number of
     prompt embeddings per layer.
@@ -127,7 +127,7 @@ EPOCHS = (15, 30, 60)
 def compare_epochs(runs: Runs, testbed: Testbed) -> None:
     """Train for more epochs, to see whether the adapter overfits.
 
-    Reproduces Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs (not --epochs).
+    Reproduces Table 6 of v1: training loss, validation loss and accuracy after 15, 30 and 60 epochs. Ignores --epochs.
     """
     settings = {f"{epochs} epochs": testbed.default._replace(epochs=epochs) for epochs in EPOCHS}
     rows = compare_settings(runs, testbed, settings)
@@ -149,8 +149,8 @@ def compare_epochs(runs: Runs, testbed: Testbed) -> None:
 def compare_designs(runs: Runs, testbed: Testbed) -> None:
     """Compare variants of the adapter's design.
 
-    The variants differ in one respect each: the scale of the initial prompts, gates with or without tanh, gates per
-    head or per layer, weight decay of the gates, or the learning rate.
+    Each variant differs from the default in one respect: the scale of the initial prompts, gates with or without tanh,
+    gates per head or per layer, weight decay of the gates, or the learning rate.
     """
     default = testbed.default
     settings = {"as it is": default}
@@ -252,7 +252,7 @@ def compare_methods(runs: Runs, testbed: Testbed) -> None:
 
 
 def print_forgetting(rows: dict[str, dict], before: float | None) -> None:
-    """Print for each method the bytes of its trained parameters, the perplexity, and whether the base can be recovered.
+    """Print, per method, the bytes of the trained parameters, the perplexity, and whether the base can be recovered.
 
     `before` is the perplexity before training, or None if the testbed has no text. "-" means not measured.
     """

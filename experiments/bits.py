@@ -34,7 +34,7 @@ def label(base: Path) -> str:
 
 
 def measure(text: str, rows: int, device: torch.device, setting: tuple[Path, str], seed: int) -> dict[str, float]:
-    """Return the perplexity of the base on `text`, and the size of its layers in bytes.
+    """Return the perplexity of the base on the first `rows` rows of `text`, and the size of its layers in bytes.
 
     `setting` is a pair of a base and a key of STORAGE; `seed` is not used.
     """

@@ -73,7 +73,7 @@ class LabeledSets:
 
 
 def set_up_encoder(method: str, sets: LabeledSets, seed: int) -> Trainable:
-    """Load a fresh encoder, and create the parameters that the method trains, with their optimizer and loss.
+    """Load a fresh encoder, and create the parameters that the method trains, their optimizer and their loss function.
 
     The encoder's own head is used if it has the right number of classes; otherwise the head is a new linear layer.
     """
@@ -110,6 +110,7 @@ def train_and_score(sets: LabeledSets, run: EncoderRun, seed: int) -> dict:
     """Train with one seed, which also selects the examples if `run.number` is set. Return the results by name.
 
     The accuracy is measured on the test examples or, if `run.on_tenth`, on the held-out tenth of the training examples.
+    "seconds" covers loading, training and scoring.
     """
     training, testing = sets.training, sets.testing
     if run.on_tenth:
@@ -137,9 +138,9 @@ def compare_encoders(runs: Runs, sets: LabeledSets, rates: dict[str, float], epo
 def search_encoder_rates(runs: Runs, sets: LabeledSets, epochs: int, number: int | None = None) -> dict[str, float]:
     """Return the learning rate at which each method is most accurate on a held-out tenth of the training examples.
 
-    All runs hold out the same random tenth, because the first tenth of a file sorted by class may have only one class.
-    They train on the remaining examples, or on `number` of them. Raises ValueError if there are fewer than ten
-    examples.
+    Tries TRIED_RATES with one seed. All runs hold out the same random tenth, because the first tenth of a file sorted
+    by class may have only one class. They train on the remaining examples, or on `number` of them. Raises ValueError if
+    there are fewer than ten examples.
     """
     import_peft()
     if len(sets.training) < 10:
@@ -191,7 +192,7 @@ def draw_accuracies(rows: dict[str, dict], baseline: str, score: float) -> Figur
 SEARCH = option(
     "--search",
     is_flag=True,
-    help="Only print the best learning rates, searched for on a held-out tenth of the training data.",
+    help="Only print the accuracy at each learning rate, on a held-out tenth of the training data.",
 )
 
 

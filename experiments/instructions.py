@@ -1,4 +1,4 @@
-"""Train a base that was pretrained only on stories to follow instructions, on all examples or on a share of them."""
+"""Teach a base that was pretrained only on stories to follow instructions, with all examples or a share of them."""
 
 import math
 import statistics
@@ -126,7 +126,7 @@ def train_and_evaluate(
     """Train with one seed, unless the run is the base without training, and evaluate. Return the results by name.
 
     These are the values of `score_stories`, the perplexity on other stories, the number of trained parameters, the
-    training time in seconds, the learning rate, and the responses.
+    seconds of loading and training, the learning rate, and the responses.
     """
     start = time.perf_counter()
     if run.method in (RAW_BASE, TEMPLATE_BASE):
@@ -236,7 +236,7 @@ def make_story_testbed(base, data, per_kind, max_tokens, epochs, layers, length,
     training_options(layers="all", length=10, epochs=5, batch_size=16),
 )
 def stories(runs: Runs, at_a_time, search, curve, **options) -> None:
-    """Train a base that tells stories to follow instructions.
+    """Teach a storytelling base to follow instructions.
 
     There are five kinds of instructions. For every method, the command measures how many responses are stories that
     follow their instructions, and how much the base forgets.

@@ -76,8 +76,8 @@ def base_measures(testbed: Testbed) -> tuple[float | None, Tensor]:
 def base_recovered(testbed: Testbed, method: str, model: LLaMA, adapter: nn.Module) -> bool:
     """Return True if disabling the trained parameters restores the base's logits bit for bit.
 
-    Gates are set to 0, and prompts without gates are omitted. LoRA layers are disabled, and remain disabled
-    afterward. After full fine-tuning there is nothing to disable.
+    Gate values are multiplied by 0, and prompts without gates are omitted. LoRA layers are disabled, and remain
+    disabled afterward. After full fine-tuning there is nothing to disable.
     """
     if method == LORA:
         for layer in lora_layers(model):

@@ -1,4 +1,5 @@
-"""Baselines for zero-init attention: prompts without gates, prompts in the lowest layers, LoRA, full fine-tuning.
+"""Baselines for zero-init attention: prompts without gates, gates fixed at 1, prompts in the lowest layers, LoRA, and
+full fine-tuning.
 
 All methods use the training loop of train.py. LoRA and full fine-tuning have no prompts; for them, a `NoPrompts`
 contains the trained weights, and replaces the adapter. The notation is that of adapter.py.
@@ -161,13 +162,13 @@ class Trainable(NamedTuple):
     """A model and its trainable parameters: the arguments of the training loop, except examples and configuration."""
 
     model: nn.Module
-    adapter: nn.Module  # contains the trainable parameters, always in float32; NoPrompts if they belong to the base
+    adapter: nn.Module  # contains the trainable parameters, always in float32; NoPrompts for LoRA and full tuning
     optimizer: torch.optim.Optimizer
     loss_fn: Callable[..., Tensor] = response_loss
 
 
 def set_up(setting: Setting, seed: int, base: Path, dtype: torch.dtype, device: torch.device) -> Trainable:
-    """Load a fresh base, and create the parameters to train with their optimizer and loss."""
+    """Load a fresh base, and create the trainable parameters, their optimizer and their loss function."""
     if setting.method == FULL:
         model, _ = load_llama(base, torch.float32, device)
         adapter = NoPrompts(model.requires_grad_(True).parameters())
@@ -230,7 +231,7 @@ def save_state(path: Path, trainable: Trainable, losses: Sequence[float], second
 
 
 def load_state(path: Path, trainable: Trainable) -> tuple[list[float], float]:
-    """Restore the state that `save_state` wrote. Return the losses and the training time so far in seconds."""
+    """Load the file of `save_state` into `trainable`. Return the losses and the training time so far in seconds."""
     state = torch.load(path, weights_only=True)
     trainable.adapter.load_state_dict(state["adapter"])
     trainable.optimizer.load_state_dict(state["optimizer"])

@@ -85,7 +85,7 @@ def real(parts, out, **options):
 
     Experiments on film reviews compare learning rates, methods, adapted layers, numbers of training sentences, and time
     and memory per step. The other parts train on ScienceQA, Alpaca and images of digits, and evaluate three adapters in
-    one batch.
+    mixed batches.
     """
     sources = Sources(**options)
     with one_line_errors():

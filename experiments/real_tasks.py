@@ -57,7 +57,8 @@ class TaskRun(NamedTuple):
 def task_testbed(sources: Sources, task: str) -> Testbed:
     """Return the testbed of a task, with its training and held-out examples.
 
-    Raises OSError or ValueError if an input file is missing or invalid.
+    `task` is "reviews", "capitals", "scienceqa" or "alpaca". Raises OSError or ValueError if an input file is missing
+    or invalid.
     """
     if task == "reviews":
         return review_testbed(sources, SENTENCES, False)
@@ -101,8 +102,9 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
     """Train, unless the run is the base alone, and answer the test problems. Return the scores by name.
 
     "written" is the accuracy of generated answers to WRITTEN of the problems. "most_likely" is the accuracy of the most
-    likely option for all problems, "columns" are its nine scores, and "chance" is the accuracy of random choices.
-    "too_long" counts problems that do not fit into the context. "val_loss" is None for the base alone.
+    likely option for all problems, "columns" contains the nine scores of these options by column of Table 2, and
+    "chance" is the accuracy of random choices. "too_long" counts the problems that do not fit into the context, which
+    count as wrong. "val_loss" is None for the base alone.
     """
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
@@ -168,7 +170,7 @@ def compare_on_problems(runs: Runs, sources: Sources) -> None:
 
 
 def mix_experts(runs: Runs, sources: Sources) -> None:
-    """Evaluate three adapters for one base, in batches for each alone and in mixed batches, which include the base."""
+    """Evaluate three adapters for one base: each alone, and all of them and the base in mixed batches."""
     setting = best_settings(runs, sources)[ZERO_INIT]
     settings = {name: setting._replace(**schedule(len(task_testbed(sources, name).training))) for name in EXPERTS}
     columns = (

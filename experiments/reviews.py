@@ -49,7 +49,7 @@ class Sources(NamedTuple):
     reviews: Path  # folder of SST-2, with train.tsv and dev.tsv
     text: Path  # text to measure the perplexity on
     problems: Path | None  # ScienceQA's problems.json
-    alpaca: Path | None
+    alpaca: Path | None  # Stanford Alpaca's JSON file
     device: str
     dtype: str
     at_a_time: int
@@ -67,7 +67,8 @@ class ReviewRun(NamedTuple):
 def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed:
     """Return the testbed of film reviews. A smaller training set is a subset of every larger one.
 
-    Raises OSError or ValueError if an input file is missing or invalid.
+    `sentences` and `searching` have the same meaning as in ReviewRun. Raises OSError or ValueError if an input file is
+    missing or invalid.
     """
     rows = read_labeled_texts(sources.reviews / "train.tsv")
     order = np.random.default_rng(0).permutation(len(rows))
@@ -103,7 +104,10 @@ def cache_file(sources: Sources, run: object, seed: int, suffix: str = "pt") -> 
 
 
 def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
-    """Train, resuming from the run's checkpoint if there is one, and delete it. Return the results of `run_setting`."""
+    """Train, and return the results of `run_setting`.
+
+    Training resumes from the run's checkpoint if there is one. The checkpoint is deleted at the end.
+    """
     testbed = review_testbed(sources, run.sentences, run.searching)
     checkpoint = cache_file(sources, run, seed)
     values = run_setting(testbed, run.setting, seed, checkpoint)
@@ -191,7 +195,7 @@ def base_alone(testbed: Testbed) -> dict[str, float | None]:
 
 
 def compare_methods(runs: Runs, sources: Sources) -> None:
-    """Compare all methods at their best learning rates (Tables 1 and 5), and two inits at other rates (Figure 7)."""
+    """Compare all methods at their best learning rates (Tables 1 and 5), and two of them at other rates (Figure 7)."""
     best = best_settings(runs, sources)
     base = base_alone(review_testbed(sources, SENTENCES, False))
     click.echo(f"base without an adapter: exact match {base['accuracy']:.1%}, perplexity {base['perplexity']:.2f}\n")

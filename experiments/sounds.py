@@ -1,7 +1,8 @@
-"""Train adapters to recognize spoken words, which a third-party Keyword Transformer encodes (docs/examples).
+"""Train adapters to recognize spoken words from features of a third-party Keyword Transformer, or from a spectrum.
 
-espeak-ng speaks the words, in training voices and in held-out voices. Each question is evaluated with its sound,
-without a sound, and with the sound of a different word. Without a sound, an adapter can only guess one of 14 words.
+The encoders are in docs/examples. espeak-ng speaks the words, in training voices and in held-out voices. Each question
+is evaluated with its sound, without a sound, and with the sound of a different word. Without a sound, an adapter can
+only guess one of 14 words.
 """
 
 import os
@@ -289,8 +290,8 @@ def train_and_evaluate(
 def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
     """Train on sounds to recognize spoken words.
 
-    A third-party Keyword Transformer encodes the sounds. They are words spoken by espeak-ng in training voices and in
-    held-out voices, and real recordings if --clips is given.
+    A third-party Keyword Transformer encodes the sounds; a spectrum is the baseline. The sounds are words spoken by
+    espeak-ng in training voices and in held-out voices, and real recordings if --clips is given.
     """
     os.environ["KWT_MODEL"] = str(model)  # read by docs/examples/keyword_transformer.py
     device, _ = select_device(device, "float32")

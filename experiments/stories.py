@@ -54,7 +54,7 @@ class StorySets(NamedTuple):
     training: list[StoryInstruction]
     validation: list[StoryInstruction]  # used to choose learning rates
     testing: list[StoryInstruction]
-    others: list[str]  # stories from which no instruction was made
+    others: list[str]  # unused stories, without the names and words that held-out instructions require
 
 
 def sentence_ends(text: str) -> list[int]:
