@@ -113,7 +113,8 @@ def require_visible(image: Image.Image, path: str | Path) -> Image.Image:
 def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     """Return `number` evenly spaced frames of a video in RGB, or all if it has fewer.
 
-    Raises FileNotFoundError, or ValueError if the file is not a valid video, decoding is too slow, or PyAV is missing.
+    Raises FileNotFoundError, or ValueError if the file is not a valid video, its frames are too large or too narrow,
+    decoding is too slow, or PyAV is missing.
     """
     require_file(path, "video")
     try:
@@ -158,7 +159,7 @@ def rotate_upright(frame) -> Image.Image:
 
 
 def decode_frames(file, stream, deadline: float) -> Iterator:
-    """Yield the frames of a stream. Raises ValueError after the deadline, a time in seconds as from `monotonic`."""
+    """Yield the frames of a stream. Raises ValueError after the deadline, a value of `monotonic()` in seconds."""
     for frame in file.decode(stream):
         if monotonic() > deadline:
             raise ValueError(f"decoding takes more than {MAX_VIDEO_SECONDS} seconds")

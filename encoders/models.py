@@ -132,7 +132,7 @@ class ViTConfig:
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"
     channels: int = 3  # 3 for RGB, 1 for gray
-    clip: bool = True  # True: the patch embedding has a norm but no bias, as in CLIP; False: a bias but no norm
+    clip: bool = True  # True: norm before the layers, no bias in patch_embedding, as in CLIP; False: bias, no norm
     final_norm: bool = True  # False: no norm after the last layer
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, to normalize pixels
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)

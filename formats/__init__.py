@@ -1,1 +1,1 @@
-"""Checkpoint and tokenizer loaders, adapter import and export, and chat templates."""
+"""Checkpoint and tokenizer loaders, adapter import and export, chat templates, conversations, and requests."""

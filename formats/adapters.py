@@ -8,7 +8,7 @@ The published implementations compute the same attention, but their files and th
 - lit-llama and litgpt write one .pth file with `adapter_wte` and `gating_factor` for each adapted layer. The gate has
   no activation; older files have one gate per layer for all heads. Files of litgpt v0.5.5 or later look the same but do
   not work, because these versions project the prompts with other rows of the layer's weights (docs/adapters.md).
-- PEFT's AdaptionPrompt is a folder. It has one gate per layer, without an activation.
+- PEFT writes a folder. Its AdaptionPrompt has one gate per layer, without an activation.
 """
 
 import re
@@ -52,7 +52,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
         with open(require_file(path, "adapter file"), "rb") as file:
             start = file.read(9)
         # torch.save writes a zip file, and wrote a pickle before PyTorch 1.6. A safetensors file begins with the length
-        # of its header, which may look the same, but the header then begins with a brace.
+        # of its header in 8 bytes, which may equal a magic number of torch.save, but the next byte is a brace.
         from_torch_save = start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
         if not from_torch_save:
             return load_own(path)
@@ -74,7 +74,7 @@ def load_adapter(path: str | Path, *, heads: int | None = None, gate: str | None
 
 
 def load_own(path: Path) -> Adapter:
-    """Load an adapter file of this project. Raises ValueError if the file is invalid."""
+    """Load a file of this project as an Adapter, ImageAdapter or HeadAdapter. Raises ValueError if it is invalid."""
     with prefix_errors(path):
         try:
             with safe_open(path, "pt") as file:
@@ -141,14 +141,14 @@ PEFT = (r".*\.layers\.(\d+)\.self_attn\.adaption_prompt", r".*\.layers\.(\d+)\.s
 
 
 def refuse_other_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError if the name of a tensor matches no pattern in `names`: ignoring it would change the model."""
+    """Raise ValueError if a tensor's name matches no pattern in `names`: ignoring the tensor would change the model."""
     rest = sorted(name for name in tensors if not any(re.fullmatch(known, name) for known in names))
     if rest:
         raise ValueError(f"has tensors other than prompts and gates: {rest[0]} ...{guess_method(rest)}")
 
 
 def guess_method(names: Iterable[str]) -> str:
-    """Guess the method of a file from its tensor names. Return a clause that begins with a semicolon, or ""."""
+    """Guess from its tensor names what a file contains. Return a clause that begins with a semicolon, or ""."""
     names = " ".join(names)
     if re.search(r"image_bind|imagebind|prefix_query", names):
         return "; it looks like ImageBind-LLM, which is not supported"
@@ -225,6 +225,7 @@ def by_layer(tensors: Mapping[str, Tensor], pattern: str) -> dict[int, Tensor]:
 def build_adapter(layers: LayerTensors, heads: int | None) -> Adapter:
     """Build an adapter from a third-party file. `heads` is the base's H, or None if it is unknown.
 
+    The highest layer in the file is taken to be the base's last: `base_layers` is set accordingly in the metadata.
     Raises ValueError if a tensor is invalid, if prompts and gates do not fit each other or the base's number of heads,
     or if each layer has one gate for all heads and `heads` is None.
     """
@@ -318,7 +319,7 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
             )
     if "base_layers" not in adapter.metadata:
         advice = "add it with Adapter.save(path, base_layers=N)"
-        raise ValueError(f"the metadata do not state base_layers, the number of layers of the base; {advice}")
+        raise ValueError(f"the metadata does not state base_layers, the number of layers of the base; {advice}")
     layers, length = adapter.prompts.shape[:2]
     first = int(adapter.metadata["base_layers"]) - layers
     tensors = {}

@@ -19,8 +19,8 @@ from runtime.compilation import transpose_output_head
 from runtime.files import hash_tensors, read_json_object
 
 # For each layout, the module that reads it, imported on use, and glob patterns of the files that identify it. The first
-# layout that matches is used. The module's `read(path)` returns a Config, and for each weight a function that copies it
-# into a tensor.
+# layout that matches a folder is used. The module's `read(path)` returns a Config, and for each weight a function that
+# copies it into a tensor.
 FORMATS = {
     "formats.meta": ("consolidated.*.pth",),  # not params.json, which Mistral's folders contain as well
     "formats.hugging_face": ("config.json", "*.safetensors*", "pytorch_model*"),
@@ -55,7 +55,7 @@ def load_llama(
 
 
 def read_base(path: Path) -> tuple[Config, Weights]:
-    """Read the headers of the base at `path`. Return its Config, and for each weight a function that loads it.
+    """Read the headers of a base. Return its Config, and for each weight a function that copies it into a tensor.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -106,8 +106,9 @@ def load_model(
     """Build a frozen LLaMA, one layer after another, from the Config and weights that `read_base` returned.
 
     `prepare_layer` is called on every layer after its weights are loaded, to quantize or shard it before the next layer
-    is allocated. With `keep_blocks`, linear layers that a GGUF file stores in blocks of 8 or 4 bits stay quantized.
-    Raises ValueError, naming the weight, if a weight is missing or unknown, has the wrong shape, or is not finite.
+    is allocated. With `keep_blocks`, matrices within the layers stay quantized if a GGUF file stores them as Q8_0, Q4_0
+    or Q4_1. `path` is used only in messages. Raises ValueError, naming the weight, if a weight is missing or unknown,
+    has the wrong shape, or is not finite.
     """
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
@@ -140,7 +141,7 @@ def load_model(
 
 
 def base_fingerprint(config: Config, weights: Weights) -> str:
-    """Return a hash of the first four rows of four weights. It does not depend on the dtype of the weights."""
+    """Return a hash of the first four rows of four weights, rounded to bfloat16: a bfloat16 copy has the same hash."""
     C, V = config.dim, config.vocab_size
     shapes = {
         "tok_embeddings": (V, C),

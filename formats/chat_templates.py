@@ -132,14 +132,14 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class RewrittenTurn(ValueError):
-    """Raised if a template changes a turn when later turns follow, or writes a prompt differently in generation."""
+    """Raised if a template changes a turn when later turns follow, or begins one differently in generation."""
 
 
 class ChatTemplate(Template):
     """A Jinja chat template with the base's tokenizer.
 
     The loss covers the text between {% generation %} and {% endgeneration %}. If the template does not have these tags,
-    the loss covers the text that each assistant turn adds, up to and including the special token that ends the turn.
+    the loss covers the text that each assistant turn adds, up to and including its last special token, if it has one.
     Warns if a response does not end with a special token, or begins differently in generation than in training. Raises
     ValueError if the template is invalid, or fails to format a conversation of two turns.
     """
@@ -239,7 +239,7 @@ class ChatTemplate(Template):
     def render(self, messages: list[dict[str, str]], begin_response: bool) -> str:
         """Render messages, followed by the beginning of a response if `begin_response`.
 
-        Raises ValueError if the rendered text is too long.
+        Raises ValueError if the rendered text is too long, or any exception of the template.
         """
         pieces = []
         length = 0
@@ -258,7 +258,7 @@ class ChatTemplate(Template):
     def parts(self, text: str, messages: list[dict[str, str]]) -> list[str]:
         """Split a rendered conversation at the beginning and the end of each response.
 
-        The parts at odd indices are the responses. Raises RewrittenTurn, or ValueError if a rendered text is too long.
+        The parts at odd indices are the responses. Raises RewrittenTurn, or as `render` does.
         """
         if self.marks_responses:
             return re.split(f"[{BEGIN}{END}]", text)
@@ -281,9 +281,10 @@ class ChatTemplate(Template):
     def encode(self, parts: Sequence[str], escaped: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each part of a rendered conversation. They do not depend on later parts.
 
-        Between two special tokens, a part is encoded together with the text before it. If this would change the ids of
-        the earlier text, the part is encoded alone, and so are the following parts up to the next special token. Raises
-        ValueError if the template writes an internal marker, or a special token without an embedding.
+        `escaped` is the list that `messages` filled. Between two special tokens, a part is encoded together with the
+        text before it. If this would change the ids of the earlier text, the part is encoded alone, and so are the
+        following parts up to the next special token. Raises ValueError if the template writes an internal marker, or a
+        special token without an embedding.
         """
 
         def unescape(index: re.Match) -> str:
@@ -316,7 +317,7 @@ class ChatTemplate(Template):
 
 
 def conversation(example: Example) -> Sequence[Turn]:
-    """Return the turns of an example. If it has none, its instruction and output become two turns."""
+    """Return the turns of an example. If it has none, return two: the instruction with the input, and the output."""
     prompt = Turn("user", user_text(example.instruction, example.input))
     return example.turns or (prompt, Turn("assistant", example.output))
 

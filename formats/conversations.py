@@ -1,4 +1,4 @@
-"""Read records of conversations: `messages`, ShareGPT's `conversations`, or `prompt` and `completion`."""
+"""Read records with `messages`, `conversations` (ShareGPT), `history` (LLaMA-Factory), or `prompt` and `completion`."""
 
 import re
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from data import MEDIA, Example, Turn, check_record, check_text
 
-# Names of roles in records, and the roles of Turn.
+# Roles of Turn, keyed by their names in records.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-# The field of a record that contains its turns, and the fields of each turn for role and content.
+# Fields of each turn for role and content, keyed by the field of the record that contains the turns.
 LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 
 # Fields of a record or a turn that are not supported; empty values are ignored.
 UNSUPPORTED = ("tools", "tool_calls", "function_call", "reasoning_content", "images", "videos", "audios")
-# Placeholders of LLaVA and LLaMA-Factory, which mark the position of an image in the text.
+# Placeholders of LLaVA and LLaMA-Factory, which mark the position of an image, video or sound in the text.
 PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
 PLACEHOLDER_AT_EDGE = re.compile(rf"^\s*{PLACEHOLDER.pattern}\s*|\s*{PLACEHOLDER.pattern}\s*$")
 
@@ -23,7 +23,7 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
     """Convert a record to an Example. A record is a conversation, a prompt and completion, or Alpaca's fields.
 
     `name` is the label of the record, such as "record 3". Raises a ValueError that names the record, and the turn if
-    only one turn is invalid.
+    the error is in one turn.
     """
     where = f"{path}: {name}"
     if isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
@@ -54,12 +54,12 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
 
 
 def read_turns(record: object, path: str | Path, name: str, with_output: bool = True) -> list[Turn] | None:
-    """Check a record and return its turns, or None if it is a single instruction or not an object.
+    """Check a record and return its turns, or None if it is not a conversation, for example a single instruction.
 
     The turns are those of `messages` or `conversations`, after an optional `system`. A record with Alpaca's fields has
     turns only if it also has LLaMA-Factory's `system` or `history`, which come first; its `output` is included if
     `with_output`. Raises ValueError if a field is missing, has the wrong type or is not supported, if a role is
-    unknown, if a content is empty, or if the turns are in the wrong order.
+    unknown, if a turn has no content, or if the turns are in the wrong order.
     """
     if not isinstance(record, dict):
         return None
@@ -117,7 +117,7 @@ def remove_placeholder(texts: Sequence[str], where: str) -> list[str]:
 def is_learned(value: dict, role: str, where: str) -> bool:
     """Return False for a message with OpenAI's `weight: 0` or axolotl's `train: false`, and True otherwise.
 
-    Raises ValueError if either field has an invalid value, or marks a turn that is not the assistant's for training.
+    Raises ValueError if either field has an invalid value, or selects a turn for training that is not the assistant's.
     """
     weight, train = value.get("weight"), value.get("train")
     if weight not in (None, 0, 1):

@@ -71,7 +71,7 @@ HUGGING_FACE_VIT, ROBERTA = columns("""
     norm.            layernorm.                              -
 """)
 # Fields of ViTConfig and RobertaConfig, and their names in config.json. A field that config.json does not contain has
-# the default of its class.
+# the default of its class; for "vit", `read_folder` sets other defaults.
 CONFIG_NAMES = dict(
     pair.split("=")
     for pair in """
@@ -80,7 +80,7 @@ CONFIG_NAMES = dict(
         hidden_dim=intermediate_size norm_eps=layer_norm_eps activation=hidden_act
     """.split()
 )
-HUGGING_FACE = {  # keyed by model_type: configuration class, names, and their prefix in a model with further parts
+HUGGING_FACE = {  # keyed by model_type: configuration class, names, and their prefix within a larger model
     "clip": (ViTConfig, CLIP, "vision_model."),
     "clip_vision_model": (ViTConfig, CLIP, "vision_model."),
     "vit": (ViTConfig, HUGGING_FACE_VIT, "vit."),
@@ -183,9 +183,10 @@ def read_head(source: Source, path: Path, device: torch.device | str) -> nn.Sequ
 
 
 def head_labels(folder: Path) -> list[str]:
-    """Return the labels of the head in a Hugging Face folder, in the order of its outputs, or [] if it has none.
+    """Return the labels of the head in a Hugging Face folder, in the order of its outputs.
 
-    Raises ValueError if config.json cannot be read.
+    Returns [] if there is no config.json, or if its id2label is missing or invalid. Raises ValueError if the file
+    cannot be read.
     """
     file = folder / "config.json"
     labels = read_json_object(file).get("id2label") if file.is_file() else None
@@ -451,7 +452,8 @@ def timm_settings(args: dict) -> dict[str, float]:
 def renamed(name: str, names: dict[str, str]) -> str:
     """Translate the name of a parameter in this project into its name in a file.
 
-    `names` maps prefixes of words, such as "layers." or "attention.wq.", to those in the file. Other text is kept.
+    `names` maps parts of names, such as "layers." or "attention.wq.", to those in the file. A part is replaced only
+    where no letter or underscore precedes it: "norm." does not match in "ffn_norm.". Other text is kept.
     """
     for ours, theirs in names.items():
         name = re.sub(rf"(?<![a-z_]){re.escape(ours)}", theirs, name)

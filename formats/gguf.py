@@ -157,7 +157,7 @@ def read_part(file: Path) -> Header:
 def parse_part(file: Path, size: int, modified: int) -> Header:
     """Parse the header of one file. The result is cached, because the tokenizer is read from the header, too.
 
-    `size` and `modified` belong to the key of the cache, so that a file that has changed is parsed again.
+    `size` and `modified` are part of the cache key, so that a file that has changed is parsed again.
     """
     with prefix_errors(file):
         if size < 24:

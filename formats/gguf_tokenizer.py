@@ -1,4 +1,4 @@
-"""Build the tokenizer in a GGUF file with the library `tokenizers`.
+"""Build the tokenizer of a GGUF file with the library `tokenizers`.
 
 There are two kinds: "llama" has SentencePiece's pieces and scores, and "gpt2" is a byte-level BPE. For "gpt2",
 `tokenizer.ggml.pre` names the pre-tokenizer, which splits the text before bytes are merged.
@@ -93,7 +93,7 @@ def load_gguf_tokenizer(file: Path) -> JsonTokenizer:
 
 
 def byte_level_model(tokens: list[str], rules: list[str], pre: str) -> Tokenizer:
-    """Build a byte-level BPE like GPT-2's. A rule consists of the two tokens to merge, separated by a space.
+    """Build a byte-level BPE like GPT-2's. Each of the `rules` is two tokens to merge, separated by a space.
 
     `pre` is a key of SPLITS.
     """

@@ -15,7 +15,7 @@ PATTERNS += ["model.safetensors", "model-*-of-*.safetensors", INDEX]  # no pickl
 
 
 def find_base(base: str | Path, commit: str | None = None) -> Path:
-    """Return the path of a base. If `base` is a name on the Hub, this is the folder of its download.
+    """Return `base` as a path or, if it does not exist and is a name on the Hub, the folder of its download.
 
     A complete download in the cache is used without a request, because an adapter belongs to one set of weights.
     Otherwise a line is printed, and `commit` is downloaded, by default the newest. If huggingface_hub is not installed,

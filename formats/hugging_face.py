@@ -37,7 +37,8 @@ TO_HUGGING_FACE = {
     "output": "lm_head",
 }
 TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
-# Weights whose rows are rotated in pairs: rows i and i + D/2 of a head in Hugging Face's order, 2i and 2i+1 in Meta's.
+# Weights of q and k, which RoPE rotates in pairs: rows i and i + D/2 of a head in Hugging Face's order, 2i and 2i+1 in
+# Meta's.
 ROTATED = (".wq.weight", ".wk.weight", ".wq.bias", ".wk.bias", ".q_norm.weight", ".k_norm.weight")
 
 # The supported architectures, keyed by model_type, and the fields of Config that are the same for all their models.
@@ -58,9 +59,9 @@ UNSUPPORTED = {
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str:
-    """Translate the name of a weight or bias into a different layout. An unknown name is returned unchanged.
+    """Translate the name of a weight or bias from one layout to another. An unknown name is returned unchanged.
 
-    `modules` maps the names of modules to those in the different layout, with {} in place of a layer's index.
+    `modules` maps the names of modules in the first layout to those in the second, with {} for a layer's index.
     """
     numbers, (place, _, kind) = re.findall(r"(?:layers|blk)\.(\d+)\.", name), name.rpartition(".")
     module = modules.get(re.sub(r"(layers|blk)\.\d+\.", r"\1.{}.", place + ".").removesuffix("."))
@@ -116,7 +117,7 @@ QUANTIZED = {
 
 
 def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError if the names show that the weights are quantized, or have the prefix of a wrapper module."""
+    """Raise ValueError if weight names have the prefix of a wrapper module, or show that the weights are quantized."""
     for name in names:
         for suffixes, method in QUANTIZED.items():
             if name.endswith(suffixes):
@@ -235,9 +236,8 @@ def rotary_embedding(values: dict, head_dim: int) -> tuple[float, tuple[float, .
 def context_length(values: dict) -> int | None:
     """Return the context length in tokens, or None if config.json does not state it.
 
-    If the attention uses a sliding window, the context length is at most the size of the window.
-
-    Raises ValueError if the sliding window is used, and it or the context length is invalid.
+    If the attention uses a sliding window, the context length is at most the size of the window. Raises ValueError if
+    the sliding window is used, and it or the context length is invalid.
     """
     length, window = values.get("max_position_embeddings"), values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", values.get("model_type") == "mistral"):

@@ -81,8 +81,9 @@ def load_image_encoder(
 ) -> VisionEncoder | FunctionEncoder:
     """Load the vision encoder at the path `vision_encoder`, or the function `encoder`, FILE.py:NAME.
 
-    The default is the vision encoder that the adapter names. Warns if the adapter was trained with a different encoder.
-    Raises OSError, or ValueError if both are given, if there is no encoder, or if the adapter does not fit it.
+    One of the two is required if `adapter` is None; otherwise, the default is the vision encoder that the adapter
+    names. Warns if the adapter was trained with a different encoder. Raises OSError, or ValueError if both are given,
+    or if the adapter names no vision encoder or does not fit the encoder.
     """
     if vision_encoder is not None and encoder is not None:
         raise ValueError("--clip and --encoder exclude each other; give only one of them")

@@ -37,10 +37,10 @@ def load_with_adapters(
     """Load adapters and a base, by default the one that the first adapter names.
 
     Returns the base, its tokenizer, and the adapters keyed by name. If the base is a name on the Hugging Face Hub, it
-    is downloaded once. `bits` is the value of --bits. With `decoding`, the base is prepared for decoding steps, which
-    are compiled if `compiled`. With several ranks, each loads its shard of every layer. Warns if an adapter was trained
-    with different base weights, and prints how third-party files were interpreted. Raises OSError, or ValueError if a
-    file is invalid or the files do not fit each other.
+    is downloaded once. `bits` is the value of --bits. With `decoding`, the base gets linear layers that are faster in
+    decoding; `compiled` means that the caller will compile the decoding step. With several ranks, each loads its shard
+    of every layer. Warns if an adapter was trained with different base weights, and prints how third-party files were
+    interpreted. Raises OSError, or ValueError if a file is invalid or the files do not fit each other.
     """
     if compiled:
         prepare_to_compile(device)
@@ -84,7 +84,7 @@ def load_with_adapters(
 
 
 def name_adapters(paths: Sequence[str]) -> dict[str, str]:
-    """Return the adapter files keyed by name. A path is NAME=FILE, or only FILE.
+    """Return the adapter files keyed by name. Each of `paths` is NAME=FILE, or only FILE.
 
     Without NAME, the adapter is named after the file, without its suffix, or after the folder.
 
@@ -113,9 +113,10 @@ def load_part_of_rank(
 
 
 def check_adapter(adapter: Adapter, path: str, base: str, config: Config, fingerprint: str) -> None:
-    """Raise ValueError if the adapter does not fit the base. Warn if it was trained with different base weights.
+    """Raise ValueError if the adapter does not fit the base, or names an unknown prompt template.
 
-    If the adapter is from a third-party file, print how the file was interpreted.
+    Warn if it was trained with different base weights. If the adapter is from a third-party file, print how the file
+    was interpreted.
     """
     metadata = adapter.metadata
     if isinstance(adapter, HeadAdapter):

@@ -20,7 +20,7 @@ PARAMS = "params.json"
 def read(folder: Path) -> tuple[Config, Weights]:
     """Read params.json and memory-map the weights. Raises OSError or ValueError.
 
-    If there are n .pth files, each contains one of n slices of every matrix, because Meta's code runs them on n GPUs.
+    If there are n .pth files, each contains one of n slices of every matrix, because Meta's code uses n GPUs.
     """
     params = read_json_object(folder / PARAMS)
     files = sorted(folder.glob("consolidated.*.pth"))

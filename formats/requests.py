@@ -1,4 +1,4 @@
-"""Read requests from a JSONL file, each with an optional adapter and image, and write the responses to another file."""
+"""Read requests from a JSON or JSONL file, each with an optional adapter and image; write the responses as JSONL."""
 
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -53,11 +53,11 @@ def read_requests(
 def attach_images(
     requests: Sequence[Request], images: dict[int, Path], responder, vision_encoder: str | None, encoder: str | None
 ) -> list[Request]:
-    """Return the requests with the features of their images, from the image encoder of each request's adapter.
+    """Return the requests with the features of their images.
 
     `images` maps the indices of requests to image paths. `responder` is a generate.Responder. `vision_encoder` and
-    `encoder` are the options --clip and --encoder. Raises OSError, or ValueError if an adapter has no projection or
-    does not fit the encoder.
+    `encoder` are the options --clip and --encoder; the default is the encoder that the request's adapter names. Raises
+    OSError, or ValueError if an adapter has no projection or does not fit the encoder.
     """
     requests = list(requests)
     model = responder.model

@@ -48,7 +48,7 @@ def prefix_errors(file: str | Path, kind: str = "field", separator: str = ": "):
 
 
 def download_hint(path: Path) -> str:
-    """Return a hint on how to download a missing path that looks like a name on the Hugging Face Hub, otherwise ""."""
+    """Return a hint with a download command if the path looks like a name on the Hugging Face Hub, otherwise ""."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|(roberta|vit|deit|clip)[\w.-]*", str(path), re.IGNORECASE):
         return ""
     command = f"hf download {path} --local-dir {path.name}"

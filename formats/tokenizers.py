@@ -1,4 +1,4 @@
-"""Load tokenizers: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), and tokenizer.json (all others)."""
+"""Load tokenizers: SentencePiece (LLaMA 1, 2), tiktoken (Llama 3), and tokenizer.json (any base)."""
 
 import base64
 import hashlib
@@ -83,7 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """The tokenizer of Llama 3. Each line of the file contains the bytes of a token in base64, and its rank.
+    """The tokenizer of Llama 3. Each line of the file contains the bytes of a token in base64, and its id.
 
     The ids of 256 special tokens follow those in the file. Text that spells a special token is encoded as plain text.
     Raises ValueError if the file is not a tiktoken file.
@@ -94,13 +94,13 @@ class TiktokenTokenizer(Tokenizer):
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    # Longer runs of whitespace, or of other characters, overflow the library's stack. Meta's tokenizer splits them at
-    # the same length.
+    # Very long runs of whitespace, or of other characters, overflow the library's stack. Like Meta's tokenizer, split
+    # them after 25,000 characters.
     LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
     SPECIAL = {
         0: "<|begin_of_text|>",
         1: "<|end_of_text|>",
-        4: "<|finetune_right_pad_id|>",  # this, <|eom_id|> and <|python_tag|> since Llama 3.1
+        4: "<|finetune_right_pad_id|>",  # since Llama 3.1, like <|eom_id|> and <|python_tag|>
         6: "<|start_header_id|>",
         7: "<|end_header_id|>",
         8: "<|eom_id|>",
@@ -224,7 +224,7 @@ def read_tokenizer_json(path: Path) -> JsonTokenizer:
 
 
 MAX_GROWTH = 100  # largest factor by which normalizers may lengthen text
-MAX_TOKENS = 2**24  # all token ids must be smaller
+MAX_TOKENS = 2**24  # added tokens whose id is not smaller are ignored
 
 
 def max_growth(normalizer: object) -> float:
@@ -248,7 +248,7 @@ def read_settings(path: Path) -> dict:
 def apply_settings(tokenizer: Tokenizer, folder: Path) -> None:
     """Apply the settings in the JSON files beside a tokenizer: special tokens, use of <bos>, and end-of-text tokens.
 
-    Raises ValueError if no token ends text.
+    Raises ValueError if no token ends text, or if a file is invalid.
     """
     settings = read_settings(folder / "special_tokens_map.json") | read_settings(folder / "tokenizer_config.json")
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -295,8 +295,8 @@ def read_added_tokens(tokenizer: Tokenizer, folder: Path, settings: dict) -> dic
 def read_end_ids(tokenizer: Tokenizer, folder: Path, settings: dict) -> list[int]:
     """Return the ids of the tokens that end a response: the first one in training, any of them in generation.
 
-    They are taken from tokenizer_config.json, generation_config.json, config.json and the tokenizer itself, in this
-    order. The token that text starts with is omitted, unless it is the only one. Raises ValueError if there are none.
+    They are taken from `settings`, generation_config.json, config.json and the tokenizer itself, in this order. Tokens
+    that text starts with are omitted, unless there are no others. Raises ValueError if no token is found.
     """
     bos = tokenizer.named_tokens.get("bos_token")
     found = [tokenizer.special_ids.get(token_content(settings.get("eos_token")))]
@@ -366,7 +366,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
     """Load tokenizer.json, or tokenizer.model (SentencePiece or tiktoken), and apply the settings beside it.
 
     If the folder is in Meta's layout, its parent may contain tokenizer.model. Warns if both files exist and encode a
-    text differently. Raises FileNotFoundError or ValueError.
+    sample text differently. Raises FileNotFoundError or ValueError.
     """
     places = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]  # original/ is in Llama 3's folders
     found: list[Tokenizer] = []
@@ -394,8 +394,8 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
 def omit_tokens_beyond(num_embeddings: int, tokenizer: Tokenizer, base: Path) -> None:
     """Omit special tokens without an embedding, such as a <pad> that was added after pretraining.
 
-    They are omitted from `vocab_size` and `end_ids`, but stay in `special_ids`, so that an error names them if a chat
-    template writes one. Raises ValueError if an ordinary token, <bos> or <eos> has no embedding.
+    They are omitted from `vocab_size` and `end_ids`, but stay in `special_ids`, so that a chat template that writes one
+    causes an error. Raises ValueError if an ordinary token, <bos> or <eos> has no embedding.
     """
     if tokenizer.vocab_size <= num_embeddings:
         return

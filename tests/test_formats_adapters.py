@@ -156,7 +156,7 @@ def test_interrupted_export_is_not_mixed_with_an_earlier_one(tmp_path, monkeypat
 def test_adapters_that_peft_cannot_represent_are_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT has one gate for all heads"):
         write_peft(make_adapter(make_model()), tmp_path / "theirs")
-    with pytest.raises(ValueError, match="do not state base_layers, the number of layers"):
+    with pytest.raises(ValueError, match="does not state base_layers, the number of layers"):
         write_peft(make_adapter(make_model(), gates=False), tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
