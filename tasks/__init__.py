@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import Example
 
-TASKS = {  # values of --task, each with the module that defines TASK, which is imported on use
+TASKS = {  # values of --task, and the modules that define their TASK, imported on use
     "instructions": "tasks.instructions",
     "scienceqa": "tasks.scienceqa",
     "captions": "tasks.captions",
@@ -20,8 +20,9 @@ class Task:
 
     `read(path, images=None, split=None)` returns Examples, by default those to train on. The image path of an Example
     is relative to the folder `images`. `score(examples, responses)` returns scores by name. A response is a string, or
-    None if the prompt fills the context. A task without `score` has no command in evaluate.py; the docstring of `score`
-    is the command's help. Both functions raise OSError, or ValueError with a one-line message.
+    None if the prompt, or a choice after it, does not fit into the context. A task without `score` has no command in
+    evaluate.py; the docstring of `score` is the command's help. Both functions raise OSError, or ValueError with a
+    one-line message.
     """
 
     read: Callable[..., list[Example]]

@@ -80,7 +80,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
 def read_responses(path: str | Path, pictures: Sequence[Picture]) -> list[str]:
     """Read a caption for each picture from a results file in COCO's format, [{"image_id": ..., "caption": ...}].
 
-    Raises OSError, or ValueError if a picture has no caption.
+    Raises OSError, or ValueError if the file is invalid or a picture has no caption.
     """
     values = read_json(path)
     valid = isinstance(values, list) and all(isinstance(v, dict) and {"image_id", "caption"} <= set(v) for v in values)
@@ -137,7 +137,7 @@ def one_line(text: str | None) -> str:
 
 
 def write_results(responses: Responses, scores: dict[str, float], folder: Path) -> None:
-    """Print the table, and write results.json and scores.json to `folder`. Raises OSError."""
+    """Print the scores, and write results.json and scores.json to `folder`. Raises OSError."""
     pictures = responses.examples
     click.echo(f"captions of {len(pictures):,} images; the best score is 1, or 10 for CIDEr\n")
     click.echo("".join(f"{name:>9}" for name in scores))

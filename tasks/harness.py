@@ -1,9 +1,9 @@
 """Evaluate a base and its adapters with EleutherAI's lm-evaluation-harness (pip install lm_eval).
 
 The harness provides the tasks, the few-shot examples and the metrics. This file implements the harness's model
-interface: log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts equal
-those of the harness's own model "hf". With Alpaca's template, a continuation is tokenized like the responses in
-training.
+interface: log-likelihoods of continuations and of whole texts, and generation. Log-likelihoods and greedy texts of a
+base equal those of the harness's own model "hf", except with Alpaca's template, for which a continuation is tokenized
+like the responses in training.
 """
 
 import json
@@ -92,8 +92,8 @@ class HarnessModel(TemplateLM):
     ) -> list[Scored]:
         """Score requests. Each one has its texts, which are not used, and the ids of the context and the continuation.
 
-        If both together are longer than the base's context length, the request's context is truncated on the left.
-        Raises ValueError if the continuation alone is longer, or if it is empty.
+        If both, without the last token, are longer than the base's context length, the request's context is truncated
+        on the left. Raises ValueError if the continuation alone is longer, or if it is empty.
         """
         contexts, continuations = [], []
         for _, context, ids in requests:
@@ -184,7 +184,7 @@ class HarnessModel(TemplateLM):
     # -- Templates, and the description of the model in results.json
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Format messages with the template. The last message may be the beginning of a response, which the task sets.
+        """Format messages with the template. If the last one is the assistant's, it is the beginning of the response.
 
         Raises ValueError if the template does not support these messages.
         """
@@ -201,7 +201,7 @@ class HarnessModel(TemplateLM):
         if roles not in (["user"], ["system", "user"]):  # a task's description becomes part of the instruction
             found = f"messages with the roles {', '.join(roles)}"
             raise ValueError(
-                f"the template alpaca takes one prompt, not {found}; use --template auto, llama-2 or chatml"
+                f"the template alpaca takes one prompt, not {found}; use --template auto, llama-2, llama-3 or chatml"
             )
         return format_prompt("\n\n".join(message["content"] for message in messages)) + begun
 
@@ -256,9 +256,10 @@ def run_harness(
 ) -> dict[str, dict]:
     """Run the harness for every column. Return the results keyed by column on the first rank, and {} on all others.
 
-    The harness downloads the data of the tasks if necessary. The first rank writes results.json into a folder in `out`
-    for each column, and with `samples` also every prompt and response. `tasks` are names or YAML files; `include` is a
-    folder with further tasks; `options` are those of the harness's simple_evaluate. Raises OSError or ValueError.
+    The harness downloads the data of the tasks if necessary. The first rank writes a folder in `out` for each column,
+    with results.json and, with `samples`, one file per task of all prompts and responses. `tasks` are names or YAML
+    files; `include` is a folder with further tasks; `template` is the value of --template, or None; `options` are those
+    of the harness's simple_evaluate. Raises OSError or ValueError.
     """
     folder = include and str(include)
     for file in include.rglob("*.y*ml") if include else ():  # the harness would wait for a pipe forever
@@ -285,6 +286,7 @@ def run_harness(
 
 
 def write_results(results: dict, folder: Path) -> None:
+    """Write results.json, and the samples to one file per task. Removes the samples from `results`."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = results.pop("samples", {})
     write_json(folder / "results.json", results, default=handle_non_serializable)

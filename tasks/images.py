@@ -71,7 +71,8 @@ def encode_images(
 ) -> tuple[list[AnyExample], VisionEncoder | FunctionEncoder]:
     """Return the examples with the features of their images, and the encoder that computed them.
 
-    `data` is a training.options.DataOptions. Raises OSError or ValueError.
+    `data` is a training.options.DataOptions. The features of a vision encoder are cached in the folder `data.features`.
+    Raises OSError or ValueError.
     """
     encoder = load_image_encoder(data.vision_encoder, data.encoder, dtype, device)
     with local_rank0_first():  # the first rank fills the cache, and the others read it

@@ -11,7 +11,7 @@ from tasks import Task
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
     """Read every record. Conversations without a turn to train on are skipped, and their number is printed.
 
-    Raises OSError, or a ValueError that names the file, the record, and the field or turn, or if no record is left.
+    Raises OSError, or ValueError if no record is left or one is invalid. The message names the invalid field or turn.
     """
     examples = [read_conversation(record, path, f"record {i}") for i, record in enumerate(read_records(path))]
     learned = list(filter(has_learned_turn, examples))

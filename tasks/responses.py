@@ -45,7 +45,7 @@ def choice_log_likelihoods(
 ) -> list[list[float] | None]:
     """Return log p(choice and <eos> | request), in nats, for every choice of each request.
 
-    The result for a request is None if one of its choices does not fit into the context.
+    The result for a request is None if one of its choices does not fit into the context. Histories are ignored.
     """
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     likelihoods: list[list[float] | None] = [None] * len(requests)

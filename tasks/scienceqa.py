@@ -84,7 +84,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
 
     The split is defined by pid_splits.json in the same folder or, if there is no such file, by the field "split" of
     each problem. Images are at SPLIT/ID/image.png in the folder `images`, by default the folder of the problems. If
-    `images` has no folder SPLIT, they are at ID/image.png. Raises OSError, or a ValueError that names the problem.
+    `images` has no folder SPLIT, they are at ID/image.png. Raises OSError, or ValueError, naming an invalid problem.
     """
     path, split = Path(path), split or "train"
     folder = Path(images or path.parent)
@@ -152,8 +152,8 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
 def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[str, float | None]:
     """Measure the accuracy on ScienceQA in percent.
 
-    The nine scores are those of the columns of the paper's Table 2. An answer that names none of the choices is wrong.
-    A column without problems has no score.
+    The nine scores are those of the columns of the paper's Table 2. An answer that names none of the choices counts as
+    wrong. A column without problems has no score.
 
     The command prints the paper's rows for comparison. It writes results.json, in the official format and with the
     accuracies, and wrong.txt, a readable list of wrong answers.
@@ -167,10 +167,10 @@ def score(problems: Sequence[Problem], answers: Sequence[str | None]) -> dict[st
 
 
 def read_responses(path: str | Path, problems: Sequence[Problem]) -> list[str]:
-    """Read the answer to each problem from a results file in the official format, {"results": {id: index}}.
+    """Return the text of the answer to each problem, from a file in the official format, {"results": {id: index}}.
 
-    The answer is "" if the index is an integer but no choice has it. Raises OSError, or ValueError if a problem has no
-    answer, or one that is not an integer.
+    The text is "" if no choice has this index. Raises OSError, or ValueError if the file is invalid, if a problem has
+    no answer, or if its index is not an integer.
     """
     results = read_json(path)
     results = results.get("results") if isinstance(results, dict) else None
