@@ -70,7 +70,7 @@ def time_scoring(json_path, questions, choices, batch_size, **options):
             )
     table = compare_seconds(interleave(runs, workload.repeat, workload.device), "ours")
     for row in table.values():
-        row["questions_per_second"] = questions / row["median"]
+        row["questions_per_second"] = len(rows) / choices / row["median"]
     about = measured_on(workload.name, workload.device, workload.dtype)
     about |= {"questions": questions, "choices": choices, "batch_size": batch_size}
     about |= {"context": round(sum(len(context) for _, context, _ in rows) / len(rows))}

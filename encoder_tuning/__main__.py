@@ -32,10 +32,7 @@ from train import TrainConfig, make_optimizer, mean_loss, training_steps
 from training.options import BaseOptions, DataOptions, RunOptions, fixed_options
 from training.run import Run
 
-TASK_DATA = (
-    "The data. For images: a folder with one subfolder per class, or .npz; for texts: .tsv, .csv or JSON; for tokens: "
-    "CoNLL-2003; for questions: SQuAD."
-)
+TASK_DATA = "Images by class or .npz; texts as .tsv, .csv or JSON; CoNLL-2003; or SQuAD: see docs/encoder_tuning.md."
 LIMIT_HELP = "Use only this many images, texts, sentences or questions, sampled at random."
 LESS_MEMORY = "a smaller --micro-batch-tokens needs less memory"  # advice for when memory runs out
 STRIDE_HELP = "Question answering: number of tokens that neighboring windows of a long context share."
@@ -52,7 +49,7 @@ class EncoderData(DataOptions):
 
 
 MAX_SEQ_LEN_HELP = (
-    "Maximum tokens per example; longer texts are truncated, longer contexts split into windows. Images ignore it.  "
+    "Maximum tokens per example; longer texts are truncated, contexts split into windows. Images ignore it.  "
     "[default: 512, or the base's context if less]"
 )
 
@@ -194,7 +191,7 @@ def main():
 
 
 NO_ANSWER_HELP = (
-    "Question answering: give no answer if the score of <s> exceeds that of the best span by more than this number.  "
+    "Question answering: give no answer if <s> scores higher than the best span by more than this.  "
     "[default: 0 if trained on unanswerable questions; otherwise, every question is answered]"
 )
 

@@ -52,9 +52,10 @@ def without_losses(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def compare_inits(runs: Runs, testbed: Testbed) -> None:
-    """Compare zero-init attention with two kinds of random init: one softmax, or gates fixed at 1.
+    """Compare zero-init attention with random init.
 
-    Reproduces Table 5 and Figure 7 (v1: Figure 5) at four learning rates, from 0.1 to 10 times --lr.
+    Random init is one softmax over prompts and tokens, or gates fixed at 1. Reproduces Table 5 and Figure 7 (v1: Figure
+    5) at four learning rates, from 0.1 to 10 times --lr.
     """
     inits = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE)
     default = testbed.default

@@ -84,6 +84,8 @@ def review_testbed(sources: Sources, sentences: int, searching: bool) -> Testbed
 
 
 def as_instruction(text: str, label: str, name: str) -> Example:
+    if label not in ANSWERS:
+        raise ValueError(f"{name}: the label is {label!r}; expected one of {', '.join(ANSWERS)}")
     return Example(QUESTION, text, ANSWERS[label], name=name)
 
 

@@ -217,8 +217,10 @@ class ChatTemplate(Template):
         """
         try:
             yield
+        except RewrittenTurn as error:
+            raise RewrittenTurn(f"{name}: {error}") from None
         except ValueError as error:
-            raise type(error)(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
         except Exception as error:  # a template is a third-party program
             what = "it needs too much memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{name}: the template {self.kind} failed: {first_line(ValueError(what))}") from None

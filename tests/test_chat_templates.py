@@ -338,6 +338,10 @@ def test_template_is_found_in_every_location(tmp_path, capsys):
         ("{{ raise_exception('No\nsuch thing') }}", "the template auto failed: TemplateError: No"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append' of 'list' object is unsafe"),
+        (
+            "{{ 'é'.encode('ascii') }}",
+            "'ascii' codec can't encode character",
+        ),  # UnicodeEncodeError takes five arguments
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
         ("{% import 'os' as os %}", "no loader for this environment"),
         ("{% for i in range(2000) %}{{ 'a' * 10000 }}{% endfor %}", "writes more than 10,000,000 characters"),

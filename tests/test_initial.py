@@ -92,7 +92,7 @@ def initialize(path, adapter):
 def test_text_and_image_adapters_can_initialize_each_other(tmp_path, initial, new):
     """All tensors of the initial adapter are kept. A projection that only the new adapter has is newly initialized."""
     source, adapter = make_random_adapter(initial, 1, gate_activation="identity"), make_random_adapter(new, 2)
-    source.save(tmp_path / "a.safetensors")
+    source.save(tmp_path / "a.safetensors", **({"encoder": "f.py:features"} if initial == "images" else {}))
     before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
     result = initialize(tmp_path / "a.safetensors", adapter)
     assert isinstance(result, ImageAdapter) == ("images" in (initial, new)) and result.gate_activation == "identity"
@@ -101,6 +101,7 @@ def test_text_and_image_adapters_can_initialize_each_other(tmp_path, initial, ne
     assert all(torch.equal(tensor, expected[name]) for name, tensor in result.state_dict().items())
     vision_encoder = {"images": "encoder 2", "text": "encoder 1"}[new] if "images" in (initial, new) else None
     assert result.metadata.get("vision_encoder") == vision_encoder and result.metadata["init"] == "a.safetensors"
+    assert ("encoder" in result.metadata) == (initial == "images" and new == "text")
 
 
 def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):

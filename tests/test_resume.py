@@ -477,9 +477,11 @@ def locked_by_another_process(forks, folder):
     process = forks.Process(target=hold_lock, args=(folder, is_locked))
     process.start()
     assert is_locked.wait(60)
-    yield process
-    process.kill()
-    process.join()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def hold_lock(folder, is_locked):

@@ -70,9 +70,9 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
         result = adapter
     else:
         result = initial.to(adapter.prompts.device)
-        vision = {
-            name: value for name, value in metadata.items() if name.startswith("vision_encoder") or name == "encoder"
-        }
-        result.metadata = (vision if isinstance(initial, ImageAdapter) else {}) | adapter.metadata
+        kept = {}
+        if isinstance(initial, ImageAdapter) and not isinstance(adapter, ImageAdapter):  # a run without images
+            kept = {name: metadata[name] for name in metadata if name.startswith(("vision_encoder", "encoder"))}
+        result.metadata = kept | adapter.metadata
     result.metadata["init"] = Path(path).name
     return result
