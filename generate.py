@@ -394,7 +394,9 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         help="JSON or JSONL file of records with instruction or messages, and optionally input, image and adapter.",
     ),
     option("--images", "folder", type=click.Path(), help="Folder of the images.  [default: that of --prompts]"),
-    option("--out", type=click.Path(), help="JSONL file to write: the records of --prompts with responses as output."),
+    option(
+        "--out", type=click.Path(), help="JSONL file to write: the records, with each response in the field output."
+    ),
     option("--batch-size", type=Count(), default=64, help="Number of prompts (or images) per batch."),
 )
 @option_group(

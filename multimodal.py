@@ -165,8 +165,8 @@ def load_function(where: str) -> Callable[[Path], object]:
     Raises FileNotFoundError, or ValueError if the file cannot be imported or has no such function.
     """
     file, _, name = where.rpartition(":")
-    if not file or not Path(file).is_file():
-        raise FileNotFoundError(f"{where}: no such encoder; write it as FILE.py:NAME")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{where}: there is no such file; expected FILE.py:NAME with the path of a file")
     spec = importlib.util.spec_from_file_location(f"user encoder: {file}", file)
     if spec is None:
         raise ValueError(f"{file}: is not a Python file")

@@ -37,11 +37,12 @@ def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
 
 @torch.no_grad()
 def prompt_shares(model: LLaMA, tokens: Tensor, adaption_prompts: Sequence[AdaptionPrompt]) -> Tensor:
-    """Return the share of the prompts in [0, 1], (L, B, T) in float32, lowest adapted layer first, for ids (B, T).
+    """Return the share of the prompts in the attention output, for token ids (B, T).
 
-    One forward pass measures a whole response, because a token attends to the same tokens as when it was generated.
-    The attention function is an argument of the model's constructor. Therefore, a second model is created on the meta
-    device, and the modules of the first one, quantized or not, are assigned to it.
+    The shares are (L, B, T) in float32, from 0 to 1, lowest adapted layer first. One forward pass measures a whole
+    response, because a token attends to the same tokens as when it was generated. The attention function is an argument
+    of the model's constructor. Therefore, a second model is created on the meta device, and the modules of the first
+    one, quantized or not, are assigned to it.
     """
     shares: list[Tensor] = []
     with torch.device("meta"):

@@ -4,8 +4,9 @@
     rejects VBZ  B-VP  O
     German  JJ   B-NP  B-MISC
 
-The first column is a word, and the last column is its tag. An empty line ends a sentence. The tag B- begins an entity,
-I- continues it, and O marks a word outside of any entity.
+The first column is a word, and the last column is its tag. An empty line ends a sentence. In BIO, B- begins an
+entity, I- continues it, and O marks a word outside of any entity. CoNLL-2003's own files use IOB1, where most entities
+begin with I-; their tags are converted to BIO.
 """
 
 import re

@@ -64,7 +64,7 @@ class TrainedEncoder:
         if task != metadata.get("task", task):
             raise ValueError(f"{adapter_path}: was trained for {metadata['task']}, not for {task}; omit --task")
         if base == metadata.get("base") and not Path(base).exists():
-            raise FileNotFoundError(f"{base}: no such encoder, which {adapter_path} names; give --base PATH")
+            raise FileNotFoundError(f"{base}: no such encoder; {adapter_path} names it as its base; give --base PATH")
         model, own_head = load_encoder(base, dtype, device)
         check_head_task(task, model, Path(base))
         if metadata.get("base_fingerprint", "") not in ("", encoder_fingerprint(model)):

@@ -173,7 +173,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(C, config.norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, images: Tensor, adaption_prompts: Sequence[AdaptionPrompt] = ()) -> list[Tensor]:
-        """Return the outputs of all N layers, (B, T, C) each, for normalized images (B, channels, S, S).
+        """Return the outputs of all N layers, (B, T, C) each, for normalized images (B, channels, size, size).
 
         The class token comes first. The final `norm` is not applied. The topmost layers get one adaption prompt each.
         """

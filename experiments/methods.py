@@ -137,7 +137,7 @@ def import_peft():
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
-    """Add LoRA to wq and wv of every layer, as Alpaca-LoRA does. Return the parameters of LoRA, always in float32."""
+    """Add LoRA (scale 1, no dropout) to wq and wv of every layer. Return its parameters, always in float32."""
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["wq", "wv"])
     with torch.random.fork_rng(devices=[]):

@@ -323,7 +323,7 @@ def sounds(runs: Runs, model, speech, clips, base, epochs, lr, device) -> None:
 
 
 def draw_sounds(rows: dict[str, dict[str, list]], parts: Sequence[str]) -> Figure:
-    """Plot the exact accuracy with the correct sound: one panel per part, one bar per encoder."""
+    """Plot the exact-match accuracy with the correct sound: one panel per part, one bar per encoder."""
     figure = Figure(figsize=(5 * len(parts), 2.2), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts):
         draw_bars(axes, {label: percent(row[f"{part}: heard"]) for label, row in rows.items()}, f"{part}: heard, %")

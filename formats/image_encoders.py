@@ -99,7 +99,7 @@ def load_image_encoder(
         return FunctionEncoder(encoder, made_for)
     named = metadata.get("vision_encoder")
     if vision_encoder is None and named is not None and not Path(named).exists():
-        raise FileNotFoundError(f"{named}: no such vision encoder, which the adapter file names; give --clip PATH")
+        raise FileNotFoundError(f"{named}: no such vision encoder; the adapter file names it; give --clip PATH")
     vision_encoder = vision_encoder or named
     if vision_encoder is None and "encoder" in metadata:
         trained_with = metadata["encoder"]

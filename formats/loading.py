@@ -65,7 +65,7 @@ def load_with_adapters(
             folder = find_base(base, commit)
     if adapters and not folder.exists():
         raise FileNotFoundError(
-            f"{base}: no such base model, which {path} names; give --base PATH{download_hint(folder)}"
+            f"{base}: no such base model; {path} names it as its base; give --base PATH{download_hint(folder)}"
         )
     config, weights = read_base(folder)
     fingerprint = base_fingerprint(config, weights)

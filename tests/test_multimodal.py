@@ -453,7 +453,7 @@ def test_user_defined_encoder_is_called_and_its_errors_are_reported(tmp_path):
             encode_with_function([files[0], files[2]], load_function(f"{tmp_path / 'ear.py'}:{name}"))
     with pytest.raises(ValueError, match="ear.py: has no function 'number'"):
         load_function(f"{tmp_path / 'ear.py'}:number")
-    with pytest.raises(FileNotFoundError, match="no such encoder; write it as FILE.py:NAME"):
+    with pytest.raises(FileNotFoundError, match="there is no such file; expected FILE.py:NAME"):
         load_function("ear")
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(ValueError, match="broken.py: cannot be imported: ZeroDivisionError"):
