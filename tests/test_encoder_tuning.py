@@ -196,7 +196,7 @@ def test_image_classes_are_learned_and_scored(image_data):
     )
     assert "No such option '--int8'" in train(*args, "--int8").stderr
     wrong_encoder = train(*args, "--task", "text-classification", "--out", image_data / "other")
-    assert wrong_encoder.exit_code == 2 and "--task text-classification needs a RoBERTa" in wrong_encoder.stderr
+    assert wrong_encoder.exit_code == 2 and "the task text-classification needs a RoBERTa" in wrong_encoder.stderr
     too_many_layers = train(*args, "--layers", 4, "--out", image_data / "deep")
     assert (
         too_many_layers.exit_code == 2
