@@ -22,7 +22,7 @@ def test_missing_and_unknown_weights_are_named(tiny_base, tmp_path):
     folder = copy_base(tiny_base, tmp_path / "base")
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     torch.save(weights | {"layers.1.attention.wq.bias": torch.zeros(16)}, folder / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="has the weight layers.1.attention.wq.bias, which"):
+    with pytest.raises(ValueError, match="has the weight layers.1.attention.wq.bias, but its configuration"):
         load_llama(folder)
     del weights["norm.weight"]
     torch.save(weights, folder / "consolidated.00.pth")

@@ -314,7 +314,7 @@ def test_response_is_printed_while_it_is_generated(tiny_adapter, monkeypatch):
 def test_base_option_overrides_the_adapter_file(tiny_base, tmp_path):
     Adapter(layers=2, length=3, dim=16, heads=2).save(tmp_path / "a.safetensors", base="/gone")
     args = ("--adapter", tmp_path / "a.safetensors", "--max-new-tokens", 1)
-    assert "/gone: no such base model, which " in run(*args, "hello").stderr
+    assert "/gone: no such base model; " in run(*args, "hello").stderr
     result = run(*args, "--base", tiny_base, "hello")
     assert result.exit_code == 0 and result.stderr == ""  # an adapter without a fingerprint causes no warning
 

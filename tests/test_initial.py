@@ -120,7 +120,7 @@ def test_single_gate_of_peft_is_copied_to_all_heads(tmp_path):
     [
         (dict(dim=8), "was made for a base with dim = 8, but this base has dim = 16"),
         (dict(heads=4), "was made for a base with heads = 4, but this base has heads = 2"),
-        (dict(features=4), "takes 4 features, but this run's images have 6"),
+        (dict(features=4), "takes 4 features of an image, but this run has 6"),
     ],
 )
 def test_initial_adapter_of_a_different_shape_is_refused(tmp_path, changes, message):
