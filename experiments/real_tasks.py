@@ -1,4 +1,4 @@
-"""Parts of `experiments real` on tasks other than film reviews: ScienceQA, three adapters, Alpaca, digits."""
+"""Parts of `experiments real` beyond film reviews: ScienceQA, Alpaca, digits, and three adapters for one base."""
 
 import io
 import statistics

@@ -313,7 +313,9 @@ def write_peft(adapter: Adapter, folder: Path) -> None:
     gates = adapter.gate_values().detach()  # (L, H); PEFT has no tanh
     for i, row in enumerate(gates):
         if (row != row[0]).any():
-            spread = f"the gate values of adapted layer {i} (lowest: 0) range from {row.min():.4f} to {row.max():.4f}"
+            spread = (
+                f"the gate values of adapted layer {i}, counted from 0, range from {row.min():.4f} to {row.max():.4f}"
+            )
             raise ValueError(
                 f"{spread}; PEFT has one gate for all heads of a layer, so this adapter cannot be exported"
             )

@@ -28,7 +28,7 @@ class RobertaTokenizer:
         with library_errors(f"{folder}: cannot be read as RoBERTa's tokenizer"):
             ids = read_ids(folder)
             if missing := sorted(set(ByteLevel.alphabet()) - set(ids)):
-                raise ValueError(f"it has no token for the byte {missing[0]!r}")
+                raise ValueError(f"it has no token {missing[0]!r}; expected one per byte")
             if wrong := [token for token, id in ids.items() if type(id) is not int or id < 0]:
                 raise ValueError(f"the id of {wrong[0]!r} is {ids[wrong[0]]!r}; expected a non-negative integer")
             # The BPE model uses positions as ids, because several tokens may share the id of unknown tokens.

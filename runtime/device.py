@@ -94,7 +94,11 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the tensors on a CUDA GPU, of the whole process elsewhere; 0 on Windows."""
+    """Return the peak memory in bytes.
+
+    On a CUDA GPU, this is the memory of the tensors. On other devices, it is the memory of the process, or 0 on
+    Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -84,7 +84,8 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
 
     The split is defined by pid_splits.json in the same folder or, if there is no such file, by the field "split" of
     each problem. Images are at SPLIT/ID/image.png in the folder `images`, by default the folder of the problems. If
-    `images` has no folder SPLIT, they are at ID/image.png. Raises OSError, or ValueError, naming an invalid problem.
+    `images` has no folder SPLIT, they are at ID/image.png. Raises OSError, or ValueError if the split or a problem
+    is invalid.
     """
     path, split = Path(path), split or "train"
     folder = Path(images or path.parent)
