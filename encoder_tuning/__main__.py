@@ -40,7 +40,7 @@ STRIDE_HELP = "Question answering: number of tokens that neighboring windows of 
 
 @dataclass(frozen=True)
 class EncoderData(DataOptions):
-    """Options of the training data."""
+    """Options of an encoder's training data. The other fields of DataOptions keep their defaults."""
 
     data: str | None = setting(None, TASK_DATA, click.Path(), required=True)
     task: str | None = setting(None, "The task to train for.", click.Choice(HEAD_TASKS), required=True)

@@ -205,8 +205,8 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
     if not tokens or not fitting:
         raise ValueError(
             f"{len(tokens)} of {len(training)} training examples and {len(fitting)} of {len(parts.questions)} "
-            f"questions leave room for a response in {max_length} tokens; at least one of each must; "
-            f"shorten them, or increase --max-seq-len"
+            f"questions leave room for a response in {max_length} tokens; expected at least one of each; shorten the "
+            f"prompts, or increase --max-seq-len, which the base's context limits"
         )
     questions, held_out = map(list, zip(*fitting))
     text = text_rows(tokenizer, parts.documents, min(ROW, max_length))

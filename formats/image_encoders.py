@@ -86,7 +86,7 @@ def load_image_encoder(
     or if the adapter names no vision encoder or does not fit the encoder.
     """
     if vision_encoder is not None and encoder is not None:
-        raise ValueError("--clip and --encoder exclude each other; give only one of them")
+        raise ValueError("--clip and --encoder both compute the features of an image; use only one of them")
     if adapter is None:
         return FunctionEncoder(encoder) if encoder is not None else VisionEncoder(vision_encoder, dtype, device)
     if not isinstance(adapter, ImageAdapter):

@@ -21,8 +21,8 @@ def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_act
 
 
 def logit_bytes(config: Config, rows: int, itemsize: int) -> int:
-    """Return the bytes of the logits of `rows` positions in the loss, and of two float32 tensors of the same shape."""
-    return rows * config.vocab_size * (itemsize + 4 + 4)  # log p and its gradient
+    """Return the peak bytes of the loss for `rows` positions: logits, their float32 copy, and log p in float32."""
+    return rows * config.vocab_size * (itemsize + 4 + 4)  # the gradient overwrites log p
 
 
 def positions_that_fit(
