@@ -1,7 +1,7 @@
 """Vision transformers (Dosovitskiy et al., 2021), including CLIP's vision encoder, and RoBERTa (Liu et al., 2019).
 
-Their attention is bidirectional. Adaption prompts work as in LLaMA: in each of the topmost layers, every token attends to
-the K prompts of that layer. Notation as in adapter.py.
+Their attention is bidirectional. Adaption prompts work as in LLaMA: in each of the topmost layers, every token attends
+to the K prompts of that layer. Notation as in adapter.py.
 """
 
 from collections.abc import Callable, Sequence

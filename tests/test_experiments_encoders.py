@@ -48,7 +48,7 @@ def test_every_method_trains_its_own_parameters_only(tmp_path, method):
 
 
 class Recorder:
-    """Replacement for training and evaluation. Records the examples of both and the TrainConfigs; accuracies are 0.5."""
+    """Replacement for training and evaluation. Records their examples and the TrainConfigs; accuracies are 0.5."""
 
     def __init__(self, monkeypatch):
         self.trained, self.scored = [], []
