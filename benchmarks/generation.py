@@ -49,7 +49,7 @@ def bytes_per_step(model: nn.Module) -> int:
 
 
 def create_variants(model: LLaMA, adapter: Adapter, variants: dict[str, Variant]) -> dict[str, Ours]:
-    """Create this implementation in all variants, by name.
+    """Return one contestant of this implementation per variant, keyed by the name of the variant.
 
     Variants that read the same weights share a model, to save memory.
     """

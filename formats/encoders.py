@@ -373,7 +373,7 @@ def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, ar
             channels = 1 if (per_patch**0.5).is_integer() else 3
             P = round((per_patch / channels) ** 0.5)
             if channels * P * P != per_patch:
-                raise ValueError(f"has patches of {per_patch} values, which cannot be square")
+                raise ValueError(f"has patches of {per_patch} values; expected square patches of 1 or 3 channels")
             if channels == 1:  # statistics of MNIST
                 settings |= {"mean": (0.1307,), "std": (0.3081,)}
         else:

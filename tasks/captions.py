@@ -31,7 +31,7 @@ class Picture(Example):
 
 
 def read(path: str | Path, images: str | Path | None = None, split: str | None = None) -> list[Example]:
-    """Return one training example per caption. Raises as `read_pictures` does."""
+    """Return one training example per caption. `images` and `split` are not used. Raises as `read_pictures` does."""
     return [
         Example(picture.instruction, output=caption, image=picture.image, name=picture.name)
         for picture in read_pictures(path)

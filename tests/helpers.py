@@ -102,7 +102,7 @@ def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), 
 
 
 def convert_sentencepiece(path):
-    """Convert a SentencePiece model to a BPE of `tokenizers`, with merges derived from the pieces and their scores."""
+    """Convert a SentencePiece model to a BPE Tokenizer. The merges are derived from the pieces and their scores."""
     from tokenizers import Tokenizer, models, normalizers
 
     model = SentencePieceProcessor(model_file=str(path))

@@ -89,7 +89,7 @@ def test_model_with_nonzero_gates_equals_the_reference(config, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zeroed_by", ["gate", "strength"])
 def test_zero_gates_equal_the_base_bit_for_bit(dtype, zeroed_by, device):
-    """Zero gates and `gate_scale=0` leave the logits unchanged, whereas PEFT's zero gate adds the bias of Wo twice."""
+    """Zero gates and `gate_scale=0` leave the logits unchanged."""
     model = make_model().to(device, dtype)
     adapter = make_adapter(model, layers=3, gates=zeroed_by == "strength").to(device)
     prompts = adapter(gate_scale=0.0 if zeroed_by == "strength" else 1.0, dtype=dtype)
