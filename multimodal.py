@@ -32,8 +32,9 @@ DEPTHS = 4  # M
 class ImageAdapter(Adapter):
     """An adapter for images or other media, whose features are projected to a shift I of the prompt embeddings.
 
-    The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). With ViT-L/14 at four depths and LLaMA-7B, it
-    has 593,992 parameters. The whole adapter with K = 10 and L = 30 has 1,823,752 parameters, the paper's 1.8 million.
+    The projection is Linear(F, bottleneck), GELU, Linear(bottleneck, C). Its width and activation are our choice; the
+    paper calls it a bottleneck MLP of 0.6 million parameters. With ViT-L/14 at four depths and LLaMA-7B, it has 593,992
+    parameters, and the whole adapter with K = 10 and L = 30 has 1,823,752, the paper's 1.8 million.
     """
 
     def __init__(
