@@ -4,6 +4,8 @@
     I         = projection(features)          a small trained MLP
     P + I                                     replaces P in every adapted layer
 
+M = 4, the even spacing of the depths and the normalization are our choice.
+
 The notation is that of adapter.py. F is the number of features: M*Cv for a vision encoder of width Cv. The features of
 a video are the mean over its frames. Sounds and other media use a feature function that the user provides.
 """
@@ -26,7 +28,7 @@ from encoders.models import ViT, make_mlp
 from runtime.files import atomic_write, hash_tensors, require_file
 from runtime.schema import renamed, whole_number
 
-DEPTHS = 4  # M
+DEPTHS = 4  # M, our choice
 
 
 class ImageAdapter(Adapter):

@@ -56,7 +56,10 @@ from training.sharding import choose_strategy, fsdp_sharder
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyper-parameters. The defaults are those of the paper, where it states them (section 4.1)."""
+    """Hyper-parameters. The defaults are those of the paper, where it states them (section 4.1).
+
+    That its learning rate of 0.009 is a base rate, for batches of 256, is from the authors' code.
+    """
 
     layers: int | None = setting(
         None, "L, number of topmost layers to adapt.  [default: all but the two lowest]", Count()
@@ -68,7 +71,7 @@ class TrainConfig:
     blr: float = setting(9e-3, "Base learning rate: the peak is --blr * --batch-size / 256.", Real(0, 1e3))
     lr: float | None = setting(None, "Peak learning rate; replaces --blr.  [default: from --blr]", Real(0, 1e3))
     weight_decay: float = setting(0.02, "Weight decay; gates have none, because it would pull them to 0.", Real(0, 1e3))
-    gradient_clip: float | None = None  # maximum norm of the gradient; the paper does not clip
+    gradient_clip: float | None = None  # maximum norm of the gradient; the authors' code does not clip
     max_seq_len: int | None = setting(
         None,
         "Maximum tokens per example; longer ones are truncated or dropped.  [default: 512 or the base's limit if less]",
@@ -104,7 +107,7 @@ class TrainConfig:
             raise ValueError(f"--max-seq-len {max_seq_len}: {base} has a context of only {context} tokens")
         if self.peak_lr > 0.1 and rank() == 0:
             lr = f"{self.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
-            warn(f"the peak learning rate is {lr}; the paper uses 0.00225")
+            warn(f"the peak learning rate is {lr}; the default is 0.00225, for batches of 64")
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 RATE = 16000  # samples per second; the model takes one second
-DEPTHS = [3, 6, 9, 12]  # of 12 layers, evenly spaced up to the last, as section 3.3 of the paper takes them from CLIP
+DEPTHS = [3, 6, 9, 12]  # of 12 layers, evenly spaced up to the last, as multimodal.py takes them from CLIP
 # The name of a layer's output, (1, 99, 64).
 TOKENS = "kws_transformer/transformer_block_{}/layer_normalization_{}/batchnorm/add_1"
 
