@@ -107,7 +107,7 @@ class TrainConfig:
             raise ValueError(f"--max-seq-len {max_seq_len}: {base} has a context of only {context} tokens")
         if self.peak_lr > 0.1 and rank() == 0:
             lr = f"{self.peak_lr:g} (--lr, or --blr * --batch-size / 256)"
-            warn(f"the peak learning rate is {lr}; the default is 0.00225, for batches of 64")
+            warn(f"the peak learning rate is {lr}; the default of --blr gives 0.00225 for batches of 64")
         return replace(self, layers=layers, max_seq_len=max_seq_len)
 
 

@@ -626,7 +626,7 @@ def test_extreme_learning_rate_causes_a_warning(args, more):
     i = args.index("--lr")
     result = run(*args[:i], *args[i + 2 :], *more)
     rate = "3 " if "--lr" in more else "3.51562"
-    assert f"warning: the peak learning rate is {rate}" in result.stderr and "the default is 0.00225" in result.stderr
+    assert f"warning: the peak learning rate is {rate}" in result.stderr and "gives 0.00225" in result.stderr
     assert "warning" not in run(*args, "--lr", 0.01, "--out", args[5].with_name("other")).stderr
 
 
