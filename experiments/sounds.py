@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 import wave
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -146,7 +147,7 @@ def write_clips(archive: Path, folder: Path) -> list[Path]:
     try:
         with np.load(archive, allow_pickle=False) as arrays:
             waves, words = arrays["waves"], arrays["words"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{archive}: is not an .npz archive with arrays `waves` and `words`: {error}") from None
     files = [folder / f"{word}-clip{i}.wav" for i, word in enumerate(words)]
     for samples, path in zip(waves, files):

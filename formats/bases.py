@@ -57,7 +57,7 @@ def load_llama(
 def read_base(path: Path) -> tuple[Config, Weights]:
     """Read the headers of a base. Return its Config, and for each weight a function that copies it into a tensor.
 
-    Raises FileNotFoundError or ValueError.
+    Raises OSError, or ValueError if the base is invalid or not supported.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such base model{download_hint(path)}")

@@ -87,7 +87,7 @@ bits_options = [  # both fill `bits` with None, "none", "8" or "4"
         "--bits",
         type=click.Choice(["auto", "none", "8", "4"]),
         callback=lambda context, parameter, bits: None if bits == "auto" else bits,
-        help="Bits per weight of the layers; none: --dtype; auto: a GGUF file's 8 or 4, else --dtype.  [default: auto]",
+        help="Bits per weight of the layers; none: as --dtype; auto: a GGUF file's 8 or 4, or none.  [default: auto]",
     ),
     option("--int8", "bits", flag_value="8", hidden=True),  # an old name, kept for compatibility
 ]

@@ -201,6 +201,9 @@ def test_sounds_command_writes_its_results(tiny_base, tmp_path, monkeypatch):
 
 
 def test_archive_of_other_arrays_is_refused(tmp_path):
-    np.savez(tmp_path / "x.npz", images=np.zeros(3))
-    with pytest.raises(ValueError, match="x.npz: is not an .npz archive with arrays `waves` and `words`"):
-        sounds.write_clips(tmp_path / "x.npz", tmp_path)
+    path = tmp_path / "x.npz"
+    np.savez(path, images=np.zeros(3))
+    for content in (path.read_bytes(), path.read_bytes()[:100]):  # the second one is a truncated archive
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.npz: is not an .npz archive with arrays `waves` and `words`"):
+            sounds.write_clips(path, tmp_path)

@@ -398,7 +398,7 @@ def test_real_mnist_vit_has_its_known_accuracy(data):
 
 
 def test_real_cifar10_vit_has_its_known_accuracy(tmp_path, data):
-    """17 of 25 images are classified correctly, as by the model's own code. config.json has num_heads and norm_eps."""
+    """17 of 25 images are classified correctly, as many as with the model's own code."""
     folder = data / "models" / "vit_cifar10"
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     values = {"architecture": "vit", "model_args": {"num_heads": 4, "norm_eps": 1e-5}}

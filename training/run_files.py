@@ -184,7 +184,7 @@ def checked_line(line: object) -> dict:
 
 
 def write_metrics(path: Path, line: dict) -> None:
-    """Append one line of metrics. Raises an OSError that names the file."""
+    """Append one line of metrics. Raises an OSError that names the file, or ValueError if a value is not finite."""
     with named_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
