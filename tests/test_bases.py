@@ -98,7 +98,7 @@ def load_and_measure(tiny_base, base, dtype, results):
 
 
 def test_output_head_is_stored_transposed_on_a_cpu(tiny_base, data):
-    """In float32, the matmul is faster if the weight is stored as (C, V). A tied head is (V, C), as embeddings are."""
+    """The matmul is faster in float32 if the weight is stored as (C, V). A tied head is (V, C), as embeddings are."""
     model, _ = load_llama(tiny_base)
     assert LLaMA(model.config).output.weight.stride() == (model.config.dim, 1)
     assert model.output.weight.stride() == (1, model.config.vocab_size)

@@ -231,7 +231,7 @@ def loss_and_gradient(model, adapter):
 
 
 def test_bfloat16_gradient_is_close_to_float32(device):
-    """On a GPU, bfloat16 is the default, and its attention has a different backward kernel than that of float32."""
+    """bfloat16 is the default on a GPU, and its attention has a different backward kernel than that of float32."""
     expected_loss, expected = loss_and_gradient(make_model(), make_adapter(make_model()))
     adapter = make_adapter(make_model()).to(device)
     found_loss, found = loss_and_gradient(make_model().to(device, torch.bfloat16), adapter)

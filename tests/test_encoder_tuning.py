@@ -121,7 +121,7 @@ def test_rank_without_data_has_a_zero_gradient(loss_fn):
 
 
 def test_gates_of_encoders_move_first():
-    """At zero gates, the gradient of the prompts is zero; the gradients of the gates and the head are not."""
+    """The gradient of the prompts is zero at zero gates; the gradients of the gates and the head are not."""
     model = make_roberta()
     adapter = make_head_adapter(model, 3, gates=False)
     optimizer = make_optimizer(adapter, 0.0)

@@ -279,7 +279,7 @@ def test_large_video_frames_are_refused(tmp_path, monkeypatch):
 
 
 def test_16_bit_grayscale_is_rounded(tmp_path):
-    """Each of the 65,536 values v becomes v / 257, rounded in float64."""
+    """Compare all 65,536 values v with v / 257, rounded in float64."""
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(values).save(tmp_path / "x.png")
     found = np.asarray(open_image(tmp_path / "x.png"))[:, :, 0]

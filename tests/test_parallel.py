@@ -422,7 +422,7 @@ def fake_evaluation(rank):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_toy_is_evaluated_after_training_on_ranks(forks, tiny_base, tmp_path, strategy):
-    """With FSDP, all ranks take part in the evaluation; with DDP, only the first. Only the first prints the result."""
+    """All ranks evaluate with FSDP, and only the first one with DDP. In both cases, only the first prints the result."""
     args = ["--base", tiny_base, "--toy", "text", "--layers", 2, "--out", tmp_path, "--epochs", 3, "--limit", 40]
     results = Ranks(
         forks, 2, train_command, [*args, "--device", "cpu", "--strategy", strategy], fake_evaluation
@@ -511,7 +511,7 @@ def measure_loading(tiny_base, base):
 
 
 def test_loading_a_sharded_base_holds_one_whole_layer_at_a_time(forks, tiny_base, large_base):
-    """Each of two ranks holds half of the 10 layers, the layer that is being read, and memory that malloc keeps."""
+    """A rank (of two) holds half of the 10 layers, the layer that is being read, and memory that malloc keeps."""
     for size, peak in Ranks(forks, 2, measure_loading, tiny_base, large_base).results():
         assert 0.5 * size < peak < 0.85 * size
 

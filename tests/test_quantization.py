@@ -113,7 +113,7 @@ def test_adapter_gradients_equal_the_dequantized_model(bits, checkpoint_activati
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_cached_decoding_equals_one_forward_pass(bits):
-    """With a gate_scale of 0, the logits equal those of the quantized base bit for bit."""
+    """The logits equal those of the quantized base bit for bit if gate_scale is 0."""
     model = make_model(SHAPE)
     quantizer(bits)(model.layers)
     adapter, tokens = make_adapter(model), make_tokens(model, 12)
