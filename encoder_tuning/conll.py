@@ -89,11 +89,11 @@ def labeled_sentences(
             ids += pieces
             labels += [classes.index(tag)] + [IGNORE] * (len(pieces) - 1)
         room = max_length - 2
-        inputs = torch.tensor([tokenizer.bos_id, *ids[:room], tokenizer.eos_id])
         if room < 1:
             dropped += 1
         else:
             num_truncated += len(ids) > room
+            inputs = torch.tensor([tokenizer.bos_id, *ids[:room], tokenizer.eos_id])
             examples.append(Labeled(inputs, (IGNORE, *labels[:room], IGNORE), sentence.name, len(inputs)))
     return LabeledData(examples, list(classes), num_truncated, dropped)
 

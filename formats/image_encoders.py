@@ -97,17 +97,16 @@ def load_image_encoder(
         if Path(trained_with).name != Path(encoder).name:
             warn(f"the adapter was trained with {trained_with}, not with {encoder}")
         return FunctionEncoder(encoder, made_for)
-    named = metadata.get("vision_encoder")
-    if vision_encoder is None and named is not None and not Path(named).exists():
-        raise FileNotFoundError(f"{named}: no such vision encoder; the adapter file names it; give --clip PATH")
-    vision_encoder = vision_encoder or named
-    if vision_encoder is None and "encoder" in metadata:
-        trained_with = metadata["encoder"]
-        raise ValueError(
-            f"the adapter was trained with {trained_with}; to run that code, give --encoder {trained_with}"
-        )
     if vision_encoder is None:
-        raise ValueError("the adapter file does not name its encoder; give --clip PATH or --encoder FILE.py:NAME")
+        vision_encoder, trained_with = metadata.get("vision_encoder"), metadata.get("encoder")
+        if vision_encoder is None and trained_with is not None:
+            advice = f"to run that code, give --encoder {trained_with}"
+            raise ValueError(f"the adapter was trained with {trained_with}; {advice}")
+        if vision_encoder is None:
+            raise ValueError("the adapter file does not name its encoder; give --clip PATH or --encoder FILE.py:NAME")
+        if not Path(vision_encoder).exists():
+            missing = f"{vision_encoder}: no such vision encoder"
+            raise FileNotFoundError(f"{missing}; the adapter file names it; give --clip PATH")
     found = VisionEncoder(vision_encoder, dtype, device, int(metadata.get("vision_encoder_depths", DEPTHS)))
     if found.num_features != made_for:
         raise ValueError(

@@ -117,7 +117,7 @@ def test_template_that_rewrites_earlier_turns_can_train_on_one_round_only(tmp_pa
 
 
 def test_template_whose_prompt_begins_the_response_cannot_train(tmp_path):
-    """The prompt ends with <think>, as in DeepSeek-R1-Distill, but no turn contains it. Generation is still possible."""
+    """The prompt ends with <think>, as in DeepSeek-R1-Distill, but no turn has it. Generation is still possible."""
     source = THINKING.replace("'[no thoughts] '", "''").replace("assistant\n' if add", "assistant\n<think>' if add")
     save_chatml(tmp_path, template=source)
     tokenizer = load_tokenizer(tmp_path)

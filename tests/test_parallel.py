@@ -422,7 +422,7 @@ def fake_evaluation(rank):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_toy_is_evaluated_after_training_on_ranks(forks, tiny_base, tmp_path, strategy):
-    """All ranks evaluate with FSDP, and only the first one with DDP. In both cases, only the first prints the result."""
+    """All ranks evaluate with FSDP, and only the first one with DDP. Only the first one prints the result."""
     args = ["--base", tiny_base, "--toy", "text", "--layers", 2, "--out", tmp_path, "--epochs", 3, "--limit", 40]
     results = Ranks(
         forks, 2, train_command, [*args, "--device", "cpu", "--strategy", strategy], fake_evaluation

@@ -72,7 +72,7 @@ def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
         result = initial.to(adapter.prompts.device)
         kept = {}
         if isinstance(initial, ImageAdapter) and not isinstance(adapter, ImageAdapter):  # a run without images
-            kept = {name: metadata[name] for name in metadata if name.startswith(("vision_encoder", "encoder"))}
+            kept = {name: metadata[name] for name in metadata if name == "encoder" or name.startswith("vision_encoder")}
         result.metadata = kept | adapter.metadata
     result.metadata["init"] = Path(path).name
     return result
