@@ -43,7 +43,7 @@ def main():
 
 
 def reading_options(command):
-    """Add options to a command for what third-party files may not state: heads, gate activation and K."""
+    """Add options to a command for what third-party files might not state: heads, gate activation and K."""
     activations = click.Choice(list(Adapter.ACTIVATIONS))
     options = [
         click.option(

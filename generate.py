@@ -407,7 +407,7 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
         "--attention",
         type=click.Choice([*ATTENTIONS]),
         default="fused",
-        help="Implementation of gated attention; both are equivalent.",
+        help="Implementation of gated attention; the two are equivalent.",
     ),
 )
 def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out, media, **options):

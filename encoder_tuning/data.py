@@ -110,12 +110,12 @@ def read_labeled(
     limit: int | None = None,
     stride: int = STRIDE,
 ) -> LabeledData:
-    """Read the data of a task as inputs of `model`, the encoder in the folder `base`. `data` is a file or folder.
+    """Read the data of a task as inputs of `model`, the encoder that was loaded from `base`.
 
-    The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the outputs of the head. By
-    default they are the labels that occur in the file; for token classification, they are the labels of the base's own
-    head if these include all tags of the file. `limit` is the maximum number of records, sampled at random. `stride` is
-    the number of context tokens that neighboring windows of a question share.
+    `data` is a file or folder. The inputs of RoBERTa have at most `max_length` tokens. `classes` are the names of the
+    outputs of the head. By default they are the labels that occur in the data; for token classification, they are the
+    labels of the base's own head if these include all tags of the data. `limit` is the maximum number of records,
+    sampled at random. `stride` is the number of context tokens that neighboring windows of a question share.
 
     Raises OSError, or ValueError if the data is invalid, or the task needs a different kind of encoder.
     """

@@ -157,7 +157,7 @@ def search_rates(runs: Runs, sources: Sources) -> None:
         rows |= table(further)
     best = {method: best_rate(rows, method) for method in TRIED}
     at_edge = [method for method in further if best[method] in further[method]]
-    click.echo("best: " + ", ".join(f"{method} {lr:g}" for method, lr in best.items()))
+    click.echo("best learning rates: " + ", ".join(f"{method} {lr:g}" for method, lr in best.items()))
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -90,7 +90,7 @@ def utterances() -> list[tuple[str, str, str, int, int]]:
 def make_speech() -> Path:
     """Return a folder with the sounds PART/WORD-VOICE-SPEED-PITCH.wav, and with sounds.json for train.py.
 
-    The first call creates the folder; later calls use it again. Raises ValueError if espeak-ng is missing or fails.
+    The first call creates the folder; later calls reuse it. Raises ValueError if espeak-ng is missing or fails.
     """
 
     def make(folder: Path) -> None:
@@ -121,7 +121,7 @@ def wav_files(folder: Path) -> list[Path]:
 
 
 def spoken_word(file: Path) -> str:
-    """Return the spoken word, with which the name of a sound file begins."""
+    """Return the spoken word, which is the first part of the sound file's name."""
     return file.name.split("-")[0]
 
 

@@ -162,7 +162,7 @@ def load_encoder(
     unused = sorted(name for name in source.tensors if name.startswith(layers) and name not in source.used)
     if unused:
         raise ValueError(
-            f"{path}: has unknown weights in its layers, {unused[0]} ...; this architecture is not supported"
+            f"{path}: has unknown weights in its layers, such as {unused[0]}; this architecture is not supported"
         )
     return model.requires_grad_(False), read_head(source, path, device) if source.head else None
 

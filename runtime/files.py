@@ -115,7 +115,10 @@ def remove_unfinished(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path):
-    """Lock the folder. If another process has locked it, raise a ValueError that names that process."""
+    """Lock the folder for the duration of the block.
+
+    Raises ValueError, naming the other process, if it has locked the folder.
+    """
     path = folder / ".lock"
     holder = folder / ".lock-holder"
     lock = FileLock(path)

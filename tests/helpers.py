@@ -81,9 +81,8 @@ CHATML = (  # adds a system turn if there is none, as the templates of Qwen2.5 a
 def save_chatml(folder, texts=("the cat sat on the mat", "naïve 漢字 🦙"), template=None, **generation):
     """Train a byte-level BPE on `texts`, and save it to `folder`.
 
-    Like the tokenizers of SmolLM2 and Qwen, it has no <bos> and two tokens that end a text. The files are
-    tokenizer.json, tokenizer_config.json with `template` as the chat template, and generation_config.json with further
-    fields from `generation`.
+    It has no <bos>, and two tokens that end a text. The files are tokenizer.json, tokenizer_config.json with `template`
+    as the chat template, and generation_config.json with further fields from `generation`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""Adapter files of the authors, lit-llama and PEFT: import, equal outputs, export, and files that are refused."""
+"""Adapter files of the authors, lit-llama and PEFT: import, equality of outputs, export, and refused files."""
 
 import json
 import sys

@@ -340,7 +340,7 @@ def test_timm_files_are_read(tmp_path, folder):
         loaded, loaded_head = load_encoder(tmp_path / "vit.pth")
     extra = timm_state_dict(model, head) | {"blocks.0.ls1.gamma": torch.ones(128)}  # LayerScale, as in DINOv2
     torch.save(extra, tmp_path / "more.pth")
-    with pytest.raises(ValueError, match="more.pth: has unknown weights in its layers, blocks.0.ls1"):
+    with pytest.raises(ValueError, match="more.pth: has unknown weights in its layers, such as blocks.0.ls1"):
         load_encoder(tmp_path / "more.pth")
     images = make_images()
     assert loaded.config == config and torch.equal(loaded.encode(images), model.encode(images))

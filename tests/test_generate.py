@@ -74,7 +74,7 @@ def test_missing_compiler_is_reported(tiny_adapter, monkeypatch):
 
 
 def test_each_row_stops_at_its_own_eos():
-    """Decoding ends with the last row. (The authors' inference code does not stop at EOS.)"""
+    """Decoding ends when every row has stopped. (The authors' inference code does not stop at EOS.)"""
     model = make_model()
     rows = [make_tokens(model, 5, seed=n).tolist() for n in range(3)]
     full = generate(model, rows, max_new_tokens=12)

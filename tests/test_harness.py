@@ -149,7 +149,7 @@ def test_generated_texts_equal_those_of_hf(both):
 
 @pytest.mark.filterwarnings("ignore")
 def test_third_party_model_scores_as_with_hf(harness, data, tmp_path):
-    """tinystories3.8M scores second sentences of stories and whole stories, and continues the beginnings of stories."""
+    """tinystories3.8M scores whole stories and the second sentences of stories, and continues their beginnings."""
     transformers = pytest.importorskip("transformers")
     from lm_eval.models.huggingface import HFLM
 

@@ -84,7 +84,7 @@ class BaseOptions:
     bits: str | None = None
     compile: bool = setting(False, "Compile the layers: slower at the start, then faster.")
     attention: str = setting(
-        "fused", "Implementation of gated attention; both are equivalent.", click.Choice([*ATTENTIONS])
+        "fused", "Implementation of gated attention; the two are equivalent.", click.Choice([*ATTENTIONS])
     )
     strategy: str = setting("auto", STRATEGY_HELP, click.Choice(["auto", "ddp", "fsdp"]))
 

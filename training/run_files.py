@@ -100,7 +100,7 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
 
     For a new run, `step` is 0: if a previous run has written an adapter or a summary, its files are moved to a new
     folder run-N, which is returned; otherwise its metrics and plots are deleted. Raises OSError, or ValueError if
-    metrics are missing.
+    metrics are missing or invalid.
     """
     for name in (*WRITTEN, CHECKPOINT):
         remove_unfinished(out / name)

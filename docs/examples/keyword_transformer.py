@@ -62,9 +62,9 @@ def load_keyword_transformer(path):
     except ValueError as error:
         raise ValueError(f"{path}: is not a TFLite model: {error}") from None
     model.allocate_tensors()
-    shape = list(model.get_input_details()[0]["shape"])
+    shape = model.get_input_details()[0]["shape"].tolist()
     if shape != [1, RATE]:
-        raise ValueError(f"{path}: has an input of shape {shape}; expected a second of sound, [1, {RATE}]")
+        raise ValueError(f"{path}: has an input of shape {shape}; expected one second of sound, [1, {RATE}]")
     return model
 
 
