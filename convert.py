@@ -27,7 +27,7 @@ def adapter_summary(adapter: Adapter) -> str:
     }
     omitted = {"format", "version", "base_dim", "base_heads", "gate_activation"}
     lines |= {name: value for name, value in sorted(adapter.metadata.items()) if name not in omitted}
-    text = [printable(f"{name + ':':26}{value}") for name, value in lines.items()]
+    text = [printable(f"{name + ':':28}{value}") for name, value in lines.items()]
     marks, largest = " .:-=+*#%@", gates.max().clamp(min=1e-12)
     first = int(adapter.metadata.get("base_layers", layers)) - layers
     text += ["", f"|gate| of each layer and head, from '{marks[0]}' 0 to '{marks[-1]}' {largest:.4f}:"]

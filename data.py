@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.files import parse_json, read_text
+from runtime.schema import brief, listed
 
 MEDIA = ("image", "video", "audio")  # fields that name the media file of a record
 IGNORE = -100  # ignore_index of the cross entropy
@@ -183,11 +184,10 @@ def check_record(
     where = f"{path}: {name}"
     if not isinstance(record, dict):
         expected = " and ".join(map(repr, needed))
-        raise ValueError(f"{where}: is of type {type(record).__name__}, not an object with {expected}")
+        raise ValueError(f"{where}: is {brief(record)}, not an object with {expected}")
     for key in needed:
         if key not in record:
-            present = ", ".join(map(repr, record)) or "nothing"
-            raise ValueError(f"{where}: has no field {key!r} (it has: {present})")
+            raise ValueError(f"{where}: has no field {key!r} (it has: {listed(record)})")
     fields = {key: record[key] for key in (*needed, "input", *MEDIA) if key in record}
     if fields.get("input", "") is None:  # null is the same as no input
         del fields["input"]
@@ -202,7 +202,7 @@ def check_record(
 def check_text(value: object, where: str, name: str) -> None:
     """Raise ValueError if the value of a field is not a string, or contains an unpaired surrogate."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field '{name}' is of type {type(value).__name__}, not a string")
+        raise ValueError(f"{where}: field '{name}' is {brief(value)}, not a string")
     try:
         require_utf8(value)
     except ValueError:
@@ -304,8 +304,8 @@ def hold_out(examples: list, val_size: float, seed: int) -> tuple[list, list]:
     number = round(val_size * len(examples)) if val_size < 1 else round(val_size)
     if number >= len(examples):
         raise ValueError(
-            f"--val-size {val_size:g} holds out {number} examples, but there are only {len(examples)}; decrease it, "
-            f"so that some are left for training"
+            f"--val-size {val_size:g} holds out {number:,} examples, but there are only {len(examples):,}; "
+            f"decrease it, so that some are left for training"
         )
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return [examples[i] for i in order[number:]], [examples[i] for i in order[:number]]

@@ -202,8 +202,9 @@ def train_step(
 
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
     if not (batch_loss.isfinite() and grad_norm.isfinite()):
-        names = ", ".join(dict.fromkeys(example.name for example in examples))
-        raise FloatingPointError(f"the loss ({batch_loss.item()}) or its gradient is not finite, for {names}")
+        names = list(dict.fromkeys(example.name for example in examples))
+        found = ", ".join(names[:5]) + " and others" * (len(names) > 5)
+        raise FloatingPointError(f"the loss ({batch_loss.item()}) or its gradient is not finite, for {found}")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()

@@ -20,6 +20,7 @@ from data import IGNORE
 from encoder_tuning.labeled import Labeled, LabeledData, class_names
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_text
+from runtime.schema import listed
 
 OUTSIDE = "O"  # the tag of a word outside of any entity
 
@@ -83,7 +84,7 @@ def labeled_sentences(
         ids, labels = [], []
         for word, tag in zip(sentence.words, sentence.tags):
             if tag not in classes:
-                raise ValueError(f"{sentence.name}: unknown tag {tag!r}; expected one of {', '.join(classes)}")
+                raise ValueError(f"{sentence.name}: unknown tag {tag!r}; expected one of {listed(classes)}")
             # Every word, even the first, gets a leading space, so that it has the same tokens as within a sentence.
             pieces = tokenizer.encode(f" {word}")
             ids += pieces

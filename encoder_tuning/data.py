@@ -25,6 +25,7 @@ from encoders.models import Roberta, ViT
 from formats.encoders import head_labels
 from formats.tensors import prefix_errors
 from runtime.files import MAX_BYTES, read_text, require_file
+from runtime.schema import brief, listed
 
 HEAD_TASKS = ("image-classification", "text-classification", "token-classification", "question-answering")
 STRIDE = 128  # tokens that neighboring windows of a context share
@@ -86,7 +87,7 @@ def read_labeled_texts(path: Path) -> list[tuple[str, str, str]]:
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         if not isinstance(record, dict) or "label" not in record or not {"text", "sentence"} & set(record):
-            present = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+            present = listed(record) if isinstance(record, dict) else brief(record)
             raise ValueError(f"{where}: must have the fields 'text' (or 'sentence') and 'label' (found: {present})")
         text, label = record.get("text", record.get("sentence")), record["label"]
         label = str(label) if type(label) is int else label
@@ -138,7 +139,7 @@ def read_labeled(
     examples, num_truncated = [], 0
     for source, label, name in subset(rows, limit):
         if label not in classes:
-            raise ValueError(f"{data}: {name}: unknown class {label!r}; expected one of {', '.join(classes)}")
+            raise ValueError(f"{data}: {name}: unknown class {label!r}; expected one of {listed(classes)}")
         if tokenizer is None:
             image = open_image(source) if isinstance(source, Path) else source
             inputs, num_tokens = preprocess(image, model.config), len(model.positions)

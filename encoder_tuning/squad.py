@@ -17,6 +17,7 @@ from data import check_text
 from encoder_tuning.labeled import Labeled, LabeledData
 from formats.roberta_tokenizer import RobertaTokenizer
 from runtime.files import read_json
+from runtime.schema import brief
 
 
 class SquadQuestion(NamedTuple):
@@ -58,7 +59,7 @@ def check_squad_question(question: SquadQuestion, is_impossible: object, where: 
     for field in ("id", "question", "context"):
         check_text(getattr(question, field), where, field)
     if not isinstance(is_impossible, bool):
-        raise ValueError(f"{where}: field 'is_impossible' is a {type(is_impossible).__name__}, not true or false")
+        raise ValueError(f"{where}: field 'is_impossible' is {brief(is_impossible)}, not true or false")
     if not question.answers and not is_impossible:
         raise ValueError(f"{where}: has no answers, but is not marked 'is_impossible'")
     if question.answers and is_impossible:

@@ -142,7 +142,8 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
                     break
                 total = seen
     except Exception as error:  # a broken file can cause any exception in a decoder
-        raise ValueError(f"{path}: cannot be read as a video: {error}") from None
+        reason = getattr(error, "strerror", None) or error  # the text of PyAV's errors repeats the path
+        raise ValueError(f"{path}: cannot be read as a video: {reason}") from None
     if not frames:
         raise ValueError(f"{path}: has no frames")
     return [require_visible(frame, path) for frame in frames]

@@ -26,7 +26,7 @@ from formats.tensors import load_pth, prefix_errors, open_tensors, require_dense
 from multimodal import ImageAdapter
 from runtime.cli import warn
 from runtime.files import read_json_object, require_file, write_json, write_tensors
-from runtime.schema import whole_number
+from runtime.schema import listed, whole_number
 
 
 MAX_LENGTH = 4096  # maximum K, as in train.py
@@ -90,22 +90,25 @@ def load_own(path: Path) -> Adapter:
     kinds = {"projection.0.weight": ImageAdapter, "head.0.weight": HeadAdapter}
     kind = next((kinds[name] for name in kinds if name in tensors), Adapter)
 
-    if (metadata.get("format"), metadata.get("version")) != ("llama-adapter", "1"):
+    format_and_version = metadata.get("format"), metadata.get("version")
+    if format_and_version != ("llama-adapter", "1"):
         hint = "" if "version" in metadata else "; for an adapter of PEFT, give the folder"
-        found = f"expected format 'llama-adapter', version '1'; found the metadata {metadata}"
-        raise ValueError(f"{path}: is not an adapter of this project: {found}{hint}")
+        expected = f"expected format 'llama-adapter', version '1'; found {format_and_version}"
+        raise ValueError(f"{path}: is not an adapter of this project: {expected}{hint}")
     if not {"prompts", "gates"} <= set(tensors):
-        raise ValueError(f"{path}: expected the tensors 'gates' and 'prompts', found {sorted(tensors)}")
+        raise ValueError(f"{path}: expected the tensors 'gates' and 'prompts', found {listed(sorted(tensors))}")
     activation = metadata.get("gate_activation")
     if activation not in kind.ACTIVATIONS:
-        raise ValueError(f"{path}: gate_activation is {activation!r}; expected one of {list(kind.ACTIVATIONS)}")
+        raise ValueError(f"{path}: gate_activation is {activation!r}; expected one of {listed(kind.ACTIVATIONS)}")
     prompts, gates = tensors["prompts"], tensors["gates"]
     if prompts.dim() != 3 or gates.dim() != 2 or len(prompts) != len(gates) or 0 in (*prompts.shape, *gates.shape):
         found = f"prompts {tuple(prompts.shape)} and gates {tuple(gates.shape)}"
         raise ValueError(f"{path}: expected prompts (L, K, C) and gates (L, H), found {found}")
     for name, size in (("base_dim", prompts.shape[2]), ("base_heads", gates.shape[1])):
         if metadata.get(name) != str(size):
-            raise ValueError(f"{path}: {name} is {metadata.get(name)} in the metadata, but {size} in the tensors")
+            raise ValueError(
+                f"{path}: {name} is {metadata.get(name, 'missing')} in the metadata, but {size} in the tensors"
+            )
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path}: expected float32, found {tensor.dtype} in {name}")

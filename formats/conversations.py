@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import MEDIA, Example, Turn, check_record, check_text
+from runtime.schema import brief, listed
 
 # Roles of Turn, keyed by their names in records.
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -44,7 +45,7 @@ def read_conversation(record: object, path: str | Path, name: str) -> Example:
         return example
     example = check_record({key: record[key] for key in MEDIA if key in record}, path, name, needed=())
     if not any(turn.role == "assistant" for turn in turns):
-        raise ValueError(f"{where}: none of its {len(turns)} turns is the assistant's, so there is nothing to learn")
+        raise ValueError(f"{where}: has no turn of the assistant, so there is nothing to learn")
     if example.image:
         contents = remove_placeholder([turn.content for turn in turns], where)
         turns = [turn._replace(content=content) for turn, content in zip(turns, contents)]
@@ -133,16 +134,16 @@ def is_learned(value: dict, role: str, where: str) -> bool:
 def check_turns(values: object, where: str, field: str, start: Sequence[Turn] = ()) -> list[Turn]:
     """Check the turns in a field of a record, and return `start` followed by them. Raises as `read_turns` does."""
     if not isinstance(values, list):
-        raise ValueError(f"{where}: field '{field}' is a {type(values).__name__}, not a list")
+        raise ValueError(f"{where}: field '{field}' is {brief(values)}, not a list")
     role_name, content_name = LAYOUTS[field]
     turns = list(start)
     for index, value in enumerate(values):
         here = f"{where}: turn {index}"
         if not isinstance(value, dict):
-            raise ValueError(f"{here}: is a {type(value).__name__}, not an object")
+            raise ValueError(f"{here}: is {brief(value)}, not an object")
         for name in (role_name, content_name):
             if name not in value:
-                raise ValueError(f"{here}: has no field '{name}' (it has: {', '.join(map(repr, value)) or 'nothing'})")
+                raise ValueError(f"{here}: has no field '{name}' (it has: {listed(value)})")
             check_text(value[name], here, name)
         check_supported(value, here)
         role, content = ROLES.get(value[role_name]), value[content_name]

@@ -24,7 +24,7 @@ from formats.tensors import (
 from runtime.cli import warn
 from runtime.distributed import rank
 from runtime.files import read_json_object, write_json, write_tensors
-from runtime.schema import require_number
+from runtime.schema import brief, require_number
 
 
 def columns(table: str) -> list[dict[str, str]]:
@@ -255,7 +255,7 @@ def read_folder(folder: Path) -> Source:
         config_class, names, prefix = HUGGING_FACE[kind]
         values = values.get("vision_config", values)  # a complete CLIP
         if not isinstance(values, dict):
-            raise ValueError(f"vision_config is a {type(values).__name__}, not an object")
+            raise ValueError(f"vision_config is {brief(values)}, not an object")
         dimensions = {
             f.name: values[CONFIG_NAMES[f.name]] for f in fields(config_class) if CONFIG_NAMES.get(f.name) in values
         }
@@ -287,10 +287,10 @@ def with_preprocessing(config: ViTConfig, folder: Path) -> ViTConfig:
     S, channels = config.image_size, config.channels
     with prefix_errors(file):
         if not isinstance(values, dict):
-            raise ValueError(f"image_processor is a {type(values).__name__}, not an object")
+            raise ValueError(f"image_processor is {brief(values)}, not an object")
         for step in ("do_resize", "do_rescale"):
             if not values.get(step, True):
-                raise ValueError(f"{step} is {values[step]!r}; only true is supported")
+                raise ValueError(f"{step} is {brief(values[step])}; only true is supported")
         factor = values.get("rescale_factor", 1 / 255)
         if not isinstance(factor, float) or abs(255 * factor - 1) > 1e-4:
             raise ValueError(f"rescale_factor is {factor!r}; only 1/255 is supported")

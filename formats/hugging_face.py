@@ -13,7 +13,7 @@ from formats.tensors import Weights, copy, prefix_errors, open_shards, require_d
 from model import Config
 from runtime.cli import warn
 from runtime.files import read_json_object
-from runtime.schema import require_number
+from runtime.schema import brief, require_number
 from runtime.tensor_parallel import Part
 
 CONFIG = "config.json"
@@ -184,7 +184,7 @@ def hugging_face_config(values: dict) -> Config:
         raise ValueError(f"model_type is {kind!r}; only {', '.join(map(repr, ARCHITECTURES))} are supported{hint}")
     for name, value in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
+            raise ValueError(f"{name} is {brief(values[name])}; only {brief(value)} is supported")
     if values.get("quantization_config") is not None:
         raise ValueError("the weights are quantized (quantization_config); use the original model")
     for name in ("hidden_size", "num_attention_heads"):

@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[Config, Weights]:
     shapes = layout(config, modern, tied)
     expected = start + 4 * sum(map(prod, shapes.values()))
     if size != expected:
-        raise ValueError(f"{file}: has {size} bytes, but its header requires {expected}")
+        raise ValueError(f"{file}: has {size:,} bytes, but its header requires {expected:,}")
 
     floats = np.memmap(file, dtype="<f4", mode="c", offset=start)  # copy on write; the file is not changed
     weights: Weights = {}

@@ -37,8 +37,9 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch continues with advice for its own developers
         advice = "; start at most one process per GPU" if world_size() > 1 and device.startswith("cuda") else ""
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}{advice}") from None
+        raise ValueError(f"device {device!r} is not available: {reason}{advice}") from None
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     elif device == "cpu":
@@ -55,7 +56,7 @@ def advise_on_threads() -> None:
     threads, cores, busy = torch.get_num_threads(), os.cpu_count() or 1, busy_cores()
     if threads > 1 and busy > 0.5 and threads + busy > cores + 0.5 and "OMP_WAIT_POLICY" not in os.environ:
         print_rank0(
-            f"other processes use about {busy:.0f} of {cores} cores, and this one has {threads} threads; "
+            f"other processes use about {min(busy, cores):.0f} of {cores} cores, and this one has {threads} threads; "
             f"it may be faster with OMP_WAIT_POLICY=passive in the environment"
         )
 

@@ -23,9 +23,10 @@ def error_line(error: BaseException) -> str:
 
     The line begins with the file name of an OSError, if it has one. If memory ran out, the line says so.
     """
-    message = str(error)
-    if isinstance(error, OSError) and error.filename:
-        message = f"{error.filename}: {error.strerror}"
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and (error.filename or error.strerror):
+        reason = error.strerror or " ".join(map(str, error.args))
+        message = f"{error.filename}: {reason}" if error.filename else reason
     line = printable(" ".join(message[: 10 * LINE].split()))
     if len(line) > LINE:
         line = f"{line[: LINE - 200]} ... {line[-100:]}"

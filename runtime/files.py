@@ -21,6 +21,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
+from runtime.schema import brief
+
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of a file that Git LFS has not downloaded
 
@@ -230,13 +232,19 @@ def read_json_object(path: Path) -> dict:
     """Return the object in a JSON file. Raises OSError or ValueError, for example if the value is not an object."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: contains a value of type {type(values).__name__}, not an object")
+        raise ValueError(f"{path}: contains {brief(values)}, not an object")
     return values
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's type if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message, with the next one if it ends with a colon.
+
+    A KeyError is described as a missing field. If the message is empty, the error's type is returned.
+    """
+    if isinstance(error, KeyError) and " " not in str(error):
+        return f"has no field {error}"
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def resolved(path: str | Path | None) -> str | None:

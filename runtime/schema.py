@@ -1,6 +1,8 @@
 """Validation of values that were read from files."""
 
+import json
 import reprlib
+from collections.abc import Collection
 
 
 # Current names of metadata keys and options, by their names in files of earlier versions.
@@ -14,6 +16,18 @@ RENAMED = {
 def renamed(values: dict[str, object]) -> dict[str, object]:
     """Return a copy of the dict with old keys replaced by their current names."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def brief(value: object) -> str:
+    """Return a JSON value as text for an error message, with at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listed(names: Collection[object], most: int = 20) -> str:
+    """Return names in quotes for an error message; if there are more than `most`, the first ones and the total."""
+    text = ", ".join(map(repr, list(names)[:most])) or "nothing"
+    return text if len(names) <= most else f"{text} and others, {len(names):,} in all"
 
 
 def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:

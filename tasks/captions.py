@@ -16,6 +16,7 @@ import click
 from data import Example, check_text
 from runtime.errors import printable
 from runtime.files import read_json, write_json
+from runtime.schema import brief
 from tasks import Task
 from tasks.responses import Responses, require_responses
 
@@ -65,7 +66,7 @@ def read_pictures(path: str | Path) -> list[Picture]:
         if not isinstance(record, dict) or not record.get("caption"):
             raise ValueError(f"{where}: expected an object with a non-empty string 'caption'")
         if type(record.get("image_id")) is not int or record["image_id"] not in files:
-            raise ValueError(f"{where}: image_id {record.get('image_id')} is not an id in 'images'")
+            raise ValueError(f"{where}: image_id {brief(record.get('image_id'))} is not an id in 'images'")
         check_text(record["caption"], where, "caption")
         captions.setdefault(record["image_id"], []).append(record["caption"].strip())
     if not captions:

@@ -24,6 +24,7 @@ from model import LLaMA
 from runtime.distributed import rank
 from runtime.errors import printable
 from runtime.files import first_line, require_file, write_json, write_text
+from runtime.schema import listed
 from tasks.scoring import Scored, in_batches, score_continuations
 
 try:
@@ -161,7 +162,8 @@ class HarnessModel(TemplateLM):
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
         if not kwargs.pop("do_sample"):
-            kwargs = {key: kwargs[key] for key in kwargs.keys() - {"temperature", "top_p", "top_k", "min_p"}}
+            unused = ("temperature", "top_p", "top_k", "min_p")
+            kwargs = {key: value for key, value in kwargs.items() if key not in unused}
         elif not kwargs.get("temperature"):
             raise ValueError("generation_kwargs: do_sample needs a temperature above 0")
         sampling = {"repetition_penalty": self.repetition_penalty}
@@ -169,8 +171,8 @@ class HarnessModel(TemplateLM):
         sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
         if kwargs:
             raise ValueError(
-                f"generation_kwargs {kwargs} are not supported; the supported ones are do_sample, {', '.join(known)}, "
-                f"until and max_gen_toks"
+                f"generation_kwargs: {listed(kwargs)} are not supported; the supported ones are do_sample, "
+                f"{', '.join(known)}, until and max_gen_toks"
             )
         return until + self.stop, Sampling(limit, end_ids=self.template.end_ids, **sampling)
 

@@ -120,7 +120,9 @@ def require_responses(path: str | Path, names: Sequence, found: Collection, unit
     """
     missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(f"{path}: has no response to {len(missing)} of {len(names)} {unit}s, for example {missing[0]}")
+        raise ValueError(
+            f"{path}: has no response to {len(missing):,} of {len(names):,} {unit}s, for example {missing[0]}"
+        )
 
 
 def read_responses(path: str | Path, examples: Sequence[Example]) -> list[str | None]:

@@ -13,6 +13,7 @@ import click
 from data import Example, check_text
 from runtime.errors import printable
 from runtime.files import read_json, write_json, write_text
+from runtime.schema import brief, listed
 from tasks import Task
 from tasks.responses import Responses, require_responses
 
@@ -96,7 +97,7 @@ def read(path: str | Path, images: str | Path | None = None, split: str | None =
     if splits.exists():
         by_split = read_json(splits)
         if not isinstance(by_split, dict) or not isinstance(by_split.get(split), list):
-            names = ", ".join(by_split) if isinstance(by_split, dict) else "none"
+            names = listed(by_split) if isinstance(by_split, dict) else brief(by_split)
             raise ValueError(f"{splits}: has no list of ids for the split {split!r} (it has: {names})")
         ids = list(map(str, by_split[split]))
         missing = [id for id in ids if id not in records]
@@ -116,7 +117,7 @@ def check_problem(id: str, record: dict, path: Path, images: Path) -> Problem:
     where = f"{path}: problem {id}"
     for field in ("question", "choices", "answer", "hint", "image", "grade", "subject", "split"):
         if field not in record:
-            raise ValueError(f"{where}: has no field '{field}' (it has: {', '.join(map(repr, record)) or 'nothing'})")
+            raise ValueError(f"{where}: has no field '{field}' (it has: {listed(record)})")
     choices, answer, question = record["choices"], record["answer"], record["question"]
     hint, image = ("" if record[field] is None else record[field] for field in ("hint", "image"))
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):

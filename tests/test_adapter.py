@@ -239,9 +239,9 @@ GOOD = {
 @pytest.mark.parametrize(
     "tensors, metadata, message",
     [
-        ({}, {"format": "other"}, "expected format 'llama-adapter'"),
-        ({}, {"version": "7"}, "'version': '7'"),
-        ({}, {"gate_activation": "relu"}, "'relu'"),
+        ({}, {"format": "other", "ss_lr": "1"}, r"expected format 'llama-adapter', .* found .'other', '1'.$"),
+        ({}, {"version": "7"}, "found .'llama-adapter', '7'."),
+        ({}, {"gate_activation": "relu"}, "'relu'; expected one of 'tanh', 'identity'"),
         ({}, {"base_dim": "5"}, "base_dim is 5 in the metadata, but 4 in the tensors"),
         ({}, {"base_heads": "x"}, "base_heads is x in the metadata, but 2 in the tensors"),
         ({}, {"base_layers": "many"}, "base_layers is 'many'"),

@@ -45,7 +45,7 @@ def test_images_are_read_with_their_captions(tmp_path):
         ),
         (
             {"annotations": [{"image_id": 5, "caption": 7}]},
-            r"annotations\[0\]: field 'caption' is of type int, not a string",
+            r"annotations\[0\]: field 'caption' is 7, not a string",
         ),
         (
             {"annotations": [{"image_id": 5, "caption": "\ud800"}]},

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import evaluate, make_head_adapter, make_roberta, make_tokens, train, randomize
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from encoder_tuning.conll import TaggedSentence, entity_scores, labeled_sentences, read_conll, tag_classes, to_bio
@@ -95,7 +96,7 @@ def test_classes_keep_the_order_of_the_head():
     sentences = [TaggedSentence(["a", "b"], ["B-LOC", "O"], "sentence 0")]
     assert tag_classes(sentences, TAG_NAMES) == TAG_NAMES
     assert tag_classes(sentences, ["LABEL_0", "LABEL_1"]) == tag_classes(sentences, []) == ["B-LOC", "O"]
-    with pytest.raises(ValueError, match="sentence 0: unknown tag 'B-LOC'; expected one of O, B-PER"):
+    with pytest.raises(ValueError, match="sentence 0: unknown tag 'B-LOC'; expected one of 'O', 'B-PER'"):
         labeled_sentences(sentences, RobertaTokenizer, 9, ["O", "B-PER"])
 
 
@@ -224,6 +225,8 @@ def test_tags_are_learned_and_their_entities_are_scored(roberta, tmp_path, monke
     options += ["--task", "token-classification", "--base", roberta]
     result = train(*args, *options, "--max-seq-len", 64, "--out", tmp_path / "run")
     assert result.exit_code == 0 and "0 dropped" in result.stderr and ", 0 truncated" in result.stderr, result.output
+    with safe_open(tmp_path / "run" / "adapter.safetensors", "pt") as saved:
+        assert "val_loss_after" not in saved.metadata()  # there are no validation examples
     trained = ["--adapter", tmp_path / "run" / "adapter.safetensors"]
     scores = evaluate(*trained, *args, "--out", tmp_path / "tags.json")
     answers = json.loads((tmp_path / "tags.json").read_text())
@@ -249,7 +252,8 @@ def test_tags_are_learned_and_their_entities_are_scored(roberta, tmp_path, monke
     unknown_tag = evaluate(*trained, "--data", write_conll(tmp_path, "Anna B-NEW\n"), "--device", "cpu")
     assert (
         unknown_tag.exit_code == 2
-        and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of B-LOC, B-PER, I-LOC, O" in unknown_tag.stderr
+        and "a.conll: sentence 0: unknown tag 'B-NEW'; expected one of 'B-LOC', 'B-PER', 'I-LOC', 'O'"
+        in unknown_tag.stderr
     )
     one_class = train("--data", write_conll(tmp_path, "Anna O\n"), *options, "--out", tmp_path / "alike")
     assert one_class.exit_code == 2 and "a.conll: has only one class, 'O'" in one_class.stderr, one_class.output

@@ -17,10 +17,21 @@ def test_show_prints_shapes_metadata_and_gates(tmp_path):
     adapter = Adapter(layers=2, length=3, dim=8, heads=3)
     with torch.no_grad():
         adapter.gates.copy_(torch.tensor([[0.0, 0.5, 1.0], [-1.0, 0.0, 0.0]]))
-    adapter.save(tmp_path / "a.safetensors", base_layers=7, data="alpaca.json", steps=12)
+    adapter.save(
+        tmp_path / "a.safetensors", base_layers=7, data="alpaca.json", steps=12, vision_encoder_fingerprint="abc"
+    )
     result = run("show", tmp_path / "a.safetensors", "--png", tmp_path / "gates.png")
     assert result.exit_code == 0
-    for part in ("2 x 3 x 8, 3 heads", "54", "alpaca.json", "steps:", "12", "    6 |@  |", "    5 | +@|"):
+    for part in (
+        "2 x 3 x 8, 3 heads",
+        "54",
+        "alpaca.json",
+        "steps:",
+        "12",
+        "vision_encoder_fingerprint: abc\n",
+        "    6 |@  |",
+        "    5 | +@|",
+    ):
         assert part in result.stdout
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
     assert "|   |" in adapter_summary(Adapter(layers=1, length=1, dim=2, heads=3))  # all gates are zero

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from formats.tensors import load_pth
 from runtime.errors import error_line
-from runtime.files import MAX_BYTES, atomic_write, locked, path_inside, read_text, require_writable, write_tensors
+from runtime.files import MAX_BYTES, atomic_write, first_line, locked, path_inside, read_text, require_writable
+from runtime.files import write_tensors
+from runtime.schema import brief, listed
 from training.run_files import save_checkpoint
 
 
@@ -148,6 +150,42 @@ def test_small_archive_with_large_content_is_refused(tmp_path):
         ValueError, match="a.json.gz: its .* bytes decompress to more than 67,108,864; decompress it first"
     ):
         read_text(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or directory"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
+        (OSError("4096 requested and 224 written"), "4096 requested and 224 written"),
+        (MemoryError(), "out of memory: MemoryError"),
+    ],
+)
+def test_errors_without_a_file_name_or_text_have_a_message(error, line):
+    assert error_line(error) == line
+
+
+def test_write_error_without_an_error_number_has_a_message(tmp_path):
+    """NumPy raises such an OSError if the disk is full."""
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.npy"):
+        raise OSError("4096 requested and 224 written")
+    assert error_line(caught.value) == f"{tmp_path / 'a.npy'}: 4096 requested and 224 written"
+
+
+def test_first_line_describes_missing_fields_and_continues_after_a_colon():
+    assert first_line(KeyError("progress")) == "has no field 'progress'"
+    assert (
+        first_line(RuntimeError("Error(s) in loading:\n\tsize mismatch\n\tmore"))
+        == "Error(s) in loading: size mismatch"
+    )
+    assert first_line(ValueError()) == "ValueError"
+
+
+def test_values_and_lists_in_messages_are_short():
+    assert [brief(value) for value in (None, True, "é", [1])] == ["null", "true", '"é"', "[1]"]
+    assert len(brief("x" * 1000)) == 60
+    assert listed(["a", "b"]) == "'a', 'b'" and listed({}) == "nothing"
+    assert listed(range(1234), most=2) == "0, 1 and others, 1,234 in all"
 
 
 def test_long_messages_are_shortened():

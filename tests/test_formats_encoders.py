@@ -250,8 +250,8 @@ def test_processor_config_json_takes_precedence(tmp_path):
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("CLIP", {"do_resize": False}, "do_resize is False; only true is supported"),
-        ("ViT", {"do_rescale": False}, "do_rescale is False; only true is supported"),
+        ("CLIP", {"do_resize": False}, "do_resize is false; only true is supported"),
+        ("ViT", {"do_rescale": False}, "do_rescale is false; only true is supported"),
         ("ViT", {"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784.*; only 1/255 is supported"),
         ("CLIP", {"rescale_factor": "1/255"}, "rescale_factor is '1/255'; only 1/255"),
         ("CLIP", {"resample": 1}, r"resample is 1; only 2 \(bilinear\) and 3 \(bicubic\)"),

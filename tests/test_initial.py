@@ -68,6 +68,7 @@ def test_resuming_an_initialized_run_is_exact(first, tmp_path, monkeypatch):
     for options, name in ((args[:-2], "freeze"), ([*args, "--init", tmp_path / "whole"], "init")):
         result = run(*options, "--resume")
         assert result.exit_code == 2 and f"was made with {name} = " in result.stderr
+        assert (" (a different adapter for --init); " in result.stderr) == (name == "init")
     assert run(*args, "--resume").exit_code == 0
     whole, resumed = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "second"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

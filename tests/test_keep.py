@@ -111,10 +111,15 @@ def test_checkpoint_with_an_invalid_best_adapter_is_refused(args, tmp_path, monk
     assert run(*args, *BEST).exit_code == 0
     path = tmp_path / "run" / "checkpoint.pt"
     checkpoint = torch.load(path)
-    for best in ({"loss": 1.0, "step": 99, "tensors": checkpoint["adapter"]}, {"loss": 1.0, "step": 2, "tensors": {}}):
+    for best, message in (
+        ({"loss": 1.0, "step": 99, "tensors": checkpoint["adapter"]}, "the step of the best adapter is 99"),
+        ({"loss": 1.0, "step": 2, "tensors": {}}, "Missing key(s) in state_dict"),
+        ({"loss": 1.0, "step": 2}, "has no field 'tensors'"),
+    ):
         torch.save(checkpoint | {"best": best}, path)
         result = run(*args, *BEST, "--resume")
-        assert result.exit_code == 2 and "checkpoint.pt: is not a valid checkpoint" in result.stderr
+        assert result.exit_code == 2 and "checkpoint.pt: is not a valid checkpoint: " in result.stderr
+        assert message in result.stderr
 
 
 def test_initial_adapter_is_kept_if_no_loss_is_lower(args, tmp_path, monkeypatch):

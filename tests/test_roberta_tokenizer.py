@@ -66,7 +66,7 @@ def test_fairseq_layout_is_read(bpe, tmp_path):
     [
         ("merges.txt", "h e l", "cannot be read as RoBERTa's tokenizer: "),
         ("merges.txt", "zz q", "cannot be read as RoBERTa's tokenizer: .*zz"),
-        ("vocab.json", "[1]", "vocab.json: contains a value of type list, not an object"),
+        ("vocab.json", "[1]", "vocab.json: contains \\[1\\], not an object"),
         ("vocab.json", '{"a": 3}', "it has no token '!'; expected one per byte"),
         ("vocab.json", None, "the id of '!' is '3'"),
     ],

@@ -23,6 +23,9 @@ def test_device_and_dtype_are_selected():
     for absent in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=f"device '{absent}' is not available"):
             select_device(absent)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="'mps' is not available: [^.]*aten::empty.memory_format[^.]*$"):
+            select_device("mps")
 
 
 @pytest.mark.parametrize(

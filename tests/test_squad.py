@@ -48,7 +48,7 @@ def test_squad_files_are_read_and_checked(tmp_path):
         ({"answers": [{"text": "12 km", "answer_start": -11}]}, "the answer '12 km' is not at character -11"),
         ({"answers": []}, "has no answers, but is not marked 'is_impossible'"),
         ({"is_impossible": True}, "is marked 'is_impossible', but has the answer '12 km'"),
-        ({"is_impossible": "no"}, "field 'is_impossible' is a str, not true or false"),
+        ({"is_impossible": "no"}, "field 'is_impossible' is \"no\", not true or false"),
     ):
         with pytest.raises(ValueError, match=f"squad.json: question a: {message}"):
             read_squad(save_squad(tmp_path, **changes))

@@ -259,7 +259,8 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write adapter.safetensors, then checkpoint.pt."""
         if rank() == 0:
-            self.kept_adapter().save(self.out / "adapter.safetensors", steps=self.kept_step, **self.change())
+            losses = {name: loss for name, loss in self.change().items() if loss is not None}
+            self.kept_adapter().save(self.out / "adapter.safetensors", steps=self.kept_step, **losses)
             progress = Progress(self.step, self.tokens, self.seconds, self.micro_batch_tokens)
             save_checkpoint(self.out / CHECKPOINT, self.adapter, self.optimizer, progress, self.fixed, self.best)
         self.saved_step = self.step

@@ -19,7 +19,7 @@ from adapter import Adapter
 from formats.tensors import load_pth, require_dense
 from runtime.distributed import broadcast_from_rank0
 from runtime.files import atomic_write, first_line, named_errors, read_bytes, remove_unfinished
-from runtime.schema import renamed, require_number
+from runtime.schema import brief, renamed, require_number
 
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
 TENSORBOARD = "tensorboard"  # a folder
@@ -62,6 +62,7 @@ def run_state(out: Path, resume: str | None) -> str:
 
 
 HASHES = {  # what a change of the hash means, for error messages
+    "init": " (a different adapter for --init)",
     "data_hash": " (different data)",
     "images_hash": " (different images)",
     "features_hash": " (different features of the images)",
@@ -176,7 +177,7 @@ def read_metrics(path: Path) -> list[dict]:
 def checked_line(line: object) -> dict:
     """Validate one line of metrics, and return it."""
     if not isinstance(line, dict):
-        raise ValueError(f"its type is {type(line).__name__}, not an object")
+        raise ValueError(f"it is {brief(line)}, not an object")
     require_number("step", line.get("step"), 0, 2**40, whole=True)
     for name, value in line.items():
         require_number(name, value, -1e30, 1e30)
