@@ -49,7 +49,7 @@ def read_labeled_images(path: Path) -> list[tuple[Image.Image | Path, str, str]]
     require_file(path, "data")
     try:
         if sum(entry.file_size for entry in ZipFile(path).infolist()) > MAX_BYTES:
-            raise ValueError(f"contains more than {MAX_BYTES:,} bytes; set $LLAMA_ADAPTER_MAX_BYTES to allow more")
+            raise ValueError(f"it contains more than {MAX_BYTES:,} bytes; set $LLAMA_ADAPTER_MAX_BYTES to allow more")
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = map(np.asarray, (arrays["images"], arrays["labels"]))
     except Exception as error:  # zipfile and NumPy raise errors of many types for a broken file

@@ -84,8 +84,8 @@ class TrainedEncoder:
     ) -> dict[str, str]:
         """Print exact match and F1; return the answers keyed by question id. Raises OSError or ValueError.
 
-        The default of `no_answer_threshold` is 0 if the adapter was trained on unanswerable questions. Otherwise, by
-        default, every question gets an answer.
+        If `no_answer_threshold` is None, it is 0 if the adapter was trained on unanswerable questions; otherwise every
+        question gets an answer.
         """
         metadata = self.adapter.metadata
         stride = int(metadata.get("stride", STRIDE)) if stride is None else stride

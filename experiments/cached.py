@@ -1,4 +1,4 @@
-"""Cache, in experiments/cache/, of the bases and data sets that the experiments create. Git ignores this folder."""
+"""Cache for the bases and data sets that the experiments create, in experiments/cache/, which Git ignores."""
 
 import hashlib
 import json

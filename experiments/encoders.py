@@ -138,9 +138,9 @@ def compare_encoders(runs: Runs, sets: LabeledSets, rates: dict[str, float], epo
 def search_encoder_rates(runs: Runs, sets: LabeledSets, epochs: int, number: int | None = None) -> dict[str, float]:
     """Return the learning rate at which each method is most accurate on a held-out tenth of the training examples.
 
-    Tries TRIED_RATES with one seed. All runs hold out the same random tenth, because the first tenth of a file sorted
-    by class may have only one class. They train on the remaining examples, or on `number` of them. Raises ValueError if
-    there are fewer than ten examples.
+    Tries TRIED_RATES with one seed. All runs hold out the same tenth, and train on the remaining examples, or on
+    `number` of them. The tenth is drawn at random, because the first tenth of a file sorted by class may have only one
+    class. Raises ValueError if there are fewer than ten examples.
     """
     import_peft()
     if len(sets.training) < 10:

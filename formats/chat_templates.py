@@ -285,8 +285,8 @@ class ChatTemplate(Template):
 
         `escaped` is the list that `messages` filled. Between two special tokens, a part is encoded together with the
         text before it. If this would change the ids of the earlier text, the part is encoded alone, and so are the
-        following parts up to the next special token. Raises ValueError if the template writes an internal marker, or a
-        special token without an embedding.
+        following parts up to the next special token. Raises ValueError if the template itself writes OPEN and CLOSE,
+        or a special token without an embedding.
         """
 
         def unescape(index: re.Match) -> str:

@@ -64,9 +64,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return True if a download contains the weights, the tokenizer, and the two files that define the EOS tokens.
+    """Return True if a download contains the weights, the tokenizer, tokenizer_config.json and generation_config.json.
 
-    A download may be incomplete, because other programs download only some of the files.
+    Other programs download only some of the files, and without the last two, EOS tokens might be missed.
     """
     tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
     configs = all((folder / name).is_file() for name in ("tokenizer_config.json", "generation_config.json"))

@@ -1,4 +1,4 @@
-"""Selection of device and dtype, which no other module chooses; copies to a device, its name and peak memory."""
+"""Select the device and dtype of a command, copy values to the device, and report its name and peak memory."""
 
 import os
 import platform

@@ -146,7 +146,7 @@ def test_fast_matmul_that_pytorch_lacks_is_not_used(monkeypatch, capsys):
 
 
 def test_compiled_layers_are_single_graphs_with_equal_outputs():
-    """One and three rows are compared, because a compiled RowLinear computes a single row in a different way."""
+    """Both one row and three are tested, because a compiled RowLinear computes a single row in a different way."""
     torch.manual_seed(0)
     x, rows = torch.randn(1, 1, 64), torch.randn(3, 64)
     linear = torch.nn.Linear(64, 40).requires_grad_(False)

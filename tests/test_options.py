@@ -193,7 +193,7 @@ COMMANDS = {name: command for program, main in PROGRAMS.items() for name, comman
 
 
 def options_of(command):
-    """Return the options that the command's help shows, except --help. Hidden options are names of earlier versions."""
+    """Return the options that the command's help shows, except --help. Hidden ones are old names."""
     shown = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
     return {option for param in shown for option in param.opts} - {"--help"}
 

@@ -25,8 +25,9 @@ def class_tokens(path):
     model = run_model(path)
     index = {tensor["name"]: tensor["index"] for tensor in model.get_tensor_details()}
     names = [TOKENS.format(depth - 1, 2 * depth - 1) for depth in DEPTHS]
-    if not set(names) <= set(index):
-        raise ValueError(f"{os.environ['KWT_MODEL']}: is not KWT-1, because it has no tensor {names[-1]}")
+    missing = [name for name in names if name not in index]
+    if missing:
+        raise ValueError(f"{os.environ['KWT_MODEL']}: is not KWT-1, because it has no tensor {missing[0]}")
     return np.stack([model.get_tensor(index[name])[0, 0] for name in names])
 
 
