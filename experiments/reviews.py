@@ -218,6 +218,7 @@ def compare_methods(runs: Runs, sources: Sources) -> None:
     draw_bars(bars, {label: percent(row["accuracy"]) for label, row in rows.items()}, "answered exactly, %")
     draw_bars(forgetting, {label: rows[label]["perplexity"] for label in planned}, "perplexity of WikiText-2")
     forgetting.axvline(base["perplexity"], color="black", linewidth=1)
+    forgetting.set_xscale("log")
     for method in (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL):
         curves.plot(np.array(rows[method]["losses"]).mean(axis=0), label=method, linewidth=1)
     curves.set(xlabel="step", ylabel="training loss", yscale="log")
