@@ -23,7 +23,7 @@ def error_line(error: BaseException) -> str:
 
     The line begins with the file name of an OSError, if it has one. If memory ran out, the line says so.
     """
-    message = str(error) or type(error).__name__
+    message = str(error)
     if isinstance(error, OSError) and (error.filename or error.strerror):
         reason = error.strerror or " ".join(map(str, error.args))
         message = f"{error.filename}: {reason}" if error.filename else reason
@@ -31,7 +31,7 @@ def error_line(error: BaseException) -> str:
     if len(line) > LINE:
         line = f"{line[: LINE - 200]} ... {line[-100:]}"
     if is_out_of_memory(error) and "out of memory" not in line:
-        line = f"out of memory: {line}"
+        line = f"out of memory: {line}" if line else "out of memory"
     return line
 
 

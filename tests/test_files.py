@@ -158,7 +158,7 @@ def test_small_archive_with_large_content_is_refused(tmp_path):
         (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or directory"),
         (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
         (OSError("4096 requested and 224 written"), "4096 requested and 224 written"),
-        (MemoryError(), "out of memory: MemoryError"),
+        (MemoryError(), "out of memory"),
     ],
 )
 def test_errors_without_a_file_name_or_text_have_a_message(error, line):
