@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from runtime.distributed import local_rank, print_rank0, world_size
+from runtime.files import first_line
 
 
 def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -37,7 +38,7 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch continues with advice for its own developers
+        reason = first_line(error).split(". ")[0]  # PyTorch continues with advice for its own developers
         advice = "; start at most one process per GPU" if world_size() > 1 and device.startswith("cuda") else ""
         raise ValueError(f"device {device!r} is not available: {reason}{advice}") from None
     if device.startswith("cuda:"):
