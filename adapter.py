@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def gated_attention_paper(q, k, v, prompt_k, prompt_v, gate, mask=None, causal=False) -> Tensor:
-    """Zero-init attention as in the paper (section 3.2, equations 2 to 8, before Wo), written out step by step.
+    """Zero-init attention as in the paper (section 3.2, equations 5 to 8, before Wo), written out step by step.
 
     q (B, H, T, D); k, v (B, Hkv, S, D); prompt_k, prompt_v (1|B, Hkv, K, D); gate (1|B, H, 1, 1), after
     the activation; returns (B, H, T, D). Prompts have no position: every query attends to all of them.

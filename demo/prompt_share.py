@@ -23,7 +23,10 @@ from model import LLaMA
 
 
 def measuring_attention(shares: list[Tensor]) -> Callable[..., Tensor]:
-    """Return `adapter.gated_attention` with a side effect: each adapted layer appends its share (B, T) to `shares`."""
+    """Return an equivalent of `adapter.gated_attention` that also records the prompts' share of its output.
+
+    Each call, one per adapted layer, appends this share (B, T) to `shares`.
+    """
 
     def attention(q, k, v, prompt_k, prompt_v, gate, *mask_and_causal) -> Tensor:
         token_term = attend(q, k, v, *mask_and_causal)  # W v (B, H, T, D)

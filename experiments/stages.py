@@ -1,4 +1,4 @@
-"""Train on the toy's images of digits in two stages: captions, then questions (section 3.3)."""
+"""Compare training in one stage with training on captions first (section 3.3), on the toy's images of digits."""
 
 import io
 import time

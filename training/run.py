@@ -157,7 +157,8 @@ class Run:
     def saving_on_errors(self):
         """Show the progress bar. If a step or a validation fails, save the last completed step, and raise the error.
 
-        If values are not finite, memory has run out, or another rank has ended, `explain` reports how to continue.
+        For non-finite values and lack of memory, `explain` raises a ValueError with advice instead. If another rank has
+        ended, it prints a message and exits with code 2.
         """
         self.in_loop = True
         options = {"total": self.num_steps, "initial": self.step, "unit": "step", "disable": rank() > 0}
