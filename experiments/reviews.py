@@ -277,7 +277,7 @@ TIMED_STEPS = 12
 
 def measure_price(runs: Runs, sources: Sources) -> None:
     """Measure the seconds per step and the peak memory of four methods; one process at a time uses all threads."""
-    columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak bytes", ",.0f"))
+    columns = (Column("step_seconds", "s per step", ".2f"), Column("peak_bytes", "peak memory, bytes", ",.0f"))
     settings = {m: s for m, s in best_settings(runs, sources).items() if m != GATES_AT_ONE}
     rows = runs.table(columns, settings, partial(in_new_process, measure_steps, sources), in_rounds=True)
     runs.save("price", {"steps": TIMED_STEPS, "rows": rows})
