@@ -21,8 +21,8 @@ from experiments.capitals import capital_examples, is_json
 from experiments.drawing import draw_bars, percent
 from experiments.measures import first_logits, share_equal, train_setting
 from experiments.methods import LORA, WEIGHT_DECAY, ZERO_INIT, Setting, Trainable, finite_steps, make_image_adapter
-from experiments.reviews import BATCH_SIZE, EPOCHS, SENTENCES, Sources, best_settings, cache_file, review_testbed
-from experiments.reviews import schedule
+from experiments.reviews import BATCH_SIZE, EPOCHS, SENTENCES, Sources, best_settings, cache_file, checkpoint_file
+from experiments.reviews import review_testbed, schedule
 from experiments.runs import Column, Runs, rounded
 from experiments.testbed import Testbed, TestbedParts, make_testbed
 from formats.adapters import load_adapter
@@ -87,10 +87,9 @@ def trained_adapter(sources: Sources, run: TaskRun, seed: int) -> Adapter:
     """Load an adapter from the cache. If it is not there, train it on the task, and save it there first."""
     path = cache_file(sources, run, seed, "safetensors")
     if not path.exists():
-        checkpoint = cache_file(sources, run, seed)
-        adapter = train_setting(task_testbed(sources, run.task), run.setting, seed, checkpoint)[0].adapter
-        adapter.save(path)
-        checkpoint.unlink(missing_ok=True)
+        with checkpoint_file(sources, run, seed) as checkpoint:
+            trainable, _, _ = train_setting(task_testbed(sources, run.task), run.setting, seed, checkpoint)
+            trainable.adapter.save(path)
     return load_adapter(path)
 
 
@@ -109,9 +108,8 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
     testbed = task_testbed(sources, "scienceqa")
     problems = read_problems(sources.problems, split="test")
     if run.setting is not None and run.setting.method == LORA:
-        checkpoint = cache_file(sources, run, seed)
-        (model, adapter, _, _), _, _ = train_setting(testbed, run.setting, seed, checkpoint)
-        checkpoint.unlink(missing_ok=True)
+        with checkpoint_file(sources, run, seed) as checkpoint:
+            (model, adapter, _, _), _, _ = train_setting(testbed, run.setting, seed, checkpoint)
     else:
         model, _ = load_llama(testbed.base, testbed.dtype, testbed.device)
         adapter = None if run.setting is None else trained_adapter(sources, run, seed).to(testbed.device)

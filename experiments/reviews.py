@@ -4,8 +4,9 @@ import hashlib
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -105,16 +106,22 @@ def cache_file(sources: Sources, run: object, seed: int, suffix: str = "pt") -> 
     return CACHE / f"real-{digest}.{suffix}"
 
 
+@contextmanager
+def checkpoint_file(sources: Sources, run: object, seed: int) -> Iterator[Path]:
+    """Yield the path of a run's checkpoint. The file is deleted at the end, unless there was an error."""
+    path = cache_file(sources, run, seed)
+    yield path
+    path.unlink(missing_ok=True)
+
+
 def run_review(sources: Sources, run: ReviewRun, seed: int) -> dict:
     """Train, and return the results of `run_setting`.
 
-    Training resumes from the run's checkpoint if there is one. The checkpoint is deleted at the end.
+    Training resumes from the run's checkpoint if there is one.
     """
     testbed = review_testbed(sources, run.sentences, run.searching)
-    checkpoint = cache_file(sources, run, seed)
-    values = run_setting(testbed, run.setting, seed, checkpoint)
-    checkpoint.unlink(missing_ok=True)
-    return values
+    with checkpoint_file(sources, run, seed) as checkpoint:
+        return run_setting(testbed, run.setting, seed, checkpoint)
 
 
 COLUMNS = (
