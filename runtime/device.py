@@ -17,8 +17,8 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
 
     The default is a CUDA GPU with bfloat16; if there is none, it is Apple's GPU or the CPU with float32. With several
     ranks, each one gets its own CUDA GPU, which becomes the current device, or they share the CPU. Disables TF32 and
-    cuDNN's attention for the whole process. Prints advice if other processes use much of the CPU. Raises ValueError if
-    the device is not available.
+    cuDNN's attention for the whole process. Prints advice if other processes use much of the CPU, or if it is slow in
+    bfloat16. Raises ValueError if the device is not available.
     """
     torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32; use bfloat16 for speed
     torch.backends.cudnn.allow_tf32 = False  # the same for the convolution of a vision encoder
@@ -45,6 +45,11 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     elif device == "cpu":
         advise_on_threads()
+        if dtype == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            print_rank0(
+                "this CPU has no bfloat16 instructions: training and long prompts are several times slower than with "
+                "--dtype float32, which needs twice the memory for the base"
+            )
     return torch.device(device), getattr(torch, dtype)
 
 

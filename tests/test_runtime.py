@@ -48,6 +48,16 @@ def test_shared_cpu_gets_a_hint_about_omp_wait_policy(monkeypatch, capsys, threa
     assert ("OMP_WAIT_POLICY=passive" in capsys.readouterr().err) == advised
 
 
+@pytest.mark.parametrize(
+    "dtype, capability, advised",
+    [("bfloat16", "AVX2", True), ("bfloat16", "AVX512", False), ("float32", "AVX2", False)],
+)
+def test_cpu_without_bfloat16_instructions_gets_a_hint(monkeypatch, capsys, dtype, capability, advised):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    select_device("cpu", dtype)
+    assert ("no bfloat16 instructions" in capsys.readouterr().err) == advised
+
+
 def test_busy_cores_are_counted(monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (5.0, 0.0, 0.0))
     assert 0 <= device.busy_cores() <= 5
