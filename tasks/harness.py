@@ -171,7 +171,7 @@ class HarnessModel(TemplateLM):
         sampling |= {key: float(kwargs.pop(key)) for key in known if key in kwargs}
         if kwargs:
             raise ValueError(
-                f"generation_kwargs: {listed(kwargs)} are not supported; the supported ones are do_sample, "
+                f"generation_kwargs: unsupported {listed(kwargs)}; supported are do_sample, "
                 f"{', '.join(known)}, until and max_gen_toks"
             )
         return until + self.stop, Sampling(limit, end_ids=self.template.end_ids, **sampling)

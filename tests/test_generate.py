@@ -142,7 +142,7 @@ def test_text_pieces_end_before_a_stop_string(stop, expected):
 
 
 def test_each_row_of_a_batch_ends_before_a_stop_string(tiny_base, tiny_adapter):
-    """Every row has the same response as alone, and decoding ends when the last row has ended."""
+    """Each row gets the same response as if it were generated alone. Decoding ends when the last row has ended."""
     _, _, adapters = loaded = load_with_adapters([str(tiny_adapter)], None, torch.device("cpu"), torch.float32)
     unlimited = Responder(*loaded, max_new_tokens=30)
     requests = [Request(text, adapter=name) for text in ("Hi", "the cat sat", "Who?") for name in ("base", *adapters)]

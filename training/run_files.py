@@ -267,4 +267,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict, steps: int) 
                 if require_dense(state[name]).shape != parameter.shape or not state[name].isfinite().all():
                     raise ValueError(f"its {name} is not a tensor of shape {tuple(parameter.shape)} with finite values")
             if require_dense(state["step"]).numel() != 1 or state["step"].item() != steps:
-                raise ValueError(f"its optimizer has not taken {steps} steps")
+                raise ValueError(f"the step of its optimizer is not {steps}")
