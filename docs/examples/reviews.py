@@ -23,10 +23,10 @@ def main():
 
 
 def read_sentences(path: str, number: int) -> list[dict[str, str]]:
-    """Return the first `number` sentences of a file as records, whose field `right` is the expected response."""
+    """Return the first `number` sentences of a file as records, with the expected response in the field `expected`."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()[1:]
     pairs = [line.split("\t") for line in lines[:number]]
-    return [{"instruction": QUESTION, "input": text, "right": ANSWERS[label]} for text, label in pairs]
+    return [{"instruction": QUESTION, "input": text, "expected": ANSWERS[label]} for text, label in pairs]
 
 
 @main.command()
@@ -36,7 +36,7 @@ def read_sentences(path: str, number: int) -> list[dict[str, str]]:
 @click.option("--unseen-number", default=400, show_default=True, help="Number of sentences to take from UNSEEN.")
 def write(train, unseen, train_number, unseen_number):
     """Write sentences of TRAIN to reviews.json, and of UNSEEN to unseen.jsonl, in the current folder."""
-    examples = [record | {"output": record.pop("right")} for record in read_sentences(train, train_number)]
+    examples = [record | {"output": record.pop("expected")} for record in read_sentences(train, train_number)]
     Path("reviews.json").write_text(json.dumps(examples, indent=1), encoding="utf-8")
     records = read_sentences(unseen, unseen_number)
     Path("unseen.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
@@ -47,7 +47,7 @@ def write(train, unseen, train_number, unseen_number):
 def score(answers):
     """Print the number and the percentage of responses in ANSWERS, a JSONL file, that are exactly right."""
     records = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
-    right = sum(record["output"].strip() == record["right"] for record in records)
+    right = sum(record["output"].strip() == record["expected"] for record in records)
     print(f"{right} of {len(records)} are exactly right: {right / len(records):.1%}")
 
 
