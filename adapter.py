@@ -43,15 +43,16 @@ class AdaptionPrompt(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention, with grouped queries if Hkv < H.
 
-    q (B, H, T, D); k, v (B, Hkv, S, D); returns (B, H, T, D). `mask` is boolean, (1|B, 1, T, S), and True where
-    attention is allowed. `causal` requires T = S and no mask.
+    q (B, H, T, D); k, v (B, Hkv, S, D); returns (B, H, T, D). `mask` is boolean, (1|B, 1, T, S), or (1|B, 1, 1, S)
+    if Hkv = H, and True where attention is allowed. `causal` requires T = S and no mask.
     """
     group, T, dtype = q.shape[1] // k.shape[1], q.shape[2], q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()  # faster on a CPU, especially in the backward pass
     if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).to(dtype)
-    # Queries that share a key/value head become rows of one head: not every backend supports enable_gqa.
+    # Queries that share a key/value head become rows of one head, because not every backend supports enable_gqa. A
+    # causal mask would be wrong for such rows.
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, H/Hkv*T, D)
     if mask is not None:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # (B, 1, H/Hkv*T, S)
@@ -181,7 +182,10 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Load an adapter of exactly this class. `formats.adapters.load_adapter` detects the class and the format."""
+        """Load a valid file with an adapter of exactly this class.
+
+        `formats.adapters.load_adapter` checks the file, and detects its format and the class.
+        """
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return cls.from_tensors(tensors, file.metadata())

@@ -67,8 +67,8 @@ class Request(NamedTuple):
 class TokenizedExample(NamedTuple):
     """The token ids of one example, and the positions that the loss covers."""
 
-    ids: list[int]  # <bos> prompt response <eos>, or a conversation
-    loss_mask: list[bool]  # True for the tokens that the loss covers: responses, including their <eos>
+    ids: list[int]  # <bos> prompt response <eos> in Alpaca's template, or a conversation
+    loss_mask: list[bool]  # True for the tokens that the loss covers: responses, including their end tokens
     name: str  # label of the example, for error messages
     features: Tensor | None = None  # (F,), features of the image, if there is one
 
@@ -96,9 +96,9 @@ class Tokenizer(Protocol):
     """The interface of the tokenizers of LLaMA bases. (RoBERTa's, for encoders, has a smaller one.)"""
 
     start_ids: list[int]  # <bos>, or empty
-    eos_id: int  # ends a response in training
+    eos_id: int  # ends a response in training with the templates alpaca and llama-2; the others write their own
     end_ids: list[int]  # any of them ends a response in generation
-    vocab_size: int  # all ids are smaller
+    vocab_size: int  # all ids are smaller, except those of special tokens without an embedding
     special_ids: dict[str, int]  # ids of the special tokens by their text
     named_tokens: dict[str, str]  # texts of special tokens by name, such as "bos_token" or "eos_token"
     chat_template: str | None  # the base's own Jinja template
@@ -117,10 +117,10 @@ class Tokenizer(Protocol):
         """
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of the special token with this text; None if there is no such token."""
+        """Return the id of the token with this text, or None. tiktoken finds special tokens only."""
 
     def token_text(self, id: int) -> str | None:
-        """Return the vocabulary entry of a token; None if the id has no entry."""
+        """Return the vocabulary entry of a token, or None if it has none that is text. tiktoken always returns None."""
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -225,7 +225,7 @@ class Exchange(NamedTuple):
     """A prompt and its response, as token ids."""
 
     prompt_ids: list[int]  # tokens since the previous exchange, including responses that the loss does not cover
-    response_ids: list[int]  # the response with its <eos>; the loss covers these tokens
+    response_ids: list[int]  # the response with its end token; the loss covers these tokens
 
 
 class Template(Protocol):
@@ -236,7 +236,10 @@ class Template(Protocol):
     has_turns: bool  # whether it supports conversations of several turns
 
     def encode_prompt(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> list[int]:
-        """Return the ids of the prompt, as in training. `history` is ignored if `has_turns` is False."""
+        """Return the ids of the prompt, as in training. `history` is ignored if `has_turns` is False.
+
+        Raises ValueError if the text cannot be encoded, or if the base's own template fails.
+        """
 
     def encode_exchanges(self, examples: Sequence[Example]) -> Iterator[list[Exchange]]:
         """Yield the exchanges of each example. Raises a ValueError that names an unsuitable example."""
@@ -275,7 +278,8 @@ def tokenize(template: Template, examples: Sequence[Example], max_length: int) -
     as truncated.
 
     Prompt and response are tokenized separately and joined as ids. If they were tokenized together, a token could span
-    both (as in 3.3 % of Alpaca), so the prompt in training would differ from the one that generation starts from.
+    both (as in 3.3 % of Alpaca with Llama 2's tokenizer), so the prompt in training would differ from the one that
+    generation starts from.
     """
     tokenized = []
     num_truncated = 0

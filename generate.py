@@ -67,7 +67,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return logits (B, V), in float32, in which the tokens of the boolean mask `seen` (B, V) are less likely.
 
-    Positive logits are divided by the penalty, negative ones are multiplied by it (CTRL; Keskar et al., 2019).
+    Positive logits are divided by the penalty (CTRL; Keskar et al., 2019), negative ones are multiplied by it, as in
+    transformers.
     """
     logits = logits.float()
     return logits.where(~seen, torch.where(logits > 0, logits / penalty, logits * penalty))
@@ -125,7 +126,7 @@ def stream(
         row[ids] = True
     ended = [False] * len(tokens)
     newest = None
-    # Reading a token makes the host wait for the GPU, so on a GPU the tokens of eight steps are read together.
+    # Reading a token makes the host wait for a CUDA GPU, so there the tokens of eight steps are read together.
     steps_at_once = 8 if logits.device.type == "cuda" else 1
     for start in range(0, limit, steps_at_once):
         new = []
@@ -290,7 +291,8 @@ class Responder:
     def prompt_ids(self, request: Request) -> list[int]:
         """Return the ids of the prompt in its template: <bos>, earlier turns, and the instruction.
 
-        With `raw`, template and input are ignored. Raises ValueError if earlier turns are unsupported.
+        With `raw`, template and input are ignored. Raises ValueError if earlier turns are unsupported, or if the prompt
+        cannot be encoded.
         """
         template = self.loaded[request.adapter].template
         if request.history and not self.has_turns(request.adapter):
@@ -370,7 +372,11 @@ def concat_adaption_prompts(sets: Sequence[Sequence[AdaptionPrompt]]) -> list[Ad
     ),
     *encoder_options,
     option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's, or alpaca]"),
-    option("--raw", is_flag=True, help="Continue the prompt as it is, without a template; the field input is ignored."),
+    option(
+        "--raw",
+        is_flag=True,
+        help="Continue the prompt as it is, without a template; the field input of --prompts is ignored.",
+    ),
     option("--compare", is_flag=True, help="Respond with the base alone, and with every adapter."),
 )
 @option_group(
@@ -470,7 +476,7 @@ def main(prompt, input, adapter_paths, base, compare, raw, template, jsonl, out,
 
 
 def respond_about_media(responder: Responder, prompt: str, input: str, media: Sequence[str], options: dict) -> None:
-    """Print the response for every image, video or sound. With several, print one line each: file name and response."""
+    """Print the response for every image, video or sound. With several, print one line each: path and response."""
     from encoders.media import files_in
     from formats.requests import attach_images
 
@@ -526,11 +532,15 @@ class Conversation:
         self.adapter = adapter
         self.system = ""  # the system message
         self.turns: list[Turn] = []
-        self.ids: list[int] = []  # ids of the conversation; the first `cache.lengths` are in the cache
+        # The ids of the conversation. The cache contains a prefix of them, perhaps followed by discarded tokens.
+        self.ids: list[int] = []
         self.cache = KVCache(responder.model, batch=1, capacity=0)
 
     def respond(self, instruction: str, input: str = "") -> Iterator[str]:
-        """Yield the response in pieces; prefill only uncached tokens. Then store both turns if `has_turns`."""
+        """Yield the response in pieces; prefill only uncached tokens.
+
+        Then store the two turns, if the template supports conversations. Raises ValueError if the prompt is too long.
+        """
         responder = self.responder
         history = [Turn("system", self.system)] * bool(self.system) + self.turns
         request = Request(instruction, input, self.adapter, history=history)

@@ -7,7 +7,8 @@
 M = 4, the even spacing of the depths and the normalization are our choice.
 
 The notation is that of adapter.py. F is the number of features: M*Cv for a vision encoder of width Cv. The features of
-a video are the mean over its frames. Sounds and other media use a feature function that the user provides.
+a video or an animation are the mean over at most eight frames. Sounds and other media use a feature function that the
+user provides.
 """
 
 import hashlib
@@ -105,7 +106,7 @@ def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
 
 
 def features_key(vision_encoder: ViT, depths: int) -> str:
-    """Return a cache key of what determines features besides the image: weights, config, preprocessing, depths."""
+    """Return a cache key of weights, config, preprocessing and depths. The dtype of the encoder is not part of it."""
     config = repr((PREPROCESSING_VERSION, vision_encoder.config))
     return f"{vision_encoder_fingerprint(vision_encoder)}-{hashlib.sha256(config.encode()).hexdigest()[:16]}-{depths}"
 
@@ -117,7 +118,9 @@ def encode_images(
     cache: Path | None = None,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """Return the `global_features` (F,) of every image, on the CPU; for a video, return the mean over its frames.
+    """Return the `global_features` (F,) of every image, on the CPU.
+
+    For a video or an animation, return the mean over at most eight evenly spaced frames.
 
     The folder `cache` keeps the features of each image under the hash of the image file, so that the image passes
     through the vision encoder only once for all epochs and runs. Raises OSError or ValueError if an image cannot be
@@ -146,7 +149,7 @@ def encode_images(
 
 def content_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file. Raises OSError or ValueError if it cannot be read."""
-    with open(require_file(path, "image"), "rb") as file:
+    with open(require_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -189,7 +192,7 @@ def encode_with_function(paths: Sequence[str | Path], encode: Callable[[Path], o
     Raises OSError, or ValueError if the function fails, or if its result has a wrong shape or is not finite.
     """
     by_path: dict[Path, Tensor] = {}
-    for path in tqdm(list(dict.fromkeys(require_file(path, "image") for path in paths)), unit="file", file=sys.stderr):
+    for path in tqdm(list(dict.fromkeys(require_file(path) for path in paths)), unit="file", file=sys.stderr):
         try:
             rows = torch.as_tensor(encode(path)).detach().float().cpu()  # (M, Cv)
         except (Exception, SystemExit) as error:  # the user's code can raise anything

@@ -82,7 +82,9 @@ class TrainConfig:
     keep: str = setting("last", "Adapter to keep: the last, or the one with the lowest validation loss.", KEEP)
     seed: int = setting(0, "Random seed for initial parameters, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
-        None, "Maximum positions per forward pass; affects memory only.  [default: 8192, fewer on a small GPU]", Count()
+        None,
+        "Maximum positions per forward pass; affects memory and speed.  [default: 8192, fewer on a small GPU]",
+        Count(),
     )
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass, to save memory.")
 
@@ -192,7 +194,7 @@ def train_step(
     shares = split_over_ranks(examples, world_size())
     micro_batches = [group_by_length(share, config.micro_batch_tokens) for share in shares]
     mine = micro_batches[rank()]
-    # Ranks without data run empty micro-batches, because FSDP's all-gathers are collective.
+    # Ranks with fewer micro-batches run empty ones, because FSDP's all-gathers are collective.
     mine += [[]] * (max(map(len, micro_batches)) - len(mine))
     for micro_batch in mine:
         loss = loss_fn(model, adapter, micro_batch, config.checkpoint_activations) / num_targets
@@ -219,7 +221,10 @@ def mean_loss(
     config: TrainConfig,
     loss_fn: Callable[..., Tensor] = response_loss,
 ) -> float:
-    """Return the mean loss over all targets of the examples, bit for bit the same for any number of ranks."""
+    """Return the mean loss over all targets of the examples.
+
+    With the same micro-batches, it is bit for bit the same for any number of ranks that hold the whole model.
+    """
     micro_batches = group_by_length(examples, config.micro_batch_tokens)
     micro_batches += [[]] * (-len(micro_batches) % world_size())
     loss_sums = torch.zeros(len(micro_batches), device=next(adapter.parameters()).device)

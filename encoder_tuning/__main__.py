@@ -60,7 +60,7 @@ class EncoderConfig(TrainConfig):
 
     max_seq_len: int | None = setting(None, MAX_SEQ_LEN_HELP, Count(2))
     micro_batch_tokens: int = setting(
-        MICRO_BATCH_TOKENS, "Maximum number of positions per forward pass; affects memory only.", Count()
+        MICRO_BATCH_TOKENS, "Maximum number of positions per forward pass; affects memory and speed.", Count()
     )
 
 
@@ -249,7 +249,7 @@ def train_command(**options):
         "--micro-batch-tokens",
         type=Count(),
         default=8192,
-        help="Maximum number of positions per forward pass; affects memory only. Question answering ignores it.",
+        help="Maximum number of positions per forward pass; affects memory and speed. Question answering ignores it.",
     ),
 )
 def evaluate_command(

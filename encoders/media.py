@@ -42,7 +42,7 @@ def open_picture(path: str | Path, number: int | None = 8) -> list[Image.Image]:
     If the animation has fewer frames, all are returned; if `number` is None, only the first one. Raises as `open_image`
     does.
     """
-    require_file(path, "image")
+    require_file(path)
     frames, pixels = [], 0
     try:
         with warnings.catch_warnings():
@@ -212,5 +212,5 @@ def files_in(paths: Sequence[str | Path], of_any_kind: bool = False) -> list[Pat
                 raise ValueError(f"{path}: contains no {'files' if of_any_kind else 'images or videos'}")
             found += inside
         else:
-            found.append(require_file(path, "image"))
+            found.append(require_file(path))
     return found

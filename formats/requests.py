@@ -44,7 +44,7 @@ def read_requests(
             if example.image and name == "base":
                 raise ValueError("the base alone cannot take an image; use an adapter that was trained on images")
             if example.image:
-                images[index] = require_file(path_inside(folder or Path(path).parent, example.image), "image")
+                images[index] = require_file(path_inside(folder or Path(path).parent, example.image))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{where}: {error}") from None
     return records, requests, images

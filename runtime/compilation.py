@@ -43,8 +43,9 @@ def transpose_output_head(head: nn.Linear) -> None:
 def compile_decoding(decode_step: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
     """Return a compiled `decode_step(model, ids, adaption_prompts, cache)`.
 
-    On a GPU, the first step with a cache and its adaption prompts is recorded as a CUDA graph. That step and all later
-    ones with the same cache and adaption prompts replay the graph, and each overwrites the logits of the previous one.
+    On a CUDA GPU, the first step with a cache and its adaption prompts is recorded as a CUDA graph. That step and all
+    later ones with the same cache and adaption prompts replay the graph, and each overwrites the logits of the previous
+    one.
     """
     compiled = torch.compile(decode_step)
     if next(model.parameters()).device.type != "cuda":

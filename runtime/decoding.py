@@ -160,9 +160,9 @@ def prepare_to_decode(model: nn.Module, compiled: bool = False) -> None:
     """Replace the linear layers of a LLaMA with packed ones, in place, if these are faster.
 
     If quantized layers are replaced, the output head gets a copy in 8 bits for few rows. `compiled` means that the
-    decoding step will be compiled; on a CPU, each layer that is not quantized then becomes a RowLinear. The first rank
-    measures for all, because ranks with different output heads would choose different tokens. Warns if this machine
-    has no fast kernel for large quantized layers.
+    decoding step will be compiled; on a CPU, each linear layer that is not quantized then becomes a RowLinear, except
+    for the output head if other layers are quantized. The first rank measures for all, because ranks with different
+    output heads would choose different tokens. Warns if this machine has no fast kernel for large quantized layers.
     """
     on_cpu = model.device.type == "cpu"
     quantized, linear = largest_linear(model, QuantizedLinear), largest_linear(model, nn.Linear)

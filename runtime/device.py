@@ -70,7 +70,7 @@ def advise_on_threads() -> None:
 def busy_cores() -> float:
     """Estimate the number of cores that other processes use, from the load average of the last minute.
 
-    On Linux, the estimate is at most the number of other processes that are running now.
+    On Linux, the estimate is at most the number of other threads that are running or runnable now.
     """
     try:
         load = os.getloadavg()[0]
@@ -78,7 +78,7 @@ def busy_cores() -> float:
         return 0.0
     with suppress(OSError):
         running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
-        load = min(load, running - 1)  # without this process
+        load = min(load, running - 1)  # without this thread
     return load
 
 

@@ -161,7 +161,7 @@ def is_first_to_report() -> bool:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"lost rank reported {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except RuntimeError:  # the store was in the first rank, and has ended with it
+    except RuntimeError:  # the store has ended with its host: torchrun or, if started without it, the first rank
         return True
 
 

@@ -119,7 +119,7 @@ def remove_unfinished(path: Path) -> None:
 def locked(folder: Path):
     """Lock the folder for the duration of the block.
 
-    Raises ValueError, naming the other process, if it has locked the folder.
+    Raises ValueError if another process has locked the folder; the message names the process if possible.
     """
     path = folder / ".lock"
     holder = folder / ".lock-holder"

@@ -3,8 +3,8 @@
 The weight of a layer is (N, K), with N outputs and K inputs. Each group of 32 columns of a row has a scale d and, with
 4 bits, an offset m. A weight is w = d*q + m, where q is an integer. These are the blocks Q8_0 and Q4_1 of GGUF, but
 with scales and offsets in float32. Weights are dequantized when they are used. On a CPU, this is done for a few rows at
-a time, so that the whole dequantized matrix never exists. runtime/decoding.py has a faster matmul for few rows of
-inputs.
+a time (except during torch.compile), so that the whole dequantized matrix never exists. runtime/decoding.py has a
+faster matmul for few rows of inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # columns that share a scale
-# The number of weights that are dequantized at a time. On a CPU, they fit into its cache.
+# The number of elements of q that are dequantized at a time; with 4 bits, each contains two weights. On a CPU, the
+# result fits into its cache.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 

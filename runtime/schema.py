@@ -31,7 +31,7 @@ def listed(names: Collection[object], most: int = 20) -> str:
 
 
 def require_number(name: str, value: object, least: float, most: float, whole: bool = False) -> None:
-    """Raise ValueError if a value is not a number from `least` to `most`. NaN and bools are rejected."""
+    """Raise ValueError if a value is not a number (with `whole`, an int) from `least` to `most`, or if it is a bool."""
     if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
         span = f"an integer from {least:,} to {most:,}" if whole else f"a number from {least:g} to {most:g}"
         raise ValueError(f"{name} is {reprlib.repr(value)}, not {span}")

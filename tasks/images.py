@@ -30,7 +30,7 @@ def with_images(
     for example in examples:
         try:
             if example.image:
-                require_file(path_inside(folder, example.image), "image")
+                require_file(path_inside(folder, example.image))
         except (FileNotFoundError, ValueError) as error:
             if skip_missing and isinstance(error, FileNotFoundError):
                 continue

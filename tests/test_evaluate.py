@@ -106,7 +106,7 @@ def test_missing_images_are_an_error_or_skipped(folder, image_adapter, monkeypat
     args = ["scienceqa", "--data", folder / "problems.json", "--device", "cpu", "--out", folder / "out"]
     (folder / "12" / "image.png").unlink()
     result = run_evaluate(*args, "--adapter", image_adapter)
-    assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such image" in result.stderr
+    assert result.exit_code == 2 and "problem 12: " in result.stderr and "no such file" in result.stderr
     result = run_evaluate(*args, "--adapter", image_adapter, "--skip-missing")
     assert result.exit_code == 0 and "1 of 3 examples skipped: image not found" in result.stderr
     assert json.loads((folder / "out" / "results.json").read_text())["count"] == 2

@@ -168,7 +168,7 @@ def test_bad_images_are_one_line_errors(tmp_path, kind, message):
 
 
 def test_missing_image_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
+    with pytest.raises(FileNotFoundError, match="nowhere.png: no such file"):
         open_image(tmp_path / "nowhere.png")
 
 
@@ -243,7 +243,7 @@ def test_files_of_a_folder_are_sorted_by_name(tmp_path):
     assert [file.name for file in files_in([tmp_path], of_any_kind=True)] == ["a.mp4", "b.PNG", "c.txt"]
     with pytest.raises(ValueError, match="empty: contains no images or videos"):
         files_in([tmp_path / "empty"])
-    with pytest.raises(FileNotFoundError, match="d.png: no such image"):
+    with pytest.raises(FileNotFoundError, match="d.png: no such file"):
         files_in([tmp_path / "d.png"])
 
 

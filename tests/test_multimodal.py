@@ -227,7 +227,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     assert outputs[1] == run(generate, *args, "Name the color.").stdout.removesuffix("\n")
     (album / "asked.json").write_text(json.dumps([records[1], records[0] | {"image": "none.png"}]))
     result = run(generate, *args, "--prompts", album / "asked.json", "--out", tmp_path / "answers.jsonl")
-    assert result.exit_code == 2 and "record 1: " in result.stderr and "none.png: no such image" in result.stderr
+    assert result.exit_code == 2 and "record 1: " in result.stderr and "none.png: no such file" in result.stderr
     (tmp_path / "asked.json").write_text(json.dumps([records[0] | {"image": str(album / "pictures/1.png")}]))
     elsewhere = ["--prompts", tmp_path / "asked.json", "--out", tmp_path / "answers.jsonl"]
     result = run(generate, *args, *elsewhere)
@@ -250,7 +250,7 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     narrow = run(generate, *args, "--clip", tmp_path / "narrow.pt", "--image", album / "pictures", "Hello.")
     assert narrow.exit_code == 2 and "computes 256 features, but the adapter was made for 512" in narrow.stderr
     missing = run(generate, *args, "--image", tmp_path / "nowhere.png", "Hello.")
-    assert missing.exit_code == 2 and "nowhere.png: no such image" in missing.stderr
+    assert missing.exit_code == 2 and "nowhere.png: no such file" in missing.stderr
 
 
 @pytest.mark.parametrize("name", ["../data.json", "/etc/passwd"])
@@ -288,7 +288,7 @@ def test_missing_images_are_refused_or_skipped(train_args, album, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(records))
     args = [*train_args, "--data", tmp_path / "data.json", "--images", album, "--epochs", 2]
     result = run(train, *args)
-    assert result.exit_code == 2 and "record 3: " in result.stderr and "none.png: no such image" in result.stderr
+    assert result.exit_code == 2 and "record 3: " in result.stderr and "none.png: no such file" in result.stderr
     result = run(train, *args, "--skip-missing")
     assert result.exit_code == 0 and f"{len(records) - 1} examples to train on" in result.stderr
     assert f"1 of {len(records)} examples skipped: image not found" in result.stderr

@@ -29,7 +29,7 @@ def problems(tmp_path):
 def test_missing_images_are_named_or_skipped(problems, tmp_path):
     assert with_images(problems, tmp_path, False, "problems.json") == problems
     (tmp_path / "31" / "image.png").unlink()
-    with pytest.raises(FileNotFoundError, match="problems.json: problem 31: .*31/image.png: no such image"):
+    with pytest.raises(FileNotFoundError, match="problems.json: problem 31: .*31/image.png: no such file"):
         with_images(problems, tmp_path, False, "problems.json")
     kept = with_images(problems, tmp_path, True, "problems.json")
     assert [problem.id for problem in kept] == ["12", "30"]

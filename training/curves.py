@@ -19,7 +19,7 @@ def draw_curves(metrics: list[dict], adapter: Adapter, path: Path) -> None:
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if points:
             left.plot(*zip(*points), label=label, **style)
-    left.set(xlabel="step", ylabel="loss per response token", title="Loss")
+    left.set(xlabel="step", ylabel="loss per target, nats", title="Loss")
     left.set_ylim(bottom=0)
     left.legend()
     draw_gates(right, adapter)

@@ -49,9 +49,9 @@ def adapter_fingerprint(adapter: Adapter) -> str:
 def init_from_adapter(initial: Adapter, adapter: Adapter, path: str) -> Adapter:
     """Return an adapter with the parameters of `initial` and the metadata of `adapter`, which is untrained.
 
-    One of the two is modified and returned. It has a projection if either of the two has one. If `initial` has one, its
-    encoder's metadata are kept, except for keys that `adapter` also has. Warns if `initial` was trained for a different
-    base, or with a different template. Raises ValueError if the projections expect different numbers of features.
+    One of the two is modified and returned. It has a projection if either of the two has one. If only `initial` has
+    one, the metadata of its encoder are kept. Warns if `initial` was trained for a different base, or with a different
+    template. Raises ValueError if the projections expect different numbers of features.
     """
     metadata = initial.metadata
     for name, what in (("base_fingerprint", "for a different base"), ("prompt_template", "with a different template")):

@@ -31,8 +31,8 @@ def positions_that_fit(
     """Return the number of positions per forward pass, from 256 to 8,192, for a GPU with `total_memory` bytes.
 
     `weights` is the number of bytes already allocated. A tenth of the memory is left to CUDA and fragmentation. Room is
-    also reserved for the logits of a few rows, and for two whole layers, which a sharded base gathers. The result is a
-    multiple of 256, so that it does not change with a few bytes of memory.
+    also reserved for the logits of 1,024 positions, and for two whole layers, which a sharded base gathers. The result
+    is a multiple of 256, so that it does not change with a few bytes of memory.
     """
     gathered = max(sum(weight.nbytes for weight in layer.parameters()) for layer in model.layers)
     logits = logit_bytes(model.config, ROWS["cuda"], model.dtype.itemsize)

@@ -89,7 +89,7 @@ class BaseOptions:
     strategy: str = setting("auto", STRATEGY_HELP, click.Choice(["auto", "ddp", "fsdp"]))
 
 
-RESUME_HELP = "Continue from the checkpoint in --out, with the same options; auto starts a new run if there is none."
+RESUME_HELP = "Continue the run in --out, with the same options; auto starts a new run if there is none."
 
 
 @dataclass(frozen=True)

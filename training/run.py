@@ -40,9 +40,9 @@ LESS_MEMORY = "a smaller --micro-batch-tokens, or --checkpoint-activations, need
 class Run:
     """The folder --out of a training run. All ranks call its methods, and the first rank writes.
 
-    The context manager creates and locks the folder, and handles Ctrl-C and SIGTERM. It raises OSError, or ValueError
-    if the folder is not writable, another process uses it, --resume contradicts its content, or --tensorboard is given
-    but the package is missing.
+    The context manager creates and locks the folder, and handles Ctrl-C and SIGTERM. It raises OSError if the
+    folder is not writable, or ValueError if it is not a folder, another process uses it, --resume contradicts its
+    content, or --tensorboard is given but the package is missing.
     """
 
     def __init__(self, options: RunOptions, less_memory: str = LESS_MEMORY):
@@ -279,7 +279,7 @@ class Run:
         return kept
 
     def change(self) -> dict[str, float | None]:
-        """Return the first and the last (with --keep best, the lowest) validation loss; None if there are none."""
+        """Return the first and the last (with --keep best, the lowest) validation loss, or two Nones without any."""
         before, after = (self.val_losses[0], self.val_losses[-1]) if self.val_losses else (None, None)
         return {"val_loss_before": before, "val_loss_after": after if self.best is None else self.best.loss}
 

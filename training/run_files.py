@@ -79,7 +79,6 @@ def check_options(before: object, fixed: dict, path: Path) -> None:
     """
     if not isinstance(before, dict):
         raise ValueError(f"{path}: does not state the options of its run")
-    # Defaults for options that files of earlier versions do not state.
     before = {
         "keep": "last",
         "eval_every": None,
@@ -100,8 +99,8 @@ def begin_in_folder(out: Path, step: int) -> Path | None:
     """Prepare the folder to continue after `step`, and delete what a killed run wrote after that step.
 
     For a new run, `step` is 0: if a previous run has written an adapter or a summary, its files are moved to a new
-    folder run-N, which is returned; otherwise its metrics and plots are deleted. Raises OSError, or ValueError if
-    metrics are missing or invalid.
+    folder run-N, which is returned; otherwise its metrics, plot and TensorBoard folder are deleted. Raises OSError, or
+    ValueError if metrics are missing or invalid.
     """
     for name in (*WRITTEN, CHECKPOINT):
         remove_unfinished(out / name)
@@ -131,7 +130,7 @@ def move_run(out: Path, folder: Path) -> None:
 
 
 def finish_moving(out: Path) -> None:
-    """Complete a `move_run` that was killed. No other run has written to the folder since then."""
+    """Complete a `move_run` that was killed. Every run calls this first, so none has written to the folder since."""
     for moving in out.glob("run-*.moving"):
         if any(moving.iterdir()):
             move_run(out, moving.with_suffix(""))

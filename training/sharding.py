@@ -37,7 +37,7 @@ def choose_strategy(strategy: str, weights: int, device: torch.device) -> str:
 def fsdp_sharder(device: torch.device) -> Callable[[nn.Module], None]:
     """Return a function that shards a module in place. Call it for each loaded layer, then for the model.
 
-    Embeddings, norm and output head are replicated on every rank; they are a few percent of a large model.
+    Embeddings, norm and output head are replicated on every rank; they are 4 % of LLaMA-7B, and 13 % of Llama 3 8B.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
