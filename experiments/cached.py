@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from toy.language_model import BASE, N_LAYERS, make_base
 
 CACHE = Path(__file__).with_name("cache")
@@ -15,15 +17,18 @@ def cached_folder(name: str, recipe: object, make: Callable[[Path], None]) -> Pa
     """Return the cached folder for a recipe, a JSON value that determines the content of the folder.
 
     The first call fills a temporary folder with `make(folder)`, and then renames it, so that a failure is not cached.
+    Other processes wait for it.
     """
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{digest}"
-    if not folder.exists():
-        unfinished = CACHE / f"{folder.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        make(unfinished)
-        unfinished.rename(folder)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{folder.name}.lock"):
+        if not folder.exists():
+            unfinished = CACHE / f"{folder.name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
     return folder
 
 

@@ -12,10 +12,10 @@ import multiprocessing
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from cloup import option, option_group
 from matplotlib.figure import Figure
 
 from runtime.cli import PATH, Count, Real, one_line_errors
-from runtime.errors import printable
+from runtime.errors import error_line, printable
 from runtime.device import device_name, select_device
 from runtime.files import atomic_write, read_json_object, write_json
 
@@ -96,7 +96,7 @@ class Runs:
         in_rounds: bool = False,
         at_a_time: int = 1,
     ) -> dict[str, dict[str, list]]:
-        """Execute the runs, and print a line for each setting when its last run has finished.
+        """Execute the runs, write each result when it is there, and print a line for each setting after its last run.
 
         `do(setting, seed)` executes a run and returns its results as a dictionary of JSON values. Settings with the
         same repr() share their runs. Settings whose labels are in `once` are run with one seed, all others with every
@@ -104,31 +104,29 @@ class Runs:
         machine's speed affects all settings alike. If `at_a_time` is greater than 1, this number of processes run in
         parallel, with one thread each. Returns the results by label, each as a list over the seeds.
         """
-        plan = [(label, seed) for label in settings for seed in range(1 if label in once else self.seeds)]
+        seeds = {label: range(1 if label in once else self.seeds) for label in settings}
+        plan = [(setting, seed) for label, setting in settings.items() for seed in seeds[label]]
         if in_rounds:
             plan.sort(key=lambda run: run[1])
-        keys = [repr((settings[label], seed)) for label, seed in plan]
-        missing = {key: (settings[label], seed) for key, (label, seed) in zip(keys, plan) if key not in self.finished}
+        missing = {repr(run): run for run in plan if repr(run) not in self.finished}
         width = max(map(len, settings)) + 2
         titles = (f"{column.title:>{column.width}}" + f"{'±':>8}" * column.spread for column in columns)
         click.echo(" " * width + "".join(titles))
+        rows: dict[str, dict[str, list]] = {}
 
-        runs: dict[str, list[dict]] = {label: [] for label in settings}
-        with ExitStack() as stack:
-            map_runs = map
-            if at_a_time > 1 and missing:
-                context = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(at_a_time, context, initializer=partial(torch.set_num_threads, 1))
-                map_runs = stack.enter_context(pool).map
-            results = map_runs(do, *zip(*missing.values())) if missing else iter(())
-            for key, (label, _) in zip(keys, plan):
-                if key not in self.finished:
-                    self.finished[key] = json.loads(json.dumps(next(results)))
-                    write_json(self.log, self.finished)
-                runs[label].append(self.finished[key])
-                if len(runs[label]) == sum(label == other for other, _ in plan):
-                    click.echo(f"{label:{width}}" + "".join(cells(column, runs[label]) for column in columns))
-        return {label: {name: [run[name] for run in found] for name in found[0]} for label, found in runs.items()}
+        def print_new_rows() -> None:
+            for label, setting in settings.items():
+                runs = [self.finished.get(repr((setting, seed))) for seed in seeds[label]]
+                if label not in rows and None not in runs:
+                    rows[label] = {name: [run[name] for run in runs] for name in runs[0]}
+                    click.echo(f"{label:{width}}" + "".join(cells(column, runs) for column in columns))
+
+        print_new_rows()
+        for key, result in execute(do, missing, at_a_time):
+            self.finished[key] = json.loads(json.dumps(result))
+            write_json(self.log, self.finished)
+            print_new_rows()
+        return {label: rows[label] for label in settings}
 
     def save(self, name: str, values: dict, figure: Figure | None = None) -> None:
         """Write NAME.json, and NAME.png if there is a figure. Print the paper's numbers if `values` contains them."""
@@ -149,6 +147,34 @@ class Runs:
         }
         write_json(self.out / f"{name}.json", about | rounded(values), allow_nan=False)
         click.echo(f"wrote {name}.json{'' if figure is None else f' and {name}.png'} to {printable(str(self.out))}\n")
+
+
+def execute(do: Callable, runs: dict[str, tuple], at_a_time: int) -> Iterator[tuple[str, dict]]:
+    """Call do(*run) for every run, and yield its key and its result when it has finished.
+
+    If `at_a_time` is greater than 1, this number of processes run in parallel, with one thread each. If a run fails, no
+    further runs are started, and those in progress are finished and yielded before the error is raised.
+    """
+    if at_a_time == 1:
+        yield from ((key, do(*run)) for key, run in runs.items())
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, keys, failure = iter(runs.items()), {}, None  # keys of the runs in progress, by their futures
+    with ProcessPoolExecutor(at_a_time, context, initializer=partial(torch.set_num_threads, 1)) as pool:
+        while True:
+            if failure is None:
+                keys |= {pool.submit(do, *run): key for key, run in islice(waiting, at_a_time - len(keys))}
+            if not keys:
+                break
+            for future in wait(keys, return_when=FIRST_COMPLETED).done:
+                key, error = keys.pop(future), future.exception()
+                if error is None:
+                    yield key, future.result()
+                elif failure is None:
+                    failure = error
+                    click.echo(f"a run failed ({error_line(error)}); waiting for those in progress", err=True)
+    if failure is not None:
+        raise failure
 
 
 def cells(column: Column, runs: Sequence[dict]) -> str:

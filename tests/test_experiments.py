@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from experiments import __main__ as commands
 from experiments import ablations, measures, scienceqa
 from experiments.ablations import RATES
+from experiments.cached import cached_folder
 from experiments.methods import ONE_SOFTMAX, ZERO_INIT
 from experiments.runs import RESULTS, Column, Runs
 
@@ -132,6 +135,39 @@ def test_runs_in_processes_equal_sequential_runs(tmp_path):
     assert one["two"]["value"] == one["again two"]["value"] == [4, 5] and one["three"]["value"] == [9]
     assert {label: row["value"] for label, row in many.items()} == {label: row["value"] for label, row in one.items()}
     assert many["two"]["threads"] == [1, 1]
+
+
+def failing_for_two(setting, seed):
+    if setting == 2:
+        raise ValueError("two is not allowed")
+    time.sleep(1)
+    return {"value": setting}
+
+
+def test_runs_in_progress_are_kept_if_one_fails(tmp_path, capsys):
+    """The run beside the failing one is finished and written. The one after it is not started."""
+    runs = Runs("x", tmp_path, 1, {})
+    with pytest.raises(ValueError, match="two is not allowed"):
+        runs.table([], {"two": 2, "three": 3, "four": 4}, failing_for_two, at_a_time=2)
+    assert json.loads(runs.log.read_text()) == {"(3, 0)": {"value": 3}}
+    assert "a run failed (two is not allowed); waiting for those in progress" in capsys.readouterr().err
+
+
+def fill_slowly(folder):
+    time.sleep(0.5)
+    (folder / "file").write_text("full")
+
+
+def test_cached_folder_is_filled_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.cached.CACHE", tmp_path)
+    calls = []
+    with ThreadPoolExecutor(2) as pool:
+        futures = [
+            pool.submit(cached_folder, "x", 1, lambda folder: calls.append(1) or fill_slowly(folder)) for _ in "ab"
+        ]
+        folders = {future.result() for future in futures}
+    (folder,) = folders
+    assert (folder / "file").read_text() == "full" and calls == [1]
 
 
 def test_repeated_experiment_has_the_same_numbers(small_args, tmp_path):
