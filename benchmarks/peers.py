@@ -79,7 +79,8 @@ class Adapted(Contestant):
 class Ours(Adapted):
     """This implementation: trains as train.py does, with similar lengths in a batch, and decodes as generate.py does.
 
-    The weights share memory with those of `model`, unless the variant has a different dtype or quantized weights.
+    The weights share memory with those of `model`, except for those in a different dtype, quantized ones, and layers
+    that `prepare_to_decode` packs or makes contiguous.
     """
 
     groups_by_length = True

@@ -49,9 +49,9 @@ class Ablation(Adapted):
         "+ fused attention",
         "+ logits at response tokens only",
         "+ padded to the longest of the batch",
-        "+ batches of like length",
+        "+ batches of similar length",
     ]
-    LAST = "+ gradient by the logits in few rows: ours"
+    LAST = "+ logits and their gradient in chunks: ours"
 
     def __init__(self, model: LLaMA, adapter: Adapter, level: str):
         super().__init__(model, adapter)

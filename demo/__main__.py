@@ -19,7 +19,7 @@ from runtime.device import select_device
 @option_group(
     "Prompt",
     *encoder_options,
-    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's]"),
+    option("--template", type=click.Choice(NAMES), help="The prompt template.  [default: the adapter's, or alpaca]"),
 )
 @option_group("Memory", *bits_options)
 @option_group(
@@ -41,7 +41,7 @@ def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, 
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:
         if not adapter_paths:
             raise ValueError("there is no adapter to show; use --adapter FILE one or more times")
-        # Gradio reads both variables when it is imported: the folder of uploads, and whether it sends usage data.
+        # Gradio reads these variables when it is imported or later: the folder of uploads, and no usage data.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             from demo.page import make_page, serve

@@ -189,8 +189,8 @@ class PageOnly:
 def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until Ctrl-C, without contacting other servers. Raises OSError if it cannot listen on the address.
 
-    Unless `host` is 0.0.0.0 or ::, requests whose Host header names a different host are rejected, because a website
-    could make its own domain name resolve to this address (DNS rebinding).
+    Unless `host` is 0.0.0.0 or ::, requests whose Host header is not `host`, localhost or 127.0.0.1 are rejected,
+    because a website could make its own domain name resolve to this address (DNS rebinding).
     """
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1"]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]

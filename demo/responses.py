@@ -166,7 +166,10 @@ def response_shares(responder: Responder, request: Request, ids: list[int]) -> T
 
 
 def preview(path: Path) -> str:
-    """Return HTML: a small image, embedded as data so that no file is kept, or the file name if it is not an image."""
+    """Return HTML: a small image (a video's first frame), embedded as data so that no file is kept.
+
+    If the file is neither an image nor a video, return its name.
+    """
     try:
         image = frames_of(path)[0]
     except ValueError:  # for example, a sound for an encoder that the user provides

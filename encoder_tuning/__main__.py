@@ -249,7 +249,7 @@ def train_command(**options):
         "--micro-batch-tokens",
         type=Count(),
         default=8192,
-        help="Maximum number of positions per forward pass; affects memory and speed. Question answering ignores it.",
+        help="Maximum positions per forward pass; affects memory and speed. Question answering ignores it.",
     ),
 )
 def evaluate_command(

@@ -67,7 +67,7 @@ def bits(runs: Runs, bases, text, rows, device) -> None:
     device, _ = select_device(device, "float32")
     paths = {label(base): find_base(base) for base in bases}
     if len(paths) < len(bases):
-        raise ValueError("--base: several files are in folders of the same name, which names the results; rename one")
+        raise ValueError("--base: two bases have the same name in the results, that of their folder; rename a folder")
     settings = {f"{name}, {storage}": (base, storage) for name, base in paths.items() for storage in STORAGE}
     results = runs.table(COLUMNS, settings, partial(measure, read_text(text), rows, device))
     figure = Figure(figsize=(6, 3), layout="constrained")

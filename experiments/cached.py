@@ -1,4 +1,4 @@
-"""Cache for the bases and data sets that the experiments create, in experiments/cache/, which Git ignores."""
+"""Cache of bases, data sets, checkpoints and adapters of the experiments: experiments/cache/, which Git ignores."""
 
 import hashlib
 import json

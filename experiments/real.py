@@ -71,7 +71,12 @@ PARTS = {
         multiple=True,
         help="Part to run; repeatable.  [default: all]",
     ),
-    option("--at-a-time", type=Count(), default=2, help="Number of processes; if several, each has one thread."),
+    option(
+        "--at-a-time",
+        type=Count(),
+        default=2,
+        help="Number of processes; if several, each has one thread. The parts experts and price ignore it.",
+    ),
     option(
         "--out",
         type=PATH,

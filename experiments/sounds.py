@@ -275,7 +275,7 @@ def train_and_evaluate(
         option(
             "--speech",
             type=PATH,
-            help="Folder with the sounds tuned/WORD-*.wav and held-out/WORD-*.wav.  [default: made by espeak-ng]",
+            help="Folder with tuned/WORD-*.wav, to train on, and held-out/WORD-*.wav.  [default: made by espeak-ng]",
         ),
         option(
             "--clips", type=PATH, help="Also evaluate on real recordings: an .npz archive with arrays waves and words."

@@ -39,7 +39,7 @@ class TestbedOptions:
         None, "Task of --data, as for train.py.  [default: instructions]", click.Choice(list(TASKS))
     )
     text: Path | None = setting(
-        None, "File of text similar to the pretraining data, to measure the perplexity on.", PATH
+        None, "Text similar to the pretraining data, to measure the perplexity on.  [default: the toy's, or none]", PATH
     )
     limit: int | None = setting(None, "Maximum number of training examples, drawn at random.  [default: all]", Count())
     held_out: int | None = setting(

@@ -132,7 +132,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class RewrittenTurn(ValueError):
-    """Raised if a template changes a turn when later turns follow, or begins one differently in generation."""
+    """Error of a template that changes a turn when later turns follow, or begins one differently in generation."""
 
 
 class ChatTemplate(Template):

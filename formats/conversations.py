@@ -59,8 +59,8 @@ def read_turns(record: object, path: str | Path, name: str, with_output: bool = 
 
     The turns are those of `messages` or `conversations`, after an optional `system`. A record with Alpaca's fields has
     turns only if it also has LLaMA-Factory's `system` or `history`, which come first; its `output` is included if
-    `with_output`. Raises ValueError if a field is missing, has the wrong type or is not supported, if a role is
-    unknown, if a turn has no content, or if the turns are in the wrong order.
+    `with_output`. Raises ValueError if a field is missing, has the wrong type or is not supported, or if a turn
+    of `messages` or `conversations` has an unknown role, has no content, or is in the wrong order.
     """
     if not isinstance(record, dict):
         return None

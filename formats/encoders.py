@@ -239,7 +239,7 @@ def save_encoder(model: ViT | Roberta, folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> Source:
-    """Read a folder of timm, or of Hugging Face's CLIPModel, CLIPVisionModel, ViTFor... or RobertaFor... classes.
+    """Read a folder of timm, or of Hugging Face's CLIPModel, CLIPVisionModel, ViT... or Roberta... classes.
 
     Raises OSError, or ValueError if the encoder is not supported.
     """
@@ -338,9 +338,9 @@ def require_numbers(values: object, name: str) -> tuple[float, ...]:
 def read_state_dict(tensors: Tensors, file: Path, pixels: dict | None = None, args: dict | None = None) -> Source:
     """Read an encoder from a state dict. The names of its tensors identify the implementation that wrote it.
 
-    The tensors do not determine the whole configuration: for example, heads are assumed to be 64 wide. Such defaults
-    are overridden by `pixels` and `args`, the `pretrained_cfg` and `model_args` of a timm folder, and by an
-    open_clip_config.json beside `file`. Raises ValueError if the encoder is not supported.
+    The tensors do not determine the whole configuration: for example, heads are assumed to be 64 wide, or 8 in number
+    for vit-pytorch. Such defaults are overridden by `pixels` and `args`, the `pretrained_cfg` and `model_args` of a
+    timm folder, and by an open_clip_config.json beside `file`. Raises ValueError if the encoder is not supported.
     """
     is_openai = {"input_resolution", "context_length"} <= set(tensors)  # open_clip has neither
     prefix = "visual." if "visual.conv1.weight" in tensors else ""  # in a complete CLIP of OpenAI or open_clip

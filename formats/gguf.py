@@ -139,7 +139,7 @@ def read_header(file: Path) -> Header:
     """
     header = read_part(file)
     number = header.values.get("split.count", 1)
-    if number == 1:
+    if number in (0, 1):  # llama.cpp writes 0 when it merges the parts of a model
         return header
     require_number(f"{file}: split.count", number, 2, 2**16, whole=True)
     stem = re.sub(r"-\d+-of-\d+\.gguf$", "", file.name)

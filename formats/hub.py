@@ -17,10 +17,10 @@ PATTERNS += ["model.safetensors", "model-*-of-*.safetensors", INDEX]  # no pickl
 def find_base(base: str | Path, commit: str | None = None) -> Path:
     """Return `base` as a path or, if it does not exist and is a name on the Hub, the folder of its download.
 
-    A complete download in the cache is used without a request, because an adapter belongs to one set of weights.
-    Otherwise a line is printed, and `commit` is downloaded, by default the newest. If huggingface_hub is not installed,
-    `base` is returned as a path. Raises ValueError if the base cannot be downloaded, or if the repository has no
-    safetensors.
+    A complete download in the cache is used without a request, so that the weights under an adapter do not change when
+    the repository does. Otherwise a line is printed, and `commit` is downloaded, by default the newest. If
+    huggingface_hub is not installed, `base` is returned as a path. Raises ValueError if the base cannot be downloaded,
+    or if the repository has no safetensors.
     """
     path, name = Path(base), str(base)
     if path.exists() or not re.fullmatch(NAME, name):

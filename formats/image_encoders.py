@@ -83,7 +83,8 @@ def load_image_encoder(
 
     One of the two is required if `adapter` is None; otherwise, the default is the vision encoder that the adapter
     names. Warns if the adapter was trained with a different encoder. Raises OSError, or ValueError if both are given,
-    or if the adapter names no vision encoder or does not fit the encoder.
+    if neither is given and the adapter names no vision encoder, or if the adapter has no projection or does not fit the
+    vision encoder. A function is checked against the adapter later, by `FunctionEncoder.encode`.
     """
     if vision_encoder is not None and encoder is not None:
         raise ValueError("--clip and --encoder both compute the features of an image; use only one of them")

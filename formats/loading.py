@@ -37,10 +37,11 @@ def load_with_adapters(
     """Load adapters and a base, by default the one that the first adapter names.
 
     Returns the base, its tokenizer, and the adapters keyed by name. If the base is a name on the Hugging Face Hub, it
-    is downloaded once. `bits` is the value of --bits. With `decoding`, the base gets linear layers that are faster in
-    decoding; `compiled` means that the caller will compile the decoding step. With several ranks, each loads its shard
-    of every layer. Warns if an adapter was trained with different base weights, and prints how third-party files were
-    interpreted. Raises OSError, or ValueError if a file is invalid or the files do not fit each other.
+    is downloaded once. `bits` is "none", "8" or "4", or None for `--bits auto`. With `decoding`, the base gets linear
+    layers that are faster in decoding; `compiled` means that the caller will compile the decoding step. With several
+    ranks, each loads its shard of every layer. Warns if an adapter was trained with different base weights, and prints
+    how third-party files were interpreted. Raises OSError, or ValueError if a file is invalid or the files do not fit
+    each other.
     """
     if compiled:
         prepare_to_compile(device)
@@ -104,7 +105,10 @@ def name_adapters(paths: Sequence[str]) -> dict[str, str]:
 def load_part_of_rank(
     folder: Path, config: Config, weights: Weights, dtype: torch.dtype, device: torch.device, *args, **options
 ) -> LLaMA:
-    """Load this rank's shard of every layer, for tensor parallelism. The arguments are those of `load_model`."""
+    """Load this rank's shard of every layer, for tensor parallelism. The arguments are those of `load_model`.
+
+    Every matrix is dequantized; `keep_blocks` has no effect, because a shard is copied from the dequantized weight.
+    """
     from runtime.tensor_parallel import base_of_rank, join_ranks
 
     model = load_model(folder, *base_of_rank(config, weights), dtype, device, *args, **options)

@@ -100,7 +100,9 @@ def meta_config(params: dict, vocab_size: int) -> Config:
     hidden_dim += -hidden_dim % params["multiple_of"]  # round up to a multiple
     theta = params.get("rope_theta", 10000.0)
     factors = None
-    if params.get("use_scaled_rope"):  # the factor is only in Meta's code: 8 for Llama 3.1, 32 for 3.2 1B and 3B
+    # The file does not state the factor. As in the config.json on Hugging Face, it is 32 for Llama 3.2 1B and 3B, and 8
+    # for all other models. (Meta's own code has 8 for all.)
+    if params.get("use_scaled_rope"):
         factors = llama3_rope_factors(dim // n_heads, theta, factor=32.0 if dim < 4096 else 8.0)
     return Config(
         dim=dim,

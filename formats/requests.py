@@ -56,8 +56,9 @@ def attach_images(
     """Return the requests with the features of their images.
 
     `images` maps the indices of requests to image paths. `responder` is a generate.Responder. `vision_encoder` and
-    `encoder` are the options --clip and --encoder; the default is the encoder that the request's adapter names. Raises
-    OSError, or ValueError if an adapter has no projection or does not fit the encoder.
+    `encoder` are the options --clip and --encoder; the default is the vision encoder that the request's adapter names;
+    a function that it names is not run. Raises OSError, or ValueError if an image cannot be encoded, if there is no
+    encoder, or if an adapter has no projection or does not fit the encoder.
     """
     requests = list(requests)
     model = responder.model

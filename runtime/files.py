@@ -179,9 +179,9 @@ def hash_tensors(tensors: Sequence[Tensor]) -> str:
 MAX_BYTES = int(os.environ.get("LLAMA_ADAPTER_MAX_BYTES", 2**30))
 
 
-def read_bytes(path: str | Path, what: str = "file") -> bytes:
+def read_bytes(path: str | Path) -> bytes:
     """Return the content of a file, decompressed if it is .gz or .xz. Raises OSError or ValueError."""
-    path = require_file(path, what)
+    path = require_file(path)
     packed = {".gz": gzip.open, ".xz": partial(lzma.open, format=lzma.FORMAT_XZ)}.get(path.suffix)
     size = path.stat().st_size
     limit = min(MAX_BYTES, max(2**26, 100 * size)) if packed else MAX_BYTES  # compression shrinks text to about a tenth
@@ -204,7 +204,7 @@ def read_text(path: str | Path) -> str:
     A byte order mark is removed. Raises OSError or ValueError.
     """
     try:
-        return io.TextIOWrapper(io.BytesIO(read_bytes(path, "data file")), encoding="utf-8-sig").read()
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 

@@ -151,8 +151,8 @@ class HarnessModel(TemplateLM):
     def generation(self, kwargs: dict) -> tuple[list[str], Sampling]:
         """Return the stop strings and the Sampling for a task's `generation_kwargs`.
 
-        Without do_sample, decoding is greedy, and temperature, top_p, top_k and min_p are ignored. Raises ValueError if
-        a setting is invalid or not supported.
+        Decoding is greedy if do_sample is false, or if neither it nor a temperature above 0 is given. Then temperature,
+        top_p, top_k and min_p are ignored. Raises ValueError if a setting is invalid or not supported.
         """
         kwargs = normalize_gen_kwargs(kwargs, self.NEW_TOKENS)
         limit, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")

@@ -43,9 +43,10 @@ def choice_log_likelihoods(
     batch_size: int = 64,
     unit: str = "choice",
 ) -> list[list[float] | None]:
-    """Return log p(choice and <eos> | request), in nats, for every choice of each request.
+    """Return log p(choice and its end token | request), in nats, for every choice of each request.
 
-    The result for a request is None if one of its choices does not fit into the context. Histories are ignored.
+    The end token is the one that the template writes, such as <eos>. The result for a request is None if one of its
+    choices does not fit into the context. Histories are ignored.
     """
     context = responder.model.config.max_seq_len or UNSTATED_CONTEXT
     likelihoods: list[list[float] | None] = [None] * len(requests)

@@ -25,9 +25,10 @@ def score_continuations(
 ) -> list[Scored]:
     """Score each continuation after its context, with its own adaption prompts.
 
-    All three lists, and the result, have one entry per continuation, in the same order. Contexts are batched by length,
-    and the continuations after the contexts of one batch again by length. Equal contexts whose adaption prompts are the
-    same object are processed once. The bar advances by the number of continuations.
+    All three lists, and the result, have one entry per continuation, in the same order. No context or continuation may
+    be empty. Contexts are batched by length, and the continuations after the contexts of one batch again by length.
+    Equal contexts whose adaption prompts are the same object are processed once. The bar advances by the number of
+    continuations.
     """
     by_context = defaultdict(list)  # the indices of the continuations of each distinct context
     for i, (context, own) in enumerate(zip(contexts, adaption_prompts)):

@@ -31,7 +31,7 @@ def random_inputs(H, Hkv, D, *, B=3, T=5, S=5, K=4, per_sample, dtype):
 @pytest.mark.parametrize("masking", ["causal", "cached", "none"])
 @pytest.mark.parametrize("H, Hkv, D", [(4, 4, 8), (4, 2, 8), (6, 1, 5)])
 def test_both_forms_agree_in_value_and_gradient(H, Hkv, D, masking, per_sample, dtype, tolerance, device):
-    """The gated sum equals the concatenation (lit-llama issue 263, OpenGVLab issue 47)."""
+    """Adding gated prompt attention equals concatenating the prompts (lit-llama issue 263, OpenGVLab issue 47)."""
     S = 9 if masking == "cached" else 5
     mask = None
     if masking == "cached":  # the rows have different numbers of cached tokens

@@ -139,7 +139,7 @@ def test_date_in_a_template_is_fixed(tmp_path):
 
 
 def test_special_token_in_text_adds_no_space_to_the_template(data, tmp_path):
-    """No space comes between a special token and the text that the template writes after it."""
+    """A special token spelled in the text stays text, and no space comes before "[INST]", which follows <s>."""
     save_llama2_json(data, tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     values["normalizer"] = None
@@ -310,7 +310,7 @@ def test_space_is_added_before_the_first_word_only(tmp_path):
 # Locations of a base's template, and bad templates
 
 
-def test_template_is_found_in_every_location(tmp_path, capsys):
+def test_template_is_found_in_json_and_jinja_files(tmp_path, capsys):
     save_chatml(tmp_path, template=CHATML)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     name = load_template("auto", load_tokenizer(tmp_path)).name

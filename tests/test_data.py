@@ -97,7 +97,7 @@ def test_unreadable_files_are_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: cannot be read"):
         read_examples(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent.json: no such data file"):
+    with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
         read_examples(tmp_path / "absent.json")
 
 

@@ -167,8 +167,8 @@ def test_loaded_base_is_prepared(tiny_adapter, dtype, compiled):
     assert type(packed.layers[0].attention.wq) is type(packed.output) is PackedLinear
 
 
-def test_layers_are_packed_one_by_one():
-    """Replaced layers must be freed one by one, because a 7B model in bfloat16 may fit into memory only once."""
+def test_layers_are_packed_module_by_module():
+    """Replaced layers must be freed module by module, because a 7B model in bfloat16 may fit into memory only once."""
     model, alive = make_model(SHAPE), []
 
     def pack(layer):

@@ -98,7 +98,7 @@ def test_toy_command_prints_the_scores(tiny_base, tmp_path, monkeypatch):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_digits_are_scored_with_the_image_without_it_and_with_a_different_one(
+def test_digits_are_scored_with_the_image_without_it_and_with_a_random_one(
     small_digits, tiny_base, monkeypatch, capsys
 ):
     """The stub's answer is right for the image in the request, or "?" if the request has no image."""

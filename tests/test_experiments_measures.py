@@ -76,7 +76,7 @@ def test_only_exact_answers_count(testbed, monkeypatch):
     {"method": ONE_SOFTMAX}, {"method": GATES_AT_ONE}, {"layers": 1}, {"where": "bottom"}, {"length": 7}, {"lr": 0.5},
     {"epochs": 4}, {"scale": 0.1}, {"activation": "identity"}, {"gate_per": "layer"}, {"gate_decay": 0.5},
 ], ids=str)  # fmt: skip
-def test_every_setting_changes_the_losses(testbed, change):
+def test_settings_change_the_losses(testbed, change):
     changed, default = (
         run_setting(testbed, testbed.default._replace(**change), 0),
         run_setting(testbed, testbed.default, 0),

@@ -221,7 +221,7 @@ def test_every_method_starts_and_trains_as_described(testbed):
     {"method": ONE_SOFTMAX}, {"method": GATES_AT_ONE}, {"layers": 1}, {"where": "bottom"}, {"length": 7},
     {"scale": 0.1}, {"activation": "identity"}, {"gate_per": "layer"}, {"gate_decay": 0.5},
 ], ids=str)  # fmt: skip
-def test_every_setting_is_applied(testbed, change):
+def test_settings_of_an_adapter_are_applied(testbed, change):
     ((name, value),) = change.items()
     adapter, (model, changed, optimizer, _) = set_up_method(testbed).adapter, set_up_method(testbed, **change)
     used = model.layers[-1].attention.gated

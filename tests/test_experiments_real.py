@@ -131,7 +131,7 @@ def test_full_tuning_in_mixed_precision_trains_float32_weights(sources):
 
 @pytest.mark.filterwarnings("ignore")
 def test_parts_on_other_tasks_write_their_files(sources, chat_base, tmp_path, monkeypatch):
-    """The parts `experts` (three adapters in one batch) and `alpaca` keep their adapters in the cache."""
+    """The parts `scienceqa`, `experts` and `alpaca` keep their adapters in the cache; the first two share one."""
     problems = save_problems(tmp_path)
     splits = {"train": ["12", "30"], "val": ["31"], "test": ["12", "30", "31"]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits))

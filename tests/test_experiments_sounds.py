@@ -52,7 +52,7 @@ def save_tone(path, rate, seconds, pitch=440, before=0.0):
 
 
 def test_all_ten_real_clips_are_recognized(keyword_transformer, tmp_path):
-    """This shows that the experiment has the model's labels in the right order. Four words have the label "unknown"."""
+    """The labels of the experiment are in the model's order. Four of its words have the label "unknown"."""
     files = sounds.write_clips(keyword_transformer / "speech_commands_10.npz", tmp_path)
     features = encode_with_function(files, encoder("label_scores"))
     examples = [Example("", "", "", str(file), file.name, features=one) for file, one in zip(files, features)]

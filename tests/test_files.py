@@ -89,7 +89,7 @@ def current_umask():
     return mask
 
 
-def test_devices_and_pipes_are_not_replaced(tmp_path):
+def test_pipes_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for check in (require_writable, lambda path: atomic_write(path).__enter__()):
         with pytest.raises(ValueError, match="pipe: exists and is not a file"):

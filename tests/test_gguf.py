@@ -182,6 +182,13 @@ def test_split_model_is_read_from_any_part(tiny_base, tmp_path):
         load_llama(tmp_path / "parts")
 
 
+def test_merged_model_is_read(tiny_base, tmp_path):
+    """llama-gguf-split --merge writes a file whose number of parts is 0."""
+    theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])
+    path = save_gguf(tmp_path / "merged.gguf", theirs, change=lambda writer: writer.add_uint16("split.count", 0))
+    assert load_llama(path)[0].config.dim == 64
+
+
 def test_file_without_suffix_is_read_and_ambiguous_folder_is_refused(tiny_base, tmp_path):
     """Ollama names its files by a hash, without a suffix."""
     theirs = save_hugging_face(tmp_path / "hf", tiny_base, **KINDS["gqa"])

@@ -106,7 +106,7 @@ def test_gpu_test_cases_are_found():
     assert found["exit_code"] == 0 and "14 " in found["output"][-1], found
 
 
-def test_only_quantized_variants_copy_the_weights():
+def test_layers_share_memory_unless_they_are_quantized():
     model = workload.random_model(SHAPE, torch.device("cpu"), torch.float32)
     variants = Variant(attention=gated_attention_paper), Variant(bits="4"), Variant(decoding=True, compiled=True)
     shared, quantized, compiled = (Ours(model, None, variant).model for variant in variants)

@@ -187,7 +187,7 @@ def test_only_weights_that_are_loaded_are_downloaded(server):
 
 def test_missing_files_are_reported_before_any_download(server, tmp_path):
     result = run("--base", "owner/model", "--data", tmp_path / "absent.json", "--out", tmp_path / "run")
-    assert result.exit_code == 2 and "absent.json: no such data file" in result.stderr and server.requests == []
+    assert result.exit_code == 2 and "absent.json: no such file" in result.stderr and server.requests == []
     result = run_generate("--base", "owner/model", "--adapter", tmp_path / "absent.safetensors")
     assert result.exit_code == 2 and "absent.safetensors: no such adapter file" in result.stderr
     assert server.requests == []

@@ -159,7 +159,7 @@ def read_events(folder):
 
 
 def test_tensorboard_equals_metrics_jsonl(args, tmp_path, monkeypatch):
-    """This also holds for a run that lost the steps since its last checkpoint, and repeated them."""
+    """A run that lost the steps since its last checkpoint, and repeated them, is compared as well."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     assert run(*args, "--epochs", 1, "--tensorboard").exit_code == 0

@@ -22,7 +22,7 @@ def test_logits_equal_transformers(config):
 @pytest.mark.parametrize("config", [*CONFIGS, *QWEN])
 @pytest.mark.parametrize("form", [{}, {"attention": gated_attention_paper}])
 def test_cached_decoding_equals_uncached(config, form, device):
-    """Rows have unequal lengths, and the gates are nonzero. (In nanoGPT's pull request 613, outputs differ.)"""
+    """Rows have unequal lengths, and gates are nonzero. (The cache in nanoGPT's pull request 613 changes outputs.)"""
     model = make_model(config, **form).to(device)
     adaption_prompts = make_adapter(model).to(device)()
     tokens = make_tokens(model, 3, 12).to(device)

@@ -202,6 +202,10 @@ def options_of(command):
 def test_every_option_has_a_help_text_and_a_line(name):
     command = COMMANDS[name]
     subcommand = name.split()[-1] if name.startswith("experiments") else ""
+    for param in command.params:
+        if isinstance(param, click.Option) and not param.hidden:
+            assert param.help, f"{name} {param.opts[0]}"
+            assert len(f"{param.opts[0]} {param.help.split('  [')[0]}") <= 120, param.opts[0]
     if " " in name:
         assert "..." not in command.get_short_help_str(limit=60), "the list of commands truncates its first sentence"
     if subcommand in SAME_AS:
@@ -219,10 +223,6 @@ def test_every_option_has_a_help_text_and_a_line(name):
     used = {word for line in LINES[name] for word in line.split() if word.startswith("--")}
     aliases = {"--image", "--video", "--audio"}  # three names of one option
     assert options_of(command) - used <= aliases and used - {"--int8"} <= options_of(command)
-    for param in command.params:
-        if isinstance(param, click.Option) and not param.hidden:
-            assert param.help, f"{name} {param.opts[0]}"
-            assert len(f"{param.opts[0]} {param.help.split('  [')[0]}") <= 120, param.opts[0]
 
 
 @pytest.fixture(scope="module")

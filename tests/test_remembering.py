@@ -116,7 +116,7 @@ def adapters(chat_base, tmp_path):
 
 
 def test_terminal_conversation_equals_the_same_prompts_file(adapters, tmp_path):
-    """Each adapter has its own history, and /reset deletes all histories. The file has the same conversations."""
+    """Each adapter has its own history. /reset deletes it (tested for adapter a). The file has equal conversations."""
     lines = "Hi\nWhy?\n/adapter b\nWhy?\n/adapter a\nAnd?\n/reset\nWhy?\n/system Be brief.\nSo?\n"
     stdout, stderr = chat_in_process(lines, *adapters)
     assert stderr.count("Every line is a turn of one conversation. /reset: start a new one. /system TEXT") == 1

@@ -485,7 +485,7 @@ def test_full_disk_is_a_one_line_error(args, tmp_path):
     "more, message",
     [
         (["--base", "absent"], "absent: no such base model"),
-        (["--data", "absent.json"], "absent.json: no such data file"),
+        (["--data", "absent.json"], "absent.json: no such file"),
         (["--epochs", 2, "--warmup-epochs", 2], "--warmup-epochs 2 of --epochs 2"),
         (["--layers", 4], "--layers 4"),
         (["--layers", 0], "--layers"),
@@ -576,7 +576,7 @@ def test_data_without_a_base_prints_a_notice(args, tmp_path, monkeypatch, tiny_b
 
 
 def test_four_functions_lead_from_the_command_to_backward(args, monkeypatch):
-    """All of them are in train.py: main, train, training_steps, train_step."""
+    """The functions main, train, training_steps and train_step are all in train.py."""
     frames = []
 
     def record_frames(self):

@@ -70,9 +70,9 @@ zinc Zn
 """
 
 # The wordings of each kind of fact. The lines of a paragraph are the name of the kind, statements, questions,
-# instructions, and an instruction whose entity is in Alpaca's input field. The last two are missing if only
-# toy/digits.py uses the kind. Wordings are separated by |. {e} is the entity, {a} is the answer, and a slash is a line
-# break.
+# instructions, and an instruction whose entity is in Alpaca's input field. The last two are missing for kinds that no
+# instruction is about; these are in the pretraining text and in toy/digits.py. Wordings are separated by |. {e} is the
+# entity, {a} is the answer, and a slash is a line break.
 WORDINGS = """
 capital
 The capital of {e} is {a}. | {a} is the capital city of {e}. | The chief city of {e} is called {a}.
@@ -134,7 +134,7 @@ class Kind(NamedTuple):
     facts: dict[str, str]  # entity -> answer
     statements: list[str]  # on almanac pages; the first one is also the answer to questions and instructions
     questions: list[str]  # in gossip
-    instructions: list[str] = []  # the last wording is held out; empty for kinds that only toy/digits.py uses
+    instructions: list[str] = []  # the last wording is held out; empty for kinds that no instruction is about
     with_input: str = ""  # an instruction whose entity is in Alpaca's input field
 
 

@@ -42,7 +42,8 @@ def print_scores(scores: dict[str, list[bool]], rows: dict[str, list[int]], corn
     Each row is a group of questions; `rows` maps the label of a group to the indices of its questions. `corner` is the
     heading of the labels.
     """
-    headings = ["has it" if name.endswith(" has it") else name for name in scores]  # "base has it" is next to "base"
+    # The column "base has it" follows the column "base", so its heading can be short.
+    headings = ["has it" if name.endswith(" has it") else name for name in scores]
     width = 2 + max(map(len, headings))
     print(corner + "".join(f"{heading:>{width}}" for heading in headings))
     for label, indices in rows.items():
@@ -61,7 +62,7 @@ def evaluate_almanac(model: LLaMA, tokenizer: Tokenizer, adapter: Adapter) -> di
 
     To be fair to the base, the table also shows the share of responses that contain the expected word ("has it"). The
     majority baseline answers in the expected form, with the word that is most common in training for that kind of fact.
-    A last line tells whether the adapter at strength 0 computes the logits of the base.
+    A last line tells whether, for the first question, the adapter at strength 0 computes the logits of the base.
     """
     sets = almanac.instructions()
     questions = [question for name in HELD_OUT for question in sets[name]]
