@@ -116,7 +116,7 @@ def open_video(path: str | Path, number: int = 8) -> list[Image.Image]:
     Raises FileNotFoundError, or ValueError if the file is not a valid video, its frames are too large or too narrow,
     decoding is too slow, or PyAV is missing.
     """
-    require_file(path, "video")
+    require_file(path)
     try:
         import av
     except ImportError:

@@ -96,13 +96,13 @@ class Runs:
         in_rounds: bool = False,
         at_a_time: int = 1,
     ) -> dict[str, dict[str, list]]:
-        """Execute the runs, write each result when it is there, and print a line for each setting after its last run.
+        """Execute the runs, save the results of each when it ends, and print a line for each setting.
 
         `do(setting, seed)` executes a run and returns its results as a dictionary of JSON values. Settings with the
         same repr() share their runs. Settings whose labels are in `once` are run with one seed, all others with every
         seed. Runs are ordered by setting. If `in_rounds` is True, they are ordered by seed, so that a drift of the
-        machine's speed affects all settings alike. If `at_a_time` is greater than 1, this number of processes run in
-        parallel, with one thread each. Returns the results by label, each as a list over the seeds.
+        machine's speed affects all settings alike. See `execute` for `at_a_time`, and for what happens if a run fails.
+        Returns the results by label, each as a list over the seeds.
         """
         seeds = {label: range(1 if label in once else self.seeds) for label in settings}
         plan = [(setting, seed) for label, setting in settings.items() for seed in seeds[label]]
@@ -172,7 +172,8 @@ def execute(do: Callable, runs: dict[str, tuple], at_a_time: int) -> Iterator[tu
                     yield key, future.result()
                 elif failure is None:
                     failure = error
-                    click.echo(f"a run failed ({error_line(error)}); waiting for those in progress", err=True)
+                    if keys:
+                        click.echo(f"a run failed ({error_line(error)}); waiting for those in progress", err=True)
     if failure is not None:
         raise failure
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 32  # columns that share a scale
-# The number of elements of q that are dequantized at a time; with 4 bits, each contains two weights. On a CPU, the
-# result fits into its cache.
+# The number of elements of q that are dequantized at a time (with 4 bits, each contains two weights), or of weights
+# that are quantized at a time. On a CPU, the result fits into its cache.
 CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -137,9 +138,13 @@ def test_runs_in_processes_equal_sequential_runs(tmp_path):
     assert many["two"]["threads"] == [1, 1]
 
 
-def failing_for_two(setting, seed):
+def failing_for_two(folder, setting, seed):
+    """Fail for 2. Other runs last until a second after that."""
     if setting == 2:
+        (folder / "failing").touch()
         raise ValueError("two is not allowed")
+    while not (folder / "failing").exists():
+        time.sleep(0.01)
     time.sleep(1)
     return {"value": setting}
 
@@ -148,26 +153,23 @@ def test_runs_in_progress_are_kept_if_one_fails(tmp_path, capsys):
     """The run beside the failing one is finished and written. The one after it is not started."""
     runs = Runs("x", tmp_path, 1, {})
     with pytest.raises(ValueError, match="two is not allowed"):
-        runs.table([], {"two": 2, "three": 3, "four": 4}, failing_for_two, at_a_time=2)
+        runs.table([], {"two": 2, "three": 3, "four": 4}, partial(failing_for_two, tmp_path), at_a_time=2)
     assert json.loads(runs.log.read_text()) == {"(3, 0)": {"value": 3}}
     assert "a run failed (two is not allowed); waiting for those in progress" in capsys.readouterr().err
 
 
-def fill_slowly(folder):
-    time.sleep(0.5)
-    (folder / "file").write_text("full")
-
-
-def test_cached_folder_is_filled_by_one_thread_at_a_time(tmp_path, monkeypatch):
+def test_cached_folder_is_filled_once_by_two_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.cached.CACHE", tmp_path)
     calls = []
+
+    def fill_slowly(folder):
+        calls.append(folder)
+        time.sleep(0.5)
+        (folder / "file").write_text("full")
+
     with ThreadPoolExecutor(2) as pool:
-        futures = [
-            pool.submit(cached_folder, "x", 1, lambda folder: calls.append(1) or fill_slowly(folder)) for _ in "ab"
-        ]
-        folders = {future.result() for future in futures}
-    (folder,) = folders
-    assert (folder / "file").read_text() == "full" and calls == [1]
+        first, second = pool.map(lambda _: cached_folder("x", 1, fill_slowly), range(2))
+    assert first == second and (first / "file").read_text() == "full" and len(calls) == 1
 
 
 def test_repeated_experiment_has_the_same_numbers(small_args, tmp_path):
