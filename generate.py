@@ -121,7 +121,8 @@ def stream(
         cache = KVCache(model, batch=len(tokens), capacity=max(map(len, tokens)) + limit)
     logits = prefill(model, tokens, adaption_prompts, cache)
     penalty = sampling.repetition_penalty
-    seen = torch.zeros(logits.shape if penalty != 1 else (0,), dtype=torch.bool, device=logits.device)  # (B, V)
+    # (B, V), or empty without a penalty
+    seen = torch.zeros(logits.shape if penalty != 1 else (0,), dtype=torch.bool, device=logits.device)
     for row, ids in [*zip(seen, cached), *zip(seen, tokens)]:
         row[ids] = True
     ended = [False] * len(tokens)

@@ -89,7 +89,7 @@ def layers_at_depths(n_layers: int, number: int) -> list[int]:
 def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -> Tensor:
     """Return the normalized class tokens at M = `depths` depths, (B, M*Cv) in float32.
 
-    `images` is (B, 3, S, S), where S is the image size in pixels.
+    `images` is (B, channels, S, S), where S is the image size in pixels.
     """
     weight = vision_encoder.class_embedding
     states = vision_encoder(images.to(weight.device, weight.dtype))  # N times (B, T, Cv)
@@ -100,9 +100,8 @@ def global_features(vision_encoder: ViT, images: Tensor, depths: int = DEPTHS) -
 def vision_encoder_fingerprint(vision_encoder: ViT) -> str:
     """Return a hash of a small part of the weights, which identifies the encoder."""
     first = vision_encoder.layers[0].attention.wq
-    return hash_tensors(
-        [vision_encoder.class_embedding, vision_encoder.positions[:4], first.weight[:4], vision_encoder.norm.weight]
-    )
+    norm = list(vision_encoder.norm.parameters())[:1]  # its weight; an encoder without a final norm has none
+    return hash_tensors([vision_encoder.class_embedding, vision_encoder.positions[:4], first.weight[:4], *norm])
 
 
 def features_key(vision_encoder: ViT, depths: int) -> str:

@@ -366,7 +366,7 @@ def train(config: TrainConfig, data: DataOptions, base: BaseOptions, run: Run) -
 
 
 def read_training_data(data: DataOptions) -> tuple[list[Example], DataOptions]:
-    """Return the examples, and the options with `images` and `template` filled in.
+    """Return the examples, and the options with defaults filled in: `template`, and `images` for a data file.
 
     Without an encoder, images are dropped. Raises OSError or ValueError.
     """
@@ -503,8 +503,8 @@ def main(context, **options):
     """Train a LLaMA-Adapter for a frozen base.
 
     The default base is a tiny LLaMA that was pretrained on an almanac. Without --data, the adapter is trained on the
-    questions of a toy, and evaluated on held-out ones. The defaults are then 12 epochs, 1 of them warm-up, all 4
-    layers, batches of 32, and --lr 0.05.
+    questions of a toy, and evaluated on held-out ones. The defaults are then 12 epochs, 1 of them warm-up, the
+    topmost 4 layers, batches of 32, and --lr 0.05.
     """
     if options["data"] is None:
         options |= toy_defaults(context, options)

@@ -44,6 +44,7 @@ from multimodal import (
     global_features,
     layers_at_depths,
     load_function,
+    vision_encoder_fingerprint,
 )
 from tasks import images
 from training.run_files import read_metrics
@@ -251,6 +252,14 @@ def test_generate_accepts_images_folders_and_prompts_files(train_args, album, tm
     assert narrow.exit_code == 2 and "computes 256 features, but the adapter was made for 512" in narrow.stderr
     missing = run(generate, *args, "--image", tmp_path / "nowhere.png", "Hello.")
     assert missing.exit_code == 2 and "nowhere.png: no such file" in missing.stderr
+
+
+def test_encoder_without_a_final_norm_has_a_fingerprint():
+    """Early encoders of vit-pytorch have no norm after the last layer."""
+    encoder = make_vit(ViTConfig(24, 8, dim=64, n_layers=4, n_heads=1, hidden_dim=96, final_norm=False))
+    before = vision_encoder_fingerprint(encoder)
+    encoder.layers[0].attention.wq.weight.data += 1
+    assert vision_encoder_fingerprint(encoder) != before
 
 
 @pytest.mark.parametrize("name", ["../data.json", "/etc/passwd"])
