@@ -41,7 +41,7 @@ def main(adapter_paths, base, device, dtype, vision_encoder, encoder, template, 
     with one_line_errors(), TemporaryDirectory(prefix="llama-adapter-demo-") as uploads:
         if not adapter_paths:
             raise ValueError("there is no adapter to show; use --adapter FILE one or more times")
-        # Gradio reads these variables when it is imported or later: the folder of uploads, and no usage data.
+        # The folder of uploads, which Gradio reads when it is imported, and a switch for its usage data.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             from demo.page import make_page, serve

@@ -96,7 +96,7 @@ class Runs:
         in_rounds: bool = False,
         at_a_time: int = 1,
     ) -> dict[str, dict[str, list]]:
-        """Execute the runs, save the results of each when it ends, and print a line for each setting.
+        """Execute the runs, save the results of each when it ends, and print a line for each finished setting.
 
         `do(setting, seed)` executes a run and returns its results as a dictionary of JSON values. Settings with the
         same repr() share their runs. Settings whose labels are in `once` are run with one seed, all others with every
@@ -156,10 +156,13 @@ def execute(do: Callable, runs: dict[str, tuple], at_a_time: int) -> Iterator[tu
     further runs are started, and those in progress are finished and yielded before the error is raised.
     """
     if at_a_time == 1:
-        yield from ((key, do(*run)) for key, run in runs.items())
+        for key, run in runs.items():
+            yield key, do(*run)
         return
     context = multiprocessing.get_context("spawn")
-    waiting, keys, failure = iter(runs.items()), {}, None  # keys of the runs in progress, by their futures
+    waiting = iter(runs.items())
+    keys = {}  # of the runs in progress, by their futures
+    failure = None
     with ProcessPoolExecutor(at_a_time, context, initializer=partial(torch.set_num_threads, 1)) as pool:
         while True:
             if failure is None:
@@ -184,7 +187,7 @@ def cells(column: Column, runs: Sequence[dict]) -> str:
     if None in values:
         return f"{'-':>{column.width}}" + " " * 8 * column.spread
     mean = f"{statistics.mean(values):{column.form}}"
-    return f"{mean:>{column.width}}" + f"{spread(values):>8.1%}" * column.spread
+    return f" {mean:>{column.width - 1}}" + f"{spread(values):>8.1%}" * column.spread
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -45,11 +45,7 @@ def select_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         torch.cuda.set_device(device)  # the device that NCCL and "cuda" refer to from now on
     elif device == "cpu":
         advise_on_threads()
-        if dtype == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-            print_rank0(
-                "this CPU has no bfloat16 instructions: training and long prompts are several times slower than with "
-                "--dtype float32, which needs twice the memory for the base"
-            )
+        advise_on_dtype(dtype)
     return torch.device(device), getattr(torch, dtype)
 
 
@@ -64,6 +60,15 @@ def advise_on_threads() -> None:
         print_rank0(
             f"other processes use about {min(busy, cores):.0f} of {cores} cores, and this one has {threads} threads; "
             f"it may be faster with OMP_WAIT_POLICY=passive in the environment"
+        )
+
+
+def advise_on_dtype(dtype: str) -> None:
+    """Print that float32 is faster than bfloat16, if this CPU has no instructions for bfloat16."""
+    if dtype == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print_rank0(
+            "this CPU has no bfloat16 instructions: training and long prompts are several times slower than with "
+            "--dtype float32, which needs twice the memory for the base"
         )
 
 

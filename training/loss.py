@@ -7,7 +7,7 @@ ROWS = {"cpu": 256, "cuda": 1024}  # number of positions whose logits are in mem
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy, computed from ROWS positions at a time, with its gradient in the forward pass.
+    """Cross entropy, computed for ROWS positions at a time, with its gradient in the forward pass.
 
     The gradient with respect to a row of logits is softmax - 1 at the target, and softmax elsewhere.
     """
