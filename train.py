@@ -83,7 +83,8 @@ class TrainConfig:
     seed: int = setting(0, "Random seed for initial parameters, validation split and order of examples.", SEED)
     micro_batch_tokens: int | None = setting(
         None,
-        "Maximum positions per forward pass; affects memory and speed.  [default: 8192, fewer on a small GPU]",
+        "Maximum positions per forward pass; affects memory and speed.  "
+        "[default: 8192; fewer on a small GPU; 1024 on a CPU]",
         Count(),
     )
     checkpoint_activations: bool = setting(False, "Recompute layers in the backward pass, to save memory.")

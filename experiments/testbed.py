@@ -27,6 +27,7 @@ from tasks import TASKS, load_task
 from toy import almanac
 from toy.language_model import ROW
 from train import TrainConfig
+from training.memory import CPU_MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Testbed:
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
         schedule = {"epochs": setting.epochs, "warmup_epochs": setting.warmup_epochs, "lr": setting.lr}
-        return TrainConfig(batch_size=self.batch_size, seed=seed, **schedule)
+        positions = CPU_MICRO_BATCH_TOKENS if self.device.type == "cpu" else None
+        return TrainConfig(batch_size=self.batch_size, seed=seed, micro_batch_tokens=positions, **schedule)
 
 
 def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:

@@ -40,8 +40,8 @@ def test_positions_depend_on_the_remaining_memory(model, gigabytes, again, expec
 
 
 def test_ranks_agree_on_the_smallest_number_of_positions(model, monkeypatch, capsys):
-    """A rank with a GPU of 80 GB uses the number of a rank with 24 GB. On a CPU, the number is the maximum."""
-    assert choose_micro_batch_tokens(SimpleNamespace(device=torch.device("cpu")), 30, False) == 8192
+    """A rank with a GPU of 80 GB uses the number of a rank with 24 GB. On a CPU, the number is 1,024."""
+    assert choose_micro_batch_tokens(SimpleNamespace(device=torch.device("cpu")), 30, False) == 1024
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2 * num_parameters(model.config))
     monkeypatch.setattr(memory, "all_reduce_max", lambda number: max(number, -1792))

@@ -1,4 +1,4 @@
-"""The number of positions per forward pass that fit into the memory of the GPU."""
+"""The default number of positions per forward pass: as many as fit into the memory of a GPU, and 1,024 on a CPU."""
 
 import torch
 
@@ -6,6 +6,9 @@ from data import MICRO_BATCH_TOKENS
 from model import Config, LLaMA
 from runtime.distributed import all_reduce_max, print_rank0
 from training.loss import ROWS
+
+# On a CPU, matrix products are no faster with more rows, and small micro-batches have less padding.
+CPU_MICRO_BATCH_TOKENS = 1024
 
 
 def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_activations: bool) -> int:
@@ -44,10 +47,11 @@ def positions_that_fit(
 def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations: bool) -> int:
     """Choose the number of positions per forward pass from the memory of the model's GPU, and print it.
 
-    All ranks use the smallest of their numbers. On devices other than CUDA GPUs, it is 8,192 and is not printed.
+    All ranks use the smallest of their numbers. On a CPU it is CPU_MICRO_BATCH_TOKENS, on other devices 8,192; these
+    two are not printed.
     """
     if model.device.type != "cuda":
-        return MICRO_BATCH_TOKENS
+        return CPU_MICRO_BATCH_TOKENS if model.device.type == "cpu" else MICRO_BATCH_TOKENS
     memory = torch.cuda.get_device_properties(model.device).total_memory
     weights = torch.cuda.memory_allocated(model.device)
     positions = positions_that_fit(model, adapted, checkpoint_activations, memory, weights)
