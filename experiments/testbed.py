@@ -27,7 +27,7 @@ from tasks import TASKS, load_task
 from toy import almanac
 from toy.language_model import ROW
 from train import TrainConfig
-from training.memory import CPU_MICRO_BATCH_TOKENS
+from training.memory import default_micro_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class TestbedParts(NamedTuple):
     training: list[Example]
     questions: list[Example]
     documents: Iterable[str]  # similar to what the base was pretrained on
+    micro_batch_tokens: int | None = None  # None: the default for the device
 
 
 @dataclass(eq=False)
@@ -102,14 +103,15 @@ class Testbed:
     text: Tensor  # (rows, T) token ids of text similar to the pretraining data; 0 rows if there is no text
     n_layers: int  # N
     batch_size: int
+    micro_batch_tokens: int
     default: Setting
     device: torch.device
     dtype: torch.dtype
 
     def train_config(self, setting: Setting, seed: int) -> TrainConfig:
         schedule = {"epochs": setting.epochs, "warmup_epochs": setting.warmup_epochs, "lr": setting.lr}
-        positions = CPU_MICRO_BATCH_TOKENS if self.device.type == "cpu" else None
-        return TrainConfig(batch_size=self.batch_size, seed=seed, micro_batch_tokens=positions, **schedule)
+        sizes = {"batch_size": self.batch_size, "micro_batch_tokens": self.micro_batch_tokens}
+        return TrainConfig(**sizes, **schedule, seed=seed)
 
 
 def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
@@ -121,7 +123,9 @@ def toy_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
     documents = islice(almanac.documents(seed=1), 500)  # the base was pretrained on the documents of seed 0
     batch_size = options.batch_size or toy.TRAINING["batch_size"]
     base = toy_base() if options.toy_layers is None else toy_base(n_layers=options.toy_layers)
-    return TestbedParts(base, default, batch_size, training, subset(questions, options.held_out), documents)
+    questions = subset(questions, options.held_out)
+    positions = toy.TRAINING["micro_batch_tokens"]
+    return TestbedParts(base, default, batch_size, training, questions, documents, positions)
 
 
 def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
@@ -221,6 +225,7 @@ def make_testbed(parts: TestbedParts, max_seq_len: int, device: torch.device, dt
         text,
         n_layers=config.n_layers,
         batch_size=parts.batch_size,
+        micro_batch_tokens=parts.micro_batch_tokens or default_micro_batch_tokens(device),
         default=parts.default,
         device=device,
         dtype=dtype,

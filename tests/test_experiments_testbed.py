@@ -13,7 +13,11 @@ def test_toy_is_the_default(tiny_base, monkeypatch):
     """The setting is that of train.py on the toy. The toy's base was not pretrained on the text for the perplexity."""
     monkeypatch.setattr(testbed, "toy_base", lambda: tiny_base)
     bed = testbed.read_testbed(testbed.TestbedOptions(layers=3, device="cpu"))
-    assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"]) and bed.batch_size == toy.TRAINING["batch_size"]
+    assert bed.default == Setting(layers=3, lr=toy.TRAINING["lr"])
+    sizes = {
+        name: getattr(bed.train_config(bed.default, seed=0), name) for name in ("batch_size", "micro_batch_tokens")
+    }
+    assert sizes.items() <= toy.TRAINING.items()
     assert len(bed.training) == 824 and len(bed.held_out) == len(bed.questions) == 1020
     assert bed.questions[0].output == almanac.instructions()["entities"][0].example.output
     seen = [bed.tokenizer.encode(document) for document in islice(almanac.documents(seed=0), 3)]
@@ -44,6 +48,7 @@ def test_a_tenth_of_the_data_is_held_out(tiny_base, instructions):
     options = testbed.TestbedOptions(tiny_base, instructions, device="cpu")
     bed, searching = testbed.read_testbed(options), testbed.read_testbed(options, searching=True)
     assert (len(bed.training), len(bed.questions), bed.batch_size) == (36, 4, 64)
+    assert bed.train_config(bed.default, seed=0).micro_batch_tokens == 1024  # as by default in train.py, on a CPU
     assert bed.default == Setting(layers=1, lr=9e-3 * 64 / 256) and len(bed.text) == 0
     assert (len(searching.training), len(searching.questions)) == (33, 3)
     names = [{tokens.name for tokens in (*one.training, *one.held_out)} for one in (bed, searching)]

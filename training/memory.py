@@ -7,9 +7,6 @@ from model import Config, LLaMA
 from runtime.distributed import all_reduce_max, print_rank0
 from training.loss import ROWS
 
-# On a CPU, matrix products are no faster with more rows, and small micro-batches have less padding.
-CPU_MICRO_BATCH_TOKENS = 1024
-
 
 def activation_bytes(config: Config, adapted: int, itemsize: int, checkpoint_activations: bool) -> int:
     """Return the bytes of activations per position: those saved for backward, plus those of the layer being computed.
@@ -44,14 +41,19 @@ def positions_that_fit(
     return min(MICRO_BATCH_TOKENS, max(256, int(room / per_position) // 256 * 256))
 
 
+def default_micro_batch_tokens(device: torch.device) -> int:
+    """Return the number of positions per forward pass for a device whose memory does not limit it."""
+    # On a CPU, matrix products are no faster with more rows, and small micro-batches have less padding.
+    return 1024 if device.type == "cpu" else MICRO_BATCH_TOKENS
+
+
 def choose_micro_batch_tokens(model: LLaMA, adapted: int, checkpoint_activations: bool) -> int:
     """Choose the number of positions per forward pass from the memory of the model's GPU, and print it.
 
-    All ranks use the smallest of their numbers. On a CPU it is CPU_MICRO_BATCH_TOKENS, on other devices 8,192; these
-    two are not printed.
+    All ranks use the smallest of their numbers. On devices other than CUDA GPUs, it is the default, and not printed.
     """
     if model.device.type != "cuda":
-        return CPU_MICRO_BATCH_TOKENS if model.device.type == "cpu" else MICRO_BATCH_TOKENS
+        return default_micro_batch_tokens(model.device)
     memory = torch.cuda.get_device_properties(model.device).total_memory
     weights = torch.cuda.memory_allocated(model.device)
     positions = positions_that_fit(model, adapted, checkpoint_activations, memory, weights)
