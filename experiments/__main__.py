@@ -29,7 +29,6 @@ from experiments.few_examples import few
 from experiments.instructions import stories
 from experiments.real import real
 from experiments.runs import Runs, experiment
-from experiments.scienceqa import scienceqa
 from experiments.sounds import sounds
 from experiments.stages import stages
 from experiments.testbed import TestbedOptions, read_testbed, testbed_options
@@ -83,7 +82,6 @@ def run_all(runs: Runs, **options) -> None:
         sounds,
         real,
         run_all,
-        scienceqa,
     ],
     context_settings={"show_default": True},
 )

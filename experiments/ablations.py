@@ -209,8 +209,8 @@ def plot_gates(runs: Runs, testbed: Testbed) -> None:
 
 
 # Learning rates on the toy. Zero-init attention uses the toy's default; the other methods use the best learning rate
-# that `search_rates` found.
-RATES = {ZERO_INIT: toy.TRAINING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.001}
+# that `search_rates` found (for LoRA, 0.009 is as accurate, but its held-out loss is higher).
+RATES = {ZERO_INIT: toy.TRAINING["lr"], ONE_SOFTMAX: 0.05, LORA: 0.03, FULL: 0.0003}
 
 
 def rate_for(testbed: Testbed, method: str, factor: float = 1.0) -> float:

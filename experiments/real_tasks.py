@@ -123,7 +123,7 @@ def answer_problems(sources: Sources, run: TaskRun, seed: int) -> dict:
     sample = subset(problems, WRITTEN)
     written = generate_responses(responder, requests(sample), unit="problem")
     choices = [problem.answers() for problem in problems]
-    chosen = most_likely_choices(responder, requests(problems), choices, unit="problem")
+    chosen = most_likely_choices(responder, requests(problems), choices)
     fitting = [problem for problem, text in zip(problems, chosen) if text is not None]
     loss = None if adapter is None else mean_loss(model, adapter, testbed.held_out, TrainConfig())
     return {

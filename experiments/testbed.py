@@ -13,7 +13,7 @@ from torch import Tensor
 
 import toy
 from data import AlpacaTemplate, Example, Tokenizer, TokenizedExample, hold_out, tokenize
-from encoder_tuning.data import subset
+from encoder_tuning.labeled import subset
 from experiments.cached import toy_base
 from experiments.methods import Setting
 from experiments.runs import training_options
@@ -44,9 +44,7 @@ class TestbedOptions:
     )
     limit: int | None = setting(None, "Maximum number of training examples, drawn at random.  [default: all]", Count())
     held_out: int | None = setting(
-        None,
-        "Maximum number of held-out questions.  [default: 200 of --data; all for the toy and for scienceqa]",
-        Count(),
+        None, "Maximum number of held-out questions.  [default: 200 of --data; all for the toy]", Count()
     )
     max_seq_len: int = setting(
         512, "Maximum tokens per example; longer ones are truncated, or dropped if their prompt is too long.", Count(2)
@@ -148,8 +146,8 @@ def toy_examples(searching: bool) -> tuple[list[Example], list[Example]]:
     return [question.example for question in training], [question.example for question in questions]
 
 
-def data_parts(options: TestbedOptions, searching: bool, questions: list[Example] | None) -> TestbedParts:
-    """Return the parts of a testbed on --data. If `questions` is None, a tenth of the data is held out.
+def data_parts(options: TestbedOptions, searching: bool) -> TestbedParts:
+    """Return the parts of a testbed on --data, a tenth of which is held out.
 
     If `searching` is True, a tenth of the training examples then replaces the held-out questions. Raises OSError or
     ValueError if the base or the data cannot be read, or if there are too few examples.
@@ -157,7 +155,7 @@ def data_parts(options: TestbedOptions, searching: bool, questions: list[Example
     n_layers, batch_size = read_base(options.base)[0].n_layers, options.batch_size or 64
     default = Setting(layers=max(1, n_layers - 2), lr=TrainConfig(batch_size=batch_size).peak_lr)
     training = examples = load_task(options.task or "instructions").read(options.data)
-    times = (questions is None) + searching  # how often a tenth of the training examples is held out
+    times = 1 + searching  # how often a tenth of the training examples is held out
     for _ in range(times):
         if len(training) < 2:
             raise ValueError(
@@ -170,8 +168,8 @@ def data_parts(options: TestbedOptions, searching: bool, questions: list[Example
     return TestbedParts(options.base, default, batch_size, training, questions, documents)
 
 
-def read_testbed(options: TestbedOptions, searching: bool = False, questions: list[Example] | None = None) -> Testbed:
-    """Create the testbed that the options describe. `questions` replaces the held-out questions of --data.
+def read_testbed(options: TestbedOptions, searching: bool = False) -> Testbed:
+    """Create the testbed that the options describe. If `searching` is True, its questions come from the training data.
 
     Raises OSError if a file cannot be read, or ValueError if a file is invalid, if options contradict each other, or if
     no example fits.
@@ -184,7 +182,7 @@ def read_testbed(options: TestbedOptions, searching: bool = False, questions: li
     if options.base is None:
         parts = toy_parts(options, searching)
     else:
-        parts = data_parts(replace(options, base=find_base(options.base)), searching, questions)
+        parts = data_parts(replace(options, base=find_base(options.base)), searching)
     changed = {name: getattr(options, name) for name in ("layers", "lr", "length", "epochs")}
     default = parts.default._replace(**{name: value for name, value in changed.items() if value is not None})
     parts = parts._replace(default=default, training=subset(parts.training, options.limit))

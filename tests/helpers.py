@@ -638,23 +638,21 @@ def save_coco(folder, **changes):
     return path
 
 
-def make_testbed(base, instructions, folder):
+def make_testbed(base, instructions):
     """Return a testbed of the experiments on `base`, with L = 2, K = 3 and three epochs.
 
-    The first 30 instructions are for training, and the others are held out. The perplexity is measured on text.txt,
-    which has 100 identical lines. Both files are written to `folder`.
+    The first 30 instructions are for training, and the others are held out. The perplexity is measured on 100 identical
+    lines.
     """
     from data import read_examples
     from experiments import testbed
+    from experiments.methods import Setting
 
-    records = json.loads(instructions.read_text())
-    (folder / "thirty.json").write_text(json.dumps(records[:30]))
-    (folder / "text.txt").write_text("The capital of Peru is Lima, and Anna went home.\n" * 100)
-    options = testbed.TestbedOptions(
-        base, folder / "thirty.json", text=folder / "text.txt", batch_size=8, layers=2, lr=0.05, length=3, epochs=3,
-        device="cpu",
-    )  # fmt: skip
-    return testbed.read_testbed(options, questions=read_examples(instructions)[30:])
+    examples = read_examples(instructions)
+    default = Setting(layers=2, length=3, epochs=3, lr=0.05)
+    lines = ["The capital of Peru is Lima, and Anna went home.\n" * 100]
+    parts = testbed.TestbedParts(base, default, 8, examples[:30], examples[30:], lines)
+    return testbed.make_testbed(parts, 512, torch.device("cpu"), torch.float32)
 
 
 def make_picture(width=60, height=40, mode="RGB", seed=0):

@@ -1,4 +1,4 @@
-"""The experiments on the testbed and on ScienceQA, each run as a command."""
+"""The experiments on the testbed, each run as a command."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from experiments import __main__ as commands
-from experiments import ablations, measures, scienceqa
+from experiments import ablations, measures
 from experiments.ablations import RATES
 from experiments.cached import cached_folder
-from experiments.methods import ONE_SOFTMAX, ZERO_INIT
+from experiments.methods import ZERO_INIT
 from experiments.runs import RESULTS, Column, Runs
 
 
@@ -209,57 +209,9 @@ def test_gate_values_are_recorded(small_args, tmp_path):
     assert gate_values[0].abs().max() == 0 and gate_values[-1].abs().min() > 0
 
 
-def test_scienceqa_experiment_writes_its_scores(small_args, tiny_base, tmp_path):
-    problems = {}
-    for i in range(12):
-        problems[str(i)] = {
-            "question": f"Is {i} even?", "choices": ["yes", "no", "perhaps"][: 2 + i % 2], "answer": i % 2, "hint": "",
-            "image": None, "grade": "grade3", "subject": "natural science", "split": ["train", "val"][i % 3 == 2],
-        }  # fmt: skip
-    (tmp_path / "problems.json").write_text(json.dumps(problems))
-    options = small_args[:2] + ["--data", tmp_path / "problems.json"] + small_args[4:]
-    result = invoke("scienceqa", *options)
-    assert result.exit_code == 0, result.output
-    assert "8 training problems, 3 held-out problems" in result.output
-    values = json.loads((tmp_path / "out" / "scienceqa.json").read_text())
-    assert values["problems"] == 3 and 1 / 3 < values["chance"] < 1 / 2
-    assert list(values["rows"]) == ["base", ZERO_INIT, ONE_SOFTMAX]
-    assert [len(row["most_likely"]) for row in values["rows"].values()] == [1, 2, 2]
-    assert values["rows"]["base"]["val_loss"] == [None]
-    for row in values["rows"].values():
-        scores = row["columns"][0]
-        assert scores["NAT"] == scores["Avg"] == pytest.approx(100 * row["most_likely"][0]) and scores["SOC"] is None
-
-
-def test_scienceqa_uses_the_right_adapter_and_attention(small_args, tmp_path, monkeypatch):
-    """The base is evaluated first, then each method with its attention. The ungated method does not train its gates."""
-    calls = []
-
-    def record(responder, requests, *_, **__):
-        (name,) = {request.adapter for request in requests}
-        adapter = responder.loaded[name].adapter
-        gates = None if adapter is None else adapter.gates.abs().max().item() > 0
-        calls.append((name, responder.model.layers[-1].attention.gated.__name__, gates))
-        return [None] * len(requests)
-
-    monkeypatch.setattr(scienceqa, "generate_responses", record)
-    monkeypatch.setattr(scienceqa, "most_likely_choices", record)
-    problem = {
-        "question": "Even?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None, "grade": "grade3",
-        "subject": "natural science",
-    }  # fmt: skip
-    problems = {str(i): problem | {"split": ["train", "val"][i % 2]} for i in range(4)}
-    (tmp_path / "problems.json").write_text(json.dumps(problems))
-    options = small_args[:2] + ["--data", tmp_path / "problems.json"] + small_args[4:]
-    assert invoke("scienceqa", *options, "--seeds", 1).exit_code == 0
-    expected = [("base", "gated_attention", None), ("adapter", "gated_attention", True)]
-    assert calls[::2] == calls[1::2] == [*expected, ("adapter", "ungated_attention", False)]
-
-
 @pytest.mark.parametrize("args, message", [
     (["zero-init", "--base", "x"], "give both --base and --data, or neither"),
     (["zero-init", "--text", "x"], "--task and --text require --base and --data"),
-    (["scienceqa"], "scienceqa requires --base and --data"),
     (["vit", "--base", "x", "--train", "x", "--test", "x"], "x: no such encoder"),
     (["gates", "--layers", 9], "--layers 9: .* has only 3"),
     (["gates", "--max-seq-len", 2], "0 of 3 questions leave room for a response in 2 tokens"),
@@ -279,10 +231,11 @@ def test_bad_options_are_one_line_errors(small_args, tmp_path, args, message):
 
 
 def test_default_rates_are_those_that_the_search_found():
-    """Compare with rates.json. For zero-init, the accuracy may be up to one standard deviation below the best."""
+    """Compare with rates.json. Zero-init's accuracy may be up to one standard deviation below the best."""
     rows = json.loads((RESULTS / "rates.json").read_text())["rows"].values()
     for method, rate in RATES.items():
         ours = [row for row in rows if row["setting"]["method"] == method]
         best = max(ours, key=lambda row: row["mean"])
         (used,) = (row for row in ours if row["setting"]["lr"] == rate)
-        assert used is best or (method == ZERO_INIT and best["mean"] - used["mean"] < best["standard_deviation"])
+        tolerance = best["standard_deviation"] if method == ZERO_INIT else 0
+        assert best["mean"] - used["mean"] <= tolerance

@@ -19,8 +19,8 @@ METHODS = (ZERO_INIT, ONE_SOFTMAX, GATES_AT_ONE, LORA, FULL)
 
 
 @pytest.fixture(scope="module")
-def testbed(tiny_base, instructions, tmp_path_factory):
-    return make_testbed(tiny_base, instructions, tmp_path_factory.mktemp("testbed"))
+def testbed(tiny_base, instructions):
+    return make_testbed(tiny_base, instructions)
 
 
 def test_every_method_is_measured(testbed):

@@ -185,8 +185,8 @@ def test_finite_steps_end_at_non_finite_values(tiny_base, instructions):
 
 
 @pytest.fixture(scope="module")
-def testbed(tiny_base, instructions, tmp_path_factory):
-    return make_testbed(tiny_base, instructions, tmp_path_factory.mktemp("testbed"))
+def testbed(tiny_base, instructions):
+    return make_testbed(tiny_base, instructions)
 
 
 def set_up_method(testbed, **changes):

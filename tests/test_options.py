@@ -168,7 +168,7 @@ LINES = {
     ],
 }  # fmt: skip
 # Commands whose options are those of `experiments gates`. test_experiments.py runs them.
-SAME_AS = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "scienceqa", "all"], "gates")
+SAME_AS = dict.fromkeys(["methods", "zero-init", "layers", "epochs", "design", "rates", "all"], "gates")
 
 ELSEWHERE = {  # commands that have test files of their own
     "demo": "--adapter --base --device --dtype --clip --encoder --template --bits --host --port",
