@@ -105,7 +105,7 @@ def respond(name: str, task: Task, examples: list[Example], config: EvalConfig) 
     requests = [Request(example.instruction, example.input, model_name, example.features) for example in examples]
     if config.choose:
         method, choices = "the most likely option", [task.choices(example) for example in examples]
-        texts = most_likely_choices(responder, requests, choices, config.batch_size, task.unit)
+        texts = most_likely_choices(responder, requests, choices, config.batch_size)
     else:
         method = "generated, greedily, and parsed"
         texts = generate_responses(responder, requests, config.batch_size, task.unit)

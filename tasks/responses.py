@@ -37,11 +37,7 @@ def generate_responses(
 
 
 def choice_log_likelihoods(
-    responder: Responder,
-    requests: Sequence[Request],
-    choices: Sequence[list[str]],
-    batch_size: int = 64,
-    unit: str = "choice",
+    responder: Responder, requests: Sequence[Request], choices: Sequence[list[str]], batch_size: int = 64
 ) -> list[list[float] | None]:
     """Return log p(choice and its end token | request), in nats, for every choice of each request.
 
@@ -65,7 +61,7 @@ def choice_log_likelihoods(
             adaption_prompts.append(shared)
             tokens.append(prompt_ids)
             continuations.append(response_ids)
-    with tqdm(total=len(rows), unit=unit, file=sys.stderr) as bar:
+    with tqdm(total=len(rows), unit="choice", file=sys.stderr) as bar:
         scored = score_continuations(responder.model, tokens, continuations, adaption_prompts, batch_size, bar)
     for (i, j), (log_p, _) in zip(rows, scored):
         likelihoods[i][j] = log_p
@@ -73,14 +69,10 @@ def choice_log_likelihoods(
 
 
 def most_likely_choices(
-    responder: Responder,
-    requests: Sequence[Request],
-    choices: Sequence[list[str]],
-    batch_size: int = 64,
-    unit: str = "choice",
+    responder: Responder, requests: Sequence[Request], choices: Sequence[list[str]], batch_size: int = 64
 ) -> list[str | None]:
     """Return the most likely choice for each request, or None if one of the choices does not fit into the context."""
-    likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size, unit)
+    likelihoods = choice_log_likelihoods(responder, requests, choices, batch_size)
     return [None if log_p is None else texts[log_p.index(max(log_p))] for log_p, texts in zip(likelihoods, choices)]
 
 
