@@ -1,6 +1,7 @@
 """Parts of `experiments real` beyond film reviews: ScienceQA, Alpaca, digits, and three adapters for one base."""
 
 import io
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -210,10 +211,13 @@ def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) 
     requests = {name: [Request(q.instruction, q.input, name) for q in chosen] for name, chosen in questions.items()}
 
     alone = {name: generate_responses(responder, batch) for name, batch in requests.items()}
-    together = generate_responses(responder, [request for batch in requests.values() for request in batch])
-    mixed = {}
-    for name, batch in requests.items():
-        mixed[name], together = together[: len(batch)], together[len(batch) :]
+    owners = [(name, i) for name, batch in requests.items() for i in range(len(batch))]
+    random.Random(0).shuffle(owners)  # so that a batch has requests to all adapters
+    mixed = {name: [""] * len(batch) for name, batch in requests.items()}
+    for start in range(0, len(owners), 64):
+        batch = owners[start : start + 64]
+        for (name, i), text in zip(batch, responder.respond_batch([requests[name][i] for name, i in batch])):
+            mixed[name][i] = text
 
     rows = {}
     for name in EXPERTS:
