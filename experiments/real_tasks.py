@@ -211,13 +211,13 @@ def evaluate_experts(sources: Sources, settings: dict[str, Setting], seed: int) 
     requests = {name: [Request(q.instruction, q.input, name) for q in chosen] for name, chosen in questions.items()}
 
     alone = {name: generate_responses(responder, batch) for name, batch in requests.items()}
-    owners = [(name, i) for name, batch in requests.items() for i in range(len(batch))]
-    random.Random(0).shuffle(owners)  # so that a batch has requests to all adapters
-    mixed = {name: [""] * len(batch) for name, batch in requests.items()}
-    for start in range(0, len(owners), 64):
-        batch = owners[start : start + 64]
-        for (name, i), text in zip(batch, responder.respond_batch([requests[name][i] for name, i in batch])):
-            mixed[name][i] = text
+    shuffled = [(name, i) for name, batch in requests.items() for i in range(len(batch))]
+    random.Random(0).shuffle(shuffled)  # so that a batch has requests to all adapters
+    texts = {}
+    for start in range(0, len(shuffled), 64):
+        keys = shuffled[start : start + 64]
+        texts |= zip(keys, responder.respond_batch([requests[name][i] for name, i in keys]))
+    mixed = {name: [texts[name, i] for i in range(len(batch))] for name, batch in requests.items()}
 
     rows = {}
     for name in EXPERTS:
